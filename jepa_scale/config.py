@@ -1,0 +1,193 @@
+"""Configuration: YAML file + dotted overrides → one typed, validated, fully resolved object.
+
+Sections are pydantic models: unknown keys and wrong types are errors that name the key, and every key's description
+travels with it. An objective's and a source's own options are declared beside their code as :class:`Section` classes
+and checked by :func:`parse_section` when they are built.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from jepa_scale.errors import InputError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+class Section(BaseModel):
+    """A group of keys. Unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+
+
+class RunConfig(Section):
+    name: str = Field("", description="Name of the run; empty = the config's file name.")
+    dir: str = Field("runs", description="Folder that holds the run directories.")
+    seed: int = Field(0, ge=0, description="Seed of everything random: weights, data order, views.")
+
+
+class EngineConfig(Section):
+    name: Literal["auto", "deepspeed", "fsdp"] = Field(
+        "auto", description="auto = DeepSpeed under its own launcher, FSDP2 otherwise."
+    )
+    deepspeed: str = Field("configs/ds/zero1.json", description="DeepSpeed JSON; its stage is the ZeRO stage.")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="Compute dtype; masters and moments stay fp32.")
+    threads: int = Field(0, ge=0, description="CPU threads a rank; 0 = cores / ranks on this host (CPU runs only).")
+
+
+class OptimConfig(Section):
+    lr: float = Field(1e-3, gt=0, description="Peak learning rate of the backbone.")
+    lr_head: float | None = Field(
+        None, gt=0, description="Peak learning rate of the objective's heads and memory; null = lr."
+    )
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW betas.")
+    eps: float = Field(1e-8, gt=0, description="AdamW epsilon.")
+    weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay, on parameters of two or more dimensions.")
+    decay_embeddings: bool = Field(True, description="Whether weight decay applies to embeddings too.")
+    clip_norm: float = Field(1.0, ge=0, description="Global gradient norm limit; 0 = no clipping.")
+    warmup_steps: int = Field(50, ge=0, description="Steps of linear warm-up.")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Shape after warm-up.")
+    final_lr: float = Field(0.0, ge=0, le=1, description="Learning rate at the last step, as a fraction of the peak.")
+
+
+class TrainConfig(Section):
+    steps: int = Field(1000, ge=1, description="Optimizer steps.")
+    batch_size: int = Field(256, ge=1, description="Samples in an optimizer step, over all ranks.")
+    accumulation: int = Field(1, ge=1, description="Micro-batches a rank and step; batch_size is divided by it.")
+    log_every: int = Field(10, ge=1, description="Steps between rows of metrics.jsonl.")
+    eval_every: int = Field(0, ge=0, description="Steps between evaluations; 0 = at the end only.")
+    save_every: int = Field(0, ge=0, description="Steps between checkpoints; 0 = at the end only.")
+    keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints to keep.")
+
+
+class LogConfig(Section):
+    wandb: bool = Field(False, description="Log to Weights & Biases (offline unless a key is set).")
+    wandb_project: str = Field("jepa_scale", description="W&B project.")
+    tensorboard: bool = Field(False, description="Write TensorBoard events into the run directory.")
+    progress: bool = Field(True, description="Progress bar on rank 0.")
+    report: bool = Field(True, description="Write report.html and plots/*.png at the end.")
+
+
+class Config(Section):
+    """A whole experiment."""
+
+    run: RunConfig = Field(default_factory=RunConfig, description="Name, place and seed.")
+    engine: EngineConfig = Field(default_factory=EngineConfig, description="Who shards the model.")
+    model: dict[str, Any] = Field(description="Backbone: a file of configs/models or its keys (jepa_scale.models).")
+    data: dict[str, Any] = Field(description="Source and its options (jepa_scale.data).")
+    objective: dict[str, Any] = Field(description="Objective and its options (jepa_scale.objectives).")
+    optim: OptimConfig = Field(default_factory=OptimConfig, description="Optimizer and schedule.")
+    train: TrainConfig = Field(default_factory=TrainConfig, description="Length, batch size, intervals.")
+    eval: dict[str, Any] = Field(default_factory=dict, description="Evaluation options (jepa_scale.evaluate).")
+    log: LogConfig = Field(default_factory=LogConfig, description="Where metrics go.")
+
+
+S = TypeVar("S", bound=Section)
+
+
+def parse_section(cls: type[S], values: Any, prefix: str) -> S:
+    """Validate ``values`` as ``cls``.
+
+    Raises:
+        InputError: one line naming ``prefix.key``, what is wrong with it and, for an unknown key, the nearest known one.
+    """
+    if not isinstance(values, dict):
+        raise InputError(f"{prefix or 'config'}: must be a mapping of keys, not {type(values).__name__}")
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        raise InputError(_explain(cls, error, prefix)) from None
+
+
+def _explain(cls: type[Section], error: ValidationError, prefix: str) -> str:
+    first = error.errors()[0]
+    path = [str(p) for p in first["loc"] if not str(p).startswith("function-")]
+    name = ".".join([prefix, *path] if prefix else path)
+    if first["type"] == "extra_forbidden":
+        owner: Any = cls
+        for part in path[:-1]:
+            annotation = owner.model_fields[part].annotation
+            owner = annotation if isinstance(annotation, type) and issubclass(annotation, Section) else owner
+        near = difflib.get_close_matches(path[-1], owner.model_fields, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(owner.model_fields))}"
+        return f"{name}: unknown key; {hint}"
+    if first["type"] == "missing":
+        return f"{name}: required key is missing"
+    return f"{name}: {first['msg'][0].lower() + first['msg'][1:]}, got {first['input']!r}"
+
+
+def find_file(path: str | Path, key: str, beside: Path | None = None) -> Path:
+    """The file that ``path`` means: as given, beside the config that names it, or in the repository.
+
+    Raises:
+        InputError: no such file in any of these places.
+    """
+    path = Path(path).expanduser()
+    places = [path] if path.is_absolute() else [Path.cwd() / path, *([beside / path] if beside else []), REPOSITORY / path]
+    for place in places:
+        if place.is_file():
+            return place
+    raise InputError(f"{key}: no file {str(path)!r} (looked for {', '.join(str(p) for p in places)})")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping from a file, with the file and line in the error when it is damaged."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise InputError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: must hold a mapping of keys, not {type(values).__name__}")
+    return values
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set ``a.b=value`` in place; the value is read as YAML (``1e-3`` as a number too)."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"override {override!r}: must look like section.key=value")
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        child = values.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise InputError(f"override {override!r}: {parent!r} is not a section")
+        values = child
+    try:
+        values[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"override {override!r}: {text!r} is not a YAML value") from None
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read, override, validate.
+
+    ``model:`` may name a file of its own (``model: configs/models/tiny.yaml``); overrides such as ``model.hidden_size=64``
+    change that file's keys.
+
+    Raises:
+        InputError: with the key or file that is wrong and what to do.
+    """
+    file = find_file(path, "--config")
+    values = read_yaml(file)
+    if any(o.startswith("model=") for o in overrides):
+        apply_override(values, [o for o in overrides if o.startswith("model=")][-1])
+    if isinstance(values.get("model"), str):
+        values["model"] = read_yaml(find_file(values["model"], "model", file.parent))
+    for override in overrides:
+        if not override.startswith("model="):
+            apply_override(values, override)
+    config = parse_section(Config, values, "")
+    if not config.run.name:
+        config.run.name = file.stem
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100)
