@@ -1,0 +1,47 @@
+"""The source ``reversal``: facts, generated or read from a folder."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from jepa_scale.config import find_file
+from jepa_scale.data.base import DataOptions
+from jepa_scale.data.reversal import ReversalData, generate
+from jepa_scale.data.reversal_files import read
+from jepa_scale.errors import InputError
+
+
+class ReversalOptions(DataOptions):
+    """Keys of ``data:`` with ``source: reversal``."""
+
+    source: Literal["reversal"] = Field("reversal", description="Facts and their reverses (seed 001).")
+    entities_a: int = Field(50_000, description="Entities seen in both directions; B has 0.6 times as many.")
+    comb: int = Field(10, description="Entities that share a first (and a last) name.")
+    relations: int = Field(6, description="Relations, each with an inverse.")
+    seed: int = Field(0, ge=0, description="Seed of the generated facts.")
+    atomic_repeats: int = Field(1, ge=1, description="Times an epoch that a fact known in one direction only is met.")
+    path: str | None = Field(None, description="Folder of train.json, valid.json, vocab.json, read instead.")
+    first_relation_token_id: int | None = Field(
+        None, ge=0, description="With path: finds inverses by parity from this id, whatever vocab.json names."
+    )
+
+
+def load(options: ReversalOptions) -> ReversalData:
+    """Generate or read the facts.
+
+    Raises:
+        InputError: a key that doesn't fit the others, a size that cannot be met, a file that cannot be read.
+    """
+    given = options.model_fields_set
+    if options.path is None:
+        if options.first_relation_token_id is not None:
+            raise InputError("data.first_relation_token_id: has a meaning only for files; set data.path or remove it")
+        data = generate(options.entities_a, options.comb, options.relations, options.seed)
+        return data.repeat_atomic(options.atomic_repeats)
+    unused = sorted(given & {"entities_a", "comb", "relations", "seed"})
+    if unused:
+        raise InputError(f"data.{unused[0]}: has no meaning for facts read from data.path; remove one of them")
+    folder = find_file(f"{options.path}/train.json", "data.path").parent
+    return read(folder, options.first_relation_token_id).repeat_atomic(options.atomic_repeats)

@@ -1,0 +1,77 @@
+"""Evaluation on facts: does the model know them, and does it know their reverses?
+
+SPEC row V7: exact match of the whole name by generation, mean reciprocal rank against all entities, joint NLL, per split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from jepa_scale.config import Section
+from jepa_scale.distributed import all_reduce_sum, rank, world_size
+from jepa_scale.evaluate.answers import Answerer
+
+
+class EvalOptions(Section):
+    """Keys of ``eval:``."""
+
+    max_facts: int = Field(3000, ge=0, description="Facts of a split to evaluate, a fixed random choice; 0 = all.")
+    rank_facts: int = Field(512, ge=0, description="Of these, facts ranked against all entities; 0 = all.")
+    batch_size: int = Field(512, ge=1, description="Questions in one forward on a rank.")
+
+
+def evaluate(
+    answerer: Answerer,
+    splits: dict[str, Sequence[Any]],
+    names: Sequence[tuple[int, ...]],
+    options: EvalOptions,
+    device: torch.device,
+) -> dict[str, dict[str, float]]:
+    """Metrics by split: ``exact_match``, ``mrr``, ``joint_nll`` (nats a name). Collective; the same result on every rank.
+
+    The facts of a split are dealt out to the ranks; every rank makes the same number of calls, the last ones padded with
+    a repeated fact of weight zero.
+    """
+    answerer.prepare(names)
+    results: dict[str, dict[str, float]] = {}
+    for split, facts in splits.items():
+        chosen = np.random.default_rng(0).permutation(len(facts))  # the same choice in every run
+        chosen = chosen[: options.max_facts] if options.max_facts else chosen
+        ranked = chosen[: options.rank_facts] if options.rank_facts else chosen
+        sums = np.zeros(5)
+        for questions, weight in _batches(facts, chosen, options.batch_size):
+            spoken = answerer.speak(questions, length=max(len(q.answer) for q in questions))
+            right = [s[: len(q.answer)] == tuple(q.answer) for s, q in zip(spoken, questions, strict=True)]
+            sums[0] += (weight * np.array(right)).sum()
+            sums[1] += (weight * answerer.nll(questions)).sum()
+            sums[2] += weight.sum()
+        for questions, weight in _batches(facts, ranked, options.batch_size):
+            sums[3] += (weight / answerer.ranks(questions)).sum()
+            sums[4] += weight.sum()
+        total = all_reduce_sum(torch.from_numpy(sums).to(device)).cpu().numpy()
+        results[split] = {
+            "exact_match": float(total[0] / total[2]),
+            "mrr": float(total[3] / total[4]),
+            "joint_nll": float(total[1] / total[2]),
+        }
+    return results
+
+
+def _batches(facts: Sequence[Any], chosen: np.ndarray, size: int) -> list[tuple[list[Any], np.ndarray]]:
+    """This rank's questions, in batches, with weight 0 for those that only keep the ranks in step."""
+    mine = chosen[rank() :: world_size()]
+    longest = -(-len(chosen) // world_size())  # ceil: what the first rank has
+    batches = []
+    for start in range(0, longest, size):
+        n = min(size, longest - start)
+        part = mine[start : start + n]
+        weight = np.zeros(n)
+        weight[: len(part)] = 1
+        padded = np.concatenate([part, np.full(n - len(part), chosen[0])])
+        batches.append(([facts[int(i)] for i in padded], weight))
+    return batches

@@ -1,0 +1,25 @@
+"""Distances between paired embeddings (LLM-JEPA, arXiv 2509.14252, section 3, and its published code)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """1 − cos, in fp32. (n, d), (n, d) → (n,)."""
+    return 1 - F.cosine_similarity(a.float(), b.float(), dim=-1)
+
+
+def l2(a: Tensor, b: Tensor) -> Tensor:
+    """Euclidean norm of the difference, in fp32. (n, d), (n, d) → (n,)."""
+    return torch.linalg.vector_norm(a.float() - b.float(), dim=-1)
+
+
+def mse(a: Tensor, b: Tensor) -> Tensor:
+    """Mean over features of the squared difference, in fp32. (n, d), (n, d) → (n,)."""
+    return (a.float() - b.float()).square().mean(dim=-1)
+
+
+DISTANCES = {"cosine": cosine, "l2": l2, "mse": mse}
