@@ -1,0 +1,116 @@
+"""Curves of a run's metrics as PNG files."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from jepa_scale.telemetry.metrics import describe, in_report_order
+from jepa_scale.telemetry.records import FIT, Row, values_of
+
+# Okabe & Ito's colours without the yellow: told apart with any colour vision, dark enough for thin lines on
+# white.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+_LOG_SPAN = 30.0  # largest / smallest value from which a falling metric gets a logarithmic axis
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """One line: ``values[i]`` after optimizer step ``steps[i]``, NaN where it wasn't finite."""
+
+    label: str
+    steps: list[int]
+    values: list[float]
+
+    @property
+    def finite(self) -> list[float]:
+        return [v for v in self.values if math.isfinite(v)]
+
+
+def curves(rows: list[Row]) -> dict[str, list[Curve]]:
+    """Metric → one curve a split, in the order of a report; training's own split comes first."""
+    points: dict[str, dict[str, dict[int, float]]] = {}
+    for row in rows:
+        for metric, value in values_of(row).items():
+            by_step = points.setdefault(metric, {}).setdefault(row["split"], {})
+            by_step[row["step"]] = math.nan if value is None else float(value)
+    order = in_report_order(set(points))
+    result = {}
+    for metric in order:
+        splits = sorted(points[metric].items(), key=lambda item: item[0] != FIT)  # stable: FIT first
+        result[metric] = [
+            Curve(split, sorted(by_step), [by_step[s] for s in sorted(by_step)]) for split, by_step in splits
+        ]
+    return result
+
+
+def plot(metric: str, lines: list[Curve], path: Path) -> None:
+    """Draw the curves of one metric on one pair of axes, against optimizer steps, into a PNG of 800 × 480
+    pixels.
+
+    Made to be read at 360 pixels of width, and in negative on a dark page.
+    """
+    figure = Figure(figsize=(5, 3), dpi=160, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for number, line in enumerate(lines):
+        few = len(line.finite) <= 25
+        axes.plot(
+            line.steps,
+            line.values,
+            color=_COLOURS[number % len(_COLOURS)],
+            linestyle="-" if number < len(_COLOURS) else "--",
+            linewidth=1.4,
+            marker="o" if few else None,
+            markersize=3.5,
+            label=line.label,
+        )
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel(describe(metric).label)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    finite = [v for line in lines for v in line.finite]
+    if wants_log_axis(metric, finite):
+        axes.set_yscale("log")
+    elif finite and max(abs(v) for v in finite) >= 1e4:
+        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.grid(True, color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(lines) > 1:
+        axes.legend(fontsize="small", frameon=False)
+    figure.savefig(path, metadata={"Software": None})
+
+
+def wants_log_axis(metric: str, values: list[float]) -> bool:
+    """Losses and gradient norms that fall over orders of magnitude are flat on a linear axis."""
+    falls = describe(metric).better == "lower" or metric.endswith("grad_norm")
+    return falls and bool(values) and min(values) > 0 and max(values) / min(values) >= _LOG_SPAN
+
+
+def plot_all(rows: list[Row], directory: Path) -> dict[str, Path]:
+    """A PNG for every metric that was finite at least once: metric → file.
+
+    Files of metrics that the run no longer has are removed, so that the folder shows this run only.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    files: dict[str, Path] = {}
+    for metric, lines in curves(rows).items():
+        lines = [line for line in lines if line.finite]
+        if lines:
+            files[metric] = directory / f"{file_name(metric)}.png"
+            plot(metric, lines, files[metric])
+    for old in set(directory.glob("*.png")) - set(files.values()):
+        old.unlink()
+    return files
+
+
+def file_name(metric: str) -> str:
+    """The metric's name without what a file name cannot hold."""
+    return re.sub(r"[^\w.-]+", "_", metric)

@@ -1,0 +1,220 @@
+"""A run told on one page, and runs side by side."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from jepa_scale.plots import Curve, curves, plot_all
+from jepa_scale.table import format_number, text_table
+from jepa_scale.telemetry.metrics import describe, in_report_order
+from jepa_scale.telemetry.records import FIT, RunRecord, load_run, write_atomic
+
+REPORT_FILE, PLOTS_DIR = "report.html", "plots"
+
+# Dark mode shows the plots in negative: .93 turns their white paper into #121212, the page's own colour,
+# and the turn by half a circle gives every line its hue back.
+_CSS = """
+:root { color-scheme: light dark; --paper: #fff; --ink: #1b1b1b; --faint: #666; --rule: #ddd; }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #121212; --ink: #e6e6e6; --faint: #a0a0a0; --rule: #3a3a3a; }
+  img { filter: invert(.93) hue-rotate(180deg); }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1rem; max-width: 80rem; background: var(--paper); color: var(--ink);
+  font: 16px/1.45 system-ui, sans-serif; }
+h1 { font-size: 1.5rem; margin: 0; overflow-wrap: anywhere; }
+h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
+p { margin: .3rem 0; }
+.faint, small { color: var(--faint); }
+.warning { border-left: 4px solid #d55e00; padding-left: .6rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .8rem .25rem 0; border-bottom: 1px solid var(--rule); text-align: right;
+  vertical-align: top; }
+th { font-weight: 600; }
+th:first-child, .text td { text-align: left; overflow-wrap: anywhere; }
+small { display: block; }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 23rem), 1fr)); gap: 1rem; }
+figure { margin: 0; }
+figcaption { font-weight: 600; font-size: .95rem; }
+img { display: block; width: 100%; height: auto; }
+pre { overflow-x: auto; font-size: .85rem; line-height: 1.35; }
+"""
+
+
+def write_report(run_dir: Path | str) -> Path:
+    """Write ``plots/*.png`` and ``report.html`` of a finished, running or killed run, and return the page's
+    path.
+
+    The page holds everything that it shows (plots as data URIs) and fetches nothing.
+
+    Raises:
+        InputError: ``run_dir`` holds no run.
+    """
+    record = load_run(run_dir)
+    files = plot_all(record.rows, record.directory / PLOTS_DIR)
+    path = record.directory / REPORT_FILE
+    write_atomic(path, report_page(record, {metric: file.read_bytes() for metric, file in files.items()}))
+    return path
+
+
+def report_page(record: RunRecord, plots: Mapping[str, bytes]) -> str:
+    """The HTML page of a run; ``plots`` maps metrics to PNG images."""
+    title = escape(record.name)
+    return "\n".join(
+        [
+            "<!DOCTYPE html>",
+            '<html lang="en">',
+            f'<head><meta charset="utf-8"><title>{title}</title>',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<style>{_CSS}</style></head>",
+            "<body>",
+            f"<header><h1>{title}</h1><p class='faint'>{_facts(record.summary)}</p></header>",
+            *_warnings(curves(record.rows)),
+            "<h2>Results</h2>",
+            _results(record.summary),
+            "<h2>Curves</h2>",
+            '<div class="plots">',
+            *(_figure(metric, png) for metric, png in plots.items()),
+            "</div>",
+            "<h2>Environment</h2>",
+            _environment(record.summary.get("environment", {})),
+            "<h2>Configuration</h2>",
+            f"<pre>{escape(record.config_text or 'not recorded')}</pre>",
+            "</body></html>",
+            "",
+        ]
+    )
+
+
+def _facts(summary: Mapping[str, Any]) -> str:
+    facts = [(summary.get("steps"), "optimizer steps"), (summary.get("tokens"), "tokens")]
+    facts.append((summary.get("tokens_per_second"), "tokens/s"))
+    return " · ".join(f"{format_number(value)} {what}" for value, what in facts if value)
+
+
+def _warnings(by_metric: Mapping[str, list[Curve]]) -> list[str]:
+    """A line for every curve that had NaN or infinite values."""
+    lines = []
+    for metric, of_metric in by_metric.items():
+        for curve in of_metric:
+            bad = [s for s, v in zip(curve.steps, curve.values, strict=True) if not math.isfinite(v)]
+            if bad:
+                name = escape(f"{curve.label}/{metric}")
+                where = f"{len(bad)} of {len(curve.steps)} rows, first at step {bad[0]}"
+                lines.append(f'<p class="warning">{name} was not finite in {where}.</p>')
+    return lines
+
+
+def _results(summary: Mapping[str, Any]) -> str:
+    """Rows = metrics, columns = splits; the best value is added where it differs from the last."""
+    final, best = summary.get("final", {}), summary.get("best", {})
+    if not final:
+        return "<p>Nothing was logged.</p>"
+    splits = sorted(final, key=lambda s: s != FIT)
+    head = "".join(f"<th>{escape(s)}</th>" for s in splits)
+    rows = []
+    for metric in in_report_order({m for values in final.values() for m in values}):
+        cells = "".join(_cell(final[s].get(metric), best.get(s, {}).get(metric)) for s in splits)
+        rows.append(f"<tr><th>{escape(describe(metric).label)}</th>{cells}</tr>")
+    table = f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    note = f"Last values. “{escape(FIT)}” is the running training, the other columns are evaluations."
+    return f'<div class="wide">{table}</div><p class="faint">{note}</p>'
+
+
+def _cell(value: float | None, best: Mapping[str, Any] | None) -> str:
+    shown = format_number(value)
+    if best and best.get("value") is not None and format_number(best["value"]) != shown:
+        shown += f"<small>best {format_number(best['value'])} at {best['step']:,}</small>"
+    return f"<td>{shown}</td>"
+
+
+def _figure(metric: str, png: bytes) -> str:
+    data = base64.b64encode(png).decode("ascii")
+    name = escape(metric)
+    return (
+        f"<figure><figcaption>{name}</figcaption>"
+        f'<img alt="{name} over optimizer steps" src="data:image/png;base64,{data}"></figure>'
+    )
+
+
+def _environment(environment: Mapping[str, Any]) -> str:
+    known = {str(k): str(v) for k, v in environment.items() if v not in (None, "")}
+    rows = "".join(f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in known.items())
+    return f'<div class="wide"><table class="text">{rows}</table></div>' if rows else "<p>Not recorded.</p>"
+
+
+# ---- several runs ------------------------------------------------------------------------------------------
+
+_HEADLINES = (
+    "exact_match",
+    "starts_with",
+    "mrr",
+    "ppl",
+    "joint_nll",
+    "retrieval_top1",
+    "effective_rank",
+    "loss",
+)
+_COUNTS = ("steps", "tokens", "tokens_per_second")
+
+
+def compare_table(
+    run_dirs: Sequence[Path | str], columns: Mapping[str, str] | None = None, which: str = "final"
+) -> str:
+    """A text table with a row for each run.
+
+    Args:
+        columns: heading → ``split/metric``, or ``steps``, ``tokens`` or ``tokens_per_second``. ``None`` takes
+            the headline metrics of all evaluation splits, or the training loss of runs that were never
+            evaluated.
+        which: ``"final"`` or ``"best"`` values.
+
+    Raises:
+        InputError: one of the directories holds no run.
+    """
+    runs = [load_run(d) for d in run_dirs]
+    chosen = columns if columns is not None else {c: c for c in headline_columns(runs)}
+    rows = [[r.name, *(format_number(_lookup(r, c, which)) for c in chosen.values())] for r in runs]
+    return text_table(["run", *chosen], rows)
+
+
+def headline_columns(runs: Sequence[RunRecord]) -> list[str]:
+    """Steps, tokens/s and the ``split/metric`` names that :func:`compare_table` shows by default."""
+    splits: dict[str, set[str]] = {}
+    for run in runs:
+        for split, values in run.summary.get("final", {}).items():
+            splits.setdefault(split, set()).update(values)
+    evaluated = {s: names for s, names in splits.items() if s != FIT} or splits
+    found = [f"{s}/{m}" for s, names in evaluated.items() for m in _HEADLINES if m in names]
+    return ["steps", "tokens_per_second", *found]
+
+
+def reversal_table(run_dirs: Sequence[Path | str]) -> str:
+    """What the reversal experiment is about: spoken answers forward (facts known in both directions,
+    ``train``, and in one, ``atomic``), the held-out reverses of the latter (``test``), spoken and ranked
+    among all entities; then where each run's report and plots are.
+
+    Raises:
+        InputError: one of the directories holds no run.
+    """
+    columns = {
+        "forward accuracy (train)": "train/exact_match",
+        "forward accuracy (atomic)": "atomic/exact_match",
+        "reverse accuracy (test)": "test/exact_match",
+        "reverse MRR (test)": "test/mrr",
+    }
+    places = [f"{load_run(d).name}: {Path(d) / REPORT_FILE}, {Path(d) / PLOTS_DIR}/" for d in run_dirs]
+    return "\n".join([compare_table(run_dirs, columns), "", *places])
+
+
+def _lookup(run: RunRecord, column: str, which: str) -> float | None:
+    if column in _COUNTS:
+        return run.summary.get(column)
+    split, _, metric = column.partition("/")
+    return run.value(split, metric, which)

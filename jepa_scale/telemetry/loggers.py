@@ -1,0 +1,181 @@
+"""TensorBoard and Weights & Biases: optional listeners that can never stop a run."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+
+from jepa_scale.config import LogConfig
+
+WANDB_ID_FILE = "wandb_id.txt"
+_ONLINE_SECONDS = 30.0  # how long W&B may take to connect, to log in or to finish its uploads
+
+
+class Logger(Protocol):
+    """Somebody who is told each row; names are ``split/metric``, values finite or NaN."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def close(self, exit_code: int) -> None: ...
+
+
+class TensorBoardLogger:
+    """Events in ``<run>/tensorboard``. At a resume the events after ``start_step`` are marked as
+    superseded."""
+
+    def __init__(self, run_dir: Path, start_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and wanted by few runs
+
+        purge = start_step + 1 if start_step else 0  # from the very start again: nothing before it holds
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self, exit_code: int) -> None:
+        self._writer.close()
+
+
+class WandbLogger:
+    """A W&B run: offline unless ``WANDB_MODE`` or ``WANDB_API_KEY`` says otherwise, and offline too when an
+    online run cannot be started. The run's id is kept in the run directory, so that a resumed run continues
+    it.
+
+    The step is a metric of its own: W&B drops rows whose own step number goes back, as it does after a resume
+        from an
+    older checkpoint.
+    """
+
+    def __init__(self, run_dir: Path, start_step: int, project: str, name: str, config: Mapping[str, Any]) -> None:
+        import wandb
+
+        id_file = run_dir / WANDB_ID_FILE
+        known = id_file.read_text(encoding="utf-8").strip() if start_step and id_file.is_file() else ""
+        mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+        wanted: dict[str, Any] = {
+            "console": "off",
+            "silent": True,
+            "init_timeout": _ONLINE_SECONDS,
+            "login_timeout": _ONLINE_SECONDS,
+            "finish_timeout": _ONLINE_SECONDS,
+        }
+        fields = getattr(wandb.Settings, "model_fields", wanted)  # older clients lack some of them
+        settings = wandb.Settings(**{k: v for k, v in wanted.items() if k in fields})
+
+        def start(mode: str) -> Any:
+            return wandb.init(
+                project=project,
+                name=name,
+                id=known or None,
+                resume="allow" if known and mode == "online" else None,  # meaningless offline
+                dir=str(run_dir),
+                config=dict(config),
+                mode=mode,  # type: ignore[arg-type]
+                settings=settings,
+            )
+
+        if mode == "online" and not _has_wandb_key():
+            warn("wandb: no API key is set, logging offline (send it later with: wandb sync)")
+            mode = "offline"
+        try:
+            self._run = start(mode)
+        except Exception as error:
+            if mode != "online":
+                raise
+            warn(f"wandb: cannot go online, logging offline (send it later with: wandb sync): {_reason(error)}")
+            self._run = start("offline")
+        id_file.write_text(f"{self._run.id}\n", encoding="utf-8")
+        self._run.define_metric("step", hidden=True)
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log({"step": step, **values})
+
+    def close(self, exit_code: int) -> None:
+        self._run.finish(exit_code=exit_code)
+
+
+class Loggers:
+    """All loggers of a run. One that fails is reported once and dropped."""
+
+    def __init__(self) -> None:
+        self._active: dict[str, Logger] = {}
+
+    def add(self, name: str, start: Callable[[], Logger]) -> None:
+        try:
+            self._active[name] = start()
+        except Exception as error:  # whatever a third party's client raises, the run goes on
+            warn(f"{name}: cannot start, the run goes on without it: {_reason(error)}")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for name, logger in list(self._active.items()):
+            try:
+                logger.log(step, values)
+            except Exception as error:
+                del self._active[name]
+                warn(f"{name}: failed at step {step}, the run goes on without it: {_reason(error)}")
+                self._close(name, logger, 1, silent=True)
+
+    def close(self, exit_code: int) -> None:
+        while self._active:
+            name, logger = self._active.popitem()
+            self._close(name, logger, exit_code, silent=False)
+
+    def _close(self, name: str, logger: Logger, exit_code: int, silent: bool) -> None:
+        try:
+            logger.close(exit_code)
+        except Exception as error:
+            if not silent:
+                warn(f"{name}: could not be closed: {_reason(error)}")
+
+
+def start_loggers(run_dir: Path, log: LogConfig, name: str, config_yaml: str, start_step: int) -> Loggers:
+    """The loggers that the config asks for."""
+    loggers = Loggers()
+    if log.tensorboard:
+        loggers.add("tensorboard", lambda: TensorBoardLogger(run_dir, start_step))
+    if log.wandb:
+        if importlib.util.find_spec("wandb") is None:
+            warn("wandb: not installed, the run goes on without it (pip install wandb, or log.wandb=false)")
+        else:
+            config = yaml.safe_load(config_yaml) or {}
+            loggers.add("wandb", lambda: WandbLogger(run_dir, start_step, log.wandb_project, name, config))
+    return loggers
+
+
+def warn(message: str) -> None:
+    """One line on stderr; not :mod:`warnings`, whose filters may hide it, nor a library's logger that we
+    silenced."""
+    print(f"jepa_scale: warning: {message}", file=sys.stderr, flush=True)
+
+
+def _has_wandb_key() -> bool:
+    """Whether the client can log in without asking. It would prompt on a terminal otherwise."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        import wandb
+
+        if "prompt" in inspect.signature(wandb.login).parameters:
+            return bool(wandb.login(prompt=False, verify=False))
+        return bool(wandb.api.api_key)  # older clients; newer ones warn of it
+    except Exception:
+        return False
+
+
+def _reason(error: Exception) -> str:
+    """Type and first line of an error, with the API key struck out should a client quote it."""
+    text = (str(error).strip().splitlines() or [""])[0]
+    key = os.environ.get("WANDB_API_KEY")
+    if key:
+        text = text.replace(key, "***")
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

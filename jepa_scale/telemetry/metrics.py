@@ -1,0 +1,68 @@
+"""What is known of a metric by its name: unit, direction, and its place in a report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """Attributes: ``unit`` is empty when unknown; ``better`` is ``None`` for values that have no good
+    direction."""
+
+    name: str
+    unit: str = ""
+    better: Literal["lower", "higher"] | None = None
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} [{self.unit}]" if self.unit else self.name
+
+
+# In the order in which a report shows them.
+_KNOWN = [
+    Metric("loss", "", "lower"),
+    Metric("lm_loss", "nats/token", "lower"),
+    Metric("jepa_loss", "", "lower"),
+    Metric("ppl", "", "lower"),
+    Metric("exact_match", "fraction", "higher"),
+    Metric("starts_with", "fraction", "higher"),
+    Metric("mrr", "1/rank", "higher"),
+    Metric("joint_nll", "nats", "lower"),
+    Metric("retrieval_top1", "fraction", "higher"),
+    Metric("retrieval_margin", "cosine", "higher"),
+    Metric("std_gap", "", "lower"),
+    Metric("effective_rank", "dimensions", "higher"),
+    Metric("vq_usage", "fraction", "higher"),
+]
+_MACHINERY = [
+    Metric("lr"),
+    Metric("lr_head"),
+    Metric("grad_norm", "L2"),
+    Metric("tokens_per_second", "tokens/s", "higher"),
+    Metric("packing_efficiency", "fraction", "higher"),
+    Metric("mfu", "fraction of peak", "higher"),
+    Metric("seconds", "s"),
+]
+_BY_NAME = {m.name: m for m in [*_KNOWN, *_MACHINERY]}
+_LOWER = {"loss", "nll", "ppl", "error"}
+_HIGHER = {"accuracy", "match", "mrr", "top1", "hits", "margin", "usage", "efficiency", "mfu"}
+
+
+def describe(name: str) -> Metric:
+    """What is known of a metric. A name that isn't listed takes its direction from its words (``recon_loss``,
+    ``code_accuracy``); other unlisted names, a gate or a temperature, have none."""
+    if name in _BY_NAME:
+        return _BY_NAME[name]
+    words = set(name.lower().replace("/", "_").split("_"))
+    if words & _LOWER:
+        return Metric(name, "", "lower")
+    return Metric(name, "", "higher" if words & _HIGHER else None)
+
+
+def in_report_order(names: set[str]) -> list[str]:
+    """Well-known results first, then the run's own in alphabetical order, then speed and optimizer."""
+    first = [m.name for m in _KNOWN if m.name in names]
+    last = [m.name for m in _MACHINERY if m.name in names]
+    return [*first, *sorted(names - {*first, *last}), *last]

@@ -1,0 +1,200 @@
+"""The one object through which the training loop reports."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+import yaml
+
+from jepa_scale.config import LogConfig
+from jepa_scale.distributed import Ranks
+from jepa_scale.telemetry import records
+from jepa_scale.telemetry.environment import describe_environment
+from jepa_scale.telemetry.loggers import Loggers, start_loggers
+from jepa_scale.telemetry.progress import Progress
+from jepa_scale.telemetry.records import FIT
+
+
+class Stopwatch:
+    """Training time in seconds: it stands still inside :meth:`paused`."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self._seconds = seconds
+        self._since: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        return self._seconds + (time.perf_counter() - self._since if self._since is not None else 0.0)
+
+    def start(self) -> None:
+        if self._since is None:
+            self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        self._seconds, self._since = self.seconds, None
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        running = self._since is not None
+        self.stop()
+        try:
+            yield
+        finally:
+            if running:
+                self.start()
+
+
+class RunLog:
+    """Rows, summary, loggers and progress of one run. Used alike on every rank; only rank 0 writes.
+
+    It is handed Python numbers and never reads the device. ``with RunLog(…) as log:`` opens the run directory
+    and starts the clock, ``log.tick(step)`` follows every optimizer step, ``log.fit(…)`` writes a row of the
+    running training, ``log.evaluated(…)`` one of an evaluation, and ``with log.paused():`` keeps evaluations
+    and saves out of tokens/s. Leaving the block, also by an exception, writes ``summary.json``. In a row a
+    value of ``None`` is left out; NaN and infinities are written as ``null``.
+
+    Args:
+        run_dir: made by :func:`jepa_scale.telemetry.records.prepare_run_dir`.
+        name: of the run. total_steps: optimizer steps. config_yaml: the resolved config.
+        start_step: the step of the checkpoint that a run is resumed from: later rows are dropped, and tokens
+            and time continue from ``state`` (what :meth:`state` gave when the checkpoint was made), else from
+            the last row kept.
+        engine: name of the engine when the config leaves the choice open.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        log: LogConfig,
+        ranks: Ranks,
+        name: str,
+        total_steps: int,
+        config_yaml: str,
+        *,
+        start_step: int = 0,
+        state: Mapping[str, float] | None = None,
+        engine: str | None = None,
+    ) -> None:
+        self.run_dir, self.name, self.total_steps = Path(run_dir), name, total_steps
+        self.step = start_step
+        self.tokens = 0
+        """Tokens trained so far, over all ranks, as far as they were handed over."""
+        self.clock = Stopwatch()
+        self._log, self._ranks, self._config_yaml = log, ranks, config_yaml
+        self._start_step, self._state, self._engine = start_step, state, engine
+        self._file: TextIO | None = None
+        self._loggers = Loggers()
+        self._progress: Progress | None = None
+        self._environment: dict[str, Any] = {}
+        self._last = (0, 0.0)  # tokens and seconds at the last fit row
+        self._began = 0.0
+
+    def __enter__(self) -> RunLog:
+        kept: list[records.Row] = []
+        if self._ranks.is_main:
+            kept = self._open()
+        if self._state is not None:
+            self.tokens, self.clock = int(self._state["tokens"]), Stopwatch(float(self._state["seconds"]))
+        else:
+            _, self.tokens, seconds = records.last_counts(kept)
+            self.clock = Stopwatch(seconds)
+        self._last = (self.tokens, self.clock.seconds)
+        self._began = self.clock.seconds
+        self.clock.start()
+        return self
+
+    def _open(self) -> list[records.Row]:
+        kept = records.truncate_rows(self.run_dir, self._start_step)
+        records.write_atomic(self.run_dir / records.CONFIG_FILE, self._config_yaml)
+        self._file = (self.run_dir / records.METRICS_FILE).open("a", encoding="utf-8")
+        engine = (yaml.safe_load(self._config_yaml) or {}).get("engine") or {}
+        self._environment = describe_environment(
+            self._ranks, self._engine or engine.get("name", ""), engine.get("precision", "")
+        )
+        self._loggers = start_loggers(self.run_dir, self._log, self.name, self._config_yaml, self._start_step)
+        if self._log.progress:
+            self._progress = Progress(self.name, self.total_steps, self._start_step)
+        return kept
+
+    def tick(self, step: int, tokens: int = 0) -> None:
+        """An optimizer step is done; ``tokens`` it trained on over all ranks, if the host knows the number
+        already."""
+        self.step = step
+        self.tokens += tokens
+        if self._progress is not None:
+            self._progress.step(step)
+
+    def fit(self, step: int, values: Mapping[str, float | None], tokens: int = 0) -> None:
+        """A row of split ``"fit"`` after optimizer step ``step``.
+
+        ``tokens`` are those trained on over all ranks that :meth:`tick` wasn't told of. The row gets two
+        columns more: ``tokens_per_second`` since the last fit row and ``seconds`` of training time since the
+        run began, both without the time spent in :meth:`paused`.
+        """
+        self.step = step
+        self.tokens += tokens
+        seconds = self.clock.seconds
+        passed = seconds - self._last[1]
+        rate = (self.tokens - self._last[0]) / passed if passed > 0 else None
+        self._last = (self.tokens, seconds)
+        self._write(step, FIT, {**values, "tokens_per_second": rate, "seconds": round(seconds, 3)})
+        if self._progress is not None:
+            self._progress.values(step, records.clean(values.get("loss")), rate, seconds - self._began)
+
+    def evaluated(self, step: int, split: str, values: Mapping[str, float | None]) -> None:
+        """A row of an evaluation split, made with the parameters after optimizer step ``step``."""
+        assert split != FIT, f"{FIT!r} is the split of training rows"
+        self._write(step, split, values)
+
+    def paused(self) -> Any:
+        """``with log.paused():`` around what is not training."""
+        return self.clock.paused()
+
+    def state(self) -> dict[str, float]:
+        """Tokens and seconds so far, for a checkpoint."""
+        return {"tokens": self.tokens, "seconds": self.clock.seconds}
+
+    def _write(self, step: int, split: str, values: Mapping[str, float | None]) -> None:
+        if self._file is None:
+            return
+        assert not {"step", "split", "tokens"} & values.keys(), f"reserved column among {sorted(values)}"
+        row = {name: records.clean(value) for name, value in values.items() if value is not None}
+        line = json.dumps({"step": step, "split": split, "tokens": self.tokens, **row}, allow_nan=False)
+        try:
+            self._file.write(line + "\n")
+            self._file.flush()
+        except OSError as error:  # a write error of an open file doesn't say which file
+            raise OSError(error.errno, error.strerror, str(self.run_dir / records.METRICS_FILE)) from error
+        told = {f"{split}/{n}": math.nan if v is None else float(v) for n, v in row.items()}
+        self._loggers.log(step, told)
+
+    def close(self, exit_code: int = 0) -> dict[str, Any]:
+        """Stop the clock, write and return the summary (empty on other ranks), close the loggers. Twice is
+        once."""
+        self.clock.stop()
+        if self._file is None:
+            return {}
+        if self._progress is not None:
+            self._progress.close()
+        self._file.close()
+        self._file = None
+        rows = records.read_rows(self.run_dir)
+        summary = records.make_summary(self.name, rows, self.step, self.tokens, self.clock.seconds, self._environment)
+        try:
+            text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
+            records.write_atomic(self.run_dir / records.SUMMARY_FILE, text)
+        finally:
+            self._loggers.close(exit_code)
+        return summary
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(exit_code=0 if kind is None else 1)

@@ -1,0 +1,141 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jepa_scale.errors import InputError
+from jepa_scale.telemetry.metrics import describe, in_report_order
+from jepa_scale.telemetry.records import (
+    clean,
+    load_run,
+    prepare_run_dir,
+    read_rows,
+    summarize,
+    truncate_rows,
+    write_atomic,
+)
+
+
+def write_rows(directory, rows, tail=""):
+    directory.mkdir(exist_ok=True)
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + tail)
+
+
+@pytest.mark.parametrize("leftover", ["metrics.jsonl", "summary.json", "checkpoints/step_00000010"])
+def test_a_used_run_directory_is_refused_unless_resumed(tmp_path, leftover):
+    run = tmp_path / "runs" / "first"
+    prepare_run_dir(run, resume=False)
+    (run / leftover).parent.mkdir(exist_ok=True)
+    (run / leftover).write_text("precious")
+    with pytest.raises(InputError) as caught:
+        prepare_run_dir(run, resume=False)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(run) in message and "--resume auto" in message and "run.name" in message
+    prepare_run_dir(run, resume=True)
+    assert (run / leftover).read_text() == "precious"
+
+
+def test_a_directory_without_a_run_in_it_is_taken(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "checkpoints").mkdir()  # empty
+    prepare_run_dir(tmp_path, resume=False)
+    prepare_run_dir(tmp_path / "not" / "there" / "yet", resume=True)
+    assert (tmp_path / "not" / "there" / "yet").is_dir()
+
+
+def test_a_file_in_the_way_is_an_input_error(tmp_path):
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(InputError, match="run.dir"):
+        prepare_run_dir(tmp_path / "run", resume=True)
+
+
+def test_clean_keeps_numbers_and_turns_what_json_lacks_into_none():
+    assert clean(np.float32(0.5)) == 0.5 and type(clean(np.int64(3))) is int and clean(True) == 1
+    assert clean(math.nan) is None and clean(math.inf) is None and clean(None) is None
+    for no_number in (torch.tensor(1.0), "1"):
+        with pytest.raises(AssertionError, match="Python number"):
+            clean(no_number)
+
+
+def test_damaged_lines_are_skipped(tmp_path):
+    whole = [{"step": 1, "split": "fit", "loss": 2.0}, {"step": 2, "split": "fit", "loss": 1.0}]
+    write_rows(tmp_path, whole, tail='[1]\n{"step": "x", "split": "fit"}\n{"step": 3, "split": "fit", "lo')
+    assert read_rows(tmp_path) == whole
+    assert truncate_rows(tmp_path, 10) == whole
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 2
+
+
+@given(steps=st.lists(st.integers(0, 30), max_size=20), cut=st.integers(0, 30))
+def test_truncation_keeps_exactly_the_rows_up_to_the_step(tmp_path_factory, steps, cut):
+    directory = tmp_path_factory.mktemp("run")
+    rows = [{"step": s, "split": "fit", "tokens": i} for i, s in enumerate(steps)]
+    write_rows(directory, rows)
+    kept = truncate_rows(directory, cut)
+    assert kept == read_rows(directory)
+    assert kept == ([r for r in rows if r["step"] <= cut] if cut else [])
+    assert [p.name for p in directory.iterdir()] == ["metrics.jsonl"]  # no partial file left
+
+
+def test_write_atomic_leaves_the_old_file_when_writing_fails(tmp_path):
+    path = tmp_path / "summary.json"
+    write_atomic(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomic(path, "new \ud800")  # a lone surrogate has no UTF-8
+    assert path.read_text() == "old"
+
+
+def test_summarize_knows_which_way_is_better_and_leaves_out_nan():
+    rows = [
+        {"step": 1, "split": "test", "loss": 3.0, "mrr": 0.1, "gate": 0.2},
+        {"step": 2, "split": "test", "loss": 1.0, "mrr": 0.9, "gate": 0.3},
+        {"step": 3, "split": "test", "loss": 2.0, "mrr": 0.5, "gate": 0.4},
+        {"step": 4, "split": "test", "loss": None},
+        {"step": 4, "split": "fit", "loss": None, "tokens": 7},
+    ]
+    summary = summarize(rows)
+    assert summary["final"] == {"test": {"loss": None, "mrr": 0.5, "gate": 0.4}, "fit": {"loss": None}}
+    assert summary["best"] == {"test": {"loss": {"value": 1.0, "step": 2}, "mrr": {"value": 0.9, "step": 2}}}
+
+
+def test_names_tell_direction():
+    for lower in ("loss", "lm_loss", "seq_rec_loss", "ppl", "joint_nll", "std_gap"):
+        assert describe(lower).better == "lower", lower
+    for higher in (
+        "exact_match",
+        "starts_with",
+        "mrr",
+        "retrieval_top1",
+        "effective_rank",
+        "vq_usage",
+        "mfu",
+    ):
+        assert describe(higher).better == "higher", higher
+    for neither in ("lr", "grad_norm", "temperature", "seconds"):
+        assert describe(neither).better is None, neither
+    assert in_report_order({"lr", "zeta", "mrr", "loss", "alpha"}) == ["loss", "mrr", "alpha", "zeta", "lr"]
+
+
+def test_a_killed_run_loads_without_a_summary(tmp_path):
+    rows = [{"step": 5, "split": "fit", "tokens": 100, "loss": 1.5, "seconds": 2.0}]
+    write_rows(tmp_path, rows, tail='{"step": 6')
+    (tmp_path / "config.yaml").write_text("run: {name: lost}\n")
+    run = load_run(tmp_path)
+    assert (run.name, run.rows) == ("lost", rows)
+    assert run.summary["steps"] == 5 and run.summary["tokens"] == 100 and run.summary["tokens_per_second"] == 50
+    assert run.value("fit", "loss") == 1.5 == run.value("fit", "loss", "best")
+    assert run.value("test", "mrr") is None
+    (tmp_path / "summary.json").write_text('{"name": "cut of')
+    (tmp_path / "config.yaml").write_text("a: [")
+    run = load_run(tmp_path)
+    assert run.name == tmp_path.name and run.config == {} and run.config_text == "a: ["
+
+
+def test_load_run_names_what_is_not_a_run(tmp_path):
+    for bad in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(InputError, match=bad.name):
+            load_run(bad)

@@ -1,0 +1,169 @@
+import json
+import math
+import time
+
+import pytest
+import torch
+
+from jepa_scale.config import LogConfig
+from jepa_scale.distributed import Ranks
+from jepa_scale.telemetry import RunLog, prepare_run_dir
+from jepa_scale.telemetry.records import read_rows
+from jepa_scale.telemetry.run_log import Stopwatch
+
+CONFIG = "run:\n  name: demo\nengine:\n  name: auto\n  precision: bf16\n"
+QUIET = LogConfig(progress=False)
+
+
+def ranks(rank=0, world_size=1):
+    return Ranks(rank, world_size, rank, torch.device("cpu"), "python")
+
+
+def run_log(directory, total=10, rank=0, world_size=1, **options):
+    prepare_run_dir(directory, resume=True)
+    return RunLog(directory, QUIET, ranks(rank, world_size), "demo", total, CONFIG, **options)
+
+
+def test_rows_and_summary_round_trip(tmp_path):
+    with run_log(tmp_path, engine="fsdp") as log:
+        for step in range(1, 5):
+            log.tick(step, tokens=50)
+            if step % 2 == 0:
+                log.fit(step, {"loss": 4.0 / step, "gate": None}, tokens=10)
+                assert len(read_rows(tmp_path)) == step // 2  # flushed line by line
+        log.evaluated(4, "test", {"mrr": 0.75})
+    rows = read_rows(tmp_path)
+    assert [(r["step"], r["split"], r["tokens"]) for r in rows] == [
+        (2, "fit", 110),
+        (4, "fit", 220),
+        (4, "test", 220),
+    ]
+    assert rows[0]["loss"] == 2.0 and "gate" not in rows[0] and rows[2]["mrr"] == 0.75
+    assert rows[1]["tokens_per_second"] > 0 and rows[1]["seconds"] >= rows[0]["seconds"]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["name"], summary["steps"], summary["tokens"]) == ("demo", 4, 220)
+    assert summary["tokens_per_second"] > 0
+    assert summary["final"]["test"] == {"mrr": 0.75} and summary["final"]["fit"]["loss"] == 1.0
+    assert summary["best"]["fit"]["loss"] == {"value": 1.0, "step": 4}
+    environment = summary["environment"]
+    assert (environment["engine"], environment["precision"], environment["launcher"]) == (
+        "fsdp",
+        "bf16",
+        "python",
+    )
+    assert environment["torch"] == torch.__version__ and environment["world_size"] == 1 and environment["cpu"]
+    assert (tmp_path / "config.yaml").read_text() == CONFIG
+
+
+def test_every_line_is_valid_json_whatever_the_values(tmp_path):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    with run_log(tmp_path) as log:
+        log.fit(1, {"loss": math.nan, "grad_norm": -math.inf, "lr": 1e-3})
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    row = json.loads(line, parse_constant=refuse)
+    assert row["loss"] is None and row["grad_norm"] is None and row["lr"] == 1e-3
+    summary = json.loads((tmp_path / "summary.json").read_text(), parse_constant=refuse)
+    assert summary["final"]["fit"]["loss"] is None and "loss" not in summary["best"].get("fit", {})
+
+
+def test_tensors_and_reserved_columns_are_refused(tmp_path):
+    with run_log(tmp_path) as log:
+        with pytest.raises(AssertionError, match="Python number"):
+            log.fit(1, {"loss": torch.tensor(1.0)})
+        with pytest.raises(AssertionError, match="reserved"):
+            log.evaluated(1, "test", {"tokens": 3})
+        with pytest.raises(AssertionError, match="fit"):
+            log.evaluated(1, "fit", {"loss": 3.0})
+    assert read_rows(tmp_path) == []
+
+
+def test_resume_drops_later_rows_and_continues_counts(tmp_path):
+    with run_log(tmp_path) as log:
+        for step in range(1, 7):
+            log.tick(step, tokens=100)
+            log.fit(step, {"loss": 10.0 - step})
+            if step == 4:
+                state = log.state()
+    assert state["tokens"] == 400
+    for options in ({}, {"state": {"tokens": 420, "seconds": 1000.0}}):
+        with run_log(tmp_path, start_step=4, **options) as log:
+            log.fit(5, {"loss": 20.0}, tokens=100)
+        rows = read_rows(tmp_path)
+        assert [(r["step"], r["loss"]) for r in rows] == [(1, 9), (2, 8), (3, 7), (4, 6), (5, 20)]
+        start = 420 if options else 400
+        assert rows[-1]["tokens"] == start + 100
+        assert rows[-1]["seconds"] >= (1000 if options else rows[-2]["seconds"])
+        assert rows[-1]["tokens_per_second"] > 1000  # of this process: 100 tokens in far less than .1 s
+        summary = json.loads((tmp_path / "summary.json").read_text())
+        assert summary["steps"] == 5 and summary["best"]["fit"]["loss"] == {"value": 6.0, "step": 4}
+
+
+def test_starting_again_without_a_checkpoint_starts_empty(tmp_path):
+    with run_log(tmp_path) as log:
+        log.fit(3, {"loss": 1.0}, tokens=5)
+    with run_log(tmp_path, start_step=0) as log:
+        log.fit(1, {"loss": 2.0}, tokens=5)
+    assert [(r["step"], r["tokens"]) for r in read_rows(tmp_path)] == [(1, 5)]
+
+
+def test_other_ranks_write_nothing_and_count_the_same(tmp_path):
+    with run_log(tmp_path, rank=1, world_size=2) as log:
+        log.tick(1, tokens=5)
+        log.fit(1, {"loss": 1.0}, tokens=5)
+        log.evaluated(1, "test", {"mrr": 1.0})
+        with log.paused():
+            pass
+        assert log.state()["tokens"] == 10
+        assert log.close() == {}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_exception_still_leaves_a_summary(tmp_path):
+    with pytest.raises(RuntimeError, match="boom"), run_log(tmp_path) as log:
+        log.fit(2, {"loss": 1.0})
+        raise RuntimeError("boom")
+    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 2
+
+
+def test_speed_excludes_what_is_paused(tmp_path):
+    with run_log(tmp_path) as log:
+        time.sleep(0.02)
+        with log.paused():
+            time.sleep(0.3)
+        log.fit(1, {"loss": 1.0}, tokens=1000)
+    (row,) = read_rows(tmp_path)
+    assert 0.02 <= row["seconds"] < 0.3
+    assert 1000 / 0.3 < row["tokens_per_second"] <= 1000 / 0.02
+
+
+def test_stopwatch_pauses_nest_and_restart_only_if_running():
+    watch = Stopwatch(5.0)
+    with watch.paused():
+        time.sleep(0.01)
+    assert watch.seconds == 5.0  # never started
+    watch.start()
+    with watch.paused(), watch.paused():
+        before = watch.seconds
+        time.sleep(0.01)
+        assert watch.seconds == before
+    time.sleep(0.01)
+    assert watch.seconds >= before + 0.01
+    with pytest.raises(ValueError), watch.paused():
+        raise ValueError
+    before = watch.seconds
+    time.sleep(0.01)
+    assert watch.seconds > before
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    try:
+        full = open("/dev/full", "w")  # noqa: SIM115
+    except OSError:
+        pytest.skip("this system has no /dev/full")
+    log = run_log(tmp_path).__enter__()
+    log._file.close()
+    log._file = full
+    with pytest.raises(OSError, match="metrics.jsonl"):
+        log.fit(1, {"loss": 1.0})
