@@ -40,6 +40,13 @@ class EngineConfig(Section):
     threads: int = Field(0, ge=0, description="CPU threads a rank; 0 = cores / ranks on this host (CPU runs only).")
 
 
+class GroupOverride(Section):
+    lr: float | None = Field(None, gt=0, description="Peak learning rate of these parameters; null = as without.")
+    weight_decay: float | None = Field(
+        None, ge=0, description="Their weight decay, whatever their shape; null = as without."
+    )
+
+
 class OptimConfig(Section):
     lr: float = Field(1e-3, gt=0, description="Peak learning rate of the backbone.")
     lr_head: float | None = Field(
@@ -47,8 +54,14 @@ class OptimConfig(Section):
     )
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW betas.")
     eps: float = Field(1e-8, gt=0, description="AdamW epsilon.")
-    weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay, on parameters of two or more dimensions.")
+    weight_decay: float = Field(
+        0.1, ge=0, description="Decoupled weight decay, on parameters of two or more dimensions."
+    )
     decay_embeddings: bool = Field(True, description="Whether weight decay applies to embeddings too.")
+    overrides: dict[str, GroupOverride] = Field(
+        default_factory=dict,
+        description="Parameters by the start of their dotted name, e.g. objective.memory; the longest match counts.",
+    )
     clip_norm: float = Field(1.0, ge=0, description="Global gradient norm limit; 0 = no clipping.")
     warmup_steps: int = Field(50, ge=0, description="Steps of linear warm-up.")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Shape after warm-up.")
@@ -128,7 +141,9 @@ def find_file(path: str | Path, key: str, beside: Path | None = None) -> Path:
         InputError: no such file in any of these places.
     """
     path = Path(path).expanduser()
-    places = [path] if path.is_absolute() else [Path.cwd() / path, *([beside / path] if beside else []), REPOSITORY / path]
+    places = (
+        [path] if path.is_absolute() else [Path.cwd() / path, *([beside / path] if beside else []), REPOSITORY / path]
+    )
     for place in places:
         if place.is_file():
             return place

@@ -52,9 +52,7 @@ def setup(timeout_minutes: float = 30.0) -> Ranks:
             options["device_id"] = device
         if how == "python":  # no rendezvous of anybody's: a private store, so that runs side by side never meet
             options["store"] = dist.HashStore()
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpu else "gloo", rank=rank, world_size=world_size, **options
-        )
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", rank=rank, world_size=world_size, **options)
     return Ranks(rank, world_size, local_rank, device, how)
 
 

@@ -168,6 +168,8 @@ def pack_stream(segments: Sequence[Segment]) -> PackedStream:
     for segment, n in zip(segments, lengths, strict=True):
         if n == 0:
             raise ValueError(f"a segment of role {segment.role!r} has no tokens; leave it out instead")
+        for what in (segment.labels, segment.positions):
+            assert what is None or len(what) == n, f"role {segment.role!r}: {len(what)} labels or positions, {n} tokens"
         ids[at : at + n] = segment.tokens
         positions[at : at + n] = np.arange(n) if segment.positions is None else segment.positions
         if segment.labels is not None:
@@ -182,9 +184,7 @@ def pack_stream(segments: Sequence[Segment]) -> PackedStream:
     )
 
 
-def pack(
-    views: Sequence[Views], streams: Sequence[str] = ("main",), step: int = 0, seed: int = 0
-) -> PackedBatch:
+def pack(views: Sequence[Views], streams: Sequence[str] = ("main",), step: int = 0, seed: int = 0) -> PackedBatch:
     """Pack the views of a micro-batch's samples.
 
     Segments are laid out by length, so that equal lengths are neighbours and the CPU attention can batch them as plain

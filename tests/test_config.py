@@ -23,7 +23,9 @@ def test_defaults_are_filled_in_and_the_name_is_the_files(tmp_path):
 
 def test_overrides_are_typed(tmp_path):
     path = write(tmp_path, MINIMAL)
-    config = load_config(path, ["optim.lr=3e-4", "run.name=x", "log.wandb=true", "optim.betas=[0.8, 0.9]", "model.hidden_size=7"])
+    config = load_config(
+        path, ["optim.lr=3e-4", "run.name=x", "log.wandb=true", "optim.betas=[0.8, 0.9]", "model.hidden_size=7"]
+    )
     assert config.optim.lr == 3e-4
     assert config.run.name == "x"
     assert config.log.wandb is True

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 from pydantic import Field
 
 from jepa_scale.config import Section
@@ -41,6 +42,9 @@ class Dataset(Protocol):
     @property
     def special(self) -> Mapping[str, Any]:
         """Token ids with a meaning, by name; which names there are depends on the source."""
+
+    def order(self, seed: int, epoch: int, n: int) -> np.ndarray:
+        """(n,) int64: the order in which an epoch goes through ``train``, n examples; a pure function."""
 
     @property
     def fingerprint(self) -> str:

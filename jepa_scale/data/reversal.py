@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, overload
 
 import numpy as np
 
 from jepa_scale.data.draw import generator
+from jepa_scale.data.stream import shuffled
 from jepa_scale.errors import InputError
 from jepa_scale.packing import IGNORE
 
@@ -157,6 +158,7 @@ class ReversalData:
         vocab_size: one more than the largest token id.
         special: token ids ``mask``, ``pad``, ``pred``, and ``relations``, the list r_0, r_0_inv, r_1, … in
             which number i ^ 1 is the inverse of number i.
+        by_name: an epoch's order keeps facts together whose entities share a name token.
     """
 
     names: Names
@@ -164,6 +166,11 @@ class ReversalData:
     splits: dict[str, Facts]
     vocab_size: int
     special: dict[str, Any]
+    by_name: bool = False
+
+    def order(self, seed: int, epoch: int, n: int) -> np.ndarray:
+        """The order of an epoch: uniformly shuffled, or ``by_name``."""
+        return order_by_name(self.train, seed, epoch) if self.by_name else shuffled(seed, epoch, n)
 
     def facts(self, split: str) -> Facts:
         """All facts of a kind: trained on (``train``, ``atomic``) or held out (``test``)."""
@@ -196,6 +203,34 @@ class ReversalData:
             digest.update(array.astype("<i4").tobytes())
         digest.update(f"{self.vocab_size} {sorted(self.special.items())}".encode())
         return digest.hexdigest()
+
+
+@lru_cache(maxsize=4)  # as many as a batch that spans two epochs needs, twice
+def order_by_name(facts: Facts, seed: int, epoch: int) -> np.ndarray:
+    """(F,) int64, read-only: a random order in which entities that share a name token come together.
+
+    An InfoNCE batch then holds the negatives that are hardest to tell apart: entities of the same first, or the same
+    last, name. Each fact is about its subject or its object and about one of the tokens of that name, by two coins; the
+    facts about one token are dealt into groups in which every entity occurs once, and the groups are shuffled.
+    """
+    rng = generator(f"by_name/{seed}/{epoch}/{len(facts)}")
+    count = len(facts)
+    entity = np.where(rng.integers(0, 2, count) == 1, facts.object, facts.subject)
+    column = rng.integers(0, facts.names.lengths[entity])
+    token = facts.names.tokens[entity, column].astype(np.int64)
+    tie = rng.permutation(count)
+    # the how-manieth fact about its entity and token, in random order
+    about = (entity.astype(np.int64) * facts.names.tokens.shape[1] + column, tie)
+    by_entity = np.lexsort((about[1], about[0]))
+    starts = np.r_[True, np.diff(about[0][by_entity]) != 0]
+    occurrence = np.empty(count, dtype=np.int64)
+    occurrence[by_entity] = np.arange(count) - np.maximum.accumulate(np.where(starts, np.arange(count), 0))
+    group = (token * facts.names.tokens.shape[1] + column) * (occurrence.max() + 1) + occurrence
+    _, group = np.unique(group, return_inverse=True)
+    place = rng.permutation(group.max() + 1)[group]
+    order = np.lexsort((tie, place))
+    order.setflags(write=False)
+    return order
 
 
 def generate(entities_a: int, comb: int = 10, relations: int = 6, seed: int = 0) -> ReversalData:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field
@@ -22,6 +23,9 @@ class ReversalOptions(DataOptions):
     relations: int = Field(6, description="Relations, each with an inverse.")
     seed: int = Field(0, ge=0, description="Seed of the generated facts.")
     atomic_repeats: int = Field(1, ge=1, description="Times an epoch that a fact known in one direction only is met.")
+    order: Literal["shuffled", "by_name"] = Field(
+        "shuffled", description="by_name: facts whose entities share a name token come together, as hard negatives."
+    )
     path: str | None = Field(None, description="Folder of train.json, valid.json, vocab.json, read instead.")
     first_relation_token_id: int | None = Field(
         None, ge=0, description="With path: finds inverses by parity from this id, whatever vocab.json names."
@@ -38,10 +42,13 @@ def load(options: ReversalOptions) -> ReversalData:
     if options.path is None:
         if options.first_relation_token_id is not None:
             raise InputError("data.first_relation_token_id: has a meaning only for files; set data.path or remove it")
-        data = generate(options.entities_a, options.comb, options.relations, options.seed)
-        return data.repeat_atomic(options.atomic_repeats)
+        return _arrange(generate(options.entities_a, options.comb, options.relations, options.seed), options)
     unused = sorted(given & {"entities_a", "comb", "relations", "seed"})
     if unused:
         raise InputError(f"data.{unused[0]}: has no meaning for facts read from data.path; remove one of them")
     folder = find_file(f"{options.path}/train.json", "data.path").parent
-    return read(folder, options.first_relation_token_id).repeat_atomic(options.atomic_repeats)
+    return _arrange(read(folder, options.first_relation_token_id), options)
+
+
+def _arrange(data: ReversalData, options: ReversalOptions) -> ReversalData:
+    return replace(data.repeat_atomic(options.atomic_repeats), by_name=options.order == "by_name")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -13,8 +14,8 @@ from jepa_scale.errors import InputError
 
 
 @lru_cache(maxsize=4)  # a batch may span two epochs; nothing needs more for long
-def order(seed: int, epoch: int, n: int) -> np.ndarray:
-    """(n,) int64, read-only: the permutation of 0 … n-1 that this epoch follows."""
+def shuffled(seed: int, epoch: int, n: int) -> np.ndarray:
+    """(n,) int64, read-only: the uniformly random permutation of 0 … n-1 that this epoch follows."""
     permutation = generator(f"order/{seed}/{epoch}/{n}").permutation(np.arange(n, dtype=np.int64))
     permutation.setflags(write=False)
     return permutation
@@ -35,6 +36,7 @@ class SampleStream:
         accumulation: micro-batches of a rank in a step.
         rank, world_size: who this process is.
         fingerprint: of the data; a saved position means nothing for other data.
+        order: (seed, epoch, n) → (n,) int64, the permutation that an epoch follows.
 
     Raises:
         InputError: there is nothing to train on, or the batch cannot be dealt out evenly.
@@ -47,6 +49,7 @@ class SampleStream:
     rank: int = 0
     world_size: int = 1
     fingerprint: str = ""
+    order: Callable[[int, int, int], np.ndarray] = shuffled
 
     def __post_init__(self) -> None:
         assert 0 <= self.rank < self.world_size, (self.rank, self.world_size)
@@ -73,7 +76,7 @@ class SampleStream:
         samples = np.empty(m, dtype=np.int64)
         for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
             here = epochs == epoch
-            samples[here] = order(self.seed, epoch, self.n)[places[here]]
+            samples[here] = self.order(self.seed, epoch, self.n)[places[here]]
         return epochs, samples
 
     def state(self, step: int) -> dict[str, Any]:

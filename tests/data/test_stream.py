@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jepa_scale.data.stream import SampleStream, order
+from jepa_scale.data.stream import SampleStream, shuffled
 from jepa_scale.errors import InputError
 
 some = settings(max_examples=60, deadline=None)
@@ -24,21 +24,21 @@ def step_samples(n: int, seed: int, batch: int, step: int, accumulation: int = 1
 @some
 @given(seed=st.integers(0, 2**40), epoch=st.integers(0, 1000), n=st.integers(1, 300))
 def test_an_order_is_a_permutation_and_a_pure_function(seed: int, epoch: int, n: int) -> None:
-    first = order(seed, epoch, n).copy()
+    first = shuffled(seed, epoch, n).copy()
     assert sorted(first.tolist()) == list(range(n))
-    order.cache_clear()
-    assert (order(seed, epoch, n) == first).all()
+    shuffled.cache_clear()
+    assert (shuffled(seed, epoch, n) == first).all()
 
 
 def test_orders_differ_between_epochs_and_seeds() -> None:
-    assert len({tuple(order(s, e, 50)) for s in range(4) for e in range(4)}) == 16
+    assert len({tuple(shuffled(s, e, 50)) for s in range(4) for e in range(4)}) == 16
     with pytest.raises(ValueError, match="read-only"):
-        order(0, 0, 50)[0] = 1
+        shuffled(0, 0, 50)[0] = 1
 
 
 def test_every_place_is_equally_likely() -> None:
     n, epochs = 7, 3000
-    places = np.stack([order(0, e, n) for e in range(epochs)])
+    places = np.stack([shuffled(0, e, n) for e in range(epochs)])
     for column in places.T:
         counts = np.bincount(column, minlength=n)
         assert ((counts - epochs / n) ** 2 / (epochs / n)).sum() < 22.5  # chi², 6 degrees of freedom, p = 0.001
@@ -66,7 +66,7 @@ def test_a_step_has_the_same_samples_however_it_is_dealt_out(
 @some
 @given(n=st.integers(1, 30), batch=st.integers(1, 70), step=st.integers(0, 9))
 def test_a_step_is_a_cut_of_the_epochs_laid_end_to_end(n: int, batch: int, step: int) -> None:
-    endless = [[e, int(i)] for e in range((step + 1) * batch // n + 1) for i in order(9, e, n)]
+    endless = [[e, int(i)] for e in range((step + 1) * batch // n + 1) for i in shuffled(9, e, n)]
     assert step_samples(n, 9, batch, step) == endless[step * batch : (step + 1) * batch]
 
 

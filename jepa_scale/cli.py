@@ -1,0 +1,100 @@
+"""The console script ``jepa-scale``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from jepa_scale.errors import InputError
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["train"]:  # has a parser of its own, shared with `python jepa_scale/train.py`
+        from jepa_scale import train
+
+        return train.main(argv[1:])
+    args = parser().parse_args(argv)
+    command: Callable[[argparse.Namespace], int] = args.command
+    try:
+        return command(args)
+    except InputError as error:
+        print(f"jepa-scale: {error}", file=sys.stderr)
+        return 2
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="jepa-scale", description="Train and evaluate JEPA-augmented decoders.")
+    commands = top.add_subparsers(required=True, metavar="train|eval|data|config|report")
+    commands.add_parser("train", help="train one run (see jepa-scale train --help)")
+
+    evaluate = commands.add_parser("eval", help="evaluate a checkpoint of a run")
+    evaluate.add_argument("run", type=Path, help="run directory")
+    evaluate.add_argument("--checkpoint", default="auto", help="a checkpoint's path (default: the newest)")
+    evaluate.add_argument("overrides", nargs="*", metavar="eval.key=value", help="override keys of the run's config")
+    evaluate.set_defaults(command=evaluate_run)
+
+    data = commands.add_parser("data", help="make data").add_subparsers(required=True, metavar="reversal")
+    reversal = data.add_parser("reversal", help="write seed 001's reversal files: train.json, valid.json, vocab.json")
+    reversal.add_argument("--out", type=Path, required=True, help="folder to write into; must not hold such files")
+    reversal.add_argument("--entities-a", type=int, default=50_000, help="|A|, entities with both directions")
+    reversal.add_argument("--comb", type=int, default=10, help="entities that share a first, and a last, name")
+    reversal.add_argument("--relations", type=int, default=6, help="relation pairs")
+    reversal.add_argument("--seed", type=int, default=0)
+    reversal.set_defaults(command=write_reversal)
+
+    config = commands.add_parser("config", help="print a config with every default filled in")
+    config.add_argument("config", help="YAML file")
+    config.add_argument("overrides", nargs="*", metavar="section.key=value")
+    config.set_defaults(command=print_config)
+
+    report = commands.add_parser("report", help="write report.html of runs and print their table")
+    report.add_argument("runs", nargs="+", type=Path, help="run directories")
+    report.set_defaults(command=report_runs)
+    return top
+
+
+def evaluate_run(args: argparse.Namespace) -> int:
+    from jepa_scale.train import evaluate_checkpoint, guarded
+
+    return guarded(evaluate_checkpoint, args)
+
+
+def write_reversal(args: argparse.Namespace) -> int:
+    from jepa_scale.data.reversal import generate
+    from jepa_scale.data.reversal_files import write
+
+    data = generate(args.entities_a, args.comb, args.relations, args.seed)
+    write(data, args.out)
+    counts = ", ".join(f"{len(data.facts(split)):,} {split}" for split in ("train", "atomic", "test"))
+    print(f"{args.out}: {counts} facts, vocabulary {data.vocab_size:,}")
+    return 0
+
+
+def print_config(args: argparse.Namespace) -> int:
+    from jepa_scale.build import validate
+    from jepa_scale.config import load_config, to_yaml
+
+    config = load_config(args.config, args.overrides)
+    validate(config)
+    print(to_yaml(config), end="")
+    return 0
+
+
+def report_runs(args: argparse.Namespace) -> int:
+    from jepa_scale.report import reversal_table, write_report
+
+    for run in args.runs:
+        if not (run / "metrics.jsonl").is_file():
+            raise InputError(f"{run}: not a run directory (no metrics.jsonl)")
+    pages = [write_report(run) for run in args.runs]
+    print(reversal_table(args.runs))
+    for page in pages:
+        print(f"plots: {page}  {page.parent / 'plots'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

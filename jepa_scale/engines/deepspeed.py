@@ -1,0 +1,236 @@
+"""DeepSpeed ZeRO 0, 1, 2 and 3.
+
+The package is imported when an engine is built or a config is checked, so that users of FSDP2 need not have it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jepa_scale.config import OptimConfig, find_file
+from jepa_scale.distributed import Ranks
+from jepa_scale.engines.base import Engine, EngineOptions, whole_state
+from jepa_scale.errors import InputError
+from jepa_scale.optim import build_optimizer
+
+OWNED = {
+    "train_batch_size": "train.batch_size",
+    "train_micro_batch_size_per_gpu": "train.batch_size and train.accumulation",
+    "gradient_accumulation_steps": "train.accumulation",
+    "managed_gradient_accumulation": "train.accumulation",
+    "optimizer": "the section optim",
+    "scheduler": "the section optim",
+    "zero_allow_untested_optimizer": "the section optim",
+    "zero_force_ds_cpu_optimizer": "the section optim",
+    "gradient_clipping": "optim.clip_norm",
+    "bf16": "engine.precision",
+    "bfloat16": "engine.precision",
+    "fp16": "engine.precision",
+    "amp": "engine.precision",
+    "torch_autocast": "engine.precision",
+    "prescale_gradients": "the engine, which sums gradients",
+    "gradient_predivide_factor": "the engine, which sums gradients",
+    "gradient_allreduce_op": "the engine, which sums gradients",
+    "steps_per_print": "train.log_every",
+}
+"""Keys of a DeepSpeed JSON that we fill in, and where the user sets what they mean."""
+
+TAG = "deepspeed"
+
+
+def validate_deepspeed_config(path: str | Path) -> dict[str, Any]:
+    """Read a DeepSpeed JSON and check it, before anything is built.
+
+    Raises:
+        InputError: the file is missing or no JSON object, its ``zero_optimization`` is not one that DeepSpeed accepts, or
+            it sets a key that belongs to our config. One line with the file and the key.
+    """
+    file = find_file(path, "engine.deepspeed")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{file}, line {error.lineno}: not valid JSON: {error.msg}") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{file}: must hold a JSON object, not {type(config).__name__}")
+    for key in config:
+        if key in OWNED:
+            raise InputError(f"{file}: remove the key {key!r}; it is set by {OWNED[key]}")
+    zero = config.get("zero_optimization")
+    stage = zero.get("stage") if isinstance(zero, dict) else zero
+    if not isinstance(zero, dict) or type(stage) is not int or stage not in (0, 1, 2, 3):
+        raise InputError(f"{file}: zero_optimization.stage must be 0, 1, 2 or 3, not {json.dumps(stage)}")
+    for part in ("offload_optimizer", "offload_param", "cpu_offload", "cpu_offload_param", "zenflow"):
+        if zero.get(part):
+            raise InputError(f"{file}: zero_optimization.{part}: offloading is not supported; remove the key")
+    _check_zero_section(file, zero)
+    return config
+
+
+def _check_zero_section(file: Path, zero: dict[str, Any]) -> None:
+    from pydantic import ValidationError
+
+    _import_deepspeed()
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        DeepSpeedZeroConfig(**{key: value for key, value in zero.items() if value != "auto"})
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(["zero_optimization", *map(str, first["loc"])])
+        raise InputError(f"{file}: {key}: {first['msg'][0].lower() + first['msg'][1:]}") from None
+
+
+def _import_deepspeed() -> Any:
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it looks for one, and warns
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise InputError(f"engine.name: deepspeed cannot be imported ({error}); install it or use fsdp") from None
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    if not any(f is _worth_reading for f in logger.filters):
+        logger.addFilter(_worth_reading)
+    return deepspeed
+
+
+def _worth_reading(record: logging.LogRecord) -> bool:
+    """Drops two warnings of DeepSpeed about what is so by design here: torch's AdamW, and packed batches as arguments."""
+    text = str(record.msg)
+    return "untested optimizer" not in text and "unknown inputs or outputs type" not in text
+
+
+class DeepSpeedEngine(Engine):
+    """ZeRO by DeepSpeed, with torch's AdamW on its flat fp32 partitions."""
+
+    name = "deepspeed"
+
+    def __init__(
+        self,
+        module: nn.Module,
+        groups: Sequence[dict[str, Any]],
+        optim_options: OptimConfig,
+        options: EngineOptions,
+        ranks: Ranks,
+    ):
+        assert options.deepspeed is not None, "EngineOptions.deepspeed: the DeepSpeed engine needs a JSON"
+        super().__init__(module, options, ranks)
+        config = validate_deepspeed_config(options.deepspeed)
+        self.stage = config["zero_optimization"]["stage"]
+        self.layout = f"ZeRO-{self.stage} {options.precision}"
+        self._bf16 = options.precision == "bf16"
+        # In this case DeepSpeed would clip too, but it hides the norm.
+        self._clips_itself = self.stage == 0 and not self._bf16
+
+        deepspeed = _import_deepspeed()
+        os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # it insists on it
+        if ranks.device.type == "cpu":
+            # It would compile an op for inference here, for more than a minute, if it finds ninja and a compiler: let it
+            # believe that no op can be built, which also spares the twenty processes that look for them.
+            deepspeed.ops.__compatible_ops__ = {}
+        if self.stage == 1 and self._bf16:
+            # Its optimizer for this case prints a dozen memory reports, each after a full garbage collection.
+            import deepspeed.runtime.bf16_optimizer as bf16_optimizer
+
+            bf16_optimizer.see_memory_usage = lambda *_, **__: None
+        optimizer = build_optimizer(groups, optim_options)
+        self._peak_lrs = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0  # stage 0 in bf16 takes a step with zero gradients while it is set up …
+        self.ds, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=self._filled(config), dist_init_required=False
+        )
+        optimizer.state.clear()  # … and would leave Adam's step count at 1
+        self.scale_lr(1.0)
+
+    def _filled(self, user: dict[str, Any]) -> dict[str, Any]:
+        config = dict(user)
+        config["train_micro_batch_size_per_gpu"] = 1  # used in its reports only; our batches are packed
+        config["gradient_accumulation_steps"] = self.options.accumulation
+        config["gradient_clipping"] = 0.0 if self._clips_itself else self.options.clip_norm
+        config["bf16"] = {"enabled": self._bf16}
+        config["zero_allow_untested_optimizer"] = True
+        if self.stage == 1 and self.options.accumulation > 1:
+            # Overlapping, it reduces what the last micro-batch's hooks see: a parameter that only an earlier one used
+            # would lose its gradient.
+            config["zero_optimization"] = {**config["zero_optimization"], "overlap_comm": False}
+        if self._bf16:
+            config.setdefault("communication_data_type", "fp32")
+            if self.stage > 0:
+                config.setdefault("data_types", {"grad_accum_dtype": "fp32"})
+        config.setdefault("timers", {"throughput": {"enabled": False}})  # it synchronises the device
+        return config
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.ds(*args, **kwargs)
+
+    def _backward(self, loss: Tensor, last: bool) -> None:
+        # Every stage averages over ranks and ZeRO-3 knows no other way; times the world size it is a sum again, exactly
+        # if that is a power of two. The division by the accumulation can be left out.
+        self.ds.backward(loss * self.ranks.world_size, scale_wrt_gas=False)
+        if not last:
+            self.ds.step()  # counts the micro-batch, so that the boundary falls on the last one
+
+    def _step(self) -> Tensor:
+        norm: Any = None
+        if self._clips_itself:
+            parameters = [p for p in self.module.parameters() if p.requires_grad]
+            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            if self.options.clip_norm > 0:
+                nn.utils.clip_grads_with_norm_(parameters, self.options.clip_norm, norm)
+        assert self.ds.is_gradient_accumulation_boundary()
+        self.ds.step()
+        if norm is None:
+            norm = self.ds.get_global_grad_norm()
+        if self.stage == 3:
+            # else a parameter without a gradient in the next step would get this step's again
+            self.ds.optimizer.grad_partitions_flat_buffer.zero_()
+        return torch.as_tensor(norm, dtype=torch.float32, device=self.ranks.device)
+
+    def _param_groups(self) -> list[dict[str, Any]]:
+        return self.ds.optimizer.param_groups
+
+    def save(self, directory: Path) -> None:
+        self.ds.save_checkpoint(str(directory), tag=TAG, save_latest=False)
+
+    def load(self, directory: Path) -> None:
+        path, _ = self.ds.load_checkpoint(str(directory), tag=TAG)
+        if path is None:
+            raise InputError(f"{directory}: holds no DeepSpeed checkpoint")
+
+    @torch.no_grad()
+    def full_state(self) -> dict[str, Tensor]:
+        masters = self._stage0_masters()
+        return whole_state(self.module, lambda p: self._whole(p, masters), keep=self.ranks.is_main)
+
+    def _whole(self, parameter: nn.Parameter, masters: dict[nn.Parameter, Tensor]) -> Tensor:
+        """One parameter, gathered from all ranks."""
+        if parameter in masters:
+            return masters[parameter]
+        import deepspeed
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        if self._bf16 and parameter.requires_grad and self.stage > 0:
+            return safe_get_full_fp32_param(parameter)
+        with deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
+            return parameter.detach().clone()
+
+    def _stage0_masters(self) -> dict[nn.Parameter, Tensor]:
+        """Stage 0 in bf16 keeps whole fp32 masters beside the parameters; the other stages have none to look up."""
+        if not (self._bf16 and self.stage == 0):
+            return {}
+        wrapped = self.ds.optimizer
+        return {
+            low: high
+            for lows, highs in zip(wrapped.fp16_groups, wrapped.fp32_groups, strict=True)
+            for low, high in zip(lows, highs, strict=True)
+        }

@@ -1,0 +1,118 @@
+"""FSDP2 (``torch.distributed.fsdp.fully_shard``)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from jepa_scale.config import OptimConfig
+from jepa_scale.distributed import Ranks
+from jepa_scale.engines.base import Engine, EngineOptions, compute_dtype, whole_state
+from jepa_scale.optim import build_optimizer
+
+
+class FSDPEngine(Engine):
+    """Parameters, gradients and AdamW moments sharded over all ranks as fp32 DTensors.
+
+    In bf16 the gathered parameters are bf16 and gradients are reduced in fp32. Inputs are not cast, as they are not
+    under DeepSpeed, so that a model runs on both or on neither.
+    """
+
+    name = "fsdp"
+
+    def __init__(
+        self,
+        module: nn.Module,
+        shard: Sequence[nn.Module],
+        groups: Sequence[dict[str, Any]],
+        optim_options: OptimConfig,
+        options: EngineOptions,
+        ranks: Ranks,
+    ):
+        super().__init__(module, options, ranks)
+        self.layout = f"FSDP2 {options.precision}"
+        names = {parameter: name for name, parameter in module.named_parameters()}
+        group_names = [[names[p] for p in group["params"]] for group in groups]
+
+        mesh = init_device_mesh(ranks.device.type, (ranks.world_size,), mesh_dim_names=("data",))
+        half = options.precision != "fp32"
+        policy = MixedPrecisionPolicy(
+            param_dtype=compute_dtype(options.precision) if half else None,
+            reduce_dtype=torch.float32 if half else None,
+            cast_forward_inputs=False,
+        )
+        for part in [*shard, module]:
+            fully_shard(part, mesh=mesh, mp_policy=policy)
+        for sharded_part in self._fsdp_modules():
+            # both lines together: a plain sum over ranks, on gloo too
+            sharded_part.set_gradient_divide_factor(1.0)
+            sharded_part.set_force_sum_reduction_for_comms(True)
+
+        sharded = dict(module.named_parameters())  # fully_shard has put new parameters in the module
+        groups = [
+            {**group, "params": [sharded[name] for name in of_group]}
+            for group, of_group in zip(groups, group_names, strict=True)
+        ]
+        self._trainable = [p for p in sharded.values() if p.requires_grad]
+        self.optimizer = build_optimizer(groups, optim_options)
+        self._peak_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        self._initialise_moments()
+
+    def _fsdp_modules(self) -> list[FSDPModule]:
+        return [m for m in self.module.modules() if isinstance(m, FSDPModule)]
+
+    def _initialise_moments(self) -> None:
+        """Adam's state, which torch creates in the first step: now, so that a checkpoint of step 0 is like any other."""
+        for parameter in self._trainable:
+            parameter.grad = torch.zeros_like(parameter)
+        self.scale_lr(0.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.scale_lr(1.0)
+        for state in self.optimizer.state.values():
+            state["step"].zero_()
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+    def _backward(self, loss: Tensor, last: bool) -> None:
+        loss.backward()
+
+    def _step(self) -> Tensor:
+        for parameter in self._trainable:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        norm = nn.utils.get_total_norm([p.grad for p in self._trainable if p.grad is not None])
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if self.options.clip_norm > 0:
+            nn.utils.clip_grads_with_norm_(self._trainable, self.options.clip_norm, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm.float()
+
+    def _param_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    def save(self, directory: Path) -> None:
+        model, optimizer = get_state_dict(self.module, self.optimizer)
+        dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=directory)
+
+    def load(self, directory: Path) -> None:
+        model, optimizer = get_state_dict(self.module, self.optimizer)
+        dcp.load({"model": model, "optimizer": optimizer}, checkpoint_id=directory)
+        set_state_dict(self.module, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
+
+    @torch.no_grad()
+    def full_state(self) -> dict[str, Tensor]:
+        for part in self._fsdp_modules():
+            part.reshard()  # an evaluation leaves the root's parameters gathered; `state_dict` does this by itself
+        return whole_state(self.module, lambda p: cast(DTensor, p).full_tensor(), keep=self.ranks.is_main)

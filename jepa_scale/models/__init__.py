@@ -1,0 +1,1 @@
+"""The decoder backbone: our own, or any causal language model of transformers."""

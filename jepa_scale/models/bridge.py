@@ -1,0 +1,30 @@
+"""The gated bridge: how a predicted latent re-enters the decoder (seed 000's bridge at the tap)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Bridge(nn.Module):
+    """σ(g)·B(z) with B = RMSNorm → Linear → GELU → Dropout → Linear; the caller adds it to the state that it joins.
+
+    ``gate_init`` −2 opens the gate to 0.12, so that an untrained latent hardly disturbs the decoder at first.
+    """
+
+    def __init__(
+        self, latent: int, hidden: int, inner: int | None = None, dropout: float = 0.0, gate_init: float = -2.0
+    ):
+        super().__init__()
+        inner = inner or hidden
+        self.norm = nn.RMSNorm(latent)
+        self.up = nn.Linear(latent, inner)
+        self.act = nn.GELU()
+        self.drop = nn.Dropout(dropout)
+        self.down = nn.Linear(inner, hidden)
+        self.gate = nn.Parameter(torch.full((1,), float(gate_init)))  # 1-d: FSDP2 shards no scalars
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """(n, latent) → (n, hidden)."""
+        x = self.norm(latent.to(self.up.weight.dtype))
+        return torch.sigmoid(self.gate) * self.down(self.drop(self.act(self.up(x))))

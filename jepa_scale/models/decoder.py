@@ -1,0 +1,345 @@
+"""The native decoder: pre-norm RMSNorm, SwiGLU, RoPE, optionally tied weights (row R1 of the specification).
+
+A transformers model in every respect (Auto classes, ``generate`` with a cache, ``save_pretrained``), with Llama's
+parameter names, so that whatever works on Llama by name works on it. It calls attention through transformers' registry:
+the packed path and the ordinary one are the same code.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from jepa_scale.packing import SegmentTable
+from jepa_scale.models.rotary import rotary_table, rotate
+
+
+class JepaDecoderConfig(PreTrainedConfig):
+    """Shape of the native decoder.
+
+    Llama's keys mean what they mean there; ``rope_theta`` may be given by itself (default 10,000). Of our own:
+
+    Attributes:
+        intermediate_size: inner width of the SwiGLU; ``None`` = 4 · hidden_size.
+        output_bias: whether the LM head has a bias.
+        embedding_init_std: standard deviation of the initial embeddings; ``None`` = initializer_range.
+        hidden_dropout: dropout on the output of each attention and MLP branch.
+    """
+
+    model_type = "jepa_decoder"
+    keys_to_ignore_at_inference = ("past_key_values",)
+
+    vocab_size: int = 1024
+    hidden_size: int = 256
+    intermediate_size: int = None  # type: ignore[assignment]  # resolved below
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 4
+    num_key_value_heads: int = None  # type: ignore[assignment]
+    max_position_embeddings: int = 2048
+    rope_parameters: dict[str, Any] = None  # type: ignore[assignment]
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    output_bias: bool = False
+    initializer_range: float = 0.02
+    embedding_init_std: float = None  # type: ignore[assignment]
+    hidden_dropout: float = 0.0
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.embedding_init_std is None:
+            self.embedding_init_std = self.initializer_range
+        super().__post_init__(**kwargs)
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise ValueError(
+                f"hidden_size: {self.hidden_size} must be an even multiple of "
+                f"num_attention_heads, {self.num_attention_heads}"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads: {self.num_key_value_heads} must divide "
+                f"num_attention_heads, {self.num_attention_heads}"
+            )
+        if self.rope_parameters["rope_type"] != "default":
+            raise ValueError(f"rope_type: {self.rope_parameters['rope_type']!r} is not offered; use 'default'")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+class JepaAttention(nn.Module):
+    """Causal self-attention; which kernel runs it is the config's ``_attn_implementation``."""
+
+    is_causal = True
+
+    def __init__(self, config: JepaDecoderConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.scaling = self.head_dim**-0.5
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        d, kv = config.hidden_size, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(d, d, bias=False)
+        self.k_proj = nn.Linear(d, kv, bias=False)
+        self.v_proj = nn.Linear(d, kv, bias=False)
+        self.o_proj = nn.Linear(d, d, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        readout: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, T, d) → (B, T, d) and, from the eager implementation, the weights (B, H, T, T_k).
+
+        With ``readout`` (S,), the places of the last token of each segment of a packed stream: → (1, S, d), what
+        attention gives there.
+        """
+        heads = (*x.shape[:2], -1, self.head_dim)
+        asking, angles = x, rotary
+        if readout is not None:
+            asking, angles = x[:, readout], (rotary[0][:, readout], rotary[1][:, readout])
+            kwargs["packed_queries"] = SegmentTable.from_lengths([1] * len(readout), x.device)
+        q = rotate(self.q_proj(asking).view(*asking.shape[:2], -1, self.head_dim), angles).transpose(1, 2)
+        k = rotate(self.k_proj(x).view(heads), rotary).transpose(1, 2)
+        v = self.v_proj(x).view(heads).transpose(1, 2)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        out, weights = attend(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
+        return self.o_proj(out.flatten(2)), weights
+
+
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention spelled out, with its weights. ``attention_mask`` is added to the scores."""
+    shared = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)
+    scores = query @ key.transpose(-1, -2) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = F.dropout(scores.softmax(-1, dtype=torch.float32).to(value.dtype), dropout, module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class JepaMLP(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv 2002.05202): W_down(silu(W_gate x) ⊙ W_up x)."""
+
+    def __init__(self, config: JepaDecoderConfig) -> None:
+        super().__init__()
+        d, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(d, inner, bias=False)
+        self.up_proj = nn.Linear(d, inner, bias=False)
+        self.down_proj = nn.Linear(inner, d, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class JepaDecoderLayer(GradientCheckpointingLayer):
+    """One block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: JepaDecoderConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = JepaAttention(config, layer_idx)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = JepaMLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, x: Tensor, readout: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """(B, T, d) → (B, T, d), or with ``readout`` (S,) only the rows of those places, (1, S, d)."""
+        branch, _ = self.self_attn(self.input_layernorm(x), readout=readout, **kwargs)
+        x = (x if readout is None else x[:, readout]) + self.dropout(branch)
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+
+
+class JepaLMHead(nn.Linear):
+    """Hidden states to logits. With tied weights the states are first multiplied by the learnable ``logit_scale``.
+
+    The scale lives in this module, not beside it, and is a vector of one element: ZeRO-3 gathers a parameter only for
+    the module that owns it, and FSDP2 shards no scalars.
+    """
+
+    def __init__(self, config: JepaDecoderConfig) -> None:
+        super().__init__(config.hidden_size, config.vocab_size, bias=config.output_bias)
+        self.logit_scale = nn.Parameter(torch.empty(1)) if config.tie_word_embeddings else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if self.logit_scale is None else x * self.logit_scale)
+
+
+class JepaDecoderPreTrainedModel(PreTrainedModel):
+    config_class = JepaDecoderConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["JepaDecoderLayer"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": JepaDecoderLayer, "attentions": JepaAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=self.config.initializer_range)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=self.config.embedding_init_std)
+        elif isinstance(module, nn.RMSNorm):
+            init.ones_(module.weight)
+        if isinstance(module, JepaLMHead) and module.logit_scale is not None:
+            init.constant_(module.logit_scale, self.config.hidden_size**-0.5)
+
+
+class JepaDecoderModel(JepaDecoderPreTrainedModel):
+    """Embedding, blocks and final norm: ids or embeddings to hidden states."""
+
+    def __init__(self, config: JepaDecoderConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(JepaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        readout: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """(B, T) ids or (B, T, d) embeddings → ``last_hidden_state`` (B, T, d), after the final norm.
+
+        With the packed attention: B = 1, ``position_ids`` (1, T) and ``packed=SegmentTable``; there ``readout`` (S,), the
+        places of the segments' last tokens, asks for those rows alone, (1, S, d), and saves the last block the others.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = torch.arange(seen, seen + x.shape[1], device=x.device)[None]
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=x,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        cos, sin = rotary_table(position_ids, self.config.head_dim, self.config.rope_parameters["rope_theta"])
+        rotary = cos.to(x.dtype), sin.to(x.dtype)
+        for number, layer in enumerate(self.layers, 1):
+            x = layer(
+                x,
+                readout=readout if number == len(self.layers) else None,
+                rotary=rotary,
+                attention_mask=mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+
+
+class JepaDecoderForCausalLM(JepaDecoderPreTrainedModel, GenerationMixin):
+    """The decoder with its LM head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: JepaDecoderConfig) -> None:
+        super().__init__(config)
+        self.model = JepaDecoderModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = JepaLMHead(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """As :class:`JepaDecoderModel`, with ``logits`` (B, T, V).
+
+        ``labels`` (B, T) are token ids, shifted here as in every transformers model. ``logits_to_keep``: the last n
+        positions, or an index tensor; 0 = all.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+AutoConfig.register(JepaDecoderConfig.model_type, JepaDecoderConfig)
+AutoModel.register(JepaDecoderConfig, JepaDecoderModel)
+AutoModelForCausalLM.register(JepaDecoderConfig, JepaDecoderForCausalLM)

@@ -1,0 +1,64 @@
+"""Relation-conditioned predictors: concept of the subject, relation → concept of the object.
+
+What an operator assumes decides what it can generalise. A fact and its reverse constrain the same pair of concepts, so a
+held-out reverse follows from the stated fact exactly when the operator of the inverse relation *is* the inverse of the
+operator. ``rotation`` is invertible by construction and its inverse is another rotation, which the model learns from
+the entities that have both directions (RotatE, Sun et al., arXiv 1902.10197, uses the same operator in knowledge
+graphs). ``linear`` must learn inverse matrices; ``mlp`` may fit each direction by itself and mostly does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class RotationPredictor(nn.Module):
+    """Rotates pairs of coordinates (i, i + d/2) by angles that are a linear map of the relation's embedding."""
+
+    def __init__(self, dim: int, hidden: int, relations: int):
+        super().__init__()
+        if dim % 2:
+            raise ValueError(f"a rotation needs an even concept width, not {dim}")
+        self.angles = nn.Linear(hidden, dim // 2, bias=False)
+
+    def forward(self, concept: Tensor, relation: Tensor, index: Tensor) -> Tensor:
+        """concept (n, dim), relation embedding (n, hidden), relation index (n,) int64 → (n, dim)."""
+        theta = self.angles(relation).float()
+        cos, sin = theta.cos(), theta.sin()
+        x, y = concept.float().chunk(2, dim=-1)
+        return torch.cat([x * cos - y * sin, x * sin + y * cos], dim=-1)
+
+
+class LinearPredictor(nn.Module):
+    """One matrix a relation, without bias; starts as the identity plus noise."""
+
+    def __init__(self, dim: int, hidden: int, relations: int):
+        super().__init__()
+        self.matrices = nn.Parameter(
+            torch.eye(dim).repeat(relations, 1, 1) + torch.randn(relations, dim, dim) * dim**-0.5
+        )
+
+    def forward(self, concept: Tensor, relation: Tensor, index: Tensor) -> Tensor:
+        """As :meth:`RotationPredictor.forward`."""
+        matrices = self.matrices.float()
+        every = torch.einsum("nd,rde->nre", concept.float(), matrices)  # (n, relations, dim)
+        return every.gather(1, index[:, None, None].expand(-1, 1, every.shape[-1]))[:, 0]
+
+
+class MlpPredictor(nn.Module):
+    """Linear → GELU → Linear on [concept; relation embedding], as most JEPA predictors are."""
+
+    def __init__(self, dim: int, hidden: int, relations: int):
+        super().__init__()
+        self.up = nn.Linear(dim + hidden, 4 * dim)
+        self.act = nn.GELU()
+        self.down = nn.Linear(4 * dim, dim)
+
+    def forward(self, concept: Tensor, relation: Tensor, index: Tensor) -> Tensor:
+        """As :meth:`RotationPredictor.forward`."""
+        x = torch.cat([concept.to(relation.dtype), relation], dim=-1)
+        return self.down(self.act(self.up(x))).float()
+
+
+PREDICTORS = {"rotation": RotationPredictor, "linear": LinearPredictor, "mlp": MlpPredictor}

@@ -1,0 +1,121 @@
+"""What an objective is: views made in the loader, and a module that turns a micro-batch into a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jepa_scale.config import Section
+from jepa_scale.data.draw import ViewMaker
+from jepa_scale.errors import InputError
+from jepa_scale.evaluate.answers import Answerer, LanguageModelAnswerer
+from jepa_scale.models.backbone import Backbone
+from jepa_scale.packing import PackedBatch
+
+
+class Loss(NamedTuple):  # a tuple, because the engines look for tensors in what the root module returns
+    """What one micro-batch of one rank adds to the global batch's loss.
+
+    Attributes:
+        total: 0-d float tensor with gradient. Summed over all ranks and micro-batches it *is* the loss, i.e. the
+            objective has already divided by the global counts in ``batch.totals``.
+        means: name → 0-d tensor, contributions of the same kind to logged values.
+        gauges: name → 0-d tensor, values that are the same on every rank (a temperature, a gate); the last one is logged.
+    """
+
+    total: Tensor
+    means: dict[str, Tensor] = {}
+    gauges: dict[str, Tensor] = {}
+
+
+class Objective(nn.Module):
+    """Base of every objective.
+
+    A subclass declares its ``Options`` and its ``streams``, builds its heads in ``__init__(options, backbone, data)``,
+    makes its views in :meth:`view_maker` and its loss in :meth:`loss`. Every head must be used on every rank in every
+    step, with weight zero if need be, and parameters live in sub-modules: the collectives of ZeRO-3 and FSDP2 are issued
+    by modules as they run.
+    """
+
+    Options: ClassVar[type[Section]] = Section
+    streams: ClassVar[tuple[str, ...]] = ("main",)
+    collects: bool = False
+    """Whether the loss compares samples across micro-batches; then :meth:`collect` runs first on all of them."""
+
+    def view_maker(self) -> ViewMaker:
+        """Example → views; returned as an object of its own because loader workers get a copy of it."""
+        raise NotImplementedError
+
+    def loss(self, backbone: Backbone, batch: PackedBatch, collected: list[dict[str, Tensor]], micro: int) -> Loss:
+        """Loss of micro-batch number ``micro`` of an optimizer step.
+
+        ``collected`` holds what :meth:`collect` returned for each micro-batch of the step, this one included; it is empty
+        when there is one micro-batch or when the objective does not collect.
+        """
+        raise NotImplementedError
+
+    def collect(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:
+        """What the other micro-batches need to know of this one; called without gradient, on every rank."""
+        raise NotImplementedError
+
+    def answerer(self, call: Callable[..., Any]) -> Answerer:
+        """How this objective's model answers questions at evaluation. ``call(task, *args)`` runs the task of that name
+        through the engine without gradient, on all ranks together."""
+        return LanguageModelAnswerer(call)
+
+    def next_token_logits(self, backbone: Backbone, batch: PackedBatch) -> Tensor:
+        """(S, V) fp32, the logits after each segment of the stream ``"main"``."""
+        stream = batch.streams["main"]
+        return backbone.logits(backbone.hidden(stream)[stream.last]).float()
+
+    def label_log_probs(self, backbone: Backbone, batch: PackedBatch) -> Tensor:
+        """(L,) fp32, the log-probability of each label of the stream ``"main"``, in stream order."""
+        stream = batch.streams["main"]
+        logits = backbone.logits(backbone.hidden(stream)[stream.labelled]).float()
+        wanted = stream.labels[stream.labelled]
+        return torch.log_softmax(logits, dim=-1).gather(1, wanted[:, None])[:, 0]
+
+
+class JepaModel(nn.Module):
+    """The root module that an engine shards: a backbone and an objective's heads.
+
+    Whatever runs parameters goes through :meth:`forward`, so that the engine's hooks see it.
+    """
+
+    def __init__(self, backbone: Backbone, objective: Objective):
+        super().__init__()
+        self.backbone = backbone
+        self.objective = objective
+
+    def forward(self, task: str, *args: Any, **kwargs: Any) -> Any:
+        """Run the objective's method ``task`` on the backbone and the arguments."""
+        return getattr(self.objective, task)(self.backbone, *args, **kwargs)
+
+
+def lm_loss(backbone: Backbone, hidden: Tensor, batch: PackedBatch, stream: str = "main") -> Tensor:
+    """Next-token loss of a stream as a contribution to the mean over the global batch's labels. hidden (T, d) → 0-d."""
+    packed = batch.streams[stream]
+    logits = backbone.logits(hidden[packed.labelled]).float()  # (L, V)
+    total = F.cross_entropy(logits, packed.labels[packed.labelled], reduction="sum")
+    return share(total, batch.totals["labels"])
+
+
+def share(value: Tensor, total: Tensor) -> Tensor:
+    """A sum over this micro-batch as its contribution to the mean over the global batch (0 if the batch has none)."""
+    return value / torch.clamp(total.to(value.dtype), min=1)
+
+
+def resolve_tap(tap: int, num_layers: int, key: str) -> int:
+    """``tap`` as a number of blocks from 1 to ``num_layers``; −1 is after the last block, −2 after the one before.
+
+    Raises:
+        InputError: names ``key`` when there is no such block.
+    """
+    resolved = tap if tap > 0 else num_layers + 1 + tap
+    if tap == 0 or not 1 <= resolved <= num_layers:
+        raise InputError(f"{key}: {tap} is outside the decoder's {num_layers} blocks")
+    return resolved

@@ -1,0 +1,39 @@
+"""``lm``: plain next-token prediction, the baseline of every comparison."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from jepa_scale.config import Section
+from jepa_scale.data.draw import Draw, ViewMaker
+from jepa_scale.models.backbone import Backbone
+from jepa_scale.objectives.base import Loss, Objective, lm_loss
+from jepa_scale.packing import PackedBatch, Segment, Views
+
+
+class LmOptions(Section):
+    """``lm`` has no options of its own."""
+
+
+def lm_views(example: Any, draw: Draw) -> Views:
+    """One segment an example: the question and all of the answer but its last token, from which nothing follows."""
+    tokens, labels = example.lm_sequence()
+    return Views([Segment(tokens[:-1], "text", labels=labels[:-1])])
+
+
+class LanguageModeling(Objective):
+    """Mean cross-entropy over the labels of the global batch."""
+
+    Options = LmOptions
+
+    def __init__(self, options: LmOptions, backbone: Backbone, data: Any):
+        super().__init__()
+
+    def view_maker(self) -> ViewMaker:
+        return lm_views
+
+    def loss(self, backbone: Backbone, batch: PackedBatch, collected: list[dict[str, Tensor]], micro: int) -> Loss:
+        total = lm_loss(backbone, backbone.hidden(batch.streams["main"]), batch)
+        return Loss(total, means={"loss": total.detach(), "lm_loss": total.detach()})

@@ -1,0 +1,234 @@
+"""The command line: bad input is one clear line and exit code 2; a run leaves what it promises; resume goes on."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jepa_scale import cli, train
+from jepa_scale.data.reversal import generate
+from jepa_scale.data.reversal_files import write
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def config(tmp_path):
+    values = {
+        "run": {"dir": str(tmp_path / "runs"), "name": "small"},
+        "engine": {"threads": 1},
+        "model": {"family": "native", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2},
+        "data": {"source": "reversal", "entities_a": 50, "comb": 5, "relations": 2},
+        "objective": {"name": "concept", "bridge_width": 16},
+        "optim": {"warmup_steps": 2},
+        "train": {"steps": 4, "batch_size": 16, "log_every": 2},
+        "eval": {"max_facts": 8, "rank_facts": 4},
+        "log": {"progress": False},
+    }
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def run(config, *arguments):
+    return train.main(["--config", str(config), *arguments])
+
+
+def test_a_run_leaves_what_it_promises(config, tmp_path, capsys):
+    assert run(config) == 0
+    folder = tmp_path / "runs" / "small"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["name"] == "small" and summary["steps"] == 4
+    assert summary["tokens"] > 0 and summary["tokens_per_second"] > 0
+    for split in ("train", "atomic", "test"):
+        assert {"exact_match", "mrr", "joint_nll"} <= summary["final"][split].keys()
+    assert {"loss", "jepa_loss", "lm_loss", "grad_norm"} <= summary["final"]["fit"].keys()
+    assert summary["environment"]
+    resolved = yaml.safe_load((folder / "config.yaml").read_text())
+    assert resolved["objective"]["predictor"] == "rotation"  # a default, written out
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in lines if row["split"] == "fit"] == [2, 4]
+    assert all({"step", "split", "tokens"} <= row.keys() for row in lines)
+    assert (folder / "checkpoints" / "step_00000004" / "state.json").is_file()
+    assert "<html" in (folder / "report.html").read_text()
+    assert len(list((folder / "plots").glob("*.png"))) > 3
+    assert "report.html" in capsys.readouterr().out
+
+
+def test_the_resolved_config_trains_the_same_run(config, tmp_path):
+    assert run(config, "log.report=false") == 0
+    resolved = tmp_path / "runs" / "small" / "config.yaml"
+    assert run(resolved, "run.name=again") == 0
+    rows = [(tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()[-1] for name in ("small", "again")]
+    assert rows[0] == rows[1]
+
+
+def damaged_files(folder):
+    write(generate(50, 5, 2), folder)
+    lines = (folder / "train.json").read_text().splitlines(keepends=True)
+    lines[6] = lines[6][:20] + "\n"
+    (folder / "train.json").write_text("".join(lines))
+    return folder
+
+
+def no_such_stage(folder):
+    path = folder / "zero7.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 7}}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["optim.weight_dekay=1"], "optim.weight_dekay: unknown key; did you mean 'weight_decay'?"),
+        (["train.steps=lots"], "train.steps:"),
+        (["objective.predictr=mlp"], "objective.predictr: unknown key; did you mean 'predictor'?"),
+        (["objective.name=concpt"], "objective.name: unknown objective 'concpt'"),
+        (["objective.tap_layer=5"], "objective.tap_layer: 5 is outside the decoder's 2 blocks"),
+        (["data.comb=7"], "data.comb: 7 does not divide"),
+        (["data.entities_a=51"], "data.entities_a:"),
+        (["data.sauce=x"], "data.sauce: unknown key; did you mean 'source'?"),
+        (["model.vocab_size=5"], "model.vocab_size: 5 is smaller than the data's"),
+        (["model.hidden_sise=8"], "model.hidden_sise: unknown key; did you mean 'hidden_size'?"),
+        (["train.batch_size=15", "train.accumulation=2"], "train.batch_size: 15"),
+        (["eval.max_fact=1"], "eval.max_fact: unknown key; did you mean 'max_facts'?"),
+        (["model=nowhere.yaml"], "model: no file 'nowhere.yaml'"),
+        (["engine.name=deepspeed", "engine.deepspeed=configs/ds/zero9.json"], "engine.deepspeed: no file"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(config, tmp_path, capfd, arguments, message):
+    assert run(config, *arguments) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("jepa-scale: ") and message in error
+    assert error.count("\n") == 1 and "Traceback" not in error
+    assert not (tmp_path / "runs" / "small" / "metrics.jsonl").exists()
+
+
+def test_missing_config_file(tmp_path, capfd):
+    assert run(tmp_path / "absent.yaml") == 2
+    assert "--config: no file" in capfd.readouterr().err
+
+
+def test_a_damaged_line_is_named_with_its_file(config, tmp_path, capfd):
+    folder = damaged_files(tmp_path / "facts")
+    values = yaml.safe_load(config.read_text())
+    values["data"] = {"source": "reversal", "path": str(folder)}
+    config.write_text(yaml.safe_dump(values))
+    assert run(config) == 2
+    error = capfd.readouterr().err
+    assert "train.json" in error and "line" in error and error.count("\n") == 1
+
+
+def test_a_zero_stage_that_does_not_exist(config, tmp_path, capfd):
+    path = no_such_stage(tmp_path)
+    assert run(config, "engine.name=deepspeed", f"engine.deepspeed={path}") == 2
+    error = capfd.readouterr().err
+    assert "zero7.json" in error and "stage" in error
+
+
+def test_a_run_directory_in_use_is_left_alone(config, tmp_path, capfd):
+    assert run(config, "log.report=false") == 0
+    folder = tmp_path / "runs" / "small"
+    before = {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(folder.rglob("*"))}
+    assert run(config, "run.seed=1") == 2
+    error = capfd.readouterr().err
+    assert "small" in error and "--resume auto" in error
+    assert {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(folder.rglob("*"))} == before
+
+
+def test_resume_auto_goes_on_to_more_steps_and_starts_where_there_is_nothing(config, tmp_path):
+    assert run(config, "--resume", "auto", "log.report=false") == 0
+    assert run(config, "--resume", "auto", "train.steps=6", "log.report=false") == 0
+    rows = [json.loads(x) for x in (tmp_path / "runs/small/metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows if r["split"] == "fit"] == [2, 4, 6]
+
+
+def test_resume_from_a_path_that_is_not_there(config, tmp_path, capfd):
+    assert run(config, "--resume", str(tmp_path / "nowhere")) == 2
+    assert "nowhere" in capfd.readouterr().err
+
+
+def test_options_may_stand_between_overrides(config, tmp_path):
+    assert run(config, "train.steps=2", "--resume", "auto", "log.report=false") == 0
+    assert json.loads((tmp_path / "runs/small/summary.json").read_text())["steps"] == 2
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(config, capfd):
+    assert run(config, "optim.lr=1e30", "optim.warmup_steps=0", "train.log_every=1", "train.steps=20") == 1
+    assert "lower optim.lr" in capfd.readouterr().err
+
+
+def test_eval_config_report_and_data_commands(config, tmp_path, capsys):
+    assert run(config, "log.report=false") == 0
+    runs = tmp_path / "runs" / "small"
+    assert cli.main(["eval", str(runs), "eval.max_facts=4"]) == 0
+    assert "exact_match" in capsys.readouterr().out
+    assert cli.main(["config", str(config), "optim.lr=0.5"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["optim"]["lr"] == 0.5
+    assert cli.main(["report", str(runs)]) == 0
+    assert "small" in capsys.readouterr().out
+    facts = tmp_path / "facts"
+    assert cli.main(["data", "reversal", "--out", str(facts), "--entities-a", "50", "--comb", "5"]) == 0
+    assert (facts / "train.json").is_file()
+    assert cli.main(["data", "reversal", "--out", str(facts), "--entities-a", "50", "--comb", "5"]) == 2
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert cli.main(["eval", str(tmp_path)]) == 2
+
+
+def test_files_train_as_the_generated_facts_do(config, tmp_path):
+    """The reader of seed 001's format and the generator are the same data."""
+    write(generate(50, 5, 2), tmp_path / "facts")
+    values = yaml.safe_load(config.read_text())
+    values["data"] = {"source": "reversal", "path": str(tmp_path / "facts")}
+    config.write_text(yaml.safe_dump(values))
+    assert run(config, "log.report=false", "train.steps=2") == 0
+    assert json.loads((tmp_path / "runs/small/summary.json").read_text())["final"]["fit"]["loss"] > 0
+
+
+@pytest.mark.parametrize("command", [["jepa_scale/train.py"], ["-m", "jepa_scale.cli", "train"]])
+def test_as_a_process_of_its_own(config, tmp_path, command):
+    """`python jepa_scale/train.py` puts the package's own folder on sys.path, where it must not shadow anything."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [sys.executable, *command, "--config", str(config), "log.report=false", "train.steps=2"],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "runs/small/summary.json").read_text())["steps"] == 2
+
+
+def launch(*command: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run([*command], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+
+
+LAUNCHERS = {
+    "deepspeed": ["deepspeed", "--num_gpus", "2", "--master_port", "29617"],
+    "torchrun": ["torchrun", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"],
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_real_launchers(config, tmp_path, launcher):
+    """The engine follows the launcher; the run is the same; bad input ends every rank with exit code 2."""
+    command = [*LAUNCHERS[launcher], "jepa_scale/train.py", "--config", str(config), "log.report=false"]
+    done = launch(*command)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "runs/small/summary.json").read_text())
+    expected = {"deepspeed": "ZeRO-1 fp32", "torchrun": "FSDP2 fp32"}[launcher]
+    assert summary["environment"]["engine"] == expected
+    assert summary["environment"]["world_size"] == 2
+    assert run(config, "run.name=alone", "log.report=false") == 0
+    alone = json.loads((tmp_path / "runs/alone/summary.json").read_text())
+    assert abs(alone["final"]["fit"]["loss"] - summary["final"]["fit"]["loss"]) < 1e-4
+    again = launch(*command)
+    assert again.returncode != 0
+    assert again.stderr.count("already holds a run") + again.stdout.count("already holds a run") == 1
