@@ -1,0 +1,41 @@
+"""Metrics of a split, with answerers whose answers are known."""
+
+import numpy as np
+import pytest
+import torch
+
+from jepa_scale.evaluate.reversal import EvalOptions, evaluate
+from tests.objectives.helpers import DATA
+
+
+class Knows:
+    """Speaks the right name of even relations only; ranks everything second."""
+
+    def __init__(self):
+        self.asked = []
+
+    def prepare(self, answers):
+        assert len(answers) == len(DATA.names)
+
+    def speak(self, questions, length):
+        self.asked += questions
+        return [q.answer if q.relation % 2 == 0 else (0, 0) for q in questions]
+
+    def nll(self, questions):
+        return np.full(len(questions), 0.25)
+
+    def ranks(self, questions):
+        return np.full(len(questions), 2.0)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 1000])
+@pytest.mark.parametrize("limit", [0, 13])
+def test_metrics_are_means_over_facts(batch_size, limit):
+    answerer = Knows()
+    options = EvalOptions(max_facts=limit, rank_facts=5, batch_size=batch_size)
+    results = evaluate(answerer, {"test": DATA.splits["test"]}, list(DATA.names), options, torch.device("cpu"))
+    asked = answerer.asked
+    assert len(asked) == (limit or len(DATA.splits["test"]))
+    assert len({(q.subject, q.relation) for q in asked}) == len(asked)
+    expected = sum(q.relation % 2 == 0 for q in asked) / len(asked)
+    assert results["test"] == {"exact_match": pytest.approx(expected), "mrr": 0.5, "joint_nll": 0.25}

@@ -1,0 +1,38 @@
+"""A small real backbone, data and batches for tests of objectives."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from jepa_scale.data.draw import Draw
+from jepa_scale.data.reversal import generate
+from jepa_scale.models.backbone import ModelOptions, build_backbone
+from jepa_scale.objectives.base import Objective
+from jepa_scale.packing import PackedBatch, Segment, pack, pack_stream
+
+DATA = generate(50, 5, 3)
+
+
+def backbone(seed: int = 0, **keys: Any):
+    torch.manual_seed(seed)
+    options = ModelOptions(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.3, **keys)
+    return build_backbone(options, DATA.vocab_size)
+
+
+def batch_of(objective: Objective, facts: list[Any], step: int = 0, first: int = 0) -> PackedBatch:
+    """The facts as one micro-batch that is the whole global batch."""
+    views = objective.view_maker()
+    batch = pack([views(f, Draw(0, 0, step, first + i)) for i, f in enumerate(facts)], objective.streams, step=step)
+    return with_totals(batch)
+
+
+def with_totals(batch: PackedBatch) -> PackedBatch:
+    return replace(batch, totals={name: torch.tensor(float(n)) for name, n in batch.counts.items()})
+
+
+def alone(model: Any, tokens: list[int], until: int | None = None) -> torch.Tensor:
+    """(n, d) states of one sequence by itself."""
+    return model.hidden(pack_stream([Segment(tokens, "x")]), until=until)
