@@ -96,7 +96,12 @@ def build(plan: Plan, ranks: Ranks) -> Run:
     config = plan.config
     set_threads(config, ranks)
     engine_name = resolve(config.engine.name, ranks)
-    deepspeed = find_file(config.engine.deepspeed, "engine.deepspeed") if engine_name == "deepspeed" else None
+    deepspeed = None
+    if engine_name == "deepspeed":
+        from jepa_scale.engines.deepspeed import validate_deepspeed_config
+
+        deepspeed = find_file(config.engine.deepspeed, "engine.deepspeed")
+        validate_deepspeed_config(deepspeed)  # before the data is read and the model made
 
     data = load_data(config.data)
     stream = SampleStream(

@@ -89,15 +89,15 @@ class LogConfig(Section):
 class Config(Section):
     """A whole experiment."""
 
-    run: RunConfig = Field(default_factory=RunConfig, description="Name, place and seed.")
-    engine: EngineConfig = Field(default_factory=EngineConfig, description="Who shards the model.")
+    run: RunConfig = Field(RunConfig(), description="Name, place and seed.")
+    engine: EngineConfig = Field(EngineConfig(), description="Who shards the model.")
     model: dict[str, Any] = Field(description="Backbone: a file of configs/models or its keys (jepa_scale.models).")
     data: dict[str, Any] = Field(description="Source and its options (jepa_scale.data).")
     objective: dict[str, Any] = Field(description="Objective and its options (jepa_scale.objectives).")
-    optim: OptimConfig = Field(default_factory=OptimConfig, description="Optimizer and schedule.")
-    train: TrainConfig = Field(default_factory=TrainConfig, description="Length, batch size, intervals.")
+    optim: OptimConfig = Field(OptimConfig(), description="Optimizer and schedule.")
+    train: TrainConfig = Field(TrainConfig(), description="Length, batch size, intervals.")
     eval: dict[str, Any] = Field(default_factory=dict, description="Evaluation options (jepa_scale.evaluate).")
-    log: LogConfig = Field(default_factory=LogConfig, description="Where metrics go.")
+    log: LogConfig = Field(LogConfig(), description="Where metrics go.")
 
 
 S = TypeVar("S", bound=Section)

@@ -60,18 +60,19 @@ def fit(run: Run, log: RunLog, ranks: Ranks, start: int, run_dir: Path) -> None:
 
         done = step + 1
         log.tick(done)
-        if due(done, config.train.log_every, steps):
+        evaluates, saves = due(done, config.train.eval_every, steps), due(done, config.train.save_every, steps)
+        if due(done, config.train.log_every, steps) or evaluates or saves:
             values, tokens = meter.read()
             log.fit(done, {**values, "grad_norm": float(grad_norm), "lr": engine.lr()}, tokens)
             if not math.isfinite(values["loss"]):
                 raise FloatingPointError(
                     f"step {done}: loss is {values['loss']}; lower optim.lr or optim.lr_head, or set engine.precision=fp32"
                 )
-        if due(done, config.train.eval_every, steps):
+        if evaluates:
             with log.paused():
                 for split, metrics in run.evaluate().items():
                     log.evaluated(done, split, metrics)
-        if due(done, config.train.save_every, steps):
+        if saves:
             with log.paused():
                 state = {**run.stream.state(done), **log.state()}
                 checkpoint.save(run_dir / "checkpoints", done, engine, state, keep=config.train.keep_checkpoints)

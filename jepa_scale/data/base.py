@@ -43,6 +43,10 @@ class Dataset(Protocol):
     def special(self) -> Mapping[str, Any]:
         """Token ids with a meaning, by name; which names there are depends on the source."""
 
+    @property
+    def names(self) -> Sequence[tuple[int, ...]]:
+        """Every answer that a question may have, as token ids; evaluation ranks the right one among them."""
+
     def order(self, seed: int, epoch: int, n: int) -> np.ndarray:
         """(n,) int64: the order in which an epoch goes through ``train``, n examples; a pure function."""
 

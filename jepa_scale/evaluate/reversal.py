@@ -5,7 +5,7 @@ SPEC row V7: exact match of the whole name by generation, mean reciprocal rank a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ class EvalOptions(Section):
 
 def evaluate(
     answerer: Answerer,
-    splits: dict[str, Sequence[Any]],
+    splits: Mapping[str, Sequence[Any]],
     names: Sequence[tuple[int, ...]],
     options: EvalOptions,
     device: torch.device,

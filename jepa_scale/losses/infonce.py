@@ -103,8 +103,10 @@ def contrast(
     everything, every_key = torch.cat(pools), torch.cat(pool_keys)  # (M, d), (M,)
     keep, ordered, order = first_of_each(every_key)
 
+    bar = torch.zeros(len(keep), device=keep.device).masked_fill(~keep, float("-inf"))
+
     def score(q: Tensor, q_keys: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        logits = (q @ everything.T * s).masked_fill(~keep, float("-inf"))  # (n, M)
+        logits = torch.addmm(bar, q * s, everything.T)  # (n, M): scale and exclusion cost no pass over it of their own
         return logits, places_of(q_keys, ordered, order)
 
     logits, right = score(queries, query_keys, scale)

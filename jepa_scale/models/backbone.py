@@ -125,6 +125,9 @@ class Backbone(nn.Module):
         return self._run(self.embed(stream.input_ids), stream, until, readout=stream.last)
 
     def _run(self, x: Tensor, stream: PackedStream, until: int | None, **extras: Tensor) -> Tensor:
+        limit = getattr(self.decoder.config, "max_position_embeddings", None)
+        if limit is not None and (longest := stream.table.max_seqlen) > limit:
+            raise ValueError(f"a segment of {longest} tokens: the model is made for {limit} (max_position_embeddings)")
         with self._cut(until):
             out = self.decoder.base_model(
                 inputs_embeds=x[None],

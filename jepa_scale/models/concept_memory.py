@@ -11,11 +11,15 @@ own, and training looks it up instead of searching for it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+Embed = Callable[[Tensor], Tensor]
+"""(m,) token ids → (m, hidden) embeddings."""
 
 
 class ConceptMemory(nn.Module):
@@ -25,6 +29,8 @@ class ConceptMemory(nn.Module):
         names: the known names, token ids; a name's place in the list is its slot.
         dim: width of a value (a concept).
     """
+
+    names: Tensor
 
     def __init__(self, names: Sequence[tuple[int, ...]], dim: int):
         super().__init__()
@@ -37,12 +43,12 @@ class ConceptMemory(nn.Module):
         """(n,) int64 → (n, dim) values."""
         return self.values(slots)
 
-    def key(self, slots: Tensor, embed: nn.Module) -> Tensor:
-        """(n,) int64 → (n, hidden) unit-RMS keys; ``embed`` maps (m,) token ids to (m, hidden)."""
+    def key(self, slots: Tensor, embed: Embed) -> Tensor:
+        """(n,) int64 → (n, hidden) unit-RMS keys."""
         return name_key(self.names[slots], embed)
 
 
-def name_key(names: Tensor, embed: nn.Module) -> Tensor:
+def name_key(names: Tensor, embed: Embed) -> Tensor:
     """(n, longest) token ids, −1 fills up → (n, hidden) unit-RMS keys.
 
     Token t of a name enters rotated by t/longest of the width, so that "first, last" differs from "last, first" and the

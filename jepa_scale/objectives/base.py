@@ -42,7 +42,7 @@ class Objective(nn.Module):
     """
 
     Options: ClassVar[type[Section]] = Section
-    streams: ClassVar[tuple[str, ...]] = ("main",)
+    streams: tuple[str, ...] = ("main",)
     collects: bool = False
     """Whether the loss compares samples across micro-batches; then :meth:`collect` runs first on all of them."""
 

@@ -226,6 +226,9 @@ class Concept(Objective):
     def say_logits(self, backbone: Backbone, batch: PackedBatch, concepts: Tensor, slots: Tensor | None) -> Tensor:
         """(L, V) fp32: logits at the labelled places of the stream ``say``, its n segments spoken from ``concepts``
         (n, dim), or from the keys of ``slots`` (n,) when there is a memory."""
-        latents = concepts if self.memory is None else self.memory.key(slots, backbone.embed)
+        latents = concepts
+        if self.memory is not None:
+            assert slots is not None
+            latents = self.memory.key(slots, backbone.embed)
         hidden = self.spoken(backbone, latents, batch)
         return backbone.logits(hidden[batch.streams["say"].labelled]).float()

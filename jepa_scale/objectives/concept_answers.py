@@ -28,7 +28,8 @@ class NamePair:
 class NameViews(Protocol):
     """The view maker's part that evaluation needs."""
 
-    relations: dict[int, int]
+    @property
+    def relations(self) -> dict[int, int]: ...
 
     def names(self, fact: Any) -> Views: ...
 

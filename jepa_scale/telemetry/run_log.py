@@ -15,6 +15,7 @@ import yaml
 
 from jepa_scale.config import LogConfig
 from jepa_scale.distributed import Ranks
+from jepa_scale.table import format_number
 from jepa_scale.telemetry import records
 from jepa_scale.telemetry.environment import describe_environment
 from jepa_scale.telemetry.loggers import Loggers, start_loggers
@@ -152,6 +153,9 @@ class RunLog:
         """A row of an evaluation split, made with the parameters after optimizer step ``step``."""
         assert split != FIT, f"{FIT!r} is the split of training rows"
         self._write(step, split, values)
+        if self._progress is not None:
+            shown = "  ".join(f"{name} {format_number(records.clean(value))}" for name, value in values.items())
+            self._progress.note(f"{self.name}  step {step}  {split:8} {shown}")
 
     def paused(self) -> Any:
         """``with log.paused():`` around what is not training."""

@@ -25,7 +25,9 @@ def reference(model, options):
         for i, token in enumerate(fact.object):
             lm.append(F.cross_entropy(model.logits(states)[len(question) - 1 + i], torch.tensor(token)))
         if fact.kind == "train":
-            inverse = fact.relation + 1 if (fact.relation - DATA.special["relations"][0]) % 2 == 0 else fact.relation - 1
+            inverse = (
+                fact.relation + 1 if (fact.relation - DATA.special["relations"][0]) % 2 == 0 else fact.relation - 1
+            )
             back = alone(model, [*fact.object, inverse, fact.mask, *fact.subject])
             pairs.append((states[-1], back[-1]))
     a, b = torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs])
