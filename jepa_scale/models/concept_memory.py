@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 Embed = Callable[[Tensor], Tensor]
 """(m,) token ids → (m, hidden) embeddings."""
 

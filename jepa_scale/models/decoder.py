@@ -24,8 +24,8 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from jepa_scale.packing import SegmentTable
 from jepa_scale.models.rotary import rotary_table, rotate
+from jepa_scale.packing import SegmentTable
 
 
 class JepaDecoderConfig(PreTrainedConfig):
