@@ -1,0 +1,37 @@
+"""Every shipped experiment: it validates, its keys are explained, and it says how to be run."""
+
+from pathlib import Path
+
+import pytest
+
+from jepa_scale.build import validate
+from jepa_scale.config import load_config
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+EXPERIMENTS = sorted(CONFIGS.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
+def test_experiment_validates(path):
+    assert validate(load_config(path)).config.run.name == path.stem
+
+
+@pytest.mark.parametrize("path", [*EXPERIMENTS, *sorted(CONFIGS.glob("models/*.yaml"))], ids=lambda p: p.stem)
+def test_every_key_is_explained(path):
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        key, _, value = line.partition(":")
+        if key.strip() and not key.lstrip().startswith("#") and value.split("#")[0].strip():
+            assert "#" in value, f"{path.name}, line {number}: {key.strip()} has no comment"
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
+def test_an_experiment_names_its_command(path):
+    assert f"--config configs/{path.name}" in path.read_text()
+
+
+def test_baselines_differ_from_the_concept_run_in_the_objective_alone():
+    """Same data, seed, backbone and optimizer: otherwise the table compares nothing."""
+    plain = {name: load_config(CONFIGS / f"{name}.yaml").model_dump() for name in ("reversal", "reversal_lm", "reversal_two_view")}
+    for values in plain.values():
+        values.pop("objective"), values["run"].pop("name")
+    assert plain["reversal"] == plain["reversal_lm"] == plain["reversal_two_view"]
