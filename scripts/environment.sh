@@ -3,12 +3,12 @@
 # PYTHON           interpreter to make .venv with (default python3; 3.11 or newer)
 # TORCH_INDEX_URL  where to take torch from, if not the default index: on a Linux machine without a GPU, PyTorch's
 #                  install page names an index of CPU builds that saves several GB
-# EXTRAS           extras to install (default: test)
+# EXTRAS           extras to install (default: dev)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=${PYTHON:-python3}
-extras=${EXTRAS:-test}
+extras=${EXTRAS:-dev}
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
   echo "jepa_scale needs Python 3.11 or newer; set PYTHON to one ($python is $("$python" --version 2>&1))" >&2
   exit 2

@@ -2,7 +2,6 @@
 # Breaks the reversal curse: trains `lm` and `concept` on the same facts, seed and backbone, and compares them.
 # Leaves runs/reversal_lm and runs/reversal. Arguments are overrides for both runs, e.g. run.seed=1.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-export DS_ACCELERATOR=${DS_ACCELERATOR:-$(command -v nvidia-smi >/dev/null && echo cuda || echo cpu)}
 
 for config in reversal_lm reversal; do
   rm -rf "runs/$config"
