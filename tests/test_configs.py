@@ -31,7 +31,10 @@ def test_an_experiment_names_its_command(path):
 
 def test_baselines_differ_from_the_concept_run_in_the_objective_alone():
     """Same data, seed, backbone and optimizer: otherwise the table compares nothing."""
-    plain = {name: load_config(CONFIGS / f"{name}.yaml").model_dump() for name in ("reversal", "reversal_lm", "reversal_two_view")}
+    plain = {
+        name: load_config(CONFIGS / f"{name}.yaml").model_dump()
+        for name in ("reversal", "reversal_lm", "reversal_two_view")
+    }
     for values in plain.values():
         values.pop("objective"), values["run"].pop("name")
     assert plain["reversal"] == plain["reversal_lm"] == plain["reversal_two_view"]
