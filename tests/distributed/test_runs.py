@@ -54,7 +54,7 @@ def config_file(folder: Path, objective: str, engine: str, accumulation: int = 1
         "objective": OBJECTIVES[objective],
         "optim": {"lr": 3e-3, "lr_head": 5e-3, "weight_decay": 0.02, "warmup_steps": 3, "clip_norm": 0.5},
         "train": {"steps": STEPS, "batch_size": 16, "accumulation": accumulation, "log_every": 1, **train},
-        "eval": {"max_facts": 10, "rank_facts": 5},
+        "eval": {"max_facts": 11, "rank_facts": 5, "batch_size": 4},
         "log": {"progress": False, "report": False},
     }
     path = folder / f"{values['run']['name']}.yaml"
@@ -125,6 +125,10 @@ def test_loss_curve_does_not_depend_on_engine_world_size_or_accumulation(referen
             expected = curve(reference, name.partition("-")[0], column)
             difference = (curve(tmp_path, name, column) - expected).abs().max()
             assert difference < tolerance, f"{name}, world size {world_size}: {column} differs by {difference}"
+        for split in ("train", "atomic", "test"):  # ranks share the questions; odd ones out must not count twice
+            expected, got = (rows(f, n, split)[-1] for f, n in ((reference, name.partition("-")[0]), (tmp_path, name)))
+            assert abs(got["joint_nll"] - expected["joint_nll"]) < 1e-2, name
+            assert abs(got["mrr"] - expected["mrr"]) < 0.02, name
 
 
 def test_training_learns_and_evaluates(reference):

@@ -1,0 +1,80 @@
+"""The small reversal table: every objective and predictor, several seeds, mean and range.
+
+    python benchmarks/reversal.py --seeds 5 --json benchmarks/results/reversal.json
+
+Each run is a process of its own, of the configs as shipped; a seed changes the data, the weights and the order. Runs
+that are already complete in --dir are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+from jepa_scale.table import text_table  # noqa: E402
+from jepa_scale.telemetry import load_run  # noqa: E402
+
+GPT2 = "model=configs/models/reversal_gpt2.yaml"
+CASES: dict[str, tuple[list[str], int | None]] = {  # name → (arguments, seeds at the most)
+    "lm": (["--config", "configs/reversal_lm.yaml"], None),
+    "two_view": (["--config", "configs/reversal_two_view.yaml"], None),
+    "concept": (["--config", "configs/reversal.yaml"], None),
+    "linear": (["--config", "configs/reversal.yaml", "objective.predictor=linear"], 3),
+    "mlp": (["--config", "configs/reversal.yaml", "objective.predictor=mlp"], 3),
+    "gpt2": (["--config", "configs/reversal.yaml", GPT2], 1),
+    "gpt2_lm": (["--config", "configs/reversal_lm.yaml", GPT2], 1),
+}
+COLUMNS = [("train", "exact_match"), ("atomic", "exact_match"), ("test", "exact_match"), ("test", "mrr")]
+
+
+def run(folder: Path, case: str, seed: int, threads: int) -> Path:
+    """Train one run, unless it is there."""
+    target = folder / f"{case}_{seed}"
+    if not (target / "summary.json").is_file():
+        arguments = [*CASES[case][0], f"run.dir={folder}", f"run.name={case}_{seed}", f"run.seed={seed}"]
+        arguments += [f"data.seed={seed}", f"engine.threads={threads}", "train.eval_every=0", "log.report=false"]
+        print(case, seed, flush=True)
+        subprocess.run([sys.executable, "jepa_scale/train.py", *arguments], cwd=REPOSITORY, check=True)
+    return target
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
+    parser.add_argument("--dir", type=Path, default=Path("runs/benchmark_reversal"))
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads a run; 0 = all cores")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+
+    rows: list[dict[str, Any]] = []
+    table: list[list[str]] = []
+    machine: dict[str, Any] = {}
+    for case in args.cases:
+        seeds = range(min(args.seeds, CASES[case][1] or args.seeds))
+        records = [load_run(run(args.dir.resolve(), case, seed, args.threads)) for seed in seeds]
+        machine = records[0].summary["environment"]
+        cells = [case, str(len(records))]
+        for split, metric in COLUMNS:
+            values = [float(record.summary["final"][split][metric]) for record in records]
+            mean, low, high = statistics.fmean(values), min(values), max(values)
+            name = f"{case}/{split}/{metric}"
+            rows.append({"name": name, "value": mean, "unit": "", "min": low, "max": high, "n": len(values)})
+            cells.append(f"{mean:.3f} ({low:.3f} to {high:.3f})")
+        table.append(cells)
+    print(text_table(["run", "seeds", *[f"{split} {metric}" for split, metric in COLUMNS]], table))
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
