@@ -41,7 +41,8 @@ def main() -> None:
     for row in rows:
         print(f"{row['name']:32} {row['value']:.4f} {row['unit']}")
     if args.json:
-        machine = {**record.summary["environment"], "config": record.config}
+        config = {section: values for section, values in record.config.items() if section != "run"}
+        machine = {**record.summary["environment"], "seed": record.config["run"]["seed"], "config": config}
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
     if args.png:

@@ -11,6 +11,7 @@ import argparse
 import math
 import os
 import sys
+import time
 import traceback
 from dataclasses import replace
 from pathlib import Path
@@ -164,6 +165,8 @@ def guarded(command, args: argparse.Namespace) -> int:
     except InputError as error:
         if os.environ.get("RANK", "0") == "0":  # every rank found the same
             print(f"jepa-scale: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(2)  # a launcher ends all ranks when the first one goes: let rank 0 speak
         return 2
     except Exception:
         traceback.print_exc()
