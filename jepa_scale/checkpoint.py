@@ -63,6 +63,18 @@ def save(directory: Path, step: int, engine: Engine, state: dict[str, Any], keep
     return final
 
 
+def read_header(path: Path) -> dict[str, Any]:
+    """``step``, ``engine``, ``layout``, ``world_size`` and ``state`` of a checkpoint.
+
+    Raises:
+        InputError: it is not complete.
+    """
+    try:
+        return json.loads((path / "state.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: not a complete checkpoint: state.json: {error}") from None
+
+
 def load(path: Path, engine: Engine) -> dict[str, Any]:
     """Restore the engine and this rank's random number generators; returns the ``state`` that was saved. Collective.
 

@@ -89,10 +89,9 @@ def report_runs(args: argparse.Namespace) -> int:
     for run in args.runs:
         if not (run / "metrics.jsonl").is_file():
             raise InputError(f"{run}: not a run directory (no metrics.jsonl)")
-    pages = [write_report(run) for run in args.runs]
+    for run in args.runs:
+        write_report(run)
     print(reversal_table(args.runs))
-    for page in pages:
-        print(f"plots: {page}  {page.parent / 'plots'}")
     return 0
 
 

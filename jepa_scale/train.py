@@ -137,6 +137,7 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
     found = checkpoint.find(args.run, args.checkpoint)
     if found is None:
         raise InputError(f"{args.run}: has no checkpoint to evaluate")
+    config.engine.name = checkpoint.read_header(found)["engine"]  # whatever launcher it was that trained
     run = build(validate(config), ranks)
     checkpoint.load(found, run.engine)
     results = run.evaluate()

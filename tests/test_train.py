@@ -179,6 +179,19 @@ def test_eval_config_report_and_data_commands(config, tmp_path, capsys):
     assert cli.main(["eval", str(tmp_path)]) == 2
 
 
+def test_eval_takes_the_engine_that_wrote_the_checkpoint(config, tmp_path, capsys):
+    """Trained under DeepSpeed's launcher, evaluated from a shell."""
+    assert run(config, "engine.name=deepspeed", "log.report=false", "train.steps=2") == 0
+    runs = tmp_path / "runs" / "small"
+    resolved = yaml.safe_load((runs / "config.yaml").read_text())
+    resolved["engine"]["name"] = "auto"
+    (runs / "config.yaml").write_text(yaml.safe_dump(resolved))
+    assert cli.main(["eval", str(runs)]) == 0
+    printed = capsys.readouterr().out
+    row = json.loads((runs / "metrics.jsonl").read_text().splitlines()[-1])
+    assert f"test     exact_match {row['exact_match']:.4f}  mrr {row['mrr']:.4f}" in printed
+
+
 def test_files_train_as_the_generated_facts_do(config, tmp_path):
     """The reader of seed 001's format and the generator are the same data."""
     write(generate(50, 5, 2), tmp_path / "facts")
