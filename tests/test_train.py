@@ -179,19 +179,6 @@ def test_eval_config_report_and_data_commands(config, tmp_path, capsys):
     assert cli.main(["eval", str(tmp_path)]) == 2
 
 
-def test_eval_takes_the_engine_that_wrote_the_checkpoint(config, tmp_path, capsys):
-    """Trained under DeepSpeed's launcher, evaluated from a shell."""
-    assert run(config, "engine.name=deepspeed", "log.report=false", "train.steps=2") == 0
-    runs = tmp_path / "runs" / "small"
-    resolved = yaml.safe_load((runs / "config.yaml").read_text())
-    resolved["engine"]["name"] = "auto"
-    (runs / "config.yaml").write_text(yaml.safe_dump(resolved))
-    assert cli.main(["eval", str(runs)]) == 0
-    printed = capsys.readouterr().out
-    row = json.loads((runs / "metrics.jsonl").read_text().splitlines()[-1])
-    assert f"test     exact_match {row['exact_match']:.4f}  mrr {row['mrr']:.4f}" in printed
-
-
 def test_files_train_as_the_generated_facts_do(config, tmp_path):
     """The reader of seed 001's format and the generator are the same data."""
     write(generate(50, 5, 2), tmp_path / "facts")
@@ -245,3 +232,18 @@ def test_real_launchers(config, tmp_path, launcher):
     again = launch(*command)
     assert again.returncode != 0
     assert again.stderr.count("already holds a run") + again.stdout.count("already holds a run") == 1
+
+
+def test_eval_takes_the_engine_that_wrote_the_checkpoint(config, tmp_path):
+    """Trained by DeepSpeed, evaluated from a shell, where `auto` would mean FSDP2."""
+    train_file = [sys.executable, "jepa_scale/train.py", "--config", str(config)]
+    done = launch(*train_file, "engine.name=deepspeed", "log.report=false", "train.steps=2")
+    assert done.returncode == 0, done.stderr
+    runs = tmp_path / "runs" / "small"
+    resolved = yaml.safe_load((runs / "config.yaml").read_text())
+    resolved["engine"]["name"] = "auto"
+    (runs / "config.yaml").write_text(yaml.safe_dump(resolved))
+    done = launch(sys.executable, "-m", "jepa_scale.cli", "eval", str(runs))
+    assert done.returncode == 0, done.stderr
+    row = json.loads((runs / "metrics.jsonl").read_text().splitlines()[-1])
+    assert f"test     exact_match {row['exact_match']:.4f}  mrr {row['mrr']:.4f}" in done.stdout
