@@ -124,7 +124,8 @@ class JepaAttention(nn.Module):
         asking, angles = x, rotary
         if readout is not None:
             asking, angles = x[:, readout], (rotary[0][:, readout], rotary[1][:, readout])
-            kwargs["packed_queries"] = SegmentTable.from_lengths([1] * len(readout), x.device)
+            ones = torch.arange(len(readout) + 1, dtype=torch.int32, device=x.device)  # made there: no copy to wait for
+            kwargs["packed_queries"] = SegmentTable(ones, (1,) * len(readout))
         q = rotate(self.q_proj(asking).view(*asking.shape[:2], -1, self.head_dim), angles).transpose(1, 2)
         k = rotate(self.k_proj(x).view(heads), rotary).transpose(1, 2)
         v = self.v_proj(x).view(heads).transpose(1, 2)
