@@ -77,10 +77,8 @@ def validate(config: Config) -> Plan:
     data = parse_data(config.data)
     model = parse_section(ModelOptions, config.model, "model")
     evaluation = parse_section(EvalOptions, config.eval, "eval")
-    config.objective = {"name": name, **objective.model_dump(mode="json")}
-    config.data = data.model_dump(mode="json", exclude_unset=True)
-    config.model = model.model_dump(mode="json", exclude_unset=True)
-    config.eval = evaluation.model_dump(mode="json")
+    config.objective = {"name": name, **objective.resolved()}
+    config.data, config.model, config.eval = data.resolved(), model.resolved(), evaluation.resolved()
     return Plan(config, data, model, cls, objective, evaluation)
 
 

@@ -24,6 +24,10 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
 
+    def resolved(self) -> dict[str, Any]:
+        """All keys that mean something, defaults filled in, as plain YAML values; they load again as the same section."""
+        return self.model_dump(mode="json", exclude_none=True)
+
 
 class RunConfig(Section):
     name: str = Field("", description="Name of the run; empty = the config's file name.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -12,6 +12,8 @@ from jepa_scale.data.base import DataOptions
 from jepa_scale.data.reversal import ReversalData, generate
 from jepa_scale.data.reversal_files import read
 from jepa_scale.errors import InputError
+
+GENERATOR_KEYS = {"entities_a", "comb", "relations", "seed"}
 
 
 class ReversalOptions(DataOptions):
@@ -31,6 +33,11 @@ class ReversalOptions(DataOptions):
         None, ge=0, description="With path: finds inverses by parity from this id, whatever vocab.json names."
     )
 
+    def resolved(self) -> dict[str, Any]:
+        """Without the generator's keys when the facts are read from files."""
+        values = super().resolved()
+        return values if self.path is None else {k: v for k, v in values.items() if k not in GENERATOR_KEYS}
+
 
 def load(options: ReversalOptions) -> ReversalData:
     """Generate or read the facts.
@@ -43,7 +50,7 @@ def load(options: ReversalOptions) -> ReversalData:
         if options.first_relation_token_id is not None:
             raise InputError("data.first_relation_token_id: has a meaning only for files; set data.path or remove it")
         return _arrange(generate(options.entities_a, options.comb, options.relations, options.seed), options)
-    unused = sorted(given & {"entities_a", "comb", "relations", "seed"})
+    unused = sorted(given & GENERATOR_KEYS)
     if unused:
         raise InputError(f"data.{unused[0]}: has no meaning for facts read from data.path; remove one of them")
     folder = find_file(f"{options.path}/train.json", "data.path").parent

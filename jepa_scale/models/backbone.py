@@ -60,6 +60,12 @@ class ModelOptions(Section):
     pretrained: str | None = Field(None, description="huggingface: hub name or local folder to load weights from.")
     trust_remote_code: bool = Field(False, description="huggingface: run the model code that comes with `pretrained`.")
 
+    def resolved(self) -> dict[str, Any]:
+        """The keys of this family."""
+        values = super().resolved()
+        foreign = (_HUGGINGFACE_KEYS if self.family == "native" else values.keys() - _HUGGINGFACE_KEYS) - _SHARED_KEYS
+        return {key: value for key, value in values.items() if key not in foreign}
+
 
 class Backbone(nn.Module):
     """A decoder that runs packed streams.
