@@ -144,8 +144,12 @@ def test_a_run_directory_in_use_is_left_alone(config, tmp_path, capfd):
 def test_resume_auto_goes_on_to_more_steps_and_starts_where_there_is_nothing(config, tmp_path):
     assert run(config, "--resume", "auto", "log.report=false") == 0
     assert run(config, "--resume", "auto", "train.steps=6", "log.report=false") == 0
-    rows = [json.loads(x) for x in (tmp_path / "runs/small/metrics.jsonl").read_text().splitlines()]
+    folder = tmp_path / "runs" / "small"
+    rows = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows if r["split"] == "fit"] == [2, 4, 6]
+    before = json.loads((folder / "summary.json").read_text())["final"]
+    assert run(config, "--resume", "auto", "train.steps=6", "log.report=false") == 0  # nothing is left to do
+    assert json.loads((folder / "summary.json").read_text())["final"] == before
 
 
 def test_resume_from_a_path_that_is_not_there(config, tmp_path, capfd):

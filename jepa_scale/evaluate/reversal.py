@@ -34,18 +34,21 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """Metrics by split: ``exact_match``, ``mrr``, ``joint_nll`` (nats a name). Collective; the same result on every rank.
 
-    The facts of a split are dealt out to the ranks; every rank makes the same number of calls, the last ones padded with
-    a repeated fact of weight zero.
+    A spoken name is read as far as the right one is long. A split without facts has no metrics. The facts are dealt out
+    to the ranks; every rank makes the same number of calls, the last ones padded with a repeated fact of weight zero.
     """
     answerer.prepare(names)
+    length = max(len(name) for name in names)  # the same on every rank: each token spoken is a collective call
     results: dict[str, dict[str, float]] = {}
     for split, facts in splits.items():
+        if not len(facts):
+            continue
         chosen = np.random.default_rng(0).permutation(len(facts))  # the same choice in every run
         chosen = chosen[: options.max_facts] if options.max_facts else chosen
         ranked = chosen[: options.rank_facts] if options.rank_facts else chosen
         sums = np.zeros(5)
         for questions, weight in _batches(facts, chosen, options.batch_size):
-            spoken = answerer.speak(questions, length=max(len(q.answer) for q in questions))
+            spoken = answerer.speak(questions, length)
             right = [s[: len(q.answer)] == tuple(q.answer) for s, q in zip(spoken, questions, strict=True)]
             sums[0] += (weight * np.array(right)).sum()
             sums[1] += (weight * answerer.nll(questions)).sum()

@@ -18,6 +18,7 @@ class Knows:
         assert len(answers) == len(DATA.names)
 
     def speak(self, questions, length):
+        assert length == 2
         self.asked += questions
         return [q.answer if q.relation % 2 == 0 else (0, 0) for q in questions]
 
@@ -39,3 +40,9 @@ def test_metrics_are_means_over_facts(batch_size, limit):
     assert len({(q.subject, q.relation) for q in asked}) == len(asked)
     expected = sum(q.relation % 2 == 0 for q in asked) / len(asked)
     assert results["test"] == {"exact_match": pytest.approx(expected), "mrr": 0.5, "joint_nll": 0.25}
+
+
+def test_a_split_without_facts_has_no_metrics():
+    splits = {"test": DATA.splits["test"], "train": DATA.splits["train"][:0]}
+    results = evaluate(Knows(), splits, list(DATA.names), EvalOptions(), torch.device("cpu"))
+    assert results.keys() == {"test"}
