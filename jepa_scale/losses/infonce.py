@@ -89,7 +89,22 @@ def contrast(
         collected: :func:`collect_contrast` of every micro-batch of the step, this one included; empty or None when the
             step has one micro-batch. ``micro``: which of them this is.
     """
-    queries, candidates, scale = queries.float(), candidates.float(), scale.float()
+    with torch.autocast(queries.device.type, enabled=False):
+        return _contrast(
+            queries.float(), query_keys, candidates.float(), keys, scale.float(), capacity, collected or [], micro
+        )
+
+
+def _contrast(
+    queries: Tensor,
+    query_keys: Tensor,
+    candidates: Tensor,
+    keys: Tensor,
+    scale: Tensor,
+    capacity: int,
+    collected: list[dict[str, Tensor]],
+    micro: int,
+) -> Contrast:
     here = all_gather_rows_with_grad(pad_rows(candidates, capacity))  # (world·capacity, d)
     here_keys = all_gather_rows(pad_rows(keys, capacity, NO_KEY))
     pools, pool_keys = [here], [here_keys]

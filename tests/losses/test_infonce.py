@@ -103,3 +103,13 @@ def test_micro_batches_change_neither_loss_nor_gradient(micros, per_micro, seed)
     torch.testing.assert_close(total, whole.detach())
     for got, want in zip([p.grad for p in (table, guesses, scale)], expected, strict=True):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
+def test_half_precision_is_computed_in_fp32_even_under_autocast():
+    queries, candidates = unit(6, 8).bfloat16(), unit(6, 8, seed=1).bfloat16()
+    keys = torch.arange(6)
+    expected = contrast(queries.float(), keys, candidates.float(), keys, SCALE, capacity=6).losses
+    with torch.autocast("cpu", torch.bfloat16):
+        got = contrast(queries, keys, candidates, keys, SCALE, capacity=6).losses
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
