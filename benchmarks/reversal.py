@@ -25,7 +25,7 @@ from jepa_scale.telemetry import load_run  # noqa: E402
 GPT2 = "model=configs/models/reversal_gpt2.yaml"
 CASES: dict[str, tuple[list[str], int | None]] = {  # name → (arguments, seeds at the most)
     "lm": (["--config", "configs/reversal_lm.yaml"], None),
-    "two_view": (["--config", "configs/reversal_two_view.yaml"], 2),
+    "two_view": (["--config", "configs/reversal_two_view.yaml"], None),
     "concept": (["--config", "configs/reversal.yaml"], None),
     "linear": (["--config", "configs/reversal.yaml", "objective.predictor=linear"], 2),
     "mlp": (["--config", "configs/reversal.yaml", "objective.predictor=mlp"], 2),
