@@ -6,16 +6,17 @@ import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from jepa_scale.config import Config, Section, find_file, parse_section
+from jepa_scale.config import Config, Section, parse_section
 from jepa_scale.data import DataOptions, load_data, parse_data
 from jepa_scale.data.loader import Loader
 from jepa_scale.data.stream import SampleStream
 from jepa_scale.distributed import Ranks
-from jepa_scale.engines import create_engine, resolve
+from jepa_scale.engines import check_engine, create_engine, resolve
 from jepa_scale.engines.base import Engine, EngineOptions
 from jepa_scale.errors import InputError
 from jepa_scale.evaluate.reversal import EvalOptions, evaluate
@@ -94,12 +95,7 @@ def build(plan: Plan, ranks: Ranks) -> Run:
     config = plan.config
     set_threads(config, ranks)
     engine_name = resolve(config.engine.name, ranks)
-    deepspeed = None
-    if engine_name == "deepspeed":
-        from jepa_scale.engines.deepspeed import validate_deepspeed_config
-
-        deepspeed = find_file(config.engine.deepspeed, "engine.deepspeed")
-        validate_deepspeed_config(deepspeed)  # before the data is read and the model made
+    check_engine(engine_name, config.engine.deepspeed)  # before the data is read and the model made
 
     data = load_data(config.data)
     stream = SampleStream(
@@ -127,7 +123,7 @@ def build(plan: Plan, ranks: Ranks) -> Run:
             precision=config.engine.precision,
             clip_norm=config.optim.clip_norm,
             accumulation=config.train.accumulation,
-            deepspeed=deepspeed,
+            deepspeed=Path(config.engine.deepspeed),
         ),
         ranks=ranks,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -27,6 +28,18 @@ def resolve(name: str, ranks: Ranks) -> str:
     if name not in NAMES:
         raise InputError(f"engine.name: unknown engine {name!r}; one of auto, {', '.join(NAMES)}")
     return name
+
+
+def check_engine(name: str, deepspeed: str | Path) -> None:
+    """Look at what the engine will need, before anything is built.
+
+    Raises:
+        InputError: ``deepspeed`` is not a JSON that the DeepSpeed engine can use (FSDP2 doesn't read it).
+    """
+    if name == "deepspeed":
+        from jepa_scale.engines.deepspeed import validate_deepspeed_config
+
+        validate_deepspeed_config(deepspeed)
 
 
 def create_engine(

@@ -89,22 +89,7 @@ def contrast(
         collected: :func:`collect_contrast` of every micro-batch of the step, this one included; empty or None when the
             step has one micro-batch. ``micro``: which of them this is.
     """
-    with torch.autocast(queries.device.type, enabled=False):
-        return _contrast(
-            queries.float(), query_keys, candidates.float(), keys, scale.float(), capacity, collected or [], micro
-        )
-
-
-def _contrast(
-    queries: Tensor,
-    query_keys: Tensor,
-    candidates: Tensor,
-    keys: Tensor,
-    scale: Tensor,
-    capacity: int,
-    collected: list[dict[str, Tensor]],
-    micro: int,
-) -> Contrast:
+    queries, candidates, scale = queries.float(), candidates.float(), scale.float()
     here = all_gather_rows_with_grad(pad_rows(candidates, capacity))  # (world·capacity, d)
     here_keys = all_gather_rows(pad_rows(keys, capacity, NO_KEY))
     pools, pool_keys = [here], [here_keys]
@@ -121,7 +106,8 @@ def _contrast(
     bar = torch.zeros(len(keep), device=keep.device).masked_fill(~keep, float("-inf"))
 
     def score(q: Tensor, q_keys: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        logits = torch.addmm(bar, q * s, everything.T)  # (n, M): scale and exclusion cost no pass over it of their own
+        with torch.autocast(q.device.type, enabled=False):
+            logits = torch.addmm(bar, q * s, everything.T)  # (n, M): scale and exclusion cost no pass of their own
         return logits, places_of(q_keys, ordered, order)
 
     logits, right = score(queries, query_keys, scale)

@@ -324,15 +324,3 @@ def _load(options: ModelOptions, vocab_size: int, pad_vocab_to: int) -> PreTrain
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-def embedding_parameters(backbone: Backbone) -> list[str]:
-    """Names of the token and position embeddings, as in ``backbone.named_parameters()``."""
-    tables = {id(p) for m in backbone.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    return [name for name, p in backbone.named_parameters() if id(p) in tables]
-
-
-def head_parameters(backbone: Backbone) -> list[str]:
-    """Names of the LM head's parameters, as in ``backbone.named_parameters()``: the embedding too when it is tied."""
-    head = {id(p) for p in backbone.decoder.get_output_embeddings().parameters()}
-    return [name for name, p in backbone.named_parameters() if id(p) in head]
