@@ -9,17 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from jepa_scale.config import Config, Section, parse_section
 from jepa_scale.data import DataOptions, load_data, parse_data
 from jepa_scale.data.loader import Loader
-from jepa_scale.data.stream import SampleStream
+from jepa_scale.data.stream import Dealt, SampleStream, Stream, TokenStream
 from jepa_scale.distributed import Ranks
 from jepa_scale.engines import check_engine, create_engine, resolve
 from jepa_scale.engines.base import Engine, EngineOptions
 from jepa_scale.errors import InputError
-from jepa_scale.evaluate.reversal import EvalOptions, evaluate
+from jepa_scale.evaluation import OPTIONS, Results, device_call, evaluate
 from jepa_scale.models.backbone import ModelOptions, build_backbone
 from jepa_scale.objectives.base import JepaModel, Objective
 from jepa_scale.optim import parameter_groups
@@ -40,7 +41,7 @@ class Plan:
     model: ModelOptions
     objective_class: type[Objective]
     objective: Section
-    evaluation: EvalOptions
+    evaluation: Section
 
 
 @dataclass(slots=True)
@@ -51,9 +52,15 @@ class Run:
     engine: Engine
     objective: Objective
     data: Any
-    stream: SampleStream
-    batches: Callable[[int], Loader]  # start step → the steps' micro-batches of this rank
-    evaluate: Callable[[], dict[str, dict[str, float]]]
+    stream: Stream
+    batches: Callable[[int, int], Loader]  # from one step to another → the steps' micro-batches of this rank
+    evaluate: Callable[[], Results]
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run: ``train.steps``, or fewer if the data end before."""
+        ends = [n for n in (self.config.train.steps, self.stream.steps) if n]
+        return min(ends)
 
 
 def objective_class(name: str) -> type[Objective]:
@@ -77,7 +84,7 @@ def validate(config: Config) -> Plan:
     objective = parse_section(cls.Options, options, "objective")
     data = parse_data(config.data)
     model = parse_section(ModelOptions, config.model, "model")
-    evaluation = parse_section(EvalOptions, config.eval, "eval")
+    evaluation = parse_section(OPTIONS[data.evaluation], config.eval, "eval")
     config.objective = {"name": name, **objective.resolved()}
     config.data, config.model, config.eval = data.resolved(), model.resolved(), evaluation.resolved()
     return Plan(config, data, model, cls, objective, evaluation)
@@ -90,6 +97,40 @@ def set_threads(config: Config, ranks: Ranks) -> None:
         torch.set_num_threads(config.engine.threads or max(1, len(os.sched_getaffinity(0)) // local))
 
 
+def create_stream(config: Config, data: Any, objective: Objective, ranks: Ranks) -> Stream:
+    """Batches counted in samples or in tokens, as ``train:`` says.
+
+    Raises:
+        InputError: the batch cannot be dealt out to so many ranks, or a sample's views do not fit a micro-batch.
+    """
+    train, order = config.train, data.order(config.run.seed)
+    if train.batch_size:
+        dealt = Dealt(train.accumulation, ranks.rank, ranks.world_size)
+        return SampleStream(order, config.run.seed, train.batch_size, dealt, data.fingerprint, train.epochs)
+    accumulation, rest = divmod(train.batch_tokens, train.micro_tokens * ranks.world_size)
+    if rest:
+        raise InputError(
+            f"train.batch_tokens: {train.batch_tokens} is no multiple of train.micro_tokens={train.micro_tokens} "
+            f"on each of {ranks.world_size} ranks; make it one of {train.micro_tokens * ranks.world_size}"
+        )
+    longest = int(objective.view_tokens(np.array([data.train.max_size]))[0])
+    if longest > train.micro_tokens:
+        raise InputError(
+            f"train.micro_tokens: the longest sample's views take {longest} tokens, more than {train.micro_tokens}; "
+            "raise it, or lower data.max_length"
+        )
+    return TokenStream(
+        order,
+        config.run.seed,
+        lambda samples: objective.view_tokens(data.train.sizes(samples)),
+        train.micro_tokens,
+        float(objective.view_tokens(np.array([data.train.mean_size]))[0]),
+        Dealt(accumulation, ranks.rank, ranks.world_size),
+        data.fingerprint,
+        train.epochs,
+    )
+
+
 def build(plan: Plan, ranks: Ranks) -> Run:
     """Build all parts, identically on every rank; the engine shards them last."""
     config = plan.config
@@ -98,20 +139,11 @@ def build(plan: Plan, ranks: Ranks) -> Run:
     check_engine(engine_name, config.engine.deepspeed)  # before the data is read and the model made
 
     data = load_data(config.data)
-    stream = SampleStream(
-        n=len(data.train),
-        seed=config.run.seed,
-        batch_size=config.train.batch_size,
-        accumulation=config.train.accumulation,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        fingerprint=data.fingerprint,
-        order=data.order,
-    )
     torch.manual_seed(config.run.seed)  # the backbone first: its weights do not depend on the objective
     backbone = build_backbone(plan.model, data.vocab_size)
     objective = plan.objective_class(plan.objective, backbone, data)
     module = JepaModel(backbone, objective)
+    stream = create_stream(config, data, objective, ranks)
 
     engine = create_engine(
         engine_name,
@@ -122,31 +154,30 @@ def build(plan: Plan, ranks: Ranks) -> Run:
         engine_options=EngineOptions(
             precision=config.engine.precision,
             clip_norm=config.optim.clip_norm,
-            accumulation=config.train.accumulation,
+            accumulation=stream.accumulation,
             deepspeed=Path(config.engine.deepspeed),
         ),
         ranks=ranks,
     )
 
-    def batches(start_step: int) -> Loader:
+    def batches(start_step: int, steps: int) -> Loader:
         return Loader(
             data.train,
             stream,
             objective.view_maker(),
             streams=objective.streams,
             start_step=start_step,
-            steps=config.train.steps,
+            steps=steps,
             seed=config.run.seed,
             workers=plan.data.workers,
+            on_error=plan.data.on_error,
         )
 
-    def run_evaluation() -> dict[str, dict[str, float]]:
+    def run_evaluation() -> Results:
         engine.eval()
         with torch.no_grad():
-            answerer = objective.answerer(
-                lambda task, batch, *args: engine.forward(task, batch.to(ranks.device), *args)
-            )
-            results = evaluate(answerer, data.splits, data.names, plan.evaluation, ranks.device)
+            call = device_call(engine, ranks.device)
+            results = evaluate(plan.data.evaluation, objective, call, data, plan.evaluation, ranks)
         engine.train()
         return results
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from jepa_scale.errors import InputError
 
@@ -73,13 +73,38 @@ class OptimConfig(Section):
 
 
 class TrainConfig(Section):
-    steps: int = Field(1000, ge=1, description="Optimizer steps.")
-    batch_size: int = Field(256, ge=1, description="Samples in an optimizer step, over all ranks.")
+    steps: int = Field(0, ge=0, description="Optimizer steps; 0 = as many as epochs take, or 1000.")
+    epochs: int = Field(
+        0, ge=0, description="Passes over the data, each sample once a pass; 0 = as many as steps need."
+    )
+    batch_size: int = Field(
+        0, ge=0, description="Samples in an optimizer step, over all ranks; 0 = as batch_tokens say, or 256."
+    )
     accumulation: int = Field(1, ge=1, description="Micro-batches a rank and step; batch_size is divided by it.")
+    batch_tokens: int = Field(
+        0, ge=0, description="Tokens in an optimizer step, over all ranks, instead of batch_size: samples are packed."
+    )
+    micro_tokens: int = Field(
+        0, ge=0, description="With batch_tokens: tokens in a micro-batch of a rank; the accumulation follows from it."
+    )
     log_every: int = Field(10, ge=1, description="Steps between rows of metrics.jsonl.")
     eval_every: int = Field(0, ge=0, description="Steps between evaluations; 0 = at the end only.")
     save_every: int = Field(0, ge=0, description="Steps between checkpoints; 0 = at the end only.")
     keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints to keep.")
+
+    @model_validator(mode="after")
+    def _complete(self) -> TrainConfig:
+        if not self.steps and not self.epochs:
+            self.steps = 1000
+        if self.batch_size and self.batch_tokens:
+            raise ValueError("give one of batch_size (samples) and batch_tokens, and leave the other one 0")
+        if not self.batch_size and not self.batch_tokens:
+            self.batch_size = 256
+        if bool(self.batch_tokens) != bool(self.micro_tokens):
+            raise ValueError("batch_tokens and micro_tokens belong together")
+        if self.batch_tokens and self.accumulation != 1:
+            raise ValueError("with batch_tokens the accumulation follows from micro_tokens; leave it out")
+        return self
 
 
 class LogConfig(Section):

@@ -7,3 +7,7 @@ class InputError(ValueError):
     The message is one line that names the key, file, row or rank and says what to do.
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+class DataError(InputError):
+    """A damaged or missing sample, found by whoever reads it: one rank may meet it alone, in the middle of a run."""

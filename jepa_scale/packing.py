@@ -126,6 +126,7 @@ class PackedBatch:
         values: name → (N, …) stacked over the N samples.
         counts: name → the sum over this micro-batch, plain integers.
         totals: name → 0-d float tensor, the sum over the *global* batch (all ranks, all micro-batches). Set by the loop.
+        max_samples: samples in the largest micro-batch of the step, of any rank: what ranks pad to when they gather rows.
         step: optimizer step that the batch belongs to; ``seed``: the run's seed.
     """
 
@@ -135,6 +136,7 @@ class PackedBatch:
     values: dict[str, Tensor]
     counts: dict[str, int]
     totals: dict[str, Tensor] = field(default_factory=dict)
+    max_samples: int = 1
     step: int = 0
     seed: int = 0
 
@@ -184,12 +186,23 @@ def pack_stream(segments: Sequence[Segment]) -> PackedStream:
     )
 
 
-def pack(views: Sequence[Views], streams: Sequence[str] = ("main",), step: int = 0, seed: int = 0) -> PackedBatch:
+def pack(
+    views: Sequence[Views],
+    streams: Sequence[str] = ("main",),
+    step: int = 0,
+    seed: int = 0,
+    max_samples: int | None = None,
+    like: Views | None = None,
+) -> PackedBatch:
     """Pack the views of a micro-batch's samples.
 
     Segments are laid out by length, so that equal lengths are neighbours and the CPU attention can batch them as plain
     slices; ``segments`` and ``samples`` say which is whose. ``counts["tokens"]``, ``["labels"]`` and ``["samples"]``
     are always there.
+
+    Args:
+        max_samples: of the largest micro-batch of the step; by default this one is the largest.
+        like: views that an empty micro-batch takes its roles, values and their shapes from, with zero rows of each.
 
     Raises:
         ValueError: a segment names a stream that is not in ``streams``.
@@ -226,13 +239,22 @@ def pack(views: Sequence[Views], streams: Sequence[str] = ("main",), step: int =
 
     counts["tokens"] = sum(len(s.tokens) for pool in unique.values() for s in pool)
     counts["labels"] = sum(len(p.labelled) for p in packed.values())
-    names = views[0].values if views else {}
+    values = {name: _stack([v.values[name] for v in views]) for name in (views[0].values if views else {})}
+    if not views and like is not None:
+        values = {name: _stack([value])[:0] for name, value in like.values.items()}
+        counts |= dict.fromkeys(like.counts, 0)
+        for segment in like.segments:
+            refs[segment.role], owners[segment.role], stream_of[segment.role] = [], [], segment.stream
     return PackedBatch(
         streams=packed,
-        segments={role: torch.from_numpy(place[stream_of[role]][numbers]) for role, numbers in refs.items()},
+        segments={
+            role: torch.from_numpy(place[stream_of[role]][np.asarray(numbers, dtype=np.int64)])
+            for role, numbers in refs.items()
+        },
         samples={role: torch.as_tensor(rows, dtype=torch.int64) for role, rows in owners.items()},
-        values={name: _stack([v.values[name] for v in views]) for name in names},
+        values=values,
         counts=counts,
+        max_samples=max(1, len(views)) if max_samples is None else max_samples,
         step=step,
         seed=seed,
     )

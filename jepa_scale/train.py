@@ -26,7 +26,7 @@ from jepa_scale import checkpoint, distributed
 from jepa_scale.build import Run, build, validate
 from jepa_scale.config import load_config, to_yaml
 from jepa_scale.distributed import Ranks
-from jepa_scale.errors import InputError
+from jepa_scale.errors import DataError, InputError
 from jepa_scale.meter import Meter
 from jepa_scale.optim import lr_factor
 from jepa_scale.packing import PackedBatch, add_counts
@@ -37,11 +37,11 @@ from jepa_scale.telemetry import RunLog, prepare_run_dir, quiet_libraries
 def fit(run: Run, log: RunLog, ranks: Ranks, start: int, run_dir: Path) -> None:
     """Train from optimizer step ``start`` to the end."""
     config, engine, objective = run.config, run.engine, run.objective
-    steps = config.train.steps
+    steps = run.steps
     meter = Meter(ranks.device)
     engine.train()
 
-    for step, batches in enumerate(run.batches(start), start):
+    for step, batches in enumerate(meter.waiting(run.batches(start, steps)), start):
         engine.scale_lr(lr_factor(step, config.optim, steps))
 
         # means are over the global batch: every rank needs its denominators before it can back-propagate
@@ -106,7 +106,7 @@ def run_training(args: argparse.Namespace) -> None:
     start, told = 0, None
     if found:
         state = checkpoint.load(found, run.engine)
-        start = run.stream.resume(state)
+        start = run.stream.resume(state, accept_changes=config.data["accept_changes"])
         told = {name: state[name] for name in ("tokens", "seconds")}
 
     log = RunLog(
@@ -114,11 +114,12 @@ def run_training(args: argparse.Namespace) -> None:
         config.log,
         ranks,
         config.run.name,
-        config.train.steps,
+        run.steps,
         to_yaml(config),
         start_step=start,
         state=told,
         engine=run.engine.layout,
+        data=run.data.counts,
     )
     with log:
         fit(run, log, ranks, start, run_dir)
@@ -164,7 +165,7 @@ def guarded(command, args: argparse.Namespace) -> int:
         command(args)
         return 0
     except InputError as error:
-        if os.environ.get("RANK", "0") == "0":  # every rank found the same
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, DataError):  # else every rank found the same
             print(f"jepa-scale: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(2)  # a launcher ends all ranks when the first one goes: let rank 0 speak

@@ -3,37 +3,70 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from pydantic import Field
 
 from jepa_scale.config import Section
+from jepa_scale.data.order import Order
 
 
 class DataOptions(Section):
     """Keys of ``data:`` that every source has."""
 
-    source: str = Field(description="Which source: reversal.")
+    evaluation: ClassVar[str] = "answers"
+    """How splits are evaluated: ``answers`` (they hold questions) or ``perplexity``."""
+
+    source: str = Field(description="Which source.")
     workers: int = Field(0, ge=0, description="Loader worker processes a rank; 0 = in the training process.")
+    on_error: Literal["stop", "skip"] = Field(
+        "stop", description="A damaged sample: stop with its name, or leave it out, count it and go on."
+    )
+    accept_changes: bool = Field(
+        False, description="Resume although the data are not what the checkpoint was trained on."
+    )
+
+
+class Examples(Protocol):
+    """Examples by number, and how long they are."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> Any:
+        """A pure function of the number; it may run in a loader worker.
+
+        Raises:
+            DataError: the example is damaged.
+        """
+
+    def sizes(self, numbers: np.ndarray) -> np.ndarray:
+        """(m,) int64 example numbers → (m,) int64 tokens of each, without reading them."""
+
+    @property
+    def max_size(self) -> int:
+        """Tokens that no example exceeds."""
+
+    @property
+    def mean_size(self) -> float:
+        """Tokens of an example, on average."""
 
 
 class Dataset(Protocol):
     """Examples to train on and splits to evaluate.
 
     Examples are whatever the source makes of its data (see each source); an objective's view maker turns one
-    into segments. Reading ``train[i]`` is a pure function of i and may happen in a loader worker. Evaluation
-    splits are never trained on, unless a split says by its name that it is a sample of the training data
-    (``train``).
+    into segments. Evaluation splits are never trained on, unless a split says by its name that it is a sample of the
+    training data (``train``).
     """
 
     @property
-    def train(self) -> Sequence[Any]:
+    def train(self) -> Examples:
         """Everything that is trained on."""
 
     @property
-    def splits(self) -> Mapping[str, Sequence[Any]]:
-        """What is evaluated, by name."""
+    def splits(self) -> Mapping[str, Any]:
+        """What is evaluated, by name: sequences of questions, or :class:`Examples`."""
 
     @property
     def vocab_size(self) -> int:
@@ -44,13 +77,21 @@ class Dataset(Protocol):
         """Token ids with a meaning, by name; which names there are depends on the source."""
 
     @property
-    def names(self) -> Sequence[tuple[int, ...]]:
-        """Every answer that a question may have, as token ids; evaluation ranks the right one among them."""
+    def counts(self) -> Mapping[str, int]:
+        """What became of the source's records: samples, and how many were split, dropped …; told before training."""
 
-    def order(self, seed: int, epoch: int, n: int) -> np.ndarray:
-        """(n,) int64: the order in which an epoch goes through ``train``, n examples; a pure function."""
+    def order(self, seed: int) -> Order:
+        """The order in which a run of that seed meets ``train``."""
 
     @property
     def fingerprint(self) -> str:
         """SHA-256, in hex, of the training examples: equal if and only if they are the same, in the same
         order."""
+
+
+class Questions(Protocol):
+    """What ``answers`` evaluates: a data set that also knows all the answers."""
+
+    @property
+    def names(self) -> Sequence[tuple[int, ...]]:
+        """Every answer that a question may have, as token ids; evaluation ranks the right one among them."""

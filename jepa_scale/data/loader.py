@@ -5,19 +5,28 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from jepa_scale.data.draw import Draw, ViewMaker
-from jepa_scale.data.stream import SampleStream
-from jepa_scale.errors import InputError
-from jepa_scale.packing import PackedBatch, pack
+from jepa_scale.data.stream import Stream
+from jepa_scale.errors import DataError, InputError
+from jepa_scale.packing import PackedBatch, Views, pack
+
+
+class Readable(Protocol):
+    """Examples by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,23 +35,25 @@ class Loader:
 
     Attributes:
         examples: the training examples, picked by number.
-        stream: which of them a step takes.
+        stream: which of them a step takes, and how many tokens they may have.
         view_maker: example → its segments.
         streams: names of the streams that the objective packs.
         start_step: the step to begin with; beginning anywhere gives what an uninterrupted run has there.
         steps: the step at which to stop (the run's length, not the number of steps still to go).
         seed: the run's seed, for :class:`Draw` and the batches.
         workers: processes that make micro-batches ahead of time; 0 = make them when they are asked for.
+        on_error: a damaged sample stops the run, or is left out, told of on stderr and counted (``skipped``).
     """
 
-    examples: Sequence[Any]
-    stream: SampleStream
+    examples: Readable
+    stream: Stream
     view_maker: ViewMaker
     streams: Sequence[str]
     start_step: int
     steps: int
     seed: int
     workers: int = 0
+    on_error: Literal["stop", "skip"] = "stop"
 
     def __len__(self) -> int:
         return max(0, self.steps - self.start_step)
@@ -60,15 +71,43 @@ class Loader:
     def micro_batch(self, step: int, micro: int) -> PackedBatch:
         """Micro-batch number ``micro`` of this rank in a step."""
         epochs, samples = self.stream.micro_batch(step, micro)
-        views = [
-            self.view_maker(self.examples[sample], Draw(self.seed, epoch, step, sample))
-            for epoch, sample in zip(epochs.tolist(), samples.tolist(), strict=True)
-        ]
-        return pack(views, self.streams, step=step, seed=self.seed)
+        views, skipped = [], 0
+        for epoch, sample in zip(epochs.tolist(), samples.tolist(), strict=True):
+            try:
+                views.append(self._views(epoch, step, sample))
+            except DataError as error:
+                if self.on_error == "stop":
+                    raise
+                skipped += 1
+                print(f"jepa-scale: skipped: {error}", file=sys.stderr, flush=True)
+        batch = pack(
+            views,
+            self.streams,
+            step=step,
+            seed=self.seed,
+            max_samples=self.stream.max_samples(step),
+            like=None if views else self._any_views(step),
+        )
+        budget = self.stream.budget()
+        if budget and batch.num_tokens > budget and views:
+            raise InputError(
+                f"train.micro_tokens: {batch.num_tokens} tokens of views do not fit {budget}; the objective takes more "
+                "tokens of an example than it announced"
+            )
+        batch.counts.update(skipped=skipped, budget=budget)
+        return batch
 
-    def state(self, step: int) -> dict[str, Any]:
-        """What a checkpoint before ``step`` keeps of the loader; :meth:`SampleStream.resume` reads it."""
-        return self.stream.state(step)
+    def _views(self, epoch: int, step: int, sample: int) -> Views:
+        return self.view_maker(self.examples[sample], Draw(self.seed, epoch, step, sample))
+
+    def _any_views(self, step: int) -> Views:
+        """Views to take the shapes of an empty micro-batch from: those of the first sample that can be read."""
+        for sample in range(len(self.examples)):
+            try:
+                return self._views(0, step, sample)
+            except DataError:
+                continue
+        raise InputError("data: none of the training examples can be read")
 
     def _ahead(self) -> Iterator[PackedBatch]:
         accumulation = self.stream.accumulation

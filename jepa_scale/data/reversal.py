@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any, overload
 
 import numpy as np
 
 from jepa_scale.data.draw import generator
-from jepa_scale.data.stream import shuffled
+from jepa_scale.data.order import Permuted, shuffled
 from jepa_scale.errors import InputError
 from jepa_scale.packing import IGNORE
 
@@ -136,6 +136,19 @@ class Facts(Sequence[Fact]):
             int(self.relations[relation ^ 1]),
         )
 
+    def sizes(self, numbers: np.ndarray) -> np.ndarray:
+        """(m,) int64 tokens of the facts of those numbers."""
+        lengths = self.names.lengths
+        return (lengths[self.subject[numbers]] + lengths[self.object[numbers]] + 2).astype(np.int64)
+
+    @property
+    def max_size(self) -> int:
+        return int(self.sizes(np.arange(len(self))).max())
+
+    @property
+    def mean_size(self) -> float:
+        return float(self.sizes(np.arange(len(self))).mean())
+
     def select(self, rows: np.ndarray | slice) -> Facts:
         """The facts of some rows (numbers, a boolean mask or a slice)."""
         picked = (x[rows] for x in (self.subject, self.relation, self.object, self.kind))
@@ -168,9 +181,15 @@ class ReversalData:
     special: dict[str, Any]
     by_name: bool = False
 
-    def order(self, seed: int, epoch: int, n: int) -> np.ndarray:
-        """The order of an epoch: uniformly shuffled, or ``by_name``."""
-        return order_by_name(self.train, seed, epoch) if self.by_name else shuffled(seed, epoch, n)
+    def order(self, seed: int) -> Permuted:
+        """Each epoch uniformly shuffled, or ``by_name``."""
+        n = len(self.train)
+        of_epoch = partial(order_by_name, self.train) if self.by_name else partial(_shuffled, n)
+        return Permuted(n, partial(of_epoch, seed))
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {"samples": len(self.train)}
 
     def facts(self, split: str) -> Facts:
         """All facts of a kind: trained on (``train``, ``atomic``) or held out (``test``)."""
@@ -203,6 +222,10 @@ class ReversalData:
             digest.update(array.astype("<i4").tobytes())
         digest.update(f"{self.vocab_size} {sorted(self.special.items())}".encode())
         return digest.hexdigest()
+
+
+def _shuffled(n: int, seed: int, epoch: int) -> np.ndarray:
+    return shuffled(seed, epoch, n)
 
 
 @lru_cache(maxsize=4)  # as many as a batch that spans two epochs needs, twice

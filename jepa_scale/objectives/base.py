@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -49,6 +50,14 @@ class Objective(nn.Module):
     def view_maker(self) -> ViewMaker:
         """Example → views; returned as an object of its own because loader workers get a copy of it."""
         raise NotImplementedError
+
+    def view_tokens(self, sizes: np.ndarray) -> np.ndarray:
+        """(m,) tokens of examples → (m,) tokens that all of an example's views take at most. Token budgets need it.
+
+        Raises:
+            InputError: the objective does not know.
+        """
+        raise InputError("train.batch_tokens: this objective's batches are counted in samples; give train.batch_size")
 
     def loss(self, backbone: Backbone, batch: PackedBatch, collected: list[dict[str, Tensor]], micro: int) -> Loss:
         """Loss of micro-batch number ``micro`` of an optimizer step.

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from jepa_scale.config import Section
 from jepa_scale.data.draw import Draw
 from jepa_scale.errors import InputError
-from jepa_scale.losses.infonce import collect_contrast, contrast
+from jepa_scale.losses.infonce import NO_KEY, collect_contrast, contrast
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.bridge import Bridge
 from jepa_scale.models.concept_memory import ConceptMemory
@@ -137,6 +137,9 @@ class Concept(Objective):
         slots = {name: i for i, name in enumerate(self.known)} if self.memory is not None else None
         return ConceptViews(self.options, self.dim, self.relation_index, slots)
 
+    def view_tokens(self, sizes: np.ndarray) -> np.ndarray:
+        return 2 * sizes  # two names, and one of them to be spoken: less than the fact twice
+
     def answerer(self, call: Any) -> ConceptAnswerer:
         snap = self.options.snap or self.options.memory
         return ConceptAnswerer(call, self.view_maker(), say_segment, self.streams, snap)
@@ -153,7 +156,7 @@ class Concept(Objective):
             stream = batch.streams["names"]
             states = self.project(backbone.last_hidden(stream, until=self.tap))
             places = batch.segments["name"].view(-1, 2)
-            keys = names.new_empty(len(states)).scatter(0, places.flatten(), names.flatten())
+            keys = names.new_full((len(states),), NO_KEY).scatter(0, places.flatten(), names.flatten())
         return F.rms_norm(states.float(), (self.dim,)), keys, places
 
     def predictions(self, backbone: Backbone, concepts: Tensor, batch: PackedBatch) -> Tensor:
@@ -181,13 +184,13 @@ class Concept(Objective):
 
     def collect(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:
         _, _, queries, wanted, candidates, keys = self._contrast_inputs(backbone, batch)
-        return collect_contrast(queries, wanted, candidates, keys, capacity=2 * batch.counts["samples"])
+        return collect_contrast(queries, wanted, candidates, keys, capacity=2 * batch.max_samples)
 
     def loss(self, backbone: Backbone, batch: PackedBatch, collected: list[dict[str, Tensor]], micro: int) -> Loss:
         o, pairs = self.options, batch.totals["pairs"]
         concepts, places, queries, wanted, candidates, keys = self._contrast_inputs(backbone, batch)
         scale = self.scale()
-        result = contrast(queries, wanted, candidates, keys, scale, 2 * batch.counts["samples"], collected, micro)
+        result = contrast(queries, wanted, candidates, keys, scale, 2 * batch.max_samples, collected, micro)
         jepa = share(result.losses.sum() + result.elsewhere, pairs)
 
         speakers = batch.samples.get("say", places.new_zeros(0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from jepa_scale.config import Section
@@ -33,6 +34,9 @@ class LanguageModeling(Objective):
 
     def view_maker(self) -> ViewMaker:
         return lm_views
+
+    def view_tokens(self, sizes: np.ndarray) -> np.ndarray:
+        return sizes - 1
 
     def loss(self, backbone: Backbone, batch: PackedBatch, collected: list[dict[str, Tensor]], micro: int) -> Loss:
         total = lm_loss(backbone, backbone.hidden(batch.streams["main"]), batch)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -70,6 +71,9 @@ class TwoView(Objective):
     def view_maker(self) -> ViewMaker:
         return TwoViews(self.pred, self.options)
 
+    def view_tokens(self, sizes: np.ndarray) -> np.ndarray:
+        return 2 * sizes + self.options.predictor_tokens
+
     def _pairs(self, hidden: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
         """(n, d) states after the forward views, (n, d) after the reverse views, (n,) keys of the facts."""
         last = batch.streams["main"].last
@@ -81,7 +85,7 @@ class TwoView(Objective):
 
     def _contrast_inputs(self, hidden: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
         ahead, back, keys = self._pairs(hidden, batch)
-        capacity = batch.counts["samples"]
+        capacity = batch.max_samples
         return F.normalize(ahead.float(), dim=-1), keys, F.normalize(back.float(), dim=-1), keys, capacity
 
     def collect(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:

@@ -42,6 +42,8 @@ _MACHINERY = [
     Metric("grad_norm", "L2"),
     Metric("tokens_per_second", "tokens/s", "higher"),
     Metric("packing_efficiency", "fraction", "higher"),
+    Metric("data_wait", "fraction", "lower"),
+    Metric("skipped_samples", "samples", "lower"),
     Metric("mfu", "fraction of peak", "higher"),
     Metric("seconds", "s"),
 ]

@@ -68,6 +68,7 @@ class RunLog:
             and time continue from ``state`` (what :meth:`state` gave when the checkpoint was made), else from
             the last row kept.
         engine: name of the engine when the config leaves the choice open.
+        data: what became of the source's records (samples, split, dropped …), for the summary and one line at the start.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class RunLog:
         start_step: int = 0,
         state: Mapping[str, float] | None = None,
         engine: str | None = None,
+        data: Mapping[str, int] | None = None,
     ) -> None:
         self.run_dir, self.name, self.total_steps = Path(run_dir), name, total_steps
         self.step = start_step
@@ -89,7 +91,7 @@ class RunLog:
         """Tokens trained so far, over all ranks, as far as they were handed over."""
         self.clock = Stopwatch()
         self._log, self._ranks, self._config_yaml = log, ranks, config_yaml
-        self._start_step, self._state, self._engine = start_step, state, engine
+        self._start_step, self._state, self._engine, self._data = start_step, state, engine, dict(data or {})
         self._file: TextIO | None = None
         self._loggers = Loggers()
         self._progress: Progress | None = None
@@ -119,6 +121,9 @@ class RunLog:
         self._environment = describe_environment(
             self._ranks, self._engine or engine.get("name", ""), engine.get("precision", "")
         )
+        if self._data:
+            self._environment["data"] = self._data
+            print("data: " + ", ".join(f"{n:,} {what}" for what, n in self._data.items() if n), flush=True)
         self._loggers = start_loggers(self.run_dir, self._log, self.name, self._config_yaml, self._start_step)
         if self._log.progress:
             self._progress = Progress(self.name, self.total_steps, self._start_step)

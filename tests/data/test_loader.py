@@ -15,8 +15,8 @@ from torch.utils.data import get_worker_info
 from jepa_scale.data.draw import Draw
 from jepa_scale.data.loader import Loader
 from jepa_scale.data.reversal import Fact, ReversalData, generate
-from jepa_scale.data.stream import SampleStream
-from jepa_scale.errors import InputError
+from jepa_scale.data.stream import ALONE, Dealt, SampleStream, TokenStream
+from jepa_scale.errors import DataError, InputError
 from jepa_scale.packing import PackedBatch, Segment, Views
 
 
@@ -55,13 +55,17 @@ def data() -> ReversalData:
     return generate(50, comb=4, relations=2)
 
 
+def stream_of(data: ReversalData, batch: int, dealt: Dealt = ALONE, **options: Any) -> SampleStream:
+    return SampleStream(data.order(5), 5, batch, dealt, **options)
+
+
 def loader(data: ReversalData, **changes: Any) -> Loader:
     """130 facts, 24 a step: a step in six crosses an epoch's end."""
     stream = {"accumulation": 2, "rank": 0, "world_size": 1} | {
         k: changes.pop(k) for k in ("accumulation", "rank", "world_size") if k in changes
     }
     options = {"start_step": 0, "steps": 8, "seed": 5, "workers": 0, "view_maker": fact_views} | changes
-    return Loader(data.train, SampleStream(len(data.train), 5, 24, **stream), streams=("main", "names"), **options)
+    return Loader(data.train, stream_of(data, 24, Dealt(**stream)), streams=("main", "names"), **options)
 
 
 def same(a: Any, b: Any) -> bool:
@@ -121,7 +125,7 @@ def test_world_size_and_accumulation_change_no_sample_and_no_draw(
 
 def test_a_sample_keeps_its_draws_at_another_batch_size(data: ReversalData) -> None:
     def noise(batch: int) -> dict[tuple[int, int], list[float]]:
-        stream = SampleStream(len(data.train), 5, batch)
+        stream = stream_of(data, batch)
         steps = Loader(data.train, stream, fact_views, ("main", "names"), 0, 120 // batch, 5)
         values = [step[0].values for step in steps]
         return {
@@ -135,7 +139,7 @@ def test_a_sample_keeps_its_draws_at_another_batch_size(data: ReversalData) -> N
 
 def test_batches_hold_the_facts_of_the_stream(data: ReversalData) -> None:
     (batch,) = next(iter(loader(data, accumulation=1)))
-    _, samples = SampleStream(len(data.train), 5, 24).micro_batch(0, 0)
+    _, samples = stream_of(data, 24).micro_batch(0, 0)
     assert batch.values["sample"].tolist() == samples.tolist()
     main = batch.streams["main"]
     for sample, segment in zip(samples, batch.segments["forward"].tolist(), strict=True):
@@ -194,12 +198,13 @@ def test_a_trainer_that_fails_takes_its_workers_along(tmp_path: Path) -> None:
     script = tmp_path / "trainer.py"
     script.write_text(
         "from jepa_scale.data.loader import Loader\n"
+        "from jepa_scale.data.order import sequential\n"
         "from jepa_scale.data.stream import SampleStream\n"
         "from jepa_scale.packing import Segment, Views\n"
         "import os\n"
         "def views(example, draw):\n"
         "    return Views([Segment([1], 'x')], values={'pid': os.getpid()})\n"
-        "steps = iter(Loader(range(50), SampleStream(50, 0, 2), views, ('main',), 0, 10_000, 0, workers=2))\n"
+        "steps = iter(Loader(range(50), SampleStream(sequential(50), 0, 2), views, ('main',), 0, 10_000, 0, workers=2))\n"
         "print(*{int(next(steps)[0].values['pid'][0]) for _ in range(8)}, flush=True)\n"
         "raise SystemExit(3)\n"  # with the iterator, and so the workers, still alive
     )
@@ -217,3 +222,77 @@ def test_a_trainer_that_fails_takes_its_workers_along(tmp_path: Path) -> None:
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+class Damaged:
+    """The facts, some of which cannot be read."""
+
+    def __init__(self, data: ReversalData, bad: set[int]) -> None:
+        self.facts, self.bad = data.train, bad
+
+    def __len__(self) -> int:
+        return len(self.facts)
+
+    def __getitem__(self, number: int) -> Fact:
+        if number in self.bad:
+            raise DataError(f"shard-3.tar, sample {number}: is damaged")
+        return self.facts[number]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_sample_stops_the_run_or_is_counted(
+    data: ReversalData, workers: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    bad = {3, 4, 77}
+    stream = stream_of(data, 10, epochs=1)
+    assert stream.steps == 13
+
+    def damaged(**options: Any) -> Loader:
+        return Loader(Damaged(data, bad), stream, fact_views, ("main", "names"), 0, 13, 5, workers, **options)
+
+    with pytest.raises(DataError, match=r"^shard-3.tar, sample (3|4|77): is damaged$"):
+        list(damaged())
+    batches = [batch for step in damaged(on_error="skip") for batch in step]
+    assert sum(batch.counts["skipped"] for batch in batches) == 3
+    seen = sorted(int(n) for batch in batches for n in batch.values["sample"])
+    assert seen == sorted(set(range(130)) - bad)
+    told = capfd.readouterr().err
+    assert all(f"shard-3.tar, sample {n}: is damaged" in told for n in bad)
+
+
+def test_a_micro_batch_without_samples_has_the_shapes_of_one(data: ReversalData) -> None:
+    """After the end of the data, and when every sample of it is damaged."""
+    full = loader(data).micro_batch(0, 0)
+    beyond = Loader(data.train, stream_of(data, 10, epochs=1), fact_views, ("main", "names"), 0, 14, 5)
+    lost = Loader(
+        Damaged(data, set(range(1, 130))), stream_of(data, 10), fact_views, ("main", "names"), 0, 1, 5, on_error="skip"
+    )
+    (_, samples) = lost.stream.micro_batch(0, 0)
+    empties = [beyond.micro_batch(13, 0)] + ([lost.micro_batch(0, 0)] if 0 not in samples else [])
+    assert len(empties) == 2
+    for empty in empties:
+        assert empty.counts["samples"] == empty.counts["labels"] == empty.counts["paired"] == 0
+        assert {k: (v.shape[1:], v.dtype) for k, v in empty.values.items()} == {
+            k: (v.shape[1:], v.dtype) for k, v in full.values.items()
+        }
+        assert all(len(v) == 0 for v in [*empty.values.values(), *empty.segments.values(), *empty.samples.values()])
+        assert set(empty.segments) <= {"forward", "name"}
+        assert "forward" in empty.segments
+        assert {s.num_tokens for s in empty.streams.values()} == {1}
+
+
+def twice(fact: Fact, draw: Draw) -> Views:
+    tokens, _ = fact.lm_sequence()
+    return Views([Segment(tokens * 2, "x")])
+
+
+def test_views_larger_than_announced_are_refused(data: ReversalData) -> None:
+    def tokens(sizes: int) -> TokenStream:
+        return TokenStream(data.order(5), 5, lambda s: np.full(len(s), sizes), 24, 6.0)
+
+    fits = Loader(data.train, tokens(12), twice, ("main",), 0, 3, 5)
+    assert [batch.counts for step in fits for batch in step] == [
+        {"samples": 2, "tokens": 24, "labels": 0, "skipped": 0, "budget": 24}
+    ] * 3
+    with pytest.raises(InputError, match=r"^train.micro_tokens: 48 tokens .* do not fit 24"):
+        list(Loader(data.train, tokens(6), twice, ("main",), 0, 1, 5))

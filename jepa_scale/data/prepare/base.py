@@ -1,0 +1,131 @@
+"""What readers, encoders and the job that drives them agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from pydantic import Field
+
+from jepa_scale.config import Section
+from jepa_scale.data.shard_format import Sample
+
+
+class RecordOptions(Section):
+    """What decides the samples that raw data of one kind becomes. Prepared again with the same options, the same data
+    give the same bytes."""
+
+    tokenizer: str = Field("bpe", description="bpe = train one on the data; else a Hugging Face name or a local folder.")
+    vocab_size: int = Field(4096, ge=260, description="Of the trained BPE tokenizer.")
+    documents: Literal["file", "line", "paragraph", "heading"] = Field(
+        "file", description="What a document is in a text file; heading = from one ` = Title = ` line to the next."
+    )
+    max_document_tokens: int = Field(
+        16384, ge=16, description="Longer documents are stored as several samples that overlap by one token."
+    )
+    valid_path: str | None = Field(None, description="Raw data of the split valid; null = take them from the training data.")
+    valid_fraction: float = Field(
+        0.0, ge=0, lt=1, description="Share of the records that become the split valid, chosen by split_seed."
+    )
+    split_seed: int = Field(0, ge=0, description="Of the choice that valid_fraction makes.")
+    max_items: int = Field(0, ge=0, description="Records of the training data to take, from the start; 0 = all.")
+    max_eval_items: int = Field(0, ge=0, description="Records of the split valid to take; 0 = all.")
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="Which column is what: text, messages, input, output or system → name. Empty = told from the names.",
+    )
+    remove_thinking: bool = Field(False, description="Remove <think>…</think> from what the assistant says.")
+    plain: bool = Field(False, description="Chat without a chat template: the contents joined, the answer closed by eos.")
+    config_name: str | None = Field(None, description="Configuration of a Hugging Face dataset.")
+    train_split: str | None = Field(None, description="Split of a Hugging Face dataset to train on; null = train.")
+    trust_remote_code: bool = Field(False, description="Allow a Hugging Face tokenizer to run code of its own.")
+    shard_samples: int = Field(4096, ge=1, description="Records in a shard, at most.")
+    on_error: Literal["stop", "skip"] = Field(
+        "stop", description="A bad record or sample: stop with its name, or leave it out, count it and go on."
+    )
+
+
+class PrepareOptions(RecordOptions):
+    """The same, whatever the kind."""
+
+    kind: Literal["auto", "text", "chat", "reversal", "grids"] = Field(
+        "auto", description="What the data are; auto = told from the files."
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One raw record.
+
+    Attributes:
+        where: ``file:line``, ``file#row``, ``shard:member`` — what an error calls it.
+        value: text: ``str``; chat: the row, a ``dict``; grids: ``dict`` with ``context`` and ``target``; reversal: the row.
+    """
+
+    where: str
+    value: Any
+
+
+class BadRecord(Exception):
+    """A record that cannot become a sample.
+
+    Attributes:
+        where: as in :class:`Record`.
+        reason: a few words that are the same for all records of this fault, for counting (``"empty document"``).
+        detail: what exactly is wrong and what to do, for people; may be empty.
+    """
+
+    def __init__(self, where: str, reason: str, detail: str = "") -> None:
+        super().__init__(where, reason, detail)
+        self.where, self.reason, self.detail = where, reason, detail
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}" + (f": {self.detail}" if self.detail else "")
+
+
+class Reader(Protocol):
+    """Raw data as records, in an order that never changes."""
+
+    @property
+    def kind(self) -> str:
+        """``text``, ``chat``, ``reversal`` or ``grids``."""
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """``train``, and what the data themselves hold apart (``valid``, ``test`` …)."""
+
+    def fingerprint(self) -> str:
+        """SHA-256 in hex of the content, so that a changed file is another one; cheap where the files are large."""
+
+    def count(self, split: str) -> int | None:
+        """Records of a split, None when nobody knows before the end."""
+
+    def records(self, split: str) -> Iterator[Record | BadRecord]:
+        """All records in order. A record that cannot be read is given as a BadRecord, and the next one follows."""
+
+
+class Encoder(Protocol):
+    """Record → samples; picklable, because worker processes call it."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def special(self) -> dict[str, Any]:
+        """Token ids with a meaning, by name."""
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        """SHA-256 of what makes the ids; empty without a tokenizer."""
+
+    def __call__(self, record: Record) -> list[Sample]:
+        """The samples of a record, at least one.
+
+        Raises:
+            BadRecord: the record cannot become a sample.
+        """
+
+    def save(self, folder: Path) -> bool:
+        """Write the tokenizer into ``folder``; False when there is none."""

@@ -1,0 +1,185 @@
+"""The bytes of one sample in a tar → an example. What our shards hold is parsed here, in a few microseconds; anything
+else that is a legal tar or ``.npy`` goes through ``tarfile`` and NumPy."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import tarfile
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from jepa_scale.data.examples import Conversation, Document, GridSequence, Turn
+
+BLOCK = 512
+COLOURS = 10
+_NPY = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '([<|][iu][1248])', 'fortran_order': False, 'shape': \((\d+),\), \} *\n", re.DOTALL
+)
+
+
+class BadSample(Exception):
+    """``extension`` of the member that is bad, or empty; ``what`` is wrong with it."""
+
+    def __init__(self, extension: str, what: str) -> None:
+        super().__init__(extension, what)
+        self.extension, self.what = extension, what
+
+
+def decode(
+    data: bytes, kind: str, num_tokens: int, vocab_size: int, train_all: bool = False
+) -> Document | Conversation | GridSequence | dict[str, Any]:
+    """The example in a sample; for the kind ``reversal`` the row as it was written.
+
+    Args:
+        data: of the sample's members, headers and padding included.
+        kind: one of ``KINDS``.
+        num_tokens: that the sample must have. vocab_size: that all token ids must be below.
+        train_all: of a conversation.
+
+    Raises:
+        BadSample: a member is missing or cannot be read, or doesn't hold what it should.
+    """
+    members = read_members(data)
+    if kind == "reversal":
+        row = _json(members)
+        if not isinstance(row, dict):
+            raise BadSample("json", "is no JSON object")
+        return row
+    if kind == "grids":
+        return _grids(_json(members), num_tokens)
+    tokens = _tokens(members, num_tokens, vocab_size)
+    if kind == "text":
+        return Document(tokens)
+    assert kind == "chat", kind
+    return _conversation(tokens, _json(members), train_all)
+
+
+def truncate(example: Document | Conversation, size: int) -> Document | Conversation:
+    """The first ``size`` tokens. Turns end there, too, and those that begin later are left out; messages stay whole."""
+    tokens = example.tokens[:size]
+    if isinstance(example, Document):
+        return Document(tokens)
+    turns = tuple(replace(turn, stop=min(turn.stop, size)) for turn in example.turns if turn.start < size)
+    return replace(example, tokens=tokens, turns=turns)
+
+
+def read_members(data: bytes) -> dict[str, bytes]:
+    """Extension (all after the first dot of the name) → content.
+
+    Raises:
+        BadSample: not a sequence of tar members.
+    """
+    members = {}
+    offset, end = 0, len(data)
+    while offset + BLOCK <= end:
+        header = data[offset : offset + BLOCK]
+        if header[257:263] != b"ustar\0" or header[156] != 48 or header[124] >= 128:
+            return _read_any_members(data)  # GNU, pax, a link, a directory … (a prefix of the name says nothing to us)
+        try:
+            size = int(header[124:136].rstrip(b"\0 "), 8)
+        except ValueError:
+            raise BadSample("", "its tar header has no size; the shard is damaged") from None
+        begin = offset + BLOCK
+        offset = begin + (size + BLOCK - 1) // BLOCK * BLOCK
+        if offset > end:
+            raise BadSample("", "its tar header has a wrong size; the shard is damaged")
+        name = header[: header.index(0)] if not header[99] else header[:100]
+        members[_extension(name.decode("utf-8", "replace"))] = data[begin : begin + size]
+    return members
+
+
+def _read_any_members(data: bytes) -> dict[str, bytes]:
+    members = {}
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+            for member in tar:
+                if member.isfile():
+                    file = tar.extractfile(member)
+                    assert file is not None
+                    members[_extension(member.name)] = file.read()
+    except tarfile.TarError as error:
+        raise BadSample("", f"is not a part of a tar file ({error}); the shard is damaged") from None
+    return members
+
+
+def _extension(name: str) -> str:
+    return name.rpartition("/")[2].partition(".")[2]
+
+
+def _member(members: dict[str, bytes], extension: str) -> bytes:
+    try:
+        return members[extension]
+    except KeyError:
+        raise BadSample("", f"has no member .{extension} (it has: {', '.join(sorted(members)) or 'none'})") from None
+
+
+def _tokens(members: dict[str, bytes], num_tokens: int, vocab_size: int) -> np.ndarray:
+    """(n,) read-only integers, in the type they were stored in."""
+    raw = _member(members, "npy")
+    if (match := _NPY.match(raw)) and match.end() == int.from_bytes(raw[8:10], "little") + 10:
+        dtype = np.dtype(match[1].decode())
+        if len(raw) - match.end() != int(match[2]) * dtype.itemsize:
+            raise BadSample("npy", "ends too early or too late; the shard is damaged")
+        tokens = np.frombuffer(raw, dtype, offset=match.end())
+    else:
+        try:
+            tokens = np.load(io.BytesIO(raw), allow_pickle=False)
+        except (ValueError, EOFError, OSError) as error:
+            raise BadSample("npy", f"is not a NumPy array ({error})") from None
+        if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+            raise BadSample("npy", "must hold integers in one dimension")
+        tokens = tokens.astype(tokens.dtype.newbyteorder("="))
+        tokens.setflags(write=False)
+    if len(tokens) != num_tokens:
+        raise BadSample("npy", f"has {len(tokens):,} tokens, its index says {num_tokens:,}")
+    if num_tokens and (int(tokens.max()) >= vocab_size or (tokens.dtype.kind == "i" and int(tokens.min()) < 0)):
+        wrong = next(int(t) for t in tokens if not 0 <= int(t) < vocab_size)
+        raise BadSample("npy", f"token id {wrong} is outside the vocabulary of {vocab_size:,}")
+    return tokens
+
+
+def _json(members: dict[str, bytes]) -> Any:
+    try:
+        return json.loads(_member(members, "json"))
+    except ValueError as error:
+        raise BadSample("json", f"is not valid JSON ({error})") from None
+
+
+def _conversation(tokens: np.ndarray, values: Any, train_all: bool) -> Conversation:
+    try:
+        turns = tuple(_turn(turn, len(tokens)) for turn in values["turns"])
+        messages = values["messages"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadSample("json", f"has no proper messages and turns ({error!r})") from None
+    if not isinstance(messages, list):
+        raise BadSample("json", "messages must be a list")
+    return Conversation(tokens, turns, messages, train_all)
+
+
+def _turn(value: Any, n: int) -> Turn:
+    role, start, stop = value
+    if not (isinstance(role, str) and 0 <= start <= stop <= n):
+        raise ValueError(f"turn {value!r} of {n} tokens")
+    return Turn(role, start, stop)
+
+
+def _grids(values: Any, num_tokens: int) -> GridSequence:
+    try:
+        context, target = tuple(_grid(grid) for grid in values["context"]), _grid(values["target"])
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise BadSample("json", f"has no proper context and target ({error!r})") from None
+    found = sum(grid.shape[0] * (grid.shape[1] + 1) + 1 for grid in (*context, target))
+    if found != num_tokens:
+        raise BadSample("json", f"has {found:,} tokens, its index says {num_tokens:,}")
+    return GridSequence(context, target)
+
+
+def _grid(values: Any) -> np.ndarray:
+    grid = np.array(values, dtype=np.int8)
+    if grid.ndim != 2 or not grid.size or grid.min() < 0 or grid.max() >= COLOURS:
+        raise ValueError(f"a grid of shape {grid.shape} with values outside 0 … {COLOURS - 1}, or none")
+    return grid

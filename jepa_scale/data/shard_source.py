@@ -1,0 +1,141 @@
+"""The sources ``text``, ``chat`` and ``grids``: shards, prepared beforehand or on first use."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from jepa_scale.data.base import DataOptions
+from jepa_scale.data.locate import Located, check, locate
+from jepa_scale.data.order import Windowed
+from jepa_scale.data.prepare.base import PrepareOptions, RecordOptions
+from jepa_scale.data.shards import ShardExamples
+from jepa_scale.errors import InputError
+
+
+class ShardOptions(RecordOptions, DataOptions):
+    """Keys of ``data:`` that text, chat and grids share."""
+
+    evaluation: ClassVar[str] = "perplexity"
+
+    path: str | list[str] = Field(
+        description="Alias, file, folder, glob or Hugging Face name; or prepared shards: folder, pattern, URL."
+    )
+    max_length: int = Field(512, ge=1, description="Tokens in a sample, at most (its last one is only predicted).")
+    long: Literal["split", "drop", "truncate", "error"] = Field(
+        "drop", description="What becomes of a longer one; whatever it is, it is counted."
+    )
+    shuffle_window: int = Field(
+        16384, ge=1, description="Samples that are shuffled together, in shards that come in random order."
+    )
+    train_fraction: float = Field(1.0, gt=0, le=1, description="Share of the training samples to use, from the start.")
+    cache: str | None = Field(
+        None, description="Folder for prepared and downloaded shards; null = $JEPA_SCALE_CACHE or ~/.cache/jepa_scale."
+    )
+    cache_gb: float = Field(100.0, gt=0, description="Downloaded shards to keep; the least recently used go first.")
+
+
+class TextOptions(ShardOptions):
+    source: Literal["text"] = Field("text", description="Documents, predicted token by token.")
+    long: Literal["split", "drop", "truncate", "error"] = Field(
+        "split", description="What becomes of a longer document; whatever it is, it is counted."
+    )
+
+
+class ChatOptions(ShardOptions):
+    source: Literal["chat"] = Field("chat", description="Conversations; what the assistant says is predicted.")
+    train_all: bool = Field(False, description="Predict every token, not the assistant's alone.")
+
+
+class GridOptions(ShardOptions):
+    source: Literal["grids"] = Field("grids", description="Sequences of grids of colours.")
+
+
+@dataclass(frozen=True)
+class ShardData:
+    """A :class:`~jepa_scale.data.base.Dataset` of samples in shards.
+
+    Attributes:
+        tokenizer: folder of the tokenizer, None for grids.
+        tokenizer_fingerprint: data of equal ones can be mixed.
+    """
+
+    train: ShardExamples
+    splits: Mapping[str, ShardExamples]
+    vocab_size: int
+    special: Mapping[str, int]
+    tokenizer: Path | None
+    tokenizer_fingerprint: str
+    shuffle_window: int
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return self.train.counts
+
+    @property
+    def fingerprint(self) -> str:
+        return self.train.fingerprint
+
+    def order(self, seed: int) -> Windowed:
+        """Shards in random order, samples shuffled within windows."""
+        return Windowed(self.train.shard_lengths, seed, self.shuffle_window)
+
+
+def load(options: ShardOptions) -> ShardData:
+    """Open prepared shards; what isn't prepared yet is prepared into the cache first.
+
+    Raises:
+        InputError: the data cannot be found, read or prepared, or are of another kind than the source.
+    """
+    cache = cache_folder(options.cache)
+    located = open_shards(options, cache)
+    index = located.index
+    if index.kind != options.source:
+        raise InputError(f"data.source: {located.where} holds {index.kind}, not {options.source}")
+    check(located, on_error=options.on_error)
+
+    def examples(split: str, fraction: float = 1.0) -> ShardExamples:
+        return ShardExamples(
+            located,
+            split,
+            max_length=options.max_length,
+            long=options.long,
+            fraction=fraction,
+            train_all=isinstance(options, ChatOptions) and options.train_all,
+            on_error=options.on_error,
+        )
+
+    return ShardData(
+        train=examples("train", options.train_fraction),
+        splits={split: examples(split) for split in index.splits if split != "train"},
+        vocab_size=index.vocab_size,
+        special=index.special,
+        tokenizer=located.tokenizer(),
+        tokenizer_fingerprint=index.tokenizer_fingerprint,
+        shuffle_window=options.shuffle_window,
+    )
+
+
+def open_shards(options: ShardOptions, cache: Path) -> Located:
+    located = locate(options.path, cache, cache_bytes=int(options.cache_gb * 1e9))
+    if located is not None:
+        return located
+    if not isinstance(options.path, str):
+        raise InputError("data.path: a list names prepared shards, but there is no index.json beside them")
+    from jepa_scale.data.prepare.job import prepared  # readers and tokenizers are slow to import
+
+    values = {name: getattr(options, name) for name in RecordOptions.model_fields}
+    folder = prepared(options.path, PrepareOptions(kind=options.source, **values), cache)
+    located = locate(str(folder), cache)
+    assert located is not None, folder
+    return located
+
+
+def cache_folder(named: str | None) -> Path:
+    """Where prepared and downloaded data are kept."""
+    return Path(named or os.environ.get("JEPA_SCALE_CACHE") or "~/.cache/jepa_scale").expanduser()

@@ -1,0 +1,62 @@
+"""Which evaluation belongs to which data: what ``eval:`` may say, and how a run's splits are evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from jepa_scale.config import Section
+from jepa_scale.data.loader import Loader
+from jepa_scale.data.order import Permuted
+from jepa_scale.data.stream import Dealt, TokenStream
+from jepa_scale.distributed import Ranks
+from jepa_scale.evaluate import perplexity, reversal
+from jepa_scale.objectives.base import Objective
+from jepa_scale.objectives.lm import lm_views
+
+Results = dict[str, dict[str, float]]
+Call = Callable[..., Any]
+"""``call(task, batch, …)`` runs a task of the objective through the engine, on all ranks together."""
+
+OPTIONS: dict[str, type[Section]] = {"answers": reversal.EvalOptions, "perplexity": perplexity.PerplexityOptions}
+"""Name of an evaluation (``DataOptions.evaluation``) → the keys of its ``eval:``."""
+
+
+def evaluate(name: str, objective: Objective, call: Call, data: Any, options: Any, ranks: Ranks) -> Results:
+    """The metrics of every split. Collective; the same result on every rank."""
+    if name == "answers":
+        return reversal.evaluate(objective.answerer(call), data.splits, data.names, options, ranks.device)
+    batches: dict[str, Callable[[], Any]]
+    batches = {split: partial(text_batches, examples, options, ranks) for split, examples in data.splits.items()}
+    return perplexity.evaluate(partial(call, "label_log_probs"), batches, ranks.device)
+
+
+def text_batches(examples: Any, options: perplexity.PerplexityOptions, ranks: Ranks) -> Any:
+    """This rank's micro-batches of a split: each sample on one rank, and as many micro-batches on every rank."""
+    n = len(examples)
+    if not n:
+        return
+    wanted = min(n, options.max_samples or n)
+    numbers = np.arange(wanted, dtype=np.int64) * n // wanted
+    stream = TokenStream(
+        Permuted(wanted, lambda epoch: numbers),
+        seed=0,
+        sizes=lambda samples: examples.sizes(samples) - 1,
+        budget=max(options.micro_tokens, examples.max_size),
+        mean_size=examples.mean_size,
+        dealt=Dealt(rank=ranks.rank, world_size=ranks.world_size),
+        epochs=1,
+    )
+    steps = stream.steps
+    assert steps is not None
+    for batches in Loader(examples, stream, lm_views, ("main",), start_step=0, steps=steps, seed=0):
+        yield from batches
+
+
+def device_call(engine: Any, device: torch.device) -> Call:
+    """:data:`Call` through an engine."""
+    return lambda task, batch, *args: engine.forward(task, batch.to(device), *args)
