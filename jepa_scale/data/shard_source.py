@@ -63,6 +63,8 @@ class ShardData:
     Attributes:
         tokenizer: folder of the tokenizer, None for grids.
         tokenizer_fingerprint: data of equal ones can be mixed.
+        missing_shards: that were not there when the run began; each of their samples is skipped when its turn comes, so
+            that the order of the others does not change.
     """
 
     train: ShardExamples
@@ -72,10 +74,11 @@ class ShardData:
     tokenizer: Path | None
     tokenizer_fingerprint: str
     shuffle_window: int
+    missing_shards: int = 0
 
     @property
     def counts(self) -> dict[str, int]:
-        return self.train.counts
+        return {**self.train.counts, "missing_shards": self.missing_shards}
 
     @property
     def fingerprint(self) -> str:
@@ -97,7 +100,7 @@ def load(options: ShardOptions) -> ShardData:
     index = located.index
     if index.kind != options.source:
         raise InputError(f"data.source: {located.where} holds {index.kind}, not {options.source}")
-    check(located, on_error=options.on_error)
+    missing = check(located, on_error=options.on_error)
 
     def examples(split: str, fraction: float = 1.0) -> ShardExamples:
         return ShardExamples(
@@ -118,6 +121,7 @@ def load(options: ShardOptions) -> ShardData:
         tokenizer=located.tokenizer(),
         tokenizer_fingerprint=index.tokenizer_fingerprint,
         shuffle_window=options.shuffle_window,
+        missing_shards=len(missing),
     )
 
 

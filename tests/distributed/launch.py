@@ -95,6 +95,7 @@ def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
 
 def _rank_main(pipe: Connection, job: bytes) -> None:
     path, name, args, rank, world_size, store, timeout = pickle.loads(job)
+    multiprocessing.current_process()._config["daemon"] = False  # a rank may have loader workers
     try:
         result = (True, _run(path, name, args, rank, world_size, store, timeout))
         message = pickle.dumps(result)
