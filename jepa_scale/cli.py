@@ -16,7 +16,12 @@ def main(argv: list[str] | None = None) -> int:
         from jepa_scale import train
 
         return train.main(argv[1:])
-    args = parser().parse_args(argv)
+    if argv[:1] == ["data"]:  # its flags are the fields of options that only it needs to import
+        from jepa_scale import data_cli
+
+        args = data_cli.parser().parse_args(argv[1:])
+    else:
+        args = parser().parse_args(argv)
     command: Callable[[argparse.Namespace], int] = args.command
     try:
         return command(args)
@@ -36,14 +41,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("overrides", nargs="*", metavar="eval.key=value", help="override keys of the run's config")
     evaluate.set_defaults(command=evaluate_run)
 
-    data = commands.add_parser("data", help="make data").add_subparsers(required=True, metavar="reversal")
-    reversal = data.add_parser("reversal", help="write seed 001's reversal files: train.json, valid.json, vocab.json")
-    reversal.add_argument("--out", type=Path, required=True, help="folder to write into; must not hold such files")
-    reversal.add_argument("--entities-a", type=int, default=50_000, help="|A|, entities with both directions")
-    reversal.add_argument("--comb", type=int, default=10, help="entities that share a first, and a last, name")
-    reversal.add_argument("--relations", type=int, default=6, help="relation pairs")
-    reversal.add_argument("--seed", type=int, default=0)
-    reversal.set_defaults(command=write_reversal)
+    commands.add_parser("data", help="prepare, verify or make data (see jepa-scale data --help)")
 
     config = commands.add_parser("config", help="print a config with every default filled in")
     config.add_argument("config", help="YAML file")
@@ -60,17 +58,6 @@ def evaluate_run(args: argparse.Namespace) -> int:
     from jepa_scale.train import evaluate_checkpoint, guarded
 
     return guarded(evaluate_checkpoint, args)
-
-
-def write_reversal(args: argparse.Namespace) -> int:
-    from jepa_scale.data.reversal import generate
-    from jepa_scale.data.reversal_files import write
-
-    data = generate(args.entities_a, args.comb, args.relations, args.seed)
-    write(data, args.out)
-    counts = ", ".join(f"{len(data.facts(split)):,} {split}" for split in ("train", "atomic", "test"))
-    print(f"{args.out}: {counts} facts, vocabulary {data.vocab_size:,}")
-    return 0
 
 
 def print_config(args: argparse.Namespace) -> int:

@@ -65,6 +65,12 @@ class Interrupted(Exception):
     """The URL could not be had this time."""
 
 
+def cache_dir(named: str | None = None) -> Path:
+    """Where downloads, prepared data and trained tokenizers are kept: ``named``, else ``$JEPA_SCALE_CACHE``, else
+    ``~/.cache/jepa_scale``."""
+    return Path(named or os.environ.get("JEPA_SCALE_CACHE") or Path.home() / ".cache" / "jepa_scale").expanduser()
+
+
 def is_url(path: str) -> bool:
     """Whether ``path`` is anything but a local file."""
     return path.startswith("pipe:") or (re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path) is not None)

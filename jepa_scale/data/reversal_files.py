@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,14 @@ from typing import Any
 import numpy as np
 
 from jepa_scale.data.draw import generator
+from jepa_scale.data.locate import Located
 from jepa_scale.data.reversal import ATOMIC, KINDS, TEST, TRAIN, Facts, Names, ReversalData
+from jepa_scale.data.shards import ShardExamples
 from jepa_scale.errors import InputError
 
 FILES = ("train.json", "valid.json", "vocab.json")
+SPLITS = {"train": "valid_train", "atomic": "valid_atomic", "test": "test"}
+"""Part of ``valid.json`` → split of prepared shards. The first two are samples of what is trained on."""
 _RELATION = re.compile(r"<r_(\d+)(_inv)?>")
 _TOO_LARGE = 2**24  # for an id: more than any vocabulary has
 
@@ -90,7 +94,30 @@ def read(folder: str | Path, first_relation: int | None = None) -> ReversalData:
     folder = Path(folder)
     vocabulary = _Vocabulary(folder / "vocab.json")
     reader = _RowReader(vocabulary)
-    trained, *valid = parts = [*reader.train(folder / "train.json"), *reader.valid(folder / "valid.json")]
+    parts = [*reader.train(folder / "train.json"), *reader.valid(folder / "valid.json")]
+    return _assemble(vocabulary, reader, parts, first_relation)
+
+
+def read_shards(located: Located, first_relation: int | None = None) -> ReversalData:
+    """Read the rows of such files out of prepared shards; otherwise as :func:`read`."""
+    folder = located.tokenizer()
+    if located.index.kind != "reversal" or folder is None:
+        raise InputError(f"data.path: {located.where} holds {located.index.kind}, not reversal")
+    vocabulary = _Vocabulary(folder / "vocab.json")
+    reader = _RowReader(vocabulary)
+    parts: list[_Part] = []
+    for split in ("train", *SPLITS.values()):
+        there = split in located.index.splits
+        rows: Any = ShardExamples(located, split, max_length=_TOO_LARGE, long="error") if there else []
+        parts.append(reader.rows(f"{located.where}, {split}", rows, None if split == "train" else len(parts) - 1))
+    return _assemble(vocabulary, reader, parts, first_relation)
+
+
+def _assemble(
+    vocabulary: _Vocabulary, reader: _RowReader, parts: list[_Part], first_relation: int | None
+) -> ReversalData:
+    """The parts are what is trained on, and the three splits in the order of ``KINDS``."""
+    trained, *valid = parts
     if not len(trained.rows):
         raise InputError(f"{trained.label}: holds no facts")
     mask = _mask(vocabulary, parts)
@@ -213,6 +240,14 @@ class _RowReader:
         for kind, part in enumerate(parts):
             part.rows[:, 4] = kind
         return parts
+
+    def rows(self, label: str, rows: Iterable[dict[str, Any]], kind: int | None) -> _Part:
+        """Rows one by one; ``kind`` None = each says its own."""
+        self._typed = kind is None
+        part = self._part(label, [self._hook(row) for row in rows])
+        if kind is not None:
+            part.rows[:, 4] = kind
+        return part
 
     def _part(self, label: str, rows: Any) -> _Part:
         if not isinstance(rows, list):

@@ -9,8 +9,10 @@ from pydantic import Field
 
 from jepa_scale.config import find_file
 from jepa_scale.data.base import DataOptions
+from jepa_scale.data.fetch import cache_dir
+from jepa_scale.data.locate import locate
 from jepa_scale.data.reversal import ReversalData, generate
-from jepa_scale.data.reversal_files import read
+from jepa_scale.data.reversal_files import read, read_shards
 from jepa_scale.errors import InputError
 
 GENERATOR_KEYS = {"entities_a", "comb", "relations", "seed"}
@@ -28,7 +30,9 @@ class ReversalOptions(DataOptions):
     order: Literal["shuffled", "by_name"] = Field(
         "shuffled", description="by_name: facts whose entities share a name token come together, as hard negatives."
     )
-    path: str | None = Field(None, description="Folder of train.json, valid.json, vocab.json, read instead.")
+    path: str | None = Field(
+        None, description="Folder of train.json, valid.json, vocab.json, or their prepared shards, read instead."
+    )
     first_relation_token_id: int | None = Field(
         None, ge=0, description="With path: finds inverses by parity from this id, whatever vocab.json names."
     )
@@ -53,8 +57,12 @@ def load(options: ReversalOptions) -> ReversalData:
     unused = sorted(given & GENERATOR_KEYS)
     if unused:
         raise InputError(f"data.{unused[0]}: has no meaning for facts read from data.path; remove one of them")
+    first = options.first_relation_token_id
+    located = locate(options.path, cache_dir())
+    if located is not None:
+        return _arrange(read_shards(located, first), options)
     folder = find_file(f"{options.path}/train.json", "data.path").parent
-    return _arrange(read(folder, options.first_relation_token_id), options)
+    return _arrange(read(folder, first), options)
 
 
 def _arrange(data: ReversalData, options: ReversalOptions) -> ReversalData:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from jepa_scale.data.base import DataOptions
+from jepa_scale.data.fetch import cache_dir
 from jepa_scale.data.locate import Located, check, locate
 from jepa_scale.data.order import Windowed
 from jepa_scale.data.prepare.base import PrepareOptions, RecordOptions
@@ -95,7 +95,7 @@ def load(options: ShardOptions) -> ShardData:
     Raises:
         InputError: the data cannot be found, read or prepared, or are of another kind than the source.
     """
-    cache = cache_folder(options.cache)
+    cache = cache_dir(options.cache)
     located = open_shards(options, cache)
     index = located.index
     if index.kind != options.source:
@@ -138,8 +138,3 @@ def open_shards(options: ShardOptions, cache: Path) -> Located:
     located = locate(str(folder), cache)
     assert located is not None, folder
     return located
-
-
-def cache_folder(named: str | None) -> Path:
-    """Where prepared and downloaded data are kept."""
-    return Path(named or os.environ.get("JEPA_SCALE_CACHE") or "~/.cache/jepa_scale").expanduser()

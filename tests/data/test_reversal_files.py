@@ -264,3 +264,21 @@ def test_load_data_generates_or_reads(tmp_path: Path) -> None:
 def test_wrong_keys_are_named(values: dict[str, Any], says: str) -> None:
     with pytest.raises(InputError, match=says):
         load_data(values)
+
+
+def test_prepared_shards_hold_the_same_facts(tmp_path: Path) -> None:
+    from jepa_scale.data import load_data
+    from jepa_scale.data.prepare.base import PrepareOptions
+    from jepa_scale.data.prepare.job import prepare
+
+    data = generate(50, comb=5, relations=2)
+    write(data, tmp_path / "files")
+    prepare(tmp_path / "files", tmp_path / "shards", PrepareOptions(shard_samples=40), processes=1, progress=False)
+    options = {"source": "reversal", "atomic_repeats": 2}
+    from_files = load_data({**options, "path": str(tmp_path / "files")})
+    from_shards = load_data({**options, "path": str(tmp_path / "shards")})
+    assert from_shards.fingerprint == from_files.fingerprint
+    assert from_shards.special == from_files.special
+    for split in ("train", "atomic", "test"):
+        assert list(from_shards.splits[split]) == list(from_files.splits[split])
+    assert (tmp_path / "shards" / "train-000001.tar").is_file()

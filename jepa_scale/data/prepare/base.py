@@ -17,7 +17,9 @@ class RecordOptions(Section):
     """What decides the samples that raw data of one kind becomes. Prepared again with the same options, the same data
     give the same bytes."""
 
-    tokenizer: str = Field("bpe", description="bpe = train one on the data; else a Hugging Face name or a local folder.")
+    tokenizer: str = Field(
+        "bpe", description="bpe = train one on the data; else a Hugging Face name or a local folder."
+    )
     vocab_size: int = Field(4096, ge=260, description="Of the trained BPE tokenizer.")
     documents: Literal["file", "line", "paragraph", "heading"] = Field(
         "file", description="What a document is in a text file; heading = from one ` = Title = ` line to the next."
@@ -25,19 +27,23 @@ class RecordOptions(Section):
     max_document_tokens: int = Field(
         16384, ge=16, description="Longer documents are stored as several samples that overlap by one token."
     )
-    valid_path: str | None = Field(None, description="Raw data of the split valid; null = take them from the training data.")
+    valid_path: str | None = Field(
+        None, description="Raw data of the split valid; null = take them from the training data."
+    )
     valid_fraction: float = Field(
         0.0, ge=0, lt=1, description="Share of the records that become the split valid, chosen by split_seed."
     )
     split_seed: int = Field(0, ge=0, description="Of the choice that valid_fraction makes.")
     max_items: int = Field(0, ge=0, description="Records of the training data to take, from the start; 0 = all.")
-    max_eval_items: int = Field(0, ge=0, description="Records of the split valid to take; 0 = all.")
+    max_eval_items: int = Field(0, ge=0, description="Records of every evaluation split to take; 0 = all.")
     columns: dict[str, str] = Field(
         default_factory=dict,
         description="Which column is what: text, messages, input, output or system → name. Empty = told from the names.",
     )
     remove_thinking: bool = Field(False, description="Remove <think>…</think> from what the assistant says.")
-    plain: bool = Field(False, description="Chat without a chat template: the contents joined, the answer closed by eos.")
+    plain: bool = Field(
+        False, description="Chat without a chat template: the contents joined, the answer closed by eos."
+    )
     config_name: str | None = Field(None, description="Configuration of a Hugging Face dataset.")
     train_split: str | None = Field(None, description="Split of a Hugging Face dataset to train on; null = train.")
     trust_remote_code: bool = Field(False, description="Allow a Hugging Face tokenizer to run code of its own.")
@@ -61,7 +67,8 @@ class Record:
 
     Attributes:
         where: ``file:line``, ``file#row``, ``shard:member`` — what an error calls it.
-        value: text: ``str``; chat: the row, a ``dict``; grids: ``dict`` with ``context`` and ``target``; reversal: the row.
+        value: text: ``str``, or (n,) integer token ids; chat: ``dict`` with ``messages``; grids: ``dict`` with ``context``
+            and ``target``; reversal: the row.
     """
 
     where: str

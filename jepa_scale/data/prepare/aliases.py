@@ -1,0 +1,156 @@
+"""Corpora by name: found in a folder of data, downloaded where there is a network, or carried by Python itself."""
+
+from __future__ import annotations
+
+import os
+import urllib.request
+from collections.abc import Callable
+from functools import partial
+from http.client import HTTPException
+from pathlib import Path
+
+from jepa_scale.data.fetch import cache_dir
+from jepa_scale.data.prepare.base import PrepareOptions, Record
+from jepa_scale.data.prepare.hub import hub_rows, identify_hub
+from jepa_scale.data.prepare.source import Items, Part, Source, identify_files, identity, read_each
+from jepa_scale.data.prepare.text import cut_at_line, read_piece, read_text, split_documents
+from jepa_scale.errors import InputError
+
+SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_NAMES = ("tiny_shakespeare.txt", "tiny_shakespeare/input.txt")
+WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1")
+_SPLITS = {"train": "train", "valid": "validation", "test": "test"}  # of WikiText: ours → the hub's
+_TIMEOUT = 30  # seconds without a byte
+
+
+def _places() -> list[Path]:
+    data = os.environ.get("JEPA_SCALE_DATA")
+    return [*([Path(data).expanduser()] if data else []), cache_dir()]
+
+
+def tiny_shakespeare(options: PrepareOptions) -> Source:
+    """The first 90 % of the text (``1 - valid_fraction`` where that is set), cut at a line end, is ``train``, the rest
+    ``valid``; one document each. With ``valid_path`` all of it is ``train``.
+
+    Raises:
+        InputError: there is no local file, and it cannot be downloaded.
+    """
+    candidates = [place / name for place in _places() for name in SHAKESPEARE_NAMES]
+    file = next((c for c in candidates if c.is_file()), None)
+    if file is None:
+        file = cache_dir() / SHAKESPEARE_NAMES[0]
+        _download(SHAKESPEARE_URL, file, candidates)
+    return cut_text(file, 0.0 if options.valid_path else options.valid_fraction or 0.1)
+
+
+def cut_text(file: Path, fraction: float) -> Source:
+    """A file as one document, or as two where ``fraction`` of it is ``valid``."""
+    at = cut_at_line(file, 1 - fraction) if fraction else None
+    parts = {"train": Part(partial(read_piece, file, 0, at), 1)}
+    if at is not None:
+        parts["valid"] = Part(partial(read_piece, file, at, None), 1)
+    return Source("text", parts, partial(identify_files, {"all": (file,)}, file.parent, "cut", at), cut=bool(fraction))
+
+
+def _download(url: str, file: Path, candidates: list[Path]) -> None:
+    partial_file = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(url, timeout=_TIMEOUT) as response:
+            partial_file.write_bytes(response.read())
+        partial_file.replace(file)
+    except (OSError, HTTPException) as error:  # URLError is one of the first, half an answer one of the second
+        partial_file.unlink(missing_ok=True)
+        reason = getattr(error, "reason", error)
+        raise InputError(
+            f"tiny_shakespeare: no file {SHAKESPEARE_NAMES[0]} and no download ({reason}); put {url} at "
+            f"{' or '.join(map(str, candidates))}, or set JEPA_SCALE_DATA to the folder that holds it"
+        ) from None
+
+
+def wikitext2(options: PrepareOptions) -> Source:
+    """WikiText-2 (raw), an article a document: local files, else streamed from the Hugging Face hub.
+
+    Raises:
+        InputError: a local folder without its training file; without a folder, the hub cannot be reached.
+    """
+    folders = [place / "wikitext2" for place in _places()]
+    for folder in folders:
+        found = {split: file for split in _SPLITS if (file := _wikitext_file(folder, split))}
+        if found:
+            if "train" not in found:
+                raise InputError(
+                    f"{folder / 'train.txt'}: no such file, though {', '.join(f.name for f in found.values())} are there; "
+                    f"put the training text of WikiText-2 (raw) there"
+                )
+            files = {split: (file,) for split, file in found.items()}
+            read = partial(read_text, documents="heading")
+            parts = {split: Part(partial(read_each, read, paths)) for split, paths in files.items()}
+            return Source("text", parts, partial(identify_files, files, folder, "heading"))
+    try:
+        next(iter(_wikitext_lines("test")))
+    except InputError as error:
+        where = " or ".join(str(folder) for folder in folders)
+        raise InputError(
+            f"wikitext2: no files train.txt, valid.txt, test.txt in {where} and no download; {error}"
+        ) from None
+    return Source(
+        "text",
+        {ours: Part(partial(_wikitext_articles, theirs)) for ours, theirs in _SPLITS.items()},
+        partial(identify_hub, *WIKITEXT, "heading"),
+    )
+
+
+def _wikitext_file(folder: Path, split: str) -> Path | None:
+    names = (f"{split}.txt", f"wiki.{split}.raw", f"wiki.{split}.tokens")
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _wikitext_lines(split: str) -> Items:
+    return hub_rows(*WIKITEXT, split)
+
+
+def _wikitext_articles(split: str) -> Items:
+    """The hub's rows are lines."""
+    lines = (item.value["text"].encode() for item in _wikitext_lines(split) if isinstance(item, Record))
+    return split_documents(lines, "heading", partial(_row_name, split))
+
+
+def _row_name(split: str, line: int) -> str:
+    return f"{WIKITEXT[0]}/{split}#{line - 1}"
+
+
+def python_docs(options: PrepareOptions) -> Source:
+    """The reference topics that every CPython carries (its ``help()``), about 0.5 MB of English; each a document, every
+    tenth one ``valid``. They differ between versions of Python, and so does the fingerprint."""
+    parts = {"train": Part(partial(_topics, False)), "valid": Part(partial(_topics, True))}
+    return Source("text", parts, _identify_topics)
+
+
+def _topics(valid: bool) -> Items:
+    for number, (topic, text) in enumerate(_all_topics()):
+        if (number % 10 == 0) is valid:
+            yield Record(f"python_docs#{topic}", text)
+
+
+def _all_topics() -> list[tuple[str, str]]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise InputError("python_docs: this Python carries no pydoc_data; use another Python or other data") from None
+    return sorted(topics.items())
+
+
+def _identify_topics() -> str:
+    return identity("python_docs", _all_topics())
+
+
+ALIASES: dict[str, Callable[[PrepareOptions], Source]] = {
+    "tiny_shakespeare": tiny_shakespeare,
+    "tiny": tiny_shakespeare,
+    "wikitext2": wikitext2,
+    "wiki": wikitext2,
+    "wt2": wikitext2,
+    "python_docs": python_docs,
+}
+"""A path that is one of these words is not a file's name; ``./tiny`` is."""

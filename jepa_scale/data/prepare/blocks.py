@@ -1,0 +1,161 @@
+"""Raw records cut into blocks, and what becomes of a block: one shard, and a record that it is finished."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from jepa_scale.data.prepare.base import BadRecord, Encoder, Record
+from jepa_scale.data.shard_format import Sample, ShardInfo, index_name, write_atomic, write_shard
+from jepa_scale.errors import InputError
+
+BLOCK_BYTES = 64 * 2**20
+"""A block is closed when its raw values reach this size (:func:`raw_size`), however few its records are."""
+DONE_SUFFIX = ".done.json"
+EXAMPLES = 3
+"""Bad records that are named, per reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Records ``first`` … ``first + len(records) - 1`` of a split, which become shard ``number``."""
+
+    split: str
+    number: int
+    first: int
+    records: list[Record | BadRecord]
+
+    @property
+    def shard(self) -> str:
+        return f"{self.split}-{self.number:06d}.tar"
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What became of a block.
+
+    Attributes:
+        first: number of the block's first record in its split.
+        records: how many it has, bad ones included.
+        shard: None when all of them are bad; the shards' numbers have a gap there.
+        skipped: reason → records left out.
+        examples: reason → the first few of them, for people.
+    """
+
+    first: int
+    records: int
+    shard: ShardInfo | None
+    skipped: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+
+def raw_size(value: Any) -> int:
+    """Roughly the bytes of a raw value; the same for equal values on any machine."""
+    if isinstance(value, str | bytes):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(raw_size(k) + raw_size(v) for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return 8 + sum(raw_size(v) for v in value)
+    return value.nbytes if isinstance(value, np.ndarray) else 8
+
+
+def cut(records: Iterable[Record | BadRecord], split: str, most: int) -> Iterator[Block]:
+    """Blocks of ``most`` records, or fewer when they reach ``BLOCK_BYTES``; a function of the records alone."""
+    number, first, size = 0, 0, 0
+    held: list[Record | BadRecord] = []
+    for record in records:
+        held.append(record)
+        size += raw_size(record.value) if isinstance(record, Record) else 0
+        if len(held) == most or size >= BLOCK_BYTES:
+            yield Block(split, number, first, held)
+            number, first, size, held = number + 1, first + len(held), 0, []
+    if held:
+        yield Block(split, number, first, held)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardMaker:
+    """Block → shard; picklable, so that workers can call it."""
+
+    folder: Path
+    encoder: Encoder
+    on_error: Literal["stop", "skip"]
+
+    def __call__(self, block: Block) -> Done:
+        """Encode the block's records, write its shard and then the record that it is finished.
+
+        Raises:
+            InputError: a record is bad and ``on_error`` is stop, or the shard cannot be written.
+        """
+        samples, skipped, examples = self._encode(block)
+        try:
+            info = write_shard(self.folder, block.shard, samples) if samples else None
+            done = Done(block.first, len(block.records), info, skipped, examples)
+            write_atomic(_done_file(self.folder, block.shard), json.dumps(asdict(done)).encode())
+        except OSError as error:
+            raise cannot_write(error, self.folder / block.shard) from None
+        return done
+
+    def _encode(self, block: Block) -> tuple[list[Sample], dict[str, int], dict[str, list[str]]]:
+        samples: list[Sample] = []
+        skipped: dict[str, int] = {}
+        examples: dict[str, list[str]] = {}
+        for record in block.records:
+            try:
+                if isinstance(record, BadRecord):
+                    raise record
+                made = self.encoder(record)
+                assert made, f"{record.where}: the encoder made no samples of it"
+                samples += made
+            except BadRecord as bad:
+                if self.on_error == "stop":
+                    raise InputError(f"{bad}; fix it, or leave it out with on_error=skip") from None
+                skipped[bad.reason] = skipped.get(bad.reason, 0) + 1
+                if len(named := examples.setdefault(bad.reason, [])) < EXAMPLES:
+                    named.append(f"{bad.where}: {bad.detail}" if bad.detail else bad.where)
+        return samples, skipped, examples
+
+
+def finished(folder: Path, block: Block) -> Done | None:
+    """What became of the block in an earlier run, when all of it is still there.
+
+    Shard and index are read and hashed: that is some ten times as fast as tokenizing, and nothing that a crash of the
+    machine left half written gets into the data.
+    """
+    try:
+        values = json.loads(_done_file(folder, block.shard).read_bytes())
+        info = ShardInfo(**values.pop("shard")) if values["shard"] else values.pop("shard")
+        done = Done(shard=info, **values)
+        whole = info is None or (
+            (folder / info.name).stat().st_size == info.bytes
+            and sha256(folder / info.name) == info.sha256
+            and sha256(folder / index_name(info.name)) == info.index_sha256
+        )
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    same = (done.first, done.records) == (block.first, len(block.records))
+    return done if same and whole else None
+
+
+def sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def cannot_write(error: OSError, file: Path) -> InputError:
+    """One line for a full disk, a missing permission and the like; ``file`` is named if the error itself names none."""
+    name = os.fsdecode(error.filename or file)
+    what = " ".join(str(error.strerror or error).split())
+    return InputError(f"{name}: {what}; what is finished stays: put it right and start again")
+
+
+def _done_file(folder: Path, shard: str) -> Path:
+    return folder / (shard.removesuffix(".tar") + DONE_SUFFIX)

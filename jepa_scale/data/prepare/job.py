@@ -1,0 +1,302 @@
+"""The job that turns raw data into a folder of shards: parallel, restartable, the same bytes every time.
+
+While it is at work, the folder also holds ``job.json`` (what is being prepared; it stays), ``job.lock`` and a
+``.done.json`` per finished shard. ``index.json`` is written last: a folder that has it is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from jepa_scale.data.fetch import cache_dir
+from jepa_scale.data.prepare.base import Encoder, PrepareOptions, Reader
+from jepa_scale.data.prepare.blocks import BLOCK_BYTES, DONE_SUFFIX, EXAMPLES, ShardMaker, cannot_write, cut
+from jepa_scale.data.prepare.encode import make_encoder
+from jepa_scale.data.prepare.lock import LOCK_FILE, locked
+from jepa_scale.data.prepare.readers import open_reader
+from jepa_scale.data.prepare.workers import Workers, cores
+from jepa_scale.data.shard_format import FORMAT, INDEX_FILE, Index, ShardInfo, index_name, write_atomic
+from jepa_scale.errors import InputError
+
+JOB_FILE = "job.json"
+TOKENIZER = "tokenizer"
+OURS = {JOB_FILE, f"{JOB_FILE}.partial", LOCK_FILE}
+"""A folder that holds anything, but none of these, is somebody else's."""
+
+Note = Callable[[str], None]
+
+
+def prepare(
+    path: str | Path,
+    out: str | Path,
+    options: PrepareOptions,
+    processes: int | None = None,
+    progress: bool = True,
+    *,
+    cache: Path | None = None,
+    note: Note | None = None,
+) -> Index:
+    """Prepare the raw data ``path`` into the folder ``out``.
+
+    Killed at any moment and called again with the same source and options, it keeps the shards that are finished. Shards
+    and index are the same bytes for any number of processes and interruptions. A complete folder of the same job is
+    left as it is.
+
+    Args:
+        path: as :func:`open_reader` takes it.
+        processes: worker processes, None = one a core; 1 = none, the work is done here. Raw data of about
+            128 MiB a process are held in memory.
+        progress: show a bar when stderr is a terminal.
+        cache: folder for what is worth keeping between jobs (None = :func:`cache_dir`).
+        note: told, line by line, what people may want to know; None = to stderr when ``progress``.
+
+    Raises:
+        InputError: the source is bad, a record is bad and ``options.on_error`` is stop, nothing is left to train on,
+            ``out`` holds something else or is being prepared by another process, or it cannot be written.
+    """
+    out = Path(out)
+    tell = note or (_to_stderr if progress else _nowhere)
+    with suppress(OSError):
+        if Path(path).is_dir() and out.resolve().is_relative_to(Path(path).resolve()):
+            raise InputError(f"{out}: lies in the source {path}, which must not change; choose another folder")
+    reader = open_reader(str(path), options)
+    try:
+        _claim(out)
+        with locked(out, wait=False):
+            return _fill(reader, path, out, options, processes, progress, cache or cache_dir(), tell)
+    except OSError as error:
+        raise cannot_write(error, out) from None
+
+
+def prepared(
+    path: str | Path,
+    options: PrepareOptions,
+    cache: Path,
+    processes: int | None = None,
+    progress: bool = True,
+) -> Path:
+    """The folder below ``cache`` that holds ``path`` prepared with ``options``; made now if need be.
+
+    May be called by many processes at once, also of several hosts that share ``cache``: one does the work, the others
+    wait for it. When that one is killed, the next goes on from what is finished.
+
+    Raises:
+        InputError: as :func:`prepare`.
+    """
+    reader = open_reader(str(path), options)
+    what = [FORMAT, BLOCK_BYTES, reader.fingerprint(), options.resolved(), _local_tokenizer(options.tokenizer)]
+    folder = cache / "prepared" / hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
+    try:
+        if _complete(folder) is None:
+            _claim(folder)
+            with locked(folder, wait=True):
+                if _complete(folder) is None:
+                    _fill(reader, path, folder, options, processes, progress, cache, _nowhere)
+    except OSError as error:
+        raise cannot_write(error, folder) from None
+    return folder
+
+
+def _fill(
+    reader: Reader,
+    path: str | Path,
+    out: Path,
+    options: PrepareOptions,
+    processes: int | None,
+    progress: bool,
+    cache: Path,
+    note: Note,
+) -> Index:
+    """``prepare`` with the folder's lock held."""
+    encoder = make_encoder(reader, options, cache)
+    job = {
+        "format": FORMAT,
+        "block_bytes": BLOCK_BYTES,
+        "source": reader.fingerprint(),
+        "tokenizer": encoder.tokenizer_fingerprint,
+        "options": options.resolved(),
+    }
+    resumes = _resumes(out, job)
+    index = _complete(out)
+    if index is not None:
+        _clean(out, f"*{DONE_SUFFIX}", "*.partial")
+        note(f"{out}: is prepared already, nothing to do")
+        return index
+    if (out / INDEX_FILE).exists():
+        note(f"{out}: shards are missing since it was prepared; they are made again")
+        (out / INDEX_FILE).unlink()
+    elif resumes:
+        note(f"{out}: goes on where it was stopped")
+    _clean(out, "*.partial")
+    write_atomic(out / JOB_FILE, json.dumps(job, indent=1).encode())
+    processes = processes or cores()
+
+    splits: dict[str, list[ShardInfo]] = {}
+    records: dict[str, int] = {}
+    skipped: dict[str, int] = {}
+    examples: dict[str, list[str]] = {}
+    try:
+        with Workers(ShardMaker(out, encoder, options.on_error), processes) as workers:
+            for split in reader.splits:
+                begin, there, shards = time.monotonic(), 0, []
+                blocks = cut(reader.records(split), split, options.shard_samples)
+                bar = tqdm(
+                    total=reader.count(split),
+                    desc=split,
+                    unit=" records",
+                    unit_scale=True,
+                    dynamic_ncols=True,
+                    disable=None if progress else True,  # None: off when stderr is no terminal
+                )
+                records[split] = 0
+                with bar:
+                    for done, was_there in workers.finish(blocks):
+                        bar.update(done.records)
+                        records[split] += done.records
+                        there += done.records if was_there else 0
+                        shards += [done.shard] if done.shard else []
+                        for reason, count in done.skipped.items():
+                            skipped[reason] = skipped.get(reason, 0) + count
+                            named = examples.setdefault(reason, [])
+                            named += done.examples[reason][: EXAMPLES - len(named)]
+                note(_told(split, records[split], there, time.monotonic() - begin))
+                if shards:
+                    splits[split] = shards
+                elif split == "train":
+                    raise InputError(_nothing(path, records[split], skipped))
+                else:
+                    note(f"{split}: holds no samples, it is left out")
+    finally:
+        _clean(out, "*.partial")
+    if reader.fingerprint() != job["source"]:
+        raise InputError(f"{path}: has changed while it was being prepared; remove {out} and start again")
+    index = Index(
+        kind=reader.kind,
+        splits=splits,
+        vocab_size=encoder.vocab_size,
+        special=encoder.special,
+        tokenizer=TOKENIZER if _save_tokenizer(encoder, out) else None,
+        tokenizer_fingerprint=encoder.tokenizer_fingerprint,
+        skipped=skipped,
+        made_from={
+            "source": str(path),
+            "fingerprint": job["source"],
+            "options": job["options"],
+            "records": records,
+            "skipped": examples,
+        },
+    )
+    index.write(out)
+    _clean(out, f"*{DONE_SUFFIX}")
+    return index
+
+
+def _claim(folder: Path) -> None:
+    """Make the folder, or see that what it holds is ours."""
+    folder.mkdir(parents=True, exist_ok=True)
+    there = set(os.listdir(folder))
+    if there and not there & OURS:
+        raise InputError(f"{folder}: is not empty and was not made by this command; choose another folder")
+
+
+def _resumes(out: Path, job: dict[str, Any]) -> bool:
+    """Whether the folder holds this job already.
+
+    Going on with ``on_error=skip`` after a stop is the same job: no finished shard has a bad record.
+
+    Raises:
+        InputError: it holds another one.
+    """
+    file = out / JOB_FILE
+    try:
+        found = json.loads(file.read_bytes())
+        old, new = ({**values, **values["options"], "options": None} for values in (found, job))
+    except FileNotFoundError:
+        return False
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{file}: is damaged; remove {out} or choose another folder") from None
+    differ = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    if differ == ["on_error"] and old["on_error"] == "stop":
+        differ = []
+    if differ:
+        raise InputError(
+            f"{out}: holds another preparation (differs in {', '.join(differ)}); remove it or choose another folder"
+        )
+    return True
+
+
+def _complete(folder: Path) -> Index | None:
+    """The index of a complete folder whose shards are all there, by their size."""
+    if not (folder / INDEX_FILE).exists():
+        return None
+    index = Index.read(folder)
+    try:
+        for info in (info for shards in index.splits.values() for info in shards):
+            if (folder / info.name).stat().st_size != info.bytes or not (folder / index_name(info.name)).exists():
+                return None
+    except FileNotFoundError:
+        return None
+    return index
+
+
+def _save_tokenizer(encoder: Encoder, out: Path) -> bool:
+    """The tokenizer appears whole or not at all; False when there is none."""
+    partial, folder = out / f"{TOKENIZER}.partial", out / TOKENIZER
+    partial.mkdir()
+    if saved := encoder.save(partial):
+        for file in (f for f in partial.rglob("*") if f.is_file()):
+            with open(file, "rb") as stream:
+                os.fsync(stream.fileno())
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    else:
+        partial.rmdir()
+    return saved
+
+
+def _clean(folder: Path, *patterns: str) -> None:
+    for pattern in patterns:
+        for file in folder.glob(pattern):
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
+
+
+def _local_tokenizer(name: str) -> str:
+    """Hash of a tokenizer that is a folder or file here, which may change under its name; empty for others."""
+    path = Path(name)
+    files = [path] if path.is_file() else sorted(path.iterdir()) if path.is_dir() else []
+    digest = hashlib.sha256()
+    for file in files:
+        if file.suffix in (".json", ".txt", ".model", ".jinja") and file.is_file():  # not a model's weights beside it
+            digest.update(f"{file.name} {file.stat().st_size} ".encode() + file.read_bytes())
+    return digest.hexdigest() if files else ""
+
+
+def _told(split: str, records: int, there: int, seconds: float) -> str:
+    before = f", {there:,} of them were there already" if there else ""
+    return f"{split}: {records:,} records{before}; {seconds:,.1f} s, {(records - there) / max(seconds, 1e-9):,.0f} records/s"
+
+
+def _nothing(path: str | Path, records: int, skipped: dict[str, int]) -> str:
+    if not records:
+        return f"{path}: nothing to train on: it holds no records"
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items())
+    return f"{path}: nothing to train on: {sum(skipped.values()):,} records skipped: {reasons}"
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _nowhere(line: str) -> None:
+    pass

@@ -1,0 +1,140 @@
+"""The one way in: a path, whatever it names, as a reader of records."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from jepa_scale.data.prepare import arrays, facts, hub
+from jepa_scale.data.prepare.aliases import ALIASES, cut_text
+from jepa_scale.data.prepare.base import PrepareOptions
+from jepa_scale.data.prepare.files import Found, expand, find
+from jepa_scale.data.prepare.rows import expanded, find_schema
+from jepa_scale.data.prepare.selection import select
+from jepa_scale.data.prepare.source import Items, Part, Source, identify_files, read_each
+from jepa_scale.data.prepare.table import count_parquet, read_json, read_jsonl, read_parquet
+from jepa_scale.data.prepare.tar import read_tar
+from jepa_scale.data.prepare.text import read_text
+from jepa_scale.data.shard_format import INDEX_FILE
+from jepa_scale.errors import InputError
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|pipe:")
+_READ: dict[str, Callable[[Path], Items]] = {
+    "jsonl": read_jsonl,
+    "json": read_json,
+    "parquet": read_parquet,
+    "tar": read_tar,
+}
+
+
+def open_reader(path: str, options: PrepareOptions) -> Source:
+    """Find out what ``path`` names and read it; ``valid_path``, ``valid_fraction`` and the limits are applied.
+
+    Args:
+        path: an alias (``tiny_shakespeare``, ``wikitext2``, ``python_docs`` …), a file, a folder, a glob, a brace pattern,
+            or a Hugging Face dataset's name where nothing local is called so. Understood are plain text, JSON lines,
+            JSON, parquet, saved Hugging Face datasets, ARC tasks, webdataset shards, folders of facts
+            (:mod:`~jepa_scale.data.prepare.facts`) and of token ids (:mod:`~jepa_scale.data.prepare.arrays`).
+
+    Raises:
+        InputError: nothing of that name, or its files cannot be what ``options`` say.
+    """
+    valid = _open(options.valid_path, options, valid=True) if options.valid_path else None
+    return select(_open(path, options), options, valid)
+
+
+def _open(path: str, options: PrepareOptions, valid: bool = False) -> Source:
+    """
+    Args:
+        valid: all that is found becomes the split ``valid``, so nothing is told apart or held out.
+    """
+    if path in ALIASES:
+        return _checked(ALIASES[path](options), path, options)
+    if _URL.match(path):
+        raise InputError(f"data path {path!r}: raw data must be local files; download them first")
+    paths = expand(path)
+    if not paths:
+        return _open_hub(path, options)
+    if len(paths) == 1 and paths[0].is_dir():
+        source = _open_folder(paths[0], options)
+        if source:
+            return _checked(source, path, options)
+    return _checked(_open_files(find(paths, by_name=not valid), options, valid), path, options)
+
+
+def _checked(source: Source, path: str, options: PrepareOptions) -> Source:
+    if options.kind not in ("auto", source.kind):
+        raise InputError(f"data path {path!r}: holds {source.kind}, not {options.kind}; correct data.kind or the path")
+    return source
+
+
+def _open_folder(folder: Path, options: PrepareOptions) -> Source | None:
+    """A folder whose files belong together; None when it is a folder of independent files."""
+    if _is_prepared(folder):
+        raise InputError(f"{folder}: is prepared already, it holds an {INDEX_FILE}; train on it as it is")
+    if options.kind == "reversal" or (options.kind == "auto" and facts.is_fact_folder(folder)):
+        return facts.open_facts(folder)
+    if arrays.is_token_folder(folder):
+        return arrays.open_tokens(folder)
+    if hub.is_saved(folder):
+        identify = partial(identify_files, {"all": hub.saved_files(folder)}, folder, options.train_split)
+        return _rows(hub.saved_parts(folder, options), options, str(folder), identify)
+    return None
+
+
+def _is_prepared(folder: Path) -> bool:
+    try:
+        return "fingerprint" in json.loads((folder / INDEX_FILE).read_bytes())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _open_files(found: Found, options: PrepareOptions, valid: bool) -> Source:
+    if found.format == "text":
+        return _open_text(found, options, valid)
+    read = _READ[found.format]
+    parts = {
+        split: Part(partial(read_each, read, files), _count(found, split)) for split, files in found.splits.items()
+    }
+    what = " and ".join(str(f) for f in found.splits["train"][:1]) + (" …" if len(found.splits["train"]) > 1 else "")
+    return _rows(parts, options, what, partial(identify_files, found.splits, found.root))
+
+
+def _count(found: Found, split: str) -> int | None:
+    if found.format != "parquet":
+        return None
+    counts = [count_parquet(file) for file in found.splits[split]]
+    return None if None in counts else sum(c for c in counts if c is not None)
+
+
+def _open_text(found: Found, options: PrepareOptions, valid: bool) -> Source:
+    files = found.splits["train"]
+    one_document = options.documents == "file" and len(files) == 1 and len(found.splits) == 1
+    if one_document and options.valid_fraction and not valid and not options.valid_path:
+        return cut_text(files[0], options.valid_fraction)
+    read = partial(read_text, documents=options.documents)
+    parts = {
+        split: Part(partial(read_each, read, paths), len(paths) if options.documents == "file" else None)
+        for split, paths in found.splits.items()
+    }
+    return Source("text", parts, partial(identify_files, found.splits, found.root, options.documents))
+
+
+def _open_hub(path: str, options: PrepareOptions) -> Source:
+    if not hub.looks_like_name(path):
+        raise InputError(f"data path {path!r}: no such file, folder or pattern")
+    parts = hub.hub_parts(path, options)
+    identify = partial(hub.identify_hub, path, options.config_name, options.train_split)
+    return _rows(parts, options, f"dataset {path!r}", identify)
+
+
+def _rows(parts: dict[str, Part], options: PrepareOptions, what: str, identify: Callable[..., str]) -> Source:
+    """Raw rows as records of the kind that the first of them is."""
+    if options.kind == "reversal":
+        raise InputError(f"{what}: kind reversal is a folder of train.json, valid.json and vocab.json")
+    schema = find_schema(parts["train"].read(), options, what)
+    converted = {split: expanded(part, schema) for split, part in parts.items()}
+    return Source(schema.kind, converted, partial(identify, schema.kind, schema.form, dict(schema.columns)))

@@ -1,0 +1,108 @@
+"""Raw data as split → records: what every format's reader is made of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from jepa_scale.data.prepare.base import BadRecord, Record
+
+Items = Iterator[Record | BadRecord]
+
+HASHED_WHOLE = 256 * 2**20
+"""Bytes up to which a file counts by its whole content; a larger one by size, time of change, first and last MiB."""
+_CHUNK = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """Token ids that the data bring along, so that no tokenizer is needed.
+
+    Attributes:
+        vocab_size: one more than the largest token id.
+        special: token ids with a meaning, by name.
+        file: the file that says so, to be kept beside the shards, or None.
+    """
+
+    vocab_size: int
+    special: dict[str, Any]
+    file: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One split: ``read`` starts from the beginning at every call; ``count`` is None when nobody knows."""
+
+    read: Callable[[], Items]
+    count: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A :class:`~jepa_scale.data.prepare.base.Reader` made of functions. Picklable when they are.
+
+    Attributes:
+        kind: of the records.
+        parts: split → how to read it; holds ``train``.
+        identify: gives the fingerprint.
+        vocabulary: of data that are token ids already, else None.
+        cut: ``valid`` was cut off the training text already, as ``valid_fraction`` says.
+    """
+
+    kind: str
+    parts: Mapping[str, Part]
+    identify: Callable[[], str]
+    vocabulary: Vocabulary | None = None
+    cut: bool = False
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(self.parts)
+
+    def fingerprint(self) -> str:
+        return self.identify()
+
+    def count(self, split: str) -> int | None:
+        return self.parts[split].count
+
+    def records(self, split: str) -> Items:
+        return self.parts[split].read()
+
+
+def read_each(read: Callable[[Path], Items], files: Iterable[Path]) -> Items:
+    """The records of several files, one after another."""
+    return chain.from_iterable(map(read, files))
+
+
+def identity(*parts: Any) -> str:
+    """SHA-256 in hex of JSON values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def identify_files(splits: Mapping[str, tuple[Path, ...]], root: Path, *choices: Any) -> str:
+    """SHA-256 in hex of files (names relative to ``root``, contents) and of the options that pick records."""
+    files = {split: [(relative(path, root), hash_file(path)) for path in paths] for split, paths in splits.items()}
+    return identity(files, *choices)
+
+
+def relative(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 in hex of a file's content; see ``HASHED_WHOLE`` for large ones."""
+    stat = path.stat()
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        if stat.st_size > HASHED_WHOLE:
+            digest.update(f"{stat.st_size} {stat.st_mtime_ns} ".encode())
+            digest.update(file.read(_CHUNK))
+            file.seek(-_CHUNK, 2)
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

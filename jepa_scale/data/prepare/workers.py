@@ -1,0 +1,182 @@
+"""Blocks to worker processes, and what became of them back in order."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+
+from jepa_scale.data.prepare.blocks import Block, Done, ShardMaker, finished
+from jepa_scale.errors import InputError
+
+AHEAD = 2
+"""Blocks per process that are held at a time, those being worked on included."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Workers:
+    """Processes that make shards of blocks. Leaving the context ends them at once, whatever they are at.
+
+    They are spawned, not forked: the caller may hold a CUDA context, and the threads of ``tokenizers`` and ``datasets``
+    do not survive a fork. Pipes, not an executor's queues: those can hang when a worker dies while a large block is on
+    its way. A process is started when a block finds no other one idle.
+    """
+
+    def __init__(self, make: ShardMaker, processes: int) -> None:
+        """``processes`` = 1 does the work in this process."""
+        self._make, self._processes = make, processes
+        self._started: list[tuple[SpawnProcess, Connection]] = []
+        self._idle: list[Connection] = []
+        self._busy: list[Connection] = []
+        self._waiting: deque[tuple[int, Block]] = deque()
+        self._results: dict[int, tuple[Done | Exception, bool]] = {}
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for process, pipe in self._started:
+            process.kill()
+            pipe.close()
+        for process, _ in self._started:
+            process.join()
+
+    def finish(self, blocks: Iterable[Block]) -> Iterator[tuple[Done, bool]]:
+        """What became of each block, in their order, and whether it was there before. At most ``AHEAD * processes``
+        blocks are held at a time.
+
+        Raises:
+            InputError: what failed first in the order of the records, reader and encoder taken together: the same
+                for any number of processes.
+        """
+        given = told = 0
+        source = iter(blocks)
+        failed = False
+        while not failed:
+            try:
+                block = next(source, None)
+            except Exception as error:  # told in its turn: blocks before it may hold an earlier one
+                self._results[given] = (error, False)
+                given += 1
+                break
+            if block is None:
+                break
+            there = finished(self._make.folder, block)
+            if there is not None:
+                self._results[given] = (there, True)
+            else:
+                self._give(given, block)
+            given += 1
+            while told in self._results:
+                yield self._tell(told)
+                told += 1
+            failed = any(isinstance(result, Exception) for result, _ in self._results.values())
+        while told < given:
+            while told not in self._results:
+                self._collect(None)
+            yield self._tell(told)
+            told += 1
+
+    def _tell(self, number: int) -> tuple[Done, bool]:
+        result, there = self._results.pop(number)
+        if isinstance(result, Exception):
+            raise result
+        return result, there
+
+    def _give(self, number: int, block: Block) -> None:
+        if self._processes == 1:
+            try:
+                self._results[number] = (self._make(block), False)
+            except Exception as error:
+                self._results[number] = (error, False)
+            return
+        self._waiting.append((number, block))
+        self._collect(0)
+        if self._waiting and len(self._started) < self._processes:
+            self._busy.append(self._spawn())  # until it says that it is ready
+        while len(self._waiting) + len(self._busy) >= AHEAD * self._processes:
+            self._collect(None)
+
+    def _collect(self, timeout: float | None) -> None:
+        """Take what the workers have to say and give them what waits; without a timeout, until one has spoken."""
+        for pipe in wait(self._busy, timeout) if self._busy else ():
+            assert isinstance(pipe, Connection)
+            try:
+                answer: tuple[int, Done | Exception] | None = pipe.recv()
+            except (EOFError, OSError):
+                raise self._ended() from None
+            if answer is not None:
+                self._results[answer[0]] = (answer[1], False)
+            self._busy.remove(pipe)
+            self._idle.append(pipe)
+        while self._idle and self._waiting:
+            pipe = self._idle.pop()
+            self._busy.append(pipe)
+            try:
+                pipe.send(self._waiting.popleft())
+            except OSError:
+                raise self._ended() from None
+
+    def _spawn(self) -> Connection:
+        resource_tracker.ensure_running()  # it would unblock the signals
+        mine, theirs = multiprocessing.Pipe()
+        process = multiprocessing.get_context("spawn").Process(
+            target=_serve, args=(self._make, theirs), daemon=True, name=f"prepare-{len(self._started)}"
+        )
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # inherited: Ctrl-C while the worker is importing
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        theirs.close()
+        self._started.append((process, mine))
+        return mine
+
+    def _ended(self) -> InputError:
+        return InputError(
+            "a worker process was ended from outside (is the memory full?); what is finished stays: start again, "
+            f"perhaps with fewer than {self._processes} processes"
+        )
+
+
+def _serve(make: ShardMaker, pipe: Connection) -> None:
+    """A worker's life: says None when it is ready, then what became of each block with the block's number."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there are as many processes as cores already
+    for number in SIGNALS:  # sent to all processes of a job; the parent decides what to do
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        pipe.send(None)
+        while True:
+            number, block = pipe.recv()
+            answer: Done | Exception
+            try:
+                answer = make(block)
+            except InputError as error:
+                answer = error
+            except Exception:
+                answer = RuntimeError(f"making {block.shard} failed in a worker process:\n{traceback.format_exc()}")
+            del block
+            pipe.send((number, answer))
+
+
+def _end_with_parent() -> None:
+    """A killed parent leaves no orphan that writes into a folder which someone else has taken over."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -1,0 +1,466 @@
+import errno
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jepa_scale.data.prepare import blocks, job, workers
+from jepa_scale.data.prepare.base import BadRecord, PrepareOptions, Record
+from jepa_scale.data.prepare.job import prepare, prepared
+from jepa_scale.data.shard_format import Index
+from jepa_scale.errors import InputError
+from tests.data.prepare import lines
+
+ROOT = Path(__file__).resolve().parents[3]
+OPTIONS = PrepareOptions(shard_samples=7)
+
+
+@pytest.fixture(autouse=True)
+def line_reader(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(job, "open_reader", lines.open_reader)
+    monkeypatch.setattr(job, "make_encoder", lines.make_encoder)
+    monkeypatch.setenv("JEPA_SCALE_CACHE", str(tmp_path / "cache"))
+
+
+def text(number: int, seed: int = 0) -> list[str]:
+    rng = random.Random(seed)
+    return [" ".join(f"w{rng.randrange(50)}" for _ in range(rng.randrange(1, 14))) for _ in range(number)]
+
+
+def source(folder: Path, train: list[str], **others: list[str]) -> Path:
+    folder.mkdir(exist_ok=True)
+    for split, content in {"train": train, **others}.items():
+        (folder / f"{split}.txt").write_text("".join(f"{line}\n" for line in content))
+    return folder
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def in_child(work: Callable[[], Any]) -> int:
+    """Run in a forked process; its pid."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        work()
+        os._exit(0)
+    except BaseException:
+        os._exit(1)
+
+
+def start(*args: str, **environment: str) -> subprocess.Popen:
+    """The command line, in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.data.prepare.lines", "data", "prepare", *args],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def until(true: Callable[[], Any], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+def test_what_is_prepared(tmp_path: Path) -> None:
+    raw = source(tmp_path / "raw", text(20), valid=text(3, seed=1))
+    said: list[str] = []
+    index = prepare(raw, tmp_path / "out", OPTIONS, processes=1, note=said.append)
+    assert index == Index.read(tmp_path / "out")
+    assert [s.name for s in index.splits["train"]] == [f"train-00000{n}.tar" for n in range(3)]
+    words = sum(len(line.split()) for line in text(20))
+    assert sum(s.tokens for s in index.splits["train"]) == words
+    assert sum(s.samples for s in index.splits["train"]) == sum(1 + (len(line.split()) > 8) for line in text(20))
+    assert (index.kind, index.vocab_size, index.special, index.tokenizer) == ("text", 1000, {"eos": 0}, "tokenizer")
+    assert index.made_from["records"] == {"train": 20, "valid": 3}
+    shards = {
+        f"{name}.{end}" for name in ("train-000000", "train-000001", "train-000002") for end in ("tar", "idx.npy")
+    }
+    shards |= {"valid-000000.tar", "valid-000000.idx.npy"}
+    assert set(content(tmp_path / "out")) == {"index.json", "job.json", "tokenizer/tokenizer.json", *shards}
+    assert [line.split(":")[0] for line in said] == ["train", "valid"]
+
+
+def test_bytes_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
+    train = text(60)
+    train[5] = train[33] = ""
+    train[34] = "unreadable"
+    raw = source(tmp_path / "raw", train, valid=text(9, seed=1))
+    options = PrepareOptions(shard_samples=7, on_error="skip")
+    for processes in (1, 2, 3):
+        prepare(raw, tmp_path / str(processes), options, processes=processes, progress=False)
+    one, two, three = (content(tmp_path / str(n)) for n in (1, 2, 3))
+    assert one == two == three
+    assert Index.read(tmp_path / "1").skipped == {"empty document": 2, "unreadable": 1}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_killed_at_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """Every file appears by os.replace: the process ends there without another word, then starts again. No more than
+    one shard is made twice."""
+    log = tmp_path / "log"
+    raw = source(tmp_path / "raw", [*text(20), ""], valid=text(3, seed=1))
+    options = PrepareOptions(shard_samples=7, on_error="skip")
+    prepare(raw, tmp_path / "undisturbed", options, processes=1, progress=False)
+    replace = os.replace
+    for moment in itertools.count():
+        out, count = tmp_path / f"{moment}", itertools.count()
+
+        def dying(a: Any, b: Any, moment: int = moment, count: Any = count) -> None:
+            now = next(count) == moment
+            if now and when == "before":
+                os._exit(9)
+            replace(a, b)
+            if now:
+                os._exit(9)
+
+        def work(out: Path = out, dying: Any = dying) -> None:
+            monkeypatch.setattr(os, "replace", dying)
+            prepare(raw, out, options, processes=1, progress=False)
+
+        monkeypatch.setenv("LINES_LOG", str(log))
+        status = os.waitpid(in_child(work), 0)[1]
+        if status == 0:
+            break
+        assert os.waitstatus_to_exitcode(status) == 9
+        prepare(raw, out, options, processes=1, progress=False)
+        assert content(out) == content(tmp_path / "undisturbed"), moment
+        assert len(log.read_text().split()) <= 24 + 7
+        log.unlink()
+    assert moment == 1 + 4 * 3 + 2  # job; index, tar and record of four shards; tokenizer, index
+
+
+def test_finished_shards_stay_unless_they_are_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = text(35)
+    raw, out, log = source(tmp_path / "raw", [*train, ""]), tmp_path / "out", tmp_path / "log"
+    with pytest.raises(InputError, match=r"train.txt:36: empty document; fix it, or .* on_error=skip"):
+        prepare(raw, out, OPTIONS, processes=1, progress=False)
+    assert (len(list(out.glob("*.done.json"))), list(out.glob("*.partial"))) == (5, [])
+    (out / "train-000001.tar").write_bytes(b"x" * (out / "train-000001.tar").stat().st_size)
+    (out / "train-000003.idx.npy").write_bytes(b"short")
+    (out / "train-000004.done.json").write_bytes(b"{")
+    (out / "train-000009.tar.partial").write_bytes(b"litter")
+    monkeypatch.setenv("LINES_LOG", str(log))
+    said: list[str] = []
+    skip = PrepareOptions(shard_samples=7, on_error="skip")
+    prepare(raw, out, skip, processes=1, note=said.append)
+    again = [1 + n for block in (1, 3, 4, 5) for n in range(7 * block, min(7 * block + 7, 36))]
+    assert log.read_text().split() == [f"train.txt:{n}" for n in again]
+    assert "goes on" in said[0]
+    assert "36 records, 14 of them were there already" in said[1]
+    prepare(raw, tmp_path / "undisturbed", skip, processes=1, progress=False)
+    assert content(out) == content(tmp_path / "undisturbed")
+
+
+def test_killed_with_all_its_processes_again_and_again(tmp_path: Path) -> None:
+    raw = source(tmp_path / "raw", [*text(110), "slow", "w1", *["slow"] * 10])
+    prepare(raw, tmp_path / "undisturbed", OPTIONS, processes=1, progress=False)
+    out, rng = tmp_path / "out", random.Random(time.time_ns())
+    args = (str(raw), "--out", str(out), "--shard-samples", "7", "--processes", "2")
+    for kill_all in (True, False):
+        process = start(*args, LINES_DELAY="0.01")
+        there = len(list(out.glob("*.done.json")))
+        until(lambda there=there: len(list(out.glob("*.done.json"))) > there)
+        time.sleep(rng.random() * 0.15 if kill_all else 1)  # the last ones are slow
+        workers = children(process.pid)
+        assert len(workers) >= 2
+        (os.killpg if kill_all else os.kill)(process.pid, signal.SIGKILL)
+        process.communicate()
+        until(lambda pids=workers: not any(map(alive, pids)), 5)  # no orphan finishes its shard
+        assert not (out / "index.json").exists()
+    process = start(*args[:-1], "1")
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (0, "")
+    assert "goes on where it was stopped" in stdout
+    assert "of them were there already" in stdout
+    assert content(out) == content(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_it_in_one_line(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    raw, out = source(tmp_path / "raw", [*text(20), *["slow"] * 100]), tmp_path / "out"
+    process = start(str(raw), "--out", str(out), "--shard-samples", "7", "--processes", "2", LINES_DELAY="0.01")
+    until(lambda: len(list(out.glob("*.done.json"))) > 1)
+    os.killpg(process.pid, number)
+    _, stderr = process.communicate(timeout=10)
+    assert process.returncode == code
+    assert stderr == "jepa-scale: stopped; what is finished stays: start the same command again to go on\n"
+    assert not list(out.glob("*.partial")) and not (out / "job.lock").exists()
+
+
+def test_another_job_is_refused(tmp_path: Path) -> None:
+    raw, out = source(tmp_path / "raw", text(20)), tmp_path / "out"
+    index = prepare(raw, out, OPTIONS, processes=1, progress=False)
+    before = content(out)
+    said: list[str] = []
+    assert prepare(raw, out, OPTIONS, processes=1, note=said.append) == index
+    assert said == [f"{out}: is prepared already, nothing to do"]
+    other = PrepareOptions(shard_samples=8, tokenizer="gpt2")
+    with pytest.raises(InputError, match=r"holds another preparation \(differs in shard_samples, tokenizer\); remove"):
+        prepare(raw, out, other, processes=1, progress=False)
+    source(raw, text(21))
+    with pytest.raises(InputError, match=r"holds another preparation \(differs in source\)"):
+        prepare(raw, out, OPTIONS, processes=1, progress=False)
+    assert content(out) == before
+    skip = PrepareOptions(shard_samples=7, on_error="skip")
+    prepare(raw, tmp_path / "skip", skip, processes=1, progress=False)
+    with pytest.raises(InputError, match=r"differs in on_error"):
+        prepare(raw, tmp_path / "skip", OPTIONS, processes=1, progress=False)
+
+
+def test_a_shard_lost_since_is_made_again(tmp_path: Path) -> None:
+    raw, out = source(tmp_path / "raw", text(20)), tmp_path / "out"
+    prepare(raw, out, OPTIONS, processes=1, progress=False)
+    before = content(out)
+    (out / "train-000001.tar").unlink()
+    said: list[str] = []
+    prepare(raw, out, OPTIONS, processes=1, note=said.append)
+    assert "made again" in said[0]
+    assert content(out) == before
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
+    raw, out = source(tmp_path / "raw", text(20)), tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.tex").write_text("mine")
+    with pytest.raises(InputError, match="is not empty and was not made by this command"):
+        prepare(raw, out, OPTIONS, processes=1, progress=False)
+    assert list(content(out)) == ["thesis.tex"]
+    with pytest.raises(InputError, match="lies in the source"):
+        prepare(raw, raw / "shards", OPTIONS, processes=1, progress=False)
+    assert not (raw / "shards").exists()
+    with pytest.raises(InputError, match=r"thesis.tex: .*exists"):
+        prepare(raw, out / "thesis.tex", OPTIONS, processes=1, progress=False)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_stop_names_the_first_bad_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int) -> None:
+    """The first in the order of the records, though a later one is found earlier."""
+    monkeypatch.setenv("LINES_DELAY", "0.01")
+    train = text(40)
+    train[13], train[14], train[30] = "unreadable", "", "break"
+    raw = source(tmp_path / "raw", train)
+    with pytest.raises(InputError) as caught:
+        prepare(raw, tmp_path / "out", OPTIONS, processes=processes, progress=False)
+    assert str(caught.value) == "train.txt:14: unreadable: it says so; fix it, or leave it out with on_error=skip"
+    assert (tmp_path / "out" / "train-000000.tar").exists()
+    if processes == 1:
+        with pytest.raises(InputError, match="^train.txt:31: the file breaks off$"):
+            prepare(raw, tmp_path / "out", PrepareOptions(shard_samples=7, on_error="skip"), 1, progress=False)
+    assert not list((tmp_path / "out").glob("*.partial"))
+
+
+def test_skipped_records_are_counted_and_named(tmp_path: Path) -> None:
+    train = text(30)
+    train[7:14] = [""] * 7  # the whole second block
+    train[20] = "unreadable"
+    raw = source(tmp_path / "raw", train, valid=["", ""])
+    said: list[str] = []
+    skip = PrepareOptions(shard_samples=7, on_error="skip")
+    index = prepare(raw, tmp_path / "out", skip, processes=1, note=said.append)
+    assert index.skipped == {"empty document": 9, "unreadable": 1}
+    assert index.made_from["skipped"] == {
+        "empty document": ["train.txt:8", "train.txt:9", "train.txt:10"],
+        "unreadable": ["train.txt:21: it says so"],
+    }
+    assert [s.name for s in index.splits["train"]] == [f"train-00000{n}.tar" for n in (0, 2, 3, 4)]
+    assert list(index.splits) == ["train"]
+    assert said[-1] == "valid: holds no samples, it is left out"
+
+
+def test_nothing_to_train_on(tmp_path: Path) -> None:
+    skip = PrepareOptions(on_error="skip")
+    raw = source(tmp_path / "raw", ["", "unreadable", ""], valid=text(3))
+    with pytest.raises(InputError, match="nothing to train on: 3 records skipped: 2 empty document, 1 unreadable"):
+        prepare(raw, tmp_path / "out", skip, processes=1, progress=False)
+    with pytest.raises(InputError, match="nothing to train on: it holds no records"):
+        prepare(source(tmp_path / "none", []), tmp_path / "out2", skip, processes=1, progress=False)
+    assert not (tmp_path / "out" / "index.json").exists()
+
+
+def test_a_source_that_changes_meanwhile_is_refused(tmp_path: Path) -> None:
+    raw = source(tmp_path / "raw", text(10), valid=text(3))
+    with pytest.raises(InputError, match="has changed while it was being prepared"):
+        prepare(raw, tmp_path / "out", OPTIONS, 1, note=lambda _: source(raw, ["other"]))
+    assert not (tmp_path / "out" / "index.json").exists()
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw, out = source(tmp_path / "raw", text(30)), tmp_path / "out"
+    fsync, count = os.fsync, itertools.count()
+
+    def full(file: int) -> None:
+        if next(count) == 5:  # job; index, tar and record of the first shard; tar of the second
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(
+        InputError, match=r"train-000001.tar: No space left on device; what is finished stays"
+    ) as caught:
+        prepare(raw, out, OPTIONS, processes=1, progress=False)
+    assert "\n" not in str(caught.value)
+    assert not list(out.glob("*.partial"))
+    assert (out / "train-000000.done.json").exists()
+    monkeypatch.setattr(os, "fsync", fsync)
+    prepare(raw, out, OPTIONS, processes=1, progress=False)
+
+
+def test_one_job_at_a_time_in_a_folder(tmp_path: Path) -> None:
+    raw, out = source(tmp_path / "raw", text(30)), tmp_path / "out"
+    ready, go = os.pipe()
+
+    def hold() -> None:
+        with job.locked(out, wait=False):
+            os.write(go, b"x")
+            time.sleep(30)
+
+    out.mkdir()
+    pid = in_child(hold)
+    os.read(ready, 1)
+    with pytest.raises(InputError, match=rf"is being prepared by process {pid} on .*; wait for it"):
+        prepare(raw, out, OPTIONS, processes=1, progress=False)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    prepare(raw, out, OPTIONS, processes=1, progress=False)
+    assert not (out / "job.lock").exists()
+
+
+def test_locks_exclude_each_other(tmp_path: Path) -> None:
+    """Waiters come in one after another although each holder removes the lock's file."""
+    counter = tmp_path / "counter"
+    counter.write_text("0")
+
+    def add() -> None:
+        for _ in range(20):
+            with job.locked(tmp_path, wait=True):
+                value = int(counter.read_text())
+                time.sleep(0.0005)
+                counter.write_text(str(value + 1))
+
+    pids = [in_child(add) for _ in range(4)]
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * 4
+    assert counter.read_text() == "80"
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_prepared_does_the_work_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies: bool) -> None:
+    raw, cache, log = source(tmp_path / "raw", text(28)), tmp_path / "cache", tmp_path / "log"
+    monkeypatch.setenv("LINES_LOG", str(log))
+    monkeypatch.setenv("LINES_DELAY", "0.01")
+
+    def dying(a: Any, b: Any, count: Any = itertools.count(), replace: Any = os.replace) -> None:  # noqa: B008
+        if next(count) == 8:  # in its third shard
+            os._exit(9)
+        replace(a, b)
+
+    def work(monkey: bool) -> None:
+        if monkey:
+            monkeypatch.setattr(os, "replace", dying)
+        assert Index.read(prepared(raw, OPTIONS, cache, processes=1)).splits["train"]
+
+    pids = [in_child(lambda: work(dies))]
+    until(log.exists)
+    pids += [in_child(lambda: work(False)) for _ in range(3)]
+    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids] == [9 if dies else 0, 0, 0, 0]
+    seen = log.read_text().split()
+    assert len(set(seen)) == 28
+    assert len(seen) == (28 + 7 if dies else 28)  # the third block was lost
+    folder = prepared(raw, OPTIONS, cache, processes=1)
+    assert len(log.read_text().split()) == len(seen)
+    assert folder.parent == cache / "prepared" and len(folder.name) == 32
+    prepare(raw, tmp_path / "undisturbed", OPTIONS, processes=1, progress=False)
+    assert content(folder) == content(tmp_path / "undisturbed")
+
+
+def test_prepared_tells_other_data_apart(tmp_path: Path) -> None:
+    raw, cache = source(tmp_path / "raw", text(10)), tmp_path / "cache"
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "tokenizer.json").write_text("{}")
+    folders = [prepared(raw, options, cache, 1) for options in (OPTIONS, PrepareOptions(shard_samples=8))]
+    local = PrepareOptions(tokenizer=str(mine))
+    folders.append(prepared(raw, local, cache, 1))
+    assert prepared(raw, local, cache, 1) == folders[-1]
+    (mine / "tokenizer.json").write_text('{"changed": 1}')
+    folders.append(prepared(raw, local, cache, 1))
+    folders.append(prepared(source(raw, text(11)), OPTIONS, cache, 1))
+    assert len(set(folders)) == 5
+    assert len(list((cache / "prepared").iterdir())) == 5
+
+
+def test_blocks_are_bounded_in_records_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 100)
+    values = ["x" * 40, "x" * 40, "x" * 20, "x" * 300, "y", {"key": ["z" * 60]}, np.zeros(4, np.int64), "w", "w", "w"]
+    records: list[Record | BadRecord] = [Record(str(n), value) for n, value in enumerate(values)]
+    records.append(BadRecord("10", "unreadable"))
+    cut = list(blocks.cut(records, "train", 4))
+    assert [(b.number, b.first, len(b.records)) for b in cut] == [(0, 0, 3), (1, 3, 1), (2, 4, 3), (3, 7, 4)]
+    assert cut[3].shard == "train-000003.tar"
+    assert [r for b in cut for r in b.records] == records
+
+
+def test_few_blocks_are_held_and_a_killed_worker_is_told(tmp_path: Path) -> None:
+    """The reader is never further ahead of the results than the bound says."""
+    raw = source(tmp_path / "raw", text(300))
+    read = told = most = 0
+
+    def counted() -> Any:
+        nonlocal read
+        for block in blocks.cut(lines.LineReader(raw).records("train"), "train", 10):
+            read += 1
+            yield block
+
+    (tmp_path / "out").mkdir()
+    maker = blocks.ShardMaker(tmp_path / "out", lines.WordEncoder(delay=0.002), "stop")
+    before = set(children(os.getpid()))
+    with pytest.raises(InputError, match="a worker process was ended from outside"), workers.Workers(maker, 2) as pool:
+        for _ in pool.finish(counted()):
+            most = max(most, read - told)
+            told += 1
+            if told == 25:
+                servers = [p.pid for p in multiprocessing.active_children() if p.name.startswith("prepare-")]
+                assert len(servers) == 2 and not set(servers) & before
+                os.kill(servers[0], signal.SIGKILL)
+    assert 25 <= told < 30
+    assert 2 < most <= 2 * workers.AHEAD + 2  # the one just read, and a finished one that waits for its turn
+    assert not any(map(alive, servers))
+
+
+def test_the_record_of_a_shard_is_written_after_it(tmp_path: Path) -> None:
+    raw, out = source(tmp_path / "raw", [*text(7), ""]), tmp_path / "out"
+    with pytest.raises(InputError):
+        prepare(raw, out, OPTIONS, processes=1, progress=False)
+    done, shard = out / "train-000000.done.json", out / "train-000000.tar"
+    assert done.stat().st_mtime_ns >= shard.stat().st_mtime_ns
+    assert json.loads(done.read_text())["shard"]["sha256"] == blocks.sha256(shard)
