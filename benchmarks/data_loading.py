@@ -59,7 +59,8 @@ def example_of(sample: dict[str, Any], kind: str) -> tuple[np.ndarray, np.ndarra
     tokens = np.asarray(sample["npy"])
     if kind == "text":
         return Document(tokens).lm_sequence()
-    turns = tuple(Turn(*turn) for turn in sample["json"]["turns"])
+    told = sample["json"]
+    turns = tuple(Turn(message["role"], *span) for message, span in zip(told["messages"], told["turns"], strict=True))
     return Conversation(tokens, turns, []).lm_sequence()
 
 
@@ -193,7 +194,7 @@ def main() -> None:
     config = "configs/tiny_corpus.yaml"
     rows: list[dict[str, Any]] = []
     for name, values in sources.items():
-        data = load_data({**values, "max_length": 16383} if values["source"] == "text" else values)
+        data = load_data({**values, "max_length": MICRO_TOKENS} if values["source"] == "text" else values)
         rows += compare(name, data, args)
         rows += efficiency(name, load_data(values))
     rows += efficiency("reversal", load_data(load_config("configs/reversal.yaml").data))

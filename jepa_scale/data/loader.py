@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -11,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
@@ -122,7 +125,8 @@ class Loader:
             multiprocessing_context="fork" if fork else None,
             generator=torch.Generator(),  # not the global one, whose state belongs to the model
         )
-        for batch in loader:
+        for sent in loader:
+            batch = pickle.loads(sent)
             if isinstance(batch, InputError):
                 raise batch
             yield batch
@@ -137,12 +141,29 @@ class _MicroBatches(TorchDataset[Any]):
     def __len__(self) -> int:
         return self.loader.steps * self.loader.stream.accumulation
 
-    def __getitem__(self, number: int) -> PackedBatch | InputError:
-        """An InputError is handed over as a value: torch would wrap it into a traceback of many lines."""
+    def __getitem__(self, number: int) -> bytes:
+        """The pickled micro-batch. An InputError is handed over as a value: torch would wrap it into a traceback of many
+        lines."""
+        batch: PackedBatch | InputError
         try:
-            return self.loader.micro_batch(*divmod(number, self.loader.stream.accumulation))
+            batch = self.loader.micro_batch(*divmod(number, self.loader.stream.accumulation))
         except InputError as error:
-            return error
+            batch = error
+        sent = io.BytesIO()
+        _Pickler(sent, protocol=5).dump(batch)
+        return sent.getvalue()
+
+
+class _Pickler(pickle.Pickler):
+    """Tensors as plain bytes. Torch would put each of the dozen small tensors of a batch into a shared memory file of its
+    own, which takes longer than to make the batch."""
+
+    def reducer_override(self, value: Any) -> Any:
+        return (_tensor, (value.numpy(),)) if isinstance(value, torch.Tensor) else NotImplemented
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(array)
 
 
 def _unchanged(batch: Any) -> Any:

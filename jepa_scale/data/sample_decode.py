@@ -151,8 +151,9 @@ def _json(members: dict[str, bytes]) -> Any:
 
 def _conversation(tokens: np.ndarray, values: Any, train_all: bool) -> Conversation:
     try:
-        turns = tuple(_turn(turn, len(tokens)) for turn in values["turns"])
         messages = values["messages"]
+        spans = zip(messages, values["turns"], strict=True)
+        turns = tuple(_turn(message["role"], span, len(tokens)) for message, span in spans)
     except (KeyError, TypeError, ValueError) as error:
         raise BadSample("json", f"has no proper messages and turns ({error!r})") from None
     if not isinstance(messages, list):
@@ -160,10 +161,10 @@ def _conversation(tokens: np.ndarray, values: Any, train_all: bool) -> Conversat
     return Conversation(tokens, turns, messages, train_all)
 
 
-def _turn(value: Any, n: int) -> Turn:
-    role, start, stop = value
+def _turn(role: Any, span: Any, n: int) -> Turn:
+    start, stop = span
     if not (isinstance(role, str) and 0 <= start <= stop <= n):
-        raise ValueError(f"turn {value!r} of {n} tokens")
+        raise ValueError(f"turn {role!r} {start}:{stop} of {n} tokens")
     return Turn(role, start, stop)
 
 

@@ -78,7 +78,8 @@ class ShardData:
 
     @property
     def counts(self) -> dict[str, int]:
-        return {**self.train.counts, "missing_shards": self.missing_shards}
+        skipped = {f"skipped when prepared ({reason})": n for reason, n in self.train.located.index.skipped.items()}
+        return {**self.train.counts, "missing_shards": self.missing_shards, **skipped}
 
     @property
     def fingerprint(self) -> str:

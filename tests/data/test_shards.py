@@ -129,7 +129,7 @@ def test_a_long_sample_may_be_refused_before_anything_begins(tmp_path):
 
 
 def conversation(n: int) -> Sample:
-    turns = [["user", 1, 4], ["assistant", 5, n]]
+    turns = [[1, 4], [5, n]]
     messages = [{"role": "user", "content": "hé"}, {"role": "assistant", "content": "x"}]
     return Sample({"npy": document(n), "json": {"messages": messages, "turns": turns}}, n)
 
@@ -426,7 +426,8 @@ def tar_of(members: dict[str, bytes]) -> bytes:
         ("chat", {"a.npy": npy(np.arange(5))}, "", r"has no member \.json"),
         ("chat", {"a.npy": npy(np.arange(5)), "a.json": b"{"}, ".json", "is not valid JSON"),
         ("chat", {"a.npy": npy(np.arange(5)), "a.json": b"{}"}, ".json", "has no proper messages and turns"),
-        ("chat", {"a.npy": npy(np.arange(5)), "a.json": b'{"messages":[],"turns":[["user",0,6]]}'}, ".json", "turns"),
+        ("chat", {"a.npy": npy(np.arange(5)), "a.json": b'{"messages":[{"role":"user"}],"turns":[[0,6]]}'}, ".json", "user.*0:6 of 5"),
+        ("chat", {"a.npy": npy(np.arange(5)), "a.json": b'{"messages":[],"turns":[[0,6]]}'}, ".json", "no proper"),
         ("grids", {"a.json": b'{"context":[]}'}, ".json", "has no proper context and target"),
         ("grids", {"a.json": b'{"context":[],"target":[[10]]}'}, ".json", "outside 0 … 9"),
         ("grids", {"a.json": b'{"context":[],"target":[[1,2],[3]]}'}, ".json", "has no proper"),

@@ -141,7 +141,7 @@ class ChatEncoder(_TokenizerEncoder):
             (sample,) = self(Record("", {"messages": messages}))
         except BadRecord:  # a template that wants more than this
             return None
-        last = int(sample.members["npy"][sample.members["json"]["turns"][1][2] - 1])
+        last = int(sample.members["npy"][sample.members["json"]["turns"][1][1] - 1])
         return last if last in self.tokenizer.all_special_ids or self._is_special(last) else None
 
     def _is_special(self, token: int) -> bool:
@@ -162,9 +162,13 @@ class ChatEncoder(_TokenizerEncoder):
             ids, places = encode_turns(self.tokenizer, text, turns, contents, self._pattern)
         if len(ids) < 2:
             raise BadRecord(record.where, "single token", "it predicts nothing")
-        told = [[message["role"], *place] for message, place in zip(messages, places, strict=True)]
+        assert len(places) == len(messages)
         tokens = np.array(ids, dtype=token_dtype(self.vocab_size))
-        return [Sample({"npy": tokens, "json": {"messages": messages, "turns": told}}, len(tokens))]
+        return [
+            Sample(
+                {"npy": tokens, "json": {"messages": messages, "turns": [list(place) for place in places]}}, len(tokens)
+            )
+        ]
 
 
 class TokenEncoder:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import traceback
+import types
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -117,7 +119,7 @@ class Workers:
             try:
                 answer: tuple[int, Done | Exception] | None = pipe.recv()
             except (EOFError, OSError):
-                raise self._ended() from None
+                raise self._ended(pipe) from None
             if answer is not None:
                 self._results[answer[0]] = (answer[1], False)
             self._busy.remove(pipe)
@@ -128,7 +130,7 @@ class Workers:
             try:
                 pipe.send(self._waiting.popleft())
             except OSError:
-                raise self._ended() from None
+                raise self._ended(pipe) from None
 
     def _spawn(self) -> Connection:
         resource_tracker.ensure_running()  # it would unblock the signals
@@ -137,15 +139,24 @@ class Workers:
             target=_serve, args=(self._make, theirs), daemon=True, name=f"prepare-{len(self._started)}"
         )
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # inherited: Ctrl-C while the worker is importing
+        main = sys.modules["__main__"]
+        # a spawned process imports the main module again, but that may be a notebook, or a script without a guard that
+        # would begin anew, and workers need nothing of it
+        sys.modules["__main__"] = types.ModuleType("__main__")
         try:
             process.start()
         finally:
+            sys.modules["__main__"] = main
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         self._started.append((process, mine))
         return mine
 
-    def _ended(self) -> InputError:
+    def _ended(self, pipe: Connection) -> Exception:
+        (process,) = (process for process, mine in self._started if mine is pipe)
+        process.join(1)
+        if process.exitcode is not None and process.exitcode > 0:
+            return RuntimeError(f"a worker process ended with exit code {process.exitcode}; its traceback is above")
         return InputError(
             "a worker process was ended from outside (is the memory full?); what is finished stays: start again, "
             f"perhaps with fewer than {self._processes} processes"

@@ -141,7 +141,11 @@ def chat_file(tmp_path):
 
 def example(sample) -> Conversation:
     stored = json.loads(json.dumps(sample.members["json"]))
-    return Conversation(sample.members["npy"], tuple(Turn(*t) for t in stored["turns"]), stored["messages"])
+    return Conversation(
+        sample.members["npy"],
+        tuple(Turn(m["role"], *t) for m, t in zip(stored["messages"], stored["turns"], strict=True)),
+        stored["messages"],
+    )
 
 
 def test_a_conversation_by_its_template(chat_file, cache):

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -464,3 +465,26 @@ def test_the_record_of_a_shard_is_written_after_it(tmp_path: Path) -> None:
     done, shard = out / "train-000000.done.json", out / "train-000000.tar"
     assert done.stat().st_mtime_ns >= shard.stat().st_mtime_ns
     assert json.loads(done.read_text())["shard"]["sha256"] == blocks.sha256(shard)
+
+
+def test_a_script_without_a_guard_can_prepare(tmp_path: Path) -> None:
+    """Spawned workers would run it again, from its first line."""
+    (tmp_path / "a.txt").write_text("one\ntwo\nthree\n" * 50)
+    script = (
+        "from jepa_scale.data.prepare.base import PrepareOptions\n"
+        "from jepa_scale.data.prepare.job import prepare\n"
+        "options = PrepareOptions(documents='line', vocab_size=260, shard_samples=20)\n"
+        f"print(prepare({str(tmp_path / 'a.txt')!r}, {str(tmp_path / 'out')!r}, options, 2, False).splits['train'][0].samples)\n"
+    )
+    (tmp_path / "script.py").write_text(script)
+    for command in ([sys.executable, str(tmp_path / "script.py")], [sys.executable, "-"]):
+        done = subprocess.run(
+            command,
+            input=script,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.stdout == "20\n", done.stderr
+        shutil.rmtree(tmp_path / "out")
