@@ -12,12 +12,14 @@ contenders take turns, and the figures are the median, smallest and largest of t
 from __future__ import annotations
 
 import argparse
+import ast
 import itertools
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,7 +35,7 @@ from jepa_scale.config import load_config  # noqa: E402
 from jepa_scale.data import load_data  # noqa: E402
 from jepa_scale.data.examples import Conversation, Document, Turn  # noqa: E402
 from jepa_scale.data.loader import Loader  # noqa: E402
-from jepa_scale.data.stream import TokenStream  # noqa: E402
+from jepa_scale.data.stream import WINDOW_BINS, TokenStream  # noqa: E402
 from jepa_scale.distributed import Ranks  # noqa: E402
 from jepa_scale.objectives.lm import lm_views  # noqa: E402
 from jepa_scale.packing import IGNORE  # noqa: E402
@@ -151,14 +153,12 @@ def compare(name: str, data: Any, args: argparse.Namespace) -> list[dict[str, An
 
 
 def efficiency(name: str, data: Any) -> list[dict[str, Any]]:
-    """How full the bins of five epochs are."""
+    """How full the micro-batches of an endless run are, over two windows of packing."""
     sizes = data.train.sizes
     rows = []
     for budget in (4096, MICRO_TOKENS):
-        mean = data.train.mean_size - 1
-        stream = TokenStream(data.order(0), 0, lambda s: sizes(s) - 1, budget, mean, epochs=5)
-        steps = stream.steps
-        assert steps is not None
+        stream = TokenStream(data.order(0), 0, lambda s: sizes(s) - 1, budget, data.train.mean_size - 1)
+        steps = 2 * WINDOW_BINS
         used = sum(int((sizes(stream.micro_batch(step, 0)[1]) - 1).sum()) for step in range(steps))
         rows.append(row(f"packing_efficiency/{name}/{budget}", [used / (steps * budget)], "fraction"))
     return rows
@@ -176,7 +176,20 @@ def waiting(name: str, overrides: list[str], folder: Path, config: str) -> list[
     return [row(f"data_wait/{name}", fit, "fraction of training time")]
 
 
+def one_parser_at_a_time() -> None:
+    """``datasets`` reads the headers of arrays in several threads, and CPython 3.11's parser fails in that case now and then
+    (SystemError "AST constructor recursion depth mismatch"); a lock keeps the contender alive."""
+    lock, parse = threading.Lock(), ast.literal_eval
+
+    def locked(text: Any) -> Any:
+        with lock:
+            return parse(text)
+
+    ast.literal_eval = locked
+
+
 def main() -> None:
+    one_parser_at_a_time()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chat", type=Path, help="conversations, e.g. NL-RX-SYNTH's train.jsonl")
     parser.add_argument("--text", type=Path, help="text with headings, e.g. WikiText-2's valid.txt")

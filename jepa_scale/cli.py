@@ -71,14 +71,14 @@ def print_config(args: argparse.Namespace) -> int:
 
 
 def report_runs(args: argparse.Namespace) -> int:
-    from jepa_scale.report import reversal_table, write_report
+    from jepa_scale.report import runs_table, write_report
 
     for run in args.runs:
         if not (run / "metrics.jsonl").is_file():
             raise InputError(f"{run}: not a run directory (no metrics.jsonl)")
     for run in args.runs:
         write_report(run)
-    print(reversal_table(args.runs))
+    print(runs_table(args.runs))
     return 0
 
 

@@ -195,22 +195,27 @@ def headline_columns(runs: Sequence[RunRecord]) -> list[str]:
     return ["steps", "tokens_per_second", *found]
 
 
-def reversal_table(run_dirs: Sequence[Path | str]) -> str:
-    """What the reversal experiment is about: spoken answers forward (facts known in both directions,
-    ``train``, and in one, ``atomic``), the held-out reverses of the latter (``test``), spoken and ranked
-    among all entities; then where each run's report and plots are.
+REVERSAL_COLUMNS = {
+    "forward accuracy (train)": "train/exact_match",
+    "forward accuracy (atomic)": "atomic/exact_match",
+    "reverse accuracy (test)": "test/exact_match",
+    "reverse MRR (test)": "test/mrr",
+}
+
+
+def runs_table(run_dirs: Sequence[Path | str]) -> str:
+    """The table of :func:`compare_table`, then where each run's report and plots are.
+
+    Runs on facts are compared by what that experiment is about: spoken answers forward (facts known in both directions,
+    ``train``, and in one, ``atomic``), the held-out reverses of the latter (``test``), spoken and ranked among all entities.
 
     Raises:
         InputError: one of the directories holds no run.
     """
-    columns = {
-        "forward accuracy (train)": "train/exact_match",
-        "forward accuracy (atomic)": "atomic/exact_match",
-        "reverse accuracy (test)": "test/exact_match",
-        "reverse MRR (test)": "test/mrr",
-    }
-    places = [f"{load_run(d).name}: {Path(d) / REPORT_FILE}, {Path(d) / PLOTS_DIR}/" for d in run_dirs]
-    return "\n".join([compare_table(run_dirs, columns), "", *places])
+    runs = [load_run(d) for d in run_dirs]
+    about_facts = all(run.value("test", "mrr") is not None for run in runs)
+    places = [f"{run.name}: {run.directory / REPORT_FILE}, {run.directory / PLOTS_DIR}/" for run in runs]
+    return "\n".join([compare_table(run_dirs, REVERSAL_COLUMNS if about_facts else None), "", *places])
 
 
 def _lookup(run: RunRecord, column: str, which: str) -> float | None:

@@ -13,7 +13,7 @@ from jepa_scale.config import LogConfig
 from jepa_scale.distributed import Ranks
 from jepa_scale.errors import InputError
 from jepa_scale.plots import curves, plot_all, wants_log_axis
-from jepa_scale.report import compare_table, reversal_table, write_report
+from jepa_scale.report import compare_table, runs_table, write_report
 from jepa_scale.telemetry import RunLog
 
 VOID = {"meta", "img", "br", "link"}
@@ -144,7 +144,7 @@ def test_a_killed_run_gets_a_report_too(tmp_path):
 
 def test_runs_side_by_side(tmp_path):
     good, poor = make_run(tmp_path / "a", "reversal", 0.9), make_run(tmp_path / "b", "reversal_lm", 0.003)
-    table = reversal_table([good, poor])
+    table = runs_table([good, poor])
     head, _, first, second, _, place, _ = table.splitlines()
     assert "forward accuracy (train)" in head and "reverse MRR (test)" in head
     assert first.split() == ["reversal", "1.000", "0.7500", "0.9000", "0.9000"]
@@ -165,3 +165,12 @@ def test_runs_side_by_side(tmp_path):
 def test_a_run_that_was_never_evaluated_is_compared_by_its_loss(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "split": "fit", "loss": 2.5}) + "\n")
     assert compare_table([tmp_path]).splitlines()[0].split()[-1] == "fit/loss"
+
+
+def test_runs_on_text_are_compared_by_perplexity(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        json.dumps({"step": 1, "split": "valid", "lm_loss": 2.0, "ppl": 7.39}) + "\n"
+    )
+    head, _, row, _, place = runs_table([tmp_path]).splitlines()
+    assert "valid/ppl" in head.split() and "7.390" in row.split()
+    assert "report.html" in place

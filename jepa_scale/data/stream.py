@@ -20,9 +20,9 @@ from jepa_scale.data.draw import generator
 from jepa_scale.data.order import Order
 from jepa_scale.errors import InputError
 
-WINDOW_BINS = 64
+WINDOW_BINS = 256
 """Micro-batches' worth of samples among which first-fit packs: the last bin of a window is the only one that stays
-partly empty, so this many lose at most 1/64, and on average half of that."""
+partly empty, so this many lose at most 1/256, and on average half of that."""
 
 
 @dataclass(frozen=True, slots=True)
