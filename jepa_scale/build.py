@@ -54,7 +54,7 @@ class Run:
     data: Any
     stream: Stream
     batches: Callable[[int, int], Loader]  # from one step to another → the steps' micro-batches of this rank
-    evaluate: Callable[[], Results]
+    evaluate: Callable[..., Results]  # (between) is called between the forwards, and may raise to end it
 
     @property
     def steps(self) -> int:
@@ -173,12 +173,13 @@ def build(plan: Plan, ranks: Ranks) -> Run:
             on_error=plan.data.on_error,
         )
 
-    def run_evaluation() -> Results:
+    def run_evaluation(between: Callable[[], None] = lambda: None) -> Results:
         engine.eval()
-        with torch.no_grad():
-            call = device_call(engine, ranks.device)
-            results = evaluate(plan.data.evaluation, objective, call, data, plan.evaluation, ranks)
-        engine.train()
-        return results
+        try:
+            with torch.no_grad():
+                call = device_call(engine, ranks.device, between)
+                return evaluate(plan.data.evaluation, objective, call, data, plan.evaluation, ranks)
+        finally:
+            engine.train()
 
     return Run(config, engine, objective, data, stream, batches, run_evaluation)

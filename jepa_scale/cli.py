@@ -20,6 +20,10 @@ def main(argv: list[str] | None = None) -> int:
         from jepa_scale import data_cli
 
         args = data_cli.parser().parse_args(argv[1:])
+    elif argv[:1] == ["checkpoint"]:
+        from jepa_scale import checkpoint_cli
+
+        args = checkpoint_cli.parser().parse_args(argv[1:])
     else:
         args = parser().parse_args(argv)
     command: Callable[[argparse.Namespace], int] = args.command
@@ -32,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="jepa-scale", description="Train and evaluate JEPA-augmented decoders.")
-    commands = top.add_subparsers(required=True, metavar="train|eval|data|config|report")
+    commands = top.add_subparsers(required=True, metavar="train|eval|data|checkpoint|config|report")
     commands.add_parser("train", help="train one run (see jepa-scale train --help)")
 
     evaluate = commands.add_parser("eval", help="evaluate a checkpoint of a run")
@@ -42,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(command=evaluate_run)
 
     commands.add_parser("data", help="prepare, verify or make data (see jepa-scale data --help)")
+    commands.add_parser("checkpoint", help="list, verify or prune checkpoints (see jepa-scale checkpoint --help)")
 
     config = commands.add_parser("config", help="print a config with every default filled in")
     config.add_argument("config", help="YAML file")

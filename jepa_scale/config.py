@@ -89,8 +89,15 @@ class TrainConfig(Section):
     )
     log_every: int = Field(10, ge=1, description="Steps between rows of metrics.jsonl.")
     eval_every: int = Field(0, ge=0, description="Steps between evaluations; 0 = at the end only.")
-    save_every: int = Field(0, ge=0, description="Steps between checkpoints; 0 = at the end only.")
-    keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints to keep.")
+    max_skipped_steps: int = Field(
+        10, ge=0, description="Steps in a row without a finite gradient, all skipped, after which the run stops."
+    )
+    spike_factor: float = Field(
+        0.0, ge=0, description="Tell of losses above this many times the median of the last 20 rows; 0 = don't look."
+    )
+    hang_minutes: float = Field(
+        30.0, ge=0, description="Without progress for so long a rank is taken to hang, and the run ends; 0 = never."
+    )
 
     @model_validator(mode="after")
     def _complete(self) -> TrainConfig:
@@ -105,6 +112,20 @@ class TrainConfig(Section):
         if self.batch_tokens and self.accumulation != 1:
             raise ValueError("with batch_tokens the accumulation follows from micro_tokens; leave it out")
         return self
+
+
+class CheckpointConfig(Section):
+    every: int = Field(0, ge=0, description="Steps between checkpoints; 0 = at the end only.")
+    keep_last: int = Field(2, ge=1, description="Newest checkpoints to keep.")
+    keep_every: int = Field(0, ge=0, description="Keep those whose step is a multiple of this, too; 0 = none.")
+    keep_best: str | None = Field(
+        None, description="Keep the one that is best by this metric of an evaluation, as split/metric, too."
+    )
+    ephemeral_every: int = Field(
+        0, ge=0, description="Steps between further checkpoints of which only the newest is kept; 0 = none."
+    )
+    asynchronous: bool = Field(True, description="Write while training goes on; host memory holds a copy meanwhile.")
+    verify: bool = Field(True, description="Compare the checksums of a checkpoint before it is resumed from.")
 
 
 class LogConfig(Section):
@@ -125,6 +146,7 @@ class Config(Section):
     objective: dict[str, Any] = Field(description="Objective and its options (jepa_scale.objectives).")
     optim: OptimConfig = Field(OptimConfig(), description="Optimizer and schedule.")
     train: TrainConfig = Field(TrainConfig(), description="Length, batch size, intervals.")
+    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="When to save and what to keep.")
     eval: dict[str, Any] = Field(default_factory=dict, description="Evaluation options (jepa_scale.evaluate).")
     log: LogConfig = Field(LogConfig(), description="Where metrics go.")
 

@@ -57,6 +57,11 @@ def text_batches(examples: Any, options: perplexity.PerplexityOptions, ranks: Ra
         yield from batches
 
 
-def device_call(engine: Any, device: torch.device) -> Call:
-    """:data:`Call` through an engine."""
-    return lambda task, batch, *args: engine.forward(task, batch.to(device), *args)
+def device_call(engine: Any, device: torch.device, between: Callable[[], None]) -> Call:
+    """:data:`Call` through an engine; ``between`` is called before each forward."""
+
+    def call(task: str, batch: Any, *args: Any) -> Any:
+        between()
+        return engine.forward(task, batch.to(device), *args)
+
+    return call

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -23,6 +24,8 @@ class Meter:
 
     def __init__(self, device: torch.device):
         self.device = device
+        self.bad_steps: list[int] = []
+        """Steps without a finite gradient among those that the last :meth:`read` was about."""
         self._reset()
 
     def _reset(self) -> None:
@@ -30,30 +33,55 @@ class Meter:
         self._sums: dict[str, Tensor] = {}
         self._gauges: dict[str, Tensor] = {}
         self._counts = dict.fromkeys(COUNTS, 0)
-        self._steps: set[int] = set()
+        self._step: dict[str, Tensor] = {}
+        self._good: list[Tensor] = []
+        self._steps: list[int] = []
         self._waited = self._worked = 0.0
 
     def add(self, loss: Loss, batch: PackedBatch) -> None:
+        """A micro-batch's contributions."""
         for name, value in loss.means.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._step[name] = self._step[name] + value if name in self._step else value
         self._gauges.update(loss.gauges)
         for name in COUNTS:
             self._counts[name] += batch.counts[name]
-        self._steps.add(batch.step)
+
+    def step_done(self, step: int, grad_norm: Tensor) -> None:
+        """The step's last micro-batch is in. Where the norm is not finite the engine has skipped the update, and the
+        step's contributions, which may be NaN, count for nothing.
+
+        Args:
+            grad_norm: 0-d, the same on every rank.
+        """
+        good = torch.isfinite(grad_norm)
+        for name, value in self._step.items():
+            kept = torch.where(good, value.double(), torch.zeros((), dtype=torch.float64, device=value.device))
+            self._sums[name] = self._sums[name] + kept if name in self._sums else kept
+        self._step = {}
+        self._good.append(good)
+        self._steps.append(step)
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps since the last :meth:`read`."""
+        return list(self._steps)
 
     def read(self) -> tuple[dict[str, float], int]:
         """Means over the optimizer steps since the last call, and the tokens of all ranks in them. Collective.
 
         ``data_wait`` is the share of the time since then that a rank waited for data, on average; with a token budget
-        ``packing_efficiency`` is the share of it that was used; ``skipped_samples`` were damaged and left out.
+        ``packing_efficiency`` is the share of it that was used; ``skipped_samples`` were damaged and left out;
+        ``skipped_steps`` had no finite gradient and are in no mean (:attr:`bad_steps` names them).
         """
         names = sorted(self._sums)
         self._worked += time.perf_counter() - self._busy_since if self._busy_since is not None else 0.0
         own = [*(float(n) for n in self._counts.values()), self._waited, self._waited + self._worked]
         host = torch.tensor(own, dtype=torch.float64).to(self.device)
-        local = torch.cat([torch.stack([self._sums[name].double() for name in names]), host])
+        local = torch.cat([torch.stack([self._sums[name] for name in names]), host])
         *sums, tokens, budget, skipped, waited, passed = all_reduce_sum(local).tolist()
-        values = {name: total / len(self._steps) for name, total in zip(names, sums, strict=True)}
+        good = torch.stack(self._good).tolist()
+        self.bad_steps = [step for step, ok in zip(self._steps, good, strict=True) if not ok]
+        values = {name: total / sum(good) if any(good) else math.nan for name, total in zip(names, sums, strict=True)}
         values |= {name: float(value) for name, value in self._gauges.items()}
         if passed:
             values["data_wait"] = waited / passed
@@ -61,6 +89,8 @@ class Meter:
             values["packing_efficiency"] = tokens / budget
         if skipped:
             values["skipped_samples"] = skipped
+        if self.bad_steps:
+            values["skipped_steps"] = float(len(self.bad_steps))
         self._reset()
         return values, int(tokens)
 

@@ -8,7 +8,6 @@ python jepa_scale/train.py --config …
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 import time
@@ -24,28 +23,43 @@ from torch import Tensor
 
 from jepa_scale import checkpoint, distributed
 from jepa_scale.build import Run, build, validate
-from jepa_scale.config import load_config, to_yaml
+from jepa_scale.checkpoint import Saver
+from jepa_scale.config import Config, load_config, to_yaml
 from jepa_scale.distributed import Ranks
 from jepa_scale.errors import DataError, InputError
+from jepa_scale.evaluation import Results
+from jepa_scale.loss_guard import LossGuard
 from jepa_scale.meter import Meter
 from jepa_scale.optim import lr_factor
 from jepa_scale.packing import PackedBatch, add_counts
+from jepa_scale.preemption import Stopped, StopRequest
 from jepa_scale.report import write_report
-from jepa_scale.telemetry import RunLog, prepare_run_dir, quiet_libraries
+from jepa_scale.telemetry import RunLog, describe, package_versions, prepare_run_dir, quiet_libraries
+from jepa_scale.watchdog import Watchdog
 
 
-def fit(run: Run, log: RunLog, ranks: Ranks, start: int, run_dir: Path) -> None:
-    """Train from optimizer step ``start`` to the end."""
+def fit(run: Run, log: RunLog, ranks: Ranks, start: int, saver: Saver, watchdog: Watchdog, stop: StopRequest) -> int:
+    """Train from optimizer step ``start`` to the end, or until all ranks have agreed to stop; the steps done.
+
+    A run that is stopped when an evaluation is due has saved that step, and goes on with that evaluation.
+    """
     config, engine, objective = run.config, run.engine, run.objective
-    steps = run.steps
-    meter = Meter(ranks.device)
+    steps, every = run.steps, config.checkpoint
+    meter, guard = Meter(ranks.device), LossGuard(config.train)
+    results: dict[str, dict[str, float]] = {}
     engine.train()
 
+    done, stopping = start, False
+    if start and due(start, config.train.eval_every, steps) and not log.has_evaluated(start):
+        results = evaluate(run, log, start, watchdog, stop) or {}
+    watchdog.enter(start, "data")
     for step, batches in enumerate(meter.waiting(run.batches(start, steps)), start):
+        watchdog.enter(step, "forward and backward")
         engine.scale_lr(lr_factor(step, config.optim, steps))
 
         # means are over the global batch: every rank needs its denominators before it can back-propagate
-        totals = global_totals(batches, ranks.device)
+        totals = global_totals(batches, ranks.device, stop.requested)
+        stopping = stop.agreed(totals.pop("stop"))
         batches = [replace(batch.to(ranks.device), totals=totals) for batch in batches]
 
         collected = []
@@ -57,35 +71,71 @@ def fit(run: Run, log: RunLog, ranks: Ranks, start: int, run_dir: Path) -> None:
             loss = engine.forward("loss", batch, collected, micro)
             engine.backward(loss.total)
             meter.add(loss, batch)
+        watchdog.enter(step, "update")
         grad_norm = engine.step()
+        meter.step_done(step, grad_norm)
 
         done = step + 1
         log.tick(done)
-        evaluates, saves = due(done, config.train.eval_every, steps), due(done, config.train.save_every, steps)
+        evaluates = due(done, config.train.eval_every, steps) and not stopping
+        permanent = due(done, every.every, steps) or stopping
+        saves = permanent or due(done, every.ephemeral_every)
         if due(done, config.train.log_every, steps) or evaluates or saves:
+            seen = meter.steps
             values, tokens = meter.read()
+            values |= guard.check(values, seen, meter.bad_steps, tells=ranks.is_main)
             log.fit(done, {**values, "grad_norm": float(grad_norm), "lr": engine.lr()}, tokens)
-            if not math.isfinite(values["loss"]):
-                raise FloatingPointError(
-                    f"step {done}: loss is {values['loss']}; lower optim.lr or optim.lr_head, or set engine.precision=fp32"
-                )
         if evaluates:
-            with log.paused():
-                for split, metrics in run.evaluate().items():
-                    log.evaluated(done, split, metrics)
+            found = evaluate(run, log, done, watchdog, stop)
+            results, stopping = found or results, found is None
+            saves, permanent = saves or stopping, permanent or stopping
         if saves:
+            watchdog.enter(done, "save")
             with log.paused():
-                state = {**run.stream.state(done), **log.state()}
-                checkpoint.save(run_dir / "checkpoints", done, engine, state, keep=config.train.keep_checkpoints)
+                saver.save(engine, manifest_of(run, done, log, permanent, results))
+        saver.poll()
+        if stopping:
+            break
+        watchdog.enter(done, "data")
+    return done
 
 
-def due(done: int, every: int, steps: int) -> bool:
-    return done == steps or (every > 0 and done % every == 0)
+def evaluate(run: Run, log: RunLog, done: int, watchdog: Watchdog, stop: StopRequest) -> Results | None:
+    """Evaluate and log; None if all ranks have agreed to stop meanwhile."""
+    watchdog.enter(done, "evaluation")
+    with log.paused():
+        try:
+            results = run.evaluate(stop.interrupts)
+        except Stopped:
+            return None
+        for split, metrics in results.items():
+            log.evaluated(done, split, metrics)
+    return results
 
 
-def global_totals(batches: list[PackedBatch], device: torch.device) -> dict[str, Tensor]:
-    """Counts of the global batch, name → 0-d float tensor on the device."""
-    counts = add_counts(batches)
+def manifest_of(run: Run, done: int, log: RunLog, permanent: bool, results: Results) -> checkpoint.Manifest:
+    """What a checkpoint after ``done`` steps says of the run."""
+    return checkpoint.Manifest(
+        step=done,
+        engine=run.engine.name,
+        layout=run.engine.layout,
+        world_size=distributed.world_size(),
+        updates=run.engine.updates,
+        permanent=permanent,
+        metrics={f"{split}/{name}": value for split, metrics in results.items() for name, value in metrics.items()},
+        state={**run.stream.state(done), **log.state()},
+        config=run.config.model_dump(mode="json"),
+        versions=package_versions(),
+    )
+
+
+def due(done: int, every: int, last: int = 0) -> bool:
+    return done == last or (every > 0 and done % every == 0)
+
+
+def global_totals(batches: list[PackedBatch], device: torch.device, stop: bool) -> dict[str, Tensor]:
+    """Counts of the global batch, name → 0-d float tensor on the device; ``stop`` counts the ranks that were asked to."""
+    counts = {**add_counts(batches), "stop": int(stop)}
     names = sorted(counts)
     local = torch.tensor([float(counts[name]) for name in names], dtype=torch.float64)
     total = distributed.all_reduce_sum(local.to(device, non_blocking=True)).float()
@@ -100,12 +150,12 @@ def run_training(args: argparse.Namespace) -> None:
     ranks = distributed.setup()
     run_dir = Path(config.run.dir) / config.run.name
     prepare_run_dir(run_dir, resume=args.resume is not None)
-    found = checkpoint.find(run_dir, args.resume) if args.resume else None
+    found = checkpoint.find(run_dir, args.resume, config.checkpoint.verify) if args.resume else None
 
     run = build(plan, ranks)
     start, told = 0, None
     if found:
-        state = checkpoint.load(found, run.engine)
+        state = checkpoint.load(found, run.engine).state
         start = run.stream.resume(state, accept_changes=config.data["accept_changes"])
         told = {name: state[name] for name in ("tokens", "seconds")}
 
@@ -121,10 +171,37 @@ def run_training(args: argparse.Namespace) -> None:
         engine=run.engine.layout,
         data=run.data.counts,
     )
-    with log:
-        fit(run, log, ranks, start, run_dir)
-    if ranks.is_main and config.log.report:
+    saver = Saver(run_dir / "checkpoints", policy_of(config), config.checkpoint.asynchronous, tell=told_of_save)
+    with log, StopRequest(ranks.device) as stop, Watchdog(run_dir, ranks, 60 * config.train.hang_minutes) as watchdog:
+        done = fit(run, log, ranks, start, saver, watchdog, stop)
+        saver.close()
+    if not ranks.is_main:
+        return
+    if done < run.steps:
+        print(
+            f"stopped by {stop.name or 'a signal to another rank'} after step {done}; go on with --resume auto",
+            flush=True,
+        )
+    elif config.log.report:
         print(f"report: {write_report(run_dir)}", flush=True)
+
+
+def policy_of(config: Config) -> checkpoint.Policy:
+    """What ``checkpoint:`` says of keeping."""
+    keep = config.checkpoint
+    higher = bool(keep.keep_best) and describe(str(keep.keep_best).rpartition("/")[2]).better == "higher"
+    return checkpoint.Policy(keep.keep_last, keep.keep_every, keep.keep_best, higher)
+
+
+def told_of_save(report: checkpoint.Report) -> None:
+    """A checkpoint that could not be written is told of; the run goes on with the ones before."""
+    if report.problem and report.path is None:
+        print(
+            f"jepa-scale: the checkpoint of step {report.step} was not saved: {report.problem}; training goes on, and the "
+            "next save tries again",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def evaluate_checkpoint(args: argparse.Namespace) -> None:
@@ -135,10 +212,9 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
     config = load_config(file, args.overrides)
     quiet_libraries()
     ranks = distributed.setup()
-    found = checkpoint.find(args.run, args.checkpoint)
+    found = checkpoint.find(args.run, args.checkpoint, config.checkpoint.verify)
     if found is None:
         raise InputError(f"{args.run}: has no checkpoint to evaluate")
-    config.engine.name = checkpoint.read_header(found)["engine"]  # whatever launcher it was that trained
     run = build(validate(config), ranks)
     checkpoint.load(found, run.engine)
     results = run.evaluate()

@@ -1,3 +1,4 @@
+import math
 import time
 
 import pytest
@@ -6,6 +7,8 @@ import torch
 from jepa_scale.meter import Meter
 from jepa_scale.objectives.base import Loss
 from jepa_scale.packing import PackedBatch, Segment, Views, pack
+
+FINITE = torch.tensor(1.0)
 
 
 def batch(tokens: int, step: int, **counts: int) -> PackedBatch:
@@ -23,17 +26,35 @@ def test_contributions_add_up_within_a_step_and_are_averaged_over_steps():
     for step, values in enumerate([(1.0, 2.0), (5.0, 0.0)]):
         for value in values:
             meter.add(loss(value), batch(3, step))
+        meter.step_done(step, FINITE)
+    assert meter.steps == [0, 1]
     values, tokens = meter.read()
     assert values == {"loss": 4.0, "gate": 0.0}
     assert tokens == 12
     meter.add(loss(7.0), batch(2, 5))
+    meter.step_done(5, FINITE)
     assert meter.read() == ({"loss": 7.0, "gate": 7.0}, 2)
+
+
+def test_a_skipped_step_is_named_and_in_no_mean():
+    meter = Meter(torch.device("cpu"))
+    for step, (value, norm) in enumerate([(1.0, 2.0), (math.nan, math.nan), (3.0, math.inf), (5.0, 0.1)]):
+        meter.add(loss(value), batch(1, step))
+        meter.step_done(step, torch.tensor(norm))
+    values, _ = meter.read()
+    assert meter.bad_steps == [1, 2]
+    assert (values["loss"], values["skipped_steps"]) == (3.0, 2.0)
+    meter.add(loss(math.nan), batch(1, 4))
+    meter.step_done(4, torch.tensor(math.nan))
+    values, _ = meter.read()
+    assert math.isnan(values["loss"]) and meter.bad_steps == [4]
 
 
 def test_efficiency_and_skipped_samples_are_told_where_there_are_any():
     meter = Meter(torch.device("cpu"))
     meter.add(loss(1.0), batch(6, 0, budget=8, skipped=2))
-    meter.add(loss(1.0), batch(8, 1, budget=8, skipped=1))
+    meter.add(loss(1.0), batch(8, 0, budget=8, skipped=1))
+    meter.step_done(0, FINITE)
     values, _ = meter.read()
     assert values["packing_efficiency"] == pytest.approx(14 / 16)
     assert values["skipped_samples"] == 3
@@ -50,6 +71,7 @@ def test_waiting_for_data_is_a_share_of_waiting_and_working():
     for made in meter.waiting(slow()):
         time.sleep(0.05)
         meter.add(loss(1.0), made)
+        meter.step_done(made.step, FINITE)
         if made.step % 2:
             shares.append(meter.read()[0]["data_wait"])
             time.sleep(0.3)  # an evaluation: neither waiting nor working

@@ -54,7 +54,7 @@ def test_a_run_leaves_what_it_promises(config, tmp_path, capsys):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in lines if row["split"] == "fit"] == [2, 4]
     assert all({"step", "split", "tokens"} <= row.keys() for row in lines)
-    assert (folder / "checkpoints" / "step_00000004" / "state.json").is_file()
+    assert (folder / "checkpoints" / "step_00000004" / "manifest.json").is_file()
     assert "<html" in (folder / "report.html").read_text()
     assert len(list((folder / "plots").glob("*.png"))) > 3
     assert "report.html" in capsys.readouterr().out

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from jepa_scale.distributed import Ranks
+
+if TYPE_CHECKING:
+    from jepa_scale.checkpoint.boxes import Boxes
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +47,7 @@ class Engine(ABC):
     name: str
     """``"deepspeed"`` or ``"fsdp"``."""
     layout: str
-    """Who wrote a checkpoint, e.g. ``"ZeRO-2 bf16"``: :meth:`load` reads only what an engine of the same layout saved."""
+    """For people to read, e.g. ``"ZeRO-2 bf16"``; any layout reads the checkpoint of any other."""
 
     def __init__(self, module: nn.Module, options: EngineOptions, ranks: Ranks):
         self.module = module
@@ -78,9 +81,12 @@ class Engine(ABC):
     def step(self) -> Tensor:
         """Clip, update, clear gradients. Called once per optimizer step, after the last backward.
 
+        If the norm is not finite — a gradient is NaN or infinite on any rank, or its square overflows — no rank updates
+        anything: parameters, moments and the count of updates stay as they were, bitwise, on every engine.
+
         Returns:
-            0-d fp32 tensor on the device: the global gradient norm before clipping (no host sync of ours). If it is not
-            finite, the ZeRO engines may have skipped the update and FSDP2 has not: the caller must stop.
+            0-d fp32 tensor on the device: the global gradient norm before clipping, NaN or infinite if the update was
+            skipped. There is no host sync of ours; DeepSpeed has one in every step, except in stage 0 with fp32.
         """
         assert self._backwards == self.options.accumulation, f"step after {self._backwards} backwards"
         self._backwards = 0
@@ -95,13 +101,33 @@ class Engine(ABC):
         """The present learning rate of the first group (the backbone's, unless all of it is frozen)."""
         return float(self._param_groups()[0]["lr"])
 
-    @abstractmethod
-    def save(self, directory: Path) -> None:
-        """Write model and optimizer state, sharded, into an existing directory. Collective."""
+    @property
+    def updates(self) -> int:
+        """Optimizer updates done so far, the same on all ranks; skipped steps are none. Waits for the device."""
+        steps = torch.stack([state["step"] for state in self._optimizer_states()])
+        low, high = steps.aminmax()
+        assert low == high, f"the optimizer has stepped some tensors {int(low)} times, others {int(high)} times"
+        return int(high)
 
     @abstractmethod
-    def load(self, directory: Path) -> None:
-        """Read what :meth:`save` wrote at the same world size; training then continues bitwise. Collective."""
+    def state(self) -> dict[str, Boxes]:
+        """What this rank has of all that training changes, as views: reading a checkpoint writes through them.
+
+        Every rank has every name, though maybe no element of it:
+
+        * ``model/<name>``: each parameter, in fp32 where there is a master (a frozen one has none), under its first name
+          if it is tied; each persistent buffer, in its own dtype;
+        * ``<moment>/<name>``: each tensor of the optimizer's state that has a trainable parameter's shape, in fp32, e.g.
+          ``exp_avg/…`` and ``exp_avg_sq/…``. They exist from the start, as zeros.
+        """
+
+    @abstractmethod
+    def loaded(self, updates: int) -> None:
+        """Tell the engine that :meth:`state` was written to, between two steps. Collective.
+
+        Sets the optimizer's count of updates and renews every copy of the parameters: in bf16, gathered ones, other
+        ranks'.
+        """
 
     @abstractmethod
     def full_state(self) -> dict[str, Tensor]:
@@ -128,11 +154,49 @@ class Engine(ABC):
 
     @abstractmethod
     def _param_groups(self) -> list[dict[str, Any]]:
-        """The optimizer's groups as they are now (loading a checkpoint may replace them)."""
+        """The optimizer's groups."""
+
+    @abstractmethod
+    def _optimizer_states(self) -> list[dict[str, Any]]:
+        """The optimizer's state of each tensor that it steps: ``step`` and the moments."""
+
+    def _set_updates(self, updates: int) -> None:
+        for state in self._optimizer_states():
+            state["step"].fill_(updates)
 
 
 def compute_dtype(precision: str) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+
+
+def skip_if_not_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
+    """Make the optimizer's next step one that changes nothing, its count included, if ``norm`` (0-d) is NaN or infinite.
+
+    That is what ``torch.amp.GradScaler`` asks of a fused optimizer after an overflow; the device decides, the host does
+    not wait.
+    """
+    assert getattr(optimizer, "_step_supports_amp_scaling", False), f"{type(optimizer).__name__} ignores found_inf"
+    optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+
+
+def create_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
+    """Have the optimizer create its state, which it does in its first step: zeros, so that a checkpoint can be read into
+    it and one of step 0 is like any other. Parameters that have a gradient lose it; nothing else changes."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    skip_if_not_finite(optimizer, torch.full((), torch.inf, device=parameters[0].device))
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.found_inf = None  # type: ignore[attr-defined]
+
+
+def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and buffer, under all names of a shared one: a cast of the module would make two of it."""
+    for prefix, child in module.named_modules():
+        for name, buffer in child.named_buffers(recurse=False):
+            if name not in child._non_persistent_buffers_set:
+                yield f"{prefix}.{name}" if prefix else name, buffer
 
 
 def whole_state(module: nn.Module, gather: Callable[[nn.Parameter], Tensor], keep: bool) -> dict[str, Tensor]:
@@ -149,8 +213,6 @@ def whole_state(module: nn.Module, gather: Callable[[nn.Parameter], Tensor], kee
             whole = gather(parameter).detach()
             copies[parameter] = whole.float().to("cpu", copy=True) if keep else whole.new_empty(0)
         state[name] = copies[parameter]
-    for prefix, child in module.named_modules():
-        for name, buffer in child.named_buffers(recurse=False):
-            if name not in child._non_persistent_buffers_set:
-                state[f"{prefix}.{name}" if prefix else name] = buffer.detach().to("cpu", copy=True)
+    for name, buffer in persistent_buffers(module):
+        state[name] = buffer.detach().to("cpu", copy=True)
     return state if keep else {}

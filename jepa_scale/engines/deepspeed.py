@@ -15,9 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from jepa_scale.checkpoint.boxes import Boxes
 from jepa_scale.config import OptimConfig, find_file
 from jepa_scale.distributed import Ranks
-from jepa_scale.engines.base import Engine, EngineOptions, whole_state
+from jepa_scale.engines.base import (
+    Engine,
+    EngineOptions,
+    create_optimizer_state,
+    persistent_buffers,
+    skip_if_not_finite,
+    whole_state,
+)
+from jepa_scale.engines.deepspeed_state import StateView
 from jepa_scale.errors import InputError
 from jepa_scale.optim import build_optimizer
 
@@ -42,8 +51,6 @@ OWNED = {
     "steps_per_print": "train.log_every",
 }
 """Keys of a DeepSpeed JSON that we fill in, and where the user sets what they mean."""
-
-TAG = "deepspeed"
 
 
 def validate_deepspeed_config(path: str | Path) -> dict[str, Any]:
@@ -104,9 +111,10 @@ def _import_deepspeed() -> Any:
 
 
 def _worth_reading(record: logging.LogRecord) -> bool:
-    """Drops two warnings of DeepSpeed about what is so by design here: torch's AdamW, and packed batches as arguments."""
+    """Drops warnings of DeepSpeed about what is so by design here, torch's AdamW and packed batches as arguments, and of
+    skipped steps, which the trainer tells of, whatever the engine."""
     text = str(record.msg)
-    return "untested optimizer" not in text and "unknown inputs or outputs type" not in text
+    return not any(part in text for part in ("untested optimizer", "unknown inputs or outputs type", "OVERFLOW!"))
 
 
 class DeepSpeedEngine(Engine):
@@ -142,15 +150,19 @@ class DeepSpeedEngine(Engine):
             import deepspeed.runtime.bf16_optimizer as bf16_optimizer
 
             bf16_optimizer.see_memory_usage = lambda *_, **__: None
-        optimizer = build_optimizer(groups, optim_options)
-        self._peak_lrs = [group["lr"] for group in optimizer.param_groups]
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0  # stage 0 in bf16 takes a step with zero gradients while it is set up …
+        self.optimizer = build_optimizer(groups, optim_options)
+        self._peak_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        # Stage 0 in bf16 takes a step with zero gradients while it is set up: let it do nothing.
+        skip_if_not_finite(self.optimizer, torch.full((), torch.inf, device=ranks.device))
         self.ds, *_ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=self._filled(config), dist_init_required=False
+            model=module, optimizer=self.optimizer, config=self._filled(config), dist_init_required=False
         )
-        optimizer.state.clear()  # … and would leave Adam's step count at 1
-        self.scale_lr(1.0)
+        if self.stage == 3:
+            self.ds.optimizer._set_fp32_optimizer_param_groups()  # they are empty but while it steps one of them
+        create_optimizer_state(self.optimizer)
+        if self.stage == 3:
+            self.ds.optimizer._clear_fp32_optimizer_param_groups()
+        self._view = StateView(module, self.ds.optimizer, self.optimizer, self.stage)
 
     def _filled(self, user: dict[str, Any]) -> dict[str, Any]:
         config = dict(user)
@@ -187,6 +199,7 @@ class DeepSpeedEngine(Engine):
             norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             if self.options.clip_norm > 0:
                 nn.utils.clip_grads_with_norm_(parameters, self.options.clip_norm, norm)
+            skip_if_not_finite(self.optimizer, norm)  # everywhere else DeepSpeed skips such a step by itself
         assert self.ds.is_gradient_accumulation_boundary()
         self.ds.step()
         if norm is None:
@@ -199,38 +212,28 @@ class DeepSpeedEngine(Engine):
     def _param_groups(self) -> list[dict[str, Any]]:
         return self.ds.optimizer.param_groups
 
-    def save(self, directory: Path) -> None:
-        self.ds.save_checkpoint(str(directory), tag=TAG, save_latest=False)
+    def _optimizer_states(self) -> list[dict[str, Any]]:
+        return list(self.optimizer.state.values())
 
-    def load(self, directory: Path) -> None:
-        path, _ = self.ds.load_checkpoint(str(directory), tag=TAG)
-        if path is None:
-            raise InputError(f"{directory}: holds no DeepSpeed checkpoint")
+    @torch.no_grad()
+    def state(self) -> dict[str, Boxes]:
+        buffers = {f"model/{name}": Boxes.whole(buffer) for name, buffer in persistent_buffers(self.module)}
+        return buffers | self._view.boxes()
+
+    @torch.no_grad()
+    def loaded(self, updates: int) -> None:
+        self._set_updates(updates)
+        self._view.refresh()
 
     @torch.no_grad()
     def full_state(self) -> dict[str, Tensor]:
-        masters = self._stage0_masters()
-        return whole_state(self.module, lambda p: self._whole(p, masters), keep=self.ranks.is_main)
+        return whole_state(self.module, self._whole, keep=self.ranks.is_main)
 
-    def _whole(self, parameter: nn.Parameter, masters: dict[nn.Parameter, Tensor]) -> Tensor:
+    def _whole(self, parameter: nn.Parameter) -> Tensor:
         """One parameter, gathered from all ranks."""
-        if parameter in masters:
-            return masters[parameter]
+        if parameter.requires_grad:
+            return self._view.whole(parameter)
         import deepspeed
-        from deepspeed.utils import safe_get_full_fp32_param
 
-        if self._bf16 and parameter.requires_grad and self.stage > 0:
-            return safe_get_full_fp32_param(parameter)
         with deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
             return parameter.detach().clone()
-
-    def _stage0_masters(self) -> dict[nn.Parameter, Tensor]:
-        """Stage 0 in bf16 keeps whole fp32 masters beside the parameters; the other stages have none to look up."""
-        if not (self._bf16 and self.stage == 0):
-            return {}
-        wrapped = self.ds.optimizer
-        return {
-            low: high
-            for lows, highs in zip(wrapped.fp16_groups, wrapped.fp32_groups, strict=True)
-            for low, high in zip(lows, highs, strict=True)
-        }

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from jepa_scale.checkpoint.boxes import Boxes
 from jepa_scale.config import OptimConfig
 from jepa_scale.distributed import Ranks
-from jepa_scale.engines.base import Engine, EngineOptions, compute_dtype, whole_state
+from jepa_scale.engines.base import (
+    Engine,
+    EngineOptions,
+    compute_dtype,
+    create_optimizer_state,
+    persistent_buffers,
+    skip_if_not_finite,
+    whole_state,
+)
 from jepa_scale.optim import build_optimizer
 
 
@@ -65,21 +71,10 @@ class FSDPEngine(Engine):
         self._trainable = [p for p in sharded.values() if p.requires_grad]
         self.optimizer = build_optimizer(groups, optim_options)
         self._peak_lrs = [group["lr"] for group in self.optimizer.param_groups]
-        self._initialise_moments()
+        create_optimizer_state(self.optimizer)
 
     def _fsdp_modules(self) -> list[FSDPModule]:
         return [m for m in self.module.modules() if isinstance(m, FSDPModule)]
-
-    def _initialise_moments(self) -> None:
-        """Adam's state, which torch creates in the first step: now, so that a checkpoint of step 0 is like any other."""
-        for parameter in self._trainable:
-            parameter.grad = torch.zeros_like(parameter)
-        self.scale_lr(0.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.scale_lr(1.0)
-        for state in self.optimizer.state.values():
-            state["step"].zero_()
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
@@ -95,6 +90,7 @@ class FSDPEngine(Engine):
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if self.options.clip_norm > 0:
             nn.utils.clip_grads_with_norm_(self._trainable, self.options.clip_norm, norm)
+        skip_if_not_finite(self.optimizer, norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm.float()
@@ -102,17 +98,31 @@ class FSDPEngine(Engine):
     def _param_groups(self) -> list[dict[str, Any]]:
         return self.optimizer.param_groups
 
-    def save(self, directory: Path) -> None:
-        model, optimizer = get_state_dict(self.module, self.optimizer)
-        dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=directory)
+    def _optimizer_states(self) -> list[dict[str, Any]]:
+        return list(self.optimizer.state.values())
 
-    def load(self, directory: Path) -> None:
-        model, optimizer = get_state_dict(self.module, self.optimizer)
-        dcp.load({"model": model, "optimizer": optimizer}, checkpoint_id=directory)
-        set_state_dict(self.module, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
+    @torch.no_grad()
+    def state(self) -> dict[str, Boxes]:
+        self._reshard()
+        boxes = {f"model/{name}": Boxes.whole(buffer) for name, buffer in persistent_buffers(self.module)}
+        for name, parameter in self.module.named_parameters():
+            boxes[f"model/{name}"] = Boxes.of_dtensor(cast(DTensor, parameter))
+            for moment, value in self.optimizer.state.get(parameter, {}).items():
+                if isinstance(value, DTensor) and value.shape == parameter.shape:
+                    boxes[f"{moment}/{name}"] = Boxes.of_dtensor(value)
+        return boxes
+
+    @torch.no_grad()
+    def loaded(self, updates: int) -> None:
+        self._reshard()
+        self._set_updates(updates)
 
     @torch.no_grad()
     def full_state(self) -> dict[str, Tensor]:
-        for part in self._fsdp_modules():
-            part.reshard()  # an evaluation leaves the root's parameters gathered; `state_dict` does this by itself
+        self._reshard()
         return whole_state(self.module, lambda p: cast(DTensor, p).full_tensor(), keep=self.ranks.is_main)
+
+    def _reshard(self) -> None:
+        """An evaluation leaves the root's parameters gathered; they would hide the shards, and be used once more."""
+        for part in self._fsdp_modules():
+            part.reshard()

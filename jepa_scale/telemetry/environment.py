@@ -21,11 +21,7 @@ def describe_environment(ranks: Ranks, engine: str, precision: str) -> dict[str,
     and ``git_changes`` (uncommitted ones) are there only when the package lies in a git checkout of its
     own."""
     environment: dict[str, Any] = {
-        "jepa_scale": __version__,
-        "torch": torch.__version__,
-        "deepspeed": _version("deepspeed"),
-        "transformers": _version("transformers"),
-        "python": platform.python_version(),
+        **package_versions(),
         "platform": platform.platform(),
         "cpu": _cpu_name(),
         "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -38,6 +34,17 @@ def describe_environment(ranks: Ranks, engine: str, precision: str) -> dict[str,
     if ranks.device.type == "cuda":
         environment["gpu"] = torch.cuda.get_device_name(ranks.device)
     return environment | _git(REPOSITORY)
+
+
+def package_versions() -> dict[str, str | None]:
+    """Of the packages that results depend on; None = not installed."""
+    return {
+        "jepa_scale": __version__,
+        "torch": torch.__version__,
+        "deepspeed": _version("deepspeed"),
+        "transformers": _version("transformers"),
+        "python": platform.python_version(),
+    }
 
 
 def _version(package: str) -> str | None:

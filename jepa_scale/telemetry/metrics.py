@@ -44,6 +44,7 @@ _MACHINERY = [
     Metric("packing_efficiency", "fraction", "higher"),
     Metric("data_wait", "fraction", "lower"),
     Metric("skipped_samples", "samples", "lower"),
+    Metric("skipped_steps", "steps", "lower"),
     Metric("mfu", "fraction of peak", "higher"),
     Metric("seconds", "s"),
 ]

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 import yaml
 
 from jepa_scale.config import LogConfig
-from jepa_scale.distributed import Ranks
+from jepa_scale.distributed import Ranks, broadcast_object
 from jepa_scale.table import format_number
 from jepa_scale.telemetry import records
 from jepa_scale.telemetry.environment import describe_environment
@@ -98,11 +98,13 @@ class RunLog:
         self._environment: dict[str, Any] = {}
         self._last = (0, 0.0)  # tokens and seconds at the last fit row
         self._began = 0.0
+        self._kept: list[records.Row] = []
 
     def __enter__(self) -> RunLog:
         kept: list[records.Row] = []
         if self._ranks.is_main:
             kept = self._open()
+        self._kept = kept
         if self._state is not None:
             self.tokens, self.clock = int(self._state["tokens"]), Stopwatch(float(self._state["seconds"]))
         else:
@@ -161,6 +163,11 @@ class RunLog:
         if self._progress is not None:
             shown = "  ".join(f"{name} {format_number(records.clean(value))}" for name, value in values.items())
             self._progress.note(f"{self.name}  step {step}  {split:8} {shown}")
+
+    def has_evaluated(self, step: int) -> bool:
+        """Whether there are rows of an evaluation after that step, from before a resume; the same on every rank."""
+        found = any(row["step"] == step and row["split"] != FIT for row in self._kept)
+        return bool(broadcast_object(found))
 
     def paused(self) -> Any:
         """``with log.paused():`` around what is not training."""

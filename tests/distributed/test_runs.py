@@ -40,6 +40,7 @@ def config_file(folder: Path, objective: str, engine: str, accumulation: int = 1
     """A small real config; ``engine`` is ``"fsdp"`` or ``"zero0"`` … ``"zero3"``."""
     backbone = train.pop("backbone", "native")
     precision = train.pop("precision", "fp32")
+    checkpoint = train.pop("checkpoint", {})
     name, stage = ("fsdp", 1) if engine == "fsdp" else ("deepspeed", int(engine[-1]))
     values = {
         "run": {"name": train.pop("name", "run"), "dir": str(folder), "seed": 3},
@@ -54,6 +55,7 @@ def config_file(folder: Path, objective: str, engine: str, accumulation: int = 1
         "objective": OBJECTIVES[objective],
         "optim": {"lr": 3e-3, "lr_head": 5e-3, "weight_decay": 0.02, "warmup_steps": 3, "clip_norm": 0.5},
         "train": {"steps": STEPS, "batch_size": 16, "accumulation": accumulation, "log_every": 1, **train},
+        "checkpoint": checkpoint,
         "eval": {"max_facts": 11, "rank_facts": 5, "batch_size": 4},
         "log": {"progress": False, "report": False},
     }
@@ -160,7 +162,7 @@ def test_resume_continues_bitwise(tmp_path, precision):
         folder.mkdir()
         for engine in engines:
             config = config_file(
-                folder, "concept", engine, accumulation=2, name=engine, save_every=10, precision=precision
+                folder, "concept", engine, accumulation=2, name=engine, precision=precision, checkpoint={"every": 10}
             )
             cases.append((str(config), None))
     run_ranks(train_runs, 2, cases, timeout=300)

@@ -1,0 +1,99 @@
+"""Checkpoints: written beside training, verified when they are read, for any engine and world size.
+
+checkpoints/
+  latest                   name of the newest complete one, for people; what counts are the folders
+  step_00000100/
+    manifest.json          what it is, and the checksum of every file; written last
+    tensors/               parameters and moments, a PyTorch distributed checkpoint
+    rng_rank00000.pt       random number generators of each rank
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jepa_scale.checkpoint import store
+from jepa_scale.checkpoint.generators import set_rng_state
+from jepa_scale.checkpoint.manifest import FILE, TENSORS, Manifest
+from jepa_scale.checkpoint.retention import Found, Policy, complete, prune
+from jepa_scale.checkpoint.saver import Report, Saver
+from jepa_scale.distributed import all_gather_object, rank, world_size
+from jepa_scale.engines.base import Engine
+from jepa_scale.errors import InputError
+
+__all__ = ["Found", "Manifest", "Policy", "Report", "Saver", "complete", "find", "load", "prune", "verify"]
+
+
+def verify(path: Path, hashes: bool = True) -> list[str]:
+    """What is wrong with a checkpoint, one line each. Collective where there are ranks: they share the files.
+
+    Args:
+        hashes: read everything; otherwise sizes alone.
+    """
+    try:
+        manifest = Manifest.read(path)
+    except InputError as error:
+        return [str(error)]
+    found = manifest.damage(path, rank(), world_size(), hashes)
+    return [line for lines in all_gather_object(found) for line in lines]
+
+
+def find(run_dir: Path, which: str | Path, hashes: bool = True) -> Path | None:
+    """The checkpoint that ``--resume`` means, verified. Collective.
+
+    Args:
+        which: ``"auto"`` for the newest one of the run that is whole (None if there is none at all), or a path: a
+            checkpoint, a folder of checkpoints or a run directory.
+
+    Raises:
+        InputError: there is no checkpoint at that path, or those that are there are damaged.
+    """
+    if str(which) == "auto":
+        return _newest_whole(run_dir / "checkpoints", hashes)
+    path = Path(which)
+    if (path / FILE).is_file():
+        if wrong := verify(path, hashes):
+            raise InputError(f"--resume: {wrong[0]} ({len(wrong)} in all); give another checkpoint, or auto")
+        return path
+    found = _newest_whole(path, hashes) or _newest_whole(path / "checkpoints", hashes)
+    if found is None:
+        raise InputError(f"--resume: no checkpoint at {path}; give a folder step_…, a run directory, or auto")
+    return found
+
+
+def _newest_whole(directory: Path, hashes: bool) -> Path | None:
+    """Raises InputError when there are checkpoints and none is whole: starting anew would throw them away."""
+    found = [f.path for f in reversed(complete(directory))]
+    damaged = []
+    for path in found:
+        wrong = verify(path, hashes)
+        if not wrong:
+            return path
+        damaged.append(path)
+        if rank() == 0:
+            print(f"jepa-scale: {path} is damaged and left out: {wrong[0]}", flush=True)
+    if damaged:
+        raise InputError(f"{directory}: all {len(damaged)} checkpoints are damaged; restore one, or remove the folder")
+    return None
+
+
+def load(path: Path, engine: Engine) -> Manifest:
+    """Restore the engine, whoever saved it. Collective. At the world size that it was saved with, this rank's random
+    number generators are restored, too.
+
+    Raises:
+        InputError: the checkpoint is of another model or objective.
+    """
+    manifest = Manifest.read(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # DCP speaks of its internals
+        store.read(path / TENSORS, engine.state())
+    engine.loaded(manifest.updates)
+    if manifest.world_size == world_size():
+        generators: dict[str, Any] = torch.load(path / f"rng_rank{rank():05d}.pt", weights_only=True)
+        set_rng_state(generators)
+    return manifest

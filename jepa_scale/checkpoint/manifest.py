@@ -1,0 +1,89 @@
+"""What a checkpoint says of itself, and whether it is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jepa_scale.checkpoint.store import describe
+from jepa_scale.errors import InputError
+
+FILE = "manifest.json"
+TENSORS = "tensors"
+FORMAT = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """``manifest.json``, written last.
+
+    Attributes:
+        step: optimizer steps done.
+        engine, layout, world_size: who wrote it, e.g. ``"deepspeed"``, ``"ZeRO-2 bf16"``, 4.
+        updates: of the optimizer; fewer than ``step`` where steps were skipped.
+        permanent: whether only the retention policy for permanent ones may remove it.
+        metrics: ``split/metric`` of the last evaluation, for keeping the best.
+        state: of the run: the data's position and fingerprint, tokens, seconds.
+        config: the resolved config. versions: of the packages that matter.
+        files: path within the checkpoint → ``bytes`` and ``sha256``.
+    """
+
+    step: int
+    engine: str
+    layout: str
+    world_size: int
+    updates: int
+    permanent: bool = True
+    metrics: dict[str, float] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str | None] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        """The file appears whole or not at all."""
+        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
+        partial = folder / f"{FILE}.partial"
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, folder / FILE)
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Raises:
+        InputError: there is none, it is damaged, or of another format.
+        """
+        file = folder / FILE
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+            found = values.pop("format")
+            if found != FORMAT:
+                raise InputError(f"{file}: is of format {found}, this version reads format {FORMAT}")
+            return cls(**values)
+        except InputError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{folder}: not a complete checkpoint: {FILE}: {error}") from None
+
+    def damage(self, folder: Path, part: int = 0, parts: int = 1, hashes: bool = True) -> list[str]:
+        """What is wrong with the checkpoint's files, one line each; empty if it is whole.
+
+        Args:
+            part, parts: look at every ``parts``-th file only, from number ``part``, so that ranks can share the work.
+            hashes: read the files and compare SHA-256; otherwise sizes alone.
+        """
+        wrong = []
+        for name, told in list(sorted(self.files.items()))[part::parts]:
+            file = folder / name
+            if not file.is_file():
+                wrong.append(f"{file}: is missing")
+            elif file.stat().st_size != told["bytes"]:
+                wrong.append(f"{file}: has {file.stat().st_size:,} bytes, should have {told['bytes']:,}")
+            elif hashes and describe([file])[file.name]["sha256"] != told["sha256"]:
+                wrong.append(f"{file}: its checksum is wrong")
+        return wrong

@@ -1,0 +1,229 @@
+"""Writing checkpoints while training goes on.
+
+A save copies this rank's part of the state into host memory, which is the only time that training waits, and a thread
+writes it: into a folder ``step_….partial`` that gets its name when every rank has written its part and the manifest is
+there. Whatever happens before leaves the older checkpoints as they were.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from jepa_scale.checkpoint import store
+from jepa_scale.checkpoint.boxes import Boxes
+from jepa_scale.checkpoint.generators import rng_state
+from jepa_scale.checkpoint.manifest import TENSORS, Manifest
+from jepa_scale.checkpoint.retention import Policy, prune
+from jepa_scale.distributed import barrier, rank, world_size
+from jepa_scale.engines.base import Engine
+
+PATIENCE = (1.0, 5.0)
+"""Seconds before each further try of a save that failed."""
+GROUP_TIMEOUT = timedelta(hours=2)
+"""How long ranks wait for each other's writing."""
+
+
+@dataclass(slots=True)
+class Report:
+    """What became of a save.
+
+    Attributes:
+        step: of the checkpoint. path: where it is, None if it failed. problem: why, of the first rank that failed.
+        stalled: seconds that training waited for the copy (and for the save before). seconds: until it was complete.
+    """
+
+    step: int
+    path: Path | None = None
+    problem: str = ""
+    stalled: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class _Job:
+    manifest: Manifest
+    tensors: Mapping[str, Boxes]
+    generators: dict[str, Any]
+    report: Report
+    began: float
+    thread: threading.Thread | None = None
+    done: threading.Event = field(default_factory=threading.Event)
+
+
+class Saver:
+    """Saves the checkpoints of a run. All ranks make one and call it alike.
+
+    Args:
+        directory: folder of the checkpoints.
+        policy: what to keep.
+        asynchronous: write in a thread; else :meth:`save` returns when the checkpoint is complete.
+        tell: called by rank 0 with what happened to each save, when that is known.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        policy: Policy,
+        asynchronous: bool = True,
+        tell: Callable[[Report], None] = lambda report: None,
+    ) -> None:
+        self.directory, self.policy, self.asynchronous, self.tell = directory, policy, asynchronous, tell
+        self._job: _Job | None = None
+        # the thread's collectives must not meet those of the training
+        self._group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT) if world_size() > 1 else None
+
+    def save(self, engine: Engine, manifest: Manifest) -> None:
+        """Save the engine, the generators and ``manifest`` (without ``files``). Collective. A save that is still being
+        written is waited for first. A save that fails is told of and forgotten: the run goes on, the older checkpoints
+        stay, and the next save tries again."""
+        began = time.monotonic()
+        self.wait()
+        tensors = {name: boxes.copy() for name, boxes in engine.state().items()}
+        job = _Job(manifest, tensors, rng_state(), Report(manifest.step), began)
+        job.report.stalled = time.monotonic() - began
+        self._job = job
+        if self.asynchronous:
+            job.thread = threading.Thread(target=self._write, args=(job,), name="checkpoint", daemon=True)
+            job.thread.start()
+        else:
+            self._write(job)
+            self.wait()
+
+    def wait(self) -> Report | None:
+        """Until the save that is being written, if any, is complete or has failed; collective. What became of it."""
+        job, self._job = self._job, None
+        if job is None:
+            return None
+        if job.thread is not None:
+            job.thread.join()
+        if rank() == 0:
+            self.tell(job.report)
+        return job.report
+
+    def poll(self) -> None:
+        """Tell of a save that has finished meanwhile; not collective."""
+        if self._job is not None and self._job.done.is_set() and rank() == 0 and self._job.report.seconds:
+            self.tell(self._job.report)
+            self._job.report.seconds = 0.0
+
+    # -- in the thread ------------------------------------------------------------------------------------------------
+
+    def _write(self, job: _Job) -> None:
+        try:
+            for pause in (*PATIENCE, None):
+                problem = self._agree(self._try(job))
+                if not problem:
+                    job.report.path = self.directory / f"step_{job.manifest.step:08d}"
+                    break
+                job.report.problem = problem
+                if pause is not None:
+                    time.sleep(pause)
+        except Exception:  # the group itself is broken: training will find out, too
+            job.report.problem = traceback.format_exc()
+        finally:
+            job.report.seconds = time.monotonic() - job.began
+            job.done.set()
+
+    def _try(self, job: _Job) -> str:
+        """Write everything once; what went wrong on this rank, empty if nothing. All ranks go through the same
+        collectives whatever fails on one of them."""
+        final = self.directory / f"step_{job.manifest.step:08d}"
+        partial = final.with_name(f"{final.name}.partial")
+        problem = ""
+        if rank() == 0:
+            try:
+                shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+                (partial / TENSORS).mkdir(parents=True)
+            except OSError as error:
+                problem = _plain(error)
+        if told := self._agree(problem):
+            return told
+        files: dict[str, Any] = {}
+        try:
+            written = store.write(partial / TENSORS, job.tensors, self._group)
+            files = {f"{TENSORS}/{name}": file for name, file in written.items()}
+        except Exception as error:  # DCP raises on every rank when it fails on one
+            problem = _plain(error)
+        if not problem:
+            try:
+                generators = partial / f"rng_rank{rank():05d}.pt"
+                torch.save(job.generators, generators)
+                files |= store.describe([generators])
+            except OSError as error:
+                problem = _plain(error)
+        everyone = self._gather((problem, files))
+        if rank() == 0:
+            problem = next((p for p, _ in everyone if p), "")
+            if not problem:
+                try:
+                    self._finish(job.manifest, partial, final, [f for _, f in everyone])
+                except OSError as error:
+                    problem = _plain(error)
+            if problem:
+                shutil.rmtree(partial, ignore_errors=True)
+        return problem
+
+    def _finish(self, manifest: Manifest, partial: Path, final: Path, files: list[dict[str, Any]]) -> None:
+        replace(manifest, files={name: f for part in files for name, f in part.items()}).write(partial)
+        _sync_folder(partial)
+        if final.exists():  # the same step again, after going back to an older checkpoint
+            aside = final.with_name(f"{final.name}.removed")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(final, aside)
+            os.replace(partial, final)
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            os.replace(partial, final)
+        _sync_folder(self.directory)
+        latest = self.directory / "latest.partial"
+        latest.write_text(final.name, encoding="utf-8")
+        os.replace(latest, self.directory / "latest")
+        prune(self.directory, self.policy)
+
+    def _gather(self, value: Any) -> list[Any]:
+        if self._group is None:
+            return [value]
+        everyone: list[Any] = [None] * world_size()
+        dist.all_gather_object(everyone, value, group=self._group)
+        return everyone
+
+    def _agree(self, problem: str) -> str:
+        """The first rank's problem, on every rank."""
+        return next((p for p in self._gather(problem) if p), "")
+
+    def close(self) -> None:
+        """Wait for the last save; collective."""
+        self.wait()
+        barrier()
+
+
+def _plain(error: Exception) -> str:
+    """One line: the innermost reason of an exception of DCP, or the file and what is wrong with it."""
+    causes = getattr(error, "failures", {})
+    if causes:
+        number, (inner, _) = next(iter(causes.items()))
+        return f"rank {number}: {_plain(inner)}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'checkpoint'}: {error.strerror}"
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _sync_folder(folder: Path) -> None:
+    """So that a rename survives a crash of the machine."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

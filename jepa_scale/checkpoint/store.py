@@ -1,0 +1,201 @@
+"""Tensors in a folder: a distributed checkpoint, checksums of its files, and reading it without trusting it."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+
+from jepa_scale.checkpoint.boxes import Boxes
+from jepa_scale.errors import InputError
+
+METADATA_FILE = ".metadata"
+_TRUSTED = {
+    ("torch.distributed.checkpoint.metadata", "Metadata"),
+    ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"),
+    ("torch.distributed.checkpoint.metadata", "TensorProperties"),
+    ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"),
+    ("torch.distributed.checkpoint.metadata", "MetadataIndex"),
+    ("torch.distributed.checkpoint.metadata", "StorageMeta"),
+    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "WindowsPath"),
+}
+
+
+class StoreError(Exception):
+    """Some ranks could not write: rank → exception and its stack, in ``failures``.
+
+    DCP's own exception derives from ``BaseException`` and would pass every ``except Exception``.
+    """
+
+    def __init__(self, error: CheckpointException) -> None:
+        super().__init__(_reason(error))
+        self.failures = error.failures
+
+
+def _reason(error: CheckpointException) -> str:
+    number, (inner, _) = next(iter(sorted(error.failures.items())))
+    return f"rank {number}: {type(inner).__name__}: {inner}".splitlines()[0]
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Makes dataclasses of DCP's metadata and nothing else: a pickle may name any function to be called.
+
+    Names, not modules, are trusted: ``os.system`` is within reach of a module that imports ``os``.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | torch.memory_format)
+        if (module, name) in _TRUSTED or dtype:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint of ours does")
+
+
+class _SavePlanner(DefaultSavePlanner):
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        return self.state_dict[index.fqn].__get_tensor_shard__(index)
+
+
+class _LoadPlanner(DefaultLoadPlanner):
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        self.state_dict = self.original_state_dict = state_dict  # the base class would copy what it does not know
+        self.metadata, self.is_coordinator = metadata, is_coordinator
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self.state_dict[index.fqn].__get_tensor_shard__(index)
+
+    def load_bytes(self, read_item: Any, value: Any) -> None:
+        raise AssertionError("a checkpoint of ours holds tensors only; the base class would unpickle")
+
+
+def _save_planner() -> _SavePlanner:
+    return _SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+
+def _load_planner() -> _LoadPlanner:
+    return _LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+
+class SafeReader(dcp.FileSystemReader):
+    """DCP's reader, whose only unpickling of its own is that of the metadata (tensors are read with ``weights_only``)."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return read_metadata(Path(self.path))
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """What tensors a folder holds.
+
+    Raises:
+        InputError: the metadata file is missing, damaged, or holds something that is not metadata.
+    """
+    file = folder / METADATA_FILE
+    try:
+        with open(file, "rb") as stream:
+            metadata = _PlainUnpickler(stream).load()
+        if not isinstance(metadata, Metadata):
+            raise pickle.UnpicklingError(f"it holds a {type(metadata).__name__}")
+        for name, tensor in metadata.state_dict_metadata.items():
+            assert isinstance(tensor, TensorStorageMetadata), f"{name} is no tensor"
+            assert isinstance(tensor.size, torch.Size) and isinstance(tensor.properties.dtype, torch.dtype), name
+        for stored in metadata.storage_data.values():
+            if Path(stored.relative_path).name != stored.relative_path:
+                raise pickle.UnpicklingError(f"it names {stored.relative_path}, which is not in its folder")
+    except Exception as error:  # a damaged pickle can raise anything
+        raise InputError(f"{file}: cannot be read: {error}") from None
+    return metadata
+
+
+def shapes(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Name → shape and dtype of every tensor in a folder."""
+    found: Any = read_metadata(folder).state_dict_metadata
+    return {name: (tensor.size, tensor.properties.dtype) for name, tensor in found.items()}
+
+
+def write(folder: Path, tensors: Mapping[str, Boxes], group: dist.ProcessGroup | None = None) -> dict[str, Any]:
+    """Write what the ranks have, each its own files. Collective over ``group``; may run in a thread of its own if the group
+    is used by nothing else.
+
+    Returns:
+        The files that this rank wrote: name → ``bytes`` and ``sha256``; the metadata file is rank 0's.
+
+    Raises:
+        StoreError: on every rank, if some could not write.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = dcp.FileSystemWriter(folder, sync_files=True)
+    try:
+        dcp.save(dict(tensors), storage_writer=writer, planner=_save_planner(), process_group=group)
+    except CheckpointException as error:
+        raise StoreError(error) from error
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    files = sorted(folder.glob(f"__{rank}_*.distcp"))
+    return describe([*files, *([folder / METADATA_FILE] if rank == 0 else [])])
+
+
+def read(folder: Path, tensors: Mapping[str, Boxes], group: dist.ProcessGroup | None = None) -> None:
+    """Fill the boxes of this rank, whoever wrote the folder. Collective over ``group``.
+
+    Raises:
+        InputError: a tensor is missing or has another shape, or a file of tensors is missing or damaged.
+    """
+    there = shapes(folder)
+    for name, boxes in tensors.items():
+        if name not in there:
+            raise InputError(f"{folder}: holds no tensor {name!r}; it is the checkpoint of another model or objective")
+        if there[name][0] != boxes.shape:
+            raise InputError(
+                f"{folder}: {name} has shape {tuple(there[name][0])}, the model's has {tuple(boxes.shape)}"
+            )
+    _load(folder, dict(tensors), process_group=group)
+
+
+def read_whole(folder: Path, names: list[str]) -> dict[str, Tensor]:
+    """Whole tensors in host memory, in this process alone: no process group is needed.
+
+    Raises:
+        InputError: a tensor is missing, or a file of tensors is missing or damaged.
+    """
+    there = shapes(folder)
+    for name in names:
+        if name not in there:
+            raise InputError(f"{folder}: holds no tensor {name!r}")
+    tensors = {name: torch.empty(there[name][0], dtype=there[name][1]) for name in names}
+    _load(folder, {name: Boxes.whole(tensor) for name, tensor in tensors.items()}, no_dist=True)
+    return tensors
+
+
+def _load(folder: Path, tensors: dict[str, Any], **how: Any) -> None:
+    try:
+        dcp.load(tensors, storage_reader=SafeReader(folder), planner=_load_planner(), **how)
+    except CheckpointException as error:
+        raise InputError(f"{folder}: cannot be read: {_reason(error)}") from error
+
+
+def describe(files: list[Path]) -> dict[str, Any]:
+    """Name → ``bytes`` and ``sha256`` of files, read once each, several at a time."""
+    with ThreadPoolExecutor(4) as pool:
+        digests = list(pool.map(_sha256, files))
+    return {f.name: {"bytes": f.stat().st_size, "sha256": d} for f, d in zip(files, digests, strict=True)}
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

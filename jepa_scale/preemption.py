@@ -1,0 +1,69 @@
+"""A polite request to stop: SIGTERM (a scheduler's, Ctrl-C's SIGINT counts, too) or SIGUSR1 to any rank."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jepa_scale.distributed import all_reduce_sum
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class StopRequest:
+    """Remembers that this process was asked to stop. The ranks agree on it in the loop, by a reduction: a signal may reach
+    one of them alone, and none may leave the others waiting.
+
+    ``with StopRequest(device) as stop:`` puts the handlers in place and takes them away again. A second SIGINT raises
+    KeyboardInterrupt: somebody at the keyboard will not wait.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.requested = False
+        self._device = device
+        self._asked: Tensor | None = None
+        self.name = ""
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def agreed(self, asked: Tensor) -> bool:
+        """Whether the ranks have agreed to stop.
+
+        Args:
+            asked: 0-d, how many ranks were asked to, the same on every rank. On a GPU the answer is that of the call
+                before, whose value has arrived long since: reading this one would make the host wait for the device.
+        """
+        last, self._asked = self._asked, asked
+        if asked.device.type == "cpu":
+            last = asked
+        return last is not None and bool(last.item())
+
+    def interrupts(self) -> None:
+        """Between the forwards of an evaluation; collective.
+
+        Raises:
+            Stopped: all ranks have agreed to stop.
+        """
+        if all_reduce_sum(torch.tensor(float(self.requested), device=self._device)).item():
+            raise Stopped
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.requested:
+            raise KeyboardInterrupt
+        self.requested, self.name = True, signal.Signals(number).name
+
+
+class Stopped(Exception):
+    """All ranks have agreed to stop, in the middle of an evaluation."""

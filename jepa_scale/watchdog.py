@@ -1,0 +1,106 @@
+"""Finds the rank that hangs: each tells in a file what it is doing, and looks at the others' when nothing goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from jepa_scale.distributed import Ranks
+
+PHASES = ("start", "data", "forward and backward", "update", "evaluation", "save")
+"""In the order in which a step goes through them."""
+
+
+def end_process() -> None:
+    """Leave at once: exit handlers would wait for the ranks that hang."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
+class Watchdog:
+    """Ends this process when nothing has happened in it for too long, and says which rank the others wait for.
+
+    A rank that waits in a collective has come further than the one it waits for, or entered the same phase of the same
+    step; so the ranks that are behind are the ones that hang. The files lie in ``<run>/watchdog/``, which all hosts see.
+
+    Args:
+        run_dir: of the run. ranks: who this is.
+        limit: seconds without progress; 0 = no watchdog.
+        end: what to do then.
+    """
+
+    def __init__(self, run_dir: Path, ranks: Ranks, limit: float, end: Callable[[], None] = end_process) -> None:
+        self._folder, self._ranks, self._limit, self._end = run_dir / "watchdog", ranks, limit, end
+        self._now = (0, "start", time.time())  # step, phase, since
+        self._told: tuple[int, str, float] | None = None
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        if self._limit:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._file(self._ranks.rank).unlink(missing_ok=True)  # of an earlier process
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._closed.set()
+        if self._limit:
+            self._thread.join()
+            self._file(self._ranks.rank).unlink(missing_ok=True)
+
+    def enter(self, step: int, phase: str) -> None:
+        """This rank begins one of the ``PHASES`` of a step."""
+        assert phase in PHASES, phase
+        self._now = (step, phase, time.time())
+
+    def _file(self, rank: int) -> Path:
+        return self._folder / f"rank_{rank:05d}.json"
+
+    def _watch(self) -> None:
+        pause = min(1.0, self._limit / 10)
+        while not self._closed.wait(pause):
+            now = self._now
+            if now != self._told:
+                self._tell(now)
+            if time.time() - now[2] > self._limit:
+                self._tell(now)
+                time.sleep(2 * pause)  # the others', too
+                if self._now == now and not self._closed.is_set():
+                    print(f"jepa-scale: {self._verdict()}", file=sys.stderr, flush=True)
+                    self._end()
+                    return
+
+    def _tell(self, now: tuple[int, str, float]) -> None:
+        partial = self._file(self._ranks.rank).with_suffix(".partial")
+        try:
+            partial.write_text(json.dumps(now))
+            os.replace(partial, self._file(self._ranks.rank))
+            self._told = now
+        except OSError:
+            pass  # a full disk is no reason to stop
+
+    def _verdict(self) -> str:
+        found: dict[int, tuple[int, str, float]] = {}
+        for rank in range(self._ranks.world_size):
+            try:
+                step, phase, since = json.loads(self._file(rank).read_text())
+                found[rank] = (step, phase, since)
+            except (OSError, ValueError):
+                return f"rank {rank} has ended without a word; the others waited {self._limit:,.0f} s for it"
+        places = {rank: (step, PHASES.index(phase)) for rank, (step, phase, _) in found.items()}
+        behind = [rank for rank, place in places.items() if place == min(places.values())]
+        step, phase, since = found[behind[0]]
+        who = f"rank {', '.join(map(str, behind))}"
+        if len(behind) == len(found) > 1:  # one of them does not even come to the collective in which the others wait
+            who = f"one of rank {', '.join(map(str, behind))}"
+        return (
+            f"no progress for {self._limit:,.0f} s: {who} hangs at step {step} in {phase!r}, since "
+            f"{time.time() - since:,.0f} s; raise train.hang_minutes if that may take so long"
+        )
