@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from jepa_scale.checkpoint.boxes import Stateful
 from jepa_scale.config import Config, Section, parse_section
 from jepa_scale.data import DataOptions, load_data, parse_data
 from jepa_scale.data.loader import Loader
@@ -55,6 +56,11 @@ class Run:
     stream: Stream
     batches: Callable[[int, int], Loader]  # from one step to another → the steps' micro-batches of this rank
     evaluate: Callable[..., Results]  # (between) is called between the forwards, and may raise to end it
+
+    @property
+    def parts(self) -> list[Stateful]:
+        """What a checkpoint keeps."""
+        return [self.engine]
 
     @property
     def steps(self) -> int:

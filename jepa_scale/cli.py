@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from jepa_scale.errors import InputError
+
+PARSERS = {
+    "data": "jepa_scale.data_cli",
+    "checkpoint": "jepa_scale.checkpoint_cli",
+    "convert": "jepa_scale.convert_cli",
+}
+"""Commands whose flags need modules that the others do without → where their ``parser`` is."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -16,14 +24,9 @@ def main(argv: list[str] | None = None) -> int:
         from jepa_scale import train
 
         return train.main(argv[1:])
-    if argv[:1] == ["data"]:  # its flags are the fields of options that only it needs to import
-        from jepa_scale import data_cli
-
-        args = data_cli.parser().parse_args(argv[1:])
-    elif argv[:1] == ["checkpoint"]:
-        from jepa_scale import checkpoint_cli
-
-        args = checkpoint_cli.parser().parse_args(argv[1:])
+    if argv[:1] and argv[0] in PARSERS:
+        of_command: argparse.ArgumentParser = importlib.import_module(PARSERS[argv[0]]).parser()
+        args = of_command.parse_args(argv[1:])
     else:
         args = parser().parse_args(argv)
     command: Callable[[argparse.Namespace], int] = args.command
@@ -36,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="jepa-scale", description="Train and evaluate JEPA-augmented decoders.")
-    commands = top.add_subparsers(required=True, metavar="train|eval|data|checkpoint|config|report")
+    commands = top.add_subparsers(required=True, metavar="train|eval|data|checkpoint|convert|config|report")
     commands.add_parser("train", help="train one run (see jepa-scale train --help)")
 
     evaluate = commands.add_parser("eval", help="evaluate a checkpoint of a run")
@@ -47,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
 
     commands.add_parser("data", help="prepare, verify or make data (see jepa-scale data --help)")
     commands.add_parser("checkpoint", help="list, verify or prune checkpoints (see jepa-scale checkpoint --help)")
+    commands.add_parser("convert", help="to and from Hugging Face format (see jepa-scale convert --help)")
 
     config = commands.add_parser("config", help="print a config with every default filled in")
     config.add_argument("config", help="YAML file")

@@ -92,7 +92,7 @@ def fit(run: Run, log: RunLog, ranks: Ranks, start: int, saver: Saver, watchdog:
         if saves:
             watchdog.enter(done, "save")
             with log.paused():
-                saver.save(engine, manifest_of(run, done, log, permanent, results))
+                saver.save(run.parts, manifest_of(run, done, log, permanent, results))
         saver.poll()
         if stopping:
             break
@@ -155,7 +155,7 @@ def run_training(args: argparse.Namespace) -> None:
     run = build(plan, ranks)
     start, told = 0, None
     if found:
-        state = checkpoint.load(found, run.engine).state
+        state = checkpoint.load(found, run.parts).state
         start = run.stream.resume(state, accept_changes=config.data["accept_changes"])
         told = {name: state[name] for name in ("tokens", "seconds")}
 
@@ -216,7 +216,7 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
     if found is None:
         raise InputError(f"{args.run}: has no checkpoint to evaluate")
     run = build(validate(config), ranks)
-    checkpoint.load(found, run.engine)
+    checkpoint.load(found, run.parts)
     results = run.evaluate()
     if ranks.is_main:
         print(found)

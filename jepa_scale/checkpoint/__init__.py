@@ -11,21 +11,22 @@ checkpoints/
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from jepa_scale.checkpoint import store
+from jepa_scale.checkpoint.boxes import Stateful, state_of
 from jepa_scale.checkpoint.generators import set_rng_state
 from jepa_scale.checkpoint.manifest import FILE, TENSORS, Manifest
 from jepa_scale.checkpoint.retention import Found, Policy, complete, prune
 from jepa_scale.checkpoint.saver import Report, Saver
 from jepa_scale.distributed import all_gather_object, rank, world_size
-from jepa_scale.engines.base import Engine
 from jepa_scale.errors import InputError
 
-__all__ = ["Found", "Manifest", "Policy", "Report", "Saver", "complete", "find", "load", "prune", "verify"]
+__all__ = ["Found", "Manifest", "Policy", "Report", "Saver", "Stateful", "complete", "find", "load", "prune", "verify"]
 
 
 def verify(path: Path, hashes: bool = True) -> list[str]:
@@ -81,8 +82,8 @@ def _newest_whole(directory: Path, hashes: bool) -> Path | None:
     return None
 
 
-def load(path: Path, engine: Engine) -> Manifest:
-    """Restore the engine, whoever saved it. Collective. At the world size that it was saved with, this rank's random
+def load(path: Path, parts: Sequence[Stateful]) -> Manifest:
+    """Restore the parts (the engine first), whoever saved them. Collective. At the world size that it was saved with, this rank's random
     number generators are restored, too.
 
     Raises:
@@ -91,8 +92,9 @@ def load(path: Path, engine: Engine) -> Manifest:
     manifest = Manifest.read(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # DCP speaks of its internals
-        store.read(path / TENSORS, engine.state())
-    engine.loaded(manifest.updates)
+        store.read(path / TENSORS, state_of(parts))
+    for part in parts:
+        part.loaded(manifest.updates)
     if manifest.world_size == world_size():
         generators: dict[str, Any] = torch.load(path / f"rng_rank{rank():05d}.pt", weights_only=True)
         set_rng_state(generators)

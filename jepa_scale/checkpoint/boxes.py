@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -91,6 +91,28 @@ class Boxes:
             if torch.Size(offset) == index.offset:
                 return box
         raise AssertionError(f"{index.fqn}: this rank has no box at {index.offset}")
+
+
+class Stateful(Protocol):
+    """Whatever a checkpoint keeps: the engine, a teacher, a queue. Parameters and persistent buffers of the root module are
+    in the engine's state by themselves; what lives outside of it is handed to the saver and to ``load`` beside it."""
+
+    def state(self) -> dict[str, Boxes]:
+        """Name → this rank's part, as views that loading writes through. Names are unique among all parts, and every rank
+        has every name."""
+
+    def loaded(self, updates: int) -> None:
+        """The views were written to; ``updates`` is the optimizer's count. Collective."""
+
+
+def state_of(parts: Sequence[Stateful]) -> dict[str, Boxes]:
+    """All parts' tensors."""
+    state: dict[str, Boxes] = {}
+    for part in parts:
+        more = part.state()
+        assert not state.keys() & more.keys(), sorted(state.keys() & more.keys())[:3]
+        state |= more
+    return state
 
 
 def _boxes(shape: tuple[int, ...], start: int, flat: Tensor) -> Any:

@@ -12,7 +12,7 @@ import shutil
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -22,12 +22,11 @@ import torch
 import torch.distributed as dist
 
 from jepa_scale.checkpoint import store
-from jepa_scale.checkpoint.boxes import Boxes
+from jepa_scale.checkpoint.boxes import Boxes, Stateful, state_of
 from jepa_scale.checkpoint.generators import rng_state
 from jepa_scale.checkpoint.manifest import TENSORS, Manifest
 from jepa_scale.checkpoint.retention import Policy, prune
 from jepa_scale.distributed import barrier, rank, world_size
-from jepa_scale.engines.base import Engine
 
 PATIENCE = (1.0, 5.0)
 """Seconds before each further try of a save that failed."""
@@ -84,13 +83,13 @@ class Saver:
         # the thread's collectives must not meet those of the training
         self._group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT) if world_size() > 1 else None
 
-    def save(self, engine: Engine, manifest: Manifest) -> None:
-        """Save the engine, the generators and ``manifest`` (without ``files``). Collective. A save that is still being
+    def save(self, parts: Sequence[Stateful], manifest: Manifest) -> None:
+        """Save the parts (the engine first), the generators and ``manifest`` (without ``files``). Collective. A save that is still being
         written is waited for first. A save that fails is told of and forgotten: the run goes on, the older checkpoints
         stay, and the next save tries again."""
         began = time.monotonic()
         self.wait()
-        tensors = {name: boxes.copy() for name, boxes in engine.state().items()}
+        tensors = {name: boxes.copy() for name, boxes in state_of(parts).items()}
         job = _Job(manifest, tensors, rng_state(), Report(manifest.step), began)
         job.report.stalled = time.monotonic() - began
         self._job = job

@@ -15,6 +15,7 @@ import torch
 
 from jepa_scale import checkpoint, checkpoint_cli
 from jepa_scale.checkpoint import Manifest, Policy, Saver, store
+from jepa_scale.checkpoint.boxes import Boxes
 from jepa_scale.distributed import Ranks
 from jepa_scale.engines.base import Engine
 from jepa_scale.errors import InputError
@@ -45,13 +46,13 @@ def save_continue_load_continue(ranks: Ranks, folder: str, cases: list[dict[str,
         directory = Path(folder) / str(i)
         engine = make_engine(ranks=ranks, **case)
         saver = Saver(directory, Policy(last=5), asynchronous=bool(i % 2))
-        saver.save(engine, manifest(engine, 0))
+        saver.save([engine], manifest(engine, 0))
         first = toy.train(engine, range(5))
         torch.manual_seed(ranks.rank)
         np.random.seed(ranks.rank)
         random.seed(ranks.rank)
         numbers()  # leaves NumPy with half of a pair of normals
-        saver.save(engine, manifest(engine, 5))
+        saver.save([engine], manifest(engine, 5))
         expected = (numbers(), toy.train(engine, range(5, 10)), engine.full_state())  # while it is being written
         saver.close()
 
@@ -59,11 +60,11 @@ def save_continue_load_continue(ranks: Ranks, folder: str, cases: list[dict[str,
         toy.evaluate(again)  # leaves FSDP2's root gathered
         found = checkpoint.find(Path("elsewhere"), directory)
         assert found == directory / "step_00000005"
-        state = checkpoint.load(found, again).state
+        state = checkpoint.load(found, [again]).state
         got = (numbers(), toy.train(again, range(5, 10)), again.full_state())
 
         from_start = make_engine(ranks=ranks, **case)
-        checkpoint.load(directory / "step_00000000", from_start)
+        checkpoint.load(directory / "step_00000000", [from_start])
         same = toy.train(from_start, range(5)) == first
         results.append({"state": state, "expected": expected, "got": got, "same": same})
     return results
@@ -93,7 +94,7 @@ def save_many(ranks: Ranks, folder: str) -> list[str]:
     told = []
     saver = Saver(directory, Policy(last=2), tell=told.append)
     for step in (10, 20, 30, 30):
-        saver.save(engine, manifest(engine, step))
+        saver.save([engine], manifest(engine, step))
     saver.close()
     assert [r.step for r in told] == ([10, 20, 30, 30] if ranks.is_main else [])
     assert all(r.path is not None and not r.problem for r in told)
@@ -136,7 +137,7 @@ def save_two(ranks: Ranks, folder: str) -> None:
     engine = make_engine("zero1", ranks)
     saver = Saver(Path(folder), Policy(last=2))
     for step in (1, 2):
-        saver.save(engine, manifest(engine, step))
+        saver.save([engine], manifest(engine, step))
     saver.close()
 
 
@@ -209,7 +210,7 @@ def save_on_a_full_disk(ranks: Ranks, folder: str) -> list[Any]:
     store.write = failing
     for step, failures in ((1, 0), (2, 2), (3, 1)):
         fails[0] = failures
-        saver.save(engine, manifest(engine, step))
+        saver.save([engine], manifest(engine, step))
         saver.wait()
     saver.close()
     return [(r.step, r.path is not None, r.problem) for r in told]
@@ -238,7 +239,7 @@ def train_while_saving(ranks: Ranks, folder: str) -> tuple[bool, bool]:
     before = engine.full_state()
     saver = Saver(Path(folder), Policy())
     began = time.monotonic()
-    saver.save(engine, manifest(engine, 2))
+    saver.save([engine], manifest(engine, 2))
     toy.train(engine, range(2, 5))
     went_on = not go.is_set() and time.monotonic() - began < 50
     go.set()
@@ -254,7 +255,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
 def load_into(ranks: Ranks, path: str, tied: bool) -> str:
     engine = make_engine("fsdp", ranks, tied=tied)
     try:
-        checkpoint.load(Path(path), engine)
+        checkpoint.load(Path(path), [engine])
     except InputError as error:
         return str(error)
     return ""
@@ -271,6 +272,46 @@ def test_another_model_is_refused_by_the_tensor(two_saved):
 def save_tied(ranks: Ranks, folder: str) -> str:
     engine = make_engine("fsdp", ranks, tied=True)
     saver = Saver(Path(folder), Policy())
-    saver.save(engine, manifest(engine, 1))
+    saver.save([engine], manifest(engine, 1))
     saver.close()
     return str(Path(folder) / "step_00000001")
+
+
+class Queue:
+    """State beside the engine: each rank has rows of its own."""
+
+    def __init__(self, ranks: Ranks, rows: torch.Tensor) -> None:
+        self.ranks, self.rows, self.updates = ranks, rows, -1
+
+    def state(self) -> dict[str, Boxes]:
+        n = len(self.rows)
+        return {
+            "queue/rows": Boxes((n * self.ranks.world_size, 2), torch.float32, [((n * self.ranks.rank, 0), self.rows)])
+        }
+
+    def loaded(self, updates: int) -> None:
+        self.updates = updates
+
+
+def save_with_a_queue(ranks: Ranks, folder: str) -> None:
+    engine = make_engine("zero2", ranks)
+    toy.train(engine, range(2))
+    rows = torch.arange(8.0).view(4, 2) + 8 * ranks.rank
+    saver = Saver(Path(folder), Policy())
+    saver.save([engine, Queue(ranks, rows)], manifest(engine, 2))
+    rows += 100  # what is saved is the state of before
+    saver.close()
+
+
+def load_with_a_queue(ranks: Ranks, folder: str) -> Any:
+    queue = Queue(ranks, torch.zeros(8 // ranks.world_size, 2))
+    checkpoint.load(Path(folder) / "step_00000002", [make_engine("fsdp", ranks), queue])
+    return queue.rows, queue.updates
+
+
+def test_other_parts_are_kept_and_resharded_too(tmp_path):
+    run_ranks(save_with_a_queue, 2, str(tmp_path))
+    for world_size in (1, 4):
+        found = run_ranks(load_with_a_queue, world_size, str(tmp_path))
+        assert torch.cat([rows for rows, _ in found]).equal(torch.arange(16.0).view(8, 2))
+        assert {updates for _, updates in found} == {2}

@@ -1,0 +1,1 @@
+"""Runs to Hugging Face format and back: a tensor at a time, without a GPU and without a process group."""

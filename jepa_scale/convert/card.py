@@ -1,0 +1,126 @@
+"""The model card: what the model is, what it scored, what it was trained with, how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+import yaml
+
+from jepa_scale.checkpoint.manifest import Manifest
+from jepa_scale.data.fetch import is_url, shown
+from jepa_scale.table import format_number
+from jepa_scale.telemetry.metrics import describe
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What the card tells.
+
+    Attributes:
+        name: of the run. class_name: of transformers, or of the code beside it. own_code: whether it needs the latter.
+        dtype: of the weights, e.g. ``bfloat16``. parameters: how many.
+        tokenizer: whether one lies beside the model. chat: whether it has a chat template.
+        heads: name of the file that holds the objective's own parameters, empty if there is none.
+        metrics: split → metric → value. config: the run's, resolved. checkpoint: what was converted. made_by: versions.
+    """
+
+    name: str
+    class_name: str
+    own_code: bool
+    dtype: str
+    parameters: int
+    tokenizer: bool
+    chat: bool
+    heads: str
+    metrics: Mapping[str, Mapping[str, float | None]]
+    config: Mapping[str, Any]
+    checkpoint: Manifest
+    made_by: str
+
+    def text(self) -> str:
+        """Markdown with the metadata that the Hugging Face hub reads."""
+        objective = self.config.get("objective", {}).get("name", "")
+        head = {
+            "library_name": "transformers",
+            **({"pipeline_tag": "text-generation"} if self.tokenizer else {}),
+            "tags": ["jepa_scale", *([objective] if objective else [])],
+        }
+        code = f" Its code, `{self._code_file()}`, lies beside the weights." if self.own_code else ""
+        parts = [
+            f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---",
+            f"# {self.name}",
+            f"A causal language model, {self.parameters:,} parameters in {self.dtype}, trained with jepa_scale's objective "
+            f"`{objective}`. It loads as `{self.class_name}`.{code}",
+            "## Use",
+            f"```python\n{self._usage()}\n```",
+        ]
+        if not self.tokenizer:
+            parts.append("The data had no tokenizer: the model takes and gives token ids.")
+        if self.heads:
+            parts.append(
+                f"`{self.heads}` holds what the objective trained beside the model; generating needs none of it."
+            )
+        if rows := self._rows():
+            parts += ["## Metrics", "\n".join(["| split | metric | value |", "|---|---|--:|", *rows])]
+        told = self.checkpoint
+        parts += [
+            "## Training",
+            f"Optimizer step {told.step:,}; {told.engine} ({told.layout}) on {told.world_size} "
+            f"rank{'s' if told.world_size != 1 else ''}."
+            + (f" {told.state['tokens']:,} tokens." if isinstance(told.state.get("tokens"), int) else ""),
+            f"```yaml\n{yaml.safe_dump(_public(self.config), sort_keys=False, allow_unicode=True, width=100)}```",
+            f"Converted by {self.made_by}. `conversion.json` lists the files with their SHA-256.",
+        ]
+        return "\n\n".join(parts) + "\n"
+
+    def _code_file(self) -> str:
+        from jepa_scale.convert.standalone import FILE
+
+        return FILE
+
+    def _rows(self) -> list[str]:
+        return [
+            f"| {split} | {describe(name).label} | {format_number(value)} |"
+            for split, values in self.metrics.items()
+            for name, value in values.items()
+            if value is not None
+        ]
+
+    def _usage(self) -> str:
+        trust = ", trust_remote_code=True" if self.own_code else ""
+        lines = [
+            f"from transformers import AutoModelForCausalLM{', AutoTokenizer' if self.tokenizer else ''}",
+            "",
+            f'model = AutoModelForCausalLM.from_pretrained("PATH"{trust})',
+        ]
+        if self.chat:
+            lines += [
+                f'tokenizer = AutoTokenizer.from_pretrained("PATH"{trust})',
+                'messages = [{"role": "user", "content": "Hello"}]',
+                'ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")',
+                "print(tokenizer.decode(model.generate(**ids, max_new_tokens=50)[0]))",
+            ]
+        elif self.tokenizer:
+            lines += [
+                f'tokenizer = AutoTokenizer.from_pretrained("PATH"{trust})',
+                'ids = tokenizer("Once upon a time", return_tensors="pt").input_ids',
+                "print(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0]))",
+            ]
+        return "\n".join(lines)
+
+
+def _public(value: Any) -> Any:
+    """A config without passwords and without the folders of the machine it ran on: cards are published."""
+    if isinstance(value, Mapping):
+        return {key: _public(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_public(item) for item in value]
+    if isinstance(value, str):
+        if is_url(value):
+            return "pipe:…" if value.startswith("pipe:") else shown(value)
+        if value.startswith(("/", "~")):
+            return f"…/{PurePath(value).name}"
+    return value

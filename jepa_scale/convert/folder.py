@@ -1,0 +1,145 @@
+"""The folder that a conversion fills: what is finished in it stays, whenever the conversion is killed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jepa_scale.checkpoint.store import describe
+from jepa_scale.convert.tensor_file import sync_folder
+from jepa_scale.errors import InputError
+
+JOURNAL = "conversion.json"
+FORMAT = 1
+
+
+@dataclass(slots=True)
+class Journal:
+    """``conversion.json``: what is being made of what, and the files that are finished.
+
+    Attributes:
+        made_by: versions, e.g. ``jepa_scale 0.1.0, transformers 5.23.0``.
+        checkpoint: name of its folder. step: of the checkpoint.
+        plan: SHA-256 of all that the tensor files' bytes depend on.
+        options: of the command, for people.
+        complete: nothing is missing.
+        files: name → ``bytes`` and ``sha256``.
+    """
+
+    made_by: str
+    checkpoint: str
+    step: int
+    plan: str
+    options: dict[str, Any] = field(default_factory=dict)
+    complete: bool = False
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def read_journal(folder: Path) -> Journal | None:
+    """The journal of a folder that was begun; None if the folder is empty or not there.
+
+    Raises:
+        InputError: it holds something else.
+    """
+    file = folder / JOURNAL
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if values.pop("format") != FORMAT:
+            raise InputError(f"{file}: was written by another version of jepa_scale; choose another folder")
+        return Journal(**values)
+    except FileNotFoundError:
+        pass
+    except NotADirectoryError:
+        raise InputError(f"{folder}: is a file; choose a folder that is new or empty") from None
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{file}: cannot be read ({error}); remove the folder or choose another one") from None
+    ours = {JOURNAL + ".partial", "job.lock"}  # of a conversion killed before its journal was there
+    other = sorted(path.name for path in folder.iterdir() if path.name not in ours) if folder.is_dir() else []
+    if other:
+        raise InputError(f"{folder}: holds something else ({other[0]}); choose a folder that is new or empty")
+    return None
+
+
+class Folder:
+    """A folder that is being filled.
+
+    Args:
+        journal: of this conversion, without files.
+
+    Raises:
+        InputError: the folder holds something else, or another conversion.
+    """
+
+    def __init__(self, path: Path, journal: Journal) -> None:
+        self.path = path
+        found = read_journal(path)
+        if found is not None and found.plan != journal.plan:
+            raise InputError(
+                f"{path}: holds another conversion (of {found.checkpoint}, {found.made_by}, {_told(found.options)}; this "
+                f"one is of {journal.checkpoint}, {journal.made_by}, {_told(journal.options)}); choose another folder"
+            )
+        self.journal = found or journal
+        self.journal.made_by = journal.made_by
+        self.kept = self._whole(self.journal.files) if found else set()
+        """Files that an earlier start has finished; they have been read and are as they were written."""
+        self.journal.complete &= len(self.kept) == len(self.journal.files)
+        self.was_complete = self.journal.complete
+        self.journal.files = {name: told for name, told in self.journal.files.items() if name in self.kept}
+        self._save()
+
+    def make(self, name: str, write: Callable[[Path], dict[str, Any]]) -> None:
+        """Have ``write(path)`` make a file whole and describe it, unless it is there already."""
+        if name not in self.kept:
+            self.journal.complete = False
+            self.journal.files[name] = write(self.path / name)
+            self._save()
+
+    def put(self, name: str, content: str | bytes) -> None:
+        """A small file; what was there before is replaced."""
+        data = content.encode() if isinstance(content, str) else content
+        told = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        if self.journal.files.get(name) != told:
+            self.journal.complete = False
+            _write(self.path / name, data)
+            self.journal.files[name] = told
+
+    def finish(self) -> None:
+        """Everything is there."""
+        self.journal.complete = True
+        self._save()
+
+    def _whole(self, files: dict[str, dict[str, Any]]) -> set[str]:
+        there = [n for n, told in files.items() if _size(self.path / n) == told["bytes"]]
+        found = describe([self.path / n for n in there])
+        return {n for n in there if found[n] == files[n]}
+
+    def _save(self) -> None:
+        values = asdict(self.journal)
+        values["files"] = dict(sorted(values["files"].items()))
+        self.path.mkdir(parents=True, exist_ok=True)
+        _write(self.path / JOURNAL, (json.dumps({"format": FORMAT, **values}, indent=1) + "\n").encode())
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else -1
+
+
+def _told(options: dict[str, Any]) -> str:
+    return " ".join(f"{name}={value}" for name, value in options.items())
+
+
+def _write(path: Path, data: bytes) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    with open(partial, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    sync_folder(path.parent)

@@ -1,0 +1,200 @@
+"""A Hugging Face model → a checkpoint of step 0, from which a run goes on."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel
+
+from jepa_scale.checkpoint import store
+from jepa_scale.checkpoint.boxes import Boxes
+from jepa_scale.checkpoint.generators import rng_state
+from jepa_scale.checkpoint.manifest import TENSORS, Manifest
+from jepa_scale.convert.plan import HEADS_FILE, MODEL
+from jepa_scale.convert.skeleton import llama_config
+from jepa_scale.convert.tensor_file import sync_folder
+from jepa_scale.errors import InputError
+from jepa_scale.models.decoder import JepaDecoderConfig
+from jepa_scale.objectives.base import JepaModel
+from jepa_scale.telemetry import package_versions
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+_OTHER = {  # keys that change no output of the model in evaluation, or that the weights' shapes tell of
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "bos_token_id",
+    "dtype",
+    "embedding_init_std",
+    "eos_token_id",
+    "initializer_range",
+    "max_position_embeddings",
+    "n_ctx",
+    "n_positions",
+    "pad_token_id",
+    "pretraining_tp",
+    "task_specific_params",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+    "vocab_size",
+}
+
+
+@torch.no_grad()
+def load_decoder(decoder: PreTrainedModel, folder: Path) -> None:
+    """Give a decoder the weights of a folder, in place and in the decoder's own dtype.
+
+    Args:
+        decoder: of the run, on the CPU. The native one takes a ``LlamaForCausalLM`` as well, if its options are Llama's.
+        folder: made by ``save_pretrained``, or by :func:`jepa_scale.convert.to_hf.export`.
+
+    Raises:
+        InputError: it is of another architecture, or its tensors' names or shapes are others; names the first one.
+    """
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder}: not a Hugging Face model (no config.json)")
+    _compare(decoder, folder)
+    cls: Any = type(decoder)
+    try:
+        loaded, info = cls.from_pretrained(
+            folder,
+            config=copy.deepcopy(decoder.config),
+            dtype=torch.float32,
+            attn_implementation="eager",
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            local_files_only=True,
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{folder}: cannot be loaded: {' '.join(str(error).split())}") from None
+    for name, theirs, ours in sorted(info["mismatched_keys"]):
+        rows = ours[0] == decoder.config.get_text_config().vocab_size and theirs[1:] == ours[1:]
+        hint = "; set model.vocab_size" if rows else ""
+        raise InputError(f"{folder}: {name} has shape {tuple(theirs)}, the config's model has {tuple(ours)}{hint}")
+    for what, names in (
+        ("has no", info["missing_keys"]),
+        ("has a tensor that the model lacks,", info["unexpected_keys"]),
+    ):
+        if names:
+            more = f" and {len(names) - 1} others" if len(names) > 1 else ""
+            raise InputError(f"{folder}: {what} {min(names)}{more}; it is of another model than the config's")
+    source = loaded.state_dict()
+    for name, tensor in decoder.state_dict().items():
+        tensor.copy_(source[name])
+
+
+def _compare(decoder: PreTrainedModel, folder: Path) -> None:
+    """The folder's config computes what the decoder computes: equal shapes alone would hide another RoPE base."""
+    try:
+        found = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder}: config.json cannot be used: {' '.join(str(error).split())}") from None
+    ours: PreTrainedConfig | None = decoder.config
+    if isinstance(ours, JepaDecoderConfig) and isinstance(found, LlamaConfig):
+        ours = llama_config(ours)
+        if ours is None:
+            raise InputError(
+                f"{folder}: is a Llama, which has neither logit_scale nor a bias in its head; set "
+                "model.tie_word_embeddings and model.output_bias to false"
+            )
+    assert ours is not None
+    if found.model_type != ours.model_type:
+        raise InputError(f"{folder}: is a model of type {found.model_type!r}, the config's is a {ours.model_type!r}")
+    theirs, wanted = found.to_dict(), ours.to_dict()
+    for key in sorted(theirs.keys() | wanted.keys()):
+        if key not in _OTHER and "drop" not in key and theirs.get(key) != wanted.get(key):
+            raise InputError(
+                f"{folder}: config.json has {key}={theirs.get(key)!r}, the config's model {wanted.get(key)!r}; "
+                "make the section model: agree"
+            )
+
+
+@torch.no_grad()
+def load_heads(module: JepaModel, folder: Path) -> int:
+    """Give the objective the parameters in ``jepa_heads.safetensors``, if there is such a file; how many tensors it had.
+    Without one, the objective stays as it was built.
+
+    Raises:
+        InputError: they are those of another objective.
+    """
+    file = folder / HEADS_FILE
+    if not file.is_file():
+        return 0
+    wanted = {
+        n.removeprefix(MODEL): t for n, t in state_tensors(module).items() if not n.startswith(f"{MODEL}backbone.")
+    }
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            names = set(tensors.keys())
+            for what, other in (
+                ("lacks", wanted.keys() - names),
+                ("has, beyond the objective's,", names - wanted.keys()),
+            ):
+                if other:
+                    raise InputError(f"{file}: {what} {min(other)}; it is of another objective, or remove the file")
+            for name, tensor in wanted.items():
+                theirs = tensors.get_tensor(name)
+                if theirs.shape != tensor.shape:
+                    raise InputError(
+                        f"{file}: {name} has shape {tuple(theirs.shape)}, the objective's has {tuple(tensor.shape)}"
+                    )
+                tensor.copy_(theirs)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file}: cannot be read: {error}") from None
+    return len(wanted)
+
+
+def state_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint's ``model/…``: each parameter under its first name, and the persistent buffers."""
+    tensors = {f"{MODEL}{name}": parameter.detach() for name, parameter in module.named_parameters()}
+    for prefix, child in module.named_modules():
+        for name, buffer in child.named_buffers(recurse=False):
+            if name not in child._non_persistent_buffers_set:
+                tensors[f"{MODEL}{prefix}.{name}" if prefix else f"{MODEL}{name}"] = buffer
+    return tensors
+
+
+def write_checkpoint(directory: Path, module: nn.Module, state: Mapping[str, Any], config: Mapping[str, Any]) -> Path:
+    """Write ``step_00000000`` with the module's tensors and moments of zero. It appears whole or not at all.
+
+    Args:
+        directory: the run's ``checkpoints``. state: of the run at its start. config: of the run, resolved.
+    """
+    final = directory / "step_00000000"
+    partial = final.with_name(f"{final.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    boxes = {name: Boxes.whole(tensor) for name, tensor in state_tensors(module).items()}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            nothing = torch.zeros((), dtype=torch.float32).expand(parameter.shape)  # takes no memory
+            boxes |= {f"{moment}/{name}": Boxes.whole(nothing) for moment in MOMENTS}
+    files = {f"{TENSORS}/{name}": told for name, told in store.write(partial / TENSORS, boxes).items()}
+    generators = partial / "rng_rank00000.pt"
+    torch.save(rng_state(), generators)
+    manifest = Manifest(
+        step=0,
+        engine="none",
+        layout="converted from Hugging Face",
+        world_size=1,
+        updates=0,
+        state=dict(state),
+        config=dict(config),
+        versions=package_versions(),
+        files={**files, **store.describe([generators])},
+    )
+    manifest.write(partial)
+    sync_folder(partial)
+    os.replace(partial, final)
+    sync_folder(directory)
+    (directory / "latest").write_text(final.name, encoding="utf-8")
+    return final

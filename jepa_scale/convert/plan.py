@@ -1,0 +1,165 @@
+"""Which tensors go into which file: a pure function of the checkpoint and the model, so that a restart plans the same."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from jepa_scale.convert.skeleton import PREFIX
+from jepa_scale.convert.tensor_file import Entry
+
+MODEL = "model/"
+"""Of the model's tensors in a checkpoint; the others are the optimizer's."""
+HEADS_FILE = "jepa_heads.safetensors"
+
+Shapes = Mapping[str, tuple[torch.Size, torch.dtype]]
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One tensor of the checkpoint and what becomes of it in a file.
+
+    Attributes:
+        source: its name in the checkpoint. nbytes: of it there.
+        entries: tensors of the file. Most often one; transformers keeps a mixture's experts in one tensor in memory and
+            one by one in files.
+    """
+
+    source: str
+    nbytes: int
+    entries: tuple[Entry, ...]
+
+    @property
+    def out_bytes(self) -> int:
+        return sum(entry.nbytes for entry in self.entries)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Attributes:
+    files: name → its units, in the order of the file.
+    heads: the objective's own, for :data:`HEADS_FILE`; empty if there are none or they are not wanted.
+    """
+
+    files: Mapping[str, Sequence[Unit]]
+    heads: Sequence[Unit]
+
+    @property
+    def out_bytes(self) -> int:
+        return sum(unit.out_bytes for units in self.all_files().values() for unit in units)
+
+    @property
+    def parameters(self) -> int:
+        return sum(math.prod(e.shape) for units in self.files.values() for unit in units for e in unit.entries)
+
+    def all_files(self) -> dict[str, Sequence[Unit]]:
+        return {**self.files, **({HEADS_FILE: self.heads} if self.heads else {})}
+
+    def index(self) -> dict[str, object] | None:
+        """``model.safetensors.index.json``, None where one file holds the model."""
+        if len(self.files) == 1:
+            return None
+        where = {entry.name: file for file, units in self.files.items() for unit in units for entry in unit.entries}
+        size = sum(unit.out_bytes for units in self.files.values() for unit in units)
+        return {
+            "metadata": {"total_parameters": self.parameters, "total_size": size},
+            "weight_map": dict(sorted(where.items())),
+        }
+
+
+def make_plan(model: PreTrainedModel, shapes: Shapes, dtype: torch.dtype, shard_bytes: int, heads: bool) -> Plan:
+    """Deal the checkpoint's tensors out to files.
+
+    Args:
+        model: on the meta device; it gives the order.
+        shapes: of the checkpoint, all of it.
+        dtype: of floating tensors in the files; the heads keep theirs.
+        shard_bytes: no file holds more tensor bytes, except one that holds a single larger tensor.
+    """
+    order = [name for name in model.state_dict() if MODEL + PREFIX + name in shapes]
+    units = []
+    for name, outputs in _in_files(model, order).items():
+        size, saved = shapes[MODEL + PREFIX + name]
+        target = dtype if saved.is_floating_point else saved
+        entries = tuple(Entry(out, shape, target) for out, shape in outputs.items())
+        units.append(Unit(MODEL + PREFIX + name, math.prod(size) * saved.itemsize, entries))
+    shards = [_aligned(shard) for shard in _deal(units, shard_bytes)]
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    own = [n for n in sorted(shapes) if n.startswith(MODEL) and not n.startswith(MODEL + PREFIX)] if heads else []
+    return Plan(dict(zip(names, shards, strict=True)), _aligned([_head(name, *shapes[name]) for name in own]))
+
+
+def outputs_of(model: PreTrainedModel, unit: Unit, tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors that become of a unit's tensor, in the order of its entries."""
+    name = unit.source.removeprefix(MODEL + PREFIX)
+    if [entry.name for entry in unit.entries] in ([name], [unit.source.removeprefix(MODEL)]):
+        yield tensor
+        return
+    made = revert_weight_conversion(model, {name: tensor})
+    for entry in unit.entries:
+        yield made.pop(entry.name)
+
+
+def groups(units: Sequence[Unit], limit: int) -> Iterator[list[Unit]]:
+    """Runs of units that are read at once, of at most ``limit`` bytes or of one unit."""
+    group: list[Unit] = []
+    for unit in units:
+        if group and sum(u.nbytes for u in group) + unit.nbytes > limit:
+            yield group
+            group = []
+        group.append(unit)
+    if group:
+        yield group
+
+
+def _in_files(model: PreTrainedModel, order: list[str]) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Name in memory → names and shapes in files, as ``save_pretrained`` would have them."""
+    state = model.state_dict()
+    state = {name: state[name] for name in order}
+    alone = {name: {name: tuple(tensor.shape)} for name, tensor in state.items()}
+    together = {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, dict(state)).items()}
+    if together.keys() == state.keys():
+        return alone
+    made = {
+        name: {n: tuple(t.shape) for n, t in sorted(revert_weight_conversion(model, {name: tensor}).items())}
+        for name, tensor in state.items()
+    }
+    if {n: shape for outputs in made.values() for n, shape in outputs.items()} == together:
+        return made
+    return alone  # several tensors become one: transformers reads the names that it has in memory, too
+
+
+def _head(name: str, size: torch.Size, dtype: torch.dtype) -> Unit:
+    entry = Entry(name.removeprefix(MODEL), tuple(size), dtype)
+    return Unit(name, entry.nbytes, (entry,))
+
+
+def _deal(units: list[Unit], limit: int) -> list[list[Unit]]:
+    """Where a unit becomes several tensors that don't fit a file together, it is read for each file anew."""
+    shards: list[list[Unit]] = [[]]
+    used = 0
+    for unit in units:
+        for entry in unit.entries:
+            if used and used + entry.nbytes > limit:
+                shards.append([])
+                used = 0
+            used += entry.nbytes
+            last = shards[-1][-1] if shards[-1] else None
+            if last is not None and last.source == unit.source:
+                shards[-1][-1] = replace(last, entries=(*last.entries, entry))
+            else:
+                shards[-1].append(replace(unit, entries=(entry,)))
+    return shards
+
+
+def _aligned(units: list[Unit]) -> list[Unit]:
+    """Wider dtypes first."""
+    return sorted(units, key=lambda unit: -unit.entries[0].dtype.itemsize)

@@ -1,0 +1,197 @@
+"""The model that a run leaves as: its class, config and tensors' names, with no memory for the tensors themselves."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from jepa_scale.convert.standalone import auto_map, modelling_source
+from jepa_scale.errors import InputError
+from jepa_scale.models.backbone import ModelOptions, build_backbone
+from jepa_scale.models.decoder import JepaDecoderConfig, JepaDecoderForCausalLM
+
+PREFIX = "backbone.decoder."
+"""Of the decoder's parameters in the root module."""
+_MANY = 1 << 20
+"""Rows of an embedding whose true number is not known yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Skeleton:
+    """Attributes:
+    model: on the meta device, of the class that the exported files name.
+    code: source files that have to lie beside them, by name.
+    """
+
+    model: PreTrainedModel
+    code: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def class_name(self) -> str:
+        return type(self.model).__name__
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+        return int(cast(Tensor, self.model.get_input_embeddings().weight).shape[0])
+
+    def config(self, dtype: torch.dtype, special: Mapping[str, int]) -> PreTrainedConfig:
+        """What becomes ``config.json``.
+
+        Args:
+            special: ids ``bos``, ``eos``, ``pad`` of the data; those that are missing stay as the model has them.
+        """
+        config = copy.deepcopy(self.model.config)
+        config.architectures = [self.class_name]
+        config.dtype = dtype
+        for name in ("bos", "eos", "pad"):
+            # a padding token's embedding gets no gradient, which EOS in its place would suffer from
+            if name in special and not (name == "pad" and special["pad"] == special.get("eos")):
+                setattr(config, f"{name}_token_id", special[name])
+        if isinstance(self.model, JepaDecoderForCausalLM):
+            config.auto_map = auto_map()
+        return config
+
+    def generation_config(self, special: Mapping[str, int], pretrained: str | None = None) -> GenerationConfig:
+        """What becomes ``generation_config.json``: generation stops at EOS, and at the end of an answer in chats."""
+        try:
+            if pretrained is None:
+                raise OSError
+            config = GenerationConfig.from_pretrained(pretrained)
+        except OSError:  # the model that training began with had none
+            config = GenerationConfig.from_model_config(self.config(torch.float32, special))
+        stops = [special[name] for name in ("eos", "end") if name in special]
+        if stops:
+            config.eos_token_id = stops[0] if len(set(stops)) == 1 else stops
+        for name in ("bos", "pad"):
+            if name in special:
+                setattr(config, f"{name}_token_id", special[name])
+        return config
+
+
+def make_skeleton(options: ModelOptions, shapes: Mapping[str, tuple[int, ...]]) -> Skeleton:
+    """The model of a run, as it leaves.
+
+    Args:
+        options: the run's ``model:``. shapes: of the checkpoint's tensors, by their name in the root module; the vocabulary
+            is read off them, so that the data need not be at hand.
+
+    Raises:
+        InputError: the checkpoint is of another model.
+    """
+    model, code = _build(options, _MANY)
+    embedding = model.get_input_embeddings().weight
+    name = next(name for name, parameter in model.named_parameters() if parameter is embedding)
+    if PREFIX + name not in shapes:
+        raise InputError(f"the checkpoint has no tensor {PREFIX + name}; it is not of the model in config.yaml")
+    model, code = _build(options, shapes[PREFIX + name][0])
+    _check(model, {n.removeprefix(PREFIX): s for n, s in shapes.items() if n.startswith(PREFIX)})
+    if isinstance(model, JepaDecoderForCausalLM):
+        assert isinstance(model.config, JepaDecoderConfig)
+        config = llama_config(model.config)
+        if config is None:
+            return Skeleton(model, modelling_source())
+        names = {n: tuple(p.shape) for n, p in model.named_parameters()}
+        with torch.device("meta"):
+            model = LlamaForCausalLM(config)
+        assert names == {n: tuple(p.shape) for n, p in model.named_parameters()}
+    return Skeleton(model, code)
+
+
+def _build(options: ModelOptions, rows: int) -> tuple[PreTrainedModel, dict[str, str]]:
+    """The decoder as the run builds it, with ``rows`` rows in its embedding, and the code of a remote one."""
+    if options.pretrained is None:
+        with torch.device("meta"):
+            return build_backbone(options.model_copy(update={"vocab_size": rows}), rows).decoder, {}
+    trust = options.trust_remote_code
+    try:
+        config = AutoConfig.from_pretrained(options.pretrained, trust_remote_code=trust)
+        config.get_text_config().vocab_size = rows
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust, dtype=torch.float32)
+    except (OSError, ValueError, KeyError) as error:
+        text = " ".join(str(error).split())
+        raise InputError(f"model.pretrained: its config is needed: {options.pretrained!r}: {text}") from None
+    return model, _remote_code(model)
+
+
+def _remote_code(model: PreTrainedModel) -> dict[str, str]:
+    """The files of a model whose code came with ``pretrained``; its config then names them."""
+    if getattr(model, "_auto_class", None) is None:
+        return {}
+    import tempfile
+    from pathlib import Path
+
+    from transformers.dynamic_module_utils import custom_object_save
+
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(file) for file in custom_object_save(model, folder)]
+        return {file.name: file.read_text(encoding="utf-8") for file in files}
+
+
+def _check(model: PreTrainedModel, there: Mapping[str, tuple[int, ...]]) -> None:
+    """The checkpoint has the model's tensors and no others."""
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    parameters = {id(parameter) for parameter in model.parameters()}
+    buffers = {n: tuple(t.shape) for n, t in model.state_dict(keep_vars=True).items() if id(t) not in parameters}
+    wanted |= buffers
+    for problem, names in (
+        ("has no tensor", wanted.keys() - there.keys()),
+        ("has a tensor that the model lacks,", there.keys() - wanted.keys()),
+    ):
+        if names:
+            more = f" and {len(names) - 1} others" if len(names) > 1 else ""
+            raise InputError(
+                f"the checkpoint {problem} {PREFIX}{min(names)}{more}; it is not of the model in config.yaml"
+            )
+    for name, shape in wanted.items():
+        if there[name] != shape:
+            raise InputError(
+                f"the checkpoint's {PREFIX}{name} has shape {there[name]}, the model in config.yaml {shape}; "
+                "it is of another model"
+            )
+
+
+def llama_config(config: JepaDecoderConfig) -> LlamaConfig | None:
+    """The native decoder as a Llama, or None where a Llama cannot be it: with ``logit_scale``, which tied weights have, or
+    a bias in the head. Dropout matters to training alone."""
+    if config.tie_word_embeddings or config.output_bias:
+        return None
+    names = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "initializer_range",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+    )
+    same: dict[str, Any] = {name: getattr(config, name) for name in names}
+    return LlamaConfig(
+        **same,
+        head_dim=config.head_dim,
+        hidden_act="silu",
+        rope_parameters=dict(config.rope_parameters),
+        tie_word_embeddings=False,
+        attention_bias=False,
+        mlp_bias=False,
+    )

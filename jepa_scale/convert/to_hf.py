@@ -1,0 +1,270 @@
+"""A run's checkpoint → a folder that transformers loads.
+
+Tensors come one by one out of the sharded checkpoint and go one by one into files of bounded size: no GPU, no process
+group, and memory for less than two files and a tensor, whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from jepa_scale import __version__
+from jepa_scale.checkpoint import store
+from jepa_scale.checkpoint.manifest import FILE, TENSORS, Manifest
+from jepa_scale.checkpoint.retention import complete
+from jepa_scale.config import Config, load_config, parse_section
+from jepa_scale.convert.card import Card
+from jepa_scale.convert.folder import Folder, Journal, read_journal
+from jepa_scale.convert.plan import HEADS_FILE, MODEL, Plan, Unit, groups, make_plan, outputs_of
+from jepa_scale.convert.skeleton import Skeleton, make_skeleton
+from jepa_scale.convert.tensor_file import Entry, write_tensors
+from jepa_scale.convert.tokenizer import Tokenizer, find_tokenizer
+from jepa_scale.data.prepare.lock import locked
+from jepa_scale.errors import InputError
+from jepa_scale.models.backbone import ModelOptions
+from jepa_scale.telemetry.records import CONFIG_FILE, FIT, SUMMARY_FILE, read_rows, summarize
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+INDEX_FILE = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class ExportOptions:
+    """Attributes:
+    checkpoint: path or name of one; ``auto`` = the one that the folder was begun with, else the newest whole one.
+    dtype: of the weights. shard_bytes: of a file, at most.
+    heads: write the objective's own parameters, too.
+    tokenizer: folder of it; None = the data's, ``"none"`` = none.
+    verify: compare the checkpoint's checksums first. progress: show a bar.
+    """
+
+    checkpoint: str = "auto"
+    dtype: str = "float32"
+    shard_bytes: int = 2_000_000_000
+    heads: bool = False
+    tokenizer: str | None = None
+    verify: bool = True
+    progress: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What a conversion has made.
+
+    Attributes:
+        checkpoint: what was converted. class_name: of the model. files: how many hold tensors. nbytes: of all tensors.
+        kept: files of an earlier start that were whole. heads: whether there is a file of the objective's own parameters.
+    """
+
+    checkpoint: Path
+    class_name: str
+    files: int
+    nbytes: int
+    kept: int
+    heads: bool
+
+
+def export(
+    run: Path, out: Path, options: ExportOptions = ExportOptions(), note: Callable[[str], None] = lambda line: None
+) -> Exported:
+    """Convert a checkpoint of ``run`` into the folder ``out``, or go on where a killed conversion was.
+
+    Args:
+        note: is told of a damaged checkpoint that is passed over.
+
+    Raises:
+        InputError: the run or its checkpoint can't be used, or the folder holds something else.
+    """
+    if not (run / CONFIG_FILE).is_file():
+        raise InputError(f"{run}: not a run directory (no {CONFIG_FILE})")
+    config = load_config(run / CONFIG_FILE)
+    begun = read_journal(out)
+    checkpoint, manifest = find_checkpoint(run, options, begun, out, note)
+
+    shapes = store.shapes(checkpoint / TENSORS)
+    model_options = parse_section(ModelOptions, config.model, "model")
+    named = {name.removeprefix(MODEL): tuple(size) for name, (size, _) in shapes.items() if name.startswith(MODEL)}
+    try:
+        skeleton = make_skeleton(model_options, named)
+    except InputError as error:
+        raise InputError(f"{checkpoint}: {error}") from None
+    plan = make_plan(skeleton.model, shapes, DTYPES[options.dtype], options.shard_bytes, options.heads)
+    tokenizer = find_tokenizer(config.data, options.tokenizer)
+    if tokenizer.size > skeleton.vocab_size:
+        raise InputError(
+            f"the tokenizer has {tokenizer.size:,} ids, the model's embedding {skeleton.vocab_size:,} rows; "
+            "name the one that it was trained with by --tokenizer"
+        )
+    small = _small_files(config, skeleton, plan, tokenizer, options, model_options.pretrained)
+
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out, wait=False):
+        folder = Folder(out, _journal(checkpoint, manifest, plan, sorted(small), options))
+        _write_tensors(folder, plan, skeleton.model, checkpoint / TENSORS, options)
+        for name, content in small.items():
+            if "/" in name:
+                (out / name).parent.mkdir(parents=True, exist_ok=True)
+            folder.put(name, content)
+        folder.put("README.md", _card(run, config, manifest, skeleton, plan, tokenizer, options).text())
+        folder.finish()
+    return Exported(
+        checkpoint,
+        skeleton.class_name,
+        len(plan.files),
+        plan.out_bytes,
+        len(folder.kept & plan.all_files().keys()),
+        bool(plan.heads),
+    )
+
+
+def find_checkpoint(
+    run: Path, options: ExportOptions, begun: Journal | None, out: Path, note: Callable[[str], None]
+) -> tuple[Path, Manifest]:
+    """The checkpoint to convert; its files are whole.
+
+    Raises:
+        InputError: there is none, or the one that was asked for is damaged.
+    """
+    directory = run / "checkpoints"
+    asked = options.checkpoint
+    if asked == "auto" and begun is not None:
+        asked = begun.checkpoint
+        if not (directory / asked).is_dir():
+            raise InputError(
+                f"{out}: is a conversion of {asked}, which {run} no longer has; choose another folder, or remove this one"
+            )
+    if asked != "auto":
+        path = directory / asked if (directory / asked / FILE).is_file() else Path(asked)
+        manifest = Manifest.read(path)
+        if damage := manifest.damage(path, hashes=options.verify):
+            raise InputError(f"{damage[0]}; convert another checkpoint with --checkpoint")
+        return path, manifest
+    for found in reversed(complete(directory)):
+        damage = found.manifest.damage(found.path, hashes=options.verify)
+        if not damage:
+            return found.path, found.manifest
+        note(f"{damage[0]}; {found.path.name} is passed over")
+    raise InputError(f"{directory}: holds no whole checkpoint to convert")
+
+
+def _write_tensors(folder: Folder, plan: Plan, model: PreTrainedModel, tensors: Path, options: ExportOptions) -> None:
+    bar = tqdm(
+        total=plan.out_bytes,
+        desc="convert",
+        unit="B",
+        unit_scale=True,
+        dynamic_ncols=True,
+        disable=not options.progress,
+    )
+    with bar:
+        for name, units in plan.all_files().items():
+            if name in folder.kept:
+                bar.update(sum(unit.out_bytes for unit in units))
+                continue
+            entries: list[Entry] = [entry for unit in units for entry in unit.entries]
+
+            def make(path: Path, units: Sequence[Unit] = units, entries: list[Entry] = entries) -> dict[str, Any]:
+                return write_tensors(path, entries, _read(tensors, units, model, options.shard_bytes // 2, bar))
+
+            folder.make(name, make)
+
+
+def _read(tensors: Path, units: Sequence[Unit], model: PreTrainedModel, limit: int, bar: tqdm) -> Iterator[Tensor]:
+    """What becomes of the units, tensor by tensor; at most ``limit`` bytes of the checkpoint are held, or one unit. DCP
+    needs as much again while it reads."""
+    for group in groups(units, limit):
+        read = store.read_whole(tensors, [unit.source for unit in group])
+        for unit in group:
+            yield from outputs_of(model, unit, read.pop(unit.source))
+            bar.update(unit.out_bytes)
+
+
+def _small_files(
+    config: Config,
+    skeleton: Skeleton,
+    plan: Plan,
+    tokenizer: Tokenizer,
+    options: ExportOptions,
+    pretrained: str | None,
+) -> dict[str, str | bytes]:
+    files: dict[str, str | bytes] = {**tokenizer.files, **skeleton.code}
+    files["config.json"] = skeleton.config(DTYPES[options.dtype], tokenizer.special).to_json_string(use_diff=True)
+    files["generation_config.json"] = skeleton.generation_config(tokenizer.special, pretrained).to_json_string()
+    if (index := plan.index()) is not None:
+        files[INDEX_FILE] = json.dumps(index, indent=1) + "\n"
+    return files
+
+
+def _journal(checkpoint: Path, manifest: Manifest, plan: Plan, small: list[str], options: ExportOptions) -> Journal:
+    files = {
+        file: [(unit.source, [(e.name, e.shape, str(e.dtype)) for e in unit.entries]) for unit in units]
+        for file, units in plan.all_files().items()
+    }
+    of = hashlib.sha256((checkpoint / FILE).read_bytes()).hexdigest()  # it holds the checksums of the rest
+    return Journal(
+        made_by=_made_by(),
+        checkpoint=checkpoint.name,
+        step=manifest.step,
+        plan=hashlib.sha256(json.dumps([of, files, small]).encode()).hexdigest(),
+        options={"dtype": options.dtype, "shard_bytes": options.shard_bytes, "heads": options.heads},
+    )
+
+
+def _made_by() -> str:
+    return f"jepa_scale {__version__}, transformers {transformers.__version__}"
+
+
+def _card(
+    run: Path,
+    config: Config,
+    manifest: Manifest,
+    skeleton: Skeleton,
+    plan: Plan,
+    tokenizer: Tokenizer,
+    options: ExportOptions,
+) -> Card:
+    return Card(
+        name=config.run.name,
+        class_name=skeleton.class_name,
+        own_code=bool(skeleton.code),
+        dtype=options.dtype,
+        parameters=plan.parameters,
+        tokenizer=bool(tokenizer.files),
+        chat=tokenizer.chat,
+        heads=HEADS_FILE if plan.heads else "",
+        metrics=metrics_at(run, manifest),
+        config=config.model_dump(mode="json"),
+        checkpoint=manifest,
+        made_by=_made_by(),
+    )
+
+
+def metrics_at(run: Path, manifest: Manifest) -> dict[str, dict[str, float | None]]:
+    """Split → metric → value of the last evaluation not after the checkpoint: of the run's rows, else of the manifest,
+    else of its summary if that is of the same step."""
+    rows = [row for row in read_rows(run) if row["step"] <= manifest.step and row["split"] != FIT]
+    if rows:
+        return summarize(rows)["final"]
+    found: dict[str, dict[str, float | None]] = {}
+    for name, value in manifest.metrics.items():
+        split, _, metric = name.partition("/")
+        found.setdefault(split, {})[metric] = value
+    if not found:
+        try:
+            summary = json.loads((run / SUMMARY_FILE).read_text(encoding="utf-8"))
+            if summary["steps"] == manifest.step:
+                found = {split: values for split, values in summary["final"].items() if split != FIT}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            pass
+    return found
