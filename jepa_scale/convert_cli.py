@@ -22,9 +22,16 @@ class Stopped(KeyboardInterrupt):
     """SIGTERM, as an exception."""
 
 
+class _Intermixed(argparse.ArgumentParser):
+    """Overrides of the config may stand after flags, too."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        return self.parse_intermixed_args(args, namespace)
+
+
 def parser() -> argparse.ArgumentParser:
     """``jepa-scale convert RUN --to hf --out DIR`` and ``jepa-scale convert DIR --from hf --config FILE --out RUN``."""
-    convert = argparse.ArgumentParser(
+    convert = _Intermixed(
         prog="jepa-scale convert", description="A run's checkpoint to Hugging Face format, or such a model into a run."
     )
     convert.add_argument("source", type=Path, help="run directory (--to), or folder of a model (--from)")
@@ -54,11 +61,6 @@ def parser() -> argparse.ArgumentParser:
     bring.add_argument("overrides", nargs="*", metavar="section.key=value", help="override keys of the config")
     convert.set_defaults(command=convert_any)
     return convert
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    """The arguments; flags may stand before and after overrides."""
-    return parser().parse_intermixed_args(argv)
 
 
 def convert_any(args: argparse.Namespace) -> int:
@@ -129,6 +131,7 @@ def import_model(args: argparse.Namespace) -> int:
 
     quiet_libraries()
     import torch
+    from transformers.utils import logging
 
     from jepa_scale.build import create_stream, validate
     from jepa_scale.config import load_config, to_yaml
@@ -140,6 +143,8 @@ def import_model(args: argparse.Namespace) -> int:
     from jepa_scale.telemetry import prepare_run_dir
     from jepa_scale.telemetry.records import CONFIG_FILE, write_atomic
 
+    if args.no_progress:
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     config = load_config(args.config, args.overrides)
     config.run.dir, config.run.name = str(args.out.parent), args.out.name
     plan = validate(config)
@@ -153,7 +158,7 @@ def import_model(args: argparse.Namespace) -> int:
 
     stream = create_stream(config, data, objective, Ranks(0, 1, 0, torch.device("cpu"), "python"))
     prepare_run_dir(args.out, resume=False)
-    state = {**stream.state(0), "tokens": 0, "seconds": 0.0}
+    state = {"data": stream.state(0), "tokens": 0, "seconds": 0.0}
     checkpoint = write_checkpoint(args.out / "checkpoints", module, state, config.model_dump(mode="json"))
     write_atomic(args.out / CONFIG_FILE, to_yaml(config))
     own = sum(1 for _ in objective.parameters())

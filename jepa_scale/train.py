@@ -38,10 +38,13 @@ from jepa_scale.telemetry import RunLog, describe, package_versions, prepare_run
 from jepa_scale.watchdog import Watchdog
 
 
-def fit(run: Run, log: RunLog, ranks: Ranks, start: int, saver: Saver, watchdog: Watchdog, stop: StopRequest) -> int:
-    """Train from optimizer step ``start`` to the end, or until all ranks have agreed to stop; the steps done.
+def fit(run: Run, log: RunLog, ranks: Ranks, start: int, saver: Saver, watchdog: Watchdog, stop: StopRequest) -> tuple[int, bool]:
+    """Train from optimizer step ``start`` to the end, or until all ranks have agreed to stop.
 
     A run that is stopped when an evaluation is due has saved that step, and goes on with that evaluation.
+
+    Returns:
+        The steps done, and whether the ranks have agreed to stop.
     """
     config, engine, objective = run.config, run.engine, run.objective
     steps, every = run.steps, config.checkpoint
@@ -51,10 +54,14 @@ def fit(run: Run, log: RunLog, ranks: Ranks, start: int, saver: Saver, watchdog:
 
     done, stopping = start, False
     if start and due(start, config.train.eval_every, steps) and not log.has_evaluated(start):
-        results = evaluate(run, log, start, watchdog, stop) or {}
-    watchdog.enter(start, "data")
+        found = evaluate(run, log, start, watchdog, stop)
+        if found is None:
+            return start, True
+        results = found
+    watchdog.enter(start + 1, "data")
     for step, batches in enumerate(meter.waiting(run.batches(start, steps)), start):
-        watchdog.enter(step, "forward and backward")
+        done = step + 1
+        watchdog.enter(done, "forward and backward")
         engine.scale_lr(lr_factor(step, config.optim, steps))
 
         # means are over the global batch: every rank needs its denominators before it can back-propagate
@@ -71,11 +78,10 @@ def fit(run: Run, log: RunLog, ranks: Ranks, start: int, saver: Saver, watchdog:
             loss = engine.forward("loss", batch, collected, micro)
             engine.backward(loss.total)
             meter.add(loss, batch)
-        watchdog.enter(step, "update")
+        watchdog.enter(done, "update")
         grad_norm = engine.step()
-        meter.step_done(step, grad_norm)
+        meter.step_done(done, grad_norm)
 
-        done = step + 1
         log.tick(done)
         evaluates = due(done, config.train.eval_every, steps) and not stopping
         permanent = due(done, every.every, steps) or stopping
@@ -96,16 +102,21 @@ def fit(run: Run, log: RunLog, ranks: Ranks, start: int, saver: Saver, watchdog:
         saver.poll()
         if stopping:
             break
-        watchdog.enter(done, "data")
-    return done
+        watchdog.enter(done + 1, "data")
+    return done, stopping
 
 
 def evaluate(run: Run, log: RunLog, done: int, watchdog: Watchdog, stop: StopRequest) -> Results | None:
     """Evaluate and log; None if all ranks have agreed to stop meanwhile."""
+
+    def between() -> None:
+        watchdog.enter(done, "evaluation")  # one that takes long is no hang
+        stop.interrupts()
+
     watchdog.enter(done, "evaluation")
     with log.paused():
         try:
-            results = run.evaluate(stop.interrupts)
+            results = run.evaluate(between)
         except Stopped:
             return None
         for split, metrics in results.items():
@@ -123,7 +134,7 @@ def manifest_of(run: Run, done: int, log: RunLog, permanent: bool, results: Resu
         updates=run.engine.updates,
         permanent=permanent,
         metrics={f"{split}/{name}": value for split, metrics in results.items() for name, value in metrics.items()},
-        state={**run.stream.state(done), **log.state()},
+        state={"data": run.stream.state(done), **log.state()},
         config=run.config.model_dump(mode="json"),
         versions=package_versions(),
     )
@@ -156,7 +167,7 @@ def run_training(args: argparse.Namespace) -> None:
     start, told = 0, None
     if found:
         state = checkpoint.load(found, run.parts).state
-        start = run.stream.resume(state, accept_changes=config.data["accept_changes"])
+        start = run.stream.resume(state["data"], accept_changes=config.data["accept_changes"])
         told = {name: state[name] for name in ("tokens", "seconds")}
 
     log = RunLog(
@@ -173,11 +184,15 @@ def run_training(args: argparse.Namespace) -> None:
     )
     saver = Saver(run_dir / "checkpoints", policy_of(config), config.checkpoint.asynchronous, tell=told_of_save)
     with log, StopRequest(ranks.device) as stop, Watchdog(run_dir, ranks, 60 * config.train.hang_minutes) as watchdog:
-        done = fit(run, log, ranks, start, saver, watchdog, stop)
+        try:
+            done, stopped = fit(run, log, ranks, start, saver, watchdog, stop)
+        except BaseException:
+            saver.abandon()
+            raise
         saver.close()
     if not ranks.is_main:
         return
-    if done < run.steps:
+    if stopped:
         print(
             f"stopped by {stop.name or 'a signal to another rank'} after step {done}; go on with --resume auto",
             flush=True,

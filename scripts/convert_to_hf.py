@@ -5,13 +5,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from jepa_scale import convert_cli  # noqa: E402
-from jepa_scale.errors import InputError  # noqa: E402
+from jepa_scale.cli import main  # noqa: E402
 
 if __name__ == "__main__":
-    args = convert_cli.parse([*sys.argv[1:], "--to", "hf"])
-    try:
-        sys.exit(args.command(args))
-    except InputError as error:
-        print(f"jepa-scale: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(main(["convert", "--to", "hf", *sys.argv[1:]]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, field
@@ -45,7 +46,8 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """The file appears whole or not at all."""
-        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
+        values = asdict(self)
+        text = json.dumps({"format": FORMAT, "sha256": _sha256(values), **values}, indent=1)
         partial = folder / f"{FILE}.partial"
         with open(partial, "w", encoding="utf-8") as file:
             file.write(text + "\n")
@@ -64,11 +66,13 @@ class Manifest:
             found = values.pop("format")
             if found != FORMAT:
                 raise InputError(f"{file}: is of format {found}, this version reads format {FORMAT}")
+            if values.pop("sha256") != _sha256(values):
+                raise InputError(f"{file}: its checksum is wrong")
             return cls(**values)
         except InputError:
             raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{folder}: not a complete checkpoint: {FILE}: {error}") from None
+            raise InputError(f"{file}: not a complete checkpoint: {error}") from None
 
     def damage(self, folder: Path, part: int = 0, parts: int = 1, hashes: bool = True) -> list[str]:
         """What is wrong with the checkpoint's files, one line each; empty if it is whole.
@@ -87,3 +91,8 @@ class Manifest:
             elif hashes and describe([file])[file.name]["sha256"] != told["sha256"]:
                 wrong.append(f"{file}: its checksum is wrong")
         return wrong
+
+
+def _sha256(values: dict[str, Any]) -> str:
+    """Of what a manifest says, however it is laid out in the file."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -82,3 +82,11 @@ def prune(directory: Path, policy: Policy) -> list[Path]:
         path.rename(grave)
         shutil.rmtree(grave, ignore_errors=True)
     return gone
+
+
+def sweep(directory: Path) -> None:
+    """Remove what a run that was killed left of a save or of pruning: folders that never counted, or no longer."""
+    for path in directory.glob("step_*"):
+        name, _, state = path.name.partition(".")
+        if NAME.fullmatch(name) and state in ("partial", "removed"):
+            shutil.rmtree(path, ignore_errors=True)

@@ -25,13 +25,15 @@ from jepa_scale.checkpoint import store
 from jepa_scale.checkpoint.boxes import Boxes, Stateful, state_of
 from jepa_scale.checkpoint.generators import rng_state
 from jepa_scale.checkpoint.manifest import TENSORS, Manifest
-from jepa_scale.checkpoint.retention import Policy, prune
+from jepa_scale.checkpoint.retention import Policy, prune, sweep
 from jepa_scale.distributed import barrier, rank, world_size
 
 PATIENCE = (1.0, 5.0)
 """Seconds before each further try of a save that failed."""
 GROUP_TIMEOUT = timedelta(hours=2)
 """How long ranks wait for each other's writing."""
+LAST_CHANCE = 60.0
+"""Seconds that a run which has failed gives to the save that is being written."""
 
 
 @dataclass(slots=True)
@@ -59,6 +61,7 @@ class _Job:
     began: float
     thread: threading.Thread | None = None
     done: threading.Event = field(default_factory=threading.Event)
+    told: bool = False
 
 
 class Saver:
@@ -80,6 +83,8 @@ class Saver:
     ) -> None:
         self.directory, self.policy, self.asynchronous, self.tell = directory, policy, asynchronous, tell
         self._job: _Job | None = None
+        if rank() == 0:
+            sweep(directory)
         # the thread's collectives must not meet those of the training
         self._group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT) if world_size() > 1 else None
 
@@ -107,15 +112,25 @@ class Saver:
             return None
         if job.thread is not None:
             job.thread.join()
-        if rank() == 0:
-            self.tell(job.report)
+        self._tell(job)
         return job.report
 
     def poll(self) -> None:
         """Tell of a save that has finished meanwhile; not collective."""
-        if self._job is not None and self._job.done.is_set() and rank() == 0 and self._job.report.seconds:
-            self.tell(self._job.report)
-            self._job.report.seconds = 0.0
+        if self._job is not None and self._job.done.is_set():
+            self._tell(self._job)
+
+    def abandon(self) -> None:
+        """The run has failed: let the save that is being written come to its end, if the other ranks still can; not
+        collective. A thread that the interpreter finds at work when it ends would take the process down with SIGABRT."""
+        if self._job is not None and self._job.thread is not None:
+            self._job.thread.join(LAST_CHANCE)
+            self.poll()
+
+    def _tell(self, job: _Job) -> None:
+        if rank() == 0 and not job.told:
+            job.told = True
+            self.tell(job.report)
 
     # -- in the thread ------------------------------------------------------------------------------------------------
 
@@ -160,7 +175,7 @@ class Saver:
                 generators = partial / f"rng_rank{rank():05d}.pt"
                 torch.save(job.generators, generators)
                 files |= store.describe([generators])
-            except OSError as error:
+            except Exception as error:  # PyTorch's writer has errors of its own for a full disk
                 problem = _plain(error)
         everyone = self._gather((problem, files))
         if rank() == 0:
@@ -168,7 +183,7 @@ class Saver:
             if not problem:
                 try:
                     self._finish(job.manifest, partial, final, [f for _, f in everyone])
-                except OSError as error:
+                except Exception as error:  # whatever it is, the other ranks wait for the answer
                     problem = _plain(error)
             if problem:
                 shutil.rmtree(partial, ignore_errors=True)

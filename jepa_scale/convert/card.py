@@ -61,7 +61,7 @@ class Card:
             parts.append("The data had no tokenizer: the model takes and gives token ids.")
         if self.heads:
             parts.append(
-                f"`{self.heads}` holds what the objective trained beside the model; generating needs none of it."
+                f"`{self.heads}` holds what the objective trained beside the model; transformers does not read it."
             )
         if rows := self._rows():
             parts += ["## Metrics", "\n".join(["| split | metric | value |", "|---|---|--:|", *rows])]

@@ -90,16 +90,14 @@ class Folder:
         self.kept = self._whole(self.journal.files) if found else set()
         """Files that an earlier start has finished; they have been read and are as they were written."""
         self.journal.complete &= len(self.kept) == len(self.journal.files)
-        self.was_complete = self.journal.complete
         self.journal.files = {name: told for name, told in self.journal.files.items() if name in self.kept}
         self._save()
 
     def make(self, name: str, write: Callable[[Path], dict[str, Any]]) -> None:
-        """Have ``write(path)`` make a file whole and describe it, unless it is there already."""
-        if name not in self.kept:
-            self.journal.complete = False
-            self.journal.files[name] = write(self.path / name)
-            self._save()
+        """Have ``write(path)`` make a file whole and describe it; from then on it is kept."""
+        self.journal.complete = False
+        self.journal.files[name] = write(self.path / name)
+        self._save()
 
     def put(self, name: str, content: str | bytes) -> None:
         """A small file; what was there before is replaced."""
@@ -107,6 +105,7 @@ class Folder:
         told = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         if self.journal.files.get(name) != told:
             self.journal.complete = False
+            (self.path / name).parent.mkdir(parents=True, exist_ok=True)
             _write(self.path / name, data)
             self.journal.files[name] = told
 
@@ -116,9 +115,8 @@ class Folder:
         self._save()
 
     def _whole(self, files: dict[str, dict[str, Any]]) -> set[str]:
-        there = [n for n, told in files.items() if _size(self.path / n) == told["bytes"]]
-        found = describe([self.path / n for n in there])
-        return {n for n in there if found[n] == files[n]}
+        there = {n: self.path / n for n, told in files.items() if _size(self.path / n) == told["bytes"]}
+        return {n for n, path in there.items() if describe([path])[path.name] == files[n]}
 
     def _save(self) -> None:
         values = asdict(self.journal)

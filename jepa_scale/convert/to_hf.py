@@ -113,8 +113,6 @@ def export(
         folder = Folder(out, _journal(checkpoint, manifest, plan, sorted(small), options))
         _write_tensors(folder, plan, skeleton.model, checkpoint / TENSORS, options)
         for name, content in small.items():
-            if "/" in name:
-                (out / name).parent.mkdir(parents=True, exist_ok=True)
             folder.put(name, content)
         folder.put("README.md", _card(run, config, manifest, skeleton, plan, tokenizer, options).text())
         folder.finish()

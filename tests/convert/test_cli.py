@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from jepa_scale import convert_cli
+from jepa_scale.cli import main
 from jepa_scale.convert import to_hf
 from jepa_scale.convert.folder import read_journal
 from jepa_scale.errors import InputError
@@ -21,7 +22,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def command(*arguments: object) -> int:
-    args = convert_cli.parse([str(a) for a in arguments])
+    args = convert_cli.parser().parse_args([str(a) for a in arguments])
     return args.command(args)
 
 
@@ -49,13 +50,17 @@ def test_there_and_back(tmp_path, capsys):
     assert (
         command(tmp_path / "run", "--to", "hf", "--out", tmp_path / "hf", "--shard-size", "30KB", "--no-progress") == 0
     )
-    assert "in 7 files, 6 of them there already" in capsys.readouterr().out
+    assert "in 7 files, 7 of them there already" in capsys.readouterr().out
     arguments = ["--from", "hf", "--config", tmp_path / "run.yaml", "run.seed=9", "--out", tmp_path / "new"]
-    assert command(tmp_path / "hf", *arguments) == 0
+    assert main(["convert", *map(str, [tmp_path / "hf", *arguments, "train.steps=5"])]) == 0
     out = capsys.readouterr().out
     assert f"{tmp_path / 'hf'} → {tmp_path / 'new' / 'checkpoints' / 'step_00000000'}: JepaDecoderForCausalLM" in out
     assert f"jepa-scale train --config {tmp_path / 'new' / 'config.yaml'} --resume auto" in out
-    assert "seed: 9" in (tmp_path / "new" / "config.yaml").read_text()
+    text = (tmp_path / "new" / "config.yaml").read_text()
+    assert "seed: 9" in text and "steps: 5" in text
+    assert main(["convert", str(tmp_path / "new2"), "--to", "hf", "--out", str(tmp_path / "x")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "not a run directory" in error
 
 
 @pytest.mark.parametrize(
@@ -117,14 +122,6 @@ def test_script_converts_and_shows_its_progress(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "convert: 100%" in done.stderr and "Warning" not in done.stderr
     assert (tmp_path / "hf" / "model.safetensors").is_file()
-    done = subprocess.run(
-        [*script, str(tmp_path), "--out", str(tmp_path / "hf2")],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=environment,
-    )
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "not a run directory" in done.stderr
 
 
 def test_without_room_the_message_says_what_to_do(tmp_path, monkeypatch):

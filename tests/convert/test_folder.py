@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from jepa_scale.checkpoint import Manifest
-from jepa_scale.convert import folder, tensor_file
+from jepa_scale.convert import tensor_file
 from jepa_scale.convert.folder import JOURNAL, Folder, Journal, read_journal
 from jepa_scale.convert.to_hf import ExportOptions, export
 from jepa_scale.data.prepare.lock import locked
@@ -71,11 +71,11 @@ def processes():
 
 
 def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_bytes(run, processes, tmp_path):
-    """Before every other write to the disk; the next test meets the ones between."""
+    """Before every third write to the disk; the next test meets others."""
     expected = contents(run / "undisturbed")
     assert len([n for n in expected if n.startswith("model-")]) >= 2 and "jepa_heads.safetensors" in expected
     kept = set()
-    for number in range(0, 200, 2):
+    for number in range(0, 200, 3):
         out = tmp_path / str(number)
         process = processes.Process(target=dies_at, args=(number, run / "run", out))
         process.start()
@@ -215,8 +215,17 @@ def test_journal_lists_every_file_with_its_checksum(run):
     found = contents(out)
     assert journal.files.keys() == found.keys() - {JOURNAL}
     assert all(told["bytes"] == len(found[name]) for name, told in journal.files.items())
-    again = Folder(out, Journal("x", journal.checkpoint, 7, journal.plan))
-    assert again.kept == journal.files.keys()  # by their checksums
-    again.journal.made_by = journal.made_by
-    again.finish()
-    assert folder.FORMAT == 1
+
+
+def test_files_below_it_are_kept_and_a_missing_one_makes_it_incomplete(tmp_path):
+    begun = Folder(tmp_path, Journal("x", "step_1", 1, "plan"))
+    begun.put("templates/a.jinja", "one")
+    begun.put("templates/b.jinja", "two")
+    begun.finish()
+    again = Folder(tmp_path, Journal("y", "step_1", 1, "plan"))
+    assert again.kept == {"templates/a.jinja", "templates/b.jinja"} and again.journal.complete
+    assert again.journal.made_by == "y"
+    (tmp_path / "templates" / "b.jinja").unlink()
+    assert Folder(tmp_path, Journal("y", "step_1", 1, "plan")).kept == {"templates/a.jinja"}
+    found = read_journal(tmp_path)
+    assert found is not None and not found.complete

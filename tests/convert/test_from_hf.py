@@ -17,7 +17,7 @@ from jepa_scale.build import validate
 from jepa_scale.checkpoint import Manifest, store
 from jepa_scale.config import load_config
 from jepa_scale.convert.to_hf import ExportOptions, export
-from jepa_scale.convert_cli import import_model, parse
+from jepa_scale.convert_cli import import_model, parser
 from jepa_scale.data import load_data
 from jepa_scale.errors import InputError
 from jepa_scale.models.backbone import build_backbone
@@ -29,7 +29,9 @@ CONCEPT = {"name": "concept", "tap_layer": 1, "memory": True, "concept_dim": 8}
 
 def bring(source: Path, config: Path, out: Path, *overrides: str) -> dict[str, torch.Tensor]:
     """The command, and the tensors that it wrote."""
-    import_model(parse([str(source), "--from", "hf", "--config", str(config), "--out", str(out), *overrides]))
+    import_model(
+        parser().parse_args([str(source), "--from", "hf", "--config", str(config), "--out", str(out), *overrides])
+    )
     tensors = out / "checkpoints" / "step_00000000" / "tensors"
     return store.read_whole(tensors, list(store.shapes(tensors)))
 
@@ -74,7 +76,7 @@ def test_heads_come_back_or_begin_as_in_a_new_run(tmp_path):
 
 @pytest.mark.parametrize("name", ["native", "gpt2"])
 def test_training_goes_on_from_it(tmp_path, monkeypatch, name):
-    """The first loss of the run that continues is the model's own."""
+    """By `--resume auto`, with the weights that came in and not those of a new run."""
     make_run(tmp_path, "run", MODELS[name])
     export(tmp_path / "run", tmp_path / "hf", ExportOptions(progress=False))
     bring(tmp_path / "hf", tmp_path / "run.yaml", tmp_path / "back")

@@ -23,7 +23,7 @@ from jepa_scale.models.backbone import ModelOptions, build_backbone
 from tests.convert.runs import make_run, write_checkpoint
 
 folder, shard, rows, width = Path(sys.argv[1]), *map(int, sys.argv[2:5])
-model = {"hidden_size": width, "intermediate_size": 2048, "num_hidden_layers": 6, "num_attention_heads": 8}
+model = {"hidden_size": width, "intermediate_size": 2048, "num_hidden_layers": 5, "num_attention_heads": 8}
 
 
 def memory(key):
@@ -80,8 +80,10 @@ def test_peak_is_under_two_files_and_a_tensor(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     print(found)
-    assert found["total"] > 300e6
+    assert found["total"] > 250e6
     assert found["one"] < 2.5 * 4 * WIDTH * WIDTH  # DCP reads what was asked for, not the file it lies in
-    for dtype, files in (("float32", 13), ("bfloat16", 7)):
+    for dtype, files in (("float32", 11), ("bfloat16", 6)):
         assert len(list((tmp_path / dtype).glob("*.safetensors"))) >= files
-        assert found[dtype] < 2 * SHARD + 4 * ROWS * WIDTH
+        largest = 4 * ROWS * WIDTH
+        assert found[dtype] < 2 * SHARD + largest
+        assert found[dtype] < 1.6 * largest  # in truth: it, and the half of it that DCP has just read

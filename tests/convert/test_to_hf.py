@@ -136,7 +136,9 @@ def test_a_trained_run_scores_in_transformers_what_its_own_evaluation_says(tmp_p
     write_text(tmp_path / "data", [30, 20], valid=9)
     data = {"source": "text", "path": str(tmp_path / "data"), "max_length": 64}
     steps = {"steps": 12, "batch_size": 8, "log_every": 4}
-    file = config_file(tmp_path, "run", MODELS["native_tied"], data=data, train=steps, optim={"lr": 3e-3})
+    file = config_file(
+        tmp_path, "run", MODELS["native_tied"], data=data, train=steps, optim={"lr": 1e-2, "warmup_steps": 2}
+    )
     monkeypatch.setattr("jepa_scale.train.quiet_libraries", lambda: None)
     assert train.main(["--config", str(file)]) == 0
     made = export(tmp_path / "run", tmp_path / "hf", QUIET)
@@ -152,7 +154,7 @@ def test_a_trained_run_scores_in_transformers_what_its_own_evaluation_says(tmp_p
         count += ids.shape[1] - 1
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     (told,) = [row["lm_loss"] for row in rows if row["split"] == "valid"]
-    assert total / count == pytest.approx(told, abs=1e-5) and told < 3.6
+    assert total / count == pytest.approx(told, abs=1e-5) and told < 3.5
     assert f"| valid | lm_loss [nats/token] | {format_number(told)} |" in (tmp_path / "hf" / "README.md").read_text()
 
 
