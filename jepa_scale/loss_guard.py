@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
-import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
 
 from jepa_scale.config import TrainConfig
+from jepa_scale.say import say
 
 ROWS = 20
 """Rows that a spike is compared with."""
@@ -40,11 +40,7 @@ class LossGuard:
         for step in steps:
             self._in_a_row = [*self._in_a_row, step] if step in bad else []
         if bad and tells:
-            print(
-                f"jepa-scale: no finite gradient in step {', '.join(map(str, bad))}; skipped on all ranks",
-                file=sys.stderr,
-                flush=True,
-            )
+            say(f"jepa-scale: no finite gradient in step {', '.join(map(str, bad))}; skipped on all ranks")
         limit = self.options.max_skipped_steps
         if len(self._in_a_row) > limit:
             raise FloatingPointError(
@@ -58,6 +54,6 @@ class LossGuard:
             self._losses.append(loss)
         if factor and len(self._losses) > 1 and loss > factor * usual > 0:
             if tells:
-                print(f"jepa-scale: the loss jumped to {loss:.4g} from {usual:.4g}", file=sys.stderr, flush=True)
+                say(f"jepa-scale: the loss jumped to {loss:.4g} from {usual:.4g}")
             return {"loss_spike": loss / usual}
         return {}

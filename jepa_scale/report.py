@@ -9,10 +9,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from jepa_scale.files import write_atomic
 from jepa_scale.plots import Curve, curves, plot_all
 from jepa_scale.table import format_number, text_table
 from jepa_scale.telemetry.metrics import describe, in_report_order
-from jepa_scale.telemetry.records import FIT, RunRecord, load_run, write_atomic
+from jepa_scale.telemetry.records import FIT, RunRecord, load_run
 
 REPORT_FILE, PLOTS_DIR = "report.html", "plots"
 

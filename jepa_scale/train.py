@@ -34,11 +34,14 @@ from jepa_scale.optim import lr_factor
 from jepa_scale.packing import PackedBatch, add_counts
 from jepa_scale.preemption import Stopped, StopRequest
 from jepa_scale.report import write_report
+from jepa_scale.say import say
 from jepa_scale.telemetry import RunLog, describe, package_versions, prepare_run_dir, quiet_libraries
 from jepa_scale.watchdog import Watchdog
 
 
-def fit(run: Run, log: RunLog, ranks: Ranks, start: int, saver: Saver, watchdog: Watchdog, stop: StopRequest) -> tuple[int, bool]:
+def fit(
+    run: Run, log: RunLog, ranks: Ranks, start: int, saver: Saver, watchdog: Watchdog, stop: StopRequest
+) -> tuple[int, bool]:
     """Train from optimizer step ``start`` to the end, or until all ranks have agreed to stop.
 
     A run that is stopped when an evaluation is due has saved that step, and goes on with that evaluation.
@@ -211,11 +214,9 @@ def policy_of(config: Config) -> checkpoint.Policy:
 def told_of_save(report: checkpoint.Report) -> None:
     """A checkpoint that could not be written is told of; the run goes on with the ones before."""
     if report.problem and report.path is None:
-        print(
+        say(
             f"jepa-scale: the checkpoint of step {report.step} was not saved: {report.problem}; training goes on, and the "
-            "next save tries again",
-            file=sys.stderr,
-            flush=True,
+            "next save tries again"
         )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jepa_scale.distributed import Ranks
+from jepa_scale.say import say
 
 WAITING = ("/torch/distributed/", "/deepspeed/")
 """Folders of the code that waits for other ranks."""
@@ -20,8 +21,6 @@ PHASES = ("start", "data", "forward and backward", "update", "evaluation", "save
 
 def end_process() -> None:
     """Leave at once: exit handlers would wait for the ranks that hang."""
-    sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(1)
 
 
@@ -77,7 +76,7 @@ class Watchdog:
                 self._tell(now, *place_of(self._main))
                 time.sleep(2 * pause)  # the others', too
                 if self._now == now and not self._closed.is_set():
-                    print(f"jepa-scale: {self._verdict()}", file=sys.stderr, flush=True)
+                    say(f"jepa-scale: {self._verdict()}")
                     self._end()
                     return
 

@@ -10,10 +10,10 @@ checkpoints/
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,7 +21,7 @@ from jepa_scale.checkpoint import store
 from jepa_scale.checkpoint.boxes import Stateful, state_of
 from jepa_scale.checkpoint.generators import set_rng_state
 from jepa_scale.checkpoint.manifest import FILE, TENSORS, Manifest
-from jepa_scale.checkpoint.retention import Found, Policy, complete, prune
+from jepa_scale.checkpoint.retention import NAME, Found, Policy, complete, prune
 from jepa_scale.checkpoint.saver import Report, Saver
 from jepa_scale.distributed import all_gather_object, rank, world_size
 from jepa_scale.errors import InputError
@@ -68,9 +68,9 @@ def find(run_dir: Path, which: str | Path, hashes: bool = True) -> Path | None:
 
 def _newest_whole(directory: Path, hashes: bool) -> Path | None:
     """Raises InputError when there are checkpoints and none is whole: starting anew would throw them away."""
-    found = [f.path for f in reversed(complete(directory))]
+    named = (path for path in directory.glob("step_*") if NAME.fullmatch(path.name))
     damaged = []
-    for path in found:
+    for path in sorted(named, key=lambda path: int(path.name.partition("_")[2]), reverse=True):
         wrong = verify(path, hashes)
         if not wrong:
             return path
@@ -83,11 +83,11 @@ def _newest_whole(directory: Path, hashes: bool) -> Path | None:
 
 
 def load(path: Path, parts: Sequence[Stateful]) -> Manifest:
-    """Restore the parts (the engine first), whoever saved them. Collective. At the world size that it was saved with, this rank's random
-    number generators are restored, too.
+    """Restore the parts (the engine first), whoever saved them. Collective. At the world size that it was saved with, this
+    rank's random number generators are restored, too.
 
     Raises:
-        InputError: the checkpoint is of another model or objective.
+        InputError: the checkpoint is of another model or objective, or a file cannot be read.
     """
     manifest = Manifest.read(path)
     with warnings.catch_warnings():
@@ -96,6 +96,16 @@ def load(path: Path, parts: Sequence[Stateful]) -> Manifest:
     for part in parts:
         part.loaded(manifest.updates)
     if manifest.world_size == world_size():
-        generators: dict[str, Any] = torch.load(path / f"rng_rank{rank():05d}.pt", weights_only=True)
-        set_rng_state(generators)
+        problems = all_gather_object(_load_generators(path / f"rng_rank{rank():05d}.pt"))
+        if problem := next(filter(None, problems), ""):
+            raise InputError(problem)
     return manifest
+
+
+def _load_generators(file: Path) -> str:
+    """What is wrong with the file, empty if nothing."""
+    try:
+        set_rng_state(torch.load(file, weights_only=True))
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        return f"{file}: cannot be read: {str(error).splitlines()[0]}"
+    return ""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from jepa_scale.checkpoint.store import describe
 from jepa_scale.errors import InputError
+from jepa_scale.files import write_atomic
 
 FILE = "manifest.json"
 TENSORS = "tensors"
@@ -48,12 +48,7 @@ class Manifest:
         """The file appears whole or not at all."""
         values = asdict(self)
         text = json.dumps({"format": FORMAT, "sha256": _sha256(values), **values}, indent=1)
-        partial = folder / f"{FILE}.partial"
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, folder / FILE)
+        write_atomic(folder / FILE, text + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:

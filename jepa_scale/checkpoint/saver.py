@@ -7,6 +7,7 @@ there. Whatever happens before leaves the older checkpoints as they were.
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import threading
@@ -27,6 +28,7 @@ from jepa_scale.checkpoint.generators import rng_state
 from jepa_scale.checkpoint.manifest import TENSORS, Manifest
 from jepa_scale.checkpoint.retention import Policy, prune, sweep
 from jepa_scale.distributed import barrier, rank, world_size
+from jepa_scale.files import sync_folder, write_atomic
 
 PATIENCE = (1.0, 5.0)
 """Seconds before each further try of a save that failed."""
@@ -173,9 +175,9 @@ class Saver:
         if not problem:
             try:
                 generators = partial / f"rng_rank{rank():05d}.pt"
-                torch.save(job.generators, generators)
+                _write(generators, job.generators)
                 files |= store.describe([generators])
-            except Exception as error:  # PyTorch's writer has errors of its own for a full disk
+            except Exception as error:  # whatever it is, the other ranks wait for the answer
                 problem = _plain(error)
         everyone = self._gather((problem, files))
         if rank() == 0:
@@ -183,7 +185,7 @@ class Saver:
             if not problem:
                 try:
                     self._finish(job.manifest, partial, final, [f for _, f in everyone])
-                except Exception as error:  # whatever it is, the other ranks wait for the answer
+                except Exception as error:
                     problem = _plain(error)
             if problem:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -191,7 +193,8 @@ class Saver:
 
     def _finish(self, manifest: Manifest, partial: Path, final: Path, files: list[dict[str, Any]]) -> None:
         replace(manifest, files={name: f for part in files for name, f in part.items()}).write(partial)
-        _sync_folder(partial)
+        sync_folder(partial / TENSORS)
+        sync_folder(partial)
         if final.exists():  # the same step again, after going back to an older checkpoint
             aside = final.with_name(f"{final.name}.removed")
             shutil.rmtree(aside, ignore_errors=True)
@@ -200,10 +203,8 @@ class Saver:
             shutil.rmtree(aside, ignore_errors=True)
         else:
             os.replace(partial, final)
-        _sync_folder(self.directory)
-        latest = self.directory / "latest.partial"
-        latest.write_text(final.name, encoding="utf-8")
-        os.replace(latest, self.directory / "latest")
+        sync_folder(self.directory)
+        write_atomic(self.directory / "latest", final.name)
         prune(self.directory, self.policy)
 
     def _gather(self, value: Any) -> list[Any]:
@@ -234,10 +235,11 @@ def _plain(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def _sync_folder(folder: Path) -> None:
-    """So that a rename survives a crash of the machine."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _write(file: Path, value: Any) -> None:
+    """``torch.save`` that ends on the disk. (Given a path, it says "unexpected pos" when the disk is full.)"""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    with open(file, "wb") as stream:
+        stream.write(buffer.getbuffer())
+        stream.flush()
+        os.fsync(stream.fileno())

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from jepa_scale.checkpoint.store import describe
-from jepa_scale.convert.tensor_file import sync_folder
 from jepa_scale.errors import InputError
+from jepa_scale.files import write_atomic
 
 JOURNAL = "conversion.json"
 FORMAT = 1
@@ -106,7 +105,7 @@ class Folder:
         if self.journal.files.get(name) != told:
             self.journal.complete = False
             (self.path / name).parent.mkdir(parents=True, exist_ok=True)
-            _write(self.path / name, data)
+            write_atomic(self.path / name, data)
             self.journal.files[name] = told
 
     def finish(self) -> None:
@@ -122,7 +121,7 @@ class Folder:
         values = asdict(self.journal)
         values["files"] = dict(sorted(values["files"].items()))
         self.path.mkdir(parents=True, exist_ok=True)
-        _write(self.path / JOURNAL, (json.dumps({"format": FORMAT, **values}, indent=1) + "\n").encode())
+        write_atomic(self.path / JOURNAL, (json.dumps({"format": FORMAT, **values}, indent=1) + "\n").encode())
 
 
 def _size(path: Path) -> int:
@@ -131,13 +130,3 @@ def _size(path: Path) -> int:
 
 def _told(options: dict[str, Any]) -> str:
     return " ".join(f"{name}={value}" for name, value in options.items())
-
-
-def _write(path: Path, data: bytes) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    sync_folder(path.parent)

@@ -20,8 +20,8 @@ from jepa_scale.checkpoint.generators import rng_state
 from jepa_scale.checkpoint.manifest import TENSORS, Manifest
 from jepa_scale.convert.plan import HEADS_FILE, MODEL
 from jepa_scale.convert.skeleton import llama_config
-from jepa_scale.convert.tensor_file import sync_folder
 from jepa_scale.errors import InputError
+from jepa_scale.files import sync_folder
 from jepa_scale.models.decoder import JepaDecoderConfig
 from jepa_scale.objectives.base import JepaModel
 from jepa_scale.telemetry import package_versions

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from jepa_scale.errors import InputError
+from jepa_scale.files import sync_folder
 
 _NAMES = {
     torch.float64: "F64",
@@ -82,15 +83,6 @@ def write_tensors(path: Path, entries: Sequence[Entry], tensors: Iterable[Tensor
     os.replace(partial, path)
     sync_folder(path.parent)
     return {"bytes": size, "sha256": digest.hexdigest()}
-
-
-def sync_folder(folder: Path) -> None:
-    """So that a rename survives a crash of the machine."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _header(entries: Sequence[Entry]) -> bytes:

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from jepa_scale.data.draw import Draw, ViewMaker
 from jepa_scale.data.stream import Stream
 from jepa_scale.errors import DataError, InputError
 from jepa_scale.packing import PackedBatch, Views, pack
+from jepa_scale.say import say
 
 
 class Readable(Protocol):
@@ -82,7 +82,7 @@ class Loader:
                 if self.on_error == "stop":
                     raise
                 skipped += 1
-                print(f"jepa-scale: skipped: {error}", file=sys.stderr, flush=True)
+                say(f"jepa-scale: skipped: {error}")
         batch = pack(
             views,
             self.streams,

@@ -17,8 +17,9 @@ from urllib.request import url2pathname
 from braceexpand import braceexpand
 
 from jepa_scale.data.fetch import Refused, Remote, chunks, is_url, locked, persist, read_url, shown
-from jepa_scale.data.shard_format import INDEX_FILE, Index, ShardInfo, index_name, write_atomic
+from jepa_scale.data.shard_format import INDEX_FILE, Index, ShardInfo, index_name
 from jepa_scale.errors import InputError
+from jepa_scale.files import write_atomic
 
 CACHE_BYTES = 64 << 30
 _TAR_NAME = re.compile(r"[^/\s'\"=]+\.tar(?![\w.])")

@@ -27,6 +27,7 @@ import numpy as np
 from webdataset import TarWriter
 
 from jepa_scale.errors import InputError
+from jepa_scale.files import write_atomic
 
 FORMAT = 1
 INDEX_FILE = "index.json"
@@ -185,13 +186,3 @@ def _encode(extension: str, value: Any) -> bytes:
 def token_dtype(vocab_size: int) -> np.dtype:
     """The smallest unsigned type that holds the token ids."""
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """The file appears whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

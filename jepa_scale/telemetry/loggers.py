@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import os
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +12,7 @@ from typing import Any, Protocol
 import yaml
 
 from jepa_scale.config import LogConfig
+from jepa_scale.say import say
 
 WANDB_ID_FILE = "wandb_id.txt"
 _ONLINE_SECONDS = 30.0  # how long W&B may take to connect, to log in or to finish its uploads
@@ -155,7 +155,7 @@ def start_loggers(run_dir: Path, log: LogConfig, name: str, config_yaml: str, st
 def warn(message: str) -> None:
     """One line on stderr; not :mod:`warnings`, whose filters may hide it, nor a library's logger that we
     silenced."""
-    print(f"jepa_scale: warning: {message}", file=sys.stderr, flush=True)
+    say(f"jepa_scale: warning: {message}")
 
 
 def _has_wandb_key() -> bool:

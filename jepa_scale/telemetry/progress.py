@@ -8,6 +8,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from jepa_scale.say import say
 from jepa_scale.table import format_number
 
 
@@ -49,18 +50,14 @@ class Progress:
             left = seconds / max(step - self._start, 1) * max(self._total - step, 0)
             clock = timedelta(seconds=round(left))
             percent = 100 * step // max(self._total, 1)
-            print(
-                f"{self._name}  step {step}/{self._total}  {percent}%  {shown}  {clock} left",
-                file=self._stream,
-                flush=True,
-            )
+            say(f"{self._name}  step {step}/{self._total}  {percent}%  {shown}  {clock} left", self._stream)
 
     def note(self, text: str) -> None:
         """A line that stays, above the bar."""
         if self._bar is not None:
             self._bar.write(text, file=self._stream)
         else:
-            print(text, file=self._stream, flush=True)
+            say(text, self._stream)
 
     def close(self) -> None:
         if self._bar is not None:

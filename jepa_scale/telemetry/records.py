@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -20,6 +19,7 @@ import yaml
 
 from jepa_scale import distributed
 from jepa_scale.errors import InputError
+from jepa_scale.files import write_atomic
 from jepa_scale.telemetry.metrics import describe
 
 FIT = "fit"
@@ -94,16 +94,6 @@ def clean(value: Any) -> float | int | None:
     if isinstance(value, Integral):
         return int(value)
     return float(value) if math.isfinite(value) else None
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write a whole file or leave the old one."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def read_rows(run_dir: Path) -> list[Row]:

@@ -9,18 +9,20 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 import yaml
 
 from jepa_scale.config import LogConfig
 from jepa_scale.distributed import Ranks, broadcast_object
+from jepa_scale.files import write_atomic
 from jepa_scale.table import format_number
 from jepa_scale.telemetry import records
 from jepa_scale.telemetry.environment import describe_environment
 from jepa_scale.telemetry.loggers import Loggers, start_loggers
 from jepa_scale.telemetry.progress import Progress
 from jepa_scale.telemetry.records import FIT
+from jepa_scale.telemetry.row_file import RowFile
 
 
 class Stopwatch:
@@ -92,7 +94,7 @@ class RunLog:
         self.clock = Stopwatch()
         self._log, self._ranks, self._config_yaml = log, ranks, config_yaml
         self._start_step, self._state, self._engine, self._data = start_step, state, engine, dict(data or {})
-        self._file: TextIO | None = None
+        self._file: RowFile | None = None
         self._loggers = Loggers()
         self._progress: Progress | None = None
         self._environment: dict[str, Any] = {}
@@ -117,8 +119,8 @@ class RunLog:
 
     def _open(self) -> list[records.Row]:
         kept = records.truncate_rows(self.run_dir, self._start_step)
-        records.write_atomic(self.run_dir / records.CONFIG_FILE, self._config_yaml)
-        self._file = (self.run_dir / records.METRICS_FILE).open("a", encoding="utf-8")
+        write_atomic(self.run_dir / records.CONFIG_FILE, self._config_yaml)
+        self._file = RowFile(self.run_dir / records.METRICS_FILE)
         engine = (yaml.safe_load(self._config_yaml) or {}).get("engine") or {}
         self._environment = describe_environment(
             self._ranks, self._engine or engine.get("name", ""), engine.get("precision", "")
@@ -183,11 +185,7 @@ class RunLog:
         assert not {"step", "split", "tokens"} & values.keys(), f"reserved column among {sorted(values)}"
         row = {name: records.clean(value) for name, value in values.items() if value is not None}
         line = json.dumps({"step": step, "split": split, "tokens": self.tokens, **row}, allow_nan=False)
-        try:
-            self._file.write(line + "\n")
-            self._file.flush()
-        except OSError as error:  # a write error of an open file doesn't say which file
-            raise OSError(error.errno, error.strerror, str(self.run_dir / records.METRICS_FILE)) from error
+        self._file.write(line)
         told = {f"{split}/{n}": math.nan if v is None else float(v) for n, v in row.items()}
         self._loggers.log(step, told)
 
@@ -199,13 +197,13 @@ class RunLog:
             return {}
         if self._progress is not None:
             self._progress.close()
-        self._file.close()
-        self._file = None
+        file, self._file = self._file, None
+        file.close()
         rows = records.read_rows(self.run_dir)
         summary = records.make_summary(self.name, rows, self.step, self.tokens, self.clock.seconds, self._environment)
         try:
             text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
-            records.write_atomic(self.run_dir / records.SUMMARY_FILE, text)
+            write_atomic(self.run_dir / records.SUMMARY_FILE, text)
         finally:
             self._loggers.close(exit_code)
         return summary

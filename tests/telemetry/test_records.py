@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jepa_scale.errors import InputError
+from jepa_scale.files import write_atomic
 from jepa_scale.telemetry.metrics import describe, in_report_order
 from jepa_scale.telemetry.records import (
     clean,
@@ -16,7 +17,6 @@ from jepa_scale.telemetry.records import (
     read_rows,
     summarize,
     truncate_rows,
-    write_atomic,
 )
 
 

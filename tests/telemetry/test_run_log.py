@@ -1,6 +1,8 @@
 import json
 import math
+import resource
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -157,13 +159,34 @@ def test_stopwatch_pauses_nest_and_restart_only_if_running():
     assert watch.seconds > before
 
 
-def test_a_full_disk_names_the_file(tmp_path):
+@contextmanager
+def file_limit(size):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
-        full = open("/dev/full", "w")  # noqa: SIM115
-    except OSError:
-        pytest.skip("this system has no /dev/full")
-    log = run_log(tmp_path).__enter__()
-    log._file.close()
-    log._file = full
-    with pytest.raises(OSError, match="metrics.jsonl"):
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_rows_wait_while_there_is_no_room(tmp_path, capsys):
+    with run_log(tmp_path) as log:
         log.fit(1, {"loss": 1.0})
+        before = (tmp_path / "metrics.jsonl").stat().st_size
+        with file_limit(before + 10):  # in the middle of a row
+            log.fit(2, {"loss": 2.0})
+            log.fit(3, {"loss": 3.0})
+            assert (tmp_path / "metrics.jsonl").stat().st_size == before + 10
+            assert [r["step"] for r in read_rows(tmp_path)] == [1]
+        log.fit(4, {"loss": 4.0})
+        assert [(r["step"], r["loss"]) for r in read_rows(tmp_path)] == [(1, 1), (2, 2), (3, 3), (4, 4)]
+    error = capsys.readouterr().err
+    assert error.count("its rows wait in memory") == 1 and str(tmp_path / "metrics.jsonl") in error
+
+
+def test_rows_that_never_found_room_are_an_error(tmp_path, capsys):
+    log = run_log(tmp_path).__enter__()
+    log.fit(1, {"loss": 1.0})
+    with file_limit(10), pytest.raises(OSError, match="metrics.jsonl"):
+        log.fit(2, {"loss": 1.0})
+        log.close()

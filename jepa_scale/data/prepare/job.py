@@ -26,8 +26,9 @@ from jepa_scale.data.prepare.encode import make_encoder
 from jepa_scale.data.prepare.lock import LOCK_FILE, locked
 from jepa_scale.data.prepare.readers import open_reader
 from jepa_scale.data.prepare.workers import Workers, cores
-from jepa_scale.data.shard_format import FORMAT, INDEX_FILE, Index, ShardInfo, index_name, write_atomic
+from jepa_scale.data.shard_format import FORMAT, INDEX_FILE, Index, ShardInfo, index_name
 from jepa_scale.errors import InputError
+from jepa_scale.files import write_atomic
 
 JOB_FILE = "job.json"
 TOKENIZER = "tokenizer"

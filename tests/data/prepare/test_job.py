@@ -321,7 +321,7 @@ def test_a_full_disk_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.Mon
     fsync, count = os.fsync, itertools.count()
 
     def full(file: int) -> None:
-        if next(count) == 5:  # job; index, tar and record of the first shard; tar of the second
+        if next(count) == 7:  # job and its folder; tar of the first shard; its index, its record; tar of the second
             raise OSError(errno.ENOSPC, "No space left on device")
         fsync(file)
 

@@ -1,0 +1,48 @@
+"""The open ``metrics.jsonl``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from jepa_scale.say import say
+
+
+class RowFile:
+    """Appends lines, each on disk (as far as the system is concerned) before the call returns.
+
+    Where they cannot be written, on a full disk perhaps, lines wait in memory and are written with the next one that can
+    be: a run goes on without room for its rows, as it does without room for a checkpoint. That is told once each time.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        self._waiting = b""
+        self._told = False
+
+    def write(self, line: str) -> None:
+        self._waiting += line.encode() + b"\n"
+        try:
+            self._flush()
+            self._told = False
+        except OSError as error:
+            if not self._told:
+                say(f"jepa-scale: {self.path}: {error.strerror}; its rows wait in memory, training goes on")
+            self._told = True
+
+    def close(self) -> None:
+        """Raises:
+        OSError: rows still could not be written; names the file.
+        """
+        try:
+            self._flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+        finally:
+            os.close(self._descriptor)
+
+    def _flush(self) -> None:
+        while self._waiting:
+            written = os.write(self._descriptor, self._waiting)  # of a line, too, when the room ends in it
+            self._waiting = self._waiting[written:]
