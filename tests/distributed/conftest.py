@@ -1,0 +1,31 @@
+"""Processes that the tests of whole runs share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.processes import Launched, Nursery
+
+
+@pytest.fixture(scope="session")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
+    yield nursery
+    nursery.close()
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Callable[..., Launched]]:
+    """``launch(command …)`` starts a launcher; what is left of it at the end of the test is killed."""
+    started: list[Launched] = []
+
+    def start(*command: str) -> Launched:
+        started.append(Launched(command, tmp_path / f"launched_{len(started)}.txt"))
+        return started[-1]
+
+    yield start
+    for launched in started:
+        launched.close()

@@ -1,0 +1,63 @@
+"""What the tests of faults compare of two runs, and what must hold of a run's checkpoints at any time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jepa_scale.checkpoint import complete, store, verify
+from jepa_scale.checkpoint.retention import NAME
+
+TIMING = {"tokens_per_second", "seconds", "data_wait"}
+
+
+def rows(run: Path, split: str | None = None) -> list[dict[str, Any]]:
+    """The rows of ``metrics.jsonl`` without timing; a last line that is being written is left out."""
+    found = []
+    text = (run / "metrics.jsonl").read_text() if (run / "metrics.jsonl").exists() else ""
+    for line in text.split("\n")[:-1]:
+        row = json.loads(line)
+        if split in (None, row["split"]):
+            found.append({key: value for key, value in row.items() if key not in TIMING})
+    return found
+
+
+def last_step(run: Path) -> int:
+    """Of the rows of training; 0 if there are none."""
+    return max((row["step"] for row in rows(run, "fit")), default=0)
+
+
+def checkpoint(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step_{step:08d}"
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Everything that a checkpoint holds: weights and moments."""
+    return store.read_whole(folder / "tensors", list(store.shapes(folder / "tensors")))
+
+
+def newest(run: Path) -> int:
+    """Step of the newest complete checkpoint; 0 if there is none."""
+    return max((found.step for found in complete(run / "checkpoints")), default=0)
+
+
+def check_checkpoints(run: Path) -> None:
+    """Whatever has happened: what looks complete is whole, and ``latest`` is one of them."""
+    folder = run / "checkpoints"
+    named = [path for path in folder.glob("step_*") if NAME.fullmatch(path.name)]
+    for path in named:
+        assert not verify(path), verify(path)
+    if (folder / "latest").exists():
+        assert (folder / "latest").read_text() in [path.name for path in named]
+
+
+def assert_same(run: Path, expected: Path, step: int) -> None:
+    """The same rows, and at ``step`` the same weights and moments, to the bit."""
+    for a, b in zip(rows(run), rows(expected), strict=True):
+        assert a == b
+    got, wanted = tensors(checkpoint(run, step)), tensors(checkpoint(expected, step))
+    assert set(got) == set(wanted)
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted), "weights or moments differ"

@@ -1,0 +1,247 @@
+"""Full disks, lost permissions, losses that are not finite, damaged and hostile checkpoints, in whole runs."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from jepa_scale.checkpoint import Manifest, verify
+from jepa_scale.checkpoint.store import describe
+from tests.distributed.faults import path_through
+from tests.distributed.processes import Nursery, until
+from tests.distributed.small_runs import (
+    assert_same,
+    check_checkpoints,
+    checkpoint,
+    last_step,
+    newest,
+    rows,
+    tensors,
+)
+from tests.distributed.test_runs import config_file
+
+STEPS = 50
+SLOW = [{"name": "slow_steps", "seconds": 0.02}, {"name": "impatient"}]
+"""Time for the test to act while the run goes on."""
+NO_SPACE = "No space left on device"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(nursery, tmp_path_factory):
+    """Two ranks of ZeRO-1."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    config = config_file(folder, "lm", "zero1", name="run", steps=STEPS, batch_size=4)
+    nursery.run(["--config", str(config)], 2)
+    return folder
+
+
+def config_of(undisturbed: Path, folder: Path, *more: str) -> list[str]:
+    return ["--config", str(undisturbed / "run.yaml"), f"run.dir={folder}", "checkpoint.every=5", *more]
+
+
+def not_saved(text: str) -> list[str]:
+    return [line for line in text.splitlines() if "was not saved" in line]
+
+
+MOUNT = ["sh", "-c", 'mount -t tmpfs -o size=4m tmpfs "$0" && exec "$@"']
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[tuple[Nursery, Path, Path]]:
+    """A nursery whose ranks see a file system of 4 MB; its path for them, and for the test."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    prefix = ["unshare", "--mount", "--map-root-user", *MOUNT, str(disk)]
+    if not shutil.which("unshare") or subprocess.run([*prefix, "true"], capture_output=True).returncode:
+        pytest.skip("this kernel lets no test mount a file system")
+    nursery = Nursery(tmp_path, prefix)
+    yield nursery, disk, path_through(nursery.process.pid, disk)
+    nursery.close()
+
+
+def test_a_full_disk_costs_checkpoints_and_nothing_else(small_disk, undisturbed):
+    """The whole run directory is on it: rows of metrics.jsonl wait for room, too."""
+    nursery, disk, seen = small_disk
+    run = nursery.start(config_of(undisturbed, disk), 2, SLOW)
+    folder = seen / "run"
+    until(lambda: newest(folder) >= 5, 60, "checkpoint")
+    with open(seen / "ballast", "wb", buffering=0) as ballast:
+        try:
+            while True:
+                ballast.write(bytes(1 << 12))
+        except OSError:
+            pass
+    until(lambda: len(not_saved(run.output(0))) >= 6, 60, "report")
+    check_checkpoints(folder)
+    before = newest(folder)
+    assert last_step(folder) < before + 30, "there was room for more rows: the test shows nothing"
+    assert before >= 5
+    (seen / "ballast").unlink()
+    assert run.wait(60) == [0, 0], run.output()
+    told = not_saved(run.output(0))
+    assert all(NO_SPACE in line and "training goes on" in line for line in told), told
+    assert len(told) == len(set(told)), "each is told of once"
+    assert 5 <= before < newest(folder) == STEPS
+    check_checkpoints(folder)
+    assert_same(folder, undisturbed / "run", STEPS)
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert names == ["latest", f"step_{STEPS - 5:08d}", f"step_{STEPS:08d}"]
+
+
+@pytest.mark.parametrize("before", ["tensors", "generators"])
+def test_no_room_for_one_of_the_files(nursery, undisturbed, tmp_path, before):
+    """A quota on rank 1's files while the save of step 5 is tried three times, and once in that of step 10."""
+    limit = {"name": "no_room", "who": 1, "before": before, "tries": 4}
+    run = nursery.run(config_of(undisturbed, tmp_path), 2, [limit, *SLOW])
+    (line,) = not_saved(run.output())
+    assert "the checkpoint of step 5 was not saved" in line and "File too large" in line
+    check_checkpoints(tmp_path / "run")
+    assert_same(tmp_path / "run", undisturbed / "run", STEPS)
+
+
+def test_permission_lost_and_then_the_folder(nursery, undisturbed, tmp_path):
+    run = nursery.start(config_of(undisturbed, tmp_path), 2, [*SLOW, {"name": "bound_by_permissions"}])
+    folder = tmp_path / "run"
+    until(lambda: newest(folder) >= 5, 60, "checkpoint")
+    (folder / "checkpoints").chmod(0o555)
+    try:
+        until(lambda: not_saved(run.output(0)), 60, "report")
+        check_checkpoints(folder)
+        before = newest(folder)
+        assert before >= 5
+    finally:
+        (folder / "checkpoints").chmod(0o755)
+    until(lambda: newest(folder) > before, 60, "checkpoint")
+    (folder / "checkpoints").rename(tmp_path / "away")
+    (folder / "checkpoints").write_text("in the way")
+    until(lambda: "Not a directory" in run.output(0), 60, "report")
+    (folder / "checkpoints").unlink()
+    (tmp_path / "away").rename(folder / "checkpoints")
+    assert run.wait(60) == [0, 0], run.output()
+    assert "Permission denied" in not_saved(run.output(0))[0]
+    check_checkpoints(folder)
+    assert_same(folder, undisturbed / "run", STEPS)
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "zero1", "zero2", "zero3"])
+def test_nan_on_one_rank_is_skipped_on_all(nursery, tmp_path, engine):
+    options = {"steps": 9, "checkpoint": {"every": 1, "keep_last": 20}}
+    config = config_file(tmp_path, "lm", engine, name="run", **options)
+    run = nursery.run(["--config", str(config)], 2, [{"name": "nan_loss", "who": 1, "steps": [4, 6, 7]}])
+    assert "no finite gradient in step 4; skipped on all ranks" in run.output(0)
+    fit = rows(tmp_path / "run", "fit")
+    assert [row.get("skipped_steps", 0) for row in fit] == [0, 0, 0, 1, 0, 1, 1, 0, 0]
+    assert [row["step"] for row in fit if row["loss"] is None] == [4, 6, 7]
+    saved = {step: tensors(checkpoint(tmp_path / "run", step)) for step in range(1, 10)}
+    for step in range(2, 9):  # in the last one the learning rate is 0
+        same = [torch.equal(saved[step][name], saved[step - 1][name]) for name in saved[step]]
+        assert all(same) if step in (4, 6, 7) else not any(same), step
+        assert all(t.isfinite().all() for t in saved[step].values())
+    assert Manifest.read(checkpoint(tmp_path / "run", 9)).updates == 6
+    if engine != "zero2":
+        return
+    # a run that is resumed among them goes on the same
+    path = checkpoint(tmp_path / "run", 4)
+    again = config_file(tmp_path, "lm", engine, name="again", **options)
+    nursery.run(["--config", str(again), "--resume", str(path)], 2, [{"name": "nan_loss", "who": 1, "steps": [2, 3]}])
+    got = tensors(checkpoint(tmp_path / "again", 9))
+    assert all(torch.equal(got[name], saved[9][name]) for name in got)
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "zero2"])
+def test_too_many_in_a_row_stop_the_run(nursery, tmp_path, engine):
+    config = config_file(tmp_path, "lm", engine, name="run", steps=30, max_skipped_steps=3, checkpoint={"every": 5})
+    run = nursery.start(["--config", str(config)], 2, [{"name": "nan_loss", "who": 1, "steps": list(range(8, 30))}])
+    assert run.wait(30) == [1, 1]
+    message = "steps 8 to 11 had no finite gradient, more than train.max_skipped_steps=3 in a row"
+    assert message in run.output(0) and message in run.output(1)
+    assert newest(tmp_path / "run") in (5, 10)
+    check_checkpoints(tmp_path / "run")
+    nursery.run(["--config", str(config), "--resume", "auto", "train.steps=12"], 2)
+    assert last_step(tmp_path / "run") == 12
+
+
+@pytest.fixture(scope="module")
+def killed_once(nursery, undisturbed, tmp_path_factory) -> Path:
+    """A run that was killed some time after step 10."""
+    folder = tmp_path_factory.mktemp("killed")
+    run = nursery.start(config_of(undisturbed, folder), 2, SLOW)
+    until(lambda: newest(folder / "run") >= 10, 60, "checkpoint")
+    run.kill()
+    run.wait(10)
+    return folder
+
+
+@pytest.fixture
+def killed(undisturbed, killed_once, tmp_path) -> tuple[list[str], Path]:
+    """Arguments that go on with a copy of that run, and the copy."""
+    shutil.copytree(killed_once, tmp_path, dirs_exist_ok=True)
+    return config_of(undisturbed, tmp_path), tmp_path / "run"
+
+
+@pytest.mark.parametrize("file", ["tensors/__1_0.distcp", "manifest.json"])
+def test_a_flipped_byte_in_the_newest_checkpoint(nursery, killed, undisturbed, file):
+    arguments, run = killed
+    bad = checkpoint(run, newest(run)) / file
+    flip(bad)
+    going_on = nursery.run([*arguments, "--resume", "auto"], 2)
+    assert f"{bad}: " in going_on.output(0) and "is damaged and left out" in going_on.output(0)
+    assert_same(run, undisturbed / "run", STEPS)
+
+
+def flip(file: Path) -> None:
+    """In a manifest the number of updates, which leaves it readable."""
+    raw = bytearray(file.read_bytes())
+    at = raw.index(b'"updates": ') + len(b'"updates": ') if file.suffix == ".json" else len(raw) // 2
+    raw[at] ^= 1
+    file.write_bytes(raw)
+
+
+def test_all_damaged_is_an_error_and_not_a_new_start(nursery, killed):
+    arguments, run = killed
+    before = rows(run)
+    for folder in (run / "checkpoints").glob("step_*"):
+        (folder / "manifest.json").write_text("{")
+    refused = nursery.start([*arguments, "--resume", "auto"], 2)
+    assert refused.wait(30) == [2, 2]
+    assert "checkpoints are damaged; restore one, or remove the folder" in refused.output(0)
+    assert rows(run) == before
+
+
+class Harmful:
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.trace),)
+
+
+@pytest.mark.parametrize("file", ["tensors/.metadata", "tensors/__0_0.distcp", "rng_rank00000.pt"])
+def test_a_pickle_that_runs_code_is_refused(nursery, killed, tmp_path, file):
+    """Its checksum is right: whoever can write the checkpoint can write the manifest."""
+    arguments, run = killed
+    folder, trace = checkpoint(run, newest(run)), tmp_path / "trace"
+    target = folder / file
+    if file.endswith(".metadata"):
+        target.write_bytes(pickle.dumps(Harmful(trace)))
+    else:
+        torch.save(Harmful(trace), target)
+    manifest = Manifest.read(folder)
+    manifest.files[file] = describe([target])[target.name]
+    manifest.write(folder)
+    assert not verify(folder)
+    refused = nursery.start([*arguments, "--resume", str(folder)], 2)
+    codes = refused.wait(30)
+    assert 0 not in codes and not trace.exists(), refused.output()
+    (told,) = [line for line in refused.output(0).splitlines() if line.startswith("jepa-scale: ")]
+    assert str(folder) in told
+    assert codes == [2, 2] and "Traceback" not in refused.output()
+    pickle.loads(pickle.dumps(Harmful(trace)))
+    assert trace.exists(), "the pickle is harmless, and the test shows nothing"
