@@ -52,15 +52,12 @@ def fit(
     config, engine, objective = run.config, run.engine, run.objective
     steps, every = run.steps, config.checkpoint
     meter, guard = Meter(ranks.device), LossGuard(config.train)
-    results: dict[str, dict[str, float]] = {}
     engine.train()
 
     done, stopping = start, False
-    if start and due(start, config.train.eval_every, steps) and not log.has_evaluated(start):
-        found = evaluate(run, log, start, watchdog, stop)
-        if found is None:
-            return start, True
-        results = found
+    missing = start > 0 and due(start, config.train.eval_every, steps) and not log.has_evaluated(start)
+    if missing and evaluate(run, log, start, watchdog, stop) is None:
+        return start, True
     watchdog.enter(start + 1, "data")
     for step, batches in enumerate(meter.waiting(run.batches(start, steps)), start):
         done = step + 1
@@ -94,14 +91,15 @@ def fit(
             values, tokens = meter.read()
             values |= guard.check(values, seen, meter.bad_steps, tells=ranks.is_main)
             log.fit(done, {**values, "grad_norm": float(grad_norm), "lr": engine.lr()}, tokens)
+        results: Results | None = {}
         if evaluates:
-            found = evaluate(run, log, done, watchdog, stop)
-            results, stopping = found or results, found is None
+            results = evaluate(run, log, done, watchdog, stop)
+            stopping = results is None
             saves, permanent = saves or stopping, permanent or stopping
         if saves:
             watchdog.enter(done, "save")
             with log.paused():
-                saver.save(run.parts, manifest_of(run, done, log, permanent, results))
+                saver.save(run.parts, manifest_of(run, done, log, permanent, results or {}))
         saver.poll()
         if stopping:
             break

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from jepa_scale import cli, train
+from jepa_scale.checkpoint import complete
 from jepa_scale.data.reversal import generate
 from jepa_scale.data.reversal_files import write
 
@@ -160,6 +161,17 @@ def test_resume_from_a_path_that_is_not_there(config, tmp_path, capfd):
 def test_options_may_stand_between_overrides(config, tmp_path):
     assert run(config, "train.steps=2", "--resume", "auto", "log.report=false") == 0
     assert json.loads((tmp_path / "runs/small/summary.json").read_text())["steps"] == 2
+
+
+def test_a_checkpoint_has_the_metrics_of_its_own_step(config, tmp_path):
+    """Those of an earlier one would make `keep_best` keep the wrong weights."""
+    saves = ["checkpoint.every=2", "checkpoint.keep_last=9", "train.steps=10", "train.eval_every=4"]
+    assert run(config, *saves, "log.report=false") == 0
+    lines = [json.loads(x) for x in (tmp_path / "runs/small/metrics.jsonl").read_text().splitlines()]
+    nll = {row["step"]: row["joint_nll"] for row in lines if row["split"] == "test"}
+    found = complete(tmp_path / "runs" / "small" / "checkpoints")
+    assert {f.step: f.manifest.metrics.get("test/joint_nll") for f in found} == {2: None, 6: None, **nll}
+    assert set(nll) == {4, 8, 10}
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(config, capfd):

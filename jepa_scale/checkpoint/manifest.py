@@ -26,7 +26,7 @@ class Manifest:
         engine, layout, world_size: who wrote it, e.g. ``"deepspeed"``, ``"ZeRO-2 bf16"``, 4.
         updates: of the optimizer; fewer than ``step`` where steps were skipped.
         permanent: whether only the retention policy for permanent ones may remove it.
-        metrics: ``split/metric`` of the last evaluation, for keeping the best.
+        metrics: ``split/metric`` of the evaluation after this step, if there was one, for keeping the best.
         state: of the run: the data's position and fingerprint, tokens, seconds.
         config: the resolved config. versions: of the packages that matter.
         files: path within the checkpoint → ``bytes`` and ``sha256``.

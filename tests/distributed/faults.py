@@ -18,10 +18,11 @@ CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 1, 2
 
 
 def dies_writing(rank: int, who: list[int], event: int) -> None:
-    """SIGKILL right before the ``event``-th operation (from 0) on a file or folder in ``checkpoints/`` that changes it."""
+    """SIGKILL right before the ``event``-th operation that changes something in ``checkpoints/``, from the beginning of the
+    first save, which is number 0: its folder is made."""
     if rank not in who:
         return
-    seen = 0
+    seen = -1
 
     def hook(name: str, args: tuple[Any, ...]) -> None:
         nonlocal seen
@@ -30,9 +31,10 @@ def dies_writing(rank: int, who: list[int], event: int) -> None:
         else:
             changes = name in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
         if changes and "/checkpoints/" in f"{args[0]}/":
+            if seen >= 0 or (name == "os.mkdir" and "partial" in str(args[0])):
+                seen += 1
             if seen == event:
                 os.kill(os.getpid(), signal.SIGKILL)
-            seen += 1
 
     sys.addaudithook(hook)
 

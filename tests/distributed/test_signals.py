@@ -106,7 +106,7 @@ def test_under_a_real_launcher(launch, undisturbed, tmp_path, launcher):
     check_checkpoints(run)
 
 
-HANG_SECONDS = 1.5
+HANG_SECONDS = 2.0
 HANGS = {
     "forward": ({"name": "hangs", "who": 1, "step": 5}, r"rank 1 hangs at step 5 in 'forward and backward' at maybe"),
     "save": ({"name": "hangs_saving", "who": 1}, r"rank 1 hangs at step 6 in 'save' at slow"),
@@ -148,4 +148,4 @@ def test_a_long_evaluation_is_no_hang(nursery, tmp_path):
     config = config_file(tmp_path, "lm", "fsdp", name="run", steps=2, hang_minutes=HANG_SECONDS / 60)
     began = time.monotonic()
     nursery.run(["--config", str(config)], 1, [{"name": "slow_evaluation", "seconds": 0.1}])
-    assert time.monotonic() - began > 2 * HANG_SECONDS
+    assert time.monotonic() - began > 1.5 * HANG_SECONDS
