@@ -22,4 +22,10 @@ def mse(a: Tensor, b: Tensor) -> Tensor:
     return (a.float() - b.float()).square().mean(dim=-1)
 
 
+def smooth_l1(a: Tensor, b: Tensor, beta: float = 1.0) -> Tensor:
+    """Mean over features of the Huber loss divided by ``beta``: quadratic below ``beta``, linear above (Girshick, arXiv
+    1504.08083, equation 3), in fp32. (n, d), (n, d) → (n,)."""
+    return F.smooth_l1_loss(a.float(), b.float(), reduction="none", beta=beta).mean(dim=-1)
+
+
 DISTANCES = {"cosine": cosine, "l2": l2, "mse": mse}

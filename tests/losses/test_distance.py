@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from jepa_scale.losses.distance import DISTANCES
+from jepa_scale.losses.distance import DISTANCES, smooth_l1
 
 
 @pytest.mark.parametrize(
@@ -22,3 +22,11 @@ def test_half_precision_is_computed_in_fp32(name):
     got = DISTANCES[name](a.bfloat16(), b.bfloat16())
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, DISTANCES[name](a.bfloat16().float(), b.bfloat16().float()))
+
+
+@pytest.mark.parametrize(("beta", "expected"), [(1.0, [0.125, 1.5, 0.75]), (2.0, [0.0625, 1.0, 0.5])])
+def test_smooth_l1_is_quadratic_below_beta_and_linear_above(beta, expected):
+    a = torch.tensor([[0.5, 0.0], [2.0, 2.0], [1.0, -1.5]], requires_grad=True)
+    b = torch.tensor([[0.0, 0.5], [0.0, 4.0], [1.0, 0.5]])
+    torch.testing.assert_close(smooth_l1(a, b, beta), torch.tensor(expected))
+    assert smooth_l1(a.bfloat16(), b.bfloat16()).dtype == torch.float32

@@ -1,0 +1,120 @@
+"""What representations are like: how many directions they use, how far they spread, whether they find their targets.
+
+Rows are whole here, gathered on every rank; nothing in this file is collective.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from jepa_scale.losses.infonce import NO_KEY, first_of_each, places_of
+
+CHUNK = 1024
+"""Rows at a time: the scores of as many queries against 20,000 candidates take 80 MB."""
+
+
+@torch.no_grad()
+def effective_rank(rows: Tensor) -> Tensor:
+    """exp of the entropy of the normalised singular values of the centred rows (Roy & Vetterli, EUSIPCO 2007).
+
+    (n, d) → 0-d float64, from 1 (one direction) to min(n − 1, d) (as many, equally strong). 0 for rows that are all the
+    same, or none: there is no direction at all. NaN if a row has a value that is not finite.
+    """
+    n, d = rows.shape
+    epsilon = torch.finfo(torch.float64).eps
+    mean = rows.sum(dim=0, dtype=torch.float64) / max(n, 1)
+    if n < d:  # the smaller of the two Gram matrices; their non-zero eigenvalues are the same
+        centred = rows.double() - mean
+        gram = centred @ centred.T
+    else:
+        gram = torch.zeros(d, d, dtype=torch.float64, device=rows.device)
+        for part in rows.split(CHUNK):
+            centred = part.double() - mean
+            gram.addmm_(centred.T, centred)
+    finite = gram.isfinite().all()
+    values = torch.linalg.eigvalsh(torch.where(finite, gram, 0.0))
+    # below this an eigenvalue is rounding: of the eigenvalues themselves, or of a mean that is far from zero
+    rounding = epsilon * max(n, d) * values.sum() + (epsilon * n * mean).square().sum() * n
+    singular = torch.where(values > rounding, values, 0.0).sqrt()
+    total = singular.sum()
+    entropy = torch.special.entr(singular / total.clamp(min=torch.finfo(torch.float64).tiny)).sum()
+    rank = torch.where(total > 0, entropy.exp(), 0.0)
+    return torch.where(finite, rank, torch.nan)
+
+
+@torch.no_grad()
+def std_gap(predictions: Tensor, targets: Tensor) -> Tensor:
+    """Mean over features of std(target) − std(prediction), biased: positive when the predictions spread less than what
+    they predict. (n, d), (n, d) → 0-d fp32; NaN without rows."""
+    if not len(predictions):
+        return torch.full((), torch.nan, device=predictions.device)
+    return (targets.float().std(dim=0, correction=0) - predictions.float().std(dim=0, correction=0)).mean()
+
+
+class Retrieval(NamedTuple):
+    """Outcome by group, in the order of the groups' numbers.
+
+    Attributes:
+        groups: (G,) int64, the groups that have rows.
+        top1: (G,) fp32, share of the queries whose own target is nearer than any other candidate. A tie is a miss, so
+            that representations which have collapsed to a point score 0.
+        margin: (G,) fp32, mean of the cosine with the own target minus that with the best other candidate. NaN in a
+            group with one candidate (where top1 is 1).
+        candidates: (G,) int64, distinct candidates: chance is 1 over this.
+    """
+
+    groups: Tensor
+    top1: Tensor
+    margin: Tensor
+    candidates: Tensor
+
+
+@torch.no_grad()
+def retrieval(queries: Tensor, targets: Tensor, keys: Tensor, groups: Tensor) -> Retrieval:
+    """Does each query find its own target, by cosine, among the targets of its group?
+
+    Takes memory for ``CHUNK`` queries against all candidates at once, so n may be large.
+
+    Args:
+        queries, targets: (n, d); row i of the targets is query i's own.
+        keys: (n,) int64, what the targets are: those of one group with the same key are one candidate, the first of
+            them. Rows with ``NO_KEY``, which fill up a gather, are left out.
+        groups: (n,) int64, e.g. the horizon.
+    """
+    present = groups[keys != NO_KEY].unique()
+    top1, margin, candidates = [], [], []
+    with torch.autocast(queries.device.type, enabled=False):
+        for group in present:
+            rows = ((groups == group) & (keys != NO_KEY)).nonzero()[:, 0]
+            first, ordered, order = first_of_each(keys[rows])
+            column = first.cumsum(dim=0) - 1  # of the first of each key, among the candidates
+            own = column[places_of(keys[rows], ordered, order)]
+            pool = F.normalize(targets[rows[first]].float(), dim=1)
+            lead = torch.cat(
+                [
+                    _lead(F.normalize(queries[some].float(), dim=1) @ pool.T, mine)
+                    for some, mine in zip(rows.split(CHUNK), own.split(CHUNK), strict=True)
+                ]
+            )
+            top1.append((lead > 0).float().mean())
+            margin.append(lead.mean() if len(pool) > 1 else torch.full_like(lead[0], torch.nan))
+            candidates.append(len(pool))
+    empty = queries.new_zeros(0, dtype=torch.float32)
+    return Retrieval(
+        groups=present,
+        top1=torch.stack(top1) if top1 else empty,
+        margin=torch.stack(margin) if margin else empty,
+        candidates=torch.tensor(candidates, dtype=torch.int64, device=queries.device),
+    )
+
+
+def _lead(scores: Tensor, own: Tensor) -> Tensor:
+    """(n, m) scores, (n,) column of the right one → (n,) its score minus the best other; +inf if there is no other.
+    Overwrites the scores."""
+    own = own[:, None]
+    right = scores.gather(1, own)[:, 0]
+    return right - scores.scatter_(1, own, -torch.inf).amax(dim=1)

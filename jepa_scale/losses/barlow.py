@@ -1,0 +1,40 @@
+"""Barlow Twins (Zbontar et al., arXiv 2103.03230, equations 1 and 2), with statistics over the global batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from jepa_scale.losses.statistics import at_least_one, global_moments, off_diagonal_squares, zero_if_none
+
+
+def barlow(a: Tensor, b: Tensor, total: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+    """How far the cross-correlation C of paired rows is from the identity, in fp32. Collective.
+
+    C_ij is the mean over the global batch of the product of feature i of a and feature j of b, each batch-normalised
+    (biased variance + ``eps``, no affine map).
+
+    Args:
+        a, b: (m, d) of this rank and all its micro-batches in the step
+            (:func:`jepa_scale.losses.statistics.rows_of_step`), m ≥ 0. Both get gradient.
+        total: 0-d, rows in the global batch.
+
+    Returns:
+        Two 0-d tensors, the same on every rank; make each a contribution with
+        :func:`jepa_scale.losses.statistics.as_contribution`.
+
+        * align = mean_i (1 − C_ii)²
+        * off_diagonal = Σ_{i≠j} C_ij² / d
+
+        Both are the paper's sums divided by d, so that a weight does not depend on the width. Without rows both are 0;
+        a single row correlates with nothing: 1 and 0, without gradient.
+    """
+    with torch.autocast(a.device.type, enabled=False):
+        n = at_least_one(total)
+        moments = global_moments(a, b, total)
+        scale_a = (moments.squares_a / n + eps).rsqrt()
+        scale_b = (moments.squares_b / n + eps).rsqrt()
+        correlation = moments.products / n * scale_a[:, None] * scale_b
+        align = (1 - correlation.diagonal()).square().mean()
+        off_diagonal = off_diagonal_squares(correlation) / len(correlation)
+        return zero_if_none(align, total), zero_if_none(off_diagonal, total)
