@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, is_dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from jepa_scale.distributed import Ranks
+from jepa_scale.engines.clip import Clipping
 
 if TYPE_CHECKING:
     from jepa_scale.checkpoint.boxes import Boxes
@@ -22,9 +23,54 @@ class EngineOptions:
     """What an engine needs beside the model and its parameter groups."""
 
     precision: str = "fp32"  # or "bf16": compute dtype; masters, moments and reductions stay fp32
-    clip_norm: float = 1.0  # global gradient norm; 0 = no clipping
+    clip_norm: float = 1.0  # of the global gradient, or of each of clip_groups; 0 = no clipping
     accumulation: int = 1  # micro-batches in an optimizer step
     deepspeed: Path | None = None  # a DeepSpeed JSON; only the DeepSpeed engine reads it
+    clip_groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Groups of parameters whose norms are clipped separately: each trainable parameter's name (the first one, of a tied
+    one) in exactly one of them. Empty: all together."""
+
+
+class ShardedCopy(ABC):
+    """A frozen copy of parts of an engine's module, sharded as the engine shards the module itself.
+
+    What is averaged is in fp32 and lies where the student's masters lie, so that an update of the copy is arithmetic on
+    this rank's own memory. Frozen parameters of the student are constant: the copy has them, no average has.
+    """
+
+    module: nn.Module
+    """The copy, in eval mode, without gradients. Call it through :meth:`forward` only."""
+
+    @property
+    @abstractmethod
+    def averages(self) -> list[Tensor]:
+        """This rank's part of the copy's trainable state: fp32 tensors, to be written in place."""
+
+    @property
+    @abstractmethod
+    def sources(self) -> list[Tensor]:
+        """The same elements of the engine's fp32 masters, in tensors of the same shapes."""
+
+    @torch.no_grad()
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the copy without gradient. All ranks call it together, outside of a forward of the engine or within it."""
+        output = self._forward(*args, **kwargs)
+        assert not is_dataclass(output), (
+            f"{type(output).__name__}: engines find no tensors in a dataclass; use a NamedTuple"
+        )
+        return output
+
+    @abstractmethod
+    def refresh(self) -> None:
+        """``averages`` were written to: renew what :meth:`forward` uses. Collective; the host waits for no device."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Boxes]:
+        """What this rank has of each parameter and persistent buffer, by the copy's own names, as views that loading writes
+        through. Every rank has every name."""
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
 
 
 class Engine(ABC):
@@ -54,6 +100,9 @@ class Engine(ABC):
         """The sharded root module. Call it through :meth:`forward` only."""
         self.options = options
         self.ranks = ranks
+        self.group_norms: dict[str, Tensor] = {}
+        """Norm of each of ``clip_groups`` before clipping in the last step, 0-d fp32; empty if there are no groups."""
+        self._clipping = Clipping(module, options.clip_groups, options.clip_norm)
         self._forwards = 0  # with gradient, since the last backward
         self._backwards = 0  # since the last step
         self._peak_lrs: list[float] = []
@@ -81,12 +130,15 @@ class Engine(ABC):
     def step(self) -> Tensor:
         """Clip, update, clear gradients. Called once per optimizer step, after the last backward.
 
-        If the norm is not finite — a gradient is NaN or infinite on any rank, or its square overflows — no rank updates
-        anything: parameters, moments and the count of updates stay as they were, bitwise, on every engine.
+        Each group of ``clip_groups`` is scaled by min(1, clip_norm / (norm + 1e-6)), as
+        :func:`torch.nn.utils.clip_grad_norm_` does it. If the total norm is not finite — a gradient of any group is NaN
+        or infinite on any rank, or its square overflows — no rank updates anything: parameters, moments and the count of
+        updates stay as they were, bitwise, on every engine.
 
         Returns:
-            0-d fp32 tensor on the device: the global gradient norm before clipping, NaN or infinite if the update was
-            skipped. There is no host sync of ours; DeepSpeed has one in every step, except in stage 0 with fp32.
+            0-d fp32 tensor on the device: the global gradient norm, of all groups, before clipping, NaN or infinite if the
+            update was skipped. There is no host sync of ours; DeepSpeed has one in every step in stage 3, and in bf16 in
+            stages 0 and 1.
         """
         assert self._backwards == self.options.accumulation, f"step after {self._backwards} backwards"
         self._backwards = 0
@@ -137,6 +189,16 @@ class Engine(ABC):
         one tensor), the others an empty one.
         """
 
+    @abstractmethod
+    def copy_of(self, module: nn.Module) -> ShardedCopy:
+        """Shard a copy of parts of the root module, and give it the engine's present values. Collective; called right after
+        the engine was built.
+
+        Args:
+            module: whole on every rank, in fp32; names and shapes of its parameters and buffers are among those of the
+                root module. It belongs to the engine from now on.
+        """
+
     def train(self) -> None:
         self.module.train()
 
@@ -159,6 +221,12 @@ class Engine(ABC):
     @abstractmethod
     def _optimizer_states(self) -> list[dict[str, Any]]:
         """The optimizer's state of each tensor that it steps: ``step`` and the moments."""
+
+    def _measure(self, gradients: list[list[Tensor]], shards: bool) -> Tensor:
+        """Total norm of the gradients; the arguments are :meth:`jepa_scale.engines.clip.Clipping.measure`'s."""
+        total, norms = self._clipping.measure(gradients, shards, self.ranks.device)
+        self.group_norms = dict(zip(self._clipping.names, norms.unbind(), strict=False))
+        return total
 
     def _set_updates(self, updates: int) -> None:
         for state in self._optimizer_states():

@@ -21,11 +21,15 @@ from jepa_scale.distributed import Ranks
 from jepa_scale.engines.base import (
     Engine,
     EngineOptions,
+    ShardedCopy,
+    compute_dtype,
     create_optimizer_state,
     persistent_buffers,
     skip_if_not_finite,
     whole_state,
 )
+from jepa_scale.engines.clip import Range, cut, join
+from jepa_scale.engines.deepspeed_copy import PartitionedCopy, ReplicatedCopy
 from jepa_scale.engines.deepspeed_state import StateView
 from jepa_scale.errors import InputError
 from jepa_scale.optim import build_optimizer
@@ -133,11 +137,10 @@ class DeepSpeedEngine(Engine):
         assert options.deepspeed is not None, "EngineOptions.deepspeed: the DeepSpeed engine needs a JSON"
         super().__init__(module, options, ranks)
         config = validate_deepspeed_config(options.deepspeed)
-        self.stage = config["zero_optimization"]["stage"]
+        self._zero = config["zero_optimization"]
+        self.stage = self._zero["stage"]
         self.layout = f"ZeRO-{self.stage} {options.precision}"
         self._bf16 = options.precision == "bf16"
-        # In this case DeepSpeed would clip too, but it hides the norm.
-        self._clips_itself = self.stage == 0 and not self._bf16
 
         deepspeed = _import_deepspeed()
         os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # it insists on it
@@ -163,18 +166,25 @@ class DeepSpeedEngine(Engine):
         if self.stage == 3:
             self.ds.optimizer._clear_fp32_optimizer_param_groups()
         self._view = StateView(module, self.ds.optimizer, self.optimizer, self.stage)
+        self._ranges = self._clip_ranges()
+        # Where DeepSpeed has the fp32 gradient of what it steps next, the same in all stages.
+        self.optimizer.register_step_pre_hook(self._clip)
 
     def _filled(self, user: dict[str, Any]) -> dict[str, Any]:
         config = dict(user)
         config["train_micro_batch_size_per_gpu"] = 1  # used in its reports only; our batches are packed
         config["gradient_accumulation_steps"] = self.options.accumulation
-        config["gradient_clipping"] = 0.0 if self._clips_itself else self.options.clip_norm
+        config["gradient_clipping"] = 0.0  # it knows no groups
         config["bf16"] = {"enabled": self._bf16}
         config["zero_allow_untested_optimizer"] = True
+        zero = config["zero_optimization"] = dict(config["zero_optimization"])
         if self.stage == 1 and self.options.accumulation > 1:
             # Overlapping, it reduces what the last micro-batch's hooks see: a parameter that only an earlier one used
             # would lose its gradient.
-            config["zero_optimization"] = {**config["zero_optimization"], "overlap_comm": False}
+            zero["overlap_comm"] = False
+        if self.stage == 2 or (self.stage == 1 and not self._bf16):
+            # The norm, with a host sync, only to skip what skip_if_not_finite skips. Elsewhere it can't be left out.
+            zero.setdefault("compute_grad_norm", False)
         if self._bf16:
             config.setdefault("communication_data_type", "fp32")
             if self.stage > 0:
@@ -193,21 +203,43 @@ class DeepSpeedEngine(Engine):
             self.ds.step()  # counts the micro-batch, so that the boundary falls on the last one
 
     def _step(self) -> Tensor:
-        norm: Any = None
-        if self._clips_itself:
-            parameters = [p for p in self.module.parameters() if p.requires_grad]
-            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-            if self.options.clip_norm > 0:
-                nn.utils.clip_grads_with_norm_(parameters, self.options.clip_norm, norm)
-            skip_if_not_finite(self.optimizer, norm)  # everywhere else DeepSpeed skips such a step by itself
         assert self.ds.is_gradient_accumulation_boundary()
+        pieces = (
+            piece
+            for stepped, fragments in self._view.gradients()
+            for piece in cut(fragments, self._ranges.get(stepped, []))
+        )
+        norm = self._measure(self._clipping.sort(pieces), shards=self.stage > 0)
+        skip_if_not_finite(self.optimizer, norm)
         self.ds.step()
-        if norm is None:
-            norm = self.ds.get_global_grad_norm()
+        if getattr(self.ds.optimizer, "overflow", False):
+            # it has looked by itself, and may have rounded a norm to infinity that is almost infinite
+            norm = norm.masked_fill(norm.isfinite(), torch.inf)
         if self.stage == 3:
             # else a parameter without a gradient in the next step would get this step's again
             self.ds.optimizer.grad_partitions_flat_buffer.zero_()
-        return torch.as_tensor(norm, dtype=torch.float32, device=self.ranks.device)
+        return norm
+
+    def _clip_ranges(self) -> dict[Tensor, list[Range]]:
+        """Which elements of each tensor that this rank steps are clipped together."""
+        ranges: dict[Tensor, list[Range]] = {}
+        for name, parameter in self.module.named_parameters():
+            if piece := self._view.pieces.get(parameter):
+                part = Range(self._clipping.group_of(name), piece.at, piece.at + piece.length)
+                ranges.setdefault(piece.stepped, []).append(part)
+        return {stepped: join(parts) for stepped, parts in ranges.items()}
+
+    @torch.no_grad()
+    def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Scales the gradients of what our optimizer is about to step: all, or one group or sub-group of ZeRO's."""
+        parts = (
+            (group, stepped.grad if end - begin == stepped.numel() else stepped.grad[begin:end])
+            for of_group in optimizer.param_groups
+            for stepped in of_group["params"]
+            if stepped.grad is not None
+            for group, begin, end in self._ranges.get(stepped, [])
+        )
+        self._clipping.scale(self._clipping.sort(parts))
 
     def _param_groups(self) -> list[dict[str, Any]]:
         return self.ds.optimizer.param_groups
@@ -228,6 +260,13 @@ class DeepSpeedEngine(Engine):
     @torch.no_grad()
     def full_state(self) -> dict[str, Tensor]:
         return whole_state(self.module, self._whole, keep=self.ranks.is_main)
+
+    @torch.no_grad()
+    def copy_of(self, module: nn.Module) -> ShardedCopy:
+        module = module.requires_grad_(False).eval().to(self.ranks.device, compute_dtype(self.options.precision))
+        if self.stage == 3:
+            return PartitionedCopy(module, self._view, self._zero)
+        return ReplicatedCopy(module, self._view)
 
     def _whole(self, parameter: nn.Parameter) -> Tensor:
         """One parameter, gathered from all ranks."""

@@ -14,7 +14,7 @@ parameter are there in that tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +45,13 @@ class Piece(NamedTuple):
 def true_shape(parameter: nn.Parameter) -> torch.Size:
     """Under stage 3 a parameter that is not gathered has no elements."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def shard(parameter: Any) -> tuple[int, int]:
+    """Stage 3: first element of this rank's part of a parameter, and its length without the padding of the last."""
+    each = parameter.ds_tensor.ds_numel
+    start = min(dist.get_rank(parameter.ds_process_group) * each, parameter.ds_numel)
+    return start, min(each, parameter.ds_numel - start)
 
 
 class StateView:
@@ -79,7 +86,7 @@ class StateView:
             ):
                 at = 0
                 for parameter in parameters:
-                    start, count = self._shard(parameter)
+                    start, count = shard(parameter)
                     if count > 0:
                         yield Piece(parameter, start, stepped, at, count)
                     at += parameter.ds_tensor.ds_numel
@@ -108,11 +115,26 @@ class StateView:
                 if left < right:
                     yield Piece(parameter, left - first, stepped, left - begin, right - left)
 
-    def _shard(self, parameter: Any) -> tuple[int, int]:
-        """Stage 3: first element of this rank's part of a parameter, and its length without the padding of the last."""
-        each = parameter.ds_tensor.ds_numel
-        start = min(dist.get_rank(parameter.ds_process_group) * each, parameter.ds_numel)
-        return start, min(each, parameter.ds_numel - start)
+    def gradients(self) -> Iterator[tuple[Tensor, Sequence[Tensor]]]:
+        """Each tensor that is stepped, and its gradient, between the last backward of a step and DeepSpeed's step.
+
+        The gradient is reduced over ranks and has not been clipped. It is in fragments, of the dtype that DeepSpeed
+        accumulates in, which one after the other have the layout of the tensor; where they end before it, it is zero.
+        """
+        z = self.wrapped
+        if self.stage == 0:
+            for piece in self.pieces.values():
+                assert piece is not None
+                yield piece.stepped, [] if piece.parameter.grad is None else [piece.parameter.grad]
+        elif hasattr(z, "bf16_groups"):
+            for stepped, gradient in zip(
+                z.fp32_groups_flat_partition, z.fp32_groups_gradient_flat_partition, strict=True
+            ):
+                yield stepped, [gradient]
+        else:
+            groups = z.fp32_partitioned_groups_flat if self.stage == 3 else z.single_partition_of_fp32_groups
+            for i, stepped in enumerate(groups):
+                yield stepped, z.averaged_gradients[i]
 
     def boxes(self) -> dict[str, Boxes]:
         """:meth:`jepa_scale.engines.base.Engine.state` but for the buffers."""
@@ -143,7 +165,7 @@ class StateView:
     def _frozen(self, parameter: nn.Parameter) -> Boxes:
         if self.stage < 3:
             return Boxes.whole(parameter.detach())
-        start, count = self._shard(parameter)
+        start, count = shard(parameter)
         return Boxes.of_range(true_shape(parameter), start, parameter.ds_tensor.detach().view(-1)[:count])  # type: ignore[attr-defined]
 
     def refresh(self) -> None:

@@ -17,12 +17,14 @@ from jepa_scale.distributed import Ranks
 from jepa_scale.engines.base import (
     Engine,
     EngineOptions,
+    ShardedCopy,
     compute_dtype,
     create_optimizer_state,
     persistent_buffers,
     skip_if_not_finite,
     whole_state,
 )
+from jepa_scale.engines.fsdp_copy import FSDPCopy
 from jepa_scale.optim import build_optimizer
 
 
@@ -56,6 +58,7 @@ class FSDPEngine(Engine):
             reduce_dtype=torch.float32 if half else None,
             cast_forward_inputs=False,
         )
+        self._mesh, self._policy = mesh, policy
         for part in [*shard, module]:
             fully_shard(part, mesh=mesh, mp_policy=policy)
         for sharded_part in self._fsdp_modules():
@@ -68,7 +71,7 @@ class FSDPEngine(Engine):
             {**group, "params": [sharded[name] for name in of_group]}
             for group, of_group in zip(groups, group_names, strict=True)
         ]
-        self._trainable = [p for p in sharded.values() if p.requires_grad]
+        self._trainable = {name: p for name, p in sharded.items() if p.requires_grad}
         self.optimizer = build_optimizer(groups, optim_options)
         self._peak_lrs = [group["lr"] for group in self.optimizer.param_groups]
         create_optimizer_state(self.optimizer)
@@ -82,18 +85,21 @@ class FSDPEngine(Engine):
     def _backward(self, loss: Tensor, last: bool) -> None:
         loss.backward()
 
+    @torch.no_grad()
     def _step(self) -> Tensor:
-        for parameter in self._trainable:
+        for parameter in self._trainable.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        norm = nn.utils.get_total_norm([p.grad for p in self._trainable if p.grad is not None])
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if self.options.clip_norm > 0:
-            nn.utils.clip_grads_with_norm_(self._trainable, self.options.clip_norm, norm)
+        shards = self._clipping.sort(
+            (self._clipping.group_of(name), cast(DTensor, parameter.grad).to_local())
+            for name, parameter in self._trainable.items()
+        )
+        norm = self._measure(shards, shards=True)
+        self._clipping.scale(shards)
         skip_if_not_finite(self.optimizer, norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return norm.float()
+        return norm
 
     def _param_groups(self) -> list[dict[str, Any]]:
         return self.optimizer.param_groups
@@ -121,6 +127,11 @@ class FSDPEngine(Engine):
     def full_state(self) -> dict[str, Tensor]:
         self._reshard()
         return whole_state(self.module, lambda p: cast(DTensor, p).full_tensor(), keep=self.ranks.is_main)
+
+    @torch.no_grad()
+    def copy_of(self, module: nn.Module) -> ShardedCopy:
+        self._reshard()
+        return FSDPCopy(module, self.module, self._mesh, self._policy)
 
     def _reshard(self) -> None:
         """An evaluation leaves the root's parameters gathered; they would hide the shards, and be used once more."""

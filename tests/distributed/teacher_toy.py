@@ -1,0 +1,207 @@
+"""A small root module that learns from its EMA teacher, and a dense fp64 reference of the teacher."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jepa_scale.checkpoint.boxes import Boxes
+from jepa_scale.distributed import Ranks
+from jepa_scale.engines import create_engine
+from jepa_scale.engines.base import Engine, EngineOptions
+from jepa_scale.optim import parameter_groups
+from jepa_scale.teacher import Teacher, TeacherModel, TeacherOptions, momentum_at
+from tests.distributed.toy import DIM, OPTIM, VOCAB, Block, small_buckets
+
+BATCH, LENGTH, MICRO = 8, 5, 2
+FROZEN = "body.blocks.0.up"
+
+
+class Output(NamedTuple):
+    total: Tensor
+
+
+class Body(nn.Module):
+    """Embedding and blocks, with buffers of every kind: one that is written in place, one that is assigned and not
+    persistent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, DIM)
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("shift", torch.zeros(DIM), persistent=False)
+
+    def forward(self, ids: Tensor, until: int = 3) -> Tensor:
+        x = self.embed(ids) + self.shift.to(self.embed.weight.dtype)
+        for block in self.blocks[:until]:
+            x = block(x)
+        if self.training:
+            self.calls.add_(1)
+            self.shift = self.shift + 0.01
+        return x
+
+
+class Encoder(nn.Module):
+    """Subtracts a vector, which a training forward moves, and projects."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(DIM))
+        self.project = nn.Linear(DIM, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean.lerp_(torch.arange(DIM).to(self.mean), 0.01)
+        return self.project(x - self.mean.to(x.dtype))
+
+
+class Root(nn.Module):
+    """The head is tied to the embedding, one layer is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(DIM, VOCAB, bias=False)
+        self.body = Body()
+        self.encoder = Encoder()
+        self.head.weight = self.body.embed.weight
+        self.get_submodule(FROZEN).requires_grad_(False)
+
+    def forward(self, task: str, ids: Tensor, teacher: Teacher | None = None, learns: bool = True) -> Any:
+        if task == "lower":
+            return self.body(ids, 2)
+        if task == "hidden":
+            return self.body(ids)
+        if task == "encoder":
+            return self.encoder(self.body(ids, 3)[:, -1])
+        hidden = self.body(ids)
+        online = self.encoder(hidden[:, -1])
+        logits = self.head(hidden[:, :-1]).float()
+        loss = F.cross_entropy(logits.reshape(-1, VOCAB), ids[:, 1:].reshape(-1), reduction="sum")
+        if teacher is not None:
+            target = teacher.forward("encoder", teacher.forward("body", ids)[:, -1])
+            assert not target.requires_grad
+            if learns:
+                loss = loss + (online - target).float().square().sum()
+        loss = loss + 0.1 * online.float().square().sum()
+        return Output(loss / BATCH)
+
+
+def make_root() -> Root:
+    torch.manual_seed(5)
+    return Root()
+
+
+def copies(root: Root) -> TeacherModel:
+    """The lower two blocks with the embedding, and the encoder, with values that are not the student's."""
+    body = copy.deepcopy(root.body)
+    body.blocks = body.blocks[:2]
+    model = TeacherModel({"body": body, "encoder": copy.deepcopy(root.encoder)})
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            tensor.add_(dist.get_rank() + 1)
+    return model
+
+
+def whole_copy(root: Root) -> TeacherModel:
+    """Of everything; here the tied weight comes first under another of its names."""
+    return TeacherModel({name: child for name, child in copy.deepcopy(root).named_children()})
+
+
+def make_engine(ranks: Ranks, name: str, precision: str, root: Root, micro: int = MICRO) -> Engine:
+    """``micro``: micro-batches in a step."""
+    zero = name.startswith("zero")
+    with tempfile.TemporaryDirectory() as folder:
+        return create_engine(
+            "deepspeed" if zero else "fsdp",
+            root,
+            shard=list(root.body.blocks),
+            groups=parameter_groups(root, OPTIM, ("encoder",)),
+            optim_options=OPTIM,
+            engine_options=EngineOptions(precision, 3.0, micro, small_buckets(name, folder) if zero else None),
+            ranks=ranks,
+        )
+
+
+def batches(step: int, micro: int, ranks: Ranks) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(1000 + step % 7)
+    ids = torch.randint(VOCAB, (BATCH, LENGTH), generator=generator)
+    yield from ids.view(micro, ranks.world_size, -1, LENGTH)[:, ranks.rank]
+
+
+PROBE = torch.arange(2 * LENGTH).view(2, LENGTH)
+
+
+def train_step(engine: Engine, step: int, teacher: Teacher | None, learns: bool = True) -> list[float]:
+    """Losses of the micro-batches, and the gradient norm; the teacher follows."""
+    results = []
+    for ids in batches(step, engine.options.accumulation, engine.ranks):
+        loss = engine.forward("loss", ids, teacher, learns).total
+        engine.backward(loss)
+        results.append(loss.item())
+    results.append(engine.step().item())
+    if teacher is not None:
+        teacher.update(step)
+    return results
+
+
+def whole(boxes: dict[str, Boxes]) -> dict[str, Tensor]:
+    """Name → the tensor that the ranks have together; each element is there, and equal wherever it is. Collective."""
+    sizes = {name: of_name.shape.numel() for name, of_name in sorted(boxes.items())}
+    high, low = (torch.full((sum(sizes.values()),), value, dtype=torch.float64) for value in (-torch.inf, torch.inf))
+    for flat in (high, low):
+        for name, part in zip(sizes, flat.split(list(sizes.values())), strict=True):
+            for offset, box in boxes[name].parts:
+                place = tuple(slice(at, at + n) for at, n in zip(offset, box.shape, strict=True))
+                part.view(boxes[name].shape)[place] = box.detach().double()
+    dist.all_reduce(high, dist.ReduceOp.MAX)
+    dist.all_reduce(low, dist.ReduceOp.MIN)
+    assert torch.equal(high, low), "the ranks have different values, or nobody has one"
+    parts = zip(sizes, high.split(list(sizes.values())), strict=True)
+    return {name: part.view(boxes[name].shape) for name, part in parts}
+
+
+def model_state(engine: Engine) -> dict[str, Tensor]:
+    """The student's parameters and persistent buffers, whole, by the teacher's names. Collective."""
+    boxes = {name.removeprefix("model/"): b for name, b in engine.state().items() if name.startswith("model/")}
+    found = whole(boxes)
+    return found | {"body.embed.weight": found["head.weight"]}  # it has two
+
+
+class Reference:
+    """The teacher, dense and in fp64."""
+
+    def __init__(
+        self, model: TeacherModel, start: dict[str, Tensor], options: TeacherOptions, total_steps: int
+    ) -> None:
+        self.model = copy.deepcopy(model).double().eval()
+        self.options, self.total_steps = options, total_steps
+        self._follow(start, 1.0)
+
+    @torch.no_grad()
+    def _follow(self, state: dict[str, Tensor], weight: float) -> None:
+        for name, parameter in self.model.named_parameters():
+            parameter += weight * (state[name] - parameter)
+
+    def update(self, step: int, state: dict[str, Tensor]) -> None:
+        """``state``: the student's whole parameters."""
+        self._follow(state, 1.0 - momentum_at(step, self.options, self.total_steps))
+
+    @torch.no_grad()
+    def outputs(self, student: nn.Module, precision: str) -> list[Tensor]:
+        """Of both copies with the student's buffers; in bf16 with weights that are rounded to it."""
+        model = self.model
+        if precision == "bf16":
+            model = copy.deepcopy(model).bfloat16()
+        buffers = dict(student.named_buffers())
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+        body = model("body", PROBE)
+        return [body, model("encoder", body[:, 0])]
