@@ -337,6 +337,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> Tensor:
 # ----------------------------------------------------------------------------------------------- transformers
 
 
+@torch.compiler.disable  # the lengths of a batch's segments choose the kernels: compiled, each batch would be a new program
 def packed_attention(
     module: nn.Module,
     query: Tensor,

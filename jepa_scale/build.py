@@ -25,11 +25,13 @@ from jepa_scale.evaluation import OPTIONS, Results, device_call, evaluate
 from jepa_scale.models.backbone import ModelOptions, build_backbone
 from jepa_scale.objectives.base import JepaModel, Objective
 from jepa_scale.optim import parameter_groups
+from jepa_scale.teacher import Teacher, TeacherModel
 
 OBJECTIVES = {
     "lm": "jepa_scale.objectives.lm:LanguageModeling",
     "two_view": "jepa_scale.objectives.two_view:TwoView",
     "concept": "jepa_scale.objectives.concept:Concept",
+    "horizon": "jepa_scale.objectives.horizon:Horizon",
 }
 
 
@@ -52,21 +54,17 @@ class Run:
     config: Config
     engine: Engine
     objective: Objective
+    teacher: Teacher | None
     data: Any
     stream: Stream
     batches: Callable[[int, int], Loader]  # from one step to another → the steps' micro-batches of this rank
     evaluate: Callable[..., Results]  # (between) is called between the forwards, and may raise to end it
+    steps: int  # of the whole run: ``train.steps``, or fewer if the data end before
 
     @property
     def parts(self) -> list[Stateful]:
         """What a checkpoint keeps."""
-        return [self.engine]
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of the whole run: ``train.steps``, or fewer if the data end before."""
-        ends = [n for n in (self.config.train.steps, self.stream.steps) if n]
-        return min(ends)
+        return [self.engine, *([self.teacher] if self.teacher else [])]
 
 
 def objective_class(name: str) -> type[Objective]:
@@ -141,6 +139,7 @@ def build(plan: Plan, ranks: Ranks) -> Run:
     """Build all parts, identically on every rank; the engine shards them last."""
     config = plan.config
     set_threads(config, ranks)
+    torch.set_float32_matmul_precision("high" if config.engine.tf32 else "highest")
     engine_name = resolve(config.engine.name, ranks)
     check_engine(engine_name, config.engine.deepspeed)  # before the data is read and the model made
 
@@ -148,23 +147,38 @@ def build(plan: Plan, ranks: Ranks) -> Run:
     torch.manual_seed(config.run.seed)  # the backbone first: its weights do not depend on the objective
     backbone = build_backbone(plan.model, data.vocab_size)
     objective = plan.objective_class(plan.objective, backbone, data)
+    if backbone.barrier and (objective.tap or backbone.num_layers) > backbone.barrier:
+        raise InputError(
+            f"model.bridge_grad_barrier: nothing would train blocks 1 to {backbone.barrier}, as objective "
+            f"{config.objective['name']!r} has no tap there; remove it, or lower objective.tap_layer"
+        )
     module = JepaModel(backbone, objective)
     stream = create_stream(config, data, objective, ranks)
+    copies = objective.teacher_copies(backbone)
+    if config.engine.compile:
+        for block in backbone.layers:
+            block.compile(dynamic=True)
 
     engine = create_engine(
         engine_name,
         module.to(ranks.device),
         shard=list(backbone.layers),
-        groups=parameter_groups(module, config.optim, head_prefixes=("objective.",)),
+        groups=parameter_groups(module, config.optim, objective.head_prefixes(backbone)),
         optim_options=config.optim,
         engine_options=EngineOptions(
             precision=config.engine.precision,
             clip_norm=config.optim.clip_norm,
             accumulation=stream.accumulation,
             deepspeed=Path(config.engine.deepspeed),
+            clip_groups=objective.clip_groups(module),
         ),
         ranks=ranks,
     )
+    steps = min(n for n in (config.train.steps, stream.steps) if n)
+    teacher = None
+    if copies:
+        teacher = Teacher(engine, TeacherModel(copies), objective.teacher_options(), steps)
+        objective.teacher = teacher
 
     def batches(start_step: int, steps: int) -> Loader:
         return Loader(
@@ -188,4 +202,4 @@ def build(plan: Plan, ranks: Ranks) -> Run:
         finally:
             engine.train()
 
-    return Run(config, engine, objective, data, stream, batches, run_evaluation)
+    return Run(config, engine, objective, teacher, data, stream, batches, run_evaluation, steps)

@@ -41,6 +41,8 @@ class EngineConfig(Section):
     )
     deepspeed: str = Field("configs/ds/zero1.json", description="DeepSpeed JSON; its stage is the ZeRO stage.")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="Compute dtype; masters and moments stay fp32.")
+    compile: bool = Field(False, description="torch.compile each block; its first steps take a minute or more.")
+    tf32: bool = Field(True, description="fp32 matrix products in TF32 on GPUs that have it; 3 digits instead of 7.")
     threads: int = Field(0, ge=0, description="CPU threads a rank; 0 = cores / ranks on this host (CPU runs only).")
 
 
@@ -182,6 +184,10 @@ def _explain(cls: type[Section], error: ValidationError, prefix: str) -> str:
         return f"{name}: unknown key; {hint}"
     if first["type"] == "missing":
         return f"{name}: required key is missing"
+    if first["type"] == "value_error":  # of a validator of ours, which knows what to say
+        said = str(first["ctx"]["error"])
+        key = said.partition(":")[0]
+        return f"{prefix}.{said}" if not path and key in cls.model_fields else f"{name}: {said}"
     return f"{name}: {first['msg'][0].lower() + first['msg'][1:]}, got {first['input']!r}"
 
 

@@ -31,7 +31,7 @@ class Meter:
     def _reset(self) -> None:
         self._busy_since: float | None = None
         self._sums: dict[str, Tensor] = {}
-        self._gauges: dict[str, Tensor] = {}
+        self._gauges: dict[str, Tensor | float] = {}
         self._counts = dict.fromkeys(COUNTS, 0)
         self._step: dict[str, Tensor] = {}
         self._good: list[Tensor] = []

@@ -31,6 +31,7 @@ class Segment:
         positions: n position ids; ``None`` means 0 … n-1.
         stream: the stream that the segment travels in.
         key: segments of one micro-batch with the same stream, role and key are packed once and shared by their samples.
+        places: name → offsets of tokens within the segment, those that the objective reads out or puts something in.
     """
 
     tokens: Sequence[int]
@@ -39,17 +40,24 @@ class Segment:
     positions: Sequence[int] | None = None
     stream: str = "main"
     key: Hashable = None
+    places: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Views:
-    """What an objective makes of one example: its segments, and values that are stacked over the samples of a batch.
+    """What an objective makes of one example.
 
-    ``counts`` are added up over the global batch; they are the denominators of the objective's means.
+    Attributes:
+        segments: its segments.
+        values: name → an array of the same shape for every sample; they are stacked.
+        rows: name → an array with a row for each of whatever a sample may have a varying number of, a horizon for each of
+            its pairs perhaps; they are laid end to end.
+        counts: added up over the global batch; they are the denominators of the objective's means.
     """
 
     segments: list[Segment]
     values: dict[str, Any] = field(default_factory=dict)
+    rows: dict[str, Any] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
 
 
@@ -124,6 +132,8 @@ class PackedBatch:
             samples asked for (a shared segment appears more than once).
         samples: role → (n,) int64, the sample (row of ``values``) that each of those entries belongs to.
         values: name → (N, …) stacked over the N samples.
+        places: name → (n,) int64, tokens of the stream that the segments named so, sample by sample.
+        rows: name → (n, …) laid end to end, sample by sample.
         counts: name → the sum over this micro-batch, plain integers.
         totals: name → 0-d float tensor, the sum over the *global* batch (all ranks, all micro-batches). Set by the loop.
         max_samples: samples in the largest micro-batch of the step, of any rank: what ranks pad to when they gather rows.
@@ -134,6 +144,8 @@ class PackedBatch:
     segments: dict[str, Tensor]
     samples: dict[str, Tensor]
     values: dict[str, Tensor]
+    places: dict[str, Tensor]
+    rows: dict[str, Tensor]
     counts: dict[str, int]
     totals: dict[str, Tensor] = field(default_factory=dict)
     max_samples: int = 1
@@ -152,6 +164,8 @@ class PackedBatch:
             segments=move(self.segments),
             samples=move(self.samples),
             values=move(self.values),
+            places=move(self.places),
+            rows=move(self.rows),
             totals=move(self.totals),
         )
 
@@ -212,6 +226,7 @@ def pack(
     refs: dict[str, list[int]] = {}
     owners: dict[str, list[int]] = {}
     stream_of: dict[str, str] = {}
+    marked: dict[str, list[tuple[str, int, Sequence[int]]]] = {}  # name → stream, number of the segment, offsets
     counts: dict[str, int] = {"samples": len(views)}
     for sample, view in enumerate(views):
         for name, n in view.counts.items():
@@ -228,6 +243,8 @@ def pack(
             refs.setdefault(segment.role, []).append(number)
             owners.setdefault(segment.role, []).append(sample)
             stream_of[segment.role] = segment.stream
+            for name, offsets in segment.places.items():
+                marked.setdefault(name, []).append((segment.stream, number, offsets))
 
     packed: dict[str, PackedStream] = {}
     place: dict[str, np.ndarray] = {}  # number in the order asked for → number in the stream
@@ -240,8 +257,16 @@ def pack(
     counts["tokens"] = sum(len(s.tokens) for pool in unique.values() for s in pool)
     counts["labels"] = sum(len(p.labelled) for p in packed.values())
     values = {name: _stack([v.values[name] for v in views]) for name in (views[0].values if views else {})}
+    rows = {name: _rows([v.rows[name] for v in views]) for name in (views[0].rows if views else {})}
+    starts = {name: stream.table.cu_seqlens.numpy() for name, stream in packed.items()}
+    places = {
+        name: _rows([starts[stream][place[stream][n]] + np.asarray(offsets, np.int64) for stream, n, offsets in marks])
+        for name, marks in marked.items()
+    }
     if not views and like is not None:
         values = {name: _stack([value])[:0] for name, value in like.values.items()}
+        rows = {name: _rows([value])[:0] for name, value in like.rows.items()}
+        places = {name: torch.zeros(0, dtype=torch.int64) for segment in like.segments for name in segment.places}
         counts |= dict.fromkeys(like.counts, 0)
         for segment in like.segments:
             refs[segment.role], owners[segment.role], stream_of[segment.role] = [], [], segment.stream
@@ -253,6 +278,8 @@ def pack(
         },
         samples={role: torch.as_tensor(rows, dtype=torch.int64) for role, rows in owners.items()},
         values=values,
+        places=places,
+        rows=rows,
         counts=counts,
         max_samples=max(1, len(views)) if max_samples is None else max_samples,
         step=step,
@@ -262,6 +289,10 @@ def pack(
 
 def _stack(values: Sequence[Any]) -> Tensor:
     return torch.from_numpy(np.stack([np.asarray(v) for v in values]))
+
+
+def _rows(values: Sequence[Any]) -> Tensor:
+    return torch.from_numpy(np.concatenate([np.asarray(v) for v in values]))
 
 
 def add_counts(batches: Iterable[PackedBatch]) -> Mapping[str, int]:

@@ -18,6 +18,7 @@ from jepa_scale.telemetry.records import FIT, Row, values_of
 # white.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _LOG_SPAN = 30.0  # largest / smallest value from which a falling metric gets a logarithmic axis
+_OF_HORIZON = re.compile(r"(.+)_h(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +35,17 @@ class Curve:
 
 
 def curves(rows: list[Row]) -> dict[str, list[Curve]]:
-    """Metric → one curve a split, in the order of a report; training's own split comes first."""
+    """Metric → one curve a split, in the order of a report; training's own split comes first.
+
+    What is measured by horizon (``retrieval_top1_h8``) is one metric, ``retrieval_top1_by_horizon``, with a curve each.
+    """
     points: dict[str, dict[str, dict[int, float]]] = {}
     for row in rows:
         for metric, value in values_of(row).items():
-            by_step = points.setdefault(metric, {}).setdefault(row["split"], {})
+            label = row["split"]
+            if found := _OF_HORIZON.fullmatch(metric):
+                metric, label = f"{found[1]}_by_horizon", f"{label}, {found[2]} tokens"
+            by_step = points.setdefault(metric, {}).setdefault(label, {})
             by_step[row["step"]] = math.nan if value is None else float(value)
     order = in_report_order(set(points))
     result = {}

@@ -49,7 +49,7 @@ def fit(
     Returns:
         The steps done, and whether the ranks have agreed to stop.
     """
-    config, engine, objective = run.config, run.engine, run.objective
+    config, engine, objective, teacher = run.config, run.engine, run.objective, run.teacher
     steps, every = run.steps, config.checkpoint
     meter, guard = Meter(ranks.device), LossGuard(config.train)
     engine.train()
@@ -80,6 +80,8 @@ def fit(
             meter.add(loss, batch)
         watchdog.enter(done, "update")
         grad_norm = engine.step()
+        if teacher:
+            teacher.update(step)
         meter.step_done(done, grad_norm)
 
         log.tick(done)
@@ -90,7 +92,8 @@ def fit(
             seen = meter.steps
             values, tokens = meter.read()
             values |= guard.check(values, seen, meter.bad_steps, tells=ranks.is_main)
-            log.fit(done, {**values, "grad_norm": float(grad_norm), "lr": engine.lr()}, tokens)
+            norms = {f"grad_norm_{group}": float(norm) for group, norm in engine.group_norms.items()}
+            log.fit(done, {**values, "grad_norm": float(grad_norm), **norms, "lr": engine.lr()}, tokens)
         results: Results | None = {}
         if evaluates:
             results = evaluate(run, log, done, watchdog, stop)

@@ -1,11 +1,15 @@
 """Laws of the packer, over arbitrary segments."""
 
+import io
+import pickle
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jepa_scale.data.loader import _Pickler
 from jepa_scale.packing import IGNORE, PackedBatch, Segment, SegmentTable, Views, add_counts, pack, pack_stream
 
 ROLES = ("forward", "reverse")
@@ -113,7 +117,9 @@ def test_an_empty_stream_gets_one_unlabelled_token():
 
 
 def test_values_are_stacked_and_counts_added():
-    views = [Views([Segment([1], "a")], {"relation": i, "grid": np.full((2, 2), i)}, {"pairs": i}) for i in (1, 2)]
+    views = [
+        Views([Segment([1], "a")], {"relation": i, "grid": np.full((2, 2), i)}, counts={"pairs": i}) for i in (1, 2)
+    ]
     batch = pack(views, step=7, seed=3)
     assert batch.values["relation"].tolist() == [1, 2]
     assert batch.values["grid"].shape == (2, 2, 2) and batch.values["grid"][1].unique().tolist() == [2]
@@ -146,3 +152,90 @@ def test_labels_must_be_as_many_as_tokens(labels):
 def test_boundaries_are_int32():
     table = SegmentTable.from_lengths([3, 1, 2])
     assert table.cu_seqlens.dtype == torch.int32 and table.cu_seqlens.tolist() == [0, 3, 4, 6]
+
+
+@st.composite
+def marked_samples(draw):
+    """Samples whose segments mark tokens. Every token of a stream is another one, so that it says where it is from; a key
+    decides a segment's tokens, not its marks."""
+    samples = []
+    for sample in range(draw(st.integers(1, 4))):
+        marked = []
+        for number in range(draw(st.integers(0, 4))):
+            key = draw(st.none() | st.integers(0, 2))
+            n = draw(st.integers(1, 6)) if key is None else 2 * key + 1
+            base = 1000 * (key + 1) if key is not None else 10_000 * (sample + 1) + 100 * number
+            role = draw(st.sampled_from(ROLES))
+            names = ("anchor", "target") if role == "forward" else ("name",)
+            offsets = st.lists(st.integers(0, n - 1), max_size=5)
+            places = {name: draw(offsets) for name in names if draw(st.booleans())}
+            stream = "main" if role == "forward" else "names"
+            marked.append(Segment(range(base, base + n), role, stream=stream, key=key, places=places))
+        samples.append(marked)
+    return samples
+
+
+@settings(max_examples=100, deadline=None)
+@given(marked_samples())
+def test_places_are_the_tokens_that_segments_marked_in_the_order_of_the_samples(samples):
+    batch = pack([Views(sample) for sample in samples], streams=("main", "names"))
+    for name, stream in (("anchor", "main"), ("target", "main"), ("name", "names")):
+        marks = [(s.tokens, s.places[name]) for sample in samples for s in sample if name in s.places]
+        if not marks:
+            assert name not in batch.places
+            continue
+        assert batch.places[name].dtype == torch.int64
+        found = batch.streams[stream].input_ids[batch.places[name]].tolist()
+        assert found == [tokens[offset] for tokens, offsets in marks for offset in offsets]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.floats(-9, 9, width=32), max_size=4), min_size=1, max_size=5))
+def test_rows_are_laid_end_to_end_and_keep_their_type(rows):
+    def views(row):
+        return Views(
+            [Segment([1], "a")],
+            rows={
+                "weight": np.array(row, np.float32),
+                "pair": np.array([[i, len(row)] for i in range(len(row))], np.int64).reshape(-1, 2),
+            },
+        )
+
+    batch = pack([views(row) for row in rows])
+    assert batch.rows["weight"].dtype == torch.float32 and batch.rows["pair"].dtype == torch.int64
+    assert batch.rows["weight"].tolist() == [x for row in rows for x in row]
+    assert batch.rows["pair"].tolist() == [[i, len(row)] for row in rows for i in range(len(row))]
+
+
+def test_an_empty_micro_batch_has_the_places_and_rows_of_its_like():
+    views = Views(
+        [Segment([1, 2, 3], "a", labels=[2, 3, 4], places={"anchor": [0, 1]}), Segment([4], "n", stream="names")],
+        values={"x": np.ones((2, 2), np.float32)},
+        rows={"horizon": np.array([1, 2]), "pair": np.zeros((2, 3), np.float32)},
+        counts={"pairs": 2},
+    )
+    full, empty = (pack(v, streams=("main", "names"), like=views) for v in ([views], []))
+    assert empty.places.keys() == full.places.keys() and empty.rows.keys() == full.rows.keys()
+    for mine, other in ((empty.places, full.places), (empty.rows, full.rows), (empty.values, full.values)):
+        for name, tensor in mine.items():
+            assert tensor.dtype == other[name].dtype and tensor.shape == (0, *other[name].shape[1:]), name
+    assert empty.counts == {"samples": 0, "pairs": 0, "tokens": 0, "labels": 0}
+    assert empty.segments.keys() == full.segments.keys() and not any(len(n) for n in empty.segments.values())
+
+
+def test_moving_a_batch_moves_places_and_rows_too():
+    segments = [Segment([1, 2, 3], "a", places={"anchor": [2]}), Segment([5], "a", places={"anchor": [0]})]
+    batch = pack([Views(segments, rows={"horizon": np.array([7, 8])})])
+    moved = batch.to("meta")
+    assert moved.places["anchor"].is_meta and moved.rows["horizon"].is_meta
+    kept = batch.to("cpu")
+    assert kept.places["anchor"].tolist() == [3, 0] and kept.rows["horizon"].tolist() == [7, 8]
+
+
+def test_places_and_rows_survive_the_way_from_a_loader_process():
+    views = Views([Segment([1, 2], "a", places={"anchor": [1]})], rows={"horizon": np.array([7], np.int32)})
+    sent = io.BytesIO()
+    _Pickler(sent, protocol=5).dump(pack([views, views]))
+    batch = pickle.loads(sent.getvalue())
+    assert batch.places["anchor"].tolist() == [1, 3] and batch.places["anchor"].dtype == torch.int64
+    assert batch.rows["horizon"].tolist() == [7, 7] and batch.rows["horizon"].dtype == torch.int32

@@ -124,6 +124,16 @@ def test_curves_are_sorted_and_a_repeated_step_counts_once():
     assert np.isnan(fit.values).all() and fit.finite == []
 
 
+def test_what_is_measured_by_horizon_is_one_plot():
+    rows = [{"step": s, "split": "valid", "margin_h2": 0.5 + s, "margin_h16": 0.25, "margin": 0.1} for s in (1, 2)]
+    found = curves(rows)
+    assert found.keys() == {"margin", "margin_by_horizon"}
+    assert {c.label: c.values for c in found["margin_by_horizon"]} == {
+        "valid, 2 tokens": [1.5, 2.5],
+        "valid, 16 tokens": [0.25, 0.25],
+    }
+
+
 def test_log_axis_only_where_it_makes_sense():
     assert wants_log_axis("lm_loss", [10.0, 0.1]) and wants_log_axis("grad_norm", [100.0, 0.5])
     assert not wants_log_axis("lm_loss", [3.0, 1.0])

@@ -24,6 +24,7 @@ from jepa_scale.errors import InputError
 from jepa_scale.files import sync_folder
 from jepa_scale.models.decoder import JepaDecoderConfig
 from jepa_scale.objectives.base import JepaModel
+from jepa_scale.teacher import TEACHER, TeacherModel
 from jepa_scale.telemetry import package_versions
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -32,6 +33,8 @@ _OTHER = {  # keys that change no output of the model in evaluation, or that the
     "architectures",
     "auto_map",
     "bos_token_id",
+    "bridge_gate_init",
+    "bridge_grad_barrier",
     "dtype",
     "embedding_init_std",
     "eos_token_id",
@@ -103,8 +106,8 @@ def _compare(decoder: PreTrainedModel, folder: Path) -> None:
         ours = llama_config(ours)
         if ours is None:
             raise InputError(
-                f"{folder}: is a Llama, which has neither logit_scale nor a bias in its head; set "
-                "model.tie_word_embeddings and model.output_bias to false"
+                f"{folder}: is a Llama, which has neither logit_scale nor a bias in its head nor a bridge; set "
+                "model.tie_word_embeddings and model.output_bias to false, model.bridge_after to null"
             )
     assert ours is not None
     if found.model_type != ours.model_type:
@@ -153,18 +156,20 @@ def load_heads(module: JepaModel, folder: Path) -> int:
     return len(wanted)
 
 
-def state_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint's ``model/…``: each parameter under its first name, and the persistent buffers."""
-    tensors = {f"{MODEL}{name}": parameter.detach() for name, parameter in module.named_parameters()}
+def state_tensors(module: nn.Module, part: str = MODEL) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint's ``model/…``, or another part's: each parameter under its first name, and the persistent
+    buffers."""
+    tensors = {f"{part}{name}": parameter.detach() for name, parameter in module.named_parameters()}
     for prefix, child in module.named_modules():
         for name, buffer in child.named_buffers(recurse=False):
             if name not in child._non_persistent_buffers_set:
-                tensors[f"{MODEL}{prefix}.{name}" if prefix else f"{MODEL}{name}"] = buffer
+                tensors[f"{part}{prefix}.{name}" if prefix else f"{part}{name}"] = buffer
     return tensors
 
 
-def write_checkpoint(directory: Path, module: nn.Module, state: Mapping[str, Any], config: Mapping[str, Any]) -> Path:
-    """Write ``step_00000000`` with the module's tensors and moments of zero. It appears whole or not at all.
+def write_checkpoint(directory: Path, module: JepaModel, state: Mapping[str, Any], config: Mapping[str, Any]) -> Path:
+    """Write ``step_00000000`` with the module's tensors and moments of zero, and the objective's EMA teacher, which starts
+    as the module. It appears whole or not at all.
 
     Args:
         directory: the run's ``checkpoints``. state: of the run at its start. config: of the run, resolved.
@@ -173,7 +178,10 @@ def write_checkpoint(directory: Path, module: nn.Module, state: Mapping[str, Any
     partial = final.with_name(f"{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    boxes = {name: Boxes.whole(tensor) for name, tensor in state_tensors(module).items()}
+    tensors = state_tensors(module)
+    if copies := module.objective.teacher_copies(module.backbone):
+        tensors |= state_tensors(TeacherModel(copies), TEACHER)
+    boxes = {name: Boxes.whole(tensor) for name, tensor in tensors.items()}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             nothing = torch.zeros((), dtype=torch.float32).expand(parameter.shape)  # takes no memory

@@ -167,9 +167,9 @@ def _check(model: PreTrainedModel, there: Mapping[str, tuple[int, ...]]) -> None
 
 
 def llama_config(config: JepaDecoderConfig) -> LlamaConfig | None:
-    """The native decoder as a Llama, or None where a Llama cannot be it: with ``logit_scale``, which tied weights have, or
-    a bias in the head. Dropout matters to training alone."""
-    if config.tie_word_embeddings or config.output_bias:
+    """The native decoder as a Llama, or None where a Llama cannot be it: with ``logit_scale``, which tied weights have, a
+    bias in the head, or a bridge. Dropout matters to training alone."""
+    if config.tie_word_embeddings or config.output_bias or config.bridge_after is not None:
         return None
     names = (
         "vocab_size",

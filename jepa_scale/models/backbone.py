@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -54,6 +55,19 @@ class ModelOptions(Section):
         None, gt=0, description="native: std of the initial embeddings; null = initializer_range."
     )
     hidden_dropout: float = Field(0.0, ge=0, lt=1, description="native: dropout after each attention and MLP branch.")
+    bridge_after: int | None = Field(
+        None,
+        description="native: a gated bridge joins the stream after this block (negative = from the end); null = none.",
+    )
+    bridge_intermediate_size: int | None = Field(
+        None, ge=1, description="native: inner width of the bridge; null = hidden_size."
+    )
+    bridge_dropout: float = Field(0.0, ge=0, lt=1, description="native: dropout inside the bridge.")
+    bridge_gate_init: float = Field(-2.0, description="native: the bridge's gate before the sigmoid, at the start.")
+    bridge_grad_barrier: bool = Field(
+        False,
+        description="native: no gradient passes the bridge; the blocks below learn from the objective's tap alone.",
+    )
     config: dict[str, Any] | None = Field(
         None, description="huggingface: model_type and that family's config keys; weights start random."
     )
@@ -102,6 +116,44 @@ class Backbone(nn.Module):
         assert isinstance(blocks, nn.ModuleList)
         return blocks
 
+    @property
+    def head_name(self) -> str:
+        """Dotted name of the LM head within this module."""
+        head = self.decoder.get_output_embeddings()
+        return next(name for name, module in self.named_modules() if module is head)
+
+    @property
+    def head_size(self) -> int:
+        """Width of the states that the LM head reads; not :attr:`hidden_size` in every family."""
+        return int(self.decoder.get_output_embeddings().weight.shape[1])
+
+    def parameters_above(self, tap: int) -> Iterator[nn.Parameter]:
+        """Everything after block ``tap``: a bridge that follows it or a later one, the blocks above, the final norm, and the
+        head if it is not tied."""
+        parts: list[nn.Module | None] = [*self.layers[tap:], self.decoder.get_submodule(self._norm_at)]
+        parts += [self._bridge_above(tap), self.decoder.get_output_embeddings()]
+        embedding = self.decoder.get_input_embeddings().weight
+        for part in parts:
+            if part is not None:
+                yield from (parameter for parameter in part.parameters() if parameter is not embedding)
+
+    def _bridge_above(self, tap: int) -> nn.Module | None:
+        """The native decoder's bridge, if the states after block ``tap`` are made without it."""
+        bridge = getattr(self.decoder.base_model, "bridge", None)
+        return bridge if bridge is not None and self.decoder.config.bridge_after >= tap else None
+
+    @property
+    def barrier(self) -> int:
+        """Number of the last block that no gradient reaches from above; 0 if there is no such barrier."""
+        config = self.decoder.config
+        return config.bridge_after or 0 if getattr(config, "bridge_grad_barrier", False) else 0
+
+    @property
+    def gate(self) -> Tensor | None:
+        """0-d, how far the native decoder's bridge was open in the last forward, in (0, 1); None if it has none."""
+        bridge = getattr(self.decoder.base_model, "bridge", None)
+        return None if bridge is None else bridge.opening
+
     def embed(self, ids: Tensor) -> Tensor:
         """(T,) int64 ids → (T, d) embeddings, as :meth:`hidden` takes them."""
         return self.decoder.get_input_embeddings()(ids)
@@ -122,6 +174,43 @@ class Backbone(nn.Module):
         """
         x = self.embed(stream.input_ids) if inputs_embeds is None else inputs_embeds
         return self._run(x, stream, until)
+
+    def hidden_and_tap(self, stream: PackedStream, tap: int) -> tuple[Tensor, Tensor]:
+        """:meth:`hidden` (T, d), and on the way the states after block ``tap`` (T, d), before a bridge that may follow."""
+        tapped: list[Tensor] = []
+
+        def look(block: nn.Module, args: Any, output: Any) -> None:
+            tapped.append(output[0] if isinstance(output, tuple) else output)
+
+        handle = self.layers[tap - 1].register_forward_hook(look)
+        try:
+            hidden = self.hidden(stream)
+        finally:
+            handle.remove()
+        return hidden, tapped[0][0]
+
+    def forward(self, stream: PackedStream) -> Tensor:
+        """As :meth:`hidden`; for whoever has no more than a module to call."""
+        return self.hidden(stream)
+
+    def lower(self, until: int) -> Backbone:
+        """A copy of its own of the first ``until`` blocks with the embedding; its :meth:`hidden` are the states after them.
+
+        It has no final norm and no LM head, and a bridge only where one comes before its last block; whatever is left has
+        the name that it has here.
+        """
+        head = self.decoder.get_output_embeddings()
+        bridge = self._bridge_above(until)
+        with self._cut(until):
+            self.decoder.set_output_embeddings(nn.Identity())
+            if bridge is not None:
+                self.decoder.base_model.bridge = None  # type: ignore[assignment]
+            try:
+                return copy.deepcopy(self)
+            finally:
+                self.decoder.set_output_embeddings(head)
+                if bridge is not None:
+                    self.decoder.base_model.bridge = bridge
 
     def last_hidden(self, stream: PackedStream, until: int | None = None) -> Tensor:
         """As :meth:`hidden`, (S, d): only at the last token of each segment. The native decoder then spares its last
@@ -145,9 +234,14 @@ class Backbone(nn.Module):
             )
         return out.last_hidden_state[0]
 
-    def logits(self, rows: Tensor) -> Tensor:
-        """(n, d) states after the final norm → (n, V). n may be 0; the head's parameters take part nonetheless."""
-        logits = self.decoder.get_output_embeddings()(rows)
+    def logits(self, rows: Tensor, frozen: bool = False) -> Tensor:
+        """(n, d) states after the final norm → (n, V). n may be 0; the head's parameters take part nonetheless.
+
+        With ``frozen`` the gradient reaches ``rows`` and not the head's own parameters.
+        """
+        head = self.decoder.get_output_embeddings()
+        with _frozen(head) if frozen else nullcontext():
+            logits = head(rows)
         config = self.decoder.config
         if (factor := getattr(config, "logit_scale", None)) is not None:  # Cohere
             logits = logits * factor
@@ -190,6 +284,30 @@ class Backbone(nn.Module):
         for path, module in ((self._blocks_at, blocks), (self._norm_at, norm)):
             owner, _, name = path.rpartition(".")
             setattr(self.decoder.get_submodule(owner), name, module)
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """Calls of ``module`` see its parameters detached. It happens within the call, by the last hook before the forward and
+    the first after it, when ZeRO-3 and FSDP2 have gathered them; what autograd saves is the gathered memory."""
+    kept: dict[str, Any] = {}
+
+    def detach(module: nn.Module, args: Any) -> None:
+        kept.update(module._parameters)
+        for name, parameter in kept.items():
+            module._parameters[name] = None if parameter is None else parameter.detach()  # type: ignore[assignment]
+
+    def restore(module: nn.Module, args: Any, output: Any) -> None:
+        module._parameters.update(kept)
+        kept.clear()
+
+    handles = [module.register_forward_pre_hook(detach), module.register_forward_hook(restore, prepend=True)]
+    try:
+        yield
+    finally:
+        module._parameters.update(kept)  # of a call that raised; after others, an engine may have sharded them again
+        for handle in handles:
+            handle.remove()
 
 
 def _locate(decoder: PreTrainedModel) -> tuple[str, str]:

@@ -23,8 +23,11 @@ class Bridge(nn.Module):
         self.drop = nn.Dropout(dropout)
         self.down = nn.Linear(inner, hidden)
         self.gate = nn.Parameter(torch.full((1,), float(gate_init)))  # 1-d: FSDP2 shards no scalars
+        self.opening: Tensor | None = None  # 0-d, σ(g) of the last forward; outside of it the gate may be a shard
 
     def forward(self, latent: Tensor) -> Tensor:
         """(n, latent) → (n, hidden)."""
         x = self.norm(latent.to(self.up.weight.dtype))
-        return torch.sigmoid(self.gate) * self.down(self.drop(self.act(self.up(x))))
+        gate = torch.sigmoid(self.gate)
+        self.opening = gate.detach()[0]
+        return gate * self.down(self.drop(self.act(self.up(x))))

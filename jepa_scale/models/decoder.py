@@ -1,4 +1,5 @@
-"""The native decoder: pre-norm RMSNorm, SwiGLU, RoPE, optionally tied weights (row R1 of the specification).
+"""The native decoder: pre-norm RMSNorm, SwiGLU, RoPE, optionally tied weights and a gated bridge after one of its blocks
+(rows R1 and R3 of the specification).
 
 A transformers model in every respect (Auto classes, ``generate`` with a cache, ``save_pretrained``), with Llama's
 parameter names, so that whatever works on Llama by name works on it. It calls attention through transformers' registry:
@@ -24,6 +25,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from jepa_scale.models.bridge import Bridge
 from jepa_scale.models.rotary import rotary_table, rotate
 from jepa_scale.packing import SegmentTable
 
@@ -38,6 +40,10 @@ class JepaDecoderConfig(PreTrainedConfig):
         output_bias: whether the LM head has a bias.
         embedding_init_std: standard deviation of the initial embeddings; ``None`` = initializer_range.
         hidden_dropout: dropout on the output of each attention and MLP branch.
+        bridge_after: the block (from 1; negative: from the end) whose output x goes on as x + σ(g)·B(x), see
+            :class:`jepa_scale.models.bridge.Bridge`; ``None`` = no bridge.
+        bridge_intermediate_size: inner width of B; ``None`` = hidden_size. bridge_dropout: in it. bridge_gate_init: g.
+        bridge_grad_barrier: no gradient from the upper blocks reaches the lower ones.
     """
 
     model_type = "jepa_decoder"
@@ -57,6 +63,11 @@ class JepaDecoderConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     embedding_init_std: float = None  # type: ignore[assignment]
     hidden_dropout: float = 0.0
+    bridge_after: int | None = None
+    bridge_intermediate_size: int = None  # type: ignore[assignment]
+    bridge_dropout: float = 0.0
+    bridge_gate_init: float = -2.0
+    bridge_grad_barrier: bool = False
     use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -69,6 +80,8 @@ class JepaDecoderConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.embedding_init_std is None:
             self.embedding_init_std = self.initializer_range
+        if self.bridge_intermediate_size is None:
+            self.bridge_intermediate_size = self.hidden_size
         super().__post_init__(**kwargs)
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(
@@ -82,6 +95,14 @@ class JepaDecoderConfig(PreTrainedConfig):
             )
         if self.rope_parameters["rope_type"] != "default":
             raise ValueError(f"rope_type: {self.rope_parameters['rope_type']!r} is not offered; use 'default'")
+        if self.bridge_after is not None:
+            block = self.bridge_after if self.bridge_after > 0 else self.num_hidden_layers + 1 + self.bridge_after
+            if not 1 <= block < self.num_hidden_layers:
+                raise ValueError(
+                    f"bridge_after: {self.bridge_after} leaves no block before or after the bridge; the decoder has "
+                    f"{self.num_hidden_layers}"
+                )
+            self.bridge_after = block
 
     @property
     def head_dim(self) -> int:
@@ -224,6 +245,8 @@ class JepaDecoderPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=self.config.embedding_init_std)
         elif isinstance(module, nn.RMSNorm):
             init.ones_(module.weight)
+        elif isinstance(module, Bridge):
+            init.constant_(module.gate, self.config.bridge_gate_init)
         if isinstance(module, JepaLMHead) and module.logit_scale is not None:
             init.constant_(module.logit_scale, self.config.hidden_size**-0.5)
 
@@ -236,6 +259,10 @@ class JepaDecoderModel(JepaDecoderPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(JepaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.bridge = None
+        if config.bridge_after is not None:
+            d, inner = config.hidden_size, config.bridge_intermediate_size
+            self.bridge = Bridge(d, d, inner, config.bridge_dropout, config.bridge_gate_init)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -285,6 +312,11 @@ class JepaDecoderModel(JepaDecoderPreTrainedModel):
                 use_cache=use_cache,
                 **kwargs,
             )
+            if self.bridge is not None and number == self.config.bridge_after < len(
+                self.layers
+            ):  # cut there: no bridge
+                x = x.detach() if self.config.bridge_grad_barrier else x
+                x = x + self.bridge(x)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
 
 

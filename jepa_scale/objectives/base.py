@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from jepa_scale.errors import InputError
 from jepa_scale.evaluate.answers import Answerer, LanguageModelAnswerer
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.packing import PackedBatch
+from jepa_scale.teacher import Teacher, TeacherOptions
 
 
 class Loss(NamedTuple):  # a tuple, because the engines look for tensors in what the root module returns
@@ -25,12 +26,27 @@ class Loss(NamedTuple):  # a tuple, because the engines look for tensors in what
         total: 0-d float tensor with gradient. Summed over all ranks and micro-batches it *is* the loss, i.e. the
             objective has already divided by the global counts in ``batch.totals``.
         means: name → 0-d tensor, contributions of the same kind to logged values.
-        gauges: name → 0-d tensor, values that are the same on every rank (a temperature, a gate); the last one is logged.
+        gauges: name → 0-d tensor or number, values that are the same on every rank (a temperature, a gate); the last one is logged.
     """
 
     total: Tensor
     means: dict[str, Tensor] = {}
-    gauges: dict[str, Tensor] = {}
+    gauges: Mapping[str, Tensor | float] = {}
+
+
+class Diagnostics(Protocol):
+    """Metrics of an objective's own on an evaluation split, always of the same samples and views."""
+
+    @property
+    def samples(self) -> int:
+        """How many of the split to look at, evenly spread; 0 = all."""
+
+    @property
+    def views(self) -> ViewMaker:
+        """Makes an example's views."""
+
+    def measure(self, batches: Iterable[PackedBatch]) -> dict[str, float]:
+        """Metrics of one split from its micro-batches on this rank. Collective; the same on every rank."""
 
 
 class Objective(nn.Module):
@@ -46,6 +62,26 @@ class Objective(nn.Module):
     streams: tuple[str, ...] = ("main",)
     collects: bool = False
     """Whether the loss compares samples across micro-batches; then :meth:`collect` runs first on all of them."""
+    tap: int | None = None
+    """Number of the block after which the objective reads the decoder; None = it trains the end of it alone."""
+    teacher: Teacher
+    """The EMA teacher, set before the first forward if :meth:`teacher_copies` gives something to teach with."""
+
+    def teacher_copies(self, backbone: Backbone) -> dict[str, nn.Module]:
+        """Copies of what has an EMA teacher, by their names in :class:`JepaModel`; called while the weights are whole."""
+        return {}
+
+    def teacher_options(self) -> TeacherOptions:
+        """How the teacher follows; asked for only if there is one."""
+        raise NotImplementedError
+
+    def head_prefixes(self, backbone: Backbone) -> tuple[str, ...]:
+        """Names in :class:`JepaModel` of what learns at ``optim.lr_head``."""
+        return ("objective.",)
+
+    def clip_groups(self, model: JepaModel) -> dict[str, list[str]]:
+        """Name of a group → its parameters' names in the model, when gradients are clipped by group; {} = all together."""
+        return {}
 
     def view_maker(self) -> ViewMaker:
         """Example → views; returned as an object of its own because loader workers get a copy of it."""
@@ -75,6 +111,10 @@ class Objective(nn.Module):
         """How this objective's model answers questions at evaluation. ``call(task, *args)`` runs the task of that name
         through the engine without gradient, on all ranks together."""
         return LanguageModelAnswerer(call)
+
+    def diagnostics(self, call: Callable[..., Any]) -> Diagnostics | None:
+        """What else an evaluation on text looks at, beside the perplexity."""
+        return None
 
     def next_token_logits(self, backbone: Backbone, batch: PackedBatch) -> Tensor:
         """(S, V) fp32, the logits after each segment of the stream ``"main"``."""
@@ -107,8 +147,12 @@ class JepaModel(nn.Module):
 
 def lm_loss(backbone: Backbone, hidden: Tensor, batch: PackedBatch, stream: str = "main") -> Tensor:
     """Next-token loss of a stream as a contribution to the mean over the global batch's labels. hidden (T, d) → 0-d."""
+    return label_loss(backbone.logits(hidden[batch.streams[stream].labelled]).float(), batch, stream)
+
+
+def label_loss(logits: Tensor, batch: PackedBatch, stream: str = "main") -> Tensor:
+    """As :func:`lm_loss`, of the logits (L, V) fp32 at the stream's labelled places."""
     packed = batch.streams[stream]
-    logits = backbone.logits(hidden[packed.labelled]).float()  # (L, V)
     total = F.cross_entropy(logits, packed.labels[packed.labelled], reduction="sum")
     return share(total, batch.totals["labels"])
 

@@ -50,6 +50,7 @@ GPT2 = {
 MODELS: dict[str, dict[str, Any]] = {
     "native": NATIVE,
     "native_tied": {**NATIVE, "tie_word_embeddings": True, "output_bias": True},
+    "native_bridge": {**NATIVE, "bridge_after": 1, "bridge_intermediate_size": 24, "bridge_grad_barrier": True},
     "gpt2": GPT2,
     "llama": huggingface("llama", rms_norm_eps=1e-5),
     "qwen3": huggingface("qwen3", head_dim=16, tie_word_embeddings=True),

@@ -54,6 +54,21 @@ def test_there_and_back_is_bitwise(tmp_path, name):
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
 
 
+def test_a_teacher_begins_as_the_model(tmp_path):
+    horizon = {"name": "horizon", "tap_layer": 1, "teacher": "backbone", "horizons": [1, 2], "horizon_probs": [1, 1]}
+    module = make_run(tmp_path, "run", NATIVE, objective=horizon)
+    export(tmp_path / "run", tmp_path / "hf", ExportOptions(progress=False, heads=True))
+    found = bring(tmp_path / "hf", tmp_path / "run.yaml", tmp_path / "back")
+    teacher = {name.removeprefix("teacher/"): t for name, t in found.items() if name.startswith("teacher/")}
+    ours = dict(module.named_parameters())
+    assert {name.split(".")[0] for name in teacher} == {"objective", "backbone"}
+    assert not any("layers.1" in name or "lm_head" in name for name in teacher)  # above the tap
+    for name, value in teacher.items():
+        assert torch.equal(value, ours[name]), name
+    train.main(["--config", str(tmp_path / "back" / "config.yaml"), "--resume", "auto", "train.steps=2"])
+    assert (tmp_path / "back" / "checkpoints" / "step_00000002").is_dir()
+
+
 def test_heads_come_back_or_begin_as_in_a_new_run(tmp_path):
     module = make_run(tmp_path, "run", NATIVE, objective=CONCEPT)
     own = {f"model/objective.{n}": p for n, p in module.objective.named_parameters()}
@@ -111,6 +126,7 @@ def test_what_does_not_fit_is_named(tmp_path):
     refused(r"rope_parameters=.*5000.0.*the config's model.*500.0", rope_theta=500.0)
     refused(r"num_hidden_layers=2, the config's model 3", num_hidden_layers=3)
     refused(r"is a Llama, which has neither logit_scale.*tie_word_embeddings", tie_word_embeddings=True)
+    refused(r"is a Llama, which has .* nor a bridge; .*model.bridge_after to null", bridge_after=1)
     refused(
         r"lm_head.weight has shape \(\d+, 32\), the config's model has \(500, 32\); set model.vocab_size",
         vocab_size=500,
@@ -129,6 +145,26 @@ def test_what_does_not_fit_is_named(tmp_path):
     refused(r"is a model of type 'qwen3', the config's is a 'jepa_decoder'")
     (hf / "config.json").unlink()
     refused(r"not a Hugging Face model \(no config.json\)")
+
+
+def test_a_bridge_comes_back_into_a_run_that_trains_it_otherwise(tmp_path):
+    """Where it is must agree; how gradient passes it and where its gate began are the new run's."""
+    module = make_run(tmp_path, "run", MODELS["native_bridge"])
+    hf = tmp_path / "hf"
+    export(tmp_path / "run", hf, ExportOptions(progress=False))
+    told = json.loads((hf / "config.json").read_text())
+    assert (told["model_type"], told["bridge_after"], told["bridge_intermediate_size"]) == ("jepa_decoder", 1, 24)
+    keys = {**MODELS["native_bridge"], "bridge_grad_barrier": False, "bridge_gate_init": -1.0, "bridge_dropout": 0.1}
+    found = bring(hf, config_file(tmp_path, "free", keys), tmp_path / "back")
+    gate = "backbone.decoder.model.bridge.gate"
+    assert torch.equal(found[f"model/{gate}"], dict(module.named_parameters())[gate])
+    for change, message in (
+        ({"bridge_after": None}, r"config.json has bridge_after=1, the config's model None"),
+        ({"num_hidden_layers": 3, "bridge_after": 2}, r"config.json has bridge_after=1, the config's model 2"),
+        ({"bridge_intermediate_size": 16}, r"bridge_intermediate_size=24, the config's model 16"),
+    ):
+        with pytest.raises(InputError, match=message):
+            bring(hf, config_file(tmp_path, "other", {**MODELS["native_bridge"], **change}), tmp_path / "out")
 
 
 def test_heads_of_another_objective_are_named(tmp_path):

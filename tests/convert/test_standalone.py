@@ -8,7 +8,7 @@ import inspect
 import sys
 
 from jepa_scale.convert.standalone import FILE, auto_map, modelling_source
-from jepa_scale.models import decoder
+from jepa_scale.models import bridge, decoder
 
 
 def names(tree: ast.AST) -> set[str]:
@@ -47,7 +47,7 @@ def test_it_has_the_decoder_as_it_is():
     text = modelling_source()[FILE]
     ours = ast.parse(inspect.getsource(decoder))
     assert names(ours) <= names(ast.parse(text))
-    for cls in (decoder.JepaAttention, decoder.JepaDecoderModel, decoder.JepaLMHead):
+    for cls in (decoder.JepaAttention, decoder.JepaDecoderModel, decoder.JepaLMHead, bridge.Bridge):
         assert inspect.getsource(cls) in text
     assert ".register(" not in text
     for target in auto_map().values():

@@ -25,6 +25,7 @@ QUIET = ExportOptions(progress=False)
 CLASSES = {
     "native": "LlamaForCausalLM",
     "native_tied": "JepaDecoderForCausalLM",
+    "native_bridge": "JepaDecoderForCausalLM",
     "gpt2": "GPT2LMHeadModel",
     "llama": "LlamaForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
@@ -88,7 +89,8 @@ def test_logits_are_ours_where_jepa_scale_is_not_installed(exported, name):
     assert found[name]["class"] == CLASSES[name]
     assert found[name]["problems"] == []
     assert found[name]["dtype"] == "torch.float32"
-    assert found[name]["module"].startswith("transformers_modules" if name == "native_tied" else "transformers.models")
+    own = CLASSES[name] == "JepaDecoderForCausalLM"
+    assert found[name]["module"].startswith("transformers_modules" if own else "transformers.models")
     for ours, theirs in zip(
         logits(modules[name].backbone, SEQUENCES), torch.load(folder / "logits" / f"{name}.pt"), strict=True
     ):

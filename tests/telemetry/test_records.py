@@ -103,7 +103,7 @@ def test_summarize_knows_which_way_is_better_and_leaves_out_nan():
 
 
 def test_names_tell_direction():
-    for lower in ("loss", "lm_loss", "seq_rec_loss", "ppl", "joint_nll", "std_gap"):
+    for lower in ("loss", "lm_loss", "seq_rec_loss", "ppl", "joint_nll", "kl_future"):
         assert describe(lower).better == "lower", lower
     for higher in (
         "exact_match",
@@ -115,7 +115,7 @@ def test_names_tell_direction():
         "mfu",
     ):
         assert describe(higher).better == "higher", higher
-    for neither in ("lr", "grad_norm", "temperature", "seconds"):
+    for neither in ("lr", "grad_norm", "temperature", "seconds", "std_gap"):
         assert describe(neither).better is None, neither
     assert in_report_order({"lr", "zeta", "mrr", "loss", "alpha"}) == ["loss", "mrr", "alpha", "zeta", "lr"]
 

@@ -1,0 +1,20 @@
+"""The multi-layer perceptron of projectors and predictors (seed 000)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class Mlp(nn.Module):
+    """Linear(in, m · out) → GELU → Dropout → Linear(m · out, out)."""
+
+    def __init__(self, size_in: int, size_out: int, multiple: int = 2, dropout: float = 0.0):
+        super().__init__()
+        self.up = nn.Linear(size_in, multiple * size_out)
+        self.act = nn.GELU()
+        self.drop = nn.Dropout(dropout)
+        self.down = nn.Linear(multiple * size_out, size_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) → (…, out)."""
+        return self.down(self.drop(self.act(self.up(x))))

@@ -1,0 +1,198 @@
+"""``horizon``: predict, from a latent now, the latent some tokens later (seed 000).
+
+A latent is the decoder's state after block ``tap_layer``. An online projector encodes the anchor's, an EMA teacher the
+target's; the predictor sees the anchor's latent and the embedding of the horizon. Next-token prediction goes on beside it,
+and by option the predicted latent also tells what the language model will predict at the target (the future KL).
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from jepa_scale.data.draw import ViewMaker
+from jepa_scale.errors import InputError
+from jepa_scale.losses.future import FutureKL, future_kl
+from jepa_scale.losses.statistics import as_contribution, rows_of_step
+from jepa_scale.models.backbone import Backbone
+from jepa_scale.models.mlp import Mlp
+from jepa_scale.objectives.base import JepaModel, Loss, Objective, label_loss, resolve_tap, share
+from jepa_scale.objectives.horizon_diagnostics import HorizonDiagnostics
+from jepa_scale.objectives.horizon_losses import distance, is_statistic, statistic
+from jepa_scale.objectives.horizon_pairs import HorizonOptions, HorizonViews, check_horizons
+from jepa_scale.packing import PackedBatch
+from jepa_scale.teacher import TeacherOptions
+
+Terms = dict[str, Tensor]
+
+
+class Horizon(Objective):
+    """w_lm · next-token loss + w_jepa · loss(prediction, EMA target) + w_kl · T² · KL of the future."""
+
+    Options = HorizonOptions
+
+    def __init__(self, options: HorizonOptions, backbone: Backbone, data: Any):
+        super().__init__()
+        o, d = options, backbone.hidden_size
+        self.options = o
+        self.collects = is_statistic(o)
+        self.tap = resolve_tap(o.tap_layer, backbone.num_layers, "objective.tap_layer")
+        check_horizons(o, data.train.max_size)
+        latent = o.latent_dim or d
+        self.encoder = nn.Sequential(
+            nn.RMSNorm(d) if o.tap_norm else nn.Identity(), Mlp(d, latent, o.projector_multiple, o.dropout)
+        )
+        self.horizon_embedding = nn.Embedding(len(o.horizons), latent)
+        self.predictor = Mlp(2 * latent, latent, o.predictor_multiple, o.dropout)
+        self.latent_to_hidden = self._latent_to_hidden(latent, backbone) if o.kl_weight else None
+
+    def _latent_to_hidden(self, latent: int, backbone: Backbone) -> nn.Module:
+        reads = backbone.head_size
+        kind = self.options.latent_to_hidden
+        if kind == "identity" and latent != reads:
+            raise InputError(
+                f"objective.latent_to_hidden: latents of {latent} do not fit the LM head, which reads {reads}; use linear, "
+                f"or objective.latent_dim={reads}"
+            )
+        if kind == "mlp":
+            return Mlp(latent, reads, self.options.predictor_multiple)
+        return nn.Linear(latent, reads) if kind == "linear" else nn.Identity()
+
+    # -- how it is trained --------------------------------------------------------------------------------------------
+
+    def view_maker(self) -> ViewMaker:
+        return HorizonViews(self.options)
+
+    def view_tokens(self, sizes: np.ndarray) -> np.ndarray:
+        return sizes - 1
+
+    def teacher_copies(self, backbone: Backbone) -> dict[str, nn.Module]:
+        copies: dict[str, nn.Module] = {"objective.encoder": copy.deepcopy(self.encoder)}
+        if self.options.teacher == "backbone":
+            copies["backbone"] = backbone.lower(self.tap)
+        return copies
+
+    def teacher_options(self) -> TeacherOptions:
+        return self.options.ema
+
+    def head_prefixes(self, backbone: Backbone) -> tuple[str, ...]:
+        return ("objective.", f"backbone.{backbone.head_name}.")
+
+    def clip_groups(self, model: JepaModel) -> dict[str, list[str]]:
+        if not self.options.split_clipping:
+            return {}
+        above = {id(parameter) for parameter in model.backbone.parameters_above(self.tap)}
+        groups: dict[str, list[str]] = {"lower": [], "upper": []}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                groups["upper" if id(parameter) in above else "lower"].append(name)
+        return groups
+
+    # -- parts --------------------------------------------------------------------------------------------------------
+
+    def predictions(self, states: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """States at the tap (T, d) → the anchors' latents (n, latent) and the predictions of the targets' (n, latent)."""
+        anchors = self.encoder(states[batch.places["anchor"]])
+        horizons = self.horizon_embedding(batch.rows["horizon"])
+        return anchors, self.predictor(torch.cat([anchors, horizons], dim=-1))
+
+    @torch.no_grad()
+    def targets(self, states: Tensor, batch: PackedBatch) -> Tensor:
+        """(n, latent), what the teacher makes of the targets."""
+        if self.options.teacher == "backbone":
+            states = self.teacher.forward("backbone", batch.streams["main"])
+        return self.teacher.forward("objective.encoder", states[batch.places["target"]])
+
+    def future(
+        self, backbone: Backbone, predicted: Tensor, logits: Tensor, batch: PackedBatch
+    ) -> tuple[FutureKL, Tensor]:
+        """The future KL of each pair, and (n,) bool, whether it counts: its target has a label, so the language model has
+        learned to predict there.
+
+        ``logits`` (L, V) are the language model's at the labelled places. Like is compared with like: the teacher's
+        prediction *from* the target place with the student's for that same place.
+        """
+        assert self.latent_to_hidden is not None
+        labelled, places = batch.streams["main"].labelled, batch.places["target"]
+        if not len(labelled):  # nothing is predicted here; one row that is no pair's keeps the indices valid
+            labelled, logits = labelled.new_full((1,), -1), logits.new_zeros(1, logits.shape[1])
+        rows = torch.searchsorted(labelled, places).clamp(max=len(labelled) - 1)
+        counts = labelled[rows] == places
+        student = backbone.logits(self.latent_to_hidden(predicted), frozen=self.options.kl_freeze_head)
+        return future_kl(student, logits.detach()[rows], self.options.kl_temperature), counts
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def collect(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:
+        states = backbone.hidden(batch.streams["main"], until=self.tap)
+        return {"predicted": self.predictions(states, batch)[1], "target": self.targets(states, batch)}
+
+    def loss(self, backbone: Backbone, batch: PackedBatch, collected: list[dict[str, Tensor]], micro: int) -> Loss:
+        o, pairs = self.options, batch.totals["pairs"]
+        stream = batch.streams["main"]
+        hidden, states = backbone.hidden_and_tap(stream, self.tap)
+        logits = backbone.logits(hidden[stream.labelled]).float()  # (L, V)
+        lm = label_loss(logits, batch)
+        _, predicted = self.predictions(states, batch)
+        target = self.targets(states, batch)
+
+        terms: Terms = {}
+        if self.collects:
+            every_prediction = rows_of_step(predicted, [c["predicted"] for c in collected], micro)
+            every_target = rows_of_step(target, [c["target"] for c in collected], micro)
+            value, parts = statistic(o, every_prediction, every_target, pairs)
+            part = len(predicted) / torch.clamp(pairs, min=1)
+            jepa = as_contribution(value, part)
+            terms = {name: term.detach() * part for name, term in parts.items()}
+        else:
+            jepa = share(distance(o, predicted, target).sum(), pairs)
+
+        lm_weight, kl_weight = self.weights(batch.step)
+        total = lm_weight * lm + o.jepa_weight * jepa
+        if self.latent_to_hidden is not None:
+            future, counts = self.future(backbone, predicted, logits, batch)
+            ce, entropy = (share((x * counts).sum(), batch.totals["kl_pairs"]) for x in future)
+            total = total + kl_weight * o.kl_temperature**2 * (ce - entropy)
+            terms |= {"ce_future": ce.detach(), "teacher_entropy": entropy, "kl_future": (ce - entropy).detach()}
+        means = {"loss": total.detach(), "lm_loss": lm.detach(), "jepa_loss": jepa.detach(), **terms}
+        gauges: dict[str, Tensor | float] = {"ema_momentum": self.teacher.momentum(batch.step)}
+        if o.lm_start or o.lm_ramp:
+            gauges["lm_weight"] = lm_weight
+        if backbone.gate is not None:
+            gauges["gate"] = backbone.gate
+        return Loss(total, means, gauges)
+
+    def weights(self, step: int) -> tuple[float, float]:
+        """Of next-token prediction and of the future KL at a step."""
+        o = self.options
+        return (
+            o.lm_weight * ramp(step - o.lm_start, o.lm_ramp),
+            o.kl_weight * ramp(step, o.kl_ramp),
+        )
+
+    # -- evaluation ---------------------------------------------------------------------------------------------------
+
+    def diagnostics(self, call: Any) -> HorizonDiagnostics | None:
+        return HorizonDiagnostics(self.options, call) if self.options.eval_pairs else None
+
+    def diagnose(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:
+        """For each pair: the anchor's latent, the prediction and the target (n, latent) fp32, and with a KL path its
+        cross-entropy and entropy and whether it counts, (n, 3)."""
+        stream = batch.streams["main"]
+        hidden, states = backbone.hidden_and_tap(stream, self.tap)
+        anchor, predicted = self.predictions(states, batch)
+        found = {"anchor": anchor, "prediction": predicted, "target": self.targets(states, batch)}
+        if self.latent_to_hidden is not None:
+            logits = backbone.logits(hidden[stream.labelled]).float()
+            future, counts = self.future(backbone, predicted, logits, batch)
+            found["future"] = torch.stack([*future, counts.float()], dim=-1)
+        return {name: value.float() for name, value in found.items()}
+
+
+def ramp(steps: int, length: int) -> float:
+    """0 before step 0, then linear up to 1 at step ``length``."""
+    return 0.0 if steps < 0 else 1.0 if steps >= length else steps / length
