@@ -62,8 +62,8 @@ class Objective(nn.Module):
     streams: tuple[str, ...] = ("main",)
     collects: bool = False
     """Whether the loss compares samples across micro-batches; then :meth:`collect` runs first on all of them."""
-    tap: int | None = None
-    """Number of the block after which the objective reads the decoder; None = it trains the end of it alone."""
+    tap: int = 0
+    """Number of the block after which the objective reads the decoder's states; 0 = it reads the last ones alone."""
     teacher: Teacher
     """The EMA teacher, set before the first forward if :meth:`teacher_copies` gives something to teach with."""
 
