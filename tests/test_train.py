@@ -266,15 +266,36 @@ def test_eval_takes_the_engine_that_wrote_the_checkpoint(config, tmp_path):
     assert f"test     exact_match {row['exact_match']:.4f}  mrr {row['mrr']:.4f}" in done.stdout
 
 
+HORIZON = {"name": "horizon", "tap_layer": 1, "horizons": [1, 2], "horizon_probs": [2, 1], "teacher": "backbone"}
+
+
+def test_compiled_blocks_give_the_same_losses(config, tmp_path):
+    """In training and in an evaluation, whose batches have other sizes."""
+    values = yaml.safe_load(config.read_text())
+    values["model"]["num_hidden_layers"] = 1
+    config.write_text(yaml.safe_dump({**values, "objective": {"name": "lm"}}))
+    for name, compiled in (("plain", "false"), ("compiled", "true")):
+        assert run(config, f"run.name={name}", f"engine.compile={compiled}", "train.steps=4", "log.report=false") == 0
+    plain, compiled = (
+        [json.loads(line) for line in (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("plain", "compiled")
+    )
+    assert len(plain) == len(compiled) > 4
+    for a, b in zip(plain, compiled, strict=True):
+        for key in {"loss", "grad_norm", "joint_nll"} & a.keys():
+            assert b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-5), key
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("engine", ["fsdp", "zero0", "zero1", "zero2", "zero3"])
-@pytest.mark.parametrize("objective", ["lm", "two_view", "concept"])
+@pytest.mark.parametrize("objective", ["lm", "two_view", "concept", "horizon"])
 def test_bf16_on_a_gpu(config, tmp_path, engine, objective):
     """Whatever varlen backend is best there, each engine trains in bf16 and ends near the CPU's fp32 loss."""
     arguments = ["--config", str(config), "log.report=false", "train.steps=20", "engine.precision=bf16"]
     if objective != "concept":
         values = yaml.safe_load(config.read_text())
-        config.write_text(yaml.safe_dump({**values, "objective": {"name": objective}}))
+        options = HORIZON if objective == "horizon" else {"name": objective}
+        config.write_text(yaml.safe_dump({**values, "objective": options}))
     if engine == "fsdp":
         arguments.append("engine.name=fsdp")
     else:

@@ -1,0 +1,175 @@
+"""Horizon against its ``lm`` twin on Tiny Shakespeare: perplexity, and what the latents predict; several seeds.
+
+    python benchmarks/horizon.py --seeds 3 --json benchmarks/results/horizon.json
+
+Every run is a process of its own: `configs/tiny_shakespeare.yaml` or its twin, shortened for a CPU by the overrides in
+``SHORT``, so that all runs see the same tokens in the same order; a seed changes weights, order and pairs. Runs that are
+already complete in --dir are not repeated.
+
+For each case and seed: ``ppl`` on the validation split and its ratio to the twin's of the same seed; for horizon also
+``retrieval_top1`` (share of held-out pairs whose prediction finds its own target among all targets of its horizon),
+``times_chance``, the same with a predictor of fresh random weights (``untrained``) and with the anchor's own latent
+(``anchor``), and the effective rank of the targets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+from jepa_scale.table import text_table  # noqa: E402
+from jepa_scale.telemetry import load_run  # noqa: E402
+
+SHORT = [
+    "model=configs/models/horizon_tiny.yaml",
+    "data.max_length=256",
+    "data.workers=0",
+    "optim.lr=3e-3",
+    "optim.warmup_steps=30",
+    "train.batch_tokens=4096",
+    "train.micro_tokens=4096",
+    "train.eval_every=0",
+    "checkpoint.every=0",
+    "log.report=false",
+]
+TAP = "objective.tap_layer=-2"
+CASES: dict[str, list[str]] = {
+    "lm": [],
+    "barlow": [TAP],
+    "vicreg": [TAP, "objective.loss=vicreg"],
+    "cosine": [TAP, "objective.loss=cosine"],
+    "smooth_l1": [TAP, "objective.loss=smooth_l1"],
+    "backbone_teacher": [TAP, "objective.teacher=backbone"],
+    "no_kl": [TAP, "objective.kl_weight=0"],
+}
+"""Name → overrides; ``lm`` is the twin, everything else the horizon config."""
+
+
+def run(folder: Path, case: str, seed: int, steps: int, threads: int) -> Path:
+    """Train one run, unless it is there."""
+    target = folder / f"{case}_{seed}"
+    if not (target / "checkpoints" / "latest").is_file():
+        twin = "_lm" if case == "lm" else ""
+        arguments = ["--config", f"configs/tiny_shakespeare{twin}.yaml", *SHORT, *CASES[case]]
+        arguments += [f"run.dir={folder}", f"run.name={case}_{seed}", f"run.seed={seed}"]
+        arguments += [f"engine.threads={threads}", f"train.steps={steps}", "log.progress=false"]
+        print(case, seed, flush=True)
+        subprocess.run([sys.executable, "jepa_scale/train.py", *arguments], cwd=REPOSITORY, check=True)
+    return target
+
+
+def with_fresh_predictor(target: Path) -> dict[str, float]:
+    """The validation metrics of a finished run after its predictor and horizon embedding were drawn anew."""
+    file = target / "untrained.json"
+    if not file.is_file():
+        program = [sys.executable, __file__, "--untrained", str(target)]
+        subprocess.run(program, cwd=REPOSITORY, check=True)
+    return json.loads(file.read_text())
+
+
+def write_untrained(target: Path) -> None:
+    import torch
+
+    from jepa_scale import checkpoint, distributed
+    from jepa_scale.build import build, validate
+    from jepa_scale.config import load_config
+
+    config = load_config(target / "config.yaml", ["engine.threads=1"])
+    run_of = build(validate(config), distributed.setup())
+    fresh = {name: box.copy() for name, box in run_of.engine.state().items() if _is_predictor(name)}
+    found = checkpoint.find(target, "auto", True)
+    assert found is not None
+    checkpoint.load(found, run_of.parts)
+    with torch.no_grad():
+        for name, boxes in run_of.engine.state().items():
+            if name in fresh:
+                for (_, ours), (_, drawn) in zip(boxes.parts, fresh[name].parts, strict=True):
+                    ours.copy_(drawn)
+    run_of.engine.loaded(run_of.engine.updates)
+    metrics = run_of.evaluate()["valid"]
+    (target / "untrained.json").write_text(json.dumps(metrics))
+    distributed.teardown()
+
+
+def _is_predictor(name: str) -> bool:
+    return name.startswith(("model/objective.predictor", "model/objective.horizon_embedding"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
+    parser.add_argument("--dir", type=Path, default=Path("runs/benchmark_horizon"))
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads a run")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--untrained", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.untrained:
+        write_untrained(args.untrained)
+        return
+
+    folder = args.dir.resolve()
+    cases = list(dict.fromkeys(["lm", *args.cases]))
+    todo = [(case, seed) for seed in range(args.seeds) for case in cases]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        runs = dict(zip(todo, pool.map(lambda job: run(folder, *job, args.steps, args.threads), todo), strict=True))
+
+    rows: list[dict[str, Any]] = []
+    table: list[list[str]] = []
+    finals = {job: load_run(path).summary["final"]["valid"] for job, path in runs.items()}
+    for case in cases:
+        values: dict[str, list[float]] = {}
+        for seed in range(args.seeds):
+            final = finals[case, seed]
+            found = {"ppl": final["ppl"], "ratio_to_lm": final["ppl"] / finals["lm", seed]["ppl"]}
+            if case != "lm":
+                chance = final["retrieval_chance"]
+                untrained = with_fresh_predictor(runs[case, seed])
+                found |= {
+                    "retrieval_top1": final["retrieval_top1"],
+                    "times_chance": final["retrieval_top1"] / chance,
+                    "times_chance_untrained": untrained["retrieval_top1"] / chance,
+                    "times_chance_anchor": final["retrieval_top1_anchor"] / chance,
+                    "retrieval_margin": final["retrieval_margin"],
+                    "effective_rank": final["effective_rank"],
+                    "std_gap": final["std_gap"],
+                }
+                found |= {name: final[name] for name in ("ce_future", "kl_future") if name in final}
+            for name, value in found.items():
+                values.setdefault(name, []).append(value)
+        for name, of_seeds in values.items():
+            mean, low, high = statistics.fmean(of_seeds), min(of_seeds), max(of_seeds)
+            row = {"name": f"{case}/{name}", "value": mean, "unit": "", "min": low, "max": high, "n": len(of_seeds)}
+            rows.append(row)
+        shown = (
+            "ppl",
+            "ratio_to_lm",
+            "times_chance",
+            "times_chance_untrained",
+            "times_chance_anchor",
+            "effective_rank",
+        )
+        cells = [values.get(name) for name in shown]
+        table.append([case, *(f"{statistics.fmean(c):.4g} ({min(c):.4g} to {max(c):.4g})" if c else "" for c in cells)])
+    print(text_table(["case", "ppl", "ppl / lm", "× chance", "untrained", "anchor", "effective rank"], table))
+    if args.json:
+        first = load_run(runs["lm", 0])
+        settings = {"overrides": SHORT, "cases": {case: CASES[case] for case in cases}, "steps": args.steps}
+        machine = {**first.summary["environment"], "settings": settings}
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
