@@ -1,6 +1,7 @@
 """Shared by all tests: few threads, GPU tests skipped where there is no GPU."""
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -11,6 +12,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+# A shell that runs us in the background has switched Ctrl-C off, for our children too, of which some are to be stopped by it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 if torch.cuda.is_available():
     os.environ["DS_ACCELERATOR"] = "cuda"
 

@@ -55,6 +55,13 @@ def std_gap(predictions: Tensor, targets: Tensor) -> Tensor:
     return (targets.float().std(dim=0, correction=0) - predictions.float().std(dim=0, correction=0)).mean()
 
 
+@torch.no_grad()
+def standardized(rows: Tensor, eps: float = 1e-5) -> Tensor:
+    """(n, d) → (n, d) fp32, each feature with mean 0 and variance 1 (biased); a constant one becomes 0."""
+    rows = rows.float()
+    return (rows - rows.mean(dim=0)) / (rows.std(dim=0, correction=0) + eps)
+
+
 class Retrieval(NamedTuple):
     """Outcome by group, in the order of the groups' numbers.
 

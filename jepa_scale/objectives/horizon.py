@@ -122,7 +122,8 @@ class Horizon(Objective):
             labelled, logits = labelled.new_full((1,), -1), logits.new_zeros(1, logits.shape[1])
         rows = torch.searchsorted(labelled, places).clamp(max=len(labelled) - 1)
         counts = labelled[rows] == places
-        student = backbone.logits(self.latent_to_hidden(predicted), frozen=self.options.kl_freeze_head)
+        latents = predicted.detach() if self.options.kl_barrier else predicted
+        student = backbone.logits(self.latent_to_hidden(latents), frozen=self.options.kl_freeze_head)
         return future_kl(student, logits.detach()[rows], self.options.kl_temperature), counts
 
     # -- training -----------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from jepa_scale.distributed import all_gather_object
-from jepa_scale.evaluate.representation import effective_rank, retrieval, std_gap
+from jepa_scale.evaluate.representation import effective_rank, retrieval, standardized, std_gap
 from jepa_scale.objectives.horizon_losses import distance, is_statistic, statistic
 from jepa_scale.objectives.horizon_pairs import HorizonOptions, HorizonViews
 from jepa_scale.packing import PackedBatch
@@ -70,14 +70,16 @@ class HorizonDiagnostics:
 
     def _retrieval(self, every: dict[str, Tensor]) -> dict[str, float]:
         """Each prediction against the targets of all pairs of its horizon; ``retrieval_top1_anchor`` asks with the anchor's
-        own latent instead: what there is to gain by staying where one is."""
+        own latent instead: what there is to gain by staying where one is. Features are standardized first: ``barlow`` knows
+        neither their offset nor their scale, and a common offset would make all cosines alike."""
         horizons = self.options.horizons
-        target, key, group = every["target"], every["key"], every["horizon"]
-        found = retrieval(every["prediction"], target, key, group)
+        prediction, target, anchor = (standardized(every[name]) for name in ("prediction", "target", "anchor"))
+        key, group = every["key"], every["horizon"]
+        found = retrieval(prediction, target, key, group)
         weights = torch.stack([(group == one).float().mean() for one in found.groups])
         metrics = {
             "retrieval_top1": float(weights @ found.top1),
-            "retrieval_top1_anchor": float(weights @ retrieval(every["anchor"], target, key, group).top1),
+            "retrieval_top1_anchor": float(weights @ retrieval(anchor, target, key, group).top1),
             "retrieval_chance": float(weights @ (1 / found.candidates)),
         }
         if len(compared := (found.candidates > 1).nonzero()[:, 0]):  # with one candidate there is no margin

@@ -50,6 +50,9 @@ class HorizonOptions(Section):
     kl_weight: float = Field(0.25, ge=0, description="Weight of the future KL [kl_future_weight]; 0 = no such path.")
     kl_temperature: float = Field(2.0, gt=0, description="Its temperature on both sides [kl_temp].")
     kl_ramp: int = Field(0, ge=0, description="Steps for which its weight rises linearly from zero.")
+    kl_barrier: bool = Field(
+        False, description="Its gradient stops at the prediction, so that it trains latent_to_hidden alone."
+    )
     kl_freeze_head: bool = Field(True, description="Its gradient leaves the LM head alone.")
     latent_to_hidden: Literal["linear", "mlp", "identity"] = Field(
         "linear", description="From a predicted latent to what the LM head reads; identity needs latents of that width."

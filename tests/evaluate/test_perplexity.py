@@ -15,7 +15,7 @@ from jepa_scale.distributed import Ranks
 from jepa_scale.evaluate.perplexity import PerplexityOptions
 from jepa_scale.evaluation import evaluate, text_batches
 from jepa_scale.models.backbone import ModelOptions, build_backbone
-from jepa_scale.objectives.lm import LanguageModeling, LmOptions
+from jepa_scale.objectives.lm import LanguageModeling, LmOptions, lm_views
 from jepa_scale.packing import Segment, pack_stream
 from tests.data.corpus import VOCABULARY, write_text
 from tests.distributed.launch import run_ranks
@@ -69,9 +69,9 @@ def test_max_samples_are_spread_evenly(tmp_path: Path) -> None:
     write_text(tmp_path, [2], valid=30)
     examples = load(tmp_path).splits["valid"]
     ranks = Ranks(0, 1, 0, torch.device("cpu"), "python")
-    batches = partial(text_batches, examples, ranks=ranks)
-    some = list(batches(options=PerplexityOptions(max_samples=7, micro_tokens=20)))
+    batches = partial(text_batches, examples, lm_views, micro_tokens=20, ranks=ranks)
+    some = list(batches(samples=7))
     assert sum(b.counts["samples"] for b in some) == 7
     chosen = [i * len(examples) // 7 for i in range(7)]
     assert sum(b.counts["labels"] for b in some) == sum(len(examples[i].tokens) - 1 for i in chosen)
-    assert sum(b.counts["samples"] for b in batches(options=PerplexityOptions(max_samples=10**6))) == len(examples)
+    assert sum(b.counts["samples"] for b in batches(samples=10**6)) == len(examples)

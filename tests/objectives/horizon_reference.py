@@ -157,7 +157,7 @@ def every_pair(backbone: Any, objective: Horizon, samples: list[Any], step: int 
             found["teacher_logits"].append(logits[target].detach())
             found["counts"].append(torch.tensor(labels[target] != IGNORE))
             if objective.latent_to_hidden is not None:
-                rows = objective.latent_to_hidden(predicted)[None]
+                rows = objective.latent_to_hidden(predicted.detach() if o.kl_barrier else predicted)[None]
                 frozen = o.kl_freeze_head
                 student = torch.func.functional_call(head, still, (rows,)) if frozen else head(rows)
                 found["student_logits"].append(student[0])

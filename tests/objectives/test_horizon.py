@@ -34,6 +34,7 @@ VARIANTS = {
     "cosine": ("tied", dict(loss="cosine", latent_to_hidden="mlp", kl_temperature=1.0)),
     "smooth_l1": ("tied", dict(loss="smooth_l1", teacher="backbone", kl_freeze_head=False)),
     "barrier": ("bridge", dict(loss="cosine", teacher="backbone", kl_freeze_head=False, kl_temperature=3.0)),
+    "KL for itself": ("native", dict(loss="vicreg", kl_barrier=True, kl_freeze_head=True)),
     "identity": ("bridge", dict(loss="barlow", latent_to_hidden="identity", latent_dim=16, tap_norm=False)),
     "no KL": ("gpt2", dict(loss="smooth_l1", kl_weight=0.0, latent_dim=None)),
     "tap at the end": ("native", dict(loss="cosine", tap_layer=-1, teacher="backbone", dropout=0.0)),

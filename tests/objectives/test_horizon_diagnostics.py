@@ -45,13 +45,17 @@ def measure(backbone, objective, samples=SAMPLES, sizes=(4, 3, 9, 2)):
     return diagnostics.measure(batches_of(diagnostics, samples, sizes))
 
 
+def scaled(rows):
+    return (rows - rows.mean(0)) / (rows.std(0, correction=0) + 1e-5)
+
+
 def found_by(query, pairs, number):
     """Is its own target the nearest of the distinct targets of its horizon, the lead over the best other, and how many."""
     places, candidates = {}, {}
     for j, place in enumerate(pairs.place):
         if pairs.horizon[j] == pairs.horizon[number] and place not in places:
             places[place] = j
-            candidates[place] = F.cosine_similarity(query, pairs.target[j], dim=0).item()
+            candidates[place] = F.cosine_similarity(query, scaled(pairs.target)[j], dim=0).item()
     own = candidates.pop(pairs.place[number])
     best = max(candidates.values(), default=-math.inf)
     return own > best, own - best, len(candidates) + 1
@@ -71,8 +75,8 @@ def expected_of(backbone, objective, samples=SAMPLES):
         share = torch.linalg.svdvals(rows - rows.mean(0))
         share = share / share.sum()
         metrics[name] = math.exp(-(share * share.log()).sum().item())
-    found = [found_by(pairs.predicted[i], pairs, i) for i in range(n)]
-    stay = [found_by(pairs.anchor[i], pairs, i)[0] for i in range(n)]
+    found = [found_by(scaled(pairs.predicted)[i], pairs, i) for i in range(n)]
+    stay = [found_by(scaled(pairs.anchor)[i], pairs, i)[0] for i in range(n)]
     metrics["retrieval_top1"] = sum(hit for hit, _, _ in found) / n
     metrics["retrieval_top1_anchor"] = sum(stay) / n
     metrics["retrieval_chance"] = sum(1 / many for _, _, many in found) / n
