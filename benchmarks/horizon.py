@@ -50,6 +50,7 @@ CASES: dict[str, list[str]] = {
     "smooth_l1": [TAP, "objective.loss=smooth_l1"],
     "backbone_teacher": [TAP, "objective.teacher=backbone"],
     "no_kl": [TAP, "objective.kl_weight=0"],
+    "kl_into_the_decoder": [TAP, "objective.kl_barrier=false"],
 }
 """Name → overrides; ``lm`` is the twin, everything else the horizon config."""
 
@@ -107,8 +108,9 @@ def _is_predictor(name: str) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
+    parser.add_argument("--steps", type=int, default=400)
+    four = ["lm", "barlow", "vicreg", "cosine", "smooth_l1"]
+    parser.add_argument("--cases", nargs="+", default=four, choices=CASES)
     parser.add_argument("--dir", type=Path, default=Path("runs/benchmark_horizon"))
     parser.add_argument("--threads", type=int, default=1, help="CPU threads a run")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
