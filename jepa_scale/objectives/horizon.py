@@ -58,9 +58,12 @@ class Horizon(Objective):
                 f"objective.latent_to_hidden: latents of {latent} do not fit the LM head, which reads {reads}; use linear, "
                 f"or objective.latent_dim={reads}"
             )
-        if kind == "mlp":
-            return Mlp(latent, reads, self.options.predictor_multiple)
-        return nn.Linear(latent, reads) if kind == "linear" else nn.Identity()
+        if kind == "identity":
+            return nn.Identity()
+        # Normalized: large latents would have large gradients here, and clipping would take them out on the decoder.
+        mlp = kind == "mlp"
+        to_hidden = Mlp(latent, reads, self.options.predictor_multiple) if mlp else nn.Linear(latent, reads)
+        return nn.Sequential(nn.RMSNorm(latent), to_hidden)
 
     # -- how it is trained --------------------------------------------------------------------------------------------
 
@@ -152,8 +155,8 @@ class Horizon(Objective):
         else:
             jepa = share(distance(o, predicted, target).sum(), pairs)
 
-        lm_weight, kl_weight = self.weights(batch.step)
-        total = lm_weight * lm + o.jepa_weight * jepa
+        lm_weight, jepa_weight, kl_weight = self.weights(batch.step)
+        total = lm_weight * lm + jepa_weight * jepa
         if self.latent_to_hidden is not None:
             future, counts = self.future(backbone, predicted, logits, batch)
             ce, entropy = (share((x * counts).sum(), batch.totals["kl_pairs"]) for x in future)
@@ -167,11 +170,12 @@ class Horizon(Objective):
             gauges["gate"] = backbone.gate
         return Loss(total, means, gauges)
 
-    def weights(self, step: int) -> tuple[float, float]:
-        """Of next-token prediction and of the future KL at a step."""
+    def weights(self, step: int) -> tuple[float, float, float]:
+        """Of next-token prediction, of predictions and targets, and of the future KL at a step."""
         o = self.options
         return (
             o.lm_weight * ramp(step - o.lm_start, o.lm_ramp),
+            o.jepa_weight * ramp(step - o.jepa_start, o.jepa_ramp),
             o.kl_weight * ramp(step, o.kl_ramp),
         )
 

@@ -44,6 +44,8 @@ class HorizonOptions(Section):
     variance_weight: float = Field(1.0, ge=0, description="vicreg: weight of the hinge on standard deviations.")
     covariance_weight: float = Field(0.04, ge=0, description="vicreg: weight of squared covariances.")
     jepa_weight: float = Field(0.1, ge=0, description="Weight of the loss of predictions and targets.")
+    jepa_start: int = Field(0, ge=0, description="Steps for which that weight is zero.")
+    jepa_ramp: int = Field(0, ge=0, description="Steps for which it then rises linearly; 0 = at once.")
     lm_weight: float = Field(0.5, ge=0, description="Weight of next-token prediction, at the end of its ramp.")
     lm_start: int = Field(0, ge=0, description="Steps for which that weight is zero.")
     lm_ramp: int = Field(0, ge=0, description="Steps for which it then rises linearly; 0 = at once.")
@@ -55,7 +57,8 @@ class HorizonOptions(Section):
     )
     kl_freeze_head: bool = Field(True, description="Its gradient leaves the LM head alone.")
     latent_to_hidden: Literal["linear", "mlp", "identity"] = Field(
-        "linear", description="From a predicted latent to what the LM head reads; identity needs latents of that width."
+        "linear",
+        description="From a predicted latent, normalized, to what the LM head reads; identity needs that width.",
     )
     split_clipping: bool = Field(
         True, description="Clip gradients below the tap (and of the objective's heads) and above it separately."

@@ -199,13 +199,16 @@ def future_terms(objective: Horizon, pairs: Pairs) -> dict[str, Tensor]:
     return {"ce_future": ce, "teacher_entropy": entropy, "kl_future": ce - entropy}
 
 
-def reference(backbone: Any, objective: Horizon, samples: list[Any], weights: tuple[float, float]) -> dict[str, Tensor]:
-    """The loss and its terms in fp64; ``loss`` has gradient. ``weights``: of next-token prediction and of the future KL."""
+def reference(
+    backbone: Any, objective: Horizon, samples: list[Any], weights: tuple[float, float, float]
+) -> dict[str, Tensor]:
+    """The loss and its terms in fp64; ``loss`` has gradient. ``weights``: of next-token prediction, of the loss of latents
+    and of the future KL."""
     pairs = every_pair(backbone, objective, samples)
     jepa, terms = jepa_loss(objective, pairs)
     lm = pairs.lm.mean()
-    total = weights[0] * lm + objective.options.jepa_weight * jepa
+    total = weights[0] * lm + weights[1] * jepa
     if objective.latent_to_hidden is not None:
         terms |= future_terms(objective, pairs)
-        total = total + weights[1] * objective.options.kl_temperature**2 * terms["kl_future"]
+        total = total + weights[2] * objective.options.kl_temperature**2 * terms["kl_future"]
     return {"loss": total, "lm_loss": lm, "jepa_loss": jepa, **terms}

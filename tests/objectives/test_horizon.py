@@ -74,7 +74,7 @@ def test_loss_terms_and_gradient_equal_the_plain_reference(name):
     wide, twin = doubled(backbone, objective)
     (loss,) = run(backbone, objective, SAMPLES)
     o = objective.options
-    expected = reference(wide, twin, SAMPLES, (o.lm_weight, o.kl_weight))
+    expected = reference(wide, twin, SAMPLES, (o.lm_weight, o.jepa_weight, o.kl_weight))
     assert loss.means.keys() == expected.keys()
     for term, value in expected.items():
         torch.testing.assert_close(loss.means[term], value.detach().float(), atol=1e-5, rtol=1e-4, msg=term)
@@ -177,7 +177,7 @@ def test_only_pairs_with_a_label_enter_the_kl():
     pairs = every_pair(wide, twin, [chat])
     assert 0 < pairs.counts.sum() < len(pairs.counts)
     (loss,) = run(backbone, objective, [chat])
-    expected = reference(wide, twin, [chat], (0.5, 0.25))["kl_future"]
+    expected = reference(wide, twin, [chat], (0.5, 0.1, 0.25))["kl_future"]
     torch.testing.assert_close(loss.means["kl_future"], expected.detach().float(), atol=1e-5, rtol=1e-4)
 
 
@@ -189,14 +189,23 @@ def test_the_ramp_is_zero_then_linear_then_one():
     assert [ramp(step, 0) for step in (-1, 0, 1)] == [0, 1, 1]
 
 
-def test_weights_of_the_language_model_and_of_the_kl_follow_their_ramps():
+def test_weights_follow_their_ramps():
     backbone = model()
-    objective = make(backbone, lm_weight=0.6, lm_start=10, lm_ramp=20, kl_weight=0.4, kl_ramp=8)
+    ramps = dict(lm_start=10, lm_ramp=20, jepa_start=12, jepa_ramp=3, kl_ramp=8)
+    objective = make(backbone, lm_weight=0.6, jepa_weight=0.3, kl_weight=0.4, **ramps)
     wide, twin = doubled(backbone, objective)
-    for step, lm, kl in ((0, 0.0, 0.0), (2, 0.0, 0.1), (10, 0.0, 0.4), (15, 0.15, 0.4), (30, 0.6, 0.4), (99, 0.6, 0.4)):
-        assert objective.weights(step) == pytest.approx((lm, kl))
+    for step, lm, jepa, kl in (
+        (0, 0.0, 0.0, 0.0),
+        (2, 0.0, 0.0, 0.1),
+        (10, 0.0, 0.0, 0.4),
+        (13, 0.09, 0.1, 0.4),
+        (15, 0.15, 0.3, 0.4),
+        (30, 0.6, 0.3, 0.4),
+        (99, 0.6, 0.3, 0.4),
+    ):
+        assert objective.weights(step) == pytest.approx((lm, jepa, kl))
         (loss,) = run(backbone, objective, SAMPLES, step=step)
-        expected = reference(wide, twin, SAMPLES, (lm, kl))
+        expected = reference(wide, twin, SAMPLES, (lm, jepa, kl))
         torch.testing.assert_close(loss.total, expected["loss"].detach().float(), atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(loss.means["lm_loss"], expected["lm_loss"].detach().float(), atol=1e-5, rtol=1e-4)
         assert loss.gauges["lm_weight"] == pytest.approx(lm) and loss.gauges["ema_momentum"] == 0.5 + step / 100
