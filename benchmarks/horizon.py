@@ -44,6 +44,7 @@ SHORT = [
 TAP = "objective.tap_layer=-2"
 CASES: dict[str, list[str]] = {
     "lm": [],
+    "no_jepa": [TAP, "objective.jepa_weight=0", "objective.kl_weight=0"],
     "barlow": [TAP],
     "vicreg": [TAP, "objective.loss=vicreg"],
     "cosine": [TAP, "objective.loss=cosine"],
@@ -52,7 +53,8 @@ CASES: dict[str, list[str]] = {
     "no_kl": [TAP, "objective.kl_weight=0"],
     "kl_into_the_decoder": [TAP, "objective.kl_barrier=false"],
 }
-"""Name → overrides; ``lm`` is the twin, everything else the horizon config."""
+"""Name → overrides; ``lm`` is the twin, everything else the horizon config. ``no_jepa`` tells what its clipping in two groups
+does by itself."""
 
 
 def run(folder: Path, case: str, seed: int, steps: int, threads: int) -> Path:
@@ -109,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=400)
-    four = ["lm", "barlow", "vicreg", "cosine", "smooth_l1"]
+    four = ["lm", "no_jepa", "barlow", "vicreg", "cosine", "smooth_l1"]
     parser.add_argument("--cases", nargs="+", default=four, choices=CASES)
     parser.add_argument("--dir", type=Path, default=Path("runs/benchmark_horizon"))
     parser.add_argument("--threads", type=int, default=1, help="CPU threads a run")
