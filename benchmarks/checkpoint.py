@@ -18,7 +18,6 @@ The three take turns, and the first round does not count; figures are the median
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import shutil
@@ -39,6 +38,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
+from benchmarks.rows import row, write  # noqa: E402
 from jepa_scale import checkpoint  # noqa: E402
 from jepa_scale.build import Run, build, validate  # noqa: E402
 from jepa_scale.checkpoint import Manifest, Policy, Saver  # noqa: E402
@@ -173,17 +173,6 @@ def told(found: dict[str, list[float]]) -> str:
     return ", ".join(f"{name} {found[name][-1]:.2f} s" for name in names)
 
 
-def row(name: str, values: list[float], unit: str) -> dict[str, Any]:
-    return {
-        "name": name,
-        "value": statistics.median(values),
-        "unit": unit,
-        "min": min(values),
-        "max": max(values),
-        "n": len(values),
-    }
-
-
 def compare(world_size: int, rounds: int) -> list[dict[str, Any]]:
     context = multiprocessing.get_context("spawn")
     folder = Path(tempfile.mkdtemp())
@@ -221,8 +210,7 @@ def main() -> None:
     print(text_table(["", "median", "min", "max", "unit"], cells))
     if args.json:
         machine = describe_environment(Ranks(0, 1, 0, torch.device("cpu"), "python"), "fsdp", "fp32")
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+        write(args.json, machine, rows)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.rows import write  # noqa: E402
 from jepa_scale.plots import curves, plot  # noqa: E402
 from jepa_scale.telemetry import FIT, load_run  # noqa: E402
 from jepa_scale.telemetry.records import values_of  # noqa: E402
@@ -28,23 +28,22 @@ def main() -> None:
     args = parser.parse_args()
 
     record = load_run(args.run)
-    seconds = {row["step"]: row["seconds"] for row in record.rows if row["split"] == FIT}
+    seconds = {logged["step"]: logged["seconds"] for logged in record.rows if logged["split"] == FIT}
     rows: list[dict[str, Any]] = []
-    for row in record.rows:
-        if row["split"] != FIT:
-            for metric, value in values_of(row).items():
-                name = f"{row['split']}/{metric}@{row['step']}"
-                rows.append({"name": name, "value": value, "unit": "", "min": value, "max": value, "n": 1})
-    for step in sorted({row["step"] for row in record.rows if row["split"] != FIT}):
+    for logged in record.rows:
+        if logged["split"] != FIT:
+            for metric, value in values_of(logged).items():
+                name = f"{logged['split']}/{metric}@{logged['step']}"
+                rows.append(row(name, [value], ""))
+    for step in sorted({logged["step"] for logged in record.rows if logged["split"] != FIT}):
         spent = max(value for at, value in seconds.items() if at <= step)
-        rows.append({"name": f"training_time@{step}", "value": spent, "unit": "s", "min": spent, "max": spent, "n": 1})
-    for row in rows:
-        print(f"{row['name']:32} {row['value']:.4f} {row['unit']}")
+        rows.append(row(f"training_time@{step}", [spent], "s"))
+    for made in rows:
+        print(f"{made['name']:32} {made['value']:.4f} {made['unit']}")
     if args.json:
         config = {section: values for section, values in record.config.items() if section != "run"}
         machine = {**record.summary["environment"], "seed": record.config["run"]["seed"], "config": config}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+        write(args.json, machine, rows)
     if args.png:
         plot(args.metric, [c for c in curves(record.rows)[args.metric] if c.label != FIT], args.png)
 

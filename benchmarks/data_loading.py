@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import ast
 import itertools
-import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -31,6 +29,7 @@ import torch
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
+from benchmarks.rows import row, write  # noqa: E402
 from jepa_scale.config import load_config  # noqa: E402
 from jepa_scale.data import load_data  # noqa: E402
 from jepa_scale.data.examples import Conversation, Document, Turn  # noqa: E402
@@ -70,9 +69,9 @@ def pad(samples: list[tuple[np.ndarray, np.ndarray]]) -> tuple[torch.Tensor, tor
     longest = max(len(tokens) for tokens, _ in samples)
     ids = torch.zeros(len(samples), longest, dtype=torch.int64)
     labels = torch.full((len(samples), longest), IGNORE)
-    for row, (tokens, targets) in enumerate(samples):
-        ids[row, : len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
-        labels[row, : len(targets)] = torch.from_numpy(targets.astype(np.int64))
+    for i, (tokens, targets) in enumerate(samples):
+        ids[i, : len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
+        labels[i, : len(targets)] = torch.from_numpy(targets.astype(np.int64))
     return ids, labels, torch.tensor(sum(len(tokens) - 1 for tokens, _ in samples))
 
 
@@ -114,17 +113,6 @@ def rates(batches: Counted, seconds: float) -> tuple[float, float]:
     close: Callable[[], None] = getattr(batches, "close", lambda: None)
     close()
     return samples / passed, tokens / passed
-
-
-def row(name: str, values: list[float], unit: str) -> dict[str, Any]:
-    return {
-        "name": name,
-        "value": statistics.median(values),
-        "unit": unit,
-        "min": min(values),
-        "max": max(values),
-        "n": len(values),
-    }
 
 
 def compare(name: str, data: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -221,8 +209,7 @@ def main() -> None:
     print(text_table(["", "median", "min", "max", "unit"], cells))
     if args.json:
         machine = describe_environment(Ranks(0, 1, 0, torch.device("cpu"), "python"), "", "")
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+        write(args.json, machine, rows)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
+from benchmarks.rows import row, write  # noqa: E402
 from jepa_scale.table import text_table  # noqa: E402
 from jepa_scale.telemetry import load_run  # noqa: E402
 
@@ -153,9 +154,7 @@ def main() -> None:
             for name, value in found.items():
                 values.setdefault(name, []).append(value)
         for name, of_seeds in values.items():
-            mean, low, high = statistics.fmean(of_seeds), min(of_seeds), max(of_seeds)
-            row = {"name": f"{case}/{name}", "value": mean, "unit": "", "min": low, "max": high, "n": len(of_seeds)}
-            rows.append(row)
+            rows.append(row(f"{case}/{name}", of_seeds, "", statistics.fmean(of_seeds)))
         shown = (
             "ppl",
             "ratio_to_lm",
@@ -171,8 +170,7 @@ def main() -> None:
         first = load_run(runs["lm", 0])
         settings = {"overrides": SHORT, "cases": {case: CASES[case] for case in cases}, "steps": args.steps}
         machine = {**first.summary["environment"], "settings": settings}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+        write(args.json, machine, rows)
 
 
 if __name__ == "__main__":

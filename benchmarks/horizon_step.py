@@ -17,7 +17,6 @@ the ratios within a round. Each variant has what the one before it has, and more
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -31,6 +30,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 import torch  # noqa: E402
 
+from benchmarks.rows import row, write  # noqa: E402
 from jepa_scale import distributed  # noqa: E402
 from jepa_scale.build import Run, build, validate  # noqa: E402
 from jepa_scale.config import load_config  # noqa: E402
@@ -99,16 +99,12 @@ def main() -> None:
 
     rows: list[dict[str, Any]] = []
 
-    def add(name: str, values: list[float], unit: str) -> None:
-        low, high = min(values), max(values)
-        row = {"name": name, "value": statistics.median(values), "unit": unit, "min": low, "max": high}
-        rows.append({**row, "n": len(values)})
-
     for name, of_variant in times.items():
-        add(f"step/{name}", of_variant, "s")
+        rows.append(row(f"step/{name}", of_variant, "s"))
     for name, of_variant in times.items():
         if name != "lm":
-            add(f"ratio/{name}/lm", [a / b for a, b in zip(of_variant, times["lm"], strict=True)], "")
+            ratios = [a / b for a, b in zip(of_variant, times["lm"], strict=True)]
+            rows.append(row(f"ratio/{name}/lm", ratios, ""))
     print(
         text_table(
             ["", "median", "min", "max"], [[r["name"], *(f"{r[k]:.3f}" for k in ("value", "min", "max"))] for r in rows]
@@ -117,8 +113,7 @@ def main() -> None:
     if args.json:
         settings = {key: str(value) for key, value in vars(args).items() if key != "json"}
         machine = {**describe_environment(ranks, "fsdp", "fp32"), "settings": settings}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+        write(args.json, machine, rows)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ that are already complete in --dir are not repeated.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
+from benchmarks.rows import row, write  # noqa: E402
 from jepa_scale.table import text_table  # noqa: E402
 from jepa_scale.telemetry import load_run  # noqa: E402
 
@@ -66,13 +66,12 @@ def main() -> None:
             values = [float(record.summary["final"][split][metric]) for record in records]
             mean, low, high = statistics.fmean(values), min(values), max(values)
             name = f"{case}/{split}/{metric}"
-            rows.append({"name": name, "value": mean, "unit": "", "min": low, "max": high, "n": len(values)})
+            rows.append(row(name, values, "", mean))
             cells.append(f"{mean:.3f} ({low:.3f} to {high:.3f})")
         table.append(cells)
     print(text_table(["run", "seeds", *[f"{split} {metric}" for split, metric in COLUMNS]], table))
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+        write(args.json, machine, rows)
 
 
 if __name__ == "__main__":

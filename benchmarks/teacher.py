@@ -19,10 +19,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import multiprocessing
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -38,6 +36,7 @@ from torch import Tensor, nn
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
+from benchmarks.rows import row, write  # noqa: E402
 from jepa_scale.config import OptimConfig  # noqa: E402
 from jepa_scale.distributed import Ranks  # noqa: E402
 from jepa_scale.engines import create_engine  # noqa: E402
@@ -202,17 +201,6 @@ def compare(world_size: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def row(name: str, values: list[float], unit: str) -> dict[str, Any]:
-    return {
-        "name": name,
-        "value": statistics.median(values),
-        "unit": unit,
-        "min": min(values),
-        "max": max(values),
-        "n": len(values),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=8)
@@ -228,8 +216,7 @@ def main() -> None:
     print(text_table(["", "median", "min", "max", "unit"], cells))
     if args.json:
         machine = describe_environment(Ranks(0, 1, 0, torch.device("cpu"), "python"), "fsdp", args.precision)
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+        write(args.json, machine, rows)
 
 
 if __name__ == "__main__":
