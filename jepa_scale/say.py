@@ -9,6 +9,6 @@ from typing import TextIO
 
 def say(message: str, stream: TextIO | None = None) -> None:
     """Print a line, on stderr if not told otherwise. Output may go to a file on a disk that is full: a line that cannot
-    be printed is no reason to stop."""
+    be printed is no reason to stop. Line and newline are one write, or those of two threads would mix."""
     with contextlib.suppress(OSError):
-        print(message, file=stream or sys.stderr, flush=True)
+        print(f"{message}\n", end="", file=stream or sys.stderr, flush=True)
