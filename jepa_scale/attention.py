@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from jepa_scale.errors import InputError
-from jepa_scale.packing import SegmentTable
+from jepa_scale.packing import KeyRows, SegmentTable
 
 NAME = "jepa_packed"
 """What transformers calls this attention (``config._attn_implementation``)."""
@@ -349,6 +349,7 @@ def packed_attention(
     is_causal: bool | None = None,
     packed: SegmentTable | None = None,
     packed_queries: SegmentTable | None = None,
+    packed_keys: KeyRows | None = None,
     **extras: Any,
 ) -> tuple[Tensor, None]:
     """:func:`attention` as transformers' attention modules call it.
@@ -356,7 +357,8 @@ def packed_attention(
     Args:
         query, key, value: (1, H, T, D), (1, H_kv, T, D), (1, H_kv, T, D_v).
         packed: the segments of the stream, handed to the model's forward as a keyword.
-        packed_queries: the segments' queries, where there are fewer of them than keys; they are the last ones.
+        packed_queries: the segments' queries, where there are fewer of them than tokens; they are the last ones.
+        packed_keys: the segments' keys and values, where some see tokens of others too.
 
     Returns:
         (1, T, H, D_v) with as many rows as queries, and no weights.
@@ -375,12 +377,15 @@ def packed_attention(
             raise InputError(f"model: {type(module).__name__} needs {name!r}, which packed attention lacks")
     assert attention_mask is None and query.shape[0] == 1
     own_window = getattr(module, "sliding_window", None)
+    k, v, table_k = key[0].transpose(0, 1), value[0].transpose(0, 1), packed
+    if packed_keys is not None:
+        k, v, table_k = k.index_select(0, packed_keys.index), v.index_select(0, packed_keys.index), packed_keys.table
     out = attention(
         query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
+        k,
+        v,
         packed_queries or packed,
-        packed,
+        table_k,
         causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
         scale=scaling,
         window=extras.get("sliding_window", own_window),  # a full-attention layer may say None, and means it

@@ -3,6 +3,10 @@
 A *segment* is a run of tokens that attend only to each other. A *stream* is many segments laid end to end with their
 boundaries in ``cu_seqlens``. A micro-batch holds one or more streams, because an objective may send different segments
 through different parts of the decoder (names through the lower blocks, answers through all of them).
+
+Because attention is causal, a view that begins like another segment of its sample need not be computed again: its own
+tokens are a *branch*, whose queries also see the first n tokens of the other segment, the branch's *parent*. The parent
+never sees the branch.
 """
 
 from __future__ import annotations
@@ -21,17 +25,19 @@ IGNORE = -100
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Tokens that attend only within themselves.
+    """Tokens that attend only within themselves, and, in a branch, to the beginning of another segment.
 
     Attributes:
         tokens: n token ids.
         role: what the segment is to its objective, e.g. ``"forward"``; the objective finds it by this name.
         labels: n ids; ``labels[t]`` is the token to predict *from* position t (already shifted), ``IGNORE`` for none.
             ``None`` means nothing is predicted.
-        positions: n position ids; ``None`` means 0 … n-1.
+        positions: n position ids; ``None`` means 0 … n-1, in a branch those that follow its prefix.
         stream: the stream that the segment travels in.
         key: segments of one micro-batch with the same stream, role and key are packed once and shared by their samples.
         places: name → offsets of tokens within the segment, those that the objective reads out or puts something in.
+        prefix: makes the segment a branch: (role, m), its tokens see the first m ≥ 1 tokens of the sample's one segment of
+            that role too. That segment travels in the same stream and is no branch itself; a branch has no ``key``.
     """
 
     tokens: Sequence[int]
@@ -41,6 +47,7 @@ class Segment:
     stream: str = "main"
     key: Hashable = None
     places: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    prefix: tuple[str, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +90,25 @@ class SegmentTable:
         ends = np.cumsum((0, *lengths), dtype=np.int32)
         return cls(torch.from_numpy(ends).to(device), lengths)
 
+    def to(self, device: torch.device | str) -> SegmentTable:
+        return SegmentTable(self.cu_seqlens.to(device, non_blocking=True), self.lengths)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRows:
+    """What the segments of a stream with branches see: keys and values are rows of the stream, some of them several times.
+
+    Attributes:
+        index: (T_k,) int64, the rows; of a branch, first those of its prefix, then its own.
+        table: where the segments' keys lie within ``index``; the segments are those of the stream, in its order.
+    """
+
+    index: Tensor
+    table: SegmentTable
+
+    def to(self, device: torch.device | str) -> KeyRows:
+        return KeyRows(self.index.to(device, non_blocking=True), self.table.to(device))
+
 
 @dataclass(frozen=True, slots=True)
 class PackedStream:
@@ -92,6 +118,7 @@ class PackedStream:
         input_ids: (T,) int64. position_ids: (T,) int64. labels: (T,) int64 with ``IGNORE``.
         labelled: (L,) int64, the places in the stream that have a label, so that the LM head runs on them alone.
         table: where the segments lie.
+        keys: what they see, if there is a branch among them; ``None`` = each itself.
     """
 
     input_ids: Tensor
@@ -99,10 +126,16 @@ class PackedStream:
     labels: Tensor
     labelled: Tensor
     table: SegmentTable
+    keys: KeyRows | None = None
 
     @property
     def num_tokens(self) -> int:
         return self.input_ids.shape[0]
+
+    @property
+    def key_lengths(self) -> tuple[int, ...]:
+        """Of each segment, the tokens that its last one sees: its own and, in a branch, those of its prefix."""
+        return (self.table if self.keys is None else self.keys.table).lengths
 
     @property
     def first(self) -> Tensor:
@@ -116,9 +149,13 @@ class PackedStream:
 
     def to(self, device: torch.device | str) -> PackedStream:
         move = lambda x: x.to(device, non_blocking=True)  # noqa: E731
-        table = replace(self.table, cu_seqlens=move(self.table.cu_seqlens))
         return PackedStream(
-            move(self.input_ids), move(self.position_ids), move(self.labels), move(self.labelled), table
+            move(self.input_ids),
+            move(self.position_ids),
+            move(self.labels),
+            move(self.labelled),
+            self.table.to(device),
+            None if self.keys is None else self.keys.to(device),
         )
 
 
@@ -170,9 +207,13 @@ class PackedBatch:
         )
 
 
-def pack_stream(segments: Sequence[Segment]) -> PackedStream:
+def pack_stream(segments: Sequence[Segment], parents: Mapping[int, int] | None = None) -> PackedStream:
     """Lay segments end to end in the order given. An empty list gives one unlabelled filler token, because every rank
-    must run the same modules even when it has nothing to say (ZeRO-3 and FSDP2 wait for each other)."""
+    must run the same modules even when it has nothing to say (ZeRO-3 and FSDP2 wait for each other).
+
+    Args:
+        parents: number of a branch → number of the segment that its ``prefix`` is part of; of every branch.
+    """
     if not segments:
         segments = [Segment(tokens=[0], role="filler")]
     lengths = [len(s.tokens) for s in segments]
@@ -187,7 +228,9 @@ def pack_stream(segments: Sequence[Segment]) -> PackedStream:
         for what in (segment.labels, segment.positions):
             assert what is None or len(what) == n, f"role {segment.role!r}: {len(what)} labels or positions, {n} tokens"
         ids[at : at + n] = segment.tokens
-        positions[at : at + n] = np.arange(n) if segment.positions is None else segment.positions
+        assert segment.prefix is None or parents, f"role {segment.role!r}: a branch without a parent"
+        start = 0 if segment.prefix is None else segment.prefix[1]
+        positions[at : at + n] = np.arange(start, start + n) if segment.positions is None else segment.positions
         if segment.labels is not None:
             labels[at : at + n] = segment.labels
         at += n
@@ -197,7 +240,24 @@ def pack_stream(segments: Sequence[Segment]) -> PackedStream:
         labels=torch.from_numpy(labels),
         labelled=torch.from_numpy(np.flatnonzero(labels != IGNORE)),
         table=SegmentTable.from_lengths(lengths),
+        keys=_key_rows(lengths, _prefix_lengths(segments), parents) if parents else None,
     )
+
+
+def _prefix_lengths(segments: Iterable[Segment]) -> list[int]:
+    return [0 if s.prefix is None else s.prefix[1] for s in segments]
+
+
+def _key_rows(lengths: Sequence[int], prefixes: Sequence[int], parents: Mapping[int, int]) -> KeyRows:
+    own, shared = np.array(lengths, dtype=np.int64), np.array(prefixes, dtype=np.int64)
+    starts = np.cumsum(own) - own
+    heads = starts[[parents.get(i, i) for i in range(len(own))]]
+    seen = shared + own
+    offset = np.arange(seen.sum()) - np.repeat(np.cumsum(seen) - seen, seen)  # within a segment's keys
+    index = offset + np.where(
+        offset < np.repeat(shared, seen), np.repeat(heads, seen), np.repeat(starts - shared, seen)
+    )
+    return KeyRows(torch.from_numpy(index), SegmentTable.from_lengths(seen.tolist()))
 
 
 def pack(
@@ -210,18 +270,19 @@ def pack(
 ) -> PackedBatch:
     """Pack the views of a micro-batch's samples.
 
-    Segments are laid out by length, so that equal lengths are neighbours and the CPU attention can batch them as plain
-    slices; ``segments`` and ``samples`` say which is whose. ``counts["tokens"]``, ``["labels"]`` and ``["samples"]``
-    are always there.
+    Segments are laid out by length, and by the length of their prefix, so that equal shapes are neighbours and the CPU
+    attention can batch them as plain slices; ``segments`` and ``samples`` say which is whose. ``counts["tokens"]``,
+    ``["labels"]`` and ``["samples"]`` are always there; a branch's tokens are its own alone.
 
     Args:
         max_samples: of the largest micro-batch of the step; by default this one is the largest.
         like: views that an empty micro-batch takes its roles, values and their shapes from, with zero rows of each.
 
     Raises:
-        ValueError: a segment names a stream that is not in ``streams``.
+        ValueError: a segment names a stream that is not in ``streams``, or a prefix that there isn't.
     """
     unique: dict[str, list[Segment]] = {name: [] for name in streams}
+    parents: dict[str, dict[int, int]] = {name: {} for name in streams}  # numbers there: of a branch → of its parent
     seen: dict[tuple[str, str, Hashable], int] = {}
     refs: dict[str, list[int]] = {}
     owners: dict[str, list[int]] = {}
@@ -231,6 +292,8 @@ def pack(
     for sample, view in enumerate(views):
         for name, n in view.counts.items():
             counts[name] = counts.get(name, 0) + n
+        numbers: list[int] = []  # of the sample's segments
+        branches: list[int] = []  # which of them are branches
         for segment in view.segments:
             if segment.stream not in unique:
                 raise ValueError(f"segment of role {segment.role!r} names the unknown stream {segment.stream!r}")
@@ -240,19 +303,27 @@ def pack(
                 number = seen.setdefault((segment.stream, segment.role, segment.key), number)
             if number == len(pool):
                 pool.append(segment)
+            if segment.prefix is not None:
+                branches.append(len(numbers))
+            numbers.append(number)
             refs.setdefault(segment.role, []).append(number)
             owners.setdefault(segment.role, []).append(sample)
             stream_of[segment.role] = segment.stream
             for name, offsets in segment.places.items():
                 marked.setdefault(name, []).append((segment.stream, number, offsets))
+        for i in branches:  # resolved only now: a branch may come before its parent
+            segment = view.segments[i]
+            parents[segment.stream][numbers[i]] = numbers[_parent(segment, view.segments)]
 
     packed: dict[str, PackedStream] = {}
     place: dict[str, np.ndarray] = {}  # number in the order asked for → number in the stream
     for name, pool in unique.items():
-        order = np.argsort([len(s.tokens) for s in pool], kind="stable")
-        packed[name] = pack_stream([pool[i] for i in order])
+        lengths = [len(s.tokens) for s in pool]  # the first thing to sort by: lexsort takes it last
+        order = np.lexsort((_prefix_lengths(pool), lengths)) if parents[name] else np.argsort(lengths, kind="stable")
         place[name] = np.empty(len(pool), dtype=np.int64)
         place[name][order] = np.arange(len(pool))
+        moved = {int(place[name][branch]): int(place[name][parent]) for branch, parent in parents[name].items()}
+        packed[name] = pack_stream([pool[i] for i in order], moved)
 
     counts["tokens"] = sum(len(s.tokens) for pool in unique.values() for s in pool)
     counts["labels"] = sum(len(p.labelled) for p in packed.values())
@@ -285,6 +356,27 @@ def pack(
         step=step,
         seed=seed,
     )
+
+
+def _parent(branch: Segment, segments: Sequence[Segment]) -> int:
+    """Which of a sample's segments a branch's prefix is part of."""
+    assert branch.prefix is not None
+    role, n = branch.prefix
+    found = [i for i, segment in enumerate(segments) if segment.role == role]
+    trouble = ""
+    if branch.key is not None:
+        trouble = "a branch is never shared: it takes no key"
+    elif len(found) != 1:
+        trouble = f"the sample has {len(found)} segments of that role, not one"
+    elif (parent := segments[found[0]]).prefix is not None:
+        trouble = "that segment is a branch itself"
+    elif parent.stream != branch.stream:
+        trouble = f"that segment travels in the stream {parent.stream!r}, not in {branch.stream!r}"
+    elif not 1 <= n <= len(parent.tokens):
+        trouble = f"it has {len(parent.tokens)} tokens"
+    if trouble:
+        raise ValueError(f"a segment of role {branch.role!r} sees the first {n} tokens of role {role!r}: {trouble}")
+    return found[0]
 
 
 def _stack(values: Sequence[Any]) -> Tensor:

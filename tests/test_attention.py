@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from jepa_scale.attention import BACKENDS, _square, attention, available_backends, packed_attention
 from jepa_scale.errors import InputError
-from jepa_scale.packing import SegmentTable
+from jepa_scale.packing import KeyRows, SegmentTable
 
 gpu = pytest.mark.gpu
 
@@ -263,3 +263,61 @@ def test_a_window_of_the_module_counts_unless_the_call_says_none():
     torch.testing.assert_close(plain[0], attention(q, q, q, table([5])))
     torch.testing.assert_close(narrow[0], attention(q, q, q, table([5]), window=2))
     assert not torch.allclose(plain, narrow)
+
+
+PARENT, BRANCHES = (0, 1, 2, 3, 4, 5), ((0, 1, 2, 3, 6), (0, 1, 7, 8, 9), (0, 1, 2, 3, 10, 11))  # rows that they see
+OWN = (6, 1, 3, 2)
+
+
+def branched(device="cpu"):
+    seen = (PARENT, *BRANCHES)
+    index = torch.tensor([row for rows in seen for row in rows], device=device)
+    return table(OWN, device), KeyRows(index, table([len(rows) for rows in seen], device))
+
+
+def check_branches(window, device="cpu", dtype=torch.float32, tolerance=1e-5):
+    """Output and gradients of one parent of 6 tokens and three branches, against one mask over the stream's 12 rows."""
+    packed, keys = branched(device)
+    seen = torch.zeros(12, 12, dtype=torch.bool)
+    for rows, own in zip((PARENT, *BRANCHES), OWN, strict=True):
+        for i in range(len(rows) - own, len(rows)):
+            seen[rows[i], list(rows[max(0, i + 1 - (window or 99)) : i + 1])] = True
+    generator = torch.Generator().manual_seed(0)
+
+    def random(heads):
+        return torch.randn(1, heads, 12, 16, generator=generator).to(device, dtype).requires_grad_()
+
+    module = torch.nn.Module()
+    q, k, v = random(4), random(2), random(2)
+    direction = torch.randn(1, 12, 4, 16, generator=generator).to(device)
+    out, _ = packed_attention(module, q, k, v, None, packed=packed, packed_keys=keys, sliding_window=window)
+    scores = q.double() @ k.double().repeat_interleave(2, 1).transpose(2, 3) / 4
+    weights = scores.masked_fill(~seen.to(device), float("-inf")).softmax(-1)
+    expected = (weights @ v.double().repeat_interleave(2, 1)).transpose(1, 2)
+    assert out.shape == expected.shape and out.dtype == dtype
+    torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
+    grads = torch.autograd.grad((out * direction).sum(), (q, k, v))
+    for got, want in zip(grads, torch.autograd.grad((expected * direction).sum(), (q, k, v)), strict=True):
+        torch.testing.assert_close(got, want, atol=4 * tolerance, rtol=4 * tolerance)
+
+    last = [5, 6, 9, 11]  # queries at the end of each segment alone
+    ends, _ = packed_attention(
+        module, q[:, :, last], k, v, None, packed=packed, packed_queries=table([1] * 4, device), packed_keys=keys,
+        sliding_window=window,
+    )  # fmt: skip
+    torch.testing.assert_close(ends.double(), expected[:, last], atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 4, 6])
+def test_branches_match_the_dense_mask(window):
+    check_branches(window)
+
+
+@gpu
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("window", [None, 1, 2, 4, 6])
+def test_cuda_backends_match_the_dense_mask_with_branches(monkeypatch, backend, window):
+    if backend not in available_backends("cuda", torch.bfloat16):
+        pytest.skip(f"{backend} is not installed")
+    monkeypatch.setenv("JEPA_SCALE_ATTENTION", backend)
+    check_branches(window, "cuda", torch.bfloat16, 2e-2)

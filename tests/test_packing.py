@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jepa_scale.attention import attention
 from jepa_scale.data.loader import _Pickler
 from jepa_scale.packing import IGNORE, PackedBatch, Segment, SegmentTable, Views, add_counts, pack, pack_stream
 
@@ -239,3 +240,154 @@ def test_places_and_rows_survive_the_way_from_a_loader_process():
     batch = pickle.loads(sent.getvalue())
     assert batch.places["anchor"].tolist() == [1, 3] and batch.places["anchor"].dtype == torch.int64
     assert batch.rows["horizon"].tolist() == [7, 7] and batch.rows["horizon"].dtype == torch.int32
+
+
+# -- branches that see the beginning of another segment ---------------------------------------------------------------
+
+
+@st.composite
+def branched_samples(draw):
+    """Samples of parents, some of them shared by key, and of branches in any order. Every token of a stream is another one,
+    so that it says where it is from."""
+    samples = []
+    for sample in range(draw(st.integers(1, 4))):
+        segments = []
+        for number, role in enumerate(draw(st.lists(st.sampled_from(("p", "q", "r")), unique=True, max_size=3))):
+            key = draw(st.none() | st.integers(0, 1))
+            n = draw(st.integers(1, 6)) if key is None else 2 * key + 2
+            base = 1000 * (2 * "pqr".index(role) + key + 1) if key is not None else 10_000 * (sample + 1) + 100 * number
+            stream = "names" if role == "r" else "main"
+            segments.append(Segment(range(base, base + n), role, stream=stream, key=key, labels=[7] * n))
+        parents = list(segments)
+        for number in range(draw(st.integers(0, 4)) if parents else 0):
+            parent = draw(st.sampled_from(parents))
+            seen, own = draw(st.integers(1, len(parent.tokens))), draw(st.integers(1, 4))
+            base = 10_000 * (sample + 1) + 1000 + 100 * number
+            prefix = (parent.role, seen)
+            role = "branch" if parent.stream == "main" else "twig"  # a role travels in one stream
+            places = {role: draw(st.lists(st.integers(0, own - 1), max_size=3))}
+            tokens = range(base, base + own)
+            segments.append(Segment(tokens, role, stream=parent.stream, places=places, prefix=prefix))
+        samples.append(draw(st.permutations(segments)))
+    return samples
+
+
+def seen_through_attention(stream, window):
+    """(T, T) boolean: which tokens' values reach which token, by equal scores and values that are one-hot."""
+    n = stream.num_tokens
+    index = torch.arange(n) if stream.keys is None else stream.keys.index
+    nothing = torch.zeros(n, 1, 4)
+    table_k = None if stream.keys is None else stream.keys.table
+    out = attention(nothing, nothing[index], torch.eye(n)[index][:, None], stream.table, table_k, window=window)
+    return out[:, 0] > 0
+
+
+@settings(max_examples=150, deadline=None)
+@given(branched_samples(), st.none() | st.integers(1, 6))
+def test_every_token_sees_its_prefix_and_what_comes_before_it_in_its_segment(samples, window):
+    batch = pack([Views(sample) for sample in samples], streams=("main", "names"))
+    for name, stream in batch.streams.items():
+        place = {token: i for i, token in enumerate(stream.input_ids.tolist())}
+        mine = [(sample, s) for sample in samples for s in sample if s.stream == name]
+        if not mine:
+            continue
+        assert (stream.keys is not None) is any(s.prefix for _, s in mine)
+        expected = torch.zeros(stream.num_tokens, stream.num_tokens, dtype=torch.bool)
+        for sample, segment in mine:
+            before = []
+            if segment.prefix is not None:
+                role, n = segment.prefix
+                (parent,) = (s for s in sample if s.role == role)
+                before = list(parent.tokens)[:n]
+            for token in segment.tokens:
+                before = [*before, token]
+                expected[place[token], [place[t] for t in before[-(window or 99) :]]] = True
+                assert stream.position_ids[place[token]] == len(before) - 1
+        assert torch.equal(seen_through_attention(stream, window), expected)
+
+
+@settings(max_examples=100, deadline=None)
+@given(branched_samples())
+def test_branches_are_found_and_counted_like_other_segments(samples):
+    batch = pack([Views(sample) for sample in samples], streams=("main", "names"))
+    for stream in batch.streams.values():
+        shapes = list(zip(stream.table.lengths, stream.key_lengths, strict=True))
+        assert shapes == sorted(shapes)  # equal ones are neighbours
+    for role, name in (("p", "main"), ("q", "main"), ("branch", "main"), ("r", "names"), ("twig", "names")):
+        asked = [(i, s) for i, sample in enumerate(samples) for s in sample if s.role == role]
+        if not asked:
+            continue
+        stream, numbers = batch.streams[name], batch.segments[role]
+        assert batch.samples[role].tolist() == [i for i, _ in asked]
+        assert stream.input_ids[stream.first[numbers]].tolist() == [s.tokens[0] for _, s in asked]
+        assert stream.input_ids[stream.last[numbers]].tolist() == [s.tokens[-1] for _, s in asked]
+        for number, (_, s) in zip(numbers.tolist(), asked, strict=True):
+            assert read(stream, number)[0] == list(s.tokens)
+            assert stream.key_lengths[number] == len(s.tokens) + (s.prefix[1] if s.prefix else 0)
+        if role in ("branch", "twig"):
+            marks = [s.tokens[offset] for _, s in asked for offset in s.places[role]]
+            assert stream.input_ids[batch.places[role]].tolist() == marks
+    distinct = {s.tokens[0]: len(s.tokens) for sample in samples for s in sample}
+    assert batch.counts["tokens"] == sum(distinct.values())  # a prefix is nobody's token twice
+
+
+def test_a_branch_may_have_positions_labels_and_a_parent_shared_by_key():
+    parent = Segment([1, 2, 3, 4], "p", key="shared")
+    branch = Segment([8, 9], "b", labels=[9, IGNORE], positions=[7, 9], prefix=("p", 3))
+    stream = pack([Views([branch, parent]), Views([parent, branch])]).streams["main"]
+    assert stream.input_ids.tolist() == [8, 9, 8, 9, 1, 2, 3, 4]
+    assert stream.position_ids.tolist() == [7, 9, 7, 9, 0, 1, 2, 3]
+    assert stream.labelled.tolist() == [0, 2]
+    assert stream.keys.index.tolist() == [4, 5, 6, 0, 1, 4, 5, 6, 2, 3, 4, 5, 6, 7]
+    assert stream.keys.index.dtype == torch.int64
+    assert stream.key_lengths == stream.keys.table.lengths == (5, 5, 4) and stream.table.lengths == (2, 2, 4)
+
+
+def test_without_branches_there_are_no_key_rows():
+    batch = pack([Views([Segment([1, 2], "a")])], streams=("main", "empty"))
+    assert all(stream.keys is None for stream in batch.streams.values())
+    assert batch.streams["main"].key_lengths == (2,)
+
+
+PARENT = Segment([1, 2, 3], "p")
+
+
+@pytest.mark.parametrize(
+    ("segments", "message"),
+    [
+        ([Segment([9], "b", prefix=("p", 1))], "has 0 segments of that role"),
+        ([PARENT, Segment([9], "b", prefix=("pp", 1))], "has 0 segments of that role"),
+        ([PARENT, PARENT, Segment([9], "b", prefix=("p", 1))], "has 2 segments of that role"),
+        ([PARENT, Segment([9], "b", prefix=("p", 4))], "it has 3 tokens"),
+        ([PARENT, Segment([9], "b", prefix=("p", 0))], "it has 3 tokens"),
+        ([PARENT, Segment([9], "b", prefix=("p", -1))], "it has 3 tokens"),
+        ([PARENT, Segment([9], "b", key=1, prefix=("p", 1))], "takes no key"),
+        ([PARENT, Segment([9], "b", stream="names", prefix=("p", 1))], "the stream 'main', not in 'names'"),
+        ([Segment([9], "b", prefix=("b", 1))], "is a branch itself"),
+        ([PARENT, Segment([9], "b", prefix=("p", 1)), Segment([8], "c", prefix=("b", 1))], "is a branch itself"),
+    ],
+)
+def test_a_prefix_that_there_is_not_is_refused_by_role(segments, message):
+    with pytest.raises(ValueError, match=message) as error:
+        pack([Views([PARENT]), Views(segments)], streams=("main", "names"))
+    wrong = segments[-1]
+    told = str(error.value)
+    assert repr(wrong.role) in told and repr(wrong.prefix[0]) in told and str(wrong.prefix[1]) in told
+
+
+def test_a_stream_laid_out_by_hand_needs_the_parents():
+    segments = [PARENT, Segment([9], "b", prefix=("p", 2))]
+    with pytest.raises(AssertionError, match="without a parent"):
+        pack_stream(segments)
+    assert pack_stream(segments, {1: 0}).keys.index.tolist() == [0, 1, 2, 0, 1, 3]
+
+
+def test_key_rows_move_and_are_pickled_with_their_stream():
+    batch = pack([Views([PARENT, Segment([9], "b", prefix=("p", 2))])])
+    moved = batch.to("meta").streams["main"]
+    assert moved.keys.index.is_meta and moved.keys.table.cu_seqlens.is_meta and moved.table.cu_seqlens.is_meta
+    assert moved.key_lengths == (3, 3)
+    sent = io.BytesIO()
+    _Pickler(sent, protocol=5).dump(batch)
+    keys = pickle.loads(sent.getvalue()).streams["main"].keys
+    assert keys.index.tolist() == [1, 2, 0, 1, 2, 3] and keys.table.cu_seqlens.tolist() == [0, 3, 6]

@@ -281,8 +281,9 @@ class JepaDecoderModel(JepaDecoderPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """(B, T) ids or (B, T, d) embeddings → ``last_hidden_state`` (B, T, d), after the final norm.
 
-        With the packed attention: B = 1, ``position_ids`` (1, T) and ``packed=SegmentTable``; there ``readout`` (S,), the
-        places of the segments' last tokens, asks for those rows alone, (1, S, d), and saves the last block the others.
+        With the packed attention: B = 1, ``position_ids`` (1, T) and ``packed=SegmentTable``, with branches also
+        ``packed_keys=KeyRows``; there ``readout`` (S,), the places of the segments' last tokens, asks for those rows alone,
+        (1, S, d), and saves the last block the others.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
