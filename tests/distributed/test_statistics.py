@@ -12,13 +12,15 @@ from jepa_scale import distributed
 from jepa_scale.distributed import Ranks
 from jepa_scale.losses import statistics
 from jepa_scale.losses.barlow import barlow
+from jepa_scale.losses.sigreg import directions, sigreg
 from jepa_scale.losses.statistics import as_contribution, global_sum, rows_of_step
 from jepa_scale.losses.vicreg import vicreg
 from tests.distributed.launch import run_ranks
 
-LOSSES = ("barlow", "vicreg")
+LOSSES = ("barlow", "vicreg", "sigreg")
 ROWS = 13
-WEIGHTS = {"barlow": (1.0, 0.3), "vicreg": (2.0, 5.0, 3.0)}
+WEIGHTS = {"barlow": (1.0, 0.3), "vicreg": (2.0, 5.0, 3.0), "sigreg": (0.7,)}
+SLICES, KNOTS, PLACE = 6, 9, (5, 7)
 D_IN, D = 5, 4
 DEALS = [(micros, idle) for micros in (1, 2, 3) for idle in (False, True)]
 
@@ -40,6 +42,11 @@ def plain(name: str, a: Tensor, b: Tensor) -> list[Tensor]:
         a, b = ((x - x.mean(0)) / (x.var(0, correction=0) + 1e-5).sqrt() for x in (a, b))
         c = a.T @ b / n
         return [(1 - c.diagonal()).square().mean(), c[beside].square().sum() / d]
+    if name == "sigreg":
+        t = torch.linspace(-5, 5, KNOTS, dtype=a.dtype)
+        gauss = torch.exp(-t.square() / 2)
+        phi = torch.exp(1j * (a @ directions(d, *PLACE, SLICES).to(a.dtype).T)[..., None] * t).mean(dim=0)
+        return [n * torch.trapezoid((phi - gauss).abs().square() * gauss, t, dim=-1).mean()]
     cov = torch.cov(a.T)
     spread = torch.clamp(1 - (cov.diagonal() + 1e-4).sqrt(), min=0).mean()
     return [(a - b.detach()).square().mean(), spread, cov[beside].square().sum() / d]
@@ -51,6 +58,10 @@ def reference(name: str) -> tuple[list[float], list[Tensor]]:
     terms = plain(name, net["a"](x), net["b"](x))
     loss = sum(w * t for w, t in zip(WEIGHTS[name], terms, strict=True))
     return [float(t.detach()) for t in terms], gradients(net, loss)
+
+
+def on_one_view(a: Tensor, b: Tensor, total: Tensor) -> tuple[Tensor]:
+    return (sigreg(a, total, *PLACE, slices=SLICES, knots=KNOTS),)
 
 
 def gradients(net: nn.Module, loss: Tensor) -> list[Tensor]:
@@ -71,7 +82,7 @@ def deal(rows: int, world_size: int, micros: int, idle: bool) -> list[list[list[
 
 def step(ranks: Ranks, name: str, micros: int, rows: int, idle: bool) -> dict[str, Any]:
     """One optimizer step's contributions and gradients of this rank, summed over its micro-batches."""
-    loss = {"barlow": barlow, "vicreg": vicreg}[name]
+    loss = {"barlow": barlow, "vicreg": vicreg, "sigreg": on_one_view}[name]
     net, x = network(), inputs(rows)
     total = torch.tensor(float(rows))
     numbers = deal(rows, ranks.world_size, micros, idle)[ranks.rank]
@@ -115,6 +126,7 @@ def laws(ranks: Ranks) -> dict[str, Any]:
     try:
         barlow(torch.randn(3, D), torch.randn(3, D), torch.tensor(3.0 * ranks.world_size))
         vicreg(torch.randn(3, D), torch.randn(3, D), torch.tensor(3.0 * ranks.world_size))
+        on_one_view(torch.randn(3, D), torch.randn(3, D), torch.tensor(3.0 * ranks.world_size))
     finally:
         statistics.all_reduce_sum = distributed.all_reduce_sum
     return {"total": total.detach(), "both": both.detach(), "own_grad": own.grad, "calls": calls}
@@ -151,5 +163,7 @@ def test_values_and_gradients_equal_one_process_in_fp64(world_size):
         assert law["both"].dtype == torch.float32
         assert (law["both"] == (numbers + 1).sum()).all()
         assert (law["own_grad"].float() == 2 * law["both"]).all()  # its own part of d total², no other's
-        # two all-reduces a loss: d + d, then d + d + d²; and one number more for the invariance
-        assert law["calls"] == ([] if world_size == 1 else [2 * D, 2 * D + D * D, 2 * D + 1, 2 * D + D * D])
+        # two all-reduces a loss: d + d, then d + d + d²; and one number more for the invariance. One of SIGReg's sums
+        # at the positive knots.
+        waves = 2 * SLICES * (KNOTS // 2)
+        assert law["calls"] == ([] if world_size == 1 else [2 * D, 2 * D + D * D, 2 * D + 1, 2 * D + D * D, waves])
