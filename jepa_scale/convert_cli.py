@@ -14,7 +14,7 @@ from typing import Any
 from jepa_scale.errors import InputError
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_EXPORT_ONLY = ("checkpoint", "dtype", "shard_size", "heads", "tokenizer", "no_verify")
+_EXPORT_ONLY = ("checkpoint", "dtype", "shard_size", "heads", "adapter", "tokenizer", "no_verify")
 STOPPED = "stopped; what is finished stays: start the same command again to go on"
 
 
@@ -50,6 +50,12 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         default=None,
         help="write the objective's own parameters, too, in their own file",
+    )
+    export.add_argument(
+        "--adapter",
+        action="store_true",
+        default=None,
+        help="of a LoRA run, write the adapters alone, as peft loads them (default: the merged model)",
     )
     export.add_argument("--tokenizer", metavar="DIR|none", help="folder or name of a tokenizer (default: the data's)")
     export.add_argument(
@@ -96,7 +102,7 @@ def export_run(args: argparse.Namespace) -> int:
 
     chosen: dict[str, Any] = {
         name: getattr(args, name)
-        for name in ("checkpoint", "dtype", "heads", "tokenizer")
+        for name in ("checkpoint", "dtype", "heads", "adapter", "tokenizer")
         if getattr(args, name) is not None
     }
     if args.shard_size is not None:
@@ -118,9 +124,8 @@ def export_run(args: argparse.Namespace) -> int:
     seconds = time.monotonic() - begin
     files = f"{made.files} file{'s' if made.files != 1 else ''}"
     kept = f", {made.kept} of them there already" if made.kept else ""
-    print(
-        f"{made.checkpoint} → {args.out}: {made.class_name}, {made.nbytes:,} bytes in {files}{kept}, {seconds:,.1f} s"
-    )
+    what = f"LoRA adapters of {made.class_name}" if options.adapter else made.class_name
+    print(f"{made.checkpoint} → {args.out}: {what}, {made.nbytes:,} bytes in {files}{kept}, {seconds:,.1f} s")
     if options.heads and not made.heads:
         print("the objective has no parameters of its own: no file of heads")
     return 0

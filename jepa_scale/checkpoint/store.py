@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -159,12 +159,28 @@ def read(folder: Path, tensors: Mapping[str, Boxes], group: dist.ProcessGroup | 
     there = shapes(folder)
     for name, boxes in tensors.items():
         if name not in there:
-            raise InputError(f"{folder}: holds no tensor {name!r}; it is the checkpoint of another model or objective")
+            raise InputError(f"{folder}: holds no tensor {name!r}; {_of_another_model(tensors, there)}")
         if there[name][0] != boxes.shape:
             raise InputError(
                 f"{folder}: {name} has shape {tuple(there[name][0])}, the model's has {tuple(boxes.shape)}"
             )
     _load(folder, dict(tensors), process_group=group)
+
+
+def _of_another_model(wanted: Iterable[str], there: Iterable[str]) -> str:
+    """Why a checkpoint may lack a tensor, and what to do. peft puts an adapted layer under another name."""
+    wants, has = (any(".lora_A." in name for name in names) for names in (wanted, there))
+    if wants and not has:
+        return (
+            "its run trained all weights, this one has model.lora; convert the checkpoint to Hugging Face format and give "
+            "that as model.pretrained"
+        )
+    if has and not wants:
+        return (
+            "its run has adapters, this one has no model.lora; set that as it was, or convert the checkpoint to Hugging "
+            "Face format and give that as model.pretrained"
+        )
+    return "it is the checkpoint of another model or objective"
 
 
 def read_whole(folder: Path, names: list[str]) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ class Card:
         dtype: of the weights, e.g. ``bfloat16``. parameters: how many.
         tokenizer: whether one lies beside the model. chat: whether it has a chat template.
         heads: name of the file that holds the objective's own parameters, empty if there is none.
+        adapter: whether it is adapters alone. rows: of the embedding of the model that they are for.
         metrics: split → metric → value. config: the run's, resolved. checkpoint: what was converted. made_by: versions.
     """
 
@@ -35,6 +36,8 @@ class Card:
     tokenizer: bool
     chat: bool
     heads: str
+    adapter: bool
+    rows: int
     metrics: Mapping[str, Mapping[str, float | None]]
     config: Mapping[str, Any]
     checkpoint: Manifest
@@ -44,7 +47,7 @@ class Card:
         """Markdown with the metadata that the Hugging Face hub reads."""
         objective = self.config.get("objective", {}).get("name", "")
         head = {
-            "library_name": "transformers",
+            "library_name": "peft" if self.adapter else "transformers",
             **({"pipeline_tag": "text-generation"} if self.tokenizer else {}),
             "tags": ["jepa_scale", *([objective] if objective else [])],
         }
@@ -52,8 +55,8 @@ class Card:
         parts = [
             f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---",
             f"# {self.name}",
-            f"A causal language model, {self.parameters:,} parameters in {self.dtype}, trained with jepa_scale's objective "
-            f"`{objective}`. It loads as `{self.class_name}`.{code}",
+            f"{self._what()}, {self.parameters:,} parameters in {self.dtype}, trained with jepa_scale's objective "
+            f"`{objective}`." + ("" if self.adapter else f" It loads as `{self.class_name}`.{code}"),
             "## Use",
             f"```python\n{self._usage()}\n```",
         ]
@@ -76,6 +79,9 @@ class Card:
         ]
         return "\n\n".join(parts) + "\n"
 
+    def _what(self) -> str:
+        return f"LoRA adapters of a `{self.class_name}`" if self.adapter else "A causal language model"
+
     def _code_file(self) -> str:
         from jepa_scale.convert.standalone import FILE
 
@@ -94,8 +100,15 @@ class Card:
         lines = [
             f"from transformers import AutoModelForCausalLM{', AutoTokenizer' if self.tokenizer else ''}",
             "",
-            f'model = AutoModelForCausalLM.from_pretrained("PATH"{trust})',
+            f'model = AutoModelForCausalLM.from_pretrained("{"BASE" if self.adapter else "PATH"}"{trust})',
         ]
+        if self.adapter:
+            lines[0] = f"from peft import PeftModel\n{lines[0]}"
+            lines += [
+                f"if model.get_input_embeddings().num_embeddings < {self.rows}:",
+                f"    model.resize_token_embeddings({self.rows})",
+                'model = PeftModel.from_pretrained(model, "PATH")',
+            ]
         if self.chat:
             lines += [
                 f'tokenizer = AutoTokenizer.from_pretrained("PATH"{trust})',

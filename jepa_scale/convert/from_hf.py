@@ -23,6 +23,7 @@ from jepa_scale.convert.skeleton import llama_config
 from jepa_scale.errors import InputError
 from jepa_scale.files import sync_folder
 from jepa_scale.models.decoder import JepaDecoderConfig
+from jepa_scale.models.lora import copy_plain
 from jepa_scale.objectives.base import JepaModel
 from jepa_scale.teacher import TEACHER, TeacherModel
 from jepa_scale.telemetry import package_versions
@@ -90,9 +91,7 @@ def load_decoder(decoder: PreTrainedModel, folder: Path) -> None:
         if names:
             more = f" and {len(names) - 1} others" if len(names) > 1 else ""
             raise InputError(f"{folder}: {what} {min(names)}{more}; it is of another model than the config's")
-    source = loaded.state_dict()
-    for name, tensor in decoder.state_dict().items():
-        tensor.copy_(source[name])
+    copy_plain(loaded.state_dict(), decoder)
 
 
 def _compare(decoder: PreTrainedModel, folder: Path) -> None:

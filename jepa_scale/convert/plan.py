@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.pytorch_utils import Conv1D
 
+from jepa_scale.convert.merge import Shapes, Source
 from jepa_scale.convert.skeleton import PREFIX
 from jepa_scale.convert.tensor_file import Entry
 
@@ -18,22 +20,35 @@ MODEL = "model/"
 """Of the model's tensors in a checkpoint; the others are the optimizer's."""
 HEADS_FILE = "jepa_heads.safetensors"
 
-Shapes = Mapping[str, tuple[torch.Size, torch.dtype]]
-
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """One tensor of the checkpoint and what becomes of it in a file.
+    """One tensor of the model and what becomes of it in a file.
 
     Attributes:
-        source: its name in the checkpoint. nbytes: of it there.
+        source: its name in the checkpoint, but for adapters that will have been added to it. nbytes: of it there.
         entries: tensors of the file. Most often one; transformers keeps a mixture's experts in one tensor in memory and
             one by one in files.
+        made_of: tensors of the checkpoint; None = the one of that name, as it is.
+        transposed: its layer keeps it as (inputs, outputs).
+        foreign: no tensor of the plain model: an objective's, an adapter's; it is written as it is.
     """
 
     source: str
     nbytes: int
     entries: tuple[Entry, ...]
+    made_of: Source | None = None
+    transposed: bool = False
+    foreign: bool = False
+
+    @property
+    def reads(self) -> list[str]:
+        """Names in the checkpoint."""
+        return [self.source] if self.made_of is None else self.made_of.reads
+
+    def take(self, read: dict[str, Tensor]) -> Tensor:
+        """The model's tensor, of what was read; that is taken out of ``read``."""
+        return read.pop(self.source) if self.made_of is None else self.made_of.make(read, self.transposed)
 
     @property
     def out_bytes(self) -> int:
@@ -73,34 +88,51 @@ class Plan:
         }
 
 
-def make_plan(model: PreTrainedModel, shapes: Shapes, dtype: torch.dtype, shard_bytes: int, heads: bool) -> Plan:
+def make_plan(
+    model: PreTrainedModel,
+    sources: Mapping[str, Source],
+    shapes: Shapes,
+    dtype: torch.dtype,
+    shard_bytes: int,
+    heads: bool,
+) -> Plan:
     """Deal the checkpoint's tensors out to files.
 
     Args:
         model: on the meta device; it gives the order.
+        sources: of the model's tensors, by their names in the root module with :data:`MODEL` before.
         shapes: of the checkpoint, all of it.
         dtype: of floating tensors in the files; the heads keep theirs.
         shard_bytes: no file holds more tensor bytes, except one that holds a single larger tensor.
     """
-    order = [name for name in model.state_dict() if MODEL + PREFIX + name in shapes]
+    order = [name for name in model.state_dict() if MODEL + PREFIX + name in sources]
     units = []
     for name, outputs in _in_files(model, order).items():
-        size, saved = shapes[MODEL + PREFIX + name]
-        target = dtype if saved.is_floating_point else saved
+        source = sources[MODEL + PREFIX + name]
+        target = dtype if source.dtype.is_floating_point else source.dtype
         entries = tuple(Entry(out, shape, target) for out, shape in outputs.items())
-        units.append(Unit(MODEL + PREFIX + name, math.prod(size) * saved.itemsize, entries))
+        unit = Unit(MODEL + PREFIX + name, source.nbytes, entries)
+        if source.reads != [unit.source]:
+            transposed = isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D)
+            unit = replace(unit, made_of=source, transposed=transposed)
+        units.append(unit)
     shards = [_aligned(shard) for shard in _deal(units, shard_bytes)]
     names = ["model.safetensors"]
     if len(shards) > 1:
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    own = [n for n in sorted(shapes) if n.startswith(MODEL) and not n.startswith(MODEL + PREFIX)] if heads else []
-    return Plan(dict(zip(names, shards, strict=True)), _aligned([_head(name, *shapes[name]) for name in own]))
+    return Plan(dict(zip(names, shards, strict=True)), heads_of(shapes) if heads else [])
+
+
+def heads_of(shapes: Shapes) -> list[Unit]:
+    """The objective's own tensors, as they are."""
+    own = [n for n in sorted(shapes) if n.startswith(MODEL) and not n.startswith(MODEL + PREFIX)]
+    return _aligned([_head(name, *shapes[name]) for name in own])
 
 
 def outputs_of(model: PreTrainedModel, unit: Unit, tensor: Tensor) -> Iterator[Tensor]:
     """The tensors that become of a unit's tensor, in the order of its entries."""
     name = unit.source.removeprefix(MODEL + PREFIX)
-    if [entry.name for entry in unit.entries] in ([name], [unit.source.removeprefix(MODEL)]):
+    if unit.foreign or [entry.name for entry in unit.entries] == [name]:
         yield tensor
         return
     made = revert_weight_conversion(model, {name: tensor})
@@ -139,7 +171,7 @@ def _in_files(model: PreTrainedModel, order: list[str]) -> dict[str, dict[str, t
 
 def _head(name: str, size: torch.Size, dtype: torch.dtype) -> Unit:
     entry = Entry(name.removeprefix(MODEL), tuple(size), dtype)
-    return Unit(name, entry.nbytes, (entry,))
+    return Unit(name, entry.nbytes, (entry,), foreign=True)
 
 
 def _deal(units: list[Unit], limit: int) -> list[list[Unit]]:

@@ -66,12 +66,12 @@ class Skeleton:
             config.auto_map = auto_map()
         return config
 
-    def generation_config(self, special: Mapping[str, int], pretrained: str | None = None) -> GenerationConfig:
+    def generation_config(self, special: Mapping[str, int], options: ModelOptions | None = None) -> GenerationConfig:
         """What becomes ``generation_config.json``: generation stops at EOS, and at the end of an answer in chats."""
         try:
-            if pretrained is None:
+            if options is None or options.pretrained is None:
                 raise OSError
-            config = GenerationConfig.from_pretrained(pretrained)
+            config = GenerationConfig.from_pretrained(options.pretrained, cache_dir=options.cache_dir)
         except OSError:  # the model that training began with had none
             config = GenerationConfig.from_model_config(self.config(torch.float32, special))
         stops = [special[name] for name in ("eos", "end") if name in special]
@@ -116,10 +116,11 @@ def _build(options: ModelOptions, rows: int) -> tuple[PreTrainedModel, dict[str,
     """The decoder as the run builds it, with ``rows`` rows in its embedding, and the code of a remote one."""
     if options.pretrained is None:
         with torch.device("meta"):
-            return build_backbone(options.model_copy(update={"vocab_size": rows}), rows).decoder, {}
+            plain = options.model_copy(update={"vocab_size": rows, "lora": None})
+            return build_backbone(plain, rows).decoder, {}
     trust = options.trust_remote_code
     try:
-        config = AutoConfig.from_pretrained(options.pretrained, trust_remote_code=trust)
+        config = AutoConfig.from_pretrained(options.pretrained, trust_remote_code=trust, cache_dir=options.cache_dir)
         config.get_text_config().vocab_size = rows
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust, dtype=torch.float32)

@@ -24,10 +24,13 @@ from jepa_scale.checkpoint import store
 from jepa_scale.checkpoint.manifest import FILE, TENSORS, Manifest
 from jepa_scale.checkpoint.retention import complete
 from jepa_scale.config import Config, load_config, parse_section
+from jepa_scale.convert.adapter import CONFIG_FILE as ADAPTER_CONFIG
+from jepa_scale.convert.adapter import adapter_config, adapter_plan, check_adapter
 from jepa_scale.convert.card import Card
 from jepa_scale.convert.folder import Folder, Journal, read_journal
+from jepa_scale.convert.merge import plain_sources
 from jepa_scale.convert.plan import HEADS_FILE, MODEL, Plan, Unit, groups, make_plan, outputs_of
-from jepa_scale.convert.skeleton import Skeleton, make_skeleton
+from jepa_scale.convert.skeleton import PREFIX, Skeleton, make_skeleton
 from jepa_scale.convert.tensor_file import Entry, write_tensors
 from jepa_scale.convert.tokenizer import Tokenizer, find_tokenizer
 from jepa_scale.data.prepare.lock import locked
@@ -45,6 +48,7 @@ class ExportOptions:
     checkpoint: path or name of one; ``auto`` = the one that the folder was begun with, else the newest whole one.
     dtype: of the weights. shard_bytes: of a file, at most.
     heads: write the objective's own parameters, too.
+    adapter: of a LoRA run, write the adapters alone, as peft loads them, not the merged model.
     tokenizer: folder of it; None = the data's, ``"none"`` = none.
     verify: compare the checkpoint's checksums first. progress: show a bar.
     """
@@ -53,6 +57,7 @@ class ExportOptions:
     dtype: str = "float32"
     shard_bytes: int = 2_000_000_000
     heads: bool = False
+    adapter: bool = False
     tokenizer: str | None = None
     verify: bool = True
     progress: bool = True
@@ -63,7 +68,7 @@ class Exported:
     """What a conversion has made.
 
     Attributes:
-        checkpoint: what was converted. class_name: of the model. files: how many hold tensors. nbytes: of all tensors.
+        checkpoint: what was converted. class_name: of the model, or of the one that adapters are for. files: how many hold tensors. nbytes: of all tensors.
         kept: files of an earlier start that were whole. heads: whether there is a file of the objective's own parameters.
     """
 
@@ -90,23 +95,33 @@ def export(
         raise InputError(f"{run}: not a run directory (no {CONFIG_FILE})")
     config = load_config(run / CONFIG_FILE)
     begun = read_journal(out)
+    model_options = parse_section(ModelOptions, config.model, "model")
+    if options.adapter:
+        check_adapter(model_options)
     checkpoint, manifest = find_checkpoint(run, options, begun, out, note)
 
     shapes = store.shapes(checkpoint / TENSORS)
-    model_options = parse_section(ModelOptions, config.model, "model")
-    named = {name.removeprefix(MODEL): tuple(size) for name, (size, _) in shapes.items() if name.startswith(MODEL)}
     try:
+        sources = plain_sources(shapes, MODEL + PREFIX, model_options.lora)
+        named = {name.removeprefix(MODEL): tuple(source.shape) for name, source in sources.items()}
         skeleton = make_skeleton(model_options, named)
     except InputError as error:
         raise InputError(f"{checkpoint}: {error}") from None
-    plan = make_plan(skeleton.model, shapes, DTYPES[options.dtype], options.shard_bytes, options.heads)
+    if options.adapter:
+        plan = adapter_plan(skeleton.model, sources, shapes, DTYPES[options.dtype], options.heads)
+    else:
+        plan = make_plan(skeleton.model, sources, shapes, DTYPES[options.dtype], options.shard_bytes, options.heads)
     tokenizer = find_tokenizer(config.data, options.tokenizer)
     if tokenizer.size > skeleton.vocab_size:
         raise InputError(
             f"the tokenizer has {tokenizer.size:,} ids, the model's embedding {skeleton.vocab_size:,} rows; "
             "name the one that it was trained with by --tokenizer"
         )
-    small = _small_files(config, skeleton, plan, tokenizer, options, model_options.pretrained)
+    if options.adapter:
+        small: dict[str, str | bytes] = dict(tokenizer.files)
+        small[ADAPTER_CONFIG] = adapter_config(skeleton.model, model_options, sources, shapes)
+    else:
+        small = _small_files(skeleton, plan, tokenizer, options, model_options)
 
     out.mkdir(parents=True, exist_ok=True)
     with locked(out, wait=False):
@@ -182,23 +197,18 @@ def _read(tensors: Path, units: Sequence[Unit], model: PreTrainedModel, limit: i
     """What becomes of the units, tensor by tensor; at most ``limit`` bytes of the checkpoint are held, or one unit. DCP
     needs as much again while it reads."""
     for group in groups(units, limit):
-        read = store.read_whole(tensors, [unit.source for unit in group])
+        read = store.read_whole(tensors, [name for unit in group for name in unit.reads])
         for unit in group:
-            yield from outputs_of(model, unit, read.pop(unit.source))
+            yield from outputs_of(model, unit, unit.take(read))
             bar.update(unit.out_bytes)
 
 
 def _small_files(
-    config: Config,
-    skeleton: Skeleton,
-    plan: Plan,
-    tokenizer: Tokenizer,
-    options: ExportOptions,
-    pretrained: str | None,
+    skeleton: Skeleton, plan: Plan, tokenizer: Tokenizer, options: ExportOptions, model: ModelOptions
 ) -> dict[str, str | bytes]:
     files: dict[str, str | bytes] = {**tokenizer.files, **skeleton.code}
     files["config.json"] = skeleton.config(DTYPES[options.dtype], tokenizer.special).to_json_string(use_diff=True)
-    files["generation_config.json"] = skeleton.generation_config(tokenizer.special, pretrained).to_json_string()
+    files["generation_config.json"] = skeleton.generation_config(tokenizer.special, model).to_json_string()
     if (index := plan.index()) is not None:
         files[INDEX_FILE] = json.dumps(index, indent=1) + "\n"
     return files
@@ -206,7 +216,7 @@ def _small_files(
 
 def _journal(checkpoint: Path, manifest: Manifest, plan: Plan, small: list[str], options: ExportOptions) -> Journal:
     files = {
-        file: [(unit.source, [(e.name, e.shape, str(e.dtype)) for e in unit.entries]) for unit in units]
+        file: [(_told(unit), [(e.name, e.shape, str(e.dtype)) for e in unit.entries]) for unit in units]
         for file, units in plan.all_files().items()
     }
     of = hashlib.sha256((checkpoint / FILE).read_bytes()).hexdigest()  # it holds the checksums of the rest
@@ -215,8 +225,18 @@ def _journal(checkpoint: Path, manifest: Manifest, plan: Plan, small: list[str],
         checkpoint=checkpoint.name,
         step=manifest.step,
         plan=hashlib.sha256(json.dumps([of, files, small]).encode()).hexdigest(),
-        options={"dtype": options.dtype, "shard_bytes": options.shard_bytes, "heads": options.heads},
+        options={
+            "dtype": options.dtype,
+            "shard_bytes": options.shard_bytes,
+            "heads": options.heads,
+            **({"adapter": True} if options.adapter else {}),
+        },
     )
+
+
+def _told(unit: Unit) -> str | list[str | float]:
+    """What a unit's bytes depend on, beside the checkpoint."""
+    return unit.source if unit.made_of is None else [*unit.reads, unit.made_of.scale]
 
 
 def _made_by() -> str:
@@ -241,6 +261,8 @@ def _card(
         tokenizer=bool(tokenizer.files),
         chat=tokenizer.chat,
         heads=HEADS_FILE if plan.heads else "",
+        adapter=options.adapter,
+        rows=skeleton.vocab_size,
         metrics=metrics_at(run, manifest),
         config=config.model_dump(mode="json"),
         checkpoint=manifest,

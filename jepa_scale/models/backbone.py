@@ -6,7 +6,7 @@ import copy
 import difflib
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -18,9 +18,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from jepa_scale import attention
 from jepa_scale.config import Section
+from jepa_scale.distributed import rank
 from jepa_scale.errors import InputError
 from jepa_scale.models.decoder import JepaDecoderConfig, JepaDecoderForCausalLM
+from jepa_scale.models.lora import LoraOptions, add_lora
 from jepa_scale.packing import PackedStream
+from jepa_scale.say import say
 
 
 class ModelOptions(Section):
@@ -72,7 +75,17 @@ class ModelOptions(Section):
         None, description="huggingface: model_type and that family's config keys; weights start random."
     )
     pretrained: str | None = Field(None, description="huggingface: hub name or local folder to load weights from.")
+    random_init: bool = Field(
+        False,
+        description="huggingface: of `pretrained` the architecture and the vocabulary alone; weights start random.",
+    )
+    cache_dir: str | None = Field(
+        None, description="huggingface: folder for what `pretrained` downloads; null = that of huggingface_hub."
+    )
     trust_remote_code: bool = Field(False, description="huggingface: run the model code that comes with `pretrained`.")
+    lora: LoraOptions | None = Field(
+        None, description="Freeze the weights and train adapters of low rank beside them; null = train everything."
+    )
 
     def resolved(self) -> dict[str, Any]:
         """The keys of this family."""
@@ -87,12 +100,13 @@ class Backbone(nn.Module):
     Attributes:
         decoder: the ``…ForCausalLM`` of transformers, its attention set to the packed one.
         block_class: class of a block, for sharding and activation checkpointing.
+        blocks_at: dotted name of the list of blocks within the decoder.
     """
 
     def __init__(self, decoder: PreTrainedModel) -> None:
         super().__init__()
         self.decoder = decoder
-        self._blocks_at, self._norm_at = _locate(decoder)
+        self.blocks_at, self._norm_at = _locate(decoder)
         self.block_class = type(self.layers[0])
         decoder.set_attn_implementation(attention.NAME)
 
@@ -112,7 +126,7 @@ class Backbone(nn.Module):
     @property
     def layers(self) -> nn.ModuleList:
         """The blocks, first to last."""
-        blocks = self.decoder.get_submodule(self._blocks_at)
+        blocks = self.decoder.get_submodule(self.blocks_at)
         assert isinstance(blocks, nn.ModuleList)
         return blocks
 
@@ -132,10 +146,10 @@ class Backbone(nn.Module):
         head if it is not tied."""
         parts: list[nn.Module | None] = [*self.layers[tap:], self.decoder.get_submodule(self._norm_at)]
         parts += [self._bridge_above(tap), self.decoder.get_output_embeddings()]
-        embedding = self.decoder.get_input_embeddings().weight
+        shared = set(self.decoder.get_input_embeddings().parameters())
         for part in parts:
             if part is not None:
-                yield from (parameter for parameter in part.parameters() if parameter is not embedding)
+                yield from (parameter for parameter in part.parameters() if parameter not in shared)
 
     def _bridge_above(self, tap: int) -> nn.Module | None:
         """The native decoder's bridge, if the states after block ``tap`` are made without it."""
@@ -175,7 +189,9 @@ class Backbone(nn.Module):
         x = self.embed(stream.input_ids) if inputs_embeds is None else inputs_embeds
         return self._run(x, stream, until)
 
-    def hidden_and_tap(self, stream: PackedStream, tap: int) -> tuple[Tensor, Tensor]:
+    def hidden_and_tap(
+        self, stream: PackedStream, tap: int, inputs_embeds: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """:meth:`hidden` (T, d), and on the way the states after block ``tap`` (T, d), before a bridge that may follow."""
         tapped: list[Tensor] = []
 
@@ -184,7 +200,7 @@ class Backbone(nn.Module):
 
         handle = self.layers[tap - 1].register_forward_hook(look)
         try:
-            hidden = self.hidden(stream)
+            hidden = self.hidden(stream, inputs_embeds)
         finally:
             handle.remove()
         return hidden, tapped[0][0]
@@ -193,14 +209,14 @@ class Backbone(nn.Module):
         """As :meth:`hidden`; for whoever has no more than a module to call."""
         return self.hidden(stream)
 
-    def lower(self, until: int) -> Backbone:
+    def lower(self, until: int | None) -> Backbone:
         """A copy of its own of the first ``until`` blocks with the embedding; its :meth:`hidden` are the states after them.
 
         It has no final norm and no LM head, and a bridge only where one comes before its last block; whatever is left has
-        the name that it has here.
+        the name that it has here. ``None`` = all but the LM head.
         """
         head = self.decoder.get_output_embeddings()
-        bridge = self._bridge_above(until)
+        bridge = self._bridge_above(until) if until is not None else None
         with self._cut(until):
             self.decoder.set_output_embeddings(nn.Identity())
             if bridge is not None:
@@ -219,10 +235,12 @@ class Backbone(nn.Module):
             return self.hidden(stream, until=until)[stream.last]
         return self._run(self.embed(stream.input_ids), stream, until, readout=stream.last)
 
-    def _run(self, x: Tensor, stream: PackedStream, until: int | None, **extras: Tensor) -> Tensor:
+    def _run(self, x: Tensor, stream: PackedStream, until: int | None, **extras: Any) -> Tensor:
         limit = getattr(self.decoder.config, "max_position_embeddings", None)
-        if limit is not None and (longest := stream.table.max_seqlen) > limit:
+        if limit is not None and (longest := max(stream.key_lengths)) > limit:
             raise ValueError(f"a segment of {longest} tokens: the model is made for {limit} (max_position_embeddings)")
+        if stream.keys is not None:
+            extras["packed_keys"] = stream.keys
         with self._cut(until):
             out = self.decoder.base_model(
                 inputs_embeds=x[None],
@@ -281,14 +299,23 @@ class Backbone(nn.Module):
             self._swap(blocks, norm)
 
     def _swap(self, blocks: nn.Module, norm: nn.Module) -> None:
-        for path, module in ((self._blocks_at, blocks), (self._norm_at, norm)):
+        for path, module in ((self.blocks_at, blocks), (self._norm_at, norm)):
             owner, _, name = path.rpartition(".")
             setattr(self.decoder.get_submodule(owner), name, module)
 
 
 @contextmanager
 def _frozen(module: nn.Module) -> Iterator[None]:
-    """Calls of ``module`` see its parameters detached. It happens within the call, by the last hook before the forward and
+    """Calls of ``module`` see its parameters detached, those of the modules in it as well."""
+    with ExitStack() as stack:
+        for part in module.modules():
+            stack.enter_context(_frozen_alone(part))
+        yield
+
+
+@contextmanager
+def _frozen_alone(module: nn.Module) -> Iterator[None]:
+    """Calls of ``module`` see its own parameters detached. It happens within the call, by the last hook before the forward and
     the first after it, when ZeRO-3 and FSDP2 have gathered them; what autograd saves is the gathered memory."""
     kept: dict[str, Any] = {}
 
@@ -342,14 +369,20 @@ def build_backbone(options: ModelOptions, vocab_size: int, pad_vocab_to: int = 1
             f"model.vocab_size: {options.vocab_size} is smaller than the data's {vocab_size}; raise it or leave it out"
         )
     rows = -(-(options.vocab_size or vocab_size) // pad_vocab_to) * pad_vocab_to
+    known = rows  # of the embedding, that came with the weights
     if options.pretrained is not None:
-        decoder = _load(options, vocab_size, pad_vocab_to)
+        decoder, known = _load(options, vocab_size, pad_vocab_to)
     elif options.config is not None:
         decoder = _random(options.config, rows)
     else:
         decoder = _native(options, rows)
     _check_packable(decoder)
-    return Backbone(decoder)
+    backbone = Backbone(decoder)
+    if options.lora is not None:
+        add_lora(decoder, backbone.blocks_at, options.lora, known)
+        if (options.pretrained is None or options.random_init) and rank() == 0:
+            say("model.lora: what the adapters are added to is random, and stays so unless a checkpoint replaces it")
+    return backbone
 
 
 def _check_packable(decoder: PreTrainedModel) -> None:
@@ -363,8 +396,8 @@ def _check_packable(decoder: PreTrainedModel) -> None:
         raise InputError(f"model: {name} caps its attention scores (attn_logit_softcapping), which can't run packed")
 
 
-_SHARED_KEYS = {"family", "vocab_size"}
-_HUGGINGFACE_KEYS = {"config", "pretrained", "trust_remote_code"}
+_SHARED_KEYS = {"family", "vocab_size", "lora"}
+_HUGGINGFACE_KEYS = {"config", "pretrained", "random_init", "cache_dir", "trust_remote_code"}
 
 
 def _check(options: ModelOptions) -> None:
@@ -381,6 +414,10 @@ def _check(options: ModelOptions) -> None:
         raise InputError("model.family: huggingface needs either model.config or model.pretrained")
     if options.trust_remote_code and options.pretrained is None:
         raise InputError("model.trust_remote_code: needs model.pretrained; the families of model.config are built in")
+    if options.random_init and options.pretrained is None:
+        raise InputError("model.random_init: needs model.pretrained; the weights of model.config are random as it is")
+    if options.cache_dir is not None and options.pretrained is None:
+        raise InputError("model.cache_dir: needs model.pretrained; nothing is downloaded for model.config")
 
 
 def _native(options: ModelOptions, rows: int) -> PreTrainedModel:
@@ -423,21 +460,38 @@ def _check_keys(cls: type[PreTrainedConfig], keys: dict[str, Any]) -> None:
             raise InputError(f"model.config.{key}: unknown key of {cls.__name__}; {hint}")
 
 
-def _load(options: ModelOptions, vocab_size: int, pad_vocab_to: int) -> PreTrainedModel:
+def _load(options: ModelOptions, vocab_size: int, pad_vocab_to: int) -> tuple[PreTrainedModel, int]:
+    """The decoder, and the rows that its embedding had in ``pretrained``."""
     assert options.pretrained is not None
+    from_hub: Any = {"trust_remote_code": options.trust_remote_code, "cache_dir": options.cache_dir}
     try:
-        decoder = AutoModelForCausalLM.from_pretrained(
-            options.pretrained, trust_remote_code=options.trust_remote_code, dtype=torch.float32
-        )
+        if options.random_init:
+            config = AutoConfig.from_pretrained(options.pretrained, **from_hub)
+        else:
+            decoder = AutoModelForCausalLM.from_pretrained(options.pretrained, dtype=torch.float32, **from_hub)
+            config = decoder.config
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"model.pretrained: can't load {options.pretrained!r}: {_one_line(error)}") from None
-    has = decoder.config.vocab_size
+    has = config.get_text_config().vocab_size
     if options.vocab_size is not None and options.vocab_size < has:
         raise InputError(f"model.vocab_size: {options.vocab_size} is smaller than the checkpoint's {has}; leave it out")
-    needed = max(vocab_size, options.vocab_size or 0)
+    needed = max(vocab_size, options.vocab_size or 0, has)
+    if options.random_init:
+        config.get_text_config().vocab_size = -(-needed // pad_vocab_to) * pad_vocab_to
+        return _from_config(config, options), has
     if needed > has or has % pad_vocab_to:  # new rows start near the mean of the trained ones
-        decoder.resize_token_embeddings(max(needed, has), pad_to_multiple_of=pad_vocab_to)
-    return decoder
+        decoder.resize_token_embeddings(needed, pad_to_multiple_of=pad_vocab_to)
+    return decoder, has
+
+
+def _from_config(config: PreTrainedConfig, options: ModelOptions) -> PreTrainedModel:
+    """Of the architecture of ``pretrained``, with random weights."""
+    try:
+        return AutoModelForCausalLM.from_config(
+            config, trust_remote_code=options.trust_remote_code, dtype=torch.float32
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"model.pretrained: can't build {options.pretrained!r}: {_one_line(error)}") from None
 
 
 def _one_line(error: Exception) -> str:

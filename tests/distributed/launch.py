@@ -34,6 +34,7 @@ PRELOAD = [
     "torch.distributed.checkpoint.state_dict",
     "deepspeed",
     "deepspeed.runtime.zero.muon.muon_optimizer",
+    "peft",
 ]
 
 

@@ -1,0 +1,104 @@
+"""The adapters of a run alone, as ``PeftModel.from_pretrained`` loads them on top of the model that training began with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from jepa_scale.convert.merge import Shapes, Source
+from jepa_scale.convert.plan import MODEL, Plan, Unit, heads_of
+from jepa_scale.convert.skeleton import PREFIX
+from jepa_scale.convert.tensor_file import Entry
+from jepa_scale.errors import InputError
+from jepa_scale.models.backbone import ModelOptions
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_OF_PEFT = "base_model.model."
+"""Before the names of peft's wrapper."""
+
+
+def check_adapter(options: ModelOptions) -> None:
+    """Raises:
+    InputError: the run has no adapters, or nobody has the weights that they are for.
+    """
+    if options.lora is None:
+        raise InputError("--adapter: the run has no adapters (no model.lora); leave it out")
+    if options.random_init:
+        raise InputError("--adapter: the weights under the adapters are random (model.random_init); leave it out")
+
+
+def adapter_plan(
+    model: PreTrainedModel, sources: Mapping[str, Source], shapes: Shapes, dtype: torch.dtype, heads: bool
+) -> Plan:
+    """One file with A and B of each adapted layer, and the new rows.
+
+    Args:
+        model: the plain one, on the meta device. sources: of its tensors. shapes: of the checkpoint.
+    """
+    units = []
+    for name in model.state_dict():
+        source = sources.get(MODEL + PREFIX + name)
+        if source is not None:
+            owner = name.rpartition(".")[0]
+            theirs = dict(_names(owner, source))
+            units += [_unit(made, f"{_OF_PEFT}{theirs[made]}", shapes, dtype) for made in theirs]
+    return Plan({WEIGHTS_FILE: units}, heads_of(shapes) if heads else [])
+
+
+def _names(owner: str, source: Source) -> Iterator[tuple[str, str]]:
+    """Names in the checkpoint, and in a wrapped model."""
+    for name, key in zip(source.adapter, ("lora_A", "lora_B"), strict=False):
+        yield name, f"{owner}.{key}.weight"
+    if source.new:
+        yield source.new, f"{owner}.token_adapter.trainable_tokens_delta"
+
+
+def _unit(name: str, theirs: str, shapes: Shapes, dtype: torch.dtype) -> Unit:
+    size, saved = shapes[name]
+    return Unit(name, size.numel() * saved.itemsize, (Entry(theirs, tuple(size), dtype),), foreign=True)
+
+
+def adapter_config(model: PreTrainedModel, options: ModelOptions, sources: Mapping[str, Source], shapes: Shapes) -> str:
+    """``adapter_config.json``; the arguments are :func:`adapter_plan`'s, ``options`` the run's ``model:``.
+
+    Raises:
+        InputError: peft has no form for new rows of this LM head.
+    """
+    import peft
+
+    assert options.lora is not None
+    modules = {name: name.removeprefix(MODEL + PREFIX).rpartition(".")[0] for name in sources}
+    adapted = [modules[name] for name, source in sources.items() if source.adapter]
+    rows = {
+        modules[name]: list(range(shapes[source.base][0][0], source.shape[0]))
+        for name, source in sources.items()
+        if source.new
+    }
+    head = model.get_output_embeddings()
+    if rows and (type(head) is not nn.Linear or head.bias is not None):
+        raise InputError("--adapter: peft knows no new rows of an LM head with a bias or a scale; leave --adapter out")
+    config = peft.LoraConfig(
+        r=options.lora.rank,
+        lora_alpha=options.lora.scale * options.lora.rank,  # type: ignore[arg-type]  # an int is not needed
+        lora_dropout=options.lora.dropout,
+        target_modules=_endings(model, adapted),
+        fan_in_fan_out=all(isinstance(model.get_submodule(name), Conv1D) for name in adapted),
+        trainable_token_indices=rows or None,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=options.pretrained,
+        inference_mode=True,
+    )
+    values = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+    return json.dumps(values, indent=1, sort_keys=True) + "\n"
+
+
+def _endings(model: PreTrainedModel, names: list[str]) -> list[str]:
+    """The last parts of the names, if no other module's name ends so; else the names themselves."""
+    endings = {name.rpartition(".")[2] for name in names}
+    meant = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in endings}
+    return sorted(endings if meant == set(names) else names)

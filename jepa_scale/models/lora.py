@@ -1,0 +1,237 @@
+"""LoRA: frozen matrices with trainable products of low rank beside them, and trainable rows for tokens that are new.
+
+The layers are those of ``peft``, put in place without a wrapper around the model: ``….q_proj`` becomes a module whose
+``base_layer`` is what was there.
+
+New rows are ours. peft's ``TrainableTokensLayer`` reads its base layer's weight without calling that layer, which under
+ZeRO-3 has no elements then, and makes a changed copy of the whole embedding in every forward. Here the frozen rows and the
+trained ones are two layers that are called like any others.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import TypeVar, cast
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from jepa_scale.config import Section
+from jepa_scale.errors import InputError
+
+M = TypeVar("M", bound=nn.Module)
+ADAPTER = "default"
+"""peft's name of the adapter, part of its parameters' names."""
+BASE_OF, NEW_OF = ".base_layer.", ".new_rows."
+"""In the names of parameters: what was there before, and the rows that are trained."""
+
+
+class LoraOptions(Section):
+    """The keys of ``model.lora:``."""
+
+    rank: int = Field(16, ge=1, description="Rank r of the update B·A of each matrix.")
+    alpha: float | None = Field(None, gt=0, description="The update is scaled by alpha / rank; null = 2 * rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of what A is applied to.")
+    targets: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="Endings of the names of the linear layers to adapt, e.g. [q_proj, v_proj]; null = all in the blocks.",
+    )
+    new_ids_from: int | None = Field(
+        None,
+        ge=1,
+        description="Ids from this one on are new: their rows of the embedding and the LM head train. null = those that "
+        "the checkpoint lacks. Set it where the checkpoint has spare rows that no token has used.",
+    )
+
+    @property
+    def scale(self) -> float:
+        """Of B·A."""
+        return (2 * self.rank if self.alpha is None else self.alpha) / self.rank
+
+
+def add_lora(decoder: PreTrainedModel, blocks: str, options: LoraOptions, known: int) -> None:
+    """Freeze a decoder and give it trainable adapters, in place. A is random, from torch's global seed, and B is zero: the
+    decoder computes what it did (Hu et al. 2021, arXiv 2106.09685, section 4.1).
+
+    Args:
+        blocks: dotted name of the list of blocks.
+        known: rows of the embedding that came with the weights; later ones are trained.
+
+    Raises:
+        InputError: an option that this decoder cannot have.
+    """
+    import peft  # a second and more, for those who use it
+
+    names = target_layers(decoder, blocks, options.targets)
+    for name in names:
+        narrow = min(matrix_shape(decoder.get_submodule(name)))
+        if options.rank > narrow:
+            raise InputError(
+                f"model.lora.rank: {options.rank} is more than the rank of {name}, a matrix of "
+                f"{' x '.join(map(str, matrix_shape(decoder.get_submodule(name))))}; make it {narrow} or less"
+            )
+    rows = len(cast(Tensor, decoder.get_input_embeddings().weight))
+    first = _first_new(options.new_ids_from, known, rows)
+    peft.inject_adapter_in_model(  # it freezes the rest
+        peft.LoraConfig(
+            r=options.rank,
+            lora_alpha=options.scale * options.rank,  # type: ignore[arg-type]  # an int is not needed
+            lora_dropout=options.dropout,
+            target_modules=names,
+            fan_in_fan_out=all(isinstance(decoder.get_submodule(name), Conv1D) for name in names),
+        ),
+        decoder,
+    )
+    if first < rows:
+        split_rows(decoder, first)
+
+
+def _first_new(asked: int | None, known: int, rows: int) -> int:
+    if asked is None:
+        return known
+    if asked >= rows:
+        raise InputError(f"model.lora.new_ids_from: {asked} is beyond the embedding's {rows} rows; lower it")
+    if asked > known:
+        raise InputError(
+            f"model.lora.new_ids_from: {asked} would freeze rows that are new, those from {known} on; lower it"
+        )
+    return asked
+
+
+def target_layers(decoder: PreTrainedModel, blocks: str, targets: Sequence[str] | None) -> list[str]:
+    """Dotted names of the linear layers to adapt, never the LM head.
+
+    Args:
+        blocks: dotted name of the list of blocks. targets: endings of names; None = all linear layers of the blocks.
+
+    Raises:
+        InputError: an ending that no linear layer has.
+    """
+    head = decoder.get_output_embeddings()
+    linear = [n for n, m in decoder.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    if targets is None:
+        names = [name for name in linear if name.startswith(f"{blocks}.")]
+        if not names:
+            raise InputError(f"model.lora: {type(decoder).__name__} has no linear layers in its blocks")
+        return names
+    for target in targets:
+        if not any(f".{name}".endswith(f".{target}") for name in linear):
+            kinds = sorted({name.rpartition(".")[2] for name in linear})
+            near = difflib.get_close_matches(target, kinds, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(kinds)}"
+            raise InputError(f"model.lora.targets: no linear layer's name ends with {target!r}; {hint}")
+    return [name for name in linear if any(f".{name}".endswith(f".{target}") for target in targets)]
+
+
+def matrix_shape(layer: nn.Module) -> tuple[int, int]:
+    """Inputs and outputs of a linear layer; GPT-2's keeps its weight the other way round."""
+    if isinstance(layer, Conv1D):
+        return int(layer.weight.shape[0]), int(layer.weight.shape[1])
+    assert isinstance(layer, nn.Linear), layer
+    return layer.in_features, layer.out_features
+
+
+# ------------------------------------------------------------------------------------------------------ new rows
+
+
+class GrownEmbedding(nn.Module):
+    """An embedding in two parts: the first rows, frozen, and the rest.
+
+    Args:
+        base_layer: its first rows. new_rows: a layer of the same class with the others.
+    """
+
+    def __init__(self, base_layer: nn.Embedding, new_rows: nn.Embedding) -> None:
+        super().__init__()
+        self.base_layer, self.new_rows = base_layer, new_rows
+        self.embedding_dim = base_layer.embedding_dim
+        self.num_embeddings = base_layer.num_embeddings + new_rows.num_embeddings
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen rows, for whoever asks for width, dtype or device."""
+        return self.base_layer.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(…) int64 → (…, d). Both layers run whatever the ids are, so that all ranks gather alike."""
+        first = self.base_layer.num_embeddings
+        old = self.base_layer(ids.clamp(max=first - 1))
+        new = self.new_rows((ids - first).clamp(min=0))
+        return torch.where((ids >= first)[..., None], new, old)
+
+
+class GrownHead(nn.Module):
+    """An LM head in two parts: the first ids' rows, frozen, and the rest.
+
+    Args:
+        base_layer: the first rows. new_rows: a layer of the same class with the others.
+    """
+
+    def __init__(self, base_layer: nn.Linear, new_rows: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer, self.new_rows = base_layer, new_rows
+        self.in_features = base_layer.in_features
+        self.out_features = base_layer.out_features + new_rows.out_features
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen rows, for whoever asks for width, dtype or device."""
+        return self.base_layer.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, d) → (…, V)."""
+        return torch.cat([self.base_layer(x), self.new_rows(x)], dim=-1)
+
+
+def split_rows(decoder: PreTrainedModel, first: int) -> None:
+    """Let the rows from ``first`` on of the embedding and the LM head train, in place; tied ones stay tied."""
+    embedding, head = decoder.get_input_embeddings(), decoder.get_output_embeddings()
+    assert isinstance(embedding, nn.Embedding) and isinstance(head, nn.Linear), (type(embedding), type(head))
+    tied = head.weight is embedding.weight
+    new = _cut(embedding, first)
+    embedding.num_embeddings, new.num_embeddings = first, new.num_embeddings - first
+    embedding.padding_idx = new.padding_idx = None  # it may be of the other part; in the frozen one it changes nothing
+    decoder.set_input_embeddings(GrownEmbedding(embedding, new))
+
+    new_head = _cut(head, first)
+    head.out_features, new_head.out_features = first, new_head.out_features - first
+    if tied:
+        head.weight, new_head.weight = embedding.weight, new.weight
+    decoder.set_output_embeddings(GrownHead(head, new_head))
+
+
+def _cut(layer: M, first: int) -> M:
+    """Leave a layer its rows before ``first``, frozen; a copy of it gets the others, to train. Parameters that have no rows
+    (a scale) are shared."""
+    rows = len(layer.weight)  # type: ignore[arg-type]
+    own = {name: p for name, p in layer.named_parameters(recurse=False) if p.dim() and len(p) == rows}
+    memo = {id(p): p for p in layer.parameters()}
+    rest = copy.deepcopy(layer, memo)
+    for name, parameter in own.items():
+        setattr(layer, name, nn.Parameter(parameter.detach()[:first].clone(), requires_grad=False))
+        setattr(rest, name, nn.Parameter(parameter.detach()[first:].clone()))
+    return rest
+
+
+@torch.no_grad()
+def copy_plain(state: Mapping[str, Tensor], decoder: nn.Module) -> None:
+    """Give a decoder the weights of a plain one, in place; adapters keep theirs.
+
+    Args:
+        state: of a decoder without adapters, with as many rows in its embedding.
+    """
+    for name, tensor in decoder.state_dict().items():
+        if BASE_OF in name:
+            whole = state[name.replace(BASE_OF, ".")]
+            tensor.copy_(whole[: len(tensor)] if tensor.dim() else whole)
+        elif NEW_OF in name:
+            whole = state[name.replace(NEW_OF, ".")]
+            tensor.copy_(whole[-len(tensor) :])
+        elif ".lora_" not in name:
+            tensor.copy_(state[name])

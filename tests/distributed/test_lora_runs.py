@@ -1,0 +1,257 @@
+"""LoRA on every engine: the curve of a plain loop, an EMA teacher, resuming, other world sizes, and what leaves."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from jepa_scale.config import OptimConfig
+from jepa_scale.convert.to_hf import ExportOptions, export
+from jepa_scale.data import load_data
+from jepa_scale.distributed import Ranks
+from jepa_scale.engines import create_engine
+from jepa_scale.engines.base import EngineOptions
+from jepa_scale.models.backbone import Backbone, ModelOptions, build_backbone
+from jepa_scale.optim import parameter_groups
+from jepa_scale.packing import Segment, pack_stream
+from jepa_scale.teacher import Teacher, TeacherModel, TeacherOptions
+from tests.data.corpus import VOCABULARY, write_text
+from tests.distributed.launch import run_ranks
+from tests.distributed.small_runs import assert_same, checkpoint, newest, rows, tensors
+from tests.distributed.test_horizon_runs import config_file
+from tests.distributed.test_runs import train_runs
+from tests.distributed.toy import ENGINES, small_buckets
+
+STEPS, KNOWN, ROWS = 20, 40, 43
+OPTIM = OptimConfig(lr=1e-2, weight_decay=0.1, clip_norm=0.5)
+LLAMA = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+LLAMA |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+QWEN3 = {**LLAMA, "model_type": "qwen3", "head_dim": 8, "tie_word_embeddings": True}
+
+
+def pretrained(folder: Path, config: dict[str, Any], known: int) -> str:
+    """A folder with a model of random weights, larger than usual so that a mistake in them shows."""
+    torch.manual_seed(5)
+    decoder = build_backbone(ModelOptions(family="huggingface", config=config), known).decoder
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    decoder.save_pretrained(folder)
+    return str(folder)
+
+
+class Output(NamedTuple):
+    total: Tensor
+
+
+class Root(nn.Module):
+    """A backbone and nothing else; the loss is a sum over labels, so that parts of a batch add up."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, ids: Tensor) -> Output:
+        stream = pack_stream([Segment(row, "text") for row in ids.tolist()])
+        hidden = self.backbone.hidden(stream).view(*ids.shape, -1)[:, :-1]
+        logits = self.backbone.logits(hidden.reshape(-1, hidden.shape[-1])).float()
+        return Output(F.cross_entropy(logits, ids[:, 1:].reshape(-1), reduction="sum") / 40)
+
+
+def make_root(folder: str) -> Root:
+    torch.manual_seed(2)
+    lora = {"rank": 3, "alpha": 12}
+    return Root(build_backbone(ModelOptions(family="huggingface", pretrained=folder, lora=lora), ROWS))
+
+
+def batch(step: int) -> Tensor:
+    """(8, 6) of all ids, the new ones among them."""
+    return torch.randint(ROWS, (8, 6), generator=torch.Generator().manual_seed(step % 4))
+
+
+def clip_groups(root: nn.Module) -> dict[str, list[str]]:
+    names = [name for name, parameter in root.named_parameters() if parameter.requires_grad]
+    return {"first": [n for n in names if ".layers.0." in n], "rest": [n for n in names if ".layers.0." not in n]}
+
+
+def reference(folder: str) -> tuple[list[float], Root, Root]:
+    """Plain torch in one process: losses, the model, and the average of it."""
+    root = make_root(folder)
+    average = copy.deepcopy(root)
+    groups = [{k: g[k] for k in ("params", "lr", "weight_decay")} for g in parameter_groups(root, OPTIM, ["objective"])]
+    optimizer = torch.optim.AdamW(groups, betas=OPTIM.betas, eps=OPTIM.eps)
+    named, losses = dict(root.named_parameters()), []
+    for step in range(STEPS):
+        loss = root(batch(step)).total
+        loss.backward()
+        for names in clip_groups(root).values():
+            nn.utils.clip_grad_norm_([named[name] for name in names], OPTIM.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+        with torch.no_grad():
+            for mine, its in zip(average.parameters(), root.parameters(), strict=True):
+                mine.lerp_(its, 0.1)
+    return losses, root, average
+
+
+def train_all(ranks: Ranks, folder: str, scratch: str, cases: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    results = []
+    for name, precision in cases:
+        root = make_root(folder)
+        copies = {"backbone": root.backbone.lower(1)}
+        zero = name.startswith("zero")
+        if zero and ranks.rank == 0:
+            small_buckets(name, scratch)
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        engine = create_engine(
+            "deepspeed" if zero else "fsdp",
+            root,
+            shard=list(root.backbone.layers),
+            groups=parameter_groups(root, OPTIM, ["objective"]),
+            optim_options=OPTIM,
+            engine_options=EngineOptions(
+                precision, OPTIM.clip_norm, 1, Path(scratch) / f"{name}.json" if zero else None, clip_groups(root)
+            ),
+            ranks=ranks,
+        )
+        constant = TeacherOptions(momentum=0.9, final_momentum=None, schedule="constant")
+        teacher = Teacher(engine, TeacherModel(copies), constant, STEPS)
+        losses = []
+        for step in range(STEPS):
+            ids = batch(step).chunk(ranks.world_size)[ranks.rank]
+            loss = engine.forward(ids).total
+            engine.backward(loss)
+            engine.step()
+            teacher.update(step)
+            losses.append(float(loss.detach()))
+        state = engine.state()
+        results.append(
+            {
+                "losses": losses,
+                "state": engine.full_state(),
+                "names": list(state),
+                "teacher": teacher.forward("backbone", pack_stream([Segment([1, 41, 3], "a")])),
+            }
+        )
+    return results
+
+
+@pytest.mark.parametrize(("config", "world_size"), [(LLAMA, 1), (QWEN3, 2)], ids=["untied-1", "tied-2"])
+def test_every_engine_trains_what_a_plain_loop_trains(tmp_path, config, world_size):
+    """Clipping by group, new rows, an average of a part; in bf16 within its rounding."""
+    folder = pretrained(tmp_path / "base", config, KNOWN)
+    losses, model, average = reference(folder)
+    cases = [(engine, "fp32") for engine in ENGINES]
+    if world_size == 2:
+        cases += [(engine, "bf16") for engine in ("fsdp", "zero1", "zero3")]
+    by_rank = run_ranks(train_all, world_size, folder, str(tmp_path), cases)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    start = dict(make_root(folder).named_parameters())
+    with torch.no_grad():
+        wanted = average.backbone.hidden(pack_stream([Segment([1, 41, 3], "a")]), until=1)
+    assert losses[-1] < 0.9 * losses[0]
+    for i, (engine, precision) in enumerate(cases):
+        got = by_rank[0][i]
+        curve = torch.tensor([rank[i]["losses"] for rank in by_rank], dtype=torch.float64).sum(0)
+        loose = 1e-4 if precision == "fp32" else 0.05
+        assert (curve - torch.tensor(losses, dtype=torch.float64)).abs().max() < loose, (engine, precision)
+        torch.testing.assert_close(got["teacher"].float(), wanted, rtol=0, atol=1e-3 if precision == "fp32" else 0.1)
+        for name, parameter in model.named_parameters():
+            value = got["state"][name]
+            if name in frozen:
+                same = start[name] if precision == "fp32" or engine == "fsdp" else start[name].bfloat16().float()
+                assert torch.equal(value, same), (engine, precision, name)
+            elif precision == "fp32":
+                torch.testing.assert_close(value, parameter.detach(), rtol=0, atol=1e-3, msg=f"{engine}: {name}")
+        moments = {name.partition("/")[2] for name in got["names"] if not name.startswith("model/")}
+        assert moments == {name for name, _ in model.named_parameters()} - frozen
+        assert {name for name in got["names"] if name.startswith("model/")} >= {f"model/{name}" for name in frozen}
+
+
+def edit(file: str, **sections: Any) -> str:
+    """Another value of some sections of a config file; the file."""
+    path = Path(file)
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **sections}))
+    return file
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    write_text(folder, [10, 1, 30, 8], valid=9)
+    return folder
+
+
+def model(folder: Path, **lora: Any) -> dict[str, Any]:
+    """A base that lacks the corpus's last two ids."""
+    known = VOCABULARY - 2
+    return {"family": "huggingface", "pretrained": pretrained(folder / "base", LLAMA, known), "lora": lora or None}
+
+
+def test_whole_runs_resume_bitwise(corpus, tmp_path):
+    """``horizon`` with a teacher of the lower blocks, clipping by part and dropout in the adapters. From step 2 on in new
+    processes the rows, the weights, the moments and the teacher are the same to the bit. The frozen weights stay what
+    they were, and have no moments."""
+    how: dict[str, Any] = {"model": model(tmp_path, rank=2, dropout=0.1), "checkpoint": {"every": 2, "keep_last": 9}}
+    cases = {"fsdp": ("fsdp", "bf16"), "zero1": ("zero1", "bf16"), "zero3": ("zero3", "fp32")}
+    files = {n: config_file(tmp_path, n, corpus, "vicreg", e, precision=p, **how) for n, (e, p) in cases.items()}
+    run_ranks(train_runs, 2, [(file, None) for file in files.values()])
+    again = []
+    for name, file in files.items():
+        shutil.copytree(tmp_path / name, tmp_path / f"{name}-again")
+        run = yaml.safe_load(Path(file).read_text())["run"]
+        copied = shutil.copy(file, tmp_path / f"{name}-again.yaml")
+        again.append((edit(str(copied), run={**run, "name": f"{name}-again"}), str(checkpoint(tmp_path / name, 2))))
+    run_ranks(train_runs, 2, again)
+    for name in files:
+        last = newest(tmp_path / name)
+        assert last > 4
+        assert_same(tmp_path / f"{name}-again", tmp_path / name, last)
+        held = tensors(checkpoint(tmp_path / name, last))
+        frozen = {n.partition("/")[2] for n in held if n.startswith("model/") and "exp_avg/" + n[6:] not in held}
+        assert frozen and all(".lora_" not in n and ".new_rows." not in n and "objective" not in n for n in frozen)
+        assert any(n.startswith("teacher/backbone") and "lora_B" in n for n in held)
+        start = tensors(checkpoint(tmp_path / name, 2))
+        assert all(torch.equal(held[f"model/{n}"], start[f"model/{n}"]) for n in frozen)
+        moved = [n for n in held if n.startswith("model/") and n.partition("/")[2] not in frozen]
+        assert not any(torch.equal(held[n], start[n]) for n in moved if "lora" in n or "new_rows" in n)
+
+
+def test_a_run_goes_on_with_fewer_ranks_and_leaves_as_what_it_was(corpus, tmp_path):
+    """Two ranks of ZeRO-3, then one of FSDP2, against FSDP2 on one rank all the way. The merged model then scores what the
+    run's evaluation said."""
+    how: dict[str, Any] = {"model": model(tmp_path, rank=2), "checkpoint": {"every": 2, "keep_last": 9}}
+    whole = config_file(tmp_path, "whole", corpus, "vicreg", "fsdp", **how)
+    before = config_file(tmp_path, "moved", corpus, "vicreg", "zero3", **how)
+    run_ranks(train_runs, 2, [(before, None)])
+    after = config_file(tmp_path, "moved", corpus, "vicreg", "fsdp", **how)
+    run_ranks(train_runs, 1, [(whole, None), (after, str(checkpoint(tmp_path / "moved", 2)))])
+    mine, theirs = rows(tmp_path / "moved", "fit"), rows(tmp_path / "whole", "fit")
+    assert [row["step"] for row in mine] == [row["step"] for row in theirs]
+    assert [row["loss"] for row in mine] == pytest.approx([row["loss"] for row in theirs], abs=1e-4)
+    last = newest(tmp_path / "whole")
+    a, b = (tensors(checkpoint(tmp_path / name, last)) for name in ("moved", "whole"))
+    assert a.keys() == b.keys()
+
+    export(tmp_path / "moved", tmp_path / "hf", ExportOptions(progress=False, tokenizer="none"))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    total, count = 0.0, 0
+    for example in load_data({"source": "text", "path": str(corpus), "max_length": 24}).splits["valid"]:
+        ids = torch.tensor(list(map(int, example.lm_sequence()[0])))[None]
+        if ids.shape[1] > 1:
+            with torch.no_grad():
+                total += float(merged(ids, labels=ids).loss) * (ids.shape[1] - 1)
+            count += ids.shape[1] - 1
+    (told,) = [row["lm_loss"] for row in rows(tmp_path / "moved", "valid") if row["step"] == last]
+    assert total / count == pytest.approx(told, abs=1e-5)
