@@ -16,7 +16,7 @@ class DataOptions(Section):
     """Keys of ``data:`` that every source has."""
 
     evaluation: ClassVar[str] = "answers"
-    """How splits are evaluated: ``answers`` (they hold questions) or ``perplexity``."""
+    """How splits are evaluated: ``answers`` (they hold questions), ``perplexity`` or ``chat``."""
 
     source: str = Field(description="Which source.")
     workers: int = Field(0, ge=0, description="Loader worker processes a rank; 0 = in the training process.")

@@ -61,7 +61,8 @@ class Conversation:
             return self.tokens, labels
         for turn in self.turns:
             if turn.role == "assistant":
-                start, stop = max(turn.start, 1), min(turn.stop, len(self.tokens))
+                start = max(turn.start, 1)
+                stop = max(start, min(turn.stop, len(self.tokens)))  # an empty answer has none
                 labels[start - 1 : stop - 1] = self.tokens[start:stop]
         return self.tokens, labels
 

@@ -96,6 +96,22 @@ class MixtureData:
     def tokenizer(self) -> Any:
         return self._first.tokenizer
 
+    def load_tokenizer(self) -> Any:
+        return self._first.load_tokenizer()
+
+    @property
+    def _chat(self) -> list[Any]:
+        return [part for part in self.parts.values() if part.kind == "chat"]
+
+    @property
+    def kind(self) -> str:
+        """``chat`` if any part is; documents among conversations are only predicted."""
+        return "chat" if self._chat else self._first.kind
+
+    @property
+    def plain(self) -> bool:
+        return all(part.plain for part in self._chat)
+
     @property
     def counts(self) -> dict[str, int]:
         return {f"{name}_{what}": n for name, part in self.parts.items() for what, n in part.counts.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -48,6 +48,8 @@ class TextOptions(ShardOptions):
 
 
 class ChatOptions(ShardOptions):
+    evaluation: ClassVar[str] = "chat"
+
     source: Literal["chat"] = Field("chat", description="Conversations; what the assistant says is predicted.")
     train_all: bool = Field(False, description="Predict every token, not the assistant's alone.")
 
@@ -75,6 +77,27 @@ class ShardData:
     tokenizer_fingerprint: str
     shuffle_window: int
     missing_shards: int = 0
+    trust_remote_code: bool = False
+
+    def load_tokenizer(self) -> Any:
+        """The Hugging Face tokenizer of the data, which must have one.
+
+        Raises:
+            InputError: it cannot be loaded.
+        """
+        from jepa_scale.data.prepare.tokenizer import load_tokenizer  # slow to import
+
+        return load_tokenizer(str(self.tokenizer), self.trust_remote_code)
+
+    @property
+    def kind(self) -> str:
+        """``text``, ``chat`` or ``grids``."""
+        return self.train.located.index.kind
+
+    @property
+    def plain(self) -> bool:
+        """Whether conversations were tokenised without a chat template."""
+        return bool(self.train.located.index.made_from.get("options", {}).get("plain", False))
 
     @property
     def counts(self) -> dict[str, int]:
@@ -123,6 +146,7 @@ def load(options: ShardOptions) -> ShardData:
         tokenizer_fingerprint=index.tokenizer_fingerprint,
         shuffle_window=options.shuffle_window,
         missing_shards=len(missing),
+        trust_remote_code=options.trust_remote_code,
     )
 
 

@@ -12,7 +12,9 @@ from pathlib import Path
 from jepa_scale.data.fetch import cache_dir
 from jepa_scale.data.prepare.base import PrepareOptions, Record
 from jepa_scale.data.prepare.hub import hub_rows, identify_hub
+from jepa_scale.data.prepare.rows import Schema, expanded
 from jepa_scale.data.prepare.source import Items, Part, Source, identify_files, identity, read_each
+from jepa_scale.data.prepare.table import read_jsonl
 from jepa_scale.data.prepare.text import cut_at_line, read_piece, read_text, split_documents
 from jepa_scale.errors import InputError
 
@@ -120,6 +122,28 @@ def _row_name(split: str, line: int) -> str:
     return f"{WIKITEXT[0]}/{split}#{line - 1}"
 
 
+def nl_rx_synth(options: PrepareOptions) -> Source:
+    """NL-RX-SYNTH (Locascio et al., EMNLP 2016): English descriptions of regular expressions, as chat messages; 8,000 rows to
+    train on and 2,000 as the split ``test``. Files as LLM-JEPA publishes them.
+
+    Raises:
+        InputError: they are not there.
+    """
+    folders = [place / "nl_rx_synth" for place in _places()]
+    for folder in folders:
+        names = {split: (f"{split}.jsonl", f"synth_{split}.jsonl") for split in ("train", "test")}
+        found = {s: next((folder / n for n in of if (folder / n).is_file()), None) for s, of in names.items()}
+        files = {split: (file,) for split, file in found.items() if file}
+        if "train" in files:
+            schema = Schema("chat", "messages", {"messages": "messages"})
+            parts = {s: expanded(Part(partial(read_each, read_jsonl, f)), schema) for s, f in files.items()}
+            return Source("chat", parts, partial(identify_files, files, folder, "messages"))
+    raise InputError(
+        f"nl_rx_synth: no train.jsonl and test.jsonl in {' or '.join(map(str, folders))}; take datasets/synth_train.jsonl and "
+        "synth_test.jsonl of the LLM-JEPA repository, or set JEPA_SCALE_DATA to the folder that holds nl_rx_synth/"
+    )
+
+
 def python_docs(options: PrepareOptions) -> Source:
     """The reference topics that every CPython carries (its ``help()``), about 0.5 MB of English; each a document, every
     tenth one ``valid``. They differ between versions of Python, and so does the fingerprint."""
@@ -152,5 +176,6 @@ ALIASES: dict[str, Callable[[PrepareOptions], Source]] = {
     "wiki": wikitext2,
     "wt2": wikitext2,
     "python_docs": python_docs,
+    "nl_rx_synth": nl_rx_synth,
 }
 """A path that is one of these words is not a file's name; ``./tiny`` is."""

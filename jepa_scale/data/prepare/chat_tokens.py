@@ -18,6 +18,42 @@ Tokens = tuple[list[int], list[tuple[int, int]]]
 """Ids, and [start, stop) of each message's turn in them."""
 
 
+TEMPLATE_DATE = "26 Jul 2024"
+"""What templates that write today's date (Llama 3's) write instead, so that the same data are the same tokens on every day.
+It is the date that these templates fall back to themselves."""
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    add_generation_prompt: bool = False,
+    thinking: bool = False,
+) -> str:
+    """What the tokenizer's chat template makes of messages.
+
+    Args:
+        thinking: the assistant thinks aloud. If not, templates that offer it (Qwen 3's) put an empty thought into the generation
+            prompt, where it is no part of the answer.
+
+    Raises:
+        Exception: jinja2's, or whatever the template's own expressions raise.
+    """
+    text = tokenizer.apply_chat_template(
+        messages,
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt,
+        enable_thinking=thinking,
+        date_string=TEMPLATE_DATE,
+    )
+    assert isinstance(text, str)
+    return text
+
+
+def thinks(messages: list[Message]) -> bool:
+    """Whether the assistant thinks aloud in any message."""
+    return any(m["role"] == "assistant" and "<think>" in m["content"] for m in messages)
+
+
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, raw: bool = True) -> list[int]:
     """Ids of a text alone, nothing added.
 

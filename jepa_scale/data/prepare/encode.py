@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import numpy as np
 from jepa_scale.data.examples import GRID_END, GRID_ROW, GRID_VOCABULARY
 from jepa_scale.data.prepare.base import BadRecord, Encoder, PrepareOptions, Reader, Record
 from jepa_scale.data.prepare.chat import normalise, special_pattern, turn_spans
-from jepa_scale.data.prepare.chat_tokens import bos_prefix, encode_plain, encode_text, encode_turns
+from jepa_scale.data.prepare.chat_tokens import bos_prefix, encode_plain, encode_text, encode_turns, render, thinks
 from jepa_scale.data.prepare.source import Vocabulary
 from jepa_scale.data.prepare.tokenizer import load_tokenizer, special_ids, tokenizer_fingerprint, train_bpe
 from jepa_scale.data.shard_format import Sample, token_dtype
@@ -148,17 +149,13 @@ class ChatEncoder(_TokenizerEncoder):
         added = getattr(self.tokenizer, "added_tokens_decoder", {}).get(token)
         return added is not None and added.special
 
-    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-        assert isinstance(text, str)
-        return text
-
     def __call__(self, record: Record) -> list[Sample]:
         messages = normalise(record.value["messages"], record.where, self._remove_thinking)
         if self._plain:
             ids, places = encode_plain(self.tokenizer, messages, self._bos)
         else:
-            text, turns, contents = turn_spans(messages, self._render, self._pattern, record.where)
+            rendered = partial(render, self.tokenizer, thinking=thinks(messages))
+            text, turns, contents = turn_spans(messages, rendered, self._pattern, record.where)
             ids, places = encode_turns(self.tokenizer, text, turns, contents, self._pattern)
         if len(ids) < 2:
             raise BadRecord(record.where, "single token", "it predicts nothing")

@@ -454,7 +454,8 @@ def test_few_blocks_are_held_and_a_killed_worker_is_told(tmp_path: Path) -> None
                 assert len(servers) == 2 and not set(servers) & before
                 os.kill(servers[0], signal.SIGKILL)
     assert 25 <= told < 30
-    assert 2 < most <= 2 * workers.AHEAD + 2  # the one just read, and a finished one that waits for its turn
+    # held are the one just read and 2 · AHEAD; a block that is finished before the one ahead of it is none any more
+    assert 2 < most < 15
     assert not any(map(alive, servers))
 
 
