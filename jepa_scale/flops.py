@@ -4,7 +4,8 @@ Counted, as :mod:`torch.utils.flop_counter` does: matrix products alone, two ope
 activations, softmax, rotary embeddings and optimizers are left out; so is whatever activation checkpointing computes again.
 The quotient of these operations per second and :func:`peak_flops` is thus the model FLOPs utilization of PaLM
 (Chowdhery et al. 2022, arXiv 2204.02311, appendix B), with one difference: a causal query is charged for the keys that it
-may see, n(n+1)/2 pairs in a segment of n tokens, and for ``window`` of them under a sliding window.
+may see, n(n+1)/2 pairs in a segment of n tokens, n·m more in a branch that sees a prefix of m, and for ``window`` of them
+under a sliding window.
 
 ``FlopCounterMode`` charges all n² pairs, causal or not, windowed or not; ``square=True`` counts like that. For the backward of
 a fused attention kernel it counts five products where the definition has four, since the kernel makes the scores again.
@@ -28,6 +29,8 @@ import torch
 from torch import nn
 
 from jepa_scale.models.backbone import Backbone
+from jepa_scale.models.decoder import JepaDecoderForCausalLM
+from jepa_scale.packing import PackedStream
 
 
 class Cost(NamedTuple):
@@ -94,32 +97,109 @@ class DecoderFlops:
         total = Cost(sum(c.forward for c in tokens), sum(c.backward for c in tokens))
         return cls(total, pairs, rows, tuple(unknown))
 
-    def forward(self, lengths: Sequence[int], head_rows: int = 0, *, square: bool = False) -> int:
+    def forward(
+        self,
+        lengths: Sequence[int],
+        head_rows: int = 0,
+        *,
+        square: bool = False,
+        key_lengths: Sequence[int] | None = None,
+    ) -> int:
         """FLOPs of a pass without gradient: an evaluation, a teacher, a collecting pass.
 
         Args:
             lengths: tokens of each segment, ``PackedStream.table.lengths``.
             head_rows: rows that the LM head runs on.
             square: charge all n² pairs of a segment, as ``FlopCounterMode`` does.
+            key_lengths: tokens that each segment sees, ``PackedStream.key_lengths``; ``None`` = its own alone.
         """
-        return self._total(0, lengths, head_rows, square)
+        return self._total(0, lengths, head_rows, square, key_lengths)
 
-    def training(self, lengths: Sequence[int], head_rows: int = 0, *, square: bool = False) -> int:
+    def training(
+        self,
+        lengths: Sequence[int],
+        head_rows: int = 0,
+        *,
+        square: bool = False,
+        key_lengths: Sequence[int] | None = None,
+    ) -> int:
         """As :meth:`forward`, with the backward."""
-        return self._total(0, lengths, head_rows, square) + self._total(1, lengths, head_rows, square)
+        return sum(self._total(way, lengths, head_rows, square, key_lengths) for way in (0, 1))
 
-    def _total(self, way: int, lengths: Sequence[int], head_rows: int, square: bool) -> int:
+    def of_stream(self, stream: PackedStream, training: bool, rows: int | None = None, square: bool = False) -> int:
+        """FLOPs of a stream, all of whose segments run; of the LM head on ``rows``, ``None`` = the labelled places."""
+        run = self.training if training else self.forward
+        rows = len(stream.labelled) if rows is None else rows
+        return run(stream.table.lengths, rows, square=square, key_lengths=stream.key_lengths)
+
+    def _total(
+        self, way: int, lengths: Sequence[int], head_rows: int, square: bool, key_lengths: Sequence[int] | None
+    ) -> int:
         pairs = sum(
-            cost[way] * attention_pairs(lengths, window, causal=not square) for window, cost in self.per_pair.items()
+            cost[way] * attention_pairs(lengths, window, causal=not square, key_lengths=key_lengths)
+            for window, cost in self.per_pair.items()
         )
         return self.per_token[way] * sum(lengths) + pairs + self.per_row[way] * head_rows
 
 
-def attention_pairs(lengths: Sequence[int], window: int | None = None, causal: bool = True) -> int:
-    """Pairs of a query and a key that it sees, over segments of these lengths; without ``causal`` all n² of each.
+@dataclass(frozen=True, slots=True)
+class ReadoutFlops:
+    """What :meth:`Backbone.last_hidden` costs: of the native decoder's last block, keys and values at all places, and the
+    rest at the last place of each segment; of others all of it everywhere.
 
-    ``window``: a causal query sees itself and the ``window − 1`` keys before it.
+    Attributes:
+        blocks: as if nothing were spared. spared: of a place that is no segment's last. pairs: of one query and one key in
+            the last block.
     """
+
+    blocks: DecoderFlops
+    spared: Cost
+    pairs: Cost
+
+    @classmethod
+    def of(cls, backbone: Backbone, until: int) -> ReadoutFlops:
+        """As :meth:`DecoderFlops.of`."""
+        blocks = DecoderFlops.of(backbone, until)
+        if not isinstance(backbone.decoder, JepaDecoderForCausalLM):
+            return cls(blocks, Cost(), Cost())
+        block = backbone.layers[until - 1]
+        attention: Any = block.self_attn
+        everywhere = linear_cost(nn.ModuleList([attention.k_proj, attention.v_proj]))
+        whole = linear_cost(block)
+        (pairs,) = blocks.per_pair.values()  # no sliding window; every block has the same share
+        return cls(
+            blocks,
+            Cost(whole.forward - everywhere.forward, whole.backward - everywhere.backward),
+            Cost(pairs.forward // until, pairs.backward // until),
+        )
+
+    def of_stream(self, stream: PackedStream, training: bool, square: bool = False) -> int:
+        """FLOPs of a stream without branches."""
+        lengths = stream.table.lengths
+        full = self.blocks.of_stream(stream, training, 0, square)
+        # a segment's last place sees all n of its keys
+        unseen = attention_pairs(lengths, causal=not square) - sum(lengths)
+        spared = [c * (sum(lengths) - len(lengths)) + p * unseen for c, p in zip(self.spared, self.pairs, strict=True)]
+        return full - spared[0] - spared[1] * training
+
+
+def attention_pairs(
+    lengths: Sequence[int],
+    window: int | None = None,
+    causal: bool = True,
+    key_lengths: Sequence[int] | None = None,
+) -> int:
+    """Pairs of a query and a key that it sees, over segments of these lengths; without ``causal`` all of each.
+
+    ``window``: a causal query sees itself and the ``window − 1`` keys before it. ``key_lengths``: of each segment's keys,
+    the last of which is its last query's own; ``None`` = as many as its queries.
+    """
+    if key_lengths is not None:
+        pairs = list(zip(lengths, key_lengths, strict=True))
+        if not causal:
+            return sum(n * keys for n, keys in pairs)
+        # all that the keys' tokens would see, less what those of the prefix would
+        return attention_pairs(key_lengths, window) - attention_pairs([keys - n for n, keys in pairs], window)
     if not causal:
         return sum(n * n for n in lengths)
     if window is None:
@@ -128,13 +208,17 @@ def attention_pairs(lengths: Sequence[int], window: int | None = None, causal: b
     return sum(w * (w + 1) // 2 + (n - w) * w for n, w in seen)
 
 
-def linear_flops(module: nn.Module, rows: int, training: bool = False) -> int:
-    """FLOPs of all linear layers in an objective's head, each run once on ``rows`` rows.
+def linear_cost(module: nn.Module) -> Cost:
+    """Of one row through all linear layers in an objective's head, the gradient of the module's input included.
 
-    With ``training`` the backward too, the gradient of the module's input included. Products of activations, a
-    predictor's attention perhaps, are not in it; nor are matrices picked by an index.
+    Products of activations, a predictor's attention perhaps, are not in it; nor are matrices picked by an index.
     """
-    cost = _read(module, None).cost(True)
+    return _read(module, None).cost(True)
+
+
+def linear_flops(module: nn.Module, rows: int, training: bool = False) -> int:
+    """:func:`linear_cost` of ``rows`` rows; with ``training`` the backward too."""
+    cost = linear_cost(module)
     return rows * (cost.forward + cost.backward * training)
 
 
@@ -234,6 +318,14 @@ _PEAKS: tuple[tuple[str, _Peak], ...] = (
     ("nvidia l40s", _Peak(362.05, 362.05, 183, 91.6)),
     ("nvidia l40", _Peak(181.05, 181.05, 90.5, 90.5)),
 )
+
+
+def peak_of(device: torch.device, precision: str, tf32: bool) -> float | None:
+    """:func:`peak_flops` of a rank's device; ``precision``: ``engine.precision``. ``None`` where there is no GPU."""
+    if device.type != "cuda":
+        return None
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return peak_flops(torch.cuda.get_device_name(device), dtype, tf32)
 
 
 def peak_flops(name: str, dtype: torch.dtype, tf32: bool = False) -> float | None:

@@ -26,6 +26,8 @@ class Meter:
         self.device = device
         self.bad_steps: list[int] = []
         """Steps without a finite gradient among those that the last :meth:`read` was about."""
+        self.flops = 0
+        """What all ranks have spent in the steps that the last :meth:`read` was about."""
         self._reset()
 
     def _reset(self) -> None:
@@ -37,6 +39,7 @@ class Meter:
         self._good: list[Tensor] = []
         self._steps: list[int] = []
         self._waited = self._worked = 0.0
+        self._spent = 0
 
     def add(self, loss: Loss, batch: PackedBatch) -> None:
         """A micro-batch's contributions."""
@@ -45,6 +48,10 @@ class Meter:
         self._gauges.update(loss.gauges)
         for name in COUNTS:
             self._counts[name] += batch.counts[name]
+
+    def spend(self, flops: int) -> None:
+        """What a step costs this rank, whatever becomes of it."""
+        self._spent += flops
 
     def step_done(self, step: int, grad_norm: Tensor) -> None:
         """The step's last micro-batch is in. Where the norm is not finite the engine has skipped the update, and the
@@ -75,10 +82,11 @@ class Meter:
         """
         names = sorted(self._sums)
         self._worked += time.perf_counter() - self._busy_since if self._busy_since is not None else 0.0
-        own = [*(float(n) for n in self._counts.values()), self._waited, self._waited + self._worked]
+        own = [*self._counts.values(), self._waited, self._waited + self._worked, self._spent]
         host = torch.tensor(own, dtype=torch.float64).to(self.device)
         local = torch.cat([torch.stack([self._sums[name] for name in names]), host])
-        *sums, tokens, budget, skipped, waited, passed = all_reduce_sum(local).tolist()
+        *sums, tokens, budget, skipped, waited, passed, flops = all_reduce_sum(local).tolist()
+        self.flops = int(flops)
         good = torch.stack(self._good).tolist()
         self.bad_steps = [step for step, ok in zip(self._steps, good, strict=True) if not ok]
         values = {name: total / sum(good) if any(good) else math.nan for name, total in zip(names, sums, strict=True)}

@@ -11,7 +11,7 @@ from typing import Any
 
 from jepa_scale.files import write_atomic
 from jepa_scale.plots import Curve, curves, plot_all
-from jepa_scale.table import format_number, text_table
+from jepa_scale.table import format_flops, format_number, text_table
 from jepa_scale.telemetry.metrics import describe, in_report_order
 from jepa_scale.telemetry.records import FIT, RunRecord, load_run
 
@@ -96,7 +96,12 @@ def report_page(record: RunRecord, plots: Mapping[str, bytes]) -> str:
 def _facts(summary: Mapping[str, Any]) -> str:
     facts = [(summary.get("steps"), "optimizer steps"), (summary.get("tokens"), "tokens")]
     facts.append((summary.get("tokens_per_second"), "tokens/s"))
-    return " · ".join(f"{format_number(value)} {what}" for value, what in facts if value)
+    told = [f"{format_number(value)} {what}" for value, what in facts if value]
+    if flops := summary.get("flops"):
+        told.append(f"{format_flops(flops)} FLOPs of training")
+    if (error := summary.get("flops_error")) is not None:
+        told.append(f"{error:+.1%} off the {format_flops(summary['flops_budget'])} asked for")
+    return " · ".join(told)
 
 
 def _warnings(by_metric: Mapping[str, list[Curve]]) -> list[str]:
@@ -162,7 +167,7 @@ _HEADLINES = (
     "effective_rank",
     "loss",
 )
-_COUNTS = ("steps", "tokens", "tokens_per_second")
+_COUNTS = ("steps", "tokens", "flops", "tokens_per_second")
 
 
 def compare_table(
@@ -171,7 +176,7 @@ def compare_table(
     """A text table with a row for each run.
 
     Args:
-        columns: heading → ``split/metric``, or ``steps``, ``tokens`` or ``tokens_per_second``. ``None`` takes
+        columns: heading → ``split/metric``, or ``steps``, ``tokens``, ``flops`` or ``tokens_per_second``. ``None`` takes
             the headline metrics of all evaluation splits, or the training loss of runs that were never
             evaluated.
         which: ``"final"`` or ``"best"`` values.
@@ -181,19 +186,19 @@ def compare_table(
     """
     runs = [load_run(d) for d in run_dirs]
     chosen = columns if columns is not None else {c: c for c in headline_columns(runs)}
-    rows = [[r.name, *(format_number(_lookup(r, c, which)) for c in chosen.values())] for r in runs]
+    rows = [[r.name, *(_shown(c, _lookup(r, c, which)) for c in chosen.values())] for r in runs]
     return text_table(["run", *chosen], rows)
 
 
 def headline_columns(runs: Sequence[RunRecord]) -> list[str]:
-    """Steps, tokens/s and the ``split/metric`` names that :func:`compare_table` shows by default."""
+    """Steps, FLOPs where they were counted, tokens/s and the ``split/metric`` names that :func:`compare_table` shows by default."""
     splits: dict[str, set[str]] = {}
     for run in runs:
         for split, values in run.summary.get("final", {}).items():
             splits.setdefault(split, set()).update(values)
     evaluated = {s: names for s, names in splits.items() if s != FIT} or splits
     found = [f"{s}/{m}" for s, names in evaluated.items() for m in _HEADLINES if m in names]
-    return ["steps", "tokens_per_second", *found]
+    return ["steps", *_flops_column(runs), "tokens_per_second", *found]
 
 
 REVERSAL_COLUMNS = {
@@ -216,7 +221,17 @@ def runs_table(run_dirs: Sequence[Path | str]) -> str:
     runs = [load_run(d) for d in run_dirs]
     about_facts = all(run.value("test", "mrr") is not None for run in runs)
     places = [f"{run.name}: {run.directory / REPORT_FILE}, {run.directory / PLOTS_DIR}/" for run in runs]
-    return "\n".join([compare_table(run_dirs, REVERSAL_COLUMNS if about_facts else None), "", *places])
+    spent = {"training FLOPs": "flops"} if _flops_column(runs) else {}
+    columns = {**REVERSAL_COLUMNS, **spent} if about_facts else None
+    return "\n".join([compare_table(run_dirs, columns), "", *places])
+
+
+def _flops_column(runs: Sequence[RunRecord]) -> list[str]:
+    return ["flops"] if any(run.summary.get("flops") for run in runs) else []
+
+
+def _shown(column: str, value: float | None) -> str:
+    return format_flops(value) if column == "flops" else format_number(value)
 
 
 def _lookup(run: RunRecord, column: str, which: str) -> float | None:

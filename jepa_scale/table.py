@@ -24,6 +24,11 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(header), "  ".join("-" * w for w in widths), *(line(row) for row in rows)])
 
 
+def format_flops(value: float | None) -> str:
+    """As ``1.23e15``, ``-`` for a missing value."""
+    return "-" if value is None else f"{value:.2e}".replace("e+", "e")
+
+
 def format_number(value: float | int | None) -> str:
     """A metric as people read it: thousands grouped, four significant digits, ``-`` for a missing value."""
     if value is None:

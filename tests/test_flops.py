@@ -6,10 +6,10 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from jepa_scale.flops import Cost, DecoderFlops, attention_pairs, linear_flops, peak_flops
+from jepa_scale.flops import Cost, DecoderFlops, attention_pairs, linear_flops, peak_flops, peak_of
 from jepa_scale.models.backbone import ModelOptions, build_backbone
 from jepa_scale.models.mlp import Mlp
-from jepa_scale.packing import Segment, pack_stream
+from jepa_scale.packing import PackedStream, Segment, Views, pack, pack_stream
 
 VOCABULARY, LENGTHS, ROWS = 50, (1, 2, 5, 5, 9), 3
 NATIVE = dict(hidden_size=32, num_hidden_layers=3, num_key_value_heads=2)
@@ -48,9 +48,9 @@ def stream(lengths):
 
 
 def counted(backbone, lengths, rows=ROWS, until=None, train=True):
-    """What FlopCounterMode sees: (forward, backward). Attention in separate products, which it counts as they are;
+    """What FlopCounterMode sees, of segments of these lengths or of a stream: (forward, backward). Attention in separate products, which it counts as they are;
     the rotary tables of transformers are outer products, which it counts and we don't."""
-    packed, barrier = stream(lengths), backbone.barrier
+    packed, barrier = lengths if isinstance(lengths, PackedStream) else stream(lengths), backbone.barrier
     with sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(train):
         with FlopCounterMode(display=False) as counter:
             hidden, tap = (
@@ -146,6 +146,17 @@ def test_lora():
     assert backward == counted(backbone, LENGTHS)[1] + extra
 
 
+@pytest.mark.parametrize("name", ["gpt2", "qwen3"])
+def test_lora_with_new_rows(name):
+    """The embedding's new rows train: what the lowest block reads asks for a gradient, and every product is as it is counted."""
+    keys = dict(FAMILIES[name], tie_word_embeddings=True)
+    lora = dict(rank=2, new_ids_from=VOCABULARY - 4)
+    backbone = build_backbone(ModelOptions(family="huggingface", config=keys, lora=lora), VOCABULARY)
+    flops = DecoderFlops.of(backbone)
+    assert flops.uncounted == ()
+    assert ours(flops, LENGTHS) == counted(backbone, LENGTHS)
+
+
 def test_a_barrier_stops_the_gradient():
     backbone = make("native, barrier")
     for part in (backbone.decoder.model.bridge, backbone.layers[2], backbone.decoder.model.norm):
@@ -182,6 +193,37 @@ def test_pairs_are_those_that_a_mask_leaves(window):
         expected += int(((behind >= 0) & (behind < (window or n))).sum())
     assert attention_pairs(LENGTHS, window) == expected
     assert attention_pairs(LENGTHS, window, causal=False) == sum(n * n for n in LENGTHS)
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 5, 9, 20])
+def test_a_branch_is_charged_for_its_prefix(window):
+    own, keys = (1, 1, 3, 4, 9), (1, 7, 10, 5, 9)
+    expected = 0
+    for n, k in zip(own, keys, strict=True):
+        behind = torch.arange(k - n, k)[:, None] - torch.arange(k)
+        expected += int(((behind >= 0) & (behind < (window or k))).sum())
+    assert attention_pairs(own, window, key_lengths=keys) == expected
+    assert attention_pairs(own, window, causal=False, key_lengths=keys) == sum(
+        n * k for n, k in zip(own, keys, strict=True)
+    )
+    assert attention_pairs(own, window, key_lengths=own) == attention_pairs(own, window)
+    if window is None:
+        assert expected == sum(n * (k - n) + n * (n + 1) // 2 for n, k in zip(own, keys, strict=True))
+
+
+@pytest.mark.parametrize("name", ["native, bridge", "gpt2", "gemma3"])
+def test_every_product_of_branches_is_counted(name):
+    """Those of a parent, its branches and a stranger, by PyTorch's counter again."""
+    segments = [Segment([1] * 9, "p"), Segment([2] * 3, "b", prefix=("p", 5)), Segment([3], "c", prefix=("p", 9))]
+    packed = pack([Views([*segments, Segment([4] * 5, "d")])]).streams["main"]
+    backbone = make(name)
+    flops, lengths, keys = DecoderFlops.of(backbone), packed.table.lengths, packed.key_lengths
+    forward = flops.forward(lengths, ROWS, square=True, key_lengths=keys)
+    training = flops.training(lengths, ROWS, square=True, key_lengths=keys)
+    assert (forward, training - forward) == counted(backbone, packed)
+    narrow = sum(cost.forward * attention_pairs(lengths, w, key_lengths=keys) for w, cost in flops.per_pair.items())
+    square = sum(cost.forward * attention_pairs(lengths, None, False, keys) for cost in flops.per_pair.values())
+    assert forward - flops.forward(lengths, ROWS, key_lengths=keys) == square - narrow > 0
 
 
 def test_causal_attention_costs_the_pairs_that_are_seen():
@@ -240,6 +282,15 @@ def test_heads_of_an_objective():
 )
 def test_peak_of_known_devices(name, expected):
     assert peak_flops(name, torch.bfloat16) == (expected and pytest.approx(expected * 1e12))
+
+
+def test_there_is_no_peak_without_a_gpu(monkeypatch):
+    assert peak_of(torch.device("cpu"), "bf16", True) is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    found = [
+        peak_of(torch.device("cuda", 0), p, tf32) for p, tf32 in (("bf16", False), ("fp32", True), ("fp32", False))
+    ]
+    assert found == [312e12, 156e12, 19.5e12]
 
 
 def test_peak_by_dtype():

@@ -50,6 +50,22 @@ def test_a_skipped_step_is_named_and_in_no_mean():
     assert math.isnan(values["loss"]) and meter.bad_steps == [4]
 
 
+def test_what_was_spent_counts_for_skipped_steps_too():
+    meter = Meter(torch.device("cpu"))
+    for step, norm in enumerate([1.0, math.nan]):
+        meter.spend(3 * 2**40)
+        meter.add(loss(1.0), batch(1, step))
+        meter.step_done(step, torch.tensor(norm))
+    assert meter.flops == 0
+    meter.read()
+    assert meter.flops == 6 * 2**40
+    meter.spend(5)
+    meter.add(loss(1.0), batch(1, 2))
+    meter.step_done(2, FINITE)
+    meter.read()
+    assert meter.flops == 5
+
+
 def test_efficiency_and_skipped_samples_are_told_where_there_are_any():
     meter = Meter(torch.device("cpu"))
     meter.add(loss(1.0), batch(6, 0, budget=8, skipped=2))

@@ -42,14 +42,14 @@ class Page(HTMLParser):
         self.words.append(data)
 
 
-def make_run(directory, name="demo", reverse=0.9):
+def make_run(directory, name="demo", reverse=0.9, flops=0, budget=0.0):
     directory.mkdir(parents=True)
     config = f"run:\n  name: {name}\nobjective:\n  note: <script>alert(1)</script> & more\n"
     ranks = Ranks(0, 1, 0, torch.device("cpu"), "python")
-    with RunLog(directory, LogConfig(progress=False), ranks, name, 6, config) as log:
+    with RunLog(directory, LogConfig(progress=False), ranks, name, 6, config, budget=budget) as log:
         for step in range(1, 7):
             loss = math.nan if step == 3 else 10.0 ** (2 - step)
-            log.fit(step, {"loss": loss, "lr": 1e-3 / step, "grad_norm": 1.0}, tokens=10)
+            log.fit(step, {"loss": loss, "lr": 1e-3 / step, "grad_norm": 1.0}, tokens=10, flops=flops)
             if step % 3 == 0:
                 for split, value in (("train", 1.0), ("atomic", 0.75), ("test", reverse)):
                     log.evaluated(step, split, {"exact_match": value * step / 6, "mrr": value})
@@ -170,6 +170,25 @@ def test_runs_side_by_side(tmp_path):
     ]
     chosen = compare_table([good], {"steps": "steps", "loss": "fit/loss", "none": "x/y"}, which="best")
     assert chosen.splitlines()[2].split() == ["reversal", "6", "0.0001000", "-"]
+
+
+def test_flops_have_a_column_where_they_were_counted(tmp_path):
+    counted = make_run(tmp_path / "a", "a", flops=206 * 10**12, budget=1e15)
+    older = make_run(tmp_path / "b", "b")
+    head, _, first, second, *_ = runs_table([counted, older]).splitlines()
+    assert head.endswith("training FLOPs")
+    assert (first.split()[-1], second.split()[-1]) == ("1.24e15", "-")
+    assert [line.split()[2] for line in compare_table([counted, older]).splitlines()] == [
+        "flops",
+        "-" * 7,
+        "1.24e15",
+        "-",
+    ]
+    words = " ".join(Page(write_report(counted).read_text(encoding="utf-8")).words)
+    assert "1.24e15 FLOPs of training" in words and "+23.6% off the 1.00e15 asked for" in words
+    assert "FLOPs" not in " ".join(Page(write_report(older).read_text(encoding="utf-8")).words)
+    (counted / "summary.json").unlink()  # a killed run
+    assert compare_table([counted]).splitlines()[2].split()[2] == "1.24e15"
 
 
 def test_a_run_that_was_never_evaluated_is_compared_by_its_loss(tmp_path):

@@ -1,6 +1,6 @@
 """The run directory on disk: how its rows are written, cut at a resume, read back and summed up.
 
-``metrics.jsonl`` has one JSON object a line: ``step``, ``split``, ``tokens`` (trained so far, all ranks) and
+``metrics.jsonl`` has one JSON object a line: ``step``, ``split``, ``tokens`` and ``flops`` (trained so far, all ranks) and
 the values. Rows of the running training have the split ``"fit"``; evaluation rows have the name of what was
 evaluated. JSON has no NaN and no infinity: such a value is written as ``null``.
 """
@@ -26,7 +26,10 @@ FIT = "fit"
 """Split of the rows that training itself logs."""
 
 METRICS_FILE, SUMMARY_FILE, CONFIG_FILE = "metrics.jsonl", "summary.json", "config.yaml"
-_NOT_VALUES = ("step", "split", "tokens")
+_NOT_VALUES = ("step", "split", "tokens", "flops")
+
+BUDGET_ERROR = 0.02
+"""How far a run may be from its budget of FLOPs, relatively, without a word."""
 
 Row = dict[str, Any]
 
@@ -149,13 +152,27 @@ def summarize(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
 
 
 def make_summary(
-    name: str, rows: list[Row], steps: int, tokens: int, seconds: float, environment: Mapping[str, Any]
+    name: str,
+    rows: list[Row],
+    steps: int,
+    tokens: int,
+    seconds: float,
+    environment: Mapping[str, Any],
+    flops: int = 0,
+    budget: float = 0.0,
 ) -> dict[str, Any]:
-    """The contents of ``summary.json``. ``seconds`` is training time, without evaluations and saves."""
+    """The contents of ``summary.json``. ``seconds`` is training time, without evaluations and saves; ``budget``: the FLOPs that
+    were asked for. By how much the run misses it is told where that is more than ``BUDGET_ERROR``."""
+    spent: dict[str, Any] = {"flops": flops} if flops else {}
+    if budget:
+        spent["flops_budget"] = budget
+        if abs(error := flops / budget - 1) > BUDGET_ERROR:
+            spent["flops_error"] = error
     return {
         "name": name,
         "steps": steps,
         "tokens": tokens,
+        **spent,
         "tokens_per_second": tokens / seconds if seconds > 0 else None,
         **summarize(rows),
         "environment": dict(environment),
@@ -181,7 +198,7 @@ def load_run(run_dir: Path | str) -> RunRecord:
     name = summary.get("name") or (run.get("name") if isinstance(run, dict) else None) or directory.resolve().name
     if not summary:
         steps, tokens, seconds = last_counts(rows)
-        summary = make_summary(str(name), rows, steps, tokens, seconds, {})
+        summary = make_summary(str(name), rows, steps, tokens, seconds, {}, last_flops(rows))
     text = config_file.read_text(encoding="utf-8", errors="replace") if config_file.is_file() else ""
     return RunRecord(directory, str(name), rows, summary, config, text)
 
@@ -192,6 +209,11 @@ def last_counts(rows: list[Row]) -> tuple[int, int, float]:
     tokens = max((row.get("tokens") or 0 for row in rows), default=0)
     seconds = max((row.get("seconds") or 0.0 for row in rows if row["split"] == FIT), default=0.0)
     return steps, tokens, seconds
+
+
+def last_flops(rows: list[Row]) -> int:
+    """FLOPs of training as far as the rows tell; 0 if they don't."""
+    return max((row.get("flops") or 0 for row in rows), default=0)
 
 
 def _mapping(path: Path, parse: Any) -> dict[str, Any]:

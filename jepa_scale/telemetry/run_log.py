@@ -70,6 +70,8 @@ class RunLog:
             and time continue from ``state`` (what :meth:`state` gave when the checkpoint was made), else from
             the last row kept.
         engine: name of the engine when the config leaves the choice open.
+        peak: FLOP/s that a rank's device can do at most, for the column ``mfu``; without it there is none.
+        budget: FLOPs that the run was to take, for the summary; 0 = none were given.
         data: what became of the source's records (samples, split, dropped …), for the summary and one line at the start.
     """
 
@@ -86,19 +88,24 @@ class RunLog:
         state: Mapping[str, float] | None = None,
         engine: str | None = None,
         data: Mapping[str, int] | None = None,
+        peak: float | None = None,
+        budget: float = 0.0,
     ) -> None:
         self.run_dir, self.name, self.total_steps = Path(run_dir), name, total_steps
         self.step = start_step
         self.tokens = 0
         """Tokens trained so far, over all ranks, as far as they were handed over."""
+        self.flops = 0
+        """FLOPs of training so far, in the same way."""
         self.clock = Stopwatch()
+        self._peak, self._budget = peak, budget
         self._log, self._ranks, self._config_yaml = log, ranks, config_yaml
         self._start_step, self._state, self._engine, self._data = start_step, state, engine, dict(data or {})
         self._file: RowFile | None = None
         self._loggers = Loggers()
         self._progress: Progress | None = None
         self._environment: dict[str, Any] = {}
-        self._last = (0, 0.0)  # tokens and seconds at the last fit row
+        self._last = (0, 0.0, 0)  # tokens, seconds and FLOPs at the last fit row
         self._began = 0.0
         self._kept: list[records.Row] = []
 
@@ -109,10 +116,11 @@ class RunLog:
         self._kept = kept
         if self._state is not None:
             self.tokens, self.clock = int(self._state["tokens"]), Stopwatch(float(self._state["seconds"]))
+            self.flops = int(self._state.get("flops", 0))
         else:
             _, self.tokens, seconds = records.last_counts(kept)
-            self.clock = Stopwatch(seconds)
-        self._last = (self.tokens, self.clock.seconds)
+            self.clock, self.flops = Stopwatch(seconds), records.last_flops(kept)
+        self._last = (self.tokens, self.clock.seconds, self.flops)
         self._began = self.clock.seconds
         self.clock.start()
         return self
@@ -141,20 +149,25 @@ class RunLog:
         if self._progress is not None:
             self._progress.step(step)
 
-    def fit(self, step: int, values: Mapping[str, float | None], tokens: int = 0) -> None:
+    def fit(self, step: int, values: Mapping[str, float | None], tokens: int = 0, flops: int = 0) -> None:
         """A row of split ``"fit"`` after optimizer step ``step``.
 
-        ``tokens`` are those trained on over all ranks that :meth:`tick` wasn't told of. The row gets two
-        columns more: ``tokens_per_second`` since the last fit row and ``seconds`` of training time since the
-        run began, both without the time spent in :meth:`paused`.
+        ``tokens`` are those trained on over all ranks that :meth:`tick` wasn't told of, ``flops`` what all ranks spent on
+        them. The row gets more columns: ``tokens_per_second`` since the last fit row and ``seconds`` of training time since
+        the run began, both without the time spent in :meth:`paused`, and ``mfu``, the share of the devices' peak that the
+        FLOPs since the last fit row were, where the peak is known.
         """
         self.step = step
         self.tokens += tokens
+        self.flops += flops
         seconds = self.clock.seconds
         passed = seconds - self._last[1]
         rate = (self.tokens - self._last[0]) / passed if passed > 0 else None
-        self._last = (self.tokens, seconds)
-        self._write(step, FIT, {**values, "tokens_per_second": rate, "seconds": round(seconds, 3)})
+        mfu = None
+        if self._peak and self.flops and passed > 0:
+            mfu = (self.flops - self._last[2]) / passed / self._ranks.world_size / self._peak
+        self._last = (self.tokens, seconds, self.flops)
+        self._write(step, FIT, {**values, "tokens_per_second": rate, "mfu": mfu, "seconds": round(seconds, 3)})
         if self._progress is not None:
             self._progress.values(step, records.clean(values.get("loss")), rate, seconds - self._began)
 
@@ -176,15 +189,16 @@ class RunLog:
         return self.clock.paused()
 
     def state(self) -> dict[str, float]:
-        """Tokens and seconds so far, for a checkpoint."""
-        return {"tokens": self.tokens, "seconds": self.clock.seconds}
+        """Tokens, seconds and FLOPs so far, for a checkpoint."""
+        return {"tokens": self.tokens, "seconds": self.clock.seconds, "flops": self.flops}
 
     def _write(self, step: int, split: str, values: Mapping[str, float | None]) -> None:
         if self._file is None:
             return
-        assert not {"step", "split", "tokens"} & values.keys(), f"reserved column among {sorted(values)}"
+        assert not {"step", "split", "tokens", "flops"} & values.keys(), f"reserved column among {sorted(values)}"
         row = {name: records.clean(value) for name, value in values.items() if value is not None}
-        line = json.dumps({"step": step, "split": split, "tokens": self.tokens, **row}, allow_nan=False)
+        counts = {"tokens": self.tokens, **({"flops": self.flops} if self.flops else {})}
+        line = json.dumps({"step": step, "split": split, **counts, **row}, allow_nan=False)
         self._file.write(line)
         told = {f"{split}/{n}": math.nan if v is None else float(v) for n, v in row.items()}
         self._loggers.log(step, told)
@@ -200,7 +214,16 @@ class RunLog:
         file, self._file = self._file, None
         file.close()
         rows = records.read_rows(self.run_dir)
-        summary = records.make_summary(self.name, rows, self.step, self.tokens, self.clock.seconds, self._environment)
+        summary = records.make_summary(
+            self.name,
+            rows,
+            self.step,
+            self.tokens,
+            self.clock.seconds,
+            self._environment,
+            self.flops,
+            self._budget if self.step >= self.total_steps else 0.0,
+        )
         try:
             text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
             write_atomic(self.run_dir / records.SUMMARY_FILE, text)

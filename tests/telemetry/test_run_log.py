@@ -110,6 +110,43 @@ def test_starting_again_without_a_checkpoint_starts_empty(tmp_path):
     assert [(r["step"], r["tokens"]) for r in read_rows(tmp_path)] == [(1, 5)]
 
 
+def test_flops_add_up_and_are_set_against_the_peak_of_all_ranks(tmp_path):
+    with run_log(tmp_path, total=4, world_size=2, peak=1e6, budget=4000.0) as log:
+        for step in (1, 2):
+            with log.paused():
+                time.sleep(0.1)
+            time.sleep(0.05)
+            log.fit(step, {"loss": 1.0}, tokens=10, flops=1000)
+        log.evaluated(2, "test", {"mrr": 1.0})
+        state = log.state()
+        assert state["flops"] == 2000
+        log.fit(3, {"loss": 1.0}, tokens=10, flops=1000)
+    rows = read_rows(tmp_path)
+    assert [row["flops"] for row in rows] == [1000, 2000, 2000, 3000]
+    assert 1000 / 0.08 / 2 / 1e6 < rows[1]["mfu"] <= 1000 / 0.05 / 2 / 1e6
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["flops"] == 3000 and "flops" not in summary["final"]["fit"]
+    assert "flops_budget" not in summary  # it was interrupted: no wonder
+    with run_log(tmp_path, total=4, start_step=2, state=state, budget=4000.0) as log:
+        log.fit(4, {"loss": 1.0}, tokens=10, flops=1900)
+    assert [row["flops"] for row in read_rows(tmp_path)] == [1000, 2000, 2000, 3900]
+    assert "mfu" not in read_rows(tmp_path)[-1]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["flops"], summary["flops_budget"]) == (3900, 4000.0)
+    assert summary["flops_error"] == pytest.approx(-0.025)
+    with run_log(tmp_path, total=4, start_step=4, budget=3850.0) as log:  # without a state: from the rows
+        assert log.flops == 3900
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["flops_budget"] == 3850.0 and "flops_error" not in summary
+
+
+def test_what_was_not_counted_is_in_no_row(tmp_path):
+    with run_log(tmp_path, peak=1e6) as log:
+        log.fit(1, {"loss": 1.0}, tokens=10)
+    assert not {"flops", "mfu"} & read_rows(tmp_path)[0].keys()
+    assert "flops" not in json.loads((tmp_path / "summary.json").read_text())
+
+
 def test_other_ranks_write_nothing_and_count_the_same(tmp_path):
     with run_log(tmp_path, rank=1, world_size=2) as log:
         log.tick(1, tokens=5)
