@@ -21,9 +21,12 @@ from jepa_scale.distributed import Ranks
 from jepa_scale.engines import check_engine, create_engine, resolve
 from jepa_scale.engines.base import Engine, EngineOptions
 from jepa_scale.errors import InputError
-from jepa_scale.evaluation import OPTIONS, Results, device_call, evaluate
+from jepa_scale.evaluate.chat import Place
+from jepa_scale.evaluation import OPTIONS, Results, chat_test, device_call, evaluate
+from jepa_scale.flop_budget import steps_within, whole_steps
 from jepa_scale.models.backbone import ModelOptions, build_backbone
 from jepa_scale.objectives.base import JepaModel, Objective
+from jepa_scale.objectives.costs import StepFlops
 from jepa_scale.optim import parameter_groups
 from jepa_scale.teacher import Teacher, TeacherModel
 
@@ -32,6 +35,7 @@ OBJECTIVES = {
     "two_view": "jepa_scale.objectives.two_view:TwoView",
     "concept": "jepa_scale.objectives.concept:Concept",
     "horizon": "jepa_scale.objectives.horizon:Horizon",
+    "stp": "jepa_scale.objectives.stp:Stp",
 }
 
 
@@ -58,8 +62,11 @@ class Run:
     data: Any
     stream: Stream
     batches: Callable[[int, int], Loader]  # from one step to another → the steps' micro-batches of this rank
-    evaluate: Callable[..., Results]  # (between) is called between the forwards, and may raise to end it
-    steps: int  # of the whole run: ``train.steps``, or fewer if the data end before
+    evaluate: Callable[..., Results]
+    """(between, step, run_dir): ``between()`` is called between the forwards, and may raise to end it; what is generated is
+    saved in the run directory as of that step, if one is given."""
+    steps: int  # of the whole run: ``train.steps``, what ``train.flops`` come to, or fewer if the data end before
+    flops: StepFlops  # this rank's micro-batches of a step → what training on them costs it
 
     @property
     def parts(self) -> list[Stateful]:
@@ -135,8 +142,12 @@ def create_stream(config: Config, data: Any, objective: Objective, ranks: Ranks)
     )
 
 
-def build(plan: Plan, ranks: Ranks) -> Run:
-    """Build all parts, identically on every rank; the engine shards them last."""
+def build(plan: Plan, ranks: Ranks, steps: int = 0) -> Run:
+    """Build all parts, identically on every rank; the engine shards them last.
+
+    Args:
+        steps: what ``train.flops`` came to when the run began; 0 = find out.
+    """
     config = plan.config
     set_threads(config, ranks)
     torch.set_float32_matmul_precision("high" if config.engine.tf32 else "highest")
@@ -152,9 +163,32 @@ def build(plan: Plan, ranks: Ranks) -> Run:
             f"model.bridge_grad_barrier: nothing would train blocks 1 to {backbone.barrier}, as objective "
             f"{config.objective['name']!r} has no tap there; remove it, or lower objective.tap_layer"
         )
+    test = chat_test(plan.evaluation, data, backbone)
     module = JepaModel(backbone, objective)
     stream = create_stream(config, data, objective, ranks)
     copies = objective.teacher_copies(backbone)
+    flops = objective.flops(backbone)
+
+    def batches(start_step: int, steps: int) -> Loader:
+        return Loader(
+            data.train,
+            stream,
+            objective.view_maker(),
+            streams=objective.streams,
+            start_step=start_step,
+            steps=steps,
+            seed=config.run.seed,
+            workers=plan.data.workers,
+            on_error=plan.data.on_error,
+        )
+
+    if not config.train.flops:
+        steps = min(n for n in (config.train.steps, stream.steps) if n)
+    elif not steps:
+        loaders = whole_steps(batches(0, 0), ranks.world_size)
+        steps = steps_within(
+            config.train.flops, loaders, flops, lambda step: objective.kind_of_step(step, config.run.seed)
+        )
     if config.engine.compile:
         for block in backbone.layers:
             block.compile(dynamic=True)
@@ -174,32 +208,21 @@ def build(plan: Plan, ranks: Ranks) -> Run:
         ),
         ranks=ranks,
     )
-    steps = min(n for n in (config.train.steps, stream.steps) if n)
     teacher = None
     if copies:
         teacher = Teacher(engine, TeacherModel(copies), objective.teacher_options(), steps)
         objective.teacher = teacher
 
-    def batches(start_step: int, steps: int) -> Loader:
-        return Loader(
-            data.train,
-            stream,
-            objective.view_maker(),
-            streams=objective.streams,
-            start_step=start_step,
-            steps=steps,
-            seed=config.run.seed,
-            workers=plan.data.workers,
-            on_error=plan.data.on_error,
-        )
-
-    def run_evaluation(between: Callable[[], None] = lambda: None) -> Results:
+    def run_evaluation(
+        between: Callable[[], None] = lambda: None, step: int = 0, run_dir: Path | None = None
+    ) -> Results:
+        place = Place(run_dir, step, config.log.progress)
         engine.eval()
         try:
             with torch.no_grad():
                 call = device_call(engine, ranks.device, between)
-                return evaluate(plan.data.evaluation, objective, call, data, plan.evaluation, ranks)
+                return evaluate(plan.data.evaluation, objective, call, data, plan.evaluation, ranks, test, place)
         finally:
             engine.train()
 
-    return Run(config, engine, objective, teacher, data, stream, batches, run_evaluation, steps)
+    return Run(config, engine, objective, teacher, data, stream, batches, run_evaluation, steps, flops)

@@ -8,8 +8,10 @@ and checked by :func:`parse_section` when they are built.
 from __future__ import annotations
 
 import difflib
+import json
+import math
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -79,6 +81,13 @@ class TrainConfig(Section):
     epochs: int = Field(
         0, ge=0, description="Passes over the data, each sample once a pass; 0 = as many as steps need."
     )
+    flops: float = Field(
+        0,
+        ge=0,
+        allow_inf_nan=False,
+        description="FLOPs to train with instead of steps or epochs; 0 = not counted in them.",
+    )
+    same_flops_as: str | None = Field(None, description="A run directory: train with the FLOPs that this run took.")
     batch_size: int = Field(
         0, ge=0, description="Samples in an optimizer step, over all ranks; 0 = as batch_tokens say, or 256."
     )
@@ -103,7 +112,14 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _complete(self) -> TrainConfig:
-        if not self.steps and not self.epochs:
+        if (self.flops or self.same_flops_as) and (self.steps or self.epochs):
+            given = "flops" if self.flops else "same_flops_as"
+            raise ValueError(
+                f"{given}: says how long to train, and so does {'steps' if self.steps else 'epochs'}; remove one"
+            )
+        if self.same_flops_as:
+            self.flops = _flops_of(self.same_flops_as, self.flops)
+        if not self.steps and not self.epochs and not self.flops:
             self.steps = 1000
         if self.batch_size and self.batch_tokens:
             raise ValueError("give one of batch_size (samples) and batch_tokens, and leave the other one 0")
@@ -114,6 +130,28 @@ class TrainConfig(Section):
         if self.batch_tokens and self.accumulation != 1:
             raise ValueError("with batch_tokens the accumulation follows from micro_tokens; leave it out")
         return self
+
+
+def _flops_of(run: str, known: float) -> float:
+    """What a run took by its summary. A resolved config has it beside the run's name, and needs the run no more."""
+    problem, flops = "", None
+    try:
+        summary = json.loads((Path(run).expanduser() / "summary.json").read_text(encoding="utf-8"))
+        flops = summary.get("flops") if isinstance(summary, dict) else None
+    except OSError:
+        problem = f"{run!r} is no run directory with a summary.json; give one of a run that has ended"
+    except ValueError:
+        problem = f"the summary.json of {run!r} is damaged; give another run"
+    if not problem and not (isinstance(flops, int | float) and math.isfinite(flops) and flops > 0):
+        problem = f"the summary.json of {run!r} has no flops; train that run again, or give train.flops"
+    if not problem and known and flops != known:
+        problem = f"{run!r} took {flops:.4g} FLOPs, and train.flops is {known:.4g}; remove one"
+    if not problem:
+        assert flops is not None
+        return float(flops)
+    if known and flops is None:
+        return known
+    raise ValueError(f"same_flops_as: {problem}")
 
 
 class CheckpointConfig(Section):
@@ -178,9 +216,13 @@ def _explain(cls: type[Section], error: ValidationError, prefix: str) -> str:
         owner: Any = cls
         for part in path[:-1]:
             annotation = owner.model_fields[part].annotation
-            owner = annotation if isinstance(annotation, type) and issubclass(annotation, Section) else owner
+            kinds = [annotation, *get_args(annotation)]  # a section, or one or null
+            owner = next((k for k in kinds if isinstance(k, type) and issubclass(k, Section)), owner)
         near = difflib.get_close_matches(path[-1], owner.model_fields, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(owner.model_fields))}"
+        known = (
+            f"known keys: {', '.join(sorted(owner.model_fields))}" if owner.model_fields else "there are no keys here"
+        )
+        hint = f"did you mean {near[0]!r}?" if near else known
         return f"{name}: unknown key; {hint}"
     if first["type"] == "missing":
         return f"{name}: required key is missing"

@@ -27,7 +27,9 @@ from jepa_scale.checkpoint import Saver
 from jepa_scale.config import Config, load_config, to_yaml
 from jepa_scale.distributed import Ranks
 from jepa_scale.errors import DataError, InputError
+from jepa_scale.evaluate.chat import generations_file
 from jepa_scale.evaluation import Results
+from jepa_scale.flops import peak_of
 from jepa_scale.loss_guard import LossGuard
 from jepa_scale.meter import Meter
 from jepa_scale.optim import lr_factor
@@ -67,6 +69,7 @@ def fit(
         # means are over the global batch: every rank needs its denominators before it can back-propagate
         totals = global_totals(batches, ranks.device, stop.requested)
         stopping = stop.agreed(totals.pop("stop"))
+        meter.spend(run.flops(batches))
         batches = [replace(batch.to(ranks.device), totals=totals) for batch in batches]
 
         collected = []
@@ -93,7 +96,7 @@ def fit(
             values, tokens = meter.read()
             values |= guard.check(values, seen, meter.bad_steps, tells=ranks.is_main)
             norms = {f"grad_norm_{group}": float(norm) for group, norm in engine.group_norms.items()}
-            log.fit(done, {**values, "grad_norm": float(grad_norm), **norms, "lr": engine.lr()}, tokens)
+            log.fit(done, {**values, "grad_norm": float(grad_norm), **norms, "lr": engine.lr()}, tokens, meter.flops)
         results: Results | None = {}
         if evaluates:
             results = evaluate(run, log, done, watchdog, stop)
@@ -120,7 +123,7 @@ def evaluate(run: Run, log: RunLog, done: int, watchdog: Watchdog, stop: StopReq
     watchdog.enter(done, "evaluation")
     with log.paused():
         try:
-            results = run.evaluate(between)
+            results = run.evaluate(between, done, run_dir_of(run.config))
         except Stopped:
             return None
         for split, metrics in results.items():
@@ -138,7 +141,7 @@ def manifest_of(run: Run, done: int, log: RunLog, permanent: bool, results: Resu
         updates=run.engine.updates,
         permanent=permanent,
         metrics={f"{split}/{name}": value for split, metrics in results.items() for name, value in metrics.items()},
-        state={"data": run.stream.state(done), **log.state()},
+        state={"data": run.stream.state(done), "steps": run.steps, **log.state()},
         config=run.config.model_dump(mode="json"),
         versions=package_versions(),
     )
@@ -163,16 +166,16 @@ def run_training(args: argparse.Namespace) -> None:
     plan = validate(config)
     quiet_libraries()
     ranks = distributed.setup()
-    run_dir = Path(config.run.dir) / config.run.name
+    run_dir = run_dir_of(config)
     prepare_run_dir(run_dir, resume=args.resume is not None)
     found = checkpoint.find(run_dir, args.resume, config.checkpoint.verify) if args.resume else None
 
-    run = build(plan, ranks)
+    run = build(plan, ranks, steps_of(found, config))
     start, told = 0, None
     if found:
         state = checkpoint.load(found, run.parts).state
         start = run.stream.resume(state["data"], accept_changes=config.data["accept_changes"])
-        told = {name: state[name] for name in ("tokens", "seconds")}
+        told = {name: state.get(name, 0) for name in ("tokens", "seconds", "flops")}
 
     log = RunLog(
         run_dir,
@@ -185,6 +188,8 @@ def run_training(args: argparse.Namespace) -> None:
         state=told,
         engine=run.engine.layout,
         data=run.data.counts,
+        peak=peak_of(ranks.device, config.engine.precision, config.engine.tf32),
+        budget=config.train.flops,
     )
     saver = Saver(run_dir / "checkpoints", policy_of(config), config.checkpoint.asynchronous, tell=told_of_save)
     with log, StopRequest(ranks.device) as stop, Watchdog(run_dir, ranks, 60 * config.train.hang_minutes) as watchdog:
@@ -203,6 +208,19 @@ def run_training(args: argparse.Namespace) -> None:
         )
     elif config.log.report:
         print(f"report: {write_report(run_dir)}", flush=True)
+
+
+def steps_of(found: Path | None, config: Config) -> int:
+    """What ``train.flops`` came to when the checkpoint's run began; 0 if that is not known, or the budget is another one now."""
+    if found is None or not config.train.flops:
+        return 0
+    manifest = checkpoint.Manifest.read(found)
+    same = manifest.config.get("train", {}).get("flops") == config.train.flops
+    return int(manifest.state.get("steps", 0)) if same else 0
+
+
+def run_dir_of(config: Config) -> Path:
+    return Path(config.run.dir) / config.run.name
 
 
 def policy_of(config: Config) -> checkpoint.Policy:
@@ -232,13 +250,15 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
     found = checkpoint.find(args.run, args.checkpoint, config.checkpoint.verify)
     if found is None:
         raise InputError(f"{args.run}: has no checkpoint to evaluate")
-    run = build(validate(config), ranks)
-    checkpoint.load(found, run.parts)
-    results = run.evaluate()
+    run = build(validate(config), ranks, steps_of(found, config))
+    step = checkpoint.load(found, run.parts).step
+    results = run.evaluate(step=step, run_dir=args.run)
     if ranks.is_main:
         print(found)
         for split, metrics in results.items():
             print(f"{split:8}", "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+            if "generated" in metrics:
+                print(f"{'':8} {generations_file(args.run, step, split)}")
 
 
 def main(argv: list[str] | None = None) -> int:

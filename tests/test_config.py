@@ -45,6 +45,43 @@ def test_a_resolved_config_loads_again_as_itself(tmp_path):
     assert again == config
 
 
+def test_a_length_in_flops(tmp_path):
+    path = write(tmp_path, MINIMAL)
+    assert load_config(path, ["train.flops=1e15"]).train.steps == 0
+    other = tmp_path / "runs" / "lm"
+    other.mkdir(parents=True)
+    (other / "summary.json").write_text('{"steps": 7, "flops": 1234567}')
+    config = load_config(path, [f"train.same_flops_as={other}"])
+    assert (config.train.flops, config.train.steps, config.train.epochs) == (1234567.0, 0, 0)
+    resolved = write(tmp_path, to_yaml(config), "again.yaml")
+    assert load_config(resolved) == config
+    (other / "summary.json").unlink()
+    assert load_config(resolved) == config  # it knows the number, and needs the run no more
+
+
+@pytest.mark.parametrize(
+    ("train", "summary", "message"),
+    [
+        ({"flops": 1e9, "steps": 3}, None, r"flops: says how long to train, and so does steps; remove one"),
+        ({"same_flops_as": "x", "epochs": 3}, None, r"same_flops_as: says how long to train, and so does epochs"),
+        ({"same_flops_as": "x"}, None, r"same_flops_as: 'x' is no run directory with a summary.json"),
+        ({"same_flops_as": "x"}, "{", r"same_flops_as: the summary.json of 'x' is damaged"),
+        ({"same_flops_as": "x"}, "{}", r"same_flops_as: the summary.json of 'x' has no flops; train that run again"),
+        ({"same_flops_as": "x"}, '{"flops": 0}', r"has no flops"),
+        ({"same_flops_as": "x", "flops": 5}, '{"flops": 7}', r"'x' took 7 FLOPs, and train.flops is 5; remove one"),
+        ({"flops": -1}, None, r"flops: .*greater than or equal to 0"),
+        ({"flops": float("inf")}, None, r"flops: .*finite"),
+    ],
+)
+def test_a_length_in_flops_that_is_none(tmp_path, monkeypatch, train, summary, message):
+    monkeypatch.chdir(tmp_path)
+    if summary is not None:
+        (tmp_path / "x").mkdir()
+        (tmp_path / "x" / "summary.json").write_text(summary)
+    with pytest.raises(InputError, match=r"^train.*" + message):
+        load_config(write(tmp_path, {**MINIMAL, "train": train}))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

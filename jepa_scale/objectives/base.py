@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -14,7 +14,10 @@ from jepa_scale.config import Section
 from jepa_scale.data.draw import ViewMaker
 from jepa_scale.errors import InputError
 from jepa_scale.evaluate.answers import Answerer, LanguageModelAnswerer
+from jepa_scale.evaluate.generation import Generated, Prompts, greedy
+from jepa_scale.flops import DecoderFlops
 from jepa_scale.models.backbone import Backbone
+from jepa_scale.objectives.costs import StepFlops
 from jepa_scale.packing import PackedBatch
 from jepa_scale.teacher import Teacher, TeacherOptions
 
@@ -96,6 +99,31 @@ class Objective(nn.Module):
         """
         raise InputError("train.batch_tokens: this objective's batches are counted in samples; give train.batch_size")
 
+    def flops(self, backbone: Backbone, square: bool = False) -> StepFlops:
+        """What training on an optimizer step's micro-batches costs a rank, a collecting pass and a teacher included.
+
+        Called once, while the weights are whole. As it stands here: all streams through the whole decoder and the LM head on
+        the labelled places, and where the objective collects, the same once more without head and gradient. Heads, a
+        teacher and products within the loss are an objective's own to add.
+
+        Args:
+            square: as for :meth:`jepa_scale.flops.DecoderFlops.forward`.
+        """
+        decoder, names, collects = DecoderFlops.of(backbone), self.streams, self.collects
+
+        def count(batches: Sequence[PackedBatch]) -> int:
+            streams = [batch.streams[name] for batch in batches for name in names]
+            total = sum(decoder.of_stream(stream, training=True, square=square) for stream in streams)
+            if collects and len(batches) > 1:
+                total += sum(decoder.of_stream(stream, training=False, rows=0, square=square) for stream in streams)
+            return total
+
+        return count
+
+    def kind_of_step(self, step: int, seed: int) -> Hashable:
+        """Steps of the same kind cost the same, but for the lengths of their samples."""
+        return 0
+
     def loss(self, backbone: Backbone, batch: PackedBatch, collected: list[dict[str, Tensor]], micro: int) -> Loss:
         """Loss of micro-batch number ``micro`` of an optimizer step.
 
@@ -128,6 +156,11 @@ class Objective(nn.Module):
         logits = backbone.logits(backbone.hidden(stream)[stream.labelled]).float()
         wanted = stream.labels[stream.labelled]
         return torch.log_softmax(logits, dim=-1).gather(1, wanted[:, None])[:, 0]
+
+    def generate(self, backbone: Backbone, prompts: Prompts, stop: tuple[int, ...], new_tokens: int) -> Generated:
+        """Greedy answers of the decoder, of ``new_tokens`` tokens at most; see :func:`jepa_scale.evaluate.generation.greedy`."""
+        with backbone.unpacked() as decoder:
+            return greedy(decoder, prompts, stop, new_tokens)
 
 
 class JepaModel(nn.Module):

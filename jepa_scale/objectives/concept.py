@@ -14,6 +14,7 @@ themselves it would memorise the training facts' errors and fail on held-out one
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,7 +26,9 @@ from torch import Tensor, nn
 
 from jepa_scale.config import Section
 from jepa_scale.data.draw import Draw
+from jepa_scale.distributed import world_size
 from jepa_scale.errors import InputError
+from jepa_scale.flops import Cost, DecoderFlops, ReadoutFlops, linear_cost
 from jepa_scale.losses.infonce import NO_KEY, collect_contrast, contrast
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.bridge import Bridge
@@ -33,6 +36,7 @@ from jepa_scale.models.concept_memory import ConceptMemory
 from jepa_scale.models.predictors import PREDICTORS
 from jepa_scale.objectives.base import Loss, Objective, lm_loss, resolve_tap, share
 from jepa_scale.objectives.concept_answers import ConceptAnswerer
+from jepa_scale.objectives.costs import StepFlops, contrast_flops
 from jepa_scale.packing import PackedBatch, Segment, Views
 
 
@@ -94,6 +98,11 @@ def say_segment(mask: int, name: tuple[int, ...]) -> Segment:
     return Segment([mask, *name[:-1]], "say", labels=name, stream="say")
 
 
+def _spoken(batch: PackedBatch) -> int:
+    """Samples of which a name is spoken."""
+    return len(batch.samples.get("say", ()))
+
+
 class LogScale(nn.Module):
     """A learned inverse temperature, bounded above (a scale that runs away fits the batch and nothing else)."""
 
@@ -143,6 +152,30 @@ class Concept(Objective):
     def answerer(self, call: Any) -> ConceptAnswerer:
         snap = self.options.snap or self.options.memory
         return ConceptAnswerer(call, self.view_maker(), say_segment, self.streams, snap)
+
+    def flops(self, backbone: Backbone, square: bool = False) -> StepFlops:
+        """All of it but what is done element by element; a memory's slots are looked up and cost nothing."""
+        decoder, names = DecoderFlops.of(backbone), ReadoutFlops.of(backbone, self.tap)
+        dim, ranks, has_memory = self.dim, world_size(), self.memory is not None
+        predictor, bridge, project = (linear_cost(m) for m in (self.predictor, self.bridge, self.project))
+        if self.options.predictor == "linear":  # every relation's matrix, before one is picked
+            matrices = 2 * len(self.relation_index) * dim * dim
+            predictor = Cost(matrices, 2 * matrices)
+
+        def count(batches: Sequence[PackedBatch]) -> int:
+            several = len(batches) > 1
+            facts, spoken = (sum(n) for n in zip(*((b.counts["pairs"], _spoken(b)) for b in batches), strict=True))
+            total = sum(decoder.of_stream(b.streams["say"], training=True, square=square) for b in batches)
+            total += spoken * sum(bridge) + facts * (predictor.forward * (1 + several) + predictor.backward)
+            total += contrast_flops(facts, 2 * batches[0].max_samples, dim, len(batches), ranks)
+            if not has_memory:
+                for stream in (b.streams["names"] for b in batches):
+                    total += names.of_stream(stream, training=True, square=square)
+                    total += several * names.of_stream(stream, training=False, square=square)
+                    total += len(stream.table.lengths) * (project.forward * (1 + several) + project.backward)
+            return total
+
+        return count
 
     # -- parts, each a pure function of the batch ---------------------------------------------------------------------
 

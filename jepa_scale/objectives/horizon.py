@@ -8,6 +8,7 @@ and by option the predicted latent also tells what the language model will predi
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,13 @@ from torch import Tensor, nn
 
 from jepa_scale.data.draw import ViewMaker
 from jepa_scale.errors import InputError
+from jepa_scale.flops import Cost, DecoderFlops, linear_cost
 from jepa_scale.losses.future import FutureKL, future_kl
 from jepa_scale.losses.statistics import as_contribution, rows_of_step
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.mlp import Mlp
 from jepa_scale.objectives.base import JepaModel, Loss, Objective, label_loss, resolve_tap, share
+from jepa_scale.objectives.costs import StepFlops, moments_flops
 from jepa_scale.objectives.horizon_diagnostics import HorizonDiagnostics
 from jepa_scale.objectives.horizon_losses import distance, is_statistic, statistic
 from jepa_scale.objectives.horizon_pairs import HorizonOptions, HorizonViews, check_horizons
@@ -94,6 +97,37 @@ class Horizon(Objective):
             if parameter.requires_grad:
                 groups["upper" if id(parameter) in above else "lower"].append(name)
         return groups
+
+    def flops(self, backbone: Backbone, square: bool = False) -> StepFlops:
+        """All of it but what is done element by element."""
+        o, collects, latent = self.options, self.collects, self.horizon_embedding.embedding_dim
+        whole, lower = DecoderFlops.of(backbone), DecoderFlops.of(backbone, self.tap)
+        encoder, predictor = linear_cost(self.encoder), linear_cost(self.predictor)
+        online, head, row = encoder.forward + predictor.forward, Cost(), whole.per_row
+        if self.latent_to_hidden is not None:
+            reached = not o.kl_barrier or any(True for _ in self.latent_to_hidden.parameters())
+            to_hidden = linear_cost(self.latent_to_hidden)
+            lm_head = linear_cost(backbone.decoder.get_output_embeddings())
+            weights = 0 if o.kl_freeze_head else lm_head.backward - row.forward
+            head = Cost(to_hidden.forward + row.forward, to_hidden.backward + reached * row.forward + weights)
+
+        def count(batches: Sequence[PackedBatch]) -> int:
+            several = collects and len(batches) > 1
+            pairs, streams = sum(b.counts["pairs"] for b in batches), [b.streams["main"] for b in batches]
+            total = sum(whole.of_stream(s, training=True, square=square) for s in streams)
+            total += pairs * (online + encoder.backward + predictor.backward + sum(head))
+            teaching = pairs * encoder.forward
+            if o.teacher == "backbone":
+                teaching += sum(lower.of_stream(s, training=False, rows=0, square=square) for s in streams)
+            total += teaching * (1 + several)
+            if several:
+                total += sum(lower.of_stream(s, training=False, rows=0, square=square) for s in streams)
+                total += pairs * online
+            if collects:
+                total += moments_flops(pairs, latent, len(batches), sides=2 if o.loss == "vicreg" else 1)
+            return total
+
+        return count
 
     # -- parts --------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,100 @@
+"""Whole runs of `two_view` on conversations, on real ranks: every engine, world size and accumulation has the same curve."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.distributed.launch import run_ranks
+from tests.distributed.test_runs import REPOSITORY, rows, train_runs
+from tests.objectives.chats import CONFIGS, conversations, tokenizer
+
+STEPS = 8
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "upstream": {"predictor_tokens": 2, "linear_predictor": True},
+    "all_of_it": {
+        "predictor_tokens": 1,
+        "shared_prefix": True,
+        "distance": "infonce",
+        "target": "ema",
+        "ema": {"momentum": 0.5, "schedule": "constant"},
+        "regularizer": "vicreg",
+    },
+    "sigreg": {"predictor_tokens": 0, "readout": "mean", "regularizer": "sigreg", "target": "stop_gradient"},
+}
+
+
+def config_file(
+    folder: Path, data: Path, name: str, objective: str, engine: str, accumulation: int = 1, **changes: Any
+) -> str:
+    stage = int(engine[-1]) if engine.startswith("zero") else 1
+    values = {
+        "run": {"name": name, "dir": str(folder), "seed": 3},
+        "engine": {
+            "name": "fsdp" if engine == "fsdp" else "deepspeed",
+            "deepspeed": str(REPOSITORY / f"configs/ds/zero{stage}.json"),
+            "threads": 1,
+        },
+        "model": {"family": "huggingface", "config": CONFIGS["llama"]},
+        "data": {
+            "source": "chat",
+            "path": str(data / "rows.jsonl"),
+            "valid_fraction": 0.2,
+            "tokenizer": str(data / "llama"),
+            "cache": str(data / "cache"),
+            "shuffle_window": 16,
+        },
+        "objective": {"name": "two_view", **OBJECTIVES[objective]},
+        "optim": {"lr": 3e-3, "warmup_steps": 3, "clip_norm": 0.5},
+        "train": {"steps": STEPS, "batch_size": 8, "accumulation": accumulation, "log_every": 1},
+        "log": {"progress": False, "report": False},
+        **changes,
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chat")
+    made = conversations(40)
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in made))
+    tokenizer(folder, "llama")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reference")
+    run_ranks(train_runs, 1, [(config_file(folder, data, name, name, "fsdp"), None) for name in OBJECTIVES])
+    return folder
+
+
+def test_it_learns_and_its_views_are_looked_at(reference):
+    for name in OBJECTIVES:
+        fit = rows(reference, name)
+        assert len(fit) == STEPS and fit[-1]["lm_loss"] < fit[0]["lm_loss"]
+        valid = rows(reference, name, "valid")[-1]
+        assert {"ppl", "view_cosine", "view_cosine_others", "retrieval_top1", "effective_rank"} <= set(valid)
+        assert valid["retrieval_chance"] == pytest.approx(1 / 8, abs=0.02)
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_the_curve_is_the_same_everywhere(reference, data, tmp_path, world_size):
+    cases = [(name, engine) for name in OBJECTIVES for engine in ("fsdp", "zero0", "zero1", "zero2", "zero3")]
+    accumulation = {"fsdp": 4, "zero0": 1, "zero1": 2, "zero2": 1, "zero3": 2}
+    files = [(config_file(tmp_path, data, f"{n}_{e}", n, e, accumulation[e]), None) for n, e in cases]
+    run_ranks(train_runs, world_size, files, timeout=300)
+    for name, engine in cases:
+        expected, got = rows(reference, name), rows(tmp_path, f"{name}_{engine}")
+        for a, b in zip(expected, got, strict=True):
+            for metric in ("loss", "jepa_loss", "view_cosine"):
+                assert b[metric] == pytest.approx(a[metric], abs=1e-4), (name, engine, metric, a["step"])
+        a, b = rows(reference, name, "valid")[-1], rows(tmp_path, f"{name}_{engine}", "valid")[-1]
+        for metric in ("ppl", "effective_rank", "view_cosine_others"):
+            assert b[metric] == pytest.approx(a[metric], rel=1e-3), (name, engine, metric)
