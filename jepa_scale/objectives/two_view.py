@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jepa_scale.data.draw import Draw, ViewMaker
-from jepa_scale.distributed import world_size
+from jepa_scale.distributed import rank, world_size
 from jepa_scale.errors import InputError
 from jepa_scale.flops import Cost, DecoderFlops, linear_cost
 from jepa_scale.losses.distance import DISTANCES, cosine
@@ -31,6 +31,7 @@ from jepa_scale.objectives.two_view_diagnostics import TwoViewDiagnostics
 from jepa_scale.objectives.two_view_options import TwoViewOptions
 from jepa_scale.objectives.two_view_views import ChatViews, FactViews, Frame, paired_at
 from jepa_scale.packing import PackedBatch
+from jepa_scale.say import say
 from jepa_scale.teacher import TeacherOptions
 
 COVARIANCE = 0.04
@@ -308,8 +309,11 @@ def _predictors(count: int, backbone: Backbone, tokenizer: Any) -> nn.Embedding:
     spread, mean = torch.std_mean(rows, dim=0)
     table.weight.copy_(mean + spread * torch.randn(count, rows.shape[1]))
     known = tokenizer.get_vocab()
-    for n in range(count):
-        row = known.get(UPSTREAM_PREDICTOR.format(n + 1))
-        if row is not None and row < len(rows):
-            table.weight[n] = rows[row]
+    found = {n: known.get(UPSTREAM_PREDICTOR.format(n + 1), len(rows)) for n in range(count)}
+    reused = {n: row for n, row in found.items() if row < len(rows)}
+    for n, row in reused.items():
+        table.weight[n] = rows[row]
+    if reused and rank() == 0:
+        names = ", ".join(UPSTREAM_PREDICTOR.format(n + 1) for n in reused)
+        say(f"objective.predictor_tokens: the tokenizer has {names}; ours begin as these, and text that reads so is text")
     return table

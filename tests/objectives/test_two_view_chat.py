@@ -215,6 +215,21 @@ def test_the_legacy_loss_is_upstreams(data):
         torch.testing.assert_close(loss.total, loss.means["lm_loss"] + loss.means["jepa_loss"])
 
 
+def test_predictor_tokens_that_the_tokenizer_has_are_where_ours_begin(tmp_path, capfd):
+    data = chat_data(tmp_path, "llama", ROWS)
+    tokenizer = AutoTokenizer.from_pretrained(data.tokenizer)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|predictor_2|>"]})
+    tokenizer.save_pretrained(data.tokenizer)
+    model = backbone("llama", len(tokenizer))
+    objective = make(model, data, predictor_tokens=3)
+    assert "the tokenizer has <|predictor_2|>; ours begin as these" in capfd.readouterr().err
+    same = [
+        any(torch.equal(row, known) for known in model.decoder.get_input_embeddings().weight)
+        for row in objective.predictors.weight
+    ]
+    assert same == [False, True, False]
+
+
 def test_weights_over_the_steps(data):
     options = TwoViewOptions(jepa_weight=2.0, jepa_start=10, jepa_ramp=4, min_jepa_weight=1.0)
     assert [options.jepa_weight_at(s) for s in (0, 9, 10, 12, 14, 100)] == [0, 0, 1.0, 1.5, 2.0, 2.0]
