@@ -81,17 +81,16 @@ def evaluate(
     if name == "answers":
         return reversal.evaluate(objective.answerer(call), data.splits, data.names, options, ranks.device)
 
-    def batches(
-        examples: Any, views: ViewMaker, samples: int, streams: tuple[str, ...] = ("main",)
-    ) -> Iterator[PackedBatch]:
-        return text_batches(examples, views, samples, options.micro_tokens, ranks, streams)
+    def batches(examples: Any, views: ViewMaker, samples: int, **more: Any) -> Iterator[PackedBatch]:
+        return text_batches(examples, views, samples, options.micro_tokens, ranks, **more)
 
     whole: dict[str, Callable[[], Any]]
     whole = {split: partial(batches, each, lm_views, options.max_samples) for split, each in data.splits.items()}
     results = perplexity.evaluate(partial(call, "label_log_probs"), whole, ranks.device)
     if diagnostics := objective.diagnostics(call):
         for split in results:
-            fixed = batches(data.splits[split], diagnostics.views, diagnostics.samples, objective.streams)
+            more = {"streams": objective.streams, "tokens": diagnostics.view_tokens}
+            fixed = batches(data.splits[split], diagnostics.views, diagnostics.samples, **more)
             results[split] |= diagnostics.measure(fixed)
     if test is not None:
         for split, values in test.run(call, ranks, place or chat.Place()).items():
@@ -106,11 +105,13 @@ def text_batches(
     micro_tokens: int,
     ranks: Ranks,
     streams: tuple[str, ...] = ("main",),
+    tokens: Callable[[np.ndarray], np.ndarray] = lambda sizes: sizes - 1,
 ) -> Iterator[PackedBatch]:
     """This rank's micro-batches of a split: each sample on one rank, and as many micro-batches on every rank.
 
     Args:
         samples: how many, evenly spread over the split; 0 = all.
+        tokens: (m,) tokens of examples → (m,) tokens that their views take at most.
     """
     n = len(examples)
     if not n:
@@ -120,9 +121,9 @@ def text_batches(
     stream = TokenStream(
         Permuted(wanted, lambda epoch: numbers),
         seed=0,
-        sizes=lambda samples: examples.sizes(samples) - 1,
-        budget=max(micro_tokens, examples.max_size),
-        mean_size=examples.mean_size,
+        sizes=lambda samples: tokens(examples.sizes(samples)),
+        budget=max(micro_tokens, int(tokens(np.array([examples.max_size]))[0])),
+        mean_size=float(tokens(np.array([examples.mean_size]))[0]),
         dealt=Dealt(rank=ranks.rank, world_size=ranks.world_size),
         epochs=1,
     )

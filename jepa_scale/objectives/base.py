@@ -49,6 +49,9 @@ class Diagnostics(Protocol):
     def views(self) -> ViewMaker:
         """Makes an example's views."""
 
+    def view_tokens(self, sizes: np.ndarray) -> np.ndarray:
+        """As :meth:`Objective.view_tokens`, of these views."""
+
     def measure(self, batches: Iterable[PackedBatch]) -> dict[str, float]:
         """Metrics of one split from its micro-batches on this rank. Collective; the same on every rank."""
 

@@ -34,6 +34,9 @@ class HorizonDiagnostics:
     def views(self) -> HorizonViews:
         return HorizonViews(self.options)
 
+    def view_tokens(self, sizes: np.ndarray) -> np.ndarray:
+        return sizes - 1
+
     def measure(self, batches: Iterable[PackedBatch]) -> dict[str, float]:
         found: dict[str, list[Tensor]] = {}
         for batch in batches:

@@ -98,16 +98,7 @@ class TwoView(Objective):
         return self._views
 
     def view_tokens(self, sizes: np.ndarray) -> np.ndarray:
-        o, views = self.options, self._views
-        if o.jepa_weight == 0:
-            return sizes - 1
-        if isinstance(views, FactViews):
-            return 2 * sizes + o.predictor_tokens
-        frame = sum(map(len, (views.frame.before_answer, views.frame.after_answer)))
-        if o.shared_prefix:  # the answer once more, which is less than all
-            return 2 * sizes + frame + o.predictor_tokens
-        frame += sum(map(len, (views.frame.before_question, views.frame.after_question)))
-        return 2 * sizes + frame + o.predictor_tokens
+        return self._views.tokens(sizes) if self.options.jepa_weight else sizes - 1
 
     def teacher_copies(self, backbone: Backbone) -> dict[str, nn.Module]:
         return {"backbone": backbone.lower(self.tap or None)} if self.options.target == "ema" else {}
@@ -315,5 +306,7 @@ def _predictors(count: int, backbone: Backbone, tokenizer: Any) -> nn.Embedding:
         table.weight[n] = rows[row]
     if reused and rank() == 0:
         names = ", ".join(UPSTREAM_PREDICTOR.format(n + 1) for n in reused)
-        say(f"objective.predictor_tokens: the tokenizer has {names}; ours begin as these, and text that reads so is text")
+        say(
+            f"objective.predictor_tokens: the tokenizer has {names}; ours begin as these, and text that reads so is text"
+        )
     return table

@@ -41,6 +41,9 @@ class TwoViewDiagnostics:
         always = {"jepa_start": 0, "jepa_ramp": 0, "loss_dropout": 0.0, "jepa_weight": 1.0, "min_jepa_weight": 0.0}
         return replace(self.chat_views, options=options.model_copy(update=always))
 
+    def view_tokens(self, sizes: np.ndarray) -> np.ndarray:
+        return self.chat_views.tokens(sizes)
+
     def measure(self, batches: Iterable[PackedBatch]) -> dict[str, float]:
         found: dict[str, list[Tensor]] = {}
         for batch in batches:

@@ -67,6 +67,10 @@ class FactViews:
         key = hash((fact.subject, fact.relation, fact.object)) & (2**63 - 1)
         return Views(segments, rows=pair_rows([key] if paired else []), counts={"pairs": int(paired)})
 
+    def tokens(self, sizes: np.ndarray) -> np.ndarray:
+        """(m,) tokens of facts → (m,) tokens that their views take at most."""
+        return 2 * sizes + self.options.predictor_tokens
+
 
 @dataclass(frozen=True, slots=True)
 class Frame:
@@ -168,6 +172,17 @@ class ChatViews:
         which = [0 if o.same_predictor else n for n in order][: len(predictors)]
         rows = pair_rows([_key(second)], (len(read), len(seen)), which)
         return Views(segments, rows=rows, counts={"pairs": 1})
+
+    def tokens(self, sizes: np.ndarray) -> np.ndarray:
+        """(m,) tokens of conversations → (m,) tokens that their views take at most: question and answer once more, with what
+        the template writes around each that stands alone."""
+        added = (
+            self.frame.before_question,
+            self.frame.after_question,
+            self.frame.before_answer,
+            self.frame.after_answer,
+        )
+        return 2 * sizes + sum(map(len, added)) + self.options.predictor_tokens
 
     def _said(self, tokens: np.ndarray, exchange: tuple[Turn, Turn]) -> tuple[np.ndarray, np.ndarray] | None:
         """What is asked and answered, without what the template closes an answer with; None where nothing is left."""

@@ -51,6 +51,7 @@ def config_file(
         "objective": {"name": "two_view", **OBJECTIVES[objective]},
         "optim": {"lr": 3e-3, "warmup_steps": 3, "clip_norm": 0.5},
         "train": {"steps": STEPS, "batch_size": 8, "accumulation": accumulation, "log_every": 1},
+        "eval": {"micro_tokens": 150},  # the views of one or two conversations
         "log": {"progress": False, "report": False},
         **changes,
     }

@@ -167,7 +167,9 @@ def test_any_conversation_has_a_pair_or_none(said, k, readout, place, swap):
     example = Conversation(np.array(tokens), tuple(turns), [{"role": r, "content": "x"} for r, _ in said])
     frame = Frame((1, 4), (5, 6), (1, 7), (5,))
     options = TwoViewOptions(predictor_tokens=k, readout=readout, predictor_place=place, swap_views=swap)
-    made = ChatViews(options, frame, frozenset({5}), None)(example, DRAW)
+    views = ChatViews(options, frame, frozenset({5}), None)
+    made = views(example, DRAW)
+    assert sum(len(segment.tokens) for segment in made.segments) <= views.tokens(np.array([len(tokens)]))[0]
     exchange = last_exchange(example)
     assert made.counts["pairs"] == len(made.rows["key"]) == (exchange is not None)
     if exchange is None:
