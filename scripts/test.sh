@@ -4,4 +4,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 ruff check --quiet
 ruff format --check --quiet
 mypy
+[ $# -gt 0 ] || set -- --numprocesses 2 --dist loadfile  # all of them: most wait for processes, not for a core
 exec python -m pytest "$@"

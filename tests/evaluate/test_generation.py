@@ -113,7 +113,7 @@ def test_without_any_stop_all_of_the_room_is_used():
     assert generated(backbone, prompts_of(), (), 3) == [spoken(backbone, p, (), 3) for p in prompts_of()]
 
 
-def test_what_a_checkpoint_recommends_changes_nothing():
+def test_what_a_checkpoint_recommends_changes_nothing(monkeypatch):
     """Sampling, penalties, forced tokens: none of it is greedy. And nobody is warned of what he can't change."""
     backbone = backbone_of("llama")
     expected = generated(backbone, prompts_of(), (7,))
@@ -126,6 +126,8 @@ def test_what_a_checkpoint_recommends_changes_nothing():
     handler.emit = told.append
     level = logger.level
     logger.addHandler(handler)
+    monkeypatch.setattr(logger, "disabled", False)  # whoever configured logging before may have switched it off
+    monkeypatch.setattr(logger.manager, "disable", logging.NOTSET)
     try:
         logger.setLevel(logging.WARNING)
         with warnings.catch_warnings():
