@@ -19,7 +19,6 @@ import json
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.rows import row, write  # noqa: E402
+from benchmarks.study import train_all  # noqa: E402
 from jepa_scale.table import text_table  # noqa: E402
 from jepa_scale.telemetry import load_run  # noqa: E402
 
@@ -40,7 +40,6 @@ SHORT = [
     "train.micro_tokens=4096",
     "train.eval_every=0",
     "checkpoint.every=0",
-    "log.report=false",
 ]
 TAP = "objective.tap_layer=-2"
 NEAR = [TAP, "objective.horizons=[1,2,4,8]", "objective.jepa_weight=0.1"]
@@ -61,17 +60,10 @@ CASES: dict[str, list[str]] = {
 does by itself; ``far`` has the config's own horizons and weight."""
 
 
-def run(folder: Path, case: str, seed: int, steps: int, threads: int) -> Path:
-    """Train one run, unless it is there."""
-    target = folder / f"{case}_{seed}"
-    if not (target / "checkpoints" / "latest").is_file():
-        twin = "_lm" if case == "lm" else ""
-        arguments = ["--config", f"configs/tiny_shakespeare{twin}.yaml", *SHORT, *CASES[case]]
-        arguments += [f"run.dir={folder}", f"run.name={case}_{seed}", f"run.seed={seed}"]
-        arguments += [f"engine.threads={threads}", f"train.steps={steps}", "log.progress=false"]
-        print(case, seed, flush=True)
-        subprocess.run([sys.executable, "jepa_scale/train.py", *arguments], cwd=REPOSITORY, check=True)
-    return target
+def arguments(case: str, seed: int, steps: int, threads: int) -> list[str]:
+    twin = "_lm" if case == "lm" else ""
+    length = [f"run.seed={seed}", f"engine.threads={threads}", f"train.steps={steps}"]
+    return ["--config", f"configs/tiny_shakespeare{twin}.yaml", *SHORT, *CASES[case], *length]
 
 
 def with_fresh_predictor(target: Path) -> dict[str, float]:
@@ -131,9 +123,8 @@ def main() -> None:
     folder = args.dir.resolve()
     cases = list(dict.fromkeys(["lm", *args.cases]))
     seeds = range(args.first_seed, args.first_seed + args.seeds)
-    todo = [(case, seed) for seed in seeds for case in cases]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        runs = dict(zip(todo, pool.map(lambda job: run(folder, *job, args.steps, args.threads), todo), strict=True))
+    todo = {(c, s): (folder / f"{c}_{s}", arguments(c, s, args.steps, args.threads)) for s in seeds for c in cases}
+    runs = train_all(todo, args.jobs)
 
     rows: list[dict[str, Any]] = []
     shown_rows: list[list[str]] = []

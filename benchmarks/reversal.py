@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.rows import row, write  # noqa: E402
+from benchmarks.study import train  # noqa: E402
 from jepa_scale.table import text_table  # noqa: E402
 from jepa_scale.telemetry import load_run  # noqa: E402
 
@@ -34,15 +34,8 @@ CASES: dict[str, tuple[list[str], int | None]] = {  # name → (arguments, seeds
 COLUMNS = [("train", "exact_match"), ("atomic", "exact_match"), ("test", "exact_match"), ("test", "mrr")]
 
 
-def run(folder: Path, case: str, seed: int, threads: int) -> Path:
-    """Train one run, unless it is there."""
-    target = folder / f"{case}_{seed}"
-    if not (target / "summary.json").is_file():
-        arguments = [*CASES[case][0], f"run.dir={folder}", f"run.name={case}_{seed}", f"run.seed={seed}"]
-        arguments += [f"data.seed={seed}", f"engine.threads={threads}", "train.eval_every=0", "log.report=false"]
-        print(case, seed, flush=True)
-        subprocess.run([sys.executable, "jepa_scale/train.py", *arguments], cwd=REPOSITORY, check=True)
-    return target
+def arguments(case: str, seed: int, threads: int) -> list[str]:
+    return [*CASES[case][0], f"run.seed={seed}", f"data.seed={seed}", f"engine.threads={threads}", "train.eval_every=0"]
 
 
 def main() -> None:
@@ -59,7 +52,8 @@ def main() -> None:
     machine: dict[str, Any] = {}
     for case in args.cases:
         seeds = range(min(args.seeds, CASES[case][1] or args.seeds))
-        records = [load_run(run(args.dir.resolve(), case, seed, args.threads)) for seed in seeds]
+        folder = args.dir.resolve()
+        records = [load_run(train(folder / f"{case}_{s}", arguments(case, s, args.threads))) for s in seeds]
         machine = records[0].summary["environment"]
         cells = [case, str(len(records))]
         for split, metric in COLUMNS:
