@@ -110,7 +110,13 @@ def assert_same_run(got: Path, got_name: str, expected: Path, name: str) -> None
     assert len(theirs) == len(ours) >= 5
     for a, b in zip(theirs, ours, strict=True):
         assert b["tokens"] == a["tokens"]
-        machine = {"data_wait", "packing_efficiency", "seconds", "tokens_per_second", "flops"}  # a collecting pass has some
+        machine = {
+            "data_wait",
+            "packing_efficiency",
+            "seconds",
+            "tokens_per_second",
+            "flops",
+        }  # a collecting pass has some
         for key in a.keys() - machine:
             loose = 1e-3 if key.startswith("grad_norm") else 2e-4
             assert b[key] == pytest.approx(a[key], abs=loose), f"{got_name}, step {a['step']}: {key}"
