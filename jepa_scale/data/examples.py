@@ -46,12 +46,14 @@ class Conversation:
         turns: what each message's role said, in order. Tokens of the template that open a turn belong to none.
         messages: the messages as they were, ``{"role", "content"}`` each.
         train_all: every token is predicted, not the assistant's alone.
+        where: the row that it was, ``file:line``; empty if nobody knows.
     """
 
     tokens: np.ndarray
     turns: tuple[Turn, ...]
     messages: list[dict[str, Any]]
     train_all: bool = False
+    where: str = ""
 
     def lm_sequence(self) -> tuple[np.ndarray, np.ndarray]:
         """(n,) tokens and (n,) labels: what the assistant says, its closing token included."""

@@ -158,7 +158,7 @@ def _conversation(tokens: np.ndarray, values: Any, train_all: bool) -> Conversat
         raise BadSample("json", f"has no proper messages and turns ({error!r})") from None
     if not isinstance(messages, list):
         raise BadSample("json", "messages must be a list")
-    return Conversation(tokens, turns, messages, train_all)
+    return Conversation(tokens, turns, messages, train_all, str(values.get("where", "")))
 
 
 def _turn(role: Any, span: Any, n: int) -> Turn:

@@ -7,7 +7,8 @@ DIR/
   train-000000.idx.npy    (n,) where each sample lies in the tar, its checksum and its number of tokens
 
 A sample's members by kind: ``text`` has ``npy`` (token ids); ``chat`` has ``npy`` and ``json`` (``messages``,
-and in ``turns`` the token span [start, stop) of each); ``reversal`` and ``grids`` have ``json`` alone.
+in ``turns`` the token span [start, stop) of each, and in ``where`` the row it was); ``reversal`` and ``grids`` have
+``json`` alone.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import os
 import zlib
 from bisect import bisect_right
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -126,6 +127,8 @@ class ShardExamples(Sequence[Example]):
         self.counts = dict.fromkeys(("samples", "pieces", "too_short", "split", "dropped", "truncated", "lost"), 0)
         self.lost: list[str] = []
         self.max_size = self._tokens = 0
+        self._refused: dict[int, ShardError] = {}
+        self._make_caches()
         lengths = np.zeros(len(self.shards), dtype=np.int64)
         for number, shard in enumerate(self.shards):
             try:
@@ -141,8 +144,6 @@ class ShardExamples(Sequence[Example]):
         self.shard_lengths = np.diff(ends, prepend=0)
         self._ends: list[int] = ends.tolist()
         self._starts: list[int] = (ends - self.shard_lengths).tolist()
-        self._refused: dict[int, ShardError] = {}
-        self._make_caches()
 
     def _make_caches(self) -> None:
         self._table = lru_cache(OPEN_SHARDS)(self._read_table)
@@ -263,7 +264,8 @@ class ShardExamples(Sequence[Example]):
         if self.long == "error" and too_long.any():
             sample = int(too_long.argmax())
             raise InputError(
-                f"{self._label(shard)}, sample {self._key(shard, sample)}: has {tokens[sample]:,} tokens, and "
+                f"{self._label(shard)}, sample {self._key(shard, sample)}{self._where(shard, sample)}: has "
+                f"{tokens[sample]:,} tokens, and "
                 f"data.max_length={self.max_length} allows {self.max_length + 1:,}; raise it, or choose another data.long: "
                 f"{', '.join(ALLOWED[self.kind])}"
             )
@@ -324,6 +326,13 @@ class ShardExamples(Sequence[Example]):
 
     def _key(self, shard: int, sample: int) -> str:
         return f"{self.shards[shard].name.removesuffix('.tar')}-{sample:06d}"
+
+    def _where(self, shard: int, sample: int) -> str:
+        """`` (file:line)`` of the row that a sample was, where that is known."""
+        with suppress(ShardError, InputError):
+            where = getattr(self._read(shard, sample), "where", "")
+            return f" ({where})" if where else ""
+        return ""
 
     def _error(self, shard: int, sample: int, what: str, extension: str = "") -> ShardError:
         member = self._key(shard, sample) + (f".{extension}" if extension else "")

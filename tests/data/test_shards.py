@@ -128,10 +128,17 @@ def test_a_long_sample_may_be_refused_before_anything_begins(tmp_path):
     assert len(examples(located, long="error", max_length=9)) == 3
 
 
-def conversation(n: int) -> Sample:
+def conversation(n: int, **more: str) -> Sample:
     turns = [[1, 4], [5, n]]
     messages = [{"role": "user", "content": "hé"}, {"role": "assistant", "content": "x"}]
-    return Sample({"npy": document(n), "json": {"messages": messages, "turns": turns}}, n)
+    return Sample({"npy": document(n), "json": {"messages": messages, "turns": turns, **more}}, n)
+
+
+def test_a_long_conversation_is_refused_by_its_row(tmp_path):
+    located = write(tmp_path, [[conversation(6), conversation(12, where="rows.jsonl:7")]], kind="chat")
+    with pytest.raises(InputError, match=r"sample train-000000-000001 \(rows\.jsonl:7\): has 12 tokens"):
+        examples(located, long="error")
+    assert [example.where for example in examples(located, long="drop", max_length=20)] == ["", "rows.jsonl:7"]
 
 
 def test_conversations(tmp_path):

@@ -161,11 +161,11 @@ class ChatEncoder(_TokenizerEncoder):
             raise BadRecord(record.where, "single token", "it predicts nothing")
         assert len(places) == len(messages)
         tokens = np.array(ids, dtype=token_dtype(self.vocab_size))
-        return [
-            Sample(
-                {"npy": tokens, "json": {"messages": messages, "turns": [list(place) for place in places]}}, len(tokens)
-            )
-        ]
+        where = record.where.rpartition("/")[
+            2
+        ]  # without the folder: the same data are the same bytes wherever they lie
+        told = {"messages": messages, "turns": [list(place) for place in places], "where": where}
+        return [Sample({"npy": tokens, "json": told}, len(tokens))]
 
 
 class TokenEncoder:

@@ -50,3 +50,10 @@ def test_a_real_thought_is(tokenizer):
 def test_the_date_is_the_same_on_every_day(tokenizer):
     _, text = answer_of(tokenizer, DATED, "the answer")
     assert text.startswith("Today: 26 Jul 2024\n")
+
+
+def test_a_sample_knows_the_row_that_it_was(tokenizer):
+    tokenizer.chat_template = QWEN3
+    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    (sample,) = ChatEncoder(tokenizer, False, False, "x")(Record("/some/folder/rows.jsonl:17", {"messages": messages}))
+    assert sample.members["json"]["where"] == "rows.jsonl:17"  # the same bytes wherever the file lies
