@@ -110,19 +110,14 @@ def assert_same_run(got: Path, got_name: str, expected: Path, name: str) -> None
     assert len(theirs) == len(ours) >= 5
     for a, b in zip(theirs, ours, strict=True):
         assert b["tokens"] == a["tokens"]
-        machine = {
-            "data_wait",
-            "packing_efficiency",
-            "seconds",
-            "tokens_per_second",
-            "flops",
-        }  # a collecting pass has some
+        # FLOPs: with several micro-batches a collecting pass has some
+        machine = {"data_wait", "packing_efficiency", "seconds", "tokens_per_second", "flops"}
         for key in a.keys() - machine:
             loose = 1e-3 if key.startswith("grad_norm") else 2e-4
             assert b[key] == pytest.approx(a[key], abs=loose), f"{got_name}, step {a['step']}: {key}"
     a, b = rows(expected, name, "valid")[-1], rows(got, got_name, "valid")[-1]
     assert a.keys() == b.keys()
-    for key in a.keys() - {"split"}:
+    for key in a.keys() - {"split", "flops"}:
         # one pair whose nearest neighbours are almost equally near may tip over
         loose = 0.1 if "top1" in key else 2e-2 if "rank" in key else 1e-3
         assert b[key] == pytest.approx(a[key], abs=loose, rel=1e-3), f"{got_name}: valid {key}"
