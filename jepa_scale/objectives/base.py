@@ -209,3 +209,8 @@ def resolve_tap(tap: int, num_layers: int, key: str) -> int:
     if tap == 0 or not 1 <= resolved <= num_layers:
         raise InputError(f"{key}: {tap} is outside the decoder's {num_layers} blocks")
     return resolved
+
+
+def ramp(steps: int, length: int) -> float:
+    """0 before step 0, then linear up to 1 at step ``length``."""
+    return 0.0 if steps < 0 else 1.0 if steps >= length else steps / length

@@ -22,7 +22,7 @@ from jepa_scale.losses.future import FutureKL, future_kl
 from jepa_scale.losses.statistics import as_contribution, rows_of_step
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.mlp import Mlp
-from jepa_scale.objectives.base import JepaModel, Loss, Objective, label_loss, resolve_tap, share
+from jepa_scale.objectives.base import JepaModel, Loss, Objective, label_loss, ramp, resolve_tap, share
 from jepa_scale.objectives.costs import StepFlops, moments_flops
 from jepa_scale.objectives.horizon_diagnostics import HorizonDiagnostics
 from jepa_scale.objectives.horizon_losses import distance, is_statistic, statistic
@@ -230,8 +230,3 @@ class Horizon(Objective):
             future, counts = self.future(backbone, predicted, logits, batch)
             found["future"] = torch.stack([*future, counts.float()], dim=-1)
         return {name: value.float() for name, value in found.items()}
-
-
-def ramp(steps: int, length: int) -> float:
-    """0 before step 0, then linear up to 1 at step ``length``."""
-    return 0.0 if steps < 0 else 1.0 if steps >= length else steps / length

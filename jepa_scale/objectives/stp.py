@@ -26,8 +26,7 @@ from jepa_scale.data.examples import Conversation
 from jepa_scale.distributed import all_gather_object
 from jepa_scale.evaluate.representation import effective_rank
 from jepa_scale.models.backbone import Backbone
-from jepa_scale.objectives.base import Loss, Objective, lm_loss, resolve_tap, share
-from jepa_scale.objectives.horizon import ramp
+from jepa_scale.objectives.base import Loss, Objective, lm_loss, ramp, resolve_tap, share
 from jepa_scale.packing import PackedBatch, Segment, Views
 
 Form = Literal["triple", "span"]

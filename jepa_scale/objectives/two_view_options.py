@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from jepa_scale.config import Section
+from jepa_scale.objectives.base import ramp
 from jepa_scale.teacher import TeacherOptions
 
 
@@ -88,5 +89,5 @@ class TwoViewOptions(Section):
         """λ at an optimizer step, counted from 0."""
         if step < self.jepa_start:
             return 0.0
-        done = min(1.0, (step - self.jepa_start) / self.jepa_ramp) if self.jepa_ramp else 1.0
-        return self.min_jepa_weight + (self.jepa_weight - self.min_jepa_weight) * done
+        rise = self.jepa_weight - self.min_jepa_weight
+        return self.min_jepa_weight + rise * ramp(step - self.jepa_start, self.jepa_ramp)

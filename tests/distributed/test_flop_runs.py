@@ -16,7 +16,7 @@ from jepa_scale.train import steps_of
 from tests.distributed.launch import run_ranks
 from tests.distributed.test_runs import rows, train_runs
 from tests.distributed.test_two_view_runs import config_file
-from tests.objectives.chats import conversations, tokenizer
+from tests.objectives.chats import conversations, tokenizer, write_rows
 
 LM_STEPS = 60
 VIEWS = {"name": "two_view", "predictor_tokens": 1, "distance": "infonce", "loss_dropout": 0.3}
@@ -26,8 +26,7 @@ TEACHER = {"name": "two_view", "target": "ema", "shared_prefix": True}
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("chat")
-    made = conversations(40)
-    (folder / "rows.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in made))
+    write_rows(folder, conversations(40))
     tokenizer(folder, "llama")
     return folder
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import yaml
 
 from tests.distributed.launch import run_ranks
 from tests.distributed.test_runs import REPOSITORY, rows, train_runs
-from tests.objectives.chats import CONFIGS, conversations, tokenizer
+from tests.objectives.chats import CONFIGS, conversations, tokenizer, write_rows
 
 STEPS = 8
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -63,8 +62,7 @@ def config_file(
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("chat")
-    made = conversations(40)
-    (folder / "rows.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in made))
+    write_rows(folder, conversations(40))
     tokenizer(folder, "llama")
     return folder
 

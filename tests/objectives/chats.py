@@ -91,10 +91,16 @@ def tokenizer(folder: Path, family: str, template: str | None = None) -> Path:
     return folder / family
 
 
-def chat_data(folder: Path, family: str, rows: list[list[dict[str, str]]], **keys: Any) -> Any:
-    """The rows as prepared data, by the real way: a JSONL file, shards in a cache, the source ``chat``."""
+def write_rows(folder: Path, rows: list[list[dict[str, str]]]) -> Path:
+    """The rows as ``rows.jsonl`` in the folder."""
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    return file
+
+
+def chat_data(folder: Path, family: str, rows: list[list[dict[str, str]]], **keys: Any) -> Any:
+    """The rows as prepared data, by the real way: a JSONL file, shards in a cache, the source ``chat``."""
+    file = write_rows(folder, rows)
     named = {"tokenizer": str(tokenizer(folder, family)), "plain": family == "gpt2", "cache": str(folder / "cache")}
     return load_data({"source": "chat", "path": str(file), **named, **keys})
 
