@@ -41,7 +41,9 @@ from jepa_scale.config import OptimConfig  # noqa: E402
 from jepa_scale.distributed import Ranks  # noqa: E402
 from jepa_scale.engines import create_engine  # noqa: E402
 from jepa_scale.engines.base import EngineOptions, ShardedCopy  # noqa: E402
-from jepa_scale.models.backbone import Backbone, ModelOptions, build_backbone  # noqa: E402
+from jepa_scale.models.backbone import Backbone  # noqa: E402
+from jepa_scale.models.loading import build_backbone  # noqa: E402
+from jepa_scale.models.options import ModelOptions  # noqa: E402
 from jepa_scale.optim import parameter_groups  # noqa: E402
 from jepa_scale.packing import PackedStream, Segment, pack_stream  # noqa: E402
 from jepa_scale.table import text_table  # noqa: E402

@@ -53,7 +53,8 @@ from jepa_scale.data import load_data  # noqa: E402
 from jepa_scale.data.draw import Draw  # noqa: E402
 from jepa_scale.distributed import Ranks  # noqa: E402
 from jepa_scale.losses.distance import cosine  # noqa: E402
-from jepa_scale.models.backbone import ModelOptions, build_backbone  # noqa: E402
+from jepa_scale.models.loading import build_backbone  # noqa: E402
+from jepa_scale.models.options import ModelOptions  # noqa: E402
 from jepa_scale.objectives.base import JepaModel  # noqa: E402
 from jepa_scale.objectives.two_view import TwoView, TwoViewOptions  # noqa: E402
 from jepa_scale.optim import build_optimizer, parameter_groups  # noqa: E402

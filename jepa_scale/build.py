@@ -24,7 +24,8 @@ from jepa_scale.errors import InputError
 from jepa_scale.evaluate.chat import Place
 from jepa_scale.evaluation import OPTIONS, Results, chat_test, device_call, evaluate
 from jepa_scale.flop_budget import steps_within, whole_steps
-from jepa_scale.models.backbone import ModelOptions, build_backbone
+from jepa_scale.models.loading import build_backbone
+from jepa_scale.models.options import ModelOptions
 from jepa_scale.objectives.base import JepaModel, Objective
 from jepa_scale.objectives.costs import StepFlops
 from jepa_scale.optim import parameter_groups

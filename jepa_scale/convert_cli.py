@@ -144,7 +144,7 @@ def import_model(args: argparse.Namespace) -> int:
     from jepa_scale.data import load_data
     from jepa_scale.distributed import Ranks
     from jepa_scale.files import write_atomic
-    from jepa_scale.models.backbone import build_backbone
+    from jepa_scale.models.loading import build_backbone
     from jepa_scale.objectives.base import JepaModel
     from jepa_scale.telemetry import prepare_run_dir
     from jepa_scale.telemetry.records import CONFIG_FILE

@@ -7,8 +7,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from jepa_scale.flops import Cost, DecoderFlops, attention_pairs, linear_flops, peak_flops, peak_of
-from jepa_scale.models.backbone import ModelOptions, build_backbone
+from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.mlp import Mlp
+from jepa_scale.models.options import ModelOptions
 from jepa_scale.packing import PackedStream, Segment, Views, pack, pack_stream
 
 VOCABULARY, LENGTHS, ROWS = 50, (1, 2, 5, 5, 9), 3

@@ -8,7 +8,7 @@ from jepa_scale.config import load_config
 from jepa_scale.data import load_data
 from jepa_scale.data.loader import Loader
 from jepa_scale.data.stream import SampleStream
-from jepa_scale.models.backbone import build_backbone
+from jepa_scale.models.loading import build_backbone
 from jepa_scale.packing import IGNORE
 
 

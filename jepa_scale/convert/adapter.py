@@ -15,7 +15,7 @@ from jepa_scale.convert.plan import MODEL, Plan, Unit, heads_of
 from jepa_scale.convert.skeleton import PREFIX
 from jepa_scale.convert.tensor_file import Entry
 from jepa_scale.errors import InputError
-from jepa_scale.models.backbone import ModelOptions
+from jepa_scale.models.options import ModelOptions
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _OF_PEFT = "base_model.model."

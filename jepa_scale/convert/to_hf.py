@@ -35,7 +35,7 @@ from jepa_scale.convert.tensor_file import Entry, write_tensors
 from jepa_scale.convert.tokenizer import Tokenizer, find_tokenizer
 from jepa_scale.data.prepare.lock import locked
 from jepa_scale.errors import InputError
-from jepa_scale.models.backbone import ModelOptions
+from jepa_scale.models.options import ModelOptions
 from jepa_scale.telemetry.records import CONFIG_FILE, FIT, SUMMARY_FILE, read_rows, summarize
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -20,7 +20,8 @@ from jepa_scale.checkpoint import Manifest, store
 from jepa_scale.checkpoint.boxes import Boxes
 from jepa_scale.config import load_config, to_yaml
 from jepa_scale.data import load_data
-from jepa_scale.models.backbone import Backbone, build_backbone
+from jepa_scale.models.backbone import Backbone
+from jepa_scale.models.loading import build_backbone
 from jepa_scale.objectives.base import JepaModel
 from jepa_scale.packing import PackedStream, Segment, pack_stream
 

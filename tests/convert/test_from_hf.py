@@ -20,7 +20,7 @@ from jepa_scale.convert.to_hf import ExportOptions, export
 from jepa_scale.convert_cli import import_model, parser
 from jepa_scale.data import load_data
 from jepa_scale.errors import InputError
-from jepa_scale.models.backbone import build_backbone
+from jepa_scale.models.loading import build_backbone
 from jepa_scale.objectives.base import JepaModel
 from tests.convert.runs import MODELS, NATIVE, config_file, make_run
 

@@ -20,7 +20,8 @@ from jepa_scale.convert.from_hf import state_tensors
 from jepa_scale.convert.to_hf import ExportOptions, export
 from jepa_scale.data import load_data
 from jepa_scale.errors import InputError
-from jepa_scale.models.backbone import ModelOptions, build_backbone
+from jepa_scale.models.loading import build_backbone
+from jepa_scale.models.options import ModelOptions
 from tests.convert.runs import GPT2, NATIVE, REVERSAL, config_file, huggingface, logits, make_run, write_checkpoint
 
 QUIET = ExportOptions(progress=False)

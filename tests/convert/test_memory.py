@@ -19,7 +19,8 @@ import torch
 torch.set_num_threads(1)
 from jepa_scale.checkpoint import store
 from jepa_scale.convert.to_hf import ExportOptions, export
-from jepa_scale.models.backbone import ModelOptions, build_backbone
+from jepa_scale.models.options import ModelOptions
+from jepa_scale.models.loading import build_backbone
 from tests.convert.runs import make_run, write_checkpoint
 
 folder, shard, rows, width = Path(sys.argv[1]), *map(int, sys.argv[2:5])

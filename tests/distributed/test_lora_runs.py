@@ -20,7 +20,9 @@ from jepa_scale.data import load_data
 from jepa_scale.distributed import Ranks
 from jepa_scale.engines import create_engine
 from jepa_scale.engines.base import EngineOptions
-from jepa_scale.models.backbone import Backbone, ModelOptions, build_backbone
+from jepa_scale.models.backbone import Backbone
+from jepa_scale.models.loading import build_backbone
+from jepa_scale.models.options import ModelOptions
 from jepa_scale.optim import parameter_groups
 from jepa_scale.packing import Segment, pack_stream
 from jepa_scale.teacher import Teacher, TeacherModel, TeacherOptions

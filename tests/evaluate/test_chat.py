@@ -35,7 +35,8 @@ from jepa_scale.evaluate.chat import (
 )
 from jepa_scale.evaluate.generation import Generated, Prompts
 from jepa_scale.evaluation import chat_test
-from jepa_scale.models.backbone import ModelOptions, build_backbone
+from jepa_scale.models.loading import build_backbone
+from jepa_scale.models.options import ModelOptions
 from jepa_scale.objectives.lm import LanguageModeling, LmOptions
 from jepa_scale.telemetry import describe
 

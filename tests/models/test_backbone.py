@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
 
 from jepa_scale.config import parse_section, read_yaml
-from jepa_scale.models.backbone import ModelOptions, build_backbone
+from jepa_scale.models.loading import build_backbone
+from jepa_scale.models.options import ModelOptions
 from jepa_scale.packing import Segment, pack_stream
 
 VOCABULARY = 50
@@ -152,7 +153,7 @@ def test_a_short_and_a_full_run_share_one_backward(name):
 def test_the_state_after_the_last_block_is_before_the_final_norm(name):
     backbone, packed = make(name), stream()
     before = backbone.hidden(packed, until=backbone.num_layers)
-    norm = backbone.decoder.get_submodule(backbone._norm_at)
+    norm = backbone.norm
     torch.testing.assert_close(norm(before), backbone.hidden(packed))
     assert not torch.allclose(before, backbone.hidden(packed))
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from jepa_scale.models.backbone import ModelOptions, build_backbone
+from jepa_scale.models.loading import build_backbone
+from jepa_scale.models.options import ModelOptions
 from jepa_scale.packing import IGNORE, Segment, Views, pack
 
 VOCABULARY = 50

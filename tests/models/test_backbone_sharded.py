@@ -12,7 +12,8 @@ from torch import nn
 from jepa_scale.config import OptimConfig
 from jepa_scale.engines import create_engine
 from jepa_scale.engines.base import EngineOptions
-from jepa_scale.models.backbone import ModelOptions, build_backbone
+from jepa_scale.models.loading import build_backbone
+from jepa_scale.models.options import ModelOptions
 from jepa_scale.optim import build_optimizer, parameter_groups
 from jepa_scale.packing import Segment, pack_stream
 from tests.distributed.launch import run_ranks

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from jepa_scale.models.backbone import ModelOptions, build_backbone
+from jepa_scale.models.loading import build_backbone
+from jepa_scale.models.options import ModelOptions
 from jepa_scale.packing import Segment, pack_stream
 
 VOCABULARY, LAYERS = 50, 3

@@ -12,7 +12,8 @@ import torch
 from jepa_scale.data import load_data
 from jepa_scale.data.draw import Draw
 from jepa_scale.data.prepare.tokenizer import train_bpe
-from jepa_scale.models.backbone import ModelOptions, build_backbone
+from jepa_scale.models.loading import build_backbone
+from jepa_scale.models.options import ModelOptions
 from jepa_scale.objectives.base import Objective
 from jepa_scale.packing import PackedBatch, pack
 from tests.objectives.helpers import with_totals

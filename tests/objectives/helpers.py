@@ -9,7 +9,8 @@ import torch
 
 from jepa_scale.data.draw import Draw
 from jepa_scale.data.reversal import generate
-from jepa_scale.models.backbone import ModelOptions, build_backbone
+from jepa_scale.models.loading import build_backbone
+from jepa_scale.models.options import ModelOptions
 from jepa_scale.objectives.base import Objective
 from jepa_scale.packing import PackedBatch, Segment, pack, pack_stream
 

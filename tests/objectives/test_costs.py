@@ -9,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from jepa_scale.config import parse_section
 from jepa_scale.data.draw import Draw
-from jepa_scale.models.backbone import ModelOptions, build_backbone
+from jepa_scale.models.loading import build_backbone
+from jepa_scale.models.options import ModelOptions
 from jepa_scale.objectives.concept import Concept, ConceptOptions
 from jepa_scale.objectives.lm import LanguageModeling, LmOptions
 from jepa_scale.objectives.stp import Stp, StpOptions

@@ -18,7 +18,8 @@ from jepa_scale.config import parse_section
 from jepa_scale.data.draw import Draw, generator
 from jepa_scale.data.examples import Conversation, Document, Turn
 from jepa_scale.errors import InputError
-from jepa_scale.models.backbone import ModelOptions, build_backbone
+from jepa_scale.models.loading import build_backbone
+from jepa_scale.models.options import ModelOptions
 from jepa_scale.objectives.stp import Stp, StpOptions, StpViews, changes, cosines, draw_spans, draw_triples, path_of
 from jepa_scale.packing import IGNORE, add_counts, pack
 from tests.objectives.helpers import alone

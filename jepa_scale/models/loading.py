@@ -1,0 +1,141 @@
+"""From the keys of ``model:`` to a backbone: the native decoder, or any causal language model of transformers."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from jepa_scale.distributed import rank
+from jepa_scale.errors import InputError
+from jepa_scale.models.backbone import Backbone
+from jepa_scale.models.decoder import JepaDecoderConfig, JepaDecoderForCausalLM
+from jepa_scale.models.lora import add_lora
+from jepa_scale.models.options import HUGGINGFACE_KEYS, SHARED_KEYS, ModelOptions, check_options
+from jepa_scale.say import say
+
+
+def build_backbone(options: ModelOptions, vocab_size: int, pad_vocab_to: int = 1) -> Backbone:
+    """The backbone that ``options`` describe; random weights come from torch's global seed, in fp32.
+
+    Args:
+        vocab_size: ids that the data uses.
+        pad_vocab_to: the embedding's rows are rounded up to a multiple of this.
+
+    Raises:
+        InputError: keys that don't fit together, a vocabulary too small, a model that is missing or can't run packed.
+    """
+    check_options(options)
+    if options.vocab_size is not None and options.vocab_size < vocab_size:
+        raise InputError(
+            f"model.vocab_size: {options.vocab_size} is smaller than the data's {vocab_size}; raise it or leave it out"
+        )
+    rows = -(-(options.vocab_size or vocab_size) // pad_vocab_to) * pad_vocab_to
+    known = rows  # of the embedding, that came with the weights
+    if options.pretrained is not None:
+        decoder, known = _load(options, vocab_size, pad_vocab_to)
+    elif options.config is not None:
+        decoder = _random(options.config, rows)
+    else:
+        decoder = _native(options, rows)
+    _check_packable(decoder)
+    backbone = Backbone(decoder)
+    if options.lora is not None:
+        add_lora(decoder, backbone.blocks_at, options.lora, known)
+        if (options.pretrained is None or options.random_init) and rank() == 0:
+            say("model.lora: what the adapters are added to is random, and stays so unless a checkpoint replaces it")
+    return backbone
+
+
+def _check_packable(decoder: PreTrainedModel) -> None:
+    """Refuse what would let segments see each other, or change the scores, without an error."""
+    name, config = type(decoder).__name__, decoder.config
+    if not decoder._supports_attention_backend:
+        raise InputError(f"model: {name} does not let its attention be replaced; it can't run packed")
+    if other := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
+        raise InputError(f"model: {name} has layers of kind {sorted(other)[0]!r}, which can't run packed")
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        raise InputError(f"model: {name} caps its attention scores (attn_logit_softcapping), which can't run packed")
+
+
+def _native(options: ModelOptions, rows: int) -> PreTrainedModel:
+    keys = options.model_dump(exclude=SHARED_KEYS | HUGGINGFACE_KEYS)
+    try:
+        config = JepaDecoderConfig(vocab_size=rows, **keys)
+    except ValueError as error:  # its messages start with the key
+        raise InputError(f"model.{error}") from None
+    return JepaDecoderForCausalLM(config)
+
+
+def _random(keys: dict[str, Any], rows: int) -> PreTrainedModel:
+    keys = dict(keys)
+    model_type = keys.pop("model_type", None)
+    if model_type is None:
+        raise InputError("model.config.model_type: required key is missing (gpt2, llama, qwen3, …)")
+    if "vocab_size" in keys:
+        raise InputError("model.config.vocab_size: set model.vocab_size instead")
+    if model_type not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(str(model_type), CONFIG_MAPPING.keys(), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise InputError(f"model.config.model_type: transformers has no {model_type!r}{hint}")
+    _check_keys(CONFIG_MAPPING[model_type], keys)
+    # the family's default special tokens mean nothing in our vocabulary; a padding id would even freeze its embedding
+    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    try:
+        config = AutoConfig.for_model(model_type, **{**tokens, **keys}, vocab_size=rows)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise InputError(f"model.config: {_one_line(error)}") from None
+
+
+def _check_keys(cls: type[PreTrainedConfig], keys: dict[str, Any]) -> None:
+    """transformers takes any key silently; a misspelt one must be an error."""
+    known = {*inspect.signature(cls.__init__).parameters, *cls.attribute_map, "rope_theta", "rope_scaling"}
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "see the family's config class in transformers"
+            raise InputError(f"model.config.{key}: unknown key of {cls.__name__}; {hint}")
+
+
+def _load(options: ModelOptions, vocab_size: int, pad_vocab_to: int) -> tuple[PreTrainedModel, int]:
+    """The decoder, and the rows that its embedding had in ``pretrained``."""
+    assert options.pretrained is not None
+    from_hub: Any = {"trust_remote_code": options.trust_remote_code, "cache_dir": options.cache_dir}
+    try:
+        if options.random_init:
+            config = AutoConfig.from_pretrained(options.pretrained, **from_hub)
+        else:
+            decoder = AutoModelForCausalLM.from_pretrained(options.pretrained, dtype=torch.float32, **from_hub)
+            config = decoder.config
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"model.pretrained: can't load {options.pretrained!r}: {_one_line(error)}") from None
+    has = config.get_text_config().vocab_size
+    if options.vocab_size is not None and options.vocab_size < has:
+        raise InputError(f"model.vocab_size: {options.vocab_size} is smaller than the checkpoint's {has}; leave it out")
+    needed = max(vocab_size, options.vocab_size or 0, has)
+    if options.random_init:
+        config.get_text_config().vocab_size = -(-needed // pad_vocab_to) * pad_vocab_to
+        return _from_config(config, options), has
+    if needed > has or has % pad_vocab_to:  # new rows start near the mean of the trained ones
+        decoder.resize_token_embeddings(needed, pad_to_multiple_of=pad_vocab_to)
+    return decoder, has
+
+
+def _from_config(config: PreTrainedConfig, options: ModelOptions) -> PreTrainedModel:
+    """Of the architecture of ``pretrained``, with random weights."""
+    try:
+        return AutoModelForCausalLM.from_config(
+            config, trust_remote_code=options.trust_remote_code, dtype=torch.float32
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"model.pretrained: can't build {options.pretrained!r}: {_one_line(error)}") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
