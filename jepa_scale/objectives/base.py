@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa_scale.config import Section
-from jepa_scale.data.draw import ViewMaker
+from jepa_scale.data.draw import Draw, ViewMaker
 from jepa_scale.errors import InputError
 from jepa_scale.evaluate.answers import Answerer, LanguageModelAnswerer
 from jepa_scale.evaluate.generation import Generated, Prompts, greedy
 from jepa_scale.flops import DecoderFlops
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.objectives.costs import StepFlops
-from jepa_scale.packing import PackedBatch
+from jepa_scale.packing import PackedBatch, Segment, Views
 from jepa_scale.teacher import Teacher, TeacherOptions
 
 
@@ -69,10 +69,21 @@ class Objective(nn.Module):
     streams: tuple[str, ...] = ("main",)
     collects: bool = False
     """Whether the loss compares samples across micro-batches; then :meth:`collect` runs first on all of them."""
+    pooling: ClassVar[Literal["mean", "last"]] = "mean"
+    """Which of the states of :meth:`encode` stands for a text."""
+    predicts_tokens: bool = True
+    """Whether the model is trained to predict next tokens; if not, nobody asks for its perplexity or has it generate."""
     tap: int = 0
     """Number of the block after which the objective reads the decoder's states; 0 = it reads the last ones alone."""
+    least_samples: int = 1
+    """Fewer samples in an optimizer step, over all ranks, say nothing to the loss."""
     teacher: Teacher
     """The EMA teacher, set before the first forward if :meth:`teacher_copies` gives something to teach with."""
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Modules of the objective that an engine may gather and free one at a time, as it does the decoder's blocks."""
+        return []
 
     def teacher_copies(self, backbone: Backbone) -> dict[str, nn.Module]:
         """Copies of what has an EMA teacher, by their names in :class:`JepaModel`; called while the weights are whole."""
@@ -143,6 +154,30 @@ class Objective(nn.Module):
         """How this objective's model answers questions at evaluation. ``call(task, *args)`` runs the task of that name
         through the engine without gradient, on all ranks together."""
         return LanguageModelAnswerer(call)
+
+    def text_views(self, example: Any, draw: Draw) -> Views:
+        """A text to be encoded → one segment of the stream ``"main"`` with role ``"text"``, of no more tokens than the text has.
+        As it stands here, of all of them.
+
+        Args:
+            example: has ``tokens``, (n,) ids, n ≥ 1, BOS first where that is the tokenizer's habit. It has no EOS: next-token
+                prediction never reads the one that closes a document.
+        """
+        return Views([Segment(example.tokens, "text")])
+
+    def most_text_tokens(self, backbone: Backbone) -> int | None:
+        """Tokens of the longest text that :meth:`text_views` may be given; None = there is no limit."""
+        return getattr(backbone.decoder.config, "max_position_embeddings", None)
+
+    def encode(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:
+        """States of the stream ``"main"`` after the final norm, fp32, in its order: ``tokens`` (T, d), ``last`` (S, d) at each
+        segment's last token, ``mean`` (S, d) over each segment. Rows come back to the order of the texts by
+        ``batch.segments["text"]`` and ``batch.samples["text"]``."""
+        stream = batch.streams["main"]
+        states = backbone.hidden(stream).float()
+        lengths = stream.table.cu_seqlens.diff().long()
+        mean = torch.segment_reduce(states, "mean", lengths=lengths, axis=0)
+        return {"tokens": states, "last": states[stream.last], "mean": mean}
 
     def diagnostics(self, call: Callable[..., Any]) -> Diagnostics | None:
         """What else an evaluation on text looks at, beside the perplexity."""

@@ -249,7 +249,7 @@ class Concept(Objective):
 
     # -- evaluation tasks ---------------------------------------------------------------------------------------------
 
-    def encode(self, backbone: Backbone, batch: PackedBatch) -> Tensor:
+    def encode_names(self, backbone: Backbone, batch: PackedBatch) -> Tensor:
         """(N, 2, dim): the concepts of each sample's two names."""
         concepts, _, places = self.concepts(backbone, batch)
         return concepts[places]

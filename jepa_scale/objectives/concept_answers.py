@@ -63,7 +63,7 @@ class ConceptAnswerer:
         parts = []
         for start in range(0, share, self.chunk):
             pairs = [NamePair(n, n, relation) for n in mine[start : start + self.chunk]]
-            parts.append(self.call("encode", self._pack([self.views.names(p) for p in pairs]))[:, 0])
+            parts.append(self.call("encode_names", self._pack([self.views.names(p) for p in pairs]))[:, 0])
         self.index = F.normalize(all_gather_rows(torch.cat(parts))[: len(answers)], dim=-1)
 
     def _pack(self, views: list[Views]) -> PackedBatch:

@@ -118,7 +118,7 @@ def test_scale_is_bounded():
 def test_values_of_a_memory_are_the_concepts():
     objective = make(backbone(), memory=True, concept_dim=8)
     batch = batch_of(objective, FACTS)
-    encoded = objective.encode(backbone(), batch)
+    encoded = objective.encode_names(backbone(), batch)
     slot = objective.known.index(FACTS[0].subject)
     torch.testing.assert_close(encoded[0, 0], unit_rms(objective.memory.values.weight[slot]))
 
