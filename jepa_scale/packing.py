@@ -60,12 +60,14 @@ class Views:
         rows: name → an array with a row for each of whatever a sample may have a varying number of, a horizon for each of
             its pairs perhaps; they are laid end to end.
         counts: added up over the global batch; they are the denominators of the objective's means.
+        seed: where the model's own random choices for this sample come from, in [0, 2⁶²); the loader sets it.
     """
 
     segments: list[Segment]
     values: dict[str, Any] = field(default_factory=dict)
     rows: dict[str, Any] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
+    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +121,8 @@ class PackedStream:
         labelled: (L,) int64, the places in the stream that have a label, so that the LM head runs on them alone.
         table: where the segments lie.
         keys: what they see, if there is a branch among them; ``None`` = each itself.
+        seeds: (S,) int64, another one for each segment of a sample and wherever the segment lies; ``None`` = not packed
+            from views. A shared segment has that of the first sample that asks for it.
     """
 
     input_ids: Tensor
@@ -127,6 +131,7 @@ class PackedStream:
     labelled: Tensor
     table: SegmentTable
     keys: KeyRows | None = None
+    seeds: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -156,6 +161,7 @@ class PackedStream:
             move(self.labelled),
             self.table.to(device),
             None if self.keys is None else self.keys.to(device),
+            None if self.seeds is None else move(self.seeds),
         )
 
 
@@ -207,15 +213,18 @@ class PackedBatch:
         )
 
 
-def pack_stream(segments: Sequence[Segment], parents: Mapping[int, int] | None = None) -> PackedStream:
+def pack_stream(
+    segments: Sequence[Segment], parents: Mapping[int, int] | None = None, seeds: Sequence[int] | None = None
+) -> PackedStream:
     """Lay segments end to end in the order given. An empty list gives one unlabelled filler token, because every rank
     must run the same modules even when it has nothing to say (ZeRO-3 and FSDP2 wait for each other).
 
     Args:
         parents: number of a branch → number of the segment that its ``prefix`` is part of; of every branch.
+        seeds: of each segment.
     """
     if not segments:
-        segments = [Segment(tokens=[0], role="filler")]
+        segments, seeds = [Segment(tokens=[0], role="filler")], None if seeds is None else [0]
     lengths = [len(s.tokens) for s in segments]
     total = sum(lengths)
     ids = np.empty(total, dtype=np.int64)
@@ -241,6 +250,7 @@ def pack_stream(segments: Sequence[Segment], parents: Mapping[int, int] | None =
         labelled=torch.from_numpy(np.flatnonzero(labels != IGNORE)),
         table=SegmentTable.from_lengths(lengths),
         keys=_key_rows(lengths, _prefix_lengths(segments), parents) if parents else None,
+        seeds=None if seeds is None else torch.tensor(seeds, dtype=torch.int64),
     )
 
 
@@ -282,6 +292,7 @@ def pack(
         ValueError: a segment names a stream that is not in ``streams``, or a prefix that there isn't.
     """
     unique: dict[str, list[Segment]] = {name: [] for name in streams}
+    seeds: dict[str, list[int]] = {name: [] for name in streams}  # of those
     parents: dict[str, dict[int, int]] = {name: {} for name in streams}  # numbers there: of a branch → of its parent
     seen: dict[tuple[str, str, Hashable], int] = {}
     refs: dict[str, list[int]] = {}
@@ -303,6 +314,7 @@ def pack(
                 number = seen.setdefault((segment.stream, segment.role, segment.key), number)
             if number == len(pool):
                 pool.append(segment)
+                seeds[segment.stream].append(view.seed + len(numbers))  # whoever uses them hashes them
             if segment.prefix is not None:
                 branches.append(len(numbers))
             numbers.append(number)
@@ -323,7 +335,7 @@ def pack(
         place[name] = np.empty(len(pool), dtype=np.int64)
         place[name][order] = np.arange(len(pool))
         moved = {int(place[name][branch]): int(place[name][parent]) for branch, parent in parents[name].items()}
-        packed[name] = pack_stream([pool[i] for i in order], moved)
+        packed[name] = pack_stream([pool[i] for i in order], moved, [seeds[name][i] for i in order])
 
     counts["tokens"] = sum(len(s.tokens) for pool in unique.values() for s in pool)
     counts["labels"] = sum(len(p.labelled) for p in packed.values())

@@ -391,3 +391,47 @@ def test_key_rows_move_and_are_pickled_with_their_stream():
     _Pickler(sent, protocol=5).dump(batch)
     keys = pickle.loads(sent.getvalue()).streams["main"].keys
     assert keys.index.tolist() == [1, 2, 0, 1, 2, 3] and keys.table.cu_seqlens.tolist() == [0, 3, 6]
+
+
+# -- seeds of segments ------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(segments(), max_size=4), min_size=1, max_size=5), st.randoms())
+def test_a_segment_has_the_same_seed_wherever_it_is_packed(samples, random):
+    """Alone, in any company and in any order; and no two segments have the same one."""
+    views = [Views(s, seed=1000 * i) for i, s in enumerate(samples)]
+    expected = {i: pack([view]).streams["main"].seeds for i, view in enumerate(views)}
+    order = list(range(len(views)))
+    random.shuffle(order)
+    batch = pack([views[i] for i in order])
+    stream = batch.streams["main"]
+    assert stream.seeds.dtype == torch.int64 and stream.seeds.shape == (len(stream.table.lengths),)
+    if any(samples):
+        assert len(set(stream.seeds.tolist())) == sum(map(len, samples))
+    for i, view in enumerate(views):
+        alone = pack([view])
+        for role in alone.segments:
+            mine = batch.segments[role][batch.samples[role] == order.index(i)]
+            assert stream.seeds[mine].tolist() == expected[i][alone.segments[role]].tolist()
+
+
+def test_streams_of_a_sample_and_shared_segments_have_seeds_too():
+    name = Segment([4], "name", stream="names", key=4)
+    views = [Views([Segment([1, 2], "a"), name], seed=100), Views([name, Segment([1], "a")], seed=200)]
+    batch = pack(views, streams=("main", "names", "empty"))
+    assert batch.streams["main"].seeds.tolist() == [201, 100]  # by length
+    assert batch.streams["names"].seeds.tolist() == [101]  # of the first sample that asked
+    assert batch.streams["empty"].seeds.tolist() == [0]
+    assert pack([], streams=("main", "names"), like=views[0]).streams["main"].seeds.tolist() == [0]
+    assert pack_stream([name]).seeds is None
+    assert pack_stream([name, name], seeds=[5, 2**62]).seeds.tolist() == [5, 2**62]
+
+
+def test_seeds_move_and_are_pickled_with_their_stream():
+    batch = pack([Views([Segment([1, 2], "a")], seed=2**62 - 1)])
+    assert batch.to("meta").streams["main"].seeds.is_meta
+    assert pack_stream([Segment([1], "a")]).to("meta").seeds is None
+    sent = io.BytesIO()
+    _Pickler(sent, protocol=5).dump(batch)
+    assert pickle.loads(sent.getvalue()).streams["main"].seeds.tolist() == [2**62 - 1]

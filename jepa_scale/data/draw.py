@@ -48,6 +48,11 @@ class Draw:
         """A generator of its own for this sample in this epoch and for this purpose, whatever the step."""
         return generator(f"sample/{self.seed}/{self.epoch}/{self.sample}/{purpose}")
 
+    def number(self, purpose: str) -> int:
+        """In [0, 2⁶²); of this sample in this epoch and for this purpose, as :meth:`rng`."""
+        name = f"number/{self.seed}/{self.epoch}/{self.sample}/{purpose}"
+        return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") >> 2
+
     def step_rng(self, purpose: str) -> np.random.Generator:
         """The same generator for every sample of an optimizer step."""
         return generator(f"step/{self.seed}/{self.step}/{purpose}")

@@ -9,7 +9,7 @@ import pickle
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -101,7 +101,8 @@ class Loader:
         return batch
 
     def _views(self, epoch: int, step: int, sample: int) -> Views:
-        return self.view_maker(self.examples[sample], Draw(self.seed, epoch, step, sample))
+        draw = Draw(self.seed, epoch, step, sample)
+        return replace(self.view_maker(self.examples[sample], draw), seed=draw.number("model"))
 
     def _any_views(self, step: int) -> Views:
         """Views to take the shapes of an empty micro-batch from: those of the first sample that can be read."""

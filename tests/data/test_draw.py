@@ -22,6 +22,17 @@ def test_draws_differ_in_seed_epoch_sample_and_purpose_but_not_in_step() -> None
     assert len({base.rng(p).random() for p in [*purposes, "mask"]}) == 7
 
 
+def test_numbers_follow_the_same_rule_and_spread_over_their_range() -> None:
+    base = Draw(seed=1, epoch=2, step=3, sample=4)
+    value = base.number("model")
+    assert Draw(1, 2, 99, 4).number("model") == value
+    others = [Draw(0, 2, 3, 4), Draw(1, 3, 3, 4), Draw(1, 2, 3, 5), Draw(2, 1, 3, 4)]
+    assert len({value, base.number("other"), *(d.number("model") for d in others)}) == 6
+    shares = np.array([Draw(0, 0, 0, i).number("model") / 2**62 for i in range(4000)])
+    distance = np.abs(np.sort(shares) - (np.arange(4000) + 0.5) / 4000).max()
+    assert shares.min() >= 0 and shares.max() < 1 and distance < 1.95 / np.sqrt(4000)
+
+
 def test_step_draws_are_shared_by_samples_and_ranks() -> None:
     one, other = Draw(7, 0, 5, 1), Draw(7, 3, 5, 900)
     assert one.step_rng("dropout").random() == other.step_rng("dropout").random()

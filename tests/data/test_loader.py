@@ -137,6 +137,26 @@ def test_a_sample_keeps_its_draws_at_another_batch_size(data: ReversalData) -> N
     assert noise(24) == noise(40)
 
 
+def test_a_segments_seed_follows_its_sample_and_epoch(data: ReversalData) -> None:
+    """Whatever the ranks and micro-batches, and another one in another epoch and run."""
+
+    def seeds(**changes: Any) -> dict[tuple[int, int], int]:
+        found = {}
+        for step in loader(data, **changes):
+            for batch in step:
+                of = batch.streams["main"].seeds[batch.segments["forward"]].tolist()
+                keys = zip(batch.values["epoch"].tolist(), batch.values["sample"].tolist(), strict=True)
+                found |= dict(zip(keys, of, strict=True))
+        return found
+
+    whole = seeds()
+    parts = seeds(world_size=2, rank=0, accumulation=3) | seeds(world_size=2, rank=1, accumulation=3)
+    assert whole == parts and len(set(whole.values())) == len(whole) == 8 * 24
+    assert {epoch for epoch, _ in whole} == {0, 1}
+    assert whole[0, 7] == Draw(5, 0, 99, 7).number("model")
+    assert not set(whole.values()) & set(seeds(seed=6).values())
+
+
 def test_batches_hold_the_facts_of_the_stream(data: ReversalData) -> None:
     (batch,) = next(iter(loader(data, accumulation=1)))
     _, samples = stream_of(data, 24).micro_batch(0, 0)
