@@ -37,8 +37,10 @@ def sigreg(
 
     Args:
         rows: (m, d) of this rank and all its micro-batches in the step
-            (:func:`jepa_scale.losses.statistics.rows_of_step`), m ≥ 0. They get the gradient.
-        total: 0-d, n, rows in the global batch.
+            (:func:`jepa_scale.losses.statistics.rows_of_step`), m ≥ 0. They get the gradient. Or (m, V, d), V views of each
+            of m samples: views of one sample are no independent draws, so each view's rows have a statistic of their own,
+            and the loss is their mean.
+        total: 0-d, n, rows (or samples) in the global batch.
         seed, step: the directions are a function of them alone (:func:`directions`).
         slices: directions to project on.
         knots: of the integral, evenly spaced on [−limit, limit], both ends included; at least 3.
@@ -52,9 +54,11 @@ def sigreg(
     with torch.autocast(rows.device.type, enabled=False):
         rows, n = rows.float(), at_least_one(total)
         on_knots, weights, gauss = (x.to(rows.device, non_blocking=True) for x in _quadrature(knots, limit, half))
-        toward = directions(rows.shape[1], seed, step, slices).to(rows.device, non_blocking=True)
-        cos, sin = global_sums(*_CharacteristicSums.apply(rows, toward, on_knots))
-        distance = (cos / n - gauss).square() + (sin / n).square()  # (slices, knots)
+        toward = directions(rows.shape[-1], seed, step, slices).to(rows.device, non_blocking=True)
+        views = rows.unbind(dim=1) if rows.ndim == 3 else [rows]
+        sums = [_CharacteristicSums.apply(view, toward, on_knots) for view in views]
+        cos, sin = global_sums(*(torch.cat(parts) for parts in zip(*sums, strict=True)))
+        distance = (cos / n - gauss).square() + (sin / n).square()  # (views · slices, knots)
         return zero_if_none(n * (distance @ weights).mean(), total)
 
 

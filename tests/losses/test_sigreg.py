@@ -199,3 +199,13 @@ def test_a_gpu_sees_the_same():
     found.backward()
     torch.testing.assert_close(found.cpu(), here, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(there.grad.cpu(), rows.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_views_have_a_statistic_each():
+    rows = randn(40, 3, 12, seed=5) * torch.tensor([1.0, 0.5, 2.0])[:, None]
+    rows.requires_grad_()
+    value = sigreg(rows, count(40), 2, 3, slices=32)
+    expected = torch.stack([sigreg(rows[:, v], count(40), 2, 3, slices=32) for v in range(3)]).mean()
+    torch.testing.assert_close(value, expected)
+    got, wanted = (torch.autograd.grad(x, rows, retain_graph=True)[0] for x in (value, expected))
+    torch.testing.assert_close(got, wanted)
