@@ -105,8 +105,9 @@ def _compare(decoder: PreTrainedModel, folder: Path) -> None:
         ours = llama_config(ours)
         if ours is None:
             raise InputError(
-                f"{folder}: is a Llama, which has neither logit_scale nor a bias in its head nor a bridge; set "
-                "model.tie_word_embeddings and model.output_bias to false, model.bridge_after to null"
+                f"{folder}: is a Llama, which has neither logit_scale nor a bias in its head nor PoPE nor a norm of its "
+                "embedding nor a bridge; set model.tie_word_embeddings, model.output_bias and model.embedding_norm to false, "
+                "model.position_embedding to rope and model.bridge_after to null"
             )
     assert ours is not None
     if found.model_type != ours.model_type:

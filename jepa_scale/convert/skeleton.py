@@ -170,8 +170,9 @@ def _check(model: PreTrainedModel, there: Mapping[str, tuple[int, ...]]) -> None
 
 def llama_config(config: JepaDecoderConfig) -> LlamaConfig | None:
     """The native decoder as a Llama, or None where a Llama cannot be it: with ``logit_scale``, which tied weights have, a
-    bias in the head, or a bridge. Dropout matters to training alone."""
-    if config.tie_word_embeddings or config.output_bias or config.bridge_after is not None:
+    bias in the head, PoPE, a norm of the embedding, or a bridge. Dropout and DropPath matter to training alone."""
+    own = config.position_embedding != "rope" or config.embedding_norm or config.bridge_after is not None
+    if config.tie_word_embeddings or config.output_bias or own:
         return None
     names = (
         "vocab_size",

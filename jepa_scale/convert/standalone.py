@@ -55,15 +55,9 @@ class _Module:
         self.statements = ast.parse(self.source).body
 
     def written_out(self, wanted: set[str] | None = None) -> tuple[set[tuple[str, str]], list[str]]:
-        """The statements that define ``wanted`` (None = everything), with those of our other modules that they need, and
-        what they all import from elsewhere: (module, name), the module empty in ``import name``."""
-        kept = [
-            node
-            for node in self.statements
-            if not isinstance(node, ast.Expr | ast.Import | ast.ImportFrom)  # an Expr: the docstring, registering
-            and (wanted is None or getattr(node, "name", None) in wanted)
-        ]
-        used = {name.id for node in kept for name in ast.walk(node) if isinstance(name, ast.Name)}
+        """The statements that define ``wanted`` (None = everything) and what these use, of this and of our other modules,
+        each once, and what they all import from elsewhere: (module, name), the module empty in ``import name``."""
+        kept, used = self._needed(wanted)
         imports: set[tuple[str, str]] = set()
         body: list[str] = []
         for node in self.statements:
@@ -77,7 +71,27 @@ class _Module:
                 body += before
             else:
                 imports |= {(origin, ast.unparse(alias)) for alias in aliases}
-        return imports, body + [_text(self.source, node) for node in kept]
+        return imports, list(dict.fromkeys(body + [_text(self.source, node) for node in kept]))
+
+    def _needed(self, wanted: set[str] | None) -> tuple[list[ast.stmt], set[str]]:
+        """This module's statements for ``wanted``, and all names that occur in them."""
+        # an Expr: the docstring, registering
+        own = [s for s in self.statements if not isinstance(s, ast.Expr | ast.Import | ast.ImportFrom)]
+        used = {node: {name.id for name in ast.walk(node) if isinstance(name, ast.Name)} for node in own}
+        names = set().union(*map(_defines, own)) if wanted is None else set(wanted)
+        while True:
+            kept = [node for node in own if _defines(node) & names]
+            more = set().union(*(used[node] for node in kept))
+            if more <= names:
+                return kept, more
+            names |= more
+
+
+def _defines(node: ast.stmt) -> set[str]:
+    """Names that a statement of a module gives something to."""
+    if isinstance(node, ast.ClassDef | ast.FunctionDef):
+        return {node.name}
+    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
 
 
 def _import_lines(imports: set[tuple[str, str]]) -> list[str]:

@@ -16,6 +16,8 @@ from jepa_scale.errors import InputError
 from jepa_scale.models.decoder import JepaDecoderForCausalLM
 from jepa_scale.packing import PackedStream
 
+_PIECE = 16_384  # rows of the embedding that are looked up together
+
 
 class Backbone(nn.Module):
     """A decoder that runs packed streams.
@@ -59,6 +61,11 @@ class Backbone(nn.Module):
         return self.decoder.get_submodule(self._norm_at)
 
     @property
+    def norm_name(self) -> str:
+        """Its dotted name within this module."""
+        return f"decoder.{self._norm_at}"
+
+    @property
     def head_name(self) -> str:
         """Dotted name of the LM head within this module."""
         head = self.decoder.get_output_embeddings()
@@ -97,7 +104,8 @@ class Backbone(nn.Module):
         return None if bridge is None else bridge.opening
 
     def embed(self, ids: Tensor) -> Tensor:
-        """(T,) int64 ids → (T, d) embeddings, as :meth:`hidden` takes them."""
+        """(T,) int64 ids → (T, d) embeddings, as :meth:`hidden` takes them: before the native decoder's embedding norm, which
+        is a part of the decoder and normalises whatever is put in."""
         return self.decoder.get_input_embeddings()(ids)
 
     def hidden(self, stream: PackedStream, inputs_embeds: Tensor | None = None, until: int | None = None) -> Tensor:
@@ -133,9 +141,9 @@ class Backbone(nn.Module):
             handle.remove()
         return hidden, tapped[0][0]
 
-    def forward(self, stream: PackedStream) -> Tensor:
-        """As :meth:`hidden`; for whoever has no more than a module to call."""
-        return self.hidden(stream)
+    def forward(self, stream: PackedStream, tap: int | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """As :meth:`hidden`, or with a ``tap`` as :meth:`hidden_and_tap`; for whoever has no more than a module to call."""
+        return self.hidden(stream) if tap is None else self.hidden_and_tap(stream, tap)
 
     def lower(self, until: int | None) -> Backbone:
         """A copy of its own of the first ``until`` blocks with the embedding; its :meth:`hidden` are the states after them.
@@ -164,6 +172,9 @@ class Backbone(nn.Module):
         return self._run(self.embed(stream.input_ids), stream, until, readout=stream.last)
 
     def _run(self, x: Tensor, stream: PackedStream, until: int | None, **extras: Any) -> Tensor:
+        native = isinstance(self.decoder, JepaDecoderForCausalLM)
+        if native and self.decoder.training and self.decoder.config.drop_path:
+            extras["segment_seeds"] = stream.seeds
         limit = getattr(self.decoder.config, "max_position_embeddings", None)
         if limit is not None and (longest := max(stream.key_lengths)) > limit:
             raise ValueError(f"a segment of {longest} tokens: the model is made for {limit} (max_position_embeddings)")
@@ -196,6 +207,21 @@ class Backbone(nn.Module):
         if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma
             logits = cap * torch.tanh(logits / cap)
         return logits
+
+    def unembed(self, states: Tensor, normalized: bool = True) -> Tensor:
+        """(n, d) states → (n, V), their products with the token embeddings.
+
+        Args:
+            normalized: with the embeddings as they enter the first block, through the native decoder's embedding norm.
+                Without such a norm it makes no difference.
+        """
+        embedding = self.decoder.get_input_embeddings()
+        norm = getattr(self.decoder.base_model, "embedding_norm", None) if normalized else None
+        products = []
+        for ids in torch.arange(self.vocab_size, device=states.device).split(_PIECE):
+            rows = embedding(ids) if norm is None else norm(embedding(ids))
+            products.append(states.to(rows.dtype) @ rows.T)
+        return torch.cat(products, dim=1)
 
     @contextmanager
     def unpacked(self) -> Iterator[PreTrainedModel]:

@@ -1,5 +1,5 @@
-"""The native decoder: pre-norm RMSNorm, SwiGLU, RoPE, optionally tied weights and a gated bridge after one of its blocks
-(rows R1 and R3 of the specification).
+"""The native decoder: pre-norm RMSNorm, SwiGLU, RoPE or PoPE, optionally tied weights, a normalised embedding, DropPath and
+a gated bridge after one of its blocks (rows R1, R3, S5 and S6 of the specification).
 
 A transformers model in every respect (Auto classes, ``generate`` with a cache, ``save_pretrained``), with Llama's
 parameter names, so that whatever works on Llama by name works on it. It calls attention through transformers' registry:
@@ -26,6 +26,8 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from jepa_scale.models.bridge import Bridge
+from jepa_scale.models.drop_path import DropPath, drop_rate, rows_kept, segments_kept
+from jepa_scale.models.pope import PolarEmbedding
 from jepa_scale.models.rotary import rotary_table, rotate
 from jepa_scale.packing import SegmentTable
 
@@ -39,7 +41,11 @@ class JepaDecoderConfig(PreTrainedConfig):
         intermediate_size: inner width of the SwiGLU; ``None`` = 4 · hidden_size.
         output_bias: whether the LM head has a bias.
         embedding_init_std: standard deviation of the initial embeddings; ``None`` = initializer_range.
+        position_embedding: ``"rope"``, or ``"pope"`` (:mod:`jepa_scale.models.pope`), which has ``rope_theta`` as its base.
+        embedding_norm: an RMSNorm on what enters the first block, ids' embeddings or ``inputs_embeds``; its gain starts at
+            embedding_init_std, so that the embeddings' scale is the usual one.
         hidden_dropout: dropout on the output of each attention and MLP branch.
+        drop_path: probability with which the last block leaves out a branch (:mod:`jepa_scale.models.drop_path`).
         bridge_after: the block (from 1; negative: from the end) whose output x goes on as x + σ(g)·B(x), see
             :class:`jepa_scale.models.bridge.Bridge`; ``None`` = no bridge.
         bridge_intermediate_size: inner width of B; ``None`` = hidden_size. bridge_dropout: in it. bridge_gate_init: g.
@@ -62,7 +68,10 @@ class JepaDecoderConfig(PreTrainedConfig):
     output_bias: bool = False
     initializer_range: float = 0.02
     embedding_init_std: float = None  # type: ignore[assignment]
+    position_embedding: str = "rope"
+    embedding_norm: bool = False
     hidden_dropout: float = 0.0
+    drop_path: float = 0.0
     bridge_after: int | None = None
     bridge_intermediate_size: int = None  # type: ignore[assignment]
     bridge_dropout: float = 0.0
@@ -95,6 +104,10 @@ class JepaDecoderConfig(PreTrainedConfig):
             )
         if self.rope_parameters["rope_type"] != "default":
             raise ValueError(f"rope_type: {self.rope_parameters['rope_type']!r} is not offered; use 'default'")
+        if self.position_embedding not in ("rope", "pope"):
+            raise ValueError(f"position_embedding: {self.position_embedding!r} is not offered; use 'rope' or 'pope'")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path: {self.drop_path} must be a probability below 1")
         if self.bridge_after is not None:
             block = self.bridge_after if self.bridge_after > 0 else self.num_hidden_layers + 1 + self.bridge_after
             if not 1 <= block < self.num_hidden_layers:
@@ -109,10 +122,17 @@ class JepaDecoderConfig(PreTrainedConfig):
         return self.hidden_size // self.num_attention_heads
 
 
-class JepaAttention(nn.Module):
-    """Causal self-attention; which kernel runs it is the config's ``_attn_implementation``."""
+def position_table(config: JepaDecoderConfig, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the angles of positions (B, T), as :class:`JepaAttention` takes them."""
+    width = config.head_dim * (2 if config.position_embedding == "pope" else 1)
+    cos, sin = rotary_table(position_ids, width, config.rope_parameters["rope_theta"])
+    return cos.to(dtype), sin.to(dtype)
 
-    is_causal = True
+
+class JepaAttention(nn.Module):
+    """Self-attention; which kernel runs it is the config's ``_attn_implementation``."""
+
+    is_causal = True  # a stack that isn't sets it on its own layers
 
     def __init__(self, config: JepaDecoderConfig, layer_idx: int) -> None:
         super().__init__()
@@ -126,6 +146,9 @@ class JepaAttention(nn.Module):
         self.k_proj = nn.Linear(d, kv, bias=False)
         self.v_proj = nn.Linear(d, kv, bias=False)
         self.o_proj = nn.Linear(d, d, bias=False)
+        polar = config.position_embedding == "pope"
+        self.pope = PolarEmbedding(config.num_key_value_heads, self.head_dim) if polar else None
+        self.qk_head_dim = self.head_dim * (2 if polar else 1)
 
     def forward(
         self,
@@ -134,12 +157,13 @@ class JepaAttention(nn.Module):
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         readout: Tensor | None = None,
+        rows: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """(B, T, d) → (B, T, d) and, from the eager implementation, the weights (B, H, T, T_k).
 
         With ``readout`` (S,), the places of the last token of each segment of a packed stream: → (1, S, d), what
-        attention gives there.
+        attention gives there. ``rows`` (M,) are any places: → (B, M, d); attention is spared nothing, its output matrix is.
         """
         heads = (*x.shape[:2], -1, self.head_dim)
         asking, angles = x, rotary
@@ -147,14 +171,17 @@ class JepaAttention(nn.Module):
             asking, angles = x[:, readout], (rotary[0][:, readout], rotary[1][:, readout])
             ones = torch.arange(len(readout) + 1, dtype=torch.int32, device=x.device)  # made there: no copy to wait for
             kwargs["packed_queries"] = SegmentTable(ones, (1,) * len(readout))
-        q = rotate(self.q_proj(asking).view(*asking.shape[:2], -1, self.head_dim), angles).transpose(1, 2)
-        k = rotate(self.k_proj(x).view(heads), rotary).transpose(1, 2)
+        q = self.q_proj(asking).view(*asking.shape[:2], -1, self.head_dim)
+        k = self.k_proj(x).view(heads)
+        q, k = (rotate(q, angles), rotate(k, rotary)) if self.pope is None else self.pope(q, k, angles, rotary)
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
         v = self.v_proj(x).view(heads).transpose(1, 2)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         out, weights = attend(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
-        return self.o_proj(out.flatten(2)), weights
+        out = out.flatten(2)
+        return self.o_proj(out if rows is None else out[:, rows]), weights
 
 
 def eager_attention(
@@ -201,12 +228,31 @@ class JepaDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = JepaMLP(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
+        self.drop_path = DropPath(drop_rate(config.drop_path, layer_idx, config.num_hidden_layers))
 
-    def forward(self, x: Tensor, readout: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """(B, T, d) → (B, T, d), or with ``readout`` (S,) only the rows of those places, (1, S, d)."""
-        branch, _ = self.self_attn(self.input_layernorm(x), readout=readout, **kwargs)
-        x = (x if readout is None else x[:, readout]) + self.dropout(branch)
-        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+    def forward(
+        self,
+        x: Tensor,
+        readout: Tensor | None = None,
+        rows: Tensor | None = None,
+        kept: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """(B, T, d) → (B, T, d), or with ``readout`` (S,) or ``rows`` (M,) only the rows of those places.
+
+        ``kept`` (2, B, T) or (2, B, 1) bool: where the branches are, see :mod:`jepa_scale.models.drop_path`.
+        """
+        branch, _ = self.self_attn(self.input_layernorm(x), readout=readout, rows=rows, **kwargs)
+        wanted = rows if readout is None else readout
+        if wanted is not None:
+            x, kept = x[:, wanted], None if kept is None else kept[..., wanted]
+        first, second = (None, None) if kept is None else kept.unbind()
+        x = x + self.drop_path(self.dropout(branch), first)
+        return x + self.drop_path(self.dropout(self.mlp(self.post_attention_layernorm(x))), second)
+
+
+class EmbeddingNorm(nn.RMSNorm):
+    """A class of its own because its gain starts at the embeddings' scale and not at 1."""
 
 
 class JepaLMHead(nn.Linear):
@@ -229,26 +275,39 @@ class JepaDecoderPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["JepaDecoderLayer"]
-    _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": JepaDecoderLayer, "attentions": JepaAttention}
 
-    @torch.no_grad()
+    @property
+    def _supports_flash_attn(self) -> bool:  # type: ignore[override]
+        """transformers hands its flash kernels heads of one width; PoPE's keys are wider than its values."""
+        return self.config.position_embedding == "rope"
+
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
-            init.normal_(module.weight, std=self.config.initializer_range)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight, std=self.config.embedding_init_std)
-        elif isinstance(module, nn.RMSNorm):
-            init.ones_(module.weight)
-        elif isinstance(module, Bridge):
-            init.constant_(module.gate, self.config.bridge_gate_init)
-        if isinstance(module, JepaLMHead) and module.logit_scale is not None:
-            init.constant_(module.logit_scale, self.config.hidden_size**-0.5)
+        initialize(module, self.config)  # type: ignore[arg-type]  # transformers declares a base class
+
+
+@torch.no_grad()
+def initialize(module: nn.Module, config: JepaDecoderConfig) -> None:
+    """Initial weights of one module of the decoder, its sub-modules left out."""
+    if isinstance(module, nn.Linear):
+        init.normal_(module.weight, std=config.initializer_range)
+        if module.bias is not None:
+            init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        init.normal_(module.weight, std=config.embedding_init_std)
+    elif isinstance(module, EmbeddingNorm):
+        init.constant_(module.weight, config.embedding_init_std)
+    elif isinstance(module, nn.RMSNorm):
+        init.ones_(module.weight)
+    elif isinstance(module, PolarEmbedding):
+        init.zeros_(module.delta)
+    elif isinstance(module, Bridge):
+        init.constant_(module.gate, config.bridge_gate_init)
+    if isinstance(module, JepaLMHead) and module.logit_scale is not None:
+        init.constant_(module.logit_scale, config.hidden_size**-0.5)
 
 
 class JepaDecoderModel(JepaDecoderPreTrainedModel):
@@ -257,6 +316,7 @@ class JepaDecoderModel(JepaDecoderPreTrainedModel):
     def __init__(self, config: JepaDecoderConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embedding_norm = EmbeddingNorm(config.hidden_size, config.rms_norm_eps) if config.embedding_norm else None
         self.layers = nn.ModuleList(JepaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.bridge = None
@@ -277,17 +337,21 @@ class JepaDecoderModel(JepaDecoderPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         readout: Tensor | None = None,
+        segment_seeds: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """(B, T) ids or (B, T, d) embeddings → ``last_hidden_state`` (B, T, d), after the final norm.
 
         With the packed attention: B = 1, ``position_ids`` (1, T) and ``packed=SegmentTable``, with branches also
         ``packed_keys=KeyRows``; there ``readout`` (S,), the places of the segments' last tokens, asks for those rows alone,
-        (1, S, d), and saves the last block the others.
+        (1, S, d), and saves the last block the others. ``segment_seeds`` (S,) int64 say which branches DropPath takes
+        from a segment in training.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
@@ -300,12 +364,13 @@ class JepaDecoderModel(JepaDecoderPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        cos, sin = rotary_table(position_ids, self.config.head_dim, self.config.rope_parameters["rope_theta"])
-        rotary = cos.to(x.dtype), sin.to(x.dtype)
+        rotary = position_table(self.config, position_ids, x.dtype)  # type: ignore[arg-type]
+        kept = self._kept(x, kwargs.get("packed"), segment_seeds)
         for number, layer in enumerate(self.layers, 1):
             x = layer(
                 x,
                 readout=readout if number == len(self.layers) else None,
+                kept=None if kept is None else kept[number - 1],
                 rotary=rotary,
                 attention_mask=mask,
                 position_ids=position_ids,
@@ -319,6 +384,16 @@ class JepaDecoderModel(JepaDecoderPreTrainedModel):
                 x = x.detach() if self.config.bridge_grad_barrier else x
                 x = x + self.bridge(x)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+
+    def _kept(self, x: Tensor, packed: SegmentTable | None, seeds: Tensor | None) -> Tensor | None:
+        """(L, 2, B, 1 or T) bool, which branches are; None where all are."""
+        rate, blocks = self.config.drop_path, self.config.num_hidden_layers  # L, also of a decoder that is cut
+        if not self.training or rate == 0:
+            return None
+        if packed is None:
+            return rows_kept(len(x), rate, blocks, x.device)
+        assert seeds is not None, "DropPath in a packed stream needs its segments' seeds"
+        return segments_kept(seeds, packed, rate, blocks)
 
 
 class JepaDecoderForCausalLM(JepaDecoderPreTrainedModel, GenerationMixin):

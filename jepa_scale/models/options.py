@@ -45,7 +45,22 @@ class ModelOptions(Section):
     embedding_init_std: float | None = Field(
         None, gt=0, description="native: std of the initial embeddings; null = initializer_range."
     )
+    position_embedding: Literal["rope", "pope"] = Field(
+        "rope",
+        description="native: rope = rotary; pope = polar (arXiv 2509.10534): angles are position alone, lengths content "
+        "alone. Its queries and keys are twice as wide in attention, and rope_theta is its base too.",
+    )
+    embedding_norm: bool = Field(
+        False, description="native: RMSNorm right after the embedding; its gain starts at embedding_init_std."
+    )
     hidden_dropout: float = Field(0.0, ge=0, lt=1, description="native: dropout after each attention and MLP branch.")
+    drop_path: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="native: stochastic depth: probability with which a sample skips a branch of the last block; it grows "
+        "linearly from 0 in the first.",
+    )
     bridge_after: int | None = Field(
         None,
         description="native: a gated bridge joins the stream after this block (negative = from the end); null = none.",

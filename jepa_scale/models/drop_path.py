@@ -1,0 +1,85 @@
+"""Stochastic depth (Huang et al. 2016, arXiv 1603.09382), called DropPath where it is decided sample by sample.
+
+Block i of L, from 0, leaves out each of its two branches with probability r·i/(L − 1); a branch that is kept counts
+1/(1 − p) times. In a packed stream a segment is the sample. Which branches a segment goes without follows from its seed, the
+block and the branch alone, so that a pass that is made again, on another rank, in other company or after a resume, is the same.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from jepa_scale.packing import SegmentTable
+
+_BITS = 53  # of a uniform number; all is done in integers, hence the same on every device
+
+
+class DropPath(nn.Module):
+    """A branch in training: dropped where it says so, else scaled by 1/(1 − ``rate``)."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch: Tensor, kept: Tensor | None) -> Tensor:
+        """branch (B, T, d); kept (B, T) or (B, 1) bool, ``None`` = everywhere and unscaled → (B, T, d)."""
+        if kept is None or self.rate == 0:
+            return branch
+        return torch.where(kept[..., None], branch * (1 / (1 - self.rate)), 0)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.3g}"
+
+
+def drop_rate(rate: float, block: int, blocks: int) -> float:
+    """Of block 0 … ``blocks`` − 1: linear from 0 to ``rate``."""
+    return rate * block / max(1, blocks - 1)
+
+
+def segments_kept(seeds: Tensor, table: SegmentTable, rate: float, blocks: int, stack: int = 0) -> Tensor:
+    """Which branches the tokens of a packed stream go through.
+
+    Args:
+        seeds: (S,) int64, of the segments. rate: of the last block.
+        stack: number of the stack of blocks; stacks decide independently of each other.
+
+    Returns:
+        (blocks, 2, 1, T) bool.
+    """
+    branch = torch.arange(2 * blocks, device=seeds.device)
+    counter = (1 + branch + (stack << 32)) * _signed(0x9E3779B97F4A7C15)
+    drawn = _shifted(_mixed(_mixed(seeds) + counter[:, None]), 64 - _BITS)  # (2·blocks, S)
+    dropped = drawn < (_step(rate, blocks) * (branch // 2))[:, None]
+    owner = torch.repeat_interleave(
+        torch.arange(len(seeds), device=seeds.device), table.cu_seqlens.diff(), output_size=sum(table.lengths)
+    )
+    return ~dropped.index_select(1, owner).unflatten(0, (blocks, 2)).unsqueeze(2)
+
+
+def rows_kept(rows: int, rate: float, blocks: int, device: torch.device) -> Tensor:
+    """The same of the rows of an ordinary batch, from torch's own generator: (blocks, 2, rows, 1) bool."""
+    drawn = torch.randint(1 << _BITS, (blocks, 2, rows, 1), device=device)
+    return drawn >= (_step(rate, blocks) * torch.arange(blocks, device=device))[:, None, None, None]
+
+
+def _step(rate: float, blocks: int) -> int:
+    """What the probability of dropping grows by from block to block, in units of 2^−53."""
+    return int(rate * (1 << _BITS)) // max(1, blocks - 1)
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """The output function of SplitMix64 (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators", with the
+    constants of Stafford's variant 13), on int64 that wrap around."""
+    x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: Tensor, n: int) -> Tensor:
+    """To the right as if it had no sign."""
+    return (x >> n) & ((1 << (64 - n)) - 1)
+
+
+def _signed(n: int) -> int:
+    return n - (1 << 64) if n >= 1 << 63 else n
