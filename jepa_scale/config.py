@@ -53,12 +53,27 @@ class GroupOverride(Section):
     weight_decay: float | None = Field(
         None, ge=0, description="Their weight decay, whatever their shape; null = as without."
     )
+    method: Literal["adamw", "muon"] | None = Field(
+        None, description="What steps them; muon = their matrices, the others by AdamW; null = as without."
+    )
 
 
 class OptimConfig(Section):
+    method: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon = the weights of linear layers by Muon, everything else and the LM head by AdamW."
+    )
     lr: float = Field(1e-3, gt=0, description="Peak learning rate of the backbone.")
     lr_head: float | None = Field(
         None, gt=0, description="Peak learning rate of the objective's heads and memory; null = lr."
+    )
+    lr_muon: float | None = Field(
+        None, gt=0, description="Peak learning rate of Muon's matrices, everywhere; null = lr, and lr_head in heads."
+    )
+    muon_momentum: float = Field(0.95, ge=0, lt=1, description="Muon's momentum (Nesterov's).")
+    muon_steps: int = Field(5, ge=1, le=20, description="Newton-Schulz iterations in an update by Muon.")
+    adjust_lr: Literal["match_rms_adamw", "original"] = Field(
+        "match_rms_adamw",
+        description="Muon's learning rate by shape: 0.2 sqrt(max(out, in)), so that AdamW's suits it, or sqrt(max(1, out / in)).",
     )
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW betas.")
     eps: float = Field(1e-8, gt=0, description="AdamW epsilon.")
@@ -74,6 +89,15 @@ class OptimConfig(Section):
     warmup_steps: int = Field(50, ge=0, description="Steps of linear warm-up.")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Shape after warm-up.")
     final_lr: float = Field(0.0, ge=0, le=1, description="Learning rate at the last step, as a fraction of the peak.")
+
+    @model_validator(mode="after")
+    def _muons_keys_are_of_use(self) -> OptimConfig:
+        if self.method == "muon" or any(override.method == "muon" for override in self.overrides.values()):
+            return self
+        for key in ("lr_muon", "muon_momentum", "muon_steps", "adjust_lr"):
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key}: is Muon's, and nothing is stepped by it; set method to muon, or remove the key")
+        return self
 
 
 class TrainConfig(Section):

@@ -32,7 +32,7 @@ from jepa_scale.engines.clip import Range, cut, join
 from jepa_scale.engines.deepspeed_copy import PartitionedCopy, ReplicatedCopy
 from jepa_scale.engines.deepspeed_state import StateView
 from jepa_scale.errors import InputError
-from jepa_scale.optim import build_optimizer
+from jepa_scale.optim import MatrixOptimizer, build_optimizer
 
 OWNED = {
     "train_batch_size": "train.batch_size",
@@ -122,7 +122,7 @@ def _worth_reading(record: logging.LogRecord) -> bool:
 
 
 class DeepSpeedEngine(Engine):
-    """ZeRO by DeepSpeed, with torch's AdamW on its flat fp32 partitions."""
+    """ZeRO by DeepSpeed, with an optimizer of :mod:`jepa_scale.optim` on its flat fp32 partitions."""
 
     name = "deepspeed"
 
@@ -166,6 +166,8 @@ class DeepSpeedEngine(Engine):
         if self.stage == 3:
             self.ds.optimizer._clear_fp32_optimizer_param_groups()
         self._view = StateView(module, self.ds.optimizer, self.optimizer, self.stage)
+        if isinstance(self.optimizer, MatrixOptimizer):
+            self.optimizer.bind(self._view.parts_of(self.optimizer.matrices), replicated=self.stage == 0)
         self._ranges = self._clip_ranges()
         # Where DeepSpeed has the fp32 gradient of what it steps next, the same in all stages.
         self.optimizer.register_step_pre_hook(self._clip)

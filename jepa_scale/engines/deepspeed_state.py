@@ -14,7 +14,7 @@ parameter are there in that tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from jepa_scale.checkpoint.boxes import Boxes
+from jepa_scale.optim import Part
 
 
 class Piece(NamedTuple):
@@ -65,6 +66,8 @@ class StateView:
     def __init__(self, module: nn.Module, wrapped: Any, optimizer: torch.optim.Optimizer, stage: int) -> None:
         self.module, self.wrapped, self.optimizer, self.stage = module, wrapped, optimizer, stage
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self.stepped = {parameter: stepped for parameters, stepped in self._tensors() for parameter in parameters}
+        """Of each trainable parameter the tensor that is stepped for it, in which this rank may have nothing of it."""
         self.pieces: dict[nn.Parameter, Piece | None] = dict.fromkeys(trainable)
         """Of each trainable parameter what this rank updates; None where that is nothing."""
         for piece in self._pieces():
@@ -72,41 +75,45 @@ class StateView:
             self.pieces[piece.parameter] = piece
         self._check()
 
-    def _pieces(self) -> Iterator[Piece]:
+    def _tensors(self) -> Iterator[tuple[Sequence[nn.Parameter], Tensor]]:
+        """Each tensor that is stepped, and the parameters that it is stepped for; on all ranks in the same order."""
+        z = self.wrapped
         if self.stage == 0:
-            lows = highs = list(self.pieces)
-            if self.wrapped is not self.optimizer:  # bf16
-                lows = [low for group in self.wrapped.fp16_groups for low in group]
-                highs = [high for group in self.wrapped.fp32_groups for high in group]
-            for low, high in zip(lows, highs, strict=True):
-                yield Piece(low, 0, high, 0, low.numel())
+            lows = highs = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+            if z is not self.optimizer:  # bf16
+                lows = [low for group in z.fp16_groups for low in group]
+                highs = [high for group in z.fp32_groups for high in group]
+            yield from (([low], high) for low, high in zip(lows, highs, strict=True))
         elif self.stage == 3:
-            for parameters, stepped in zip(
-                self.wrapped.fp16_groups, self.wrapped.fp32_partitioned_groups_flat, strict=True
-            ):
-                at = 0
-                for parameter in parameters:
-                    start, count = shard(parameter)
-                    if count > 0:
-                        yield Piece(parameter, start, stepped, at, count)
-                    at += parameter.ds_tensor.ds_numel
-                assert at == stepped.numel(), (at, stepped.numel())
+            yield from zip(z.fp16_groups, z.fp32_partitioned_groups_flat, strict=True)
+        elif hasattr(z, "bf16_groups"):
+            yield from zip(z.bf16_groups, z.fp32_groups_flat_partition, strict=True)
         else:
+            yield from zip(z.bit16_groups, z.single_partition_of_fp32_groups, strict=True)
+
+    def _pieces(self) -> Iterator[Piece]:
+        if self.stage in (1, 2):
             yield from self._pieces_of_flat_groups()
+            return
+        for parameters, stepped in self._tensors():
+            at = 0
+            for parameter in parameters:
+                start, count = shard(parameter) if self.stage == 3 else (0, parameter.numel())
+                if count > 0 or self.stage == 0:
+                    yield Piece(parameter, start, stepped, at, count)
+                at += parameter.ds_tensor.ds_numel if self.stage == 3 else count  # type: ignore[attr-defined]
+            assert at == stepped.numel(), (at, stepped.numel())
 
     def _pieces_of_flat_groups(self) -> Iterator[Piece]:
         z = self.wrapped
-        groups: Any = (
-            (z.bf16_groups, z.bf16_groups_flat, z.bf16_partitioned_groups, z.fp32_groups_flat_partition)
+        flats: Any = (
+            (z.bf16_groups_flat, z.bf16_partitioned_groups)
             if hasattr(z, "bf16_groups")
-            else (
-                z.bit16_groups,
-                z.bit16_groups_flat,
-                z.parallel_partitioned_bit16_groups,
-                z.single_partition_of_fp32_groups,
-            )
+            else (z.bit16_groups_flat, z.parallel_partitioned_bit16_groups)
         )
-        for parameters, flat, partitions, stepped, group in zip(*groups, z.real_dp_process_group, strict=True):
+        for (parameters, stepped), flat, partitions, group in zip(
+            self._tensors(), *flats, z.real_dp_process_group, strict=True
+        ):
             begin = _offset(partitions[dist.get_rank(group)], flat)
             end = begin + stepped.numel()
             for parameter in filter(torch.numel, parameters):
@@ -138,29 +145,31 @@ class StateView:
 
     def boxes(self) -> dict[str, Boxes]:
         """:meth:`jepa_scale.engines.base.Engine.state` but for the buffers."""
-        moments = self._moment_names()
         boxes = {}
         for name, parameter in self.module.named_parameters():
             if parameter not in self.pieces:
                 boxes[f"model/{name}"] = self._frozen(parameter)
                 continue
-            piece = self.pieces[parameter]
-            if piece is None:
+            piece, stepped = self.pieces[parameter], self.stepped[parameter]
+            for key, values in {"model": stepped, **self._moments(stepped)}.items():
                 nothing = Boxes(true_shape(parameter), torch.float32, [])
-                boxes.update({f"{key}/{name}": nothing for key in ("model", *moments)})
-                continue
-            boxes[f"model/{name}"] = piece.boxes(piece.stepped)
-            for moment in moments:
-                boxes[f"{moment}/{name}"] = piece.boxes(self.optimizer.state[piece.stepped][moment])
+                boxes[f"{key}/{name}"] = nothing if piece is None else piece.boxes(values)
         return boxes
 
-    def _moment_names(self) -> list[str]:
-        names = [
-            [name for name, value in state.items() if torch.is_tensor(value) and value.shape == stepped.shape]
-            for stepped, state in self.optimizer.state.items()
-        ]
-        assert all(of_one == names[0] for of_one in names), names
-        return names[0]
+    def _moments(self, stepped: Tensor) -> dict[str, Tensor]:
+        state = self.optimizer.state[stepped]
+        return {name: value for name, value in state.items() if torch.is_tensor(value) and value.shape == stepped.shape}
+
+    def parts_of(self, matrices: Iterable[str]) -> list[tuple[Tensor, list[Part]]]:
+        """Where these parameters are, for :meth:`jepa_scale.optim.MatrixOptimizer.bind`: the tensors that are stepped for them,
+        and what this rank has of each."""
+        parameters = dict(self.module.named_parameters())
+        parts: dict[Tensor, list[Part]] = {}
+        for name in matrices:
+            of_tensor = parts.setdefault(self.stepped[parameters[name]], [])
+            if piece := self.pieces[parameters[name]]:
+                of_tensor.append(Part(name, piece.start, piece.at, piece.length))
+        return list(parts.items())
 
     def _frozen(self, parameter: nn.Parameter) -> Boxes:
         if self.stage < 3:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from jepa_scale.checkpoint.boxes import Boxes
 from jepa_scale.config import OptimConfig
@@ -25,11 +26,11 @@ from jepa_scale.engines.base import (
     whole_state,
 )
 from jepa_scale.engines.fsdp_copy import FSDPCopy
-from jepa_scale.optim import build_optimizer
+from jepa_scale.optim import MatrixOptimizer, Part, build_optimizer
 
 
 class FSDPEngine(Engine):
-    """Parameters, gradients and AdamW moments sharded over all ranks as fp32 DTensors.
+    """Parameters, gradients and moments sharded over all ranks as fp32 DTensors.
 
     In bf16 the gathered parameters are bf16 and gradients are reduced in fp32. Inputs are not cast, as they are not
     under DeepSpeed, so that a model runs on both or on neither.
@@ -75,6 +76,8 @@ class FSDPEngine(Engine):
         self.optimizer = build_optimizer(groups, optim_options)
         self._peak_lrs = [group["lr"] for group in self.optimizer.param_groups]
         create_optimizer_state(self.optimizer)
+        if isinstance(self.optimizer, MatrixOptimizer):
+            self.optimizer.bind([(sharded[n], [_rows(n, sharded[n])]) for n in self.optimizer.matrices])
 
     def _fsdp_modules(self) -> list[FSDPModule]:
         return [m for m in self.module.modules() if isinstance(m, FSDPModule)]
@@ -137,3 +140,12 @@ class FSDPEngine(Engine):
         """An evaluation leaves the root's parameters gathered; they would hide the shards, and be used once more."""
         for part in self._fsdp_modules():
             part.reshard()
+
+
+def _rows(name: str, matrix: nn.Parameter) -> Part:
+    """This rank's rows of a matrix."""
+    tensor = cast(DTensor, matrix)
+    (rows, cols), (first, _) = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    return Part(name, first * cols, 0, rows * cols)

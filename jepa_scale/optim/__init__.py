@@ -1,0 +1,29 @@
+"""The optimizer: which parameter is in which group, what steps it, and the learning rate of each step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from jepa_scale.config import OptimConfig
+from jepa_scale.optim.exchange import Part
+from jepa_scale.optim.groups import parameter_groups
+from jepa_scale.optim.muon import MatrixOptimizer
+from jepa_scale.optim.schedule import lr_factor
+
+__all__ = ["MatrixOptimizer", "OptimConfig", "Part", "build_optimizer", "lr_factor", "parameter_groups"]
+
+
+def build_optimizer(groups: Sequence[dict[str, Any]], options: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) over groups of :func:`parameter_groups`, as one fused kernel; if any of
+    them is Muon's, a :class:`jepa_scale.optim.muon.MatrixOptimizer`, which must be told where the matrices are."""
+    plain = [{key: group[key] for key in ("name", "params", "lr", "weight_decay")} for group in groups]
+    adamw: dict[str, Any] = {"lr": options.lr, "betas": options.betas, "eps": options.eps, "fused": True}
+    matrices = {matrix.name: matrix for group in groups for matrix in group.get("matrices", ())}
+    if not matrices:
+        return torch.optim.AdamW(plain, **adamw)
+    for of_group, group in zip(plain, groups, strict=True):
+        of_group["method"] = group["method"]
+    return MatrixOptimizer(plain, matrices, options.muon_momentum, options.muon_steps, options.adjust_lr, adamw)

@@ -1,0 +1,189 @@
+"""Muon for matrices and AdamW for the rest, as one optimizer for every engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from jepa_scale.optim.exchange import Layout, Part, Piece, Plan, copy_pieces, exchange
+from jepa_scale.optim.matrices import Matrix
+from jepa_scale.optim.newton_schulz import orthogonalize
+
+
+class MatrixOptimizer(torch.optim.Optimizer):
+    """Groups whose ``method`` is ``"adamw"`` are stepped by :class:`torch.optim.AdamW` itself; those of ``"muon"`` so
+    (Jordan et al. 2024, "Muon", as in :class:`torch.optim.Muon`), with the momentum μ and gradient g of a matrix W:
+
+        m ← μ·m + (1 − μ)·g;  u = (1 − μ)·g + μ·m;  W ← W·(1 − lr·weight_decay) − lr·scale·orthogonalize(u)
+
+    What an engine steps are pieces of matrices in tensors of any shape. Momentum and weight decay are element by element,
+    where the pieces are; for the orthogonal factor they are brought together (:mod:`jepa_scale.optim.exchange`), in bf16
+    on a GPU, in which it is computed there, and in fp32 on a CPU. All ranks call :meth:`step` together, for the same
+    tensors. It leaves the gradients overwritten.
+
+    ``found_inf`` (0-d, 1 or 0) is what ``torch.amp.GradScaler`` gives to fused optimizers: where it is 1 a step
+    changes nothing, its count included, and the host does not wait to know.
+
+    Args:
+        groups: ``params``, ``lr``, ``weight_decay``, ``method``.
+        matrices: every parameter that Muon steps, by name.
+        momentum, steps, adjust: of Muon; ``steps`` are Newton–Schulz iterations, ``adjust`` is
+            :meth:`jepa_scale.optim.matrices.Matrix.lr_scale`'s.
+        adamw: arguments of :class:`torch.optim.AdamW`.
+    """
+
+    # DeepSpeed looks for "muon" in the name of an optimizer's class, and for an attribute use_muon of parameters and key of
+    # groups, and would then orthogonalise by itself. Nothing here has such a name.
+
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        groups: Sequence[dict[str, Any]],
+        matrices: Mapping[str, Matrix],
+        momentum: float,
+        steps: int,
+        adjust: str,
+        adamw: Mapping[str, Any],
+    ) -> None:
+        others = [group for group in groups if group["method"] == "adamw"]
+        # its groups are the very dictionaries that are ours, with AdamW's keys filled in
+        self._adamw = torch.optim.AdamW(others, **adamw) if others else None
+        self.matrices = matrices
+        self.momentum, self.newton_schulz_steps = momentum, steps
+        self.found_inf: Tensor | None = None
+        self._scales = {name: matrix.lr_scale(adjust) for name, matrix in matrices.items()}
+        self._numbers: dict[Tensor, int] = {}
+        self._layout: Layout | None = None
+        self._plans: dict[tuple[int, ...], Plan] = {}
+        super().__init__(list(groups), {})
+
+    def bind(self, tensors: Sequence[tuple[Tensor, Sequence[Part]]], replicated: bool = False) -> None:
+        """Say what the tensors are that Muon steps. Collective, once, before the first step that is to change anything.
+
+        Steps before that one create the state and leave the matrices as they are: DeepSpeed has some while it is set up.
+
+        Args:
+            tensors: of all groups of Muon's, each with the parts of matrices that are in it, as
+                :class:`jepa_scale.optim.exchange.Layout` takes them.
+            replicated: every rank has all of them whole.
+        """
+        self._numbers = {tensor: number for number, (tensor, _) in enumerate(tensors)}
+        self._layout = Layout(self.matrices, [parts for _, parts in tensors], replicated)
+        self._plans = {}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        assert closure is None
+        stepped = [
+            (tensor, group)
+            for group in self.param_groups
+            if group["method"] == "muon"
+            for tensor in group["params"]
+            if tensor.grad is not None
+        ]
+        for tensor, _ in stepped:
+            if not self.state[tensor]:
+                self.state[tensor]["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
+                self.state[tensor]["momentum_buffer"] = torch.zeros_like(tensor)
+        if self._layout is not None and stepped:
+            self._step_matrices(stepped)
+        else:
+            assert not stepped or self.found_inf is not None, "bind the optimizer first"
+        if self._adamw is not None:
+            self._adamw.param_groups = [group for group in self.param_groups if group["method"] == "adamw"]
+            self._adamw.state = self.state
+            self._adamw.found_inf = self.found_inf  # type: ignore[attr-defined]
+            self._adamw.step()
+
+    def _step_matrices(self, stepped: list[tuple[Tensor, dict[str, Any]]]) -> None:
+        keep = 1.0 if self.found_inf is None else 1.0 - self.found_inf  # 0 = change nothing
+        skip = None if self.found_inf is None else self.found_inf.bool()
+        numbers = tuple(self._numbers[tensor] for tensor, _ in stepped)
+        values = dict(zip(numbers, (_local(tensor) for tensor, _ in stepped), strict=True))
+        updates = dict(zip(numbers, self._updates([tensor for tensor, _ in stepped], keep, skip), strict=True))
+        if numbers not in self._plans:
+            assert self._layout is not None
+            self._plans[numbers] = self._layout.plan(numbers)
+        plan = self._plans[numbers]
+        results = self._orthogonal(plan, updates)
+        if skip is not None:
+            results.masked_fill_(skip, 0.0)
+
+        groups = dict(zip(numbers, (group for _, group in stepped), strict=True))
+        for number, group in groups.items():
+            values[number].mul_(1.0 - group["lr"] * group["weight_decay"] * keep)
+        pairs: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+        for piece, name, at in plan.receive.slots:
+            lr = groups[piece.tensor]["lr"] * self._scales[name]
+            for views, view in zip(
+                pairs.setdefault(lr, ([], [])), _pair(values[piece.tensor], piece, results, at), strict=True
+            ):
+                views.append(view)
+        for lr, (targets, directions) in pairs.items():
+            torch._foreach_add_(targets, directions, alpha=-lr)
+        torch._foreach_add_([self.state[tensor]["step"] for tensor, _ in stepped], keep)
+
+    def _updates(self, tensors: list[Tensor], keep: float | Tensor, skip: Tensor | None) -> list[Tensor]:
+        """Advance the momentum; Nesterov's update, in the gradient's place."""
+        buffers = [_local(self.state[tensor]["momentum_buffer"]) for tensor in tensors]
+        gradients = [_local(tensor.grad) for tensor in tensors]  # type: ignore[arg-type]
+        if skip is not None:
+            for gradient in gradients:
+                gradient.masked_fill_(skip, -0.0)  # NaN · 0 is NaN; and x + −0 is x, even if x is −0
+        torch._foreach_mul_(buffers, 1.0 - (1.0 - self.momentum) * keep)
+        torch._foreach_add_(buffers, gradients, alpha=1.0 - self.momentum)
+        torch._foreach_lerp_(gradients, buffers, self.momentum)
+        return gradients
+
+    def _orthogonal(self, plan: Plan, updates: Mapping[int, Tensor]) -> Tensor:
+        """The orthogonal factors, as ``plan.receive`` says. Collective."""
+        first = next(iter(updates.values()))
+        dtype = torch.bfloat16 if first.is_cuda else torch.float32  # bf16 products are slow on a CPU
+        out = torch.empty(plan.send.size, dtype=dtype, device=first.device)
+        pairs = [_pair(updates[piece.tensor], piece, out, at) for piece, _, at in plan.send.slots]
+        copy_pieces([there for _, there in pairs], [here for here, _ in pairs])
+        came = exchange(out, plan.send, plan.arrive)
+
+        arrived, answered = _by_matrix(plan.arrive.slots), _by_matrix(plan.answer.slots)
+        answers = came.new_empty(plan.answer.size)
+        for batch in plan.batches:
+            whole = came.new_empty(len(batch), batch[0].numel)
+            for matrix, flat in zip(batch, whole, strict=True):
+                copy_pieces(*_cut(flat, came, arrived[matrix.name]))
+            factors = orthogonalize(whole.view(-1, batch[0].rows, batch[0].cols), self.newton_schulz_steps)
+            for matrix, factor in zip(batch, factors, strict=True):
+                flat = factor.reshape(-1)
+                copy_pieces(*reversed(_cut(flat, answers, answered[matrix.name])))
+        return exchange(answers, plan.answer, plan.receive)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _pair(tensor: Tensor, piece: Piece, buffer: Tensor, at: int) -> tuple[Tensor, Tensor]:
+    """A piece in its tensor and in a buffer, as views of the same shape."""
+    there = buffer[at : at + piece.length]
+    if piece.length == tensor.numel():  # it may be not contiguous
+        return tensor, there.view(tensor.shape)
+    return tensor.view(-1)[piece.at : piece.at + piece.length], there
+
+
+def _by_matrix(slots: Sequence[tuple[Piece, str, int]]) -> dict[str, list[tuple[Piece, int]]]:
+    pieces: dict[str, list[tuple[Piece, int]]] = {}
+    for piece, name, at in slots:
+        pieces.setdefault(name, []).append((piece, at))
+    return pieces
+
+
+def _cut(flat: Tensor, buffer: Tensor, pieces: Sequence[tuple[Piece, int]]) -> tuple[list[Tensor], list[Tensor]]:
+    """Pieces of one matrix: in the flattened matrix, and in a buffer."""
+    return (
+        [flat[piece.start : piece.start + piece.length] for piece, _ in pieces],
+        [buffer[at : at + piece.length] for piece, at in pieces],
+    )
