@@ -29,6 +29,7 @@ from jepa_scale.models.options import ModelOptions
 from jepa_scale.objectives.base import JepaModel, Objective
 from jepa_scale.objectives.costs import StepFlops
 from jepa_scale.optim import parameter_groups
+from jepa_scale.probing import probe_test
 from jepa_scale.teacher import Teacher, TeacherModel
 
 OBJECTIVES = {
@@ -164,7 +165,8 @@ def build(plan: Plan, ranks: Ranks, steps: int = 0) -> Run:
             f"model.bridge_grad_barrier: nothing would train blocks 1 to {backbone.barrier}, as objective "
             f"{config.objective['name']!r} has no tap there; remove it, or lower objective.tap_layer"
         )
-    test = chat_test(plan.evaluation, data, backbone)
+    test = chat_test(plan.evaluation, data, backbone, objective.predicts_tokens)
+    probe = probe_test(plan.evaluation, data, backbone, objective)
     module = JepaModel(backbone, objective)
     stream = create_stream(config, data, objective, ranks)
     copies = objective.teacher_copies(backbone)
@@ -222,7 +224,8 @@ def build(plan: Plan, ranks: Ranks, steps: int = 0) -> Run:
         try:
             with torch.no_grad():
                 call = device_call(engine, ranks.device, between)
-                return evaluate(plan.data.evaluation, objective, call, data, plan.evaluation, ranks, test, place)
+                options = plan.evaluation
+                return evaluate(plan.data.evaluation, objective, call, data, options, ranks, test, place, probe)
         finally:
             engine.train()
 

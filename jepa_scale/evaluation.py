@@ -6,25 +6,21 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
 from jepa_scale.config import Section
 from jepa_scale.data.draw import ViewMaker
-from jepa_scale.data.loader import Loader
-from jepa_scale.data.order import Permuted
-from jepa_scale.data.stream import Dealt, TokenStream
 from jepa_scale.distributed import Ranks
+from jepa_scale.encoding import Call, text_batches
 from jepa_scale.errors import InputError
 from jepa_scale.evaluate import chat, perplexity, reversal
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.objectives.base import Objective
 from jepa_scale.objectives.lm import lm_views
 from jepa_scale.packing import PackedBatch
+from jepa_scale.probing import SPLIT, ProbeTest
 
 Results = dict[str, dict[str, float]]
-Call = Callable[..., Any]
-"""``call(task, batch, …)`` runs a task of the objective through the engine, on all ranks together."""
 
 OPTIONS: dict[str, type[Section]] = {
     "answers": reversal.EvalOptions,
@@ -34,14 +30,17 @@ OPTIONS: dict[str, type[Section]] = {
 """Name of an evaluation (``DataOptions.evaluation``) → the keys of its ``eval:``."""
 
 
-def chat_test(options: Section, data: Any, backbone: Backbone) -> chat.ChatTest | None:
+def chat_test(options: Section, data: Any, backbone: Backbone, predicts_tokens: bool = True) -> chat.ChatTest | None:
     """What generation will ask; None if the evaluation generates nothing. Reads the rows of every split.
 
     Raises:
-        InputError: naming the key: the data have no tokenizer, or a row's database is not there.
+        InputError: naming the key: the objective trains no model that could answer, the data have no tokenizer, or a row's
+            database is not there.
     """
     if not isinstance(options, chat.ChatEvalOptions) or not options.metrics:
         return None
+    if not predicts_tokens:
+        raise InputError("eval.metrics: the objective does not train next-token prediction, which answers; remove it")
     if data.tokenizer is None:
         raise InputError("eval.metrics: the data have no tokenizer to read generated answers with; prepare them again")
     tokenizer = data.load_tokenizer()
@@ -72,11 +71,13 @@ def evaluate(
     ranks: Ranks,
     test: chat.ChatTest | None = None,
     place: chat.Place | None = None,
+    probe: ProbeTest | None = None,
 ) -> Results:
-    """The metrics of every split. Collective; the same result on every rank.
+    """The metrics of every split, and of ``probe``. Collective; the same result on every rank.
 
     Args:
         test: of :func:`chat_test`. place: where its generations are saved.
+        probe: of :func:`jepa_scale.probing.probe_test`.
     """
     if name == "answers":
         return reversal.evaluate(objective.answerer(call), data.splits, data.names, options, ranks.device)
@@ -84,9 +85,11 @@ def evaluate(
     def batches(examples: Any, views: ViewMaker, samples: int, **more: Any) -> Iterator[PackedBatch]:
         return text_batches(examples, views, samples, options.micro_tokens, ranks, **more)
 
-    whole: dict[str, Callable[[], Any]]
-    whole = {split: partial(batches, each, lm_views, options.max_samples) for split, each in data.splits.items()}
-    results = perplexity.evaluate(partial(call, "label_log_probs"), whole, ranks.device)
+    results: Results = {split: {} for split, each in data.splits.items() if len(each)}
+    if objective.predicts_tokens:
+        whole: dict[str, Callable[[], Any]]
+        whole = {s: partial(batches, each, lm_views, options.max_samples) for s, each in data.splits.items()}
+        results = perplexity.evaluate(partial(call, "label_log_probs"), whole, ranks.device)
     if diagnostics := objective.diagnostics(call):
         for split in results:
             more = {"streams": objective.streams, "tokens": diagnostics.view_tokens}
@@ -95,42 +98,9 @@ def evaluate(
     if test is not None:
         for split, values in test.run(call, ranks, place or chat.Place()).items():
             results[split] = results.get(split, {}) | values
-    return results
-
-
-def text_batches(
-    examples: Any,
-    views: ViewMaker,
-    samples: int,
-    micro_tokens: int,
-    ranks: Ranks,
-    streams: tuple[str, ...] = ("main",),
-    tokens: Callable[[np.ndarray], np.ndarray] = lambda sizes: sizes - 1,
-) -> Iterator[PackedBatch]:
-    """This rank's micro-batches of a split: each sample on one rank, and as many micro-batches on every rank.
-
-    Args:
-        samples: how many, evenly spread over the split; 0 = all.
-        tokens: (m,) tokens of examples → (m,) tokens that their views take at most.
-    """
-    n = len(examples)
-    if not n:
-        return
-    wanted = min(n, samples or n)
-    numbers = np.arange(wanted, dtype=np.int64) * n // wanted
-    stream = TokenStream(
-        Permuted(wanted, lambda epoch: numbers),
-        seed=0,
-        sizes=lambda samples: tokens(examples.sizes(samples)),
-        budget=max(micro_tokens, int(tokens(np.array([examples.max_size]))[0])),
-        mean_size=float(tokens(np.array([examples.mean_size]))[0]),
-        dealt=Dealt(rank=ranks.rank, world_size=ranks.world_size),
-        epochs=1,
-    )
-    steps = stream.steps
-    assert steps is not None
-    for batches in Loader(examples, stream, views, streams, start_step=0, steps=steps, seed=0):
-        yield from batches
+    if probe is not None:
+        results[SPLIT] = probe.run(objective, call, ranks)
+    return {split: values for split, values in results.items() if values}
 
 
 def device_call(engine: Any, device: torch.device, between: Callable[[], None]) -> Call:

@@ -1,0 +1,98 @@
+"""Texts with a label each, for probes: JSON lines of ``{"text", "label"}``, perhaps with ``"split"``: train or test."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from jepa_scale.data.draw import generator
+from jepa_scale.data.prepare.base import BadRecord
+from jepa_scale.data.prepare.table import read_jsonl
+from jepa_scale.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledTexts:
+    """Attributes:
+    texts: n of them, in the file's order. where: ``file:line`` of each.
+    labels: (n,) int64, numbers of classes. classes: their labels, sorted; each has texts on both sides.
+    train: (n,) bool, whether a probe learns from the text, or is tested with it.
+    left_out: rows of classes that had texts on one side only.
+    """
+
+    texts: list[str]
+    where: list[str]
+    labels: np.ndarray
+    classes: list[str]
+    train: np.ndarray
+    left_out: int = 0
+
+
+def read_labelled(path: Path, test_fraction: float) -> LabelledTexts:
+    """Read the texts of a file.
+
+    Args:
+        test_fraction: of each class, the share of texts that test, at least one and not all, chosen by the label and the
+            order in the file alone; where no row has a split.
+
+    Raises:
+        InputError: naming the row: it has no text or label, an unknown split, or a split where others have none; there are
+            not two classes with texts on both sides.
+    """
+    texts: list[str] = []
+    where: list[str] = []
+    labels: list[str] = []
+    splits: list[str | None] = []
+    for item in read_jsonl(path):
+        if isinstance(item, BadRecord):
+            raise InputError(f"{item}; correct or remove the line")
+        row = item.value
+        text, label, split = row.get("text"), row.get("label"), row.get("split")
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(f"{item.where}: needs a text that is not empty, under the name text")
+        if not isinstance(label, str | int) or label == "":
+            raise InputError(f"{item.where}: needs a label, a string or an integer, under the name label")
+        if split not in (None, "train", "test"):
+            raise InputError(f"{item.where}: split must be train or test, or be left out everywhere, got {split!r}")
+        if splits and (split is None) != (splits[0] is None):
+            has, lacks = (item.where, where[0]) if split else (where[0], item.where)
+            raise InputError(f"{lacks}: has no split, but {has} has; give all rows one, or none")
+        texts.append(text)
+        where.append(item.where)
+        labels.append(str(label))
+        splits.append(split)
+    train = np.array([split == "train" for split in splits], dtype=bool)
+    if splits and splits[0] is None:
+        train = _split(labels, test_fraction)
+    sides = [{label for label, on_it in zip(labels, side, strict=True) if on_it} for side in (train, ~train)]
+    both = sorted(sides[0] & sides[1])
+    if len(both) < 2:
+        raise InputError(
+            f"{path}: {len(both)} of {len(set(labels))} labels have texts both to train a probe on and to test it with; "
+            "a probe needs two"
+        )
+    number = {label: n for n, label in enumerate(both)}
+    kept = [i for i, label in enumerate(labels) if label in number]
+    return LabelledTexts(
+        [texts[i] for i in kept],
+        [where[i] for i in kept],
+        np.array([number[labels[i]] for i in kept], dtype=np.int64),
+        both,
+        train[kept],
+        len(texts) - len(kept),
+    )
+
+
+def _split(labels: Sequence[str], test_fraction: float) -> np.ndarray:
+    """(n,) bool, which texts are trained on. A class of one text has none to test."""
+    rows: dict[str, list[int]] = {}
+    for row, label in enumerate(labels):
+        rows.setdefault(label, []).append(row)
+    train = np.ones(len(labels), dtype=bool)
+    for label, of_class in rows.items():
+        tests = min(max(1, round(test_fraction * len(of_class))), len(of_class) - 1)
+        train[generator(f"probe/{label}").permutation(of_class)[:tests]] = False
+    return train

@@ -1,0 +1,96 @@
+"""Texts to be encoded, as examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from jepa_scale.data.examples import Document
+from jepa_scale.data.prepare.chat_tokens import bos_prefix, encode_text
+from jepa_scale.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """:class:`~jepa_scale.data.base.Examples` of texts.
+
+    Attributes:
+        tokens: (n,) int64 ids of each, n ≥ 1: BOS first where that is the tokenizer's habit, no EOS.
+    """
+
+    tokens: Sequence[np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, number: int) -> Document:
+        return Document(self.tokens[number])
+
+    def sizes(self, numbers: np.ndarray) -> np.ndarray:
+        """(m,) int64 numbers → (m,) int64 tokens of each."""
+        return np.array([len(self.tokens[number]) for number in numbers.tolist()], dtype=np.int64)
+
+    @property
+    def max_size(self) -> int:
+        return max(map(len, self.tokens))
+
+    @property
+    def mean_size(self) -> float:
+        return sum(map(len, self.tokens)) / len(self.tokens)
+
+
+def tokenize(
+    tokenizer: Any,
+    texts: Sequence[str | Sequence[int]],
+    vocab_size: int,
+    most: int | None,
+    name: Callable[[int], str],
+    hint: str = "",
+) -> Texts:
+    """Tokens of texts. A special token's name in a text is text, as in the data that are trained on.
+
+    Args:
+        tokenizer: of the data; None = they have none, and texts must be token ids.
+        texts: strings, or token ids that are taken as they are.
+        most: tokens of the longest; None = without limit.
+        name: number of a text → what a message calls it.
+        hint: what to do with a text that is too long; empty = it is cut.
+
+    Raises:
+        InputError: naming the text: it is empty or too long, or an id is outside the vocabulary.
+    """
+    bos = [] if tokenizer is None else bos_prefix(tokenizer)
+    found = []
+    for number, text in enumerate(texts):
+        tokens = _ids(tokenizer, text, vocab_size, bos, partial(name, number))
+        if most is not None and len(tokens) > most:
+            if hint:
+                raise InputError(f"{name(number)}: has {len(tokens):,} tokens, the model takes {most:,}; {hint}")
+            tokens = tokens[:most]
+        found.append(tokens)
+    return Texts(found)
+
+
+def _ids(
+    tokenizer: Any, text: str | Sequence[int], vocab_size: int, bos: list[int], name: Callable[[], str]
+) -> np.ndarray:
+    if isinstance(text, str):
+        if tokenizer is None:
+            raise InputError(f"{name()}: is a text, but the run's data have no tokenizer; give token ids")
+        ids = encode_text(tokenizer, text)
+        if not ids:
+            raise InputError(f"{name()}: is an empty text; leave it out")
+        return np.array([*bos, *ids], dtype=np.int64)
+    tokens = np.asarray(text)
+    if tokens.ndim != 1 or (len(tokens) and tokens.dtype.kind not in "iu"):
+        raise InputError(f"{name()}: must be a string, or a sequence of token ids")
+    if not len(tokens):
+        raise InputError(f"{name()}: is an empty text; leave it out")
+    if tokens.min() < 0 or tokens.max() >= vocab_size:
+        wrong = next(int(t) for t in tokens if not 0 <= int(t) < vocab_size)
+        raise InputError(f"{name()}: token id {wrong} is outside the vocabulary of {vocab_size:,}")
+    return tokens.astype(np.int64)
