@@ -19,6 +19,7 @@ SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
 FAMILIES = {
     "native": dict(NATIVE, num_key_value_heads=4),
     "native, shared heads": NATIVE,
+    "native, polar": dict(NATIVE, position_embedding="pope", embedding_norm=True),
     "native, tied": dict(NATIVE, tie_word_embeddings=True, output_bias=True),
     "native, bridge": dict(NATIVE, bridge_after=2, bridge_intermediate_size=24),
     "native, barrier": dict(NATIVE, bridge_after=2, bridge_grad_barrier=True),
@@ -212,7 +213,7 @@ def test_a_branch_is_charged_for_its_prefix(window):
         assert expected == sum(n * (k - n) + n * (n + 1) // 2 for n, k in zip(own, keys, strict=True))
 
 
-@pytest.mark.parametrize("name", ["native, bridge", "gpt2", "gemma3"])
+@pytest.mark.parametrize("name", ["native, polar", "native, bridge", "gpt2", "gemma3"])
 def test_every_product_of_branches_is_counted(name):
     """Those of a parent, its branches and a stranger, by PyTorch's counter again."""
     segments = [Segment([1] * 9, "p"), Segment([2] * 3, "b", prefix=("p", 5)), Segment([3], "c", prefix=("p", 9))]

@@ -11,30 +11,20 @@ with a phase δ that is learned, per channel and key head. It is an ordinary pro
 from __future__ import annotations
 
 import math
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class _WithinATurn(torch.autograd.Function):
-    """Clamp to [−2π, 0]. Of the gradient, only what would push further out is zero.
+def within_a_turn(delta: Tensor) -> Tensor:
+    """Clamp phases to [−2π, 0], with the gradient of the identity.
 
-    A plain clamp gives nothing to a phase that an update has carried out of the range, so that it could never come back, and
-    every phase starts at the edge.
+    A clamp's own gradient is zero outside of the range: a phase that an update has carried there could never come back, and
+    every phase starts at the edge. So the parameter itself is free, what it stands for is its projection: the lazy projection
+    of Zinkevich (ICML 2003). To cut off only the gradient that pushes outwards would depend on how a batch is split: its
+    parts' gradients would be cut before they are added up.
     """
-
-    @staticmethod
-    def forward(ctx: Any, delta: Tensor) -> Tensor:
-        ctx.save_for_backward(delta)
-        return delta.clamp(-2 * math.pi, 0)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        (delta,) = ctx.saved_tensors
-        outwards = (delta >= 0) & (grad < 0) | (delta <= -2 * math.pi) & (grad > 0)  # a step goes against the gradient
-        return grad.masked_fill(outwards, 0)
+    return delta + (delta.clamp(-2 * math.pi, 0) - delta).detach()
 
 
 class PolarEmbedding(nn.Module):
@@ -62,7 +52,7 @@ class PolarEmbedding(nn.Module):
             (B, T_q, H, 2·D) and (B, T, H_kv, 2·D).
         """
         cos, sin = (t.unsqueeze(2) for t in at_k)
-        delta = _WithinATurn.apply(self.delta.float()).view(-1, self.width)  # (H_kv, D)
+        delta = within_a_turn(self.delta.float()).view(-1, self.width)  # (H_kv, D)
         cos_d, sin_d = delta.cos().to(cos.dtype), delta.sin().to(cos.dtype)
         turned = cos * cos_d - sin * sin_d, sin * cos_d + cos * sin_d  # (B, T, H_kv, D), of the angle with its phase
         return _polar(q, tuple(t.unsqueeze(2) for t in at_q)), _polar(k, turned)

@@ -51,6 +51,7 @@ GPT2 = {
 MODELS: dict[str, dict[str, Any]] = {
     "native": NATIVE,
     "native_tied": {**NATIVE, "tie_word_embeddings": True, "output_bias": True},
+    "native_polar": {**NATIVE, "position_embedding": "pope", "embedding_norm": True, "drop_path": 0.3},
     "native_bridge": {**NATIVE, "bridge_after": 1, "bridge_intermediate_size": 24, "bridge_grad_barrier": True},
     "gpt2": GPT2,
     "llama": huggingface("llama", rms_norm_eps=1e-5),

@@ -25,6 +25,7 @@ QUIET = ExportOptions(progress=False)
 CLASSES = {
     "native": "LlamaForCausalLM",
     "native_tied": "JepaDecoderForCausalLM",
+    "native_polar": "JepaDecoderForCausalLM",
     "native_bridge": "JepaDecoderForCausalLM",
     "gpt2": "GPT2LMHeadModel",
     "llama": "LlamaForCausalLM",

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
 
 from jepa_scale.config import parse_section, read_yaml
+from jepa_scale.models import backbone as backbone_module
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.packing import Segment, pack_stream
@@ -22,6 +23,9 @@ NO_DROPOUT = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
 SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
 FAMILIES = {
     "native": dict(hidden_size=32, num_hidden_layers=3, num_key_value_heads=2),
+    "native polar": dict(
+        hidden_size=32, num_hidden_layers=3, num_key_value_heads=2, position_embedding="pope", embedding_norm=True
+    ),
     "native tied": dict(hidden_size=32, num_hidden_layers=3, tie_word_embeddings=True, output_bias=True),
     "gpt2": dict(model_type="gpt2", n_embd=32, n_layer=3, n_head=4, n_positions=64, **NO_DROPOUT),
     "llama": dict(model_type="llama", **LLAMA),
@@ -159,7 +163,7 @@ def test_the_state_after_the_last_block_is_before_the_final_norm(name):
 
 
 @pytest.mark.parametrize("until", [1, 2, None])
-@pytest.mark.parametrize("name", ["native", "native tied", "llama"])
+@pytest.mark.parametrize("name", ["native", "native polar", "native tied", "llama"])
 def test_reading_out_last_tokens_alone_changes_nothing(name, until):
     backbone = make(name)
     stream = pack_stream([Segment(list(range(3, 3 + n)), "text") for n in LENGTHS])
@@ -268,6 +272,32 @@ def test_embeddings_may_be_replaced():
     leaf = embeds.detach().requires_grad_()
     backbone.hidden(packed, inputs_embeds=leaf).sum().backward()
     assert leaf.grad.abs().sum() > 0
+
+
+def test_replaced_embeddings_are_normalised_as_others():
+    backbone, packed = make("native polar"), stream()
+    embeds = backbone.embed(packed.input_ids)
+    assert torch.equal(backbone.hidden(packed, inputs_embeds=embeds), backbone.hidden(packed))
+    torch.testing.assert_close(
+        backbone.hidden(packed, inputs_embeds=3 * embeds), backbone.hidden(packed), atol=1e-3, rtol=1e-3
+    )
+
+
+@pytest.mark.parametrize("piece", [7, 50, 1000])
+@pytest.mark.parametrize("name", ["native", "native polar", "llama"])
+def test_unembedding_is_a_product_with_the_embeddings_as_they_enter(name, piece, monkeypatch):
+    monkeypatch.setattr(backbone_module, "_PIECE", piece)
+    backbone, states = make(name), torch.randn(4, 32)
+    table = backbone.decoder.get_input_embeddings().weight
+    torch.testing.assert_close(backbone.unembed(states, normalized=False), states @ table.T)
+    if name == "native polar":
+        gain = backbone.decoder.model.embedding_norm.weight
+        table = table / table.square().mean(-1, keepdim=True).add(1e-6).sqrt() * gain
+    got = backbone.unembed(states)
+    torch.testing.assert_close(got, states @ table.T)
+    assert backbone.unembed(states[:0]).shape == (0, VOCABULARY)
+    got.square().sum().backward()
+    assert backbone.decoder.get_input_embeddings().weight.grad.abs().sum(-1).all()
 
 
 def test_positions_are_the_streams_own():

@@ -14,6 +14,9 @@ NO_DROPOUT = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
 SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
 FAMILIES = {
     "native": dict(hidden_size=32, num_hidden_layers=3, num_key_value_heads=2),
+    "native polar": dict(
+        hidden_size=32, num_hidden_layers=3, num_key_value_heads=2, position_embedding="pope", embedding_norm=True
+    ),
     "native bridge": dict(hidden_size=32, num_hidden_layers=3, bridge_after=2, tie_word_embeddings=True),
     "llama": dict(model_type="llama", **LLAMA),
     "qwen3": dict(model_type="qwen3", head_dim=16, **LLAMA),
@@ -153,7 +156,7 @@ def test_activation_checkpointing_computes_a_branch_again(name):
 
 
 @pytest.mark.parametrize("until", [None, 2])
-@pytest.mark.parametrize("name", ["native", "native bridge", "llama"])
+@pytest.mark.parametrize("name", ["native", "native polar", "native bridge", "llama"])
 def test_last_tokens_are_read_out_of_branches_too(name, until):
     (stream, _, _), _ = both()
     backbone = make(name)

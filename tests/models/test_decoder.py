@@ -11,6 +11,8 @@ FAMILIES = {
     "plain": {},
     "tied": dict(tie_word_embeddings=True, output_bias=True),
     "wide embeddings": dict(embedding_init_std=1.0, rope_theta=500.0, intermediate_size=48),
+    "polar": dict(position_embedding="pope", rope_theta=500.0),
+    "normalised embeddings": dict(embedding_norm=True, embedding_init_std=0.03, drop_path=0.5),
 }
 
 
@@ -53,8 +55,9 @@ def test_save_and_load_keep_every_logit(name, tmp_path):
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_generation_with_a_cache_is_the_argmax_of_full_forwards(implementation):
-    model = noisy(make())
+@pytest.mark.parametrize("name", ["plain", "polar", "normalised embeddings"])
+def test_generation_with_a_cache_is_the_argmax_of_full_forwards(name, implementation):
+    model = noisy(make(**FAMILIES[name]))
     model.set_attn_implementation(implementation)
     prompt = ids(3, 4)
     made = model.generate(prompt, max_new_tokens=6, do_sample=False)
@@ -64,8 +67,9 @@ def test_generation_with_a_cache_is_the_argmax_of_full_forwards(implementation):
     assert torch.equal(made, expected)
 
 
-def test_left_padding_does_not_change_what_is_generated():
-    model = noisy(make())
+@pytest.mark.parametrize("name", ["plain", "polar"])
+def test_left_padding_does_not_change_what_is_generated(name):
+    model = noisy(make(**FAMILIES[name]))
     prompt = ids(1, 4)
     padded = torch.cat([torch.zeros(1, 3, dtype=torch.int64), prompt], dim=1)
     mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1]])
@@ -73,8 +77,9 @@ def test_left_padding_does_not_change_what_is_generated():
     assert torch.equal(made[:, 7:], model.generate(prompt, max_new_tokens=5, do_sample=False)[:, 4:])
 
 
-def test_eager_and_sdpa_agree_and_eager_gives_weights():
-    model = noisy(make())
+@pytest.mark.parametrize("name", ["plain", "polar"])
+def test_eager_and_sdpa_agree_and_eager_gives_weights(name):
+    model = noisy(make(**FAMILIES[name]))
     fused = model(ids(2, 9)).logits
     model.set_attn_implementation("eager")
     out = model(ids(2, 9), output_attentions=True, output_hidden_states=True)
@@ -108,6 +113,22 @@ def test_tied_logits_are_scaled_and_biased():
     torch.testing.assert_close(model.lm_head(x), expected)
     model.lm_head(x).square().sum().backward()
     assert model.lm_head.logit_scale.grad.abs() > 0
+
+
+def test_the_embedding_norm_applies_to_whatever_enters_and_keeps_the_scale():
+    model = make(**FAMILIES["normalised embeddings"])
+    rows = model.model.embed_tokens.weight
+    norm = model.model.embedding_norm
+    torch.testing.assert_close(norm.weight, torch.full((32,), 0.03))
+    entered = []
+    model.model.layers[0].register_forward_pre_hook(lambda module, args: entered.append(args[0]))
+    by_id = model(ids(2, 9)).logits
+    by_row = model(inputs_embeds=7 * rows[ids(2, 9)]).logits
+    torch.testing.assert_close(by_row, by_id, atol=2e-4, rtol=1e-3)
+    expected = rows[ids(2, 9)] / rows[ids(2, 9)].square().mean(-1, keepdim=True).add(1e-6).sqrt() * 0.03
+    torch.testing.assert_close(entered[0], expected)
+    assert entered[0].std().item() == pytest.approx(rows.std().item(), rel=0.1)
+    assert make().model.embedding_norm is None
 
 
 def test_untied_weights_have_no_scale():
@@ -154,6 +175,7 @@ def test_bf16_weights_keep_exact_angles():
     ("options", "message"),
     [
         (dict(hidden_size=30), "hidden_size: 30"),
+        (dict(drop_path=1.0), "drop_path: 1.0"),
         (dict(num_key_value_heads=3), "num_key_value_heads: 3"),
         (dict(rope_parameters={"rope_type": "linear", "factor": 2.0}), "rope_type: 'linear'"),
     ],
