@@ -105,16 +105,19 @@ class SpanViews:
 
         views: list[Segment] = []
         spans: list[np.ndarray] = []  # of all views, in places among the tokens that are seen
-        whole = {"tokens": tokens, "positions": positions}
+        everything = np.arange(n)
+
+        def segment(role: str, which: Any, places: Any, **more: Any) -> Segment:
+            return Segment(tokens[which], role, positions=positions[which], places=places, **more)
+
         for role, (low, high) in o.ratios:
             masked = mask_spans(eligible, low + (high - low) * rng.random(), o.span_length, rng)
             seen, hidden = np.flatnonzero(~masked[positions]), np.flatnonzero(masked[positions])
             predicted = self.predicts and len(hidden) > 0
-            kept = {"kept": np.arange(len(seen))} if predicted else {}
-            views.append(Segment(tokens[seen], role, positions=positions[seen], places=kept))
+            views.append(segment(role, seen, {"kept": np.arange(len(seen))} if predicted else {}))
             if predicted:
                 places = {"seen": seen, "masked": hidden}
-                views.append(Segment(**whole, role="predicted", stream=PREDICTOR, places=places))
+                views.append(segment("predicted", everything, places, stream=PREDICTOR))
                 spans += [order[begin : begin + length] for begin, length in free_runs(masked)]
         chosen = [spans[rng.integers(len(spans))]] if spans else []
         nothing = np.zeros(0, dtype=np.int64)
@@ -123,9 +126,9 @@ class SpanViews:
         if self.teaches:
             first = [view for view in views if view.role == "global"]
             views += [Segment(v.tokens, "target_global", positions=v.positions, stream=TARGETS) for v in first]
-            views.append(Segment(**whole, role="target", stream=TARGETS, places=masked_places))
+            views.append(segment("target", everything, masked_places, stream=TARGETS))
         places = one_of_them if self.teaches else {**masked_places, **one_of_them}
-        sample = Segment(**whole, role="sample", labels=labels, places=places)
+        sample = segment("sample", everything, places, labels=labels)
         return Views(
             [sample, *views],
             rows={
