@@ -42,24 +42,28 @@ def write_labelled(path: Path, of_class: int = 10, seed: int = 1) -> Path:
     return path
 
 
+def data_section(folder: Path) -> dict[str, Any]:
+    """``data:`` of the corpus in a folder."""
+    return {
+        "source": "text",
+        "path": str(folder / "corpus.txt"),
+        "documents": "line",
+        "valid_fraction": 0.1,
+        "vocab_size": 300,
+        "max_length": 64,
+        "cache": str(folder / "cache"),
+    }
+
+
 def config_file(folder: Path, name: str = "run", **changes: Any) -> Path:
     """A run on the corpus of ``folder``, which is written if it is not there."""
-    corpus = folder / "corpus.txt"
-    if not corpus.exists():
+    if not (folder / "corpus.txt").exists():
         write_corpus(folder)
     values: dict[str, Any] = {
         "run": {"name": name, "dir": str(folder), "seed": 3},
         "engine": {"name": "fsdp", "threads": 1},
         "model": NATIVE,
-        "data": {
-            "source": "text",
-            "path": str(corpus),
-            "documents": "line",
-            "valid_fraction": 0.1,
-            "vocab_size": 300,
-            "max_length": 64,
-            "cache": str(folder / "cache"),
-        },
+        "data": data_section(folder),
         "objective": {"name": "lm"},
         "optim": {"lr": 1e-2, "warmup_steps": 2},
         "train": {"steps": 4, "batch_size": 8, "log_every": 1},

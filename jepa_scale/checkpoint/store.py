@@ -150,8 +150,13 @@ def write(folder: Path, tensors: Mapping[str, Boxes], group: dist.ProcessGroup |
     return describe([*files, *([folder / METADATA_FILE] if rank == 0 else [])])
 
 
-def read(folder: Path, tensors: Mapping[str, Boxes], group: dist.ProcessGroup | None = None) -> None:
+def read(
+    folder: Path, tensors: Mapping[str, Boxes], group: dist.ProcessGroup | None = None, alone: bool = False
+) -> None:
     """Fill the boxes of this rank, whoever wrote the folder. Collective over ``group``.
+
+    Args:
+        alone: in this process by itself; nothing is collective then.
 
     Raises:
         InputError: a tensor is missing or has another shape, or a file of tensors is missing or damaged.
@@ -164,7 +169,7 @@ def read(folder: Path, tensors: Mapping[str, Boxes], group: dist.ProcessGroup | 
             raise InputError(
                 f"{folder}: {name} has shape {tuple(there[name][0])}, the model's has {tuple(boxes.shape)}"
             )
-    _load(folder, dict(tensors), process_group=group)
+    _load(folder, dict(tensors), process_group=group, no_dist=alone)
 
 
 def _of_another_model(wanted: Iterable[str], there: Iterable[str]) -> str:
