@@ -81,10 +81,12 @@ class GridSequence:
     Attributes:
         context: the grids before, each (height, width) int8.
         target: (height, width) int8.
+        where: the record that it was, ``file:line``; empty if nobody knows.
     """
 
     context: tuple[np.ndarray, ...]
     target: np.ndarray
+    where: str = ""
 
     def lm_sequence(self) -> tuple[np.ndarray, np.ndarray]:
         """All grids row by row, each row and each grid closed by a token of its own; the target has labels."""

@@ -176,7 +176,7 @@ def _grids(values: Any, num_tokens: int) -> GridSequence:
     found = sum(grid.shape[0] * (grid.shape[1] + 1) + 1 for grid in (*context, target))
     if found != num_tokens:
         raise BadSample("json", f"has {found:,} tokens, its index says {num_tokens:,}")
-    return GridSequence(context, target)
+    return GridSequence(context, target, str(values.get("where", "")))
 
 
 def _grid(values: Any) -> np.ndarray:

@@ -8,7 +8,7 @@ DIR/
 
 A sample's members by kind: ``text`` has ``npy`` (token ids); ``chat`` has ``npy`` and ``json`` (``messages``,
 in ``turns`` the token span [start, stop) of each, and in ``where`` the row it was); ``reversal`` and ``grids`` have
-``json`` alone.
+``json`` alone (of grids: ``context``, ``target`` and ``where``).
 """
 
 from __future__ import annotations

@@ -11,7 +11,9 @@ from pathlib import Path
 
 from jepa_scale.data.fetch import cache_dir
 from jepa_scale.data.prepare.base import PrepareOptions, Record
+from jepa_scale.data.prepare.grid_sources import arc, generated
 from jepa_scale.data.prepare.hub import hub_rows, identify_hub
+from jepa_scale.data.prepare.places import data_places
 from jepa_scale.data.prepare.rows import Schema, expanded
 from jepa_scale.data.prepare.source import Items, Part, Source, identify_files, identity, read_each
 from jepa_scale.data.prepare.table import read_jsonl
@@ -25,11 +27,6 @@ _SPLITS = {"train": "train", "valid": "validation", "test": "test"}  # of WikiTe
 _TIMEOUT = 30  # seconds without a byte
 
 
-def _places() -> list[Path]:
-    data = os.environ.get("JEPA_SCALE_DATA")
-    return [*([Path(data).expanduser()] if data else []), cache_dir()]
-
-
 def tiny_shakespeare(options: PrepareOptions) -> Source:
     """The first 90 % of the text (``1 - valid_fraction`` where that is set), cut at a line end, is ``train``, the rest
     ``valid``; one document each. With ``valid_path`` all of it is ``train``.
@@ -37,7 +34,7 @@ def tiny_shakespeare(options: PrepareOptions) -> Source:
     Raises:
         InputError: there is no local file, and it cannot be downloaded.
     """
-    candidates = [place / name for place in _places() for name in SHAKESPEARE_NAMES]
+    candidates = [place / name for place in data_places() for name in SHAKESPEARE_NAMES]
     file = next((c for c in candidates if c.is_file()), None)
     if file is None:
         file = cache_dir() / SHAKESPEARE_NAMES[0]
@@ -76,7 +73,7 @@ def wikitext2(options: PrepareOptions) -> Source:
     Raises:
         InputError: a local folder without its training file; without a folder, the hub cannot be reached.
     """
-    folders = [place / "wikitext2" for place in _places()]
+    folders = [place / "wikitext2" for place in data_places()]
     for folder in folders:
         found = {split: file for split in _SPLITS if (file := _wikitext_file(folder, split))}
         if found:
@@ -129,7 +126,7 @@ def nl_rx_synth(options: PrepareOptions) -> Source:
     Raises:
         InputError: they are not there.
     """
-    folders = [place / "nl_rx_synth" for place in _places()]
+    folders = [place / "nl_rx_synth" for place in data_places()]
     for folder in folders:
         names = {split: (f"{split}.jsonl", f"synth_{split}.jsonl") for split in ("train", "test")}
         found = {s: next((folder / n for n in of if (folder / n).is_file()), None) for s, of in names.items()}
@@ -177,5 +174,7 @@ ALIASES: dict[str, Callable[[PrepareOptions], Source]] = {
     "wt2": wikitext2,
     "python_docs": python_docs,
     "nl_rx_synth": nl_rx_synth,
+    "grid_rules": generated,
+    "arc": arc,
 }
 """A path that is one of these words is not a file's name; ``./tiny`` is."""

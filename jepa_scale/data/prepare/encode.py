@@ -78,6 +78,11 @@ def _documents(where: str, tokens: np.ndarray, limit: int, vocab_size: int) -> l
     return [Sample({"npy": piece}, len(piece)) for piece in pieces]
 
 
+def _name(where: str) -> str:
+    """Of a record, without the folder: the same data are the same bytes wherever they lie."""
+    return where.rpartition("/")[2]
+
+
 class _TokenizerEncoder:
     """What encoders with a tokenizer share."""
 
@@ -161,10 +166,7 @@ class ChatEncoder(_TokenizerEncoder):
             raise BadRecord(record.where, "single token", "it predicts nothing")
         assert len(places) == len(messages)
         tokens = np.array(ids, dtype=token_dtype(self.vocab_size))
-        where = record.where.rpartition("/")[
-            2
-        ]  # without the folder: the same data are the same bytes wherever they lie
-        told = {"messages": messages, "turns": [list(place) for place in places], "where": where}
+        told = {"messages": messages, "turns": [list(place) for place in places], "where": _name(record.where)}
         return [Sample({"npy": tokens, "json": told}, len(tokens))]
 
 
@@ -196,7 +198,8 @@ class GridEncoder:
     def __call__(self, record: Record) -> list[Sample]:
         grids = [*record.value["context"], record.value["target"]]
         tokens = sum(len(grid) * (len(grid[0]) + 1) + 1 for grid in grids)
-        return [Sample({"json": {"context": grids[:-1], "target": grids[-1]}}, tokens)]
+        told = {"context": grids[:-1], "target": grids[-1], "where": _name(record.where)}
+        return [Sample({"json": told}, tokens)]
 
     def save(self, folder: Path) -> bool:
         return False

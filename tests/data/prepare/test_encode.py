@@ -253,7 +253,7 @@ def test_grids_count_the_tokens_of_their_flat_form(tmp_path, cache):
     grids = GridSequence(
         tuple(np.array(g, dtype=np.int8) for g in value["context"]), np.array(value["target"], dtype=np.int8)
     )
-    assert value == rows[0]
+    assert value == {**rows[0], "where": "a.jsonl:1"}
     assert sample.tokens == len(grids.lm_sequence()[0])
     assert (encoder.vocab_size, encoder.special) == (12, {"row": 10, "end": 11})
     assert encoder.save(tmp_path / "out") is False

@@ -1,0 +1,172 @@
+"""Objects in grids of colours: connected components, their features, and which of them are near (SPEC row G2).
+
+An *object* is a maximal set of cells of one colour that hang together by their sides; colour 0 is the background. The grids of
+a call are laid end to end and labelled at once, and everything else is a reduction over the cells sorted by object: nothing here
+loops over grids, cells or objects.
+
+====== ============= ====================================================================================================
+column feature       what, in which unit
+====== ============= ====================================================================================================
+0      area          cells / 900 (the cells of a grid of 30 × 30, the largest of ARC)
+1, 2   centroid      row and column of the mean cell, in units of 30 cells from the grid's upper left corner
+3, 4   corner        top row and left column of the bounding box, in units of 30 cells
+5, 6   extent        height and width of the bounding box, in units of 30 cells
+7      fill          cells / cells of the bounding box, in (0, 1]
+8      aspect        (width − height) / (width + height), in (−1, 1)
+9      outline       sides of cells that do not border the object itself / 4 sides a cell, in (0, 1]
+10, 11 symmetry      share of the cells whose mirror image in the box is the object's too: left-right, top-bottom
+12     contact       share of the grid's 4 borders that the object touches
+13–22  colour        1 in the slot of the object's colour 0 … 9, else 0 (the first slot is never used)
+====== ============= ====================================================================================================
+
+Units are cells and not fractions of the grid, so that a step of one cell is the same step in every grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+GEOMETRY = 13
+COLOURS = 10
+FEATURES = GEOMETRY + COLOURS
+SIDE = 30.0
+"""Cells that are the unit of places and extents."""
+
+
+class Objects(NamedTuple):
+    """The objects of G grids, grid by grid; within a grid by falling area, then by their first cell in reading order.
+
+    Attributes:
+        features: (n, 23) float32, see above.
+        boxes: (n, 4) int64: top row, left column, bottom row, right column, all of them inside the box.
+        grid: (n,) int64, the grid that each is in. slot: (n,) int64, its place there, from 0.
+        counts: (G,) int64, objects of each grid. found: (G,) int64, how many there were before the cut.
+        cells: (c,) int64, row · width + column of each cell in its grid, object after object, in reading order.
+        sizes: (n,) int64, cells of each.
+    """
+
+    features: np.ndarray
+    boxes: np.ndarray
+    grid: np.ndarray
+    slot: np.ndarray
+    counts: np.ndarray
+    found: np.ndarray
+    cells: np.ndarray
+    sizes: np.ndarray
+
+
+def find_objects(grids: Sequence[np.ndarray], slots: int = 16) -> Objects:
+    """The ``slots`` first objects of each grid. A call takes about 0.2 ms, however few the grids: hand over many.
+
+    Args:
+        grids: one or more, each (height, width) of colours 0 … 9, one cell or more.
+    """
+    shapes = np.array([grid.shape for grid in grids], dtype=np.int64)
+    areas = shapes[:, 0] * shapes[:, 1]
+    colours = np.concatenate([grid.ravel() for grid in grids])
+    place = np.flatnonzero(colours)  # of each coloured cell, all grids laid end to end
+    grid = np.repeat(np.arange(len(grids)), areas)[place]
+    height, width = shapes[grid].T
+    local = place - (areas.cumsum() - areas)[grid]
+    row = local // width
+    column = local - row * width
+
+    colour = colours[place]
+    last = len(colours) - 1
+    right = (column + 1 < width) & (
+        colours[np.minimum(place + 1, last)] == colour
+    )  # the neighbour is of the object, too
+    below = (row + 1 < height) & (colours[np.minimum(place + width, last)] == colour)
+    of = _components(place, right, below, place + width, len(colours))
+
+    order = of.argsort(kind="stable")  # object after object, each in reading order
+    row, column, of, place = row[order], column[order], of[order], place[order]
+    size = np.bincount(of)
+    n = len(size)
+    firsts = size.cumsum() - size
+    first = order[firsts]
+    home, tall, wide = grid[first], height[first], width[first]
+    top, bottom = row[firsts], row[firsts + size - 1]  # rows rise within an object
+    left, right_most = (extreme.reduceat(column, firsts) if n else firsts for extreme in (np.minimum, np.maximum))
+    box_rows, box_columns = bottom - top + 1, right_most - left + 1
+
+    owner = np.full(len(colours), -1)
+    owner[place] = of
+    mirrored = owner[place + (left + right_most)[of] - 2 * column] == of
+    flipped = owner[place + ((top + bottom)[of] - 2 * row) * wide[of]] == of
+    neighbours = (right * 1.0 + below)[order]  # each side between two cells of an object once
+
+    features = np.zeros((n, FEATURES), dtype=np.float32)
+    features[:, :GEOMETRY] = np.stack(
+        [
+            size / SIDE**2,
+            np.bincount(of, row, n) / size / SIDE,
+            np.bincount(of, column, n) / size / SIDE,
+            top / SIDE,
+            left / SIDE,
+            box_rows / SIDE,
+            box_columns / SIDE,
+            size / (box_rows * box_columns),
+            (box_columns - box_rows) / (box_columns + box_rows),
+            1 - np.bincount(of, neighbours, n) / (2 * size),
+            np.bincount(of, mirrored, n) / size,
+            np.bincount(of, flipped, n) / size,
+            ((top == 0) * 1 + (left == 0) + (bottom == tall - 1) + (right_most == wide - 1)) / 4,
+        ],
+        axis=1,
+    )
+    features[np.arange(n), GEOMETRY + colour[first]] = 1
+
+    found = np.bincount(home, minlength=len(grids))
+    slot = np.arange(n) - np.repeat(found.cumsum() - found, found)  # objects are in reading order of their first cells,
+    chosen = np.lexsort((-size, home))[slot < slots]  # and sorting is stable
+    sizes = size[chosen]
+    cell = np.arange(sizes.sum()) + np.repeat(firsts[chosen] - (sizes.cumsum() - sizes), sizes)
+    return Objects(
+        features=features[chosen],
+        boxes=np.stack([top, left, bottom, right_most], axis=1)[chosen],
+        grid=home[chosen],
+        slot=slot[slot < slots],
+        counts=np.minimum(found, slots),
+        found=found,
+        cells=local[order[cell]],
+        sizes=sizes,
+    )
+
+
+def _components(place: np.ndarray, right: np.ndarray, below: np.ndarray, under: np.ndarray, cells: int) -> np.ndarray:
+    """Number of the object that each coloured cell belongs to, in reading order of the objects' first cells.
+
+    Horizontal runs of a colour are joined where they touch one below the other: every run points to an earlier one of its
+    object, and pointers are followed and lowered until all ends of the joints agree, in about as many rounds as the logarithm
+    of the longest chain (Shiloach & Vishkin, J. Algorithms 3, 1982).
+
+    Args:
+        place: (c,) of the coloured cells among all, ascending. right, below: (c,) bool, whether the neighbour there is of the
+            same object. under: (c,) place of the cell below. cells: how many places there are.
+    """
+    begins = np.ones(len(place), dtype=bool)
+    begins[1:] = ~right[:-1]
+    run = begins.cumsum() - 1
+    run_at = np.zeros(cells, dtype=np.int64)
+    run_at[place] = run
+    above, beneath = run[below], run_at[under[below]]
+    root = np.arange(run[-1] + 1 if len(run) else 0)
+    while True:
+        one, other = root[above], root[beneath]
+        if (one == other).all():
+            break
+        np.minimum.at(root, np.maximum(one, other), np.minimum(one, other))
+        root = root[root]
+        root = root[root]
+    return ((root == np.arange(len(root))).cumsum() - 1)[root][run]
+
+
+def near(boxes: np.ndarray, others: np.ndarray, reach: int = 1) -> np.ndarray:
+    """(n, 4), (m, 4) boxes → (n, m) bool, whether two boxes overlap once the first has grown by ``reach`` cells on every side:
+    with 1, boxes that overlap or touch, by a side or by a corner."""
+    grown = boxes[:, None] + np.array([-reach, -reach, reach, reach])
+    return ((grown[..., :2] <= others[None, :, 2:]) & (others[None, :, :2] <= grown[..., 2:])).all(axis=-1)
