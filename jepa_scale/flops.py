@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from jepa_scale.models.backbone import Backbone
-from jepa_scale.models.decoder import JepaDecoderForCausalLM
+from jepa_scale.models.decoder import EmbeddingNorm, JepaDecoderForCausalLM
 from jepa_scale.packing import PackedStream
 
 
@@ -68,7 +68,7 @@ class DecoderFlops:
         decoder, config = backbone.decoder, backbone.decoder.config
         top_k = getattr(config, "num_experts_per_tok", None)
         head, bridge = decoder.get_output_embeddings(), getattr(decoder.base_model, "bridge", None)
-        embeddings = [m for m in decoder.modules() if isinstance(m, nn.Embedding)]
+        embeddings = [m for m in decoder.modules() if isinstance(m, nn.Embedding | EmbeddingNorm)]
         elsewhere = [m for m in (backbone.layers, bridge, head) if m is not None]
         around = _read(decoder, top_k, skip=embeddings + elsewhere)
         blocks = list(backbone.layers)[:until]

@@ -82,7 +82,7 @@ def test_every_product_of_forward_and_backward_is_counted(name, lengths):
     assert ours(flops, lengths) == counted(backbone, lengths)
 
 
-@pytest.mark.parametrize("name", ["native, bridge", "gemma3", "gpt2"])
+@pytest.mark.parametrize("name", ["native, polar", "native, bridge", "gemma3", "gpt2"])
 @pytest.mark.parametrize("until", [1, 2, 3])
 def test_the_lower_blocks_alone(name, until):
     backbone = make(name)
@@ -93,7 +93,7 @@ def test_the_lower_blocks_alone(name, until):
     assert lower.per_row == Cost(0, 0)
 
 
-@pytest.mark.parametrize("name", ["native, bridge", "llama", "gpt2", "olmo2"])
+@pytest.mark.parametrize("name", ["native, polar", "native, bridge", "llama", "gpt2", "olmo2"])
 def test_frozen_lower_blocks_have_no_backward(name):
     backbone = make(name)
     for module in (backbone.decoder.get_input_embeddings(), backbone.layers[0]):

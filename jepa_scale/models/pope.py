@@ -11,6 +11,7 @@ with a phase δ that is learned, per channel and key head. It is an ordinary pro
 from __future__ import annotations
 
 import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -127,6 +127,8 @@ def test_what_does_not_fit_is_named(tmp_path):
     refused(r"num_hidden_layers=2, the config's model 3", num_hidden_layers=3)
     refused(r"is a Llama, which has neither logit_scale.*tie_word_embeddings", tie_word_embeddings=True)
     refused(r"is a Llama, which has .* nor a bridge; .*model.bridge_after to null", bridge_after=1)
+    refused(r"is a Llama, which has .* nor PoPE .*model.position_embedding to rope", position_embedding="pope")
+    refused(r"is a Llama, which has .* norm of its embedding .*model.embedding_norm", embedding_norm=True)
     refused(
         r"lm_head.weight has shape \(\d+, 32\), the config's model has \(500, 32\); set model.vocab_size",
         vocab_size=500,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ast
 import builtins
+import importlib
 import inspect
 import sys
 
+import torch
+
 from jepa_scale.convert.standalone import FILE, auto_map, modelling_source
-from jepa_scale.models import bridge, decoder
+from jepa_scale.models import bridge, decoder, drop_path, pope, rotary
 
 
 def names(tree: ast.AST) -> set[str]:
@@ -47,10 +50,22 @@ def test_it_has_the_decoder_as_it_is():
     text = modelling_source()[FILE]
     ours = ast.parse(inspect.getsource(decoder))
     assert names(ours) <= names(ast.parse(text))
-    for cls in (decoder.JepaAttention, decoder.JepaDecoderModel, decoder.JepaLMHead, bridge.Bridge):
-        assert inspect.getsource(cls) in text
+    parts = [decoder.JepaAttention, decoder.JepaDecoderModel, decoder.JepaLMHead, bridge.Bridge]
+    parts += [pope.PolarEmbedding, pope.within_a_turn, drop_path.DropPath, drop_path.segments_kept, rotary.rotate]
+    for part in parts:
+        assert text.count(inspect.getsource(part)) == 1
     assert ".register(" not in text
     for target in auto_map().values():
         stem, _, name = target.partition(".")
         assert f"{stem}.py" == FILE and hasattr(decoder, name)
     assert text == modelling_source()[FILE]
+
+
+def test_it_drops_the_branches_that_we_drop(tmp_path, monkeypatch):
+    """Packed training with the file alone: what it needs of its neighbours, constants too, is there."""
+    (tmp_path / FILE).write_text(modelling_source()[FILE])
+    monkeypatch.syspath_prepend(tmp_path)
+    theirs = importlib.import_module(FILE.removesuffix(".py"))
+    seeds = torch.tensor([5, -7, 2**62])
+    kept = [m.segments_kept(seeds, m.SegmentTable.from_lengths([1, 4, 2]), 0.7, 3) for m in (theirs, decoder)]
+    assert torch.equal(*kept) and not kept[0].all()

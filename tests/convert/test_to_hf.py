@@ -13,9 +13,11 @@ from transformers import AutoModelForCausalLM
 
 from jepa_scale import train
 from jepa_scale.checkpoint import Manifest
+from jepa_scale.convert.skeleton import llama_config
 from jepa_scale.convert.to_hf import ExportOptions, export, metrics_at
 from jepa_scale.data import load_data
 from jepa_scale.errors import InputError
+from jepa_scale.models.decoder import JepaDecoderConfig
 from jepa_scale.table import format_number
 from tests.convert.runs import GPT2, MODELS, NATIVE, config_file, logits, make_run, without_jepa_scale, write_checkpoint
 from tests.data.corpus import write_text
@@ -97,6 +99,19 @@ def test_logits_are_ours_where_jepa_scale_is_not_installed(exported, name):
     ):
         assert ours.std() > 0.01  # else nothing could differ
         torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("keys", "llama"),
+    [
+        ({}, True),
+        ({"drop_path": 0.3, "hidden_dropout": 0.1}, True),  # they matter to training alone
+        ({"position_embedding": "pope"}, False),
+        ({"embedding_norm": True}, False),
+    ],
+)
+def test_it_leaves_as_a_llama_where_a_llama_computes_the_same(keys, llama):
+    assert (llama_config(JepaDecoderConfig(**keys)) is not None) is llama
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jepa_scale.models.decoder import JepaDecoderConfig, JepaDecoderForCausalLM, position_table
+from jepa_scale.models.decoder import JepaDecoderConfig, JepaDecoderForCausalLM, JepaDecoderModel, position_table
 from jepa_scale.models.pope import PolarEmbedding, within_a_turn
 from jepa_scale.models.rotary import rotary_table
 
@@ -93,6 +93,23 @@ def test_a_phase_starts_at_zero_and_is_no_matrix():
     assert not [
         name for name, _ in JepaDecoderForCausalLM(JepaDecoderConfig(**SHAPE)).named_parameters() if "pope" in name
     ]
+
+
+@pytest.mark.parametrize("how", ["direct", "meta"])
+def test_phases_and_the_embedding_norm_begin_as_told(how):
+    config = JepaDecoderConfig(**SHAPE, position_embedding="pope", embedding_norm=True, embedding_init_std=0.3)
+    with torch.device("meta" if how == "meta" else "cpu"):
+        model = JepaDecoderModel(config)
+    if how == "meta":
+        model.to_empty(device="cpu")
+        with torch.no_grad():
+            for p in model.parameters():
+                p.fill_(9.0)
+        for module in model.modules():
+            model._init_weights(module)
+    assert not model.layers[1].self_attn.pope.delta.any()
+    torch.testing.assert_close(model.embedding_norm.weight, torch.full((32,), 0.3))
+    assert torch.equal(model.norm.weight, torch.ones(32))
 
 
 def test_phases_are_clamped_and_keep_their_gradient():
