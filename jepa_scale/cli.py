@@ -14,6 +14,8 @@ PARSERS = {
     "data": "jepa_scale.data_cli",
     "checkpoint": "jepa_scale.checkpoint_cli",
     "convert": "jepa_scale.convert_cli",
+    "encode": "jepa_scale.encode_cli",
+    "generate": "jepa_scale.generate_cli",
 }
 """Commands whose flags need modules that the others do without → where their ``parser`` is."""
 
@@ -39,7 +41,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="jepa-scale", description="Train and evaluate JEPA-augmented decoders.")
-    commands = top.add_subparsers(required=True, metavar="train|eval|data|checkpoint|convert|config|report")
+    commands = top.add_subparsers(
+        required=True, metavar="train|eval|data|checkpoint|convert|encode|generate|config|report"
+    )
     commands.add_parser("train", help="train one run (see jepa-scale train --help)")
 
     evaluate = commands.add_parser("eval", help="evaluate a checkpoint of a run")
@@ -51,6 +55,8 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("data", help="prepare, verify or make data (see jepa-scale data --help)")
     commands.add_parser("checkpoint", help="list, verify or prune checkpoints (see jepa-scale checkpoint --help)")
     commands.add_parser("convert", help="to and from Hugging Face format (see jepa-scale convert --help)")
+    commands.add_parser("encode", help="texts to states of a run's model (see jepa-scale encode --help)")
+    commands.add_parser("generate", help="what a run's model says (see jepa-scale generate --help)")
 
     config = commands.add_parser("config", help="print a config with every default filled in")
     config.add_argument("config", help="YAML file")

@@ -24,7 +24,7 @@ from jepa_scale.data.base import Dataset
 from jepa_scale.data.prepare.base import BadRecord, Record
 from jepa_scale.data.prepare.chat_tokens import bos_prefix, encode_text
 from jepa_scale.data.prepare.encode import ChatEncoder
-from jepa_scale.data.texts import Texts, tokenize
+from jepa_scale.data.texts import Text, Texts, tokenize
 from jepa_scale.distributed import Ranks
 from jepa_scale.encoding import EncodedTexts, encode_texts
 from jepa_scale.errors import InputError
@@ -33,9 +33,6 @@ from jepa_scale.models.loading import build_backbone
 from jepa_scale.objectives.base import JepaModel
 from jepa_scale.say import say
 from jepa_scale.telemetry.records import CONFIG_FILE
-
-Text = str | Sequence[int]
-"""A string, or token ids that are taken as they are."""
 
 
 @dataclass(slots=True)
@@ -213,6 +210,7 @@ def load(run_dir: str | Path, checkpoint: str | Path = "auto", device: str | tor
     run = Path(run_dir).expanduser()
     if not (run / CONFIG_FILE).is_file():
         raise InputError(f"{run}: not a run directory (no {CONFIG_FILE})")
+    where = _device(device)
     config = load_config((run / CONFIG_FILE).absolute())
     plan = validate(config)
     found = find_checkpoint(run, checkpoint, config.checkpoint.verify)
@@ -225,8 +223,17 @@ def load(run_dir: str | Path, checkpoint: str | Path = "auto", device: str | tor
         boxes = {name: Boxes.whole(tensor) for name, tensor in state_tensors(module).items()}
         store.read(found / TENSORS, boxes, alone=True)
     tokenizer = data.load_tokenizer() if getattr(data, "tokenizer", None) is not None else None
-    where = torch.device(device)
     return LoadedRun(config, found, module.to(where).eval(), data, tokenizer, where)
+
+
+def _device(name: str | torch.device) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"device {name!r}: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
+        raise InputError(f"device {name!r}: there are {torch.cuda.device_count()} such devices; take another, or cpu")
+    return device
 
 
 def find_checkpoint(run: Path, which: str | Path, hashes: bool) -> Path:

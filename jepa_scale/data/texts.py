@@ -1,17 +1,81 @@
-"""Texts to be encoded, as examples."""
+"""Texts to be encoded: read from files, and as examples."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jepa_scale.data.examples import Document
+from jepa_scale.data.prepare.base import BadRecord
 from jepa_scale.data.prepare.chat_tokens import bos_prefix, encode_text
+from jepa_scale.data.prepare.table import read_jsonl
 from jepa_scale.errors import InputError
+
+Text = str | Sequence[int] | np.ndarray
+"""A string, or token ids that are taken as they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class NamedText:
+    """where: ``file:line``."""
+
+    where: str
+    text: str
+
+
+def read_texts(source: str) -> list[NamedText]:
+    """The texts of a file, at least one.
+
+    Args:
+        source: ``.txt``, a text a line; ``.jsonl``, a row a line with the key ``text``; ``-``, standard input, a text a line.
+
+    Raises:
+        InputError: the file cannot be read, or a line has no text; names it.
+    """
+    path = Path(source).expanduser()
+    if source == "-":
+        found = list(_lines(sys.stdin.buffer, "stdin"))
+    elif path.suffix.lower() == ".jsonl":
+        found = list(_rows(path))
+    elif path.suffix.lower() == ".txt":
+        try:
+            with open(path, "rb") as file:
+                found = list(_lines(file, str(path)))
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    else:
+        raise InputError(f"{path}: must be .txt (a text a line), .jsonl (rows with a text) or - (standard input)")
+    if not found:
+        raise InputError(f"{'stdin' if source == '-' else path}: holds no text")
+    return found
+
+
+def _lines(lines: Iterable[bytes], name: str) -> Iterator[NamedText]:
+    for number, line in enumerate(lines, 1):
+        where = f"{name}:{number}"
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{where}: invalid UTF-8: byte {line[error.start]:#04x}; save it as UTF-8") from None
+        if not text.strip():
+            raise InputError(f"{where}: is an empty text; leave it out")
+        yield NamedText(where, text)
+
+
+def _rows(path: Path) -> Iterator[NamedText]:
+    for item in read_jsonl(path):
+        if isinstance(item, BadRecord):
+            raise InputError(f"{item}; correct or remove the line")
+        text = item.value.get("text")
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(f"{item.where}: needs a text that is not empty, under the name text")
+        yield NamedText(item.where, text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +109,7 @@ class Texts:
 
 def tokenize(
     tokenizer: Any,
-    texts: Sequence[str | Sequence[int]],
+    texts: Sequence[Text],
     vocab_size: int,
     most: int | None,
     name: Callable[[int], str],
@@ -75,9 +139,7 @@ def tokenize(
     return Texts(found)
 
 
-def _ids(
-    tokenizer: Any, text: str | Sequence[int], vocab_size: int, bos: list[int], name: Callable[[], str]
-) -> np.ndarray:
+def _ids(tokenizer: Any, text: Text, vocab_size: int, bos: list[int], name: Callable[[], str]) -> np.ndarray:
     if isinstance(text, str):
         if tokenizer is None:
             raise InputError(f"{name()}: is a text, but the run's data have no tokenizer; give token ids")
