@@ -22,6 +22,7 @@ from tests.distributed.toy import ENGINES, make_engine
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 FROZEN = "layers.1.up"
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
 @contextmanager
@@ -90,6 +91,11 @@ VARIANTS = [
 ]
 
 
+def moments_of(name: str, case: dict[str, Any]) -> tuple[str, ...]:
+    """Of a trainable parameter of the tied toy."""
+    return ("momentum_buffer",) if "optim" in case and name.endswith(toy.MATRICES) else ("exp_avg", "exp_avg_sq")
+
+
 def continue_bitwise(ranks: Ranks, folder: str, cases: list[dict[str, Any]]) -> list[list[str]]:
     """What went wrong in each case."""
     results = []
@@ -98,7 +104,7 @@ def continue_bitwise(ranks: Ranks, folder: str, cases: list[dict[str, Any]]) -> 
         engine = build(ranks, tied=True, **case)
         moments = [name for name in engine.state() if not name.startswith("model/")]
         trainable = {name for name, p in engine.module.named_parameters() if p.requires_grad}
-        if set(moments) != {f"{key}/{name}" for key in ("exp_avg", "exp_avg_sq") for name in trainable}:
+        if set(moments) != {f"{key}/{name}" for name in trainable for key in moments_of(name, case)}:
             wrong.append(f"moments {moments}")
         if any(box.count_nonzero() for name in moments for _, box in engine.state()[name].parts):
             wrong.append("moments are not zero at first")
@@ -128,14 +134,15 @@ def continue_bitwise(ranks: Ranks, folder: str, cases: list[dict[str, Any]]) -> 
     return results
 
 
+@pytest.mark.parametrize("optim", [{}, {"optim": toy.MUON}], ids=["adamw", "muon"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_training_continues_bitwise(tmp_path, precision):
-    cases = [{**case, "precision": precision} for case in [*({"name": e} for e in ENGINES), *VARIANTS]]
+def test_training_continues_bitwise(tmp_path, precision, optim):
+    cases = [{**case, "precision": precision, **optim} for case in [*({"name": e} for e in ENGINES), *VARIANTS]]
     for rank, results in enumerate(run_ranks(continue_bitwise, 2, str(tmp_path), cases)):
         for case, wrong in zip(cases, results, strict=True):
             assert not wrong, f"{case}, rank {rank}"
     names = set(store.shapes(tmp_path / "0"))
-    assert f"model/{FROZEN}.weight" in names and f"exp_avg/{FROZEN}.weight" not in names
+    assert f"model/{FROZEN}.weight" in names and not any(f"{m}/{FROZEN}.weight" in names for m in MOMENTS)
     assert "model/embed.weight" in names and "model/head.weight" not in names, "tied parameters are there once"
     assert "model/seen" in names and "model/scratch" not in names, "persistent buffers"
     assert all(set(store.shapes(tmp_path / str(i))) == names for i in range(len(cases)))
@@ -197,14 +204,15 @@ def assert_equal_checkpoints(a: Path, b: Path) -> None:
     assert not different, f"{a.name}, {b.name}: {different}"
 
 
-def test_every_engine_reads_others_at_other_world_sizes(tmp_path):
+@pytest.mark.parametrize("optim", [{}, {"optim": toy.MUON}], ids=["adamw", "muon"])
+def test_every_engine_reads_others_at_other_world_sizes(tmp_path, optim):
     """All engines write at 1, 2 and 4 ranks; each of these is read, and each engine reads at 1, 2 and 4 ranks, what
     another engine has written at another number of ranks."""
     sizes = (1, 2, 4)
     written = {
         (engine, size): (result, total(by_rank, i))
         for size in sizes
-        for by_rank in [run_ranks(write_all, size, str(tmp_path), [{"name": name} for name in ENGINES])]
+        for by_rank in [run_ranks(write_all, size, str(tmp_path), [{"name": name, **optim} for name in ENGINES])]
         for i, (engine, result) in enumerate(zip(ENGINES, by_rank[0], strict=True))
     }
     plan: dict[int, list[tuple[str, str, int]]] = {size: [] for size in sizes}
@@ -212,7 +220,7 @@ def test_every_engine_reads_others_at_other_world_sizes(tmp_path):
         for i, reader in enumerate(ENGINES):
             plan[target].append((reader, ENGINES[(i + shift) % len(ENGINES)], source))
     for size, readings in plan.items():
-        cases = [(f"{writer}{source}", {"name": reader}) for reader, writer, source in readings]
+        cases = [(f"{writer}{source}", {"name": reader, **optim}) for reader, writer, source in readings]
         by_rank = run_ranks(read_all, size, str(tmp_path), cases)
         for i, (reader, writer, source) in enumerate(readings):
             (state, _), losses = written[writer, source]
@@ -273,10 +281,11 @@ def skip_a_step(ranks: Ranks, cases: list[dict[str, Any]]) -> list[list[str]]:
     return results
 
 
-def test_a_step_with_a_bad_gradient_on_one_rank_is_skipped_on_all():
+@pytest.mark.parametrize("optim", [{}, {"optim": toy.MUON}], ids=["adamw", "muon"])
+def test_a_step_with_a_bad_gradient_on_one_rank_is_skipped_on_all(optim):
     nan, inf = float("nan"), float("inf")
     cases = [
-        (factor, {"name": name, "precision": precision, "accumulation": 2, "clip": clip})
+        (factor, {"name": name, "precision": precision, "accumulation": 2, "clip": clip, **optim})
         for precision, factor, clip in (("fp32", nan, 3.0), ("bf16", inf, 0.0))
         for name in ENGINES
     ]

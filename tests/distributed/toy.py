@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,6 +107,11 @@ def batches(step: int, accumulation: int = 1, rank: int = 0, world_size: int = 1
 
 
 OPTIM = OptimConfig(lr=1e-2, lr_head=5e-3, weight_decay=0.1, clip_norm=3.0)
+MUON = OptimConfig(
+    method="muon", lr=1e-2, lr_head=5e-3, lr_muon=2e-2, muon_momentum=0.9, weight_decay=0.1, clip_norm=3.0
+)
+MATRICES = ("up.weight", "down.weight", "project.weight", "rare.weight", "never.weight")
+"""Endings of the names of what Muon steps; and the head, where it is not tied."""
 HEADS = ("head", "project", "scale")
 
 
@@ -135,7 +141,10 @@ def make_engine(
     precision: str = "fp32",
     clip: float = 3.0,
     tied: bool = False,
+    optim: OptimConfig | None = None,
+    clip_groups: Mapping[str, Sequence[str]] | None = None,
 ) -> Engine:
+    optim = optim or OPTIM
     toy = make_toy(tied)
     zero = name.startswith("zero")
     with tempfile.TemporaryDirectory() as folder:
@@ -144,9 +153,9 @@ def make_engine(
             "deepspeed" if zero else "fsdp",
             toy,
             shard=list(toy.layers),
-            groups=parameter_groups(toy, OPTIM, HEADS),
-            optim_options=OPTIM,
-            engine_options=EngineOptions(precision, clip, accumulation, config),
+            groups=parameter_groups(toy, optim, HEADS),
+            optim_options=optim,
+            engine_options=EngineOptions(precision, clip, accumulation, config, clip_groups or {}),
             ranks=ranks,
         )
 
