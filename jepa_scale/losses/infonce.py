@@ -6,7 +6,8 @@ of the others, and sends gradient from the others' queries into its own candidat
 arXiv 2101.06983). So loss and gradient do not depend on world size, micro-batch size or accumulation.
 
 Things that are the same (the same entity's name met twice) carry the same key: one copy is kept as a candidate, so
-neither a false negative nor a double weight arises.
+neither a false negative nor a double weight arises. That holds for a queue of earlier candidates, too: of what is in the
+batch, the queue's older copy does not count.
 """
 
 from __future__ import annotations
@@ -32,11 +33,13 @@ class Contrast:
         hits: (n,) fp32, 1 where the right candidate is the nearest.
         elsewhere: 0-d, value 0; carries the gradient of the other micro-batches' queries into this one's candidates. Its
             weight is that of a *sum* over queries.
+        candidates: 0-d int64, how many different ones there are, the right one included; the same on every rank.
     """
 
     losses: Tensor
     hits: Tensor
     elsewhere: Tensor
+    candidates: Tensor
 
 
 def first_of_each(keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,6 +81,7 @@ def contrast(
     capacity: int,
     collected: list[dict[str, Tensor]] | None = None,
     micro: int = 0,
+    queue: tuple[Tensor, Tensor] | None = None,
 ) -> Contrast:
     """InfoNCE of this micro-batch's queries, in fp32.
 
@@ -88,6 +92,7 @@ def contrast(
         capacity: a number ≥ m that is the same on every rank (ranks gather equal shapes).
         collected: :func:`collect_contrast` of every micro-batch of the step, this one included; empty or None when the
             step has one micro-batch. ``micro``: which of them this is.
+        queue: (Q, d) and (Q,) int64, candidates of earlier steps and their keys, the same on every rank; they get no gradient.
     """
     queries, candidates, scale = queries.float(), candidates.float(), scale.float()
     here = all_gather_rows_with_grad(pad_rows(candidates, capacity))  # (world·capacity, d)
@@ -100,6 +105,10 @@ def contrast(
         pools = [c["candidates"] for c in collected]
         pool_keys = [c["keys"] for c in collected]
         pools[micro], pool_keys[micro] = here, here_keys
+    if queue is not None:
+        pools, pool_keys = [*pools, queue[0].float()], [*pool_keys, queue[1]]
+    if not candidates.requires_grad:  # then the others' queries have nothing to say here
+        others = []
     everything, every_key = torch.cat(pools), torch.cat(pool_keys)  # (M, d), (M,)
     keep, ordered, order = first_of_each(every_key)
 
@@ -118,4 +127,4 @@ def contrast(
         logits, right = score(other["queries"], other["query_keys"], scale.detach())
         theirs = F.cross_entropy(logits, right, reduction="sum")
         elsewhere = elsewhere + theirs - theirs.detach()
-    return Contrast(losses, hits, elsewhere)
+    return Contrast(losses, hits, elsewhere, keep.sum())

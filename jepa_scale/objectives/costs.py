@@ -13,17 +13,20 @@ StepFlops = Callable[[Sequence[PackedBatch]], int]
 """This rank's micro-batches of an optimizer step → what training on them costs this rank. Of plain integers that the host has."""
 
 
-def contrast_flops(queries: int, capacity: int, dim: int, micros: int, world_size: int, trained: bool = True) -> int:
+def contrast_flops(
+    queries: int, capacity: int, dim: int, micros: int, world_size: int, trained: bool = True, queue: int = 0
+) -> int:
     """Of :func:`jepa_scale.losses.infonce.contrast`.
 
     Args:
         queries: of this rank in the step. capacity: candidates of a micro-batch, rows that fill up included.
-        trained: whether candidates get a gradient.
+        trained: whether candidates get a gradient. queue: candidates of earlier steps.
     """
-    scores = 2 * queries * world_size * capacity * micros * dim  # of all the rank's queries with all candidates, once
+    # of all the rank's queries with all candidates, once
+    scores = 2 * queries * (world_size * capacity * micros + queue) * dim
     own = scores * (1 + trained)  # backward, in the queries' own micro-batch
     elsewhere = scores * (micros - 1) * trained
-    return scores * micros + own + elsewhere
+    return scores + own + 2 * elsewhere
 
 
 def moments_flops(rows: int, dim: int, micros: int, sides: int) -> int:

@@ -113,3 +113,36 @@ def test_half_precision_is_computed_in_fp32_even_under_autocast():
         got = contrast(queries, keys, candidates, keys, SCALE, capacity=6).losses
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_a_queue_adds_negatives_but_no_second_copy_of_what_is_in_the_batch():
+    table = unit(9, 5)
+    queries, keys = unit(3, 5, seed=1), torch.tensor([2, 4, 2])
+    # the queue has an older copy of 4, an empty place, and 6 twice, of which the first is the newest
+    queue_keys = torch.tensor([4, NO_KEY, 6, 8, 6])
+    queue = torch.stack([unit(1, 5, seed=7)[0], torch.full((5,), 9.0), table[6], table[8], unit(1, 5, seed=8)[0]])
+    result = contrast(queries, keys, table[keys], keys, SCALE, capacity=4, queue=(queue, queue_keys))
+    assert result.candidates.item() == 4  # 2, 4, 6, 8
+    torch.testing.assert_close(result.losses, plain(queries, [2, 4, 2], table, [2, 4, 6, 8]))
+
+
+def test_candidates_without_gradient_need_no_pass_over_the_others_queries():
+    """Of a teacher: what the others' queries say of these candidates moves nothing, and the sum is that of one large batch."""
+    table, entities = unit(5, 4), torch.tensor([0, 1, 2, 3, 4, 1])
+    guesses = torch.randn(6, 4, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    queue = (unit(3, 4, seed=5), torch.tensor([7, 8, 9]))
+    whole = contrast(F.normalize(guesses, dim=-1), entities, table[entities], entities, SCALE, 6, queue=queue)
+    (expected,) = torch.autograd.grad(whole.losses.sum(), guesses)
+    parts = torch.arange(6).split(2)
+    collected = [
+        collect_contrast(F.normalize(guesses[p], dim=-1), entities[p], table[entities[p]], entities[p], 2)
+        for p in parts
+    ]
+    total = 0.0
+    for micro, p in enumerate(parts):
+        queries = F.normalize(guesses[p], dim=-1)
+        result = contrast(queries, entities[p], table[entities[p]], entities[p], SCALE, 2, collected, micro, queue)
+        total = total + result.losses.sum() + result.elsewhere
+        assert result.candidates == whole.candidates == 8
+    (got,) = torch.autograd.grad(total, guesses)
+    torch.testing.assert_close(got, expected)

@@ -1,0 +1,58 @@
+"""Codebook and queue on real gloo ranks: the same state on every rank, and however the global batch was dealt out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from jepa_scale.distributed import Ranks
+from jepa_scale.models.quantizer import Quantizer
+from jepa_scale.models.target_queue import TargetQueue
+from tests.distributed.launch import run_ranks
+
+SLICES, ROWS, STEPS = 4, 6, 9
+"""Slices that a global batch is dealt out in, rows of one, and steps."""
+
+
+def run(ranks: Ranks, accumulation: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    book, queue = Quantizer(5, 3, 0.9, 3, 0.5, 4), TargetQueue(30, 3)
+    torch.manual_seed(100 + ranks.rank)  # a rank's own random numbers must not matter
+    history = []
+    for step in range(STEPS):
+        data = torch.Generator().manual_seed(step)
+        rows = torch.randn(SLICES, ROWS, 3, generator=data)
+        lots = torch.randint(0, 2**62, (SLICES, ROWS), generator=data)
+        keys = torch.randint(0, 60, (SLICES, ROWS), generator=data)
+        for micro in range(accumulation):
+            part = micro * ranks.world_size + ranks.rank
+            here = ROWS - part % 2  # not all of one size
+            mine = rows[part, :here]
+            book.observe(mine, book(mine).codes, lots[part, :here], step)
+            queue.note(mine, keys[part, :here], ROWS)
+        good = torch.tensor(step != 5)
+        book.update(good)
+        queue.update(good)
+        state = {**book.state_dict(), **{f"queue_{n}": v for n, v in queue.state_dict().items()}, "usage": book.usage()}
+        history.append({name: value.clone() for name, value in state.items()})
+    return {"history": history}
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_state_depends_on_the_global_batch_alone(world_size):
+    (expected,) = run_ranks(run, 1, SLICES)
+    by_rank = run_ranks(run, world_size, SLICES // world_size)
+    for step, wanted in enumerate(expected["history"]):
+        for name, value in wanted.items():
+            for outcome in by_rank:
+                got = outcome["history"][step][name]
+                assert torch.equal(got, by_rank[0]["history"][step][name]), (step, name)  # bitwise
+                torch.testing.assert_close(
+                    got, value, rtol=1e-5, atol=1e-6, msg=lambda m, s=step, n=name: f"{s} {n} {m}"
+                )
+    last = expected["history"][-1]
+    assert last["updates"].item() == STEPS - 1 and (last["sizes"] > 0).any()
+    assert torch.equal(expected["history"][5]["codebook"], expected["history"][4]["codebook"])
+    assert not torch.equal(expected["history"][0]["codebook"], last["codebook"])

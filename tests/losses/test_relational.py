@@ -1,0 +1,34 @@
+import math
+
+import pytest
+import torch
+
+from jepa_scale.losses.relational import relation_distances, relation_scale
+
+
+def test_distances_against_their_definitions():
+    a, b = torch.randn(5, 7), torch.randn(5, 7)
+    torch.testing.assert_close(
+        relation_distances(a, b, False), torch.stack([((x - y) ** 2).sum() for x, y in zip(a, b, strict=True)])
+    )
+    expected = 1 - torch.nn.functional.cosine_similarity(a, b)
+    torch.testing.assert_close(relation_distances(a, b, True), expected)
+    assert relation_distances(a[:0], b[:0], True).shape == (0,)
+
+
+@pytest.mark.parametrize(("width", "scale"), [(16, 1.0), (64, 1.0), (512, 30.0)])
+def test_normalised_relations_start_near_infonce_whatever_the_width(width, scale):
+    """The raw form is 2 · width · scale² for unrelated objects: far above InfoNCE, which is ln of the candidates."""
+    torch.manual_seed(0)
+    a, b = scale * torch.randn(2000, width), scale * torch.randn(2000, width)
+    candidates = torch.tensor(8193)
+    normalised = relation_distances(a, b, True).mean() * relation_scale(candidates)
+    assert float(normalised) == pytest.approx(math.log(8193), rel=0.05)
+    assert float(relation_distances(a, b, False).mean()) == pytest.approx(2 * width * scale**2, rel=0.05)
+
+
+def test_it_is_computed_in_fp32():
+    a = torch.randn(3, 8).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert relation_distances(a, a, True).dtype == torch.float32
+    assert relation_scale(torch.tensor(0)) == 0
