@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.random.bit_generator import ISeedSequence
 
+from jepa_scale.errors import DataError
 from jepa_scale.packing import Views
 
 
@@ -60,3 +61,26 @@ class Draw:
 
 ViewMaker = Callable[[Any, Draw], Views]
 """Example → its views. A pure function (NumPy only, picklable): it runs in loader workers."""
+
+
+@runtime_checkable
+class ManyViewMaker(Protocol):
+    """A view maker that is faster on the samples of a micro-batch together. What it makes of a sample is the same as alone."""
+
+    def __call__(self, example: Any, draw: Draw, /) -> Views: ...
+
+    def many(self, examples: Sequence[Any], draws: Sequence[Draw]) -> list[Views | DataError]:
+        """The views of each example, or what is wrong with it."""
+
+
+def views_of(maker: ViewMaker, examples: Sequence[Any], draws: Sequence[Draw]) -> list[Views | DataError]:
+    """The views of each example, or what is wrong with it."""
+    if isinstance(maker, ManyViewMaker):
+        return maker.many(examples, draws)
+    made: list[Views | DataError] = []
+    for example, draw in zip(examples, draws, strict=True):
+        try:
+            made.append(maker(example, draw))
+        except DataError as error:
+            made.append(error)
+    return made

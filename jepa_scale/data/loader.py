@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from jepa_scale.data.draw import Draw, ViewMaker
+from jepa_scale.data.draw import Draw, ViewMaker, views_of
 from jepa_scale.data.stream import Stream
 from jepa_scale.errors import DataError, InputError
 from jepa_scale.packing import PackedBatch, Views, pack
@@ -74,15 +74,21 @@ class Loader:
     def micro_batch(self, step: int, micro: int) -> PackedBatch:
         """Micro-batch number ``micro`` of this rank in a step."""
         epochs, samples = self.stream.micro_batch(step, micro)
-        views, skipped = [], 0
+        examples, draws, faults = [], [], []
         for epoch, sample in zip(epochs.tolist(), samples.tolist(), strict=True):
             try:
-                views.append(self._views(epoch, step, sample))
+                examples.append(self.examples[sample])
+                draws.append(Draw(self.seed, epoch, step, sample))
             except DataError as error:
-                if self.on_error == "stop":
-                    raise
-                skipped += 1
-                say(f"jepa-scale: skipped: {error}")
+                faults.append(error)
+                self._skip(error)
+        views = []
+        for made, draw in zip(views_of(self.view_maker, examples, draws), draws, strict=True):
+            if isinstance(made, DataError):
+                faults.append(made)
+                self._skip(made)
+            else:
+                views.append(replace(made, seed=draw.number("model")))
         batch = pack(
             views,
             self.streams,
@@ -97,8 +103,14 @@ class Loader:
                 f"train.micro_tokens: {batch.num_tokens} tokens of views do not fit {budget}; the objective takes more "
                 "tokens of an example than it announced"
             )
-        batch.counts.update(skipped=skipped, budget=budget)
+        batch.counts.update(skipped=len(faults), budget=budget)
         return batch
+
+    def _skip(self, error: DataError) -> None:
+        """Leave a damaged sample out and tell of it, or stop."""
+        if self.on_error == "stop":
+            raise error
+        say(f"jepa-scale: skipped: {error}")
 
     def _views(self, epoch: int, step: int, sample: int) -> Views:
         draw = Draw(self.seed, epoch, step, sample)

@@ -50,6 +50,17 @@ def says_its_process(fact: Fact, draw: Draw) -> Views:
     return Views([Segment([1], "x")], values={"pid": os.getpid(), "worker": -1 if info is None else info.id})
 
 
+class Together:
+    """Makes the views of a micro-batch in one call; alone they are the same."""
+
+    def __call__(self, fact: Fact, draw: Draw) -> Views:
+        return fact_views(fact, draw)
+
+    def many(self, facts: list[Fact], draws: list[Draw]) -> list[Views | DataError]:
+        made = [fact_views(fact, draw) for fact, draw in zip(facts, draws, strict=True)]
+        return [DataError("fact 7: odd") if d.sample == 7 else v for v, d in zip(made, draws, strict=True)]
+
+
 @pytest.fixture(scope="module")
 def data() -> ReversalData:
     return generate(50, comb=4, relations=2)
@@ -316,3 +327,19 @@ def test_views_larger_than_announced_are_refused(data: ReversalData) -> None:
     ] * 3
     with pytest.raises(InputError, match=r"^train.micro_tokens: 48 tokens .* do not fit 24"):
         list(Loader(data.train, tokens(6), twice, ("main",), 0, 1, 5))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_views_that_are_made_together_are_those_made_alone(data: ReversalData, workers: int, capfd: Any) -> None:
+    alone = list(loader(data, on_error="skip"))
+    together = list(loader(data, on_error="skip", workers=workers, view_maker=Together()))
+    skipped = 0
+    for ours, theirs in zip((b for s in together for b in s), (b for s in alone for b in s), strict=True):
+        skipped += ours.counts["skipped"]
+        if not ours.counts["skipped"]:
+            assert same(ours, theirs)
+        else:
+            assert ours.counts["samples"] == theirs.counts["samples"] - 1 and 7 not in ours.values["sample"]
+    assert skipped >= 1 and capfd.readouterr().err.count("skipped: fact 7: odd") == skipped
+    with pytest.raises(DataError, match="fact 7: odd"):
+        list(loader(data, view_maker=Together()))
