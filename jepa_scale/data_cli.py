@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import sys
 import time
@@ -12,6 +13,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from jepa_scale.config import parse_section
 from jepa_scale.data.prepare.base import PrepareOptions
+from jepa_scale.data.prepare.sections import SectionOptions, passages
 from jepa_scale.data.shard_format import Index
 from jepa_scale.errors import InputError
 from jepa_scale.table import text_table
@@ -25,7 +27,7 @@ class Stopped(KeyboardInterrupt):
 
 def parser() -> argparse.ArgumentParser:
     data = argparse.ArgumentParser(prog="jepa-scale data", description="Prepare, verify or make data.")
-    commands = data.add_subparsers(required=True, metavar="prepare|verify|reversal")
+    commands = data.add_subparsers(required=True, metavar="prepare|verify|sections|reversal")
 
     prepare = commands.add_parser("prepare", help="make shards of raw data")
     prepare.add_argument("source", help="file, folder, glob, alias or Hugging Face dataset")
@@ -42,6 +44,17 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("folder", type=Path)
     verify.add_argument("--no-progress", action="store_true", help="no progress bar")
     verify.set_defaults(command=verify_data)
+
+    sections = commands.add_parser("sections", help="passages of a corpus labelled by section, for eval.probe")
+    sections.add_argument(
+        "source", nargs="+", help="text files, a folder of them, or an alias (python_docs, wikitext2)"
+    )
+    sections.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl", help="file to write")
+    for name, field in SectionOptions.model_fields.items():
+        text = f"{(field.description or '').rstrip('.')} (default: {field.default})"
+        flag = f"--{name.replace('_', '-')}"
+        sections.add_argument(flag, type=int, dest=f"option_{name}", default=field.default, metavar="N", help=text)
+    sections.set_defaults(command=write_sections)
 
     reversal = commands.add_parser(
         "reversal", help="write seed 001's reversal files: train.json, valid.json, vocab.json"
@@ -141,6 +154,28 @@ def write_reversal(args: argparse.Namespace) -> int:
     write(data, args.out)
     counts = ", ".join(f"{len(data.facts(split)):,} {split}" for split in ("train", "atomic", "test"))
     print(f"{args.out}: {counts} facts, vocabulary {data.vocab_size:,}")
+    return 0
+
+
+def write_sections(args: argparse.Namespace) -> int:
+    from jepa_scale.files import write_atomic
+
+    options = parse_section(SectionOptions, chosen_options(args), "")
+    if not args.out.parent.is_dir():
+        raise InputError(f"--out {args.out}: there is no folder {args.out.parent}; make it first")
+    made = passages(args.source, options)
+    try:
+        write_atomic(args.out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made.rows))
+    except OSError as error:
+        raise InputError(f"--out {args.out}: cannot be written: {error.strerror}") from None
+    classes = len(made.rows) // options.per_class
+    words = sum(len(row["text"].split()) for row in made.rows) / len(made.rows)
+    print(
+        f"{args.out}: {len(made.rows):,} passages of {classes} sections, {options.per_class} each, {words:.0f} words on average"
+    )
+    print(
+        f"of {made.sections:,} sections {made.too_short:,} have fewer passages, and {made.unclear:,} names are of several articles"
+    )
     return 0
 
 
