@@ -164,7 +164,7 @@ def read(
     there = shapes(folder)
     for name, boxes in tensors.items():
         if name not in there:
-            raise InputError(f"{folder}: holds no tensor {name!r}; {_of_another_model(tensors, there)}")
+            raise InputError(f"{folder}: holds no tensor {name!r}; {_of_another_model(name, tensors, there)}")
         if there[name][0] != boxes.shape:
             raise InputError(
                 f"{folder}: {name} has shape {tuple(there[name][0])}, the model's has {tuple(boxes.shape)}"
@@ -172,8 +172,10 @@ def read(
     _load(folder, dict(tensors), process_group=group, no_dist=alone)
 
 
-def _of_another_model(wanted: Iterable[str], there: Iterable[str]) -> str:
+def _of_another_model(name: str, wanted: Iterable[str], there: Iterable[str]) -> str:
     """Why a checkpoint may lack a tensor, and what to do. peft puts an adapted layer under another name."""
+    if not name.startswith("model/") and f"model/{name.partition('/')[2]}" in there:
+        return "its run stepped this parameter in another way, or not at all; set optim.method and its overrides as they were"
     wants, has = (any(".lora_A." in name for name in names) for names in (wanted, there))
     if wants and not has:
         return (

@@ -18,6 +18,7 @@ from jepa_scale.checkpoint import store
 from jepa_scale.checkpoint.boxes import Boxes
 from jepa_scale.checkpoint.generators import rng_state
 from jepa_scale.checkpoint.manifest import TENSORS, Manifest
+from jepa_scale.config import OptimConfig
 from jepa_scale.convert.plan import HEADS_FILE, MODEL
 from jepa_scale.convert.skeleton import llama_config
 from jepa_scale.errors import InputError
@@ -25,10 +26,11 @@ from jepa_scale.files import sync_folder
 from jepa_scale.models.decoder import JepaDecoderConfig
 from jepa_scale.models.lora import copy_plain
 from jepa_scale.objectives.base import JepaModel
+from jepa_scale.optim import parameter_groups
+from jepa_scale.optim.groups import MOMENTS
 from jepa_scale.teacher import TEACHER, TeacherModel
 from jepa_scale.telemetry import package_versions
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 _OTHER = {  # keys that change no output of the model in evaluation, or that the weights' shapes tell of
     "_name_or_path",
     "architectures",
@@ -182,10 +184,10 @@ def write_checkpoint(directory: Path, module: JepaModel, state: Mapping[str, Any
     if copies := module.objective.teacher_copies(module.backbone):
         tensors |= state_tensors(TeacherModel(copies), TEACHER)
     boxes = {name: Boxes.whole(tensor) for name, tensor in tensors.items()}
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
+    for group in parameter_groups(module, OptimConfig.model_validate(config.get("optim", {})), ()):
+        for name, parameter in zip(group["names"], group["params"], strict=True):
             nothing = torch.zeros((), dtype=torch.float32).expand(parameter.shape)  # takes no memory
-            boxes |= {f"{moment}/{name}": Boxes.whole(nothing) for moment in MOMENTS}
+            boxes |= {f"{moment}/{name}": Boxes.whole(nothing) for moment in MOMENTS[group["method"]]}
     files = {f"{TENSORS}/{name}": told for name, told in store.write(partial / TENSORS, boxes).items()}
     generators = partial / "rng_rank00000.pt"
     torch.save(rng_state(), generators)

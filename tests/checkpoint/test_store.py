@@ -125,6 +125,14 @@ def test_other_models_are_refused(tmp_path):
         store.read_whole(tmp_path, ["a", "b"])
 
 
+def test_a_run_with_another_optimizer_is_told_what_to_set(tmp_path):
+    store.write(tmp_path, {"model/a": Boxes.whole(torch.ones(2)), "exp_avg/a": Boxes.whole(torch.ones(2))})
+    with pytest.raises(InputError, match=r"holds no tensor 'momentum_buffer/a'; .*set optim.method"):
+        store.read(tmp_path, {"momentum_buffer/a": Boxes.whole(torch.ones(2))})
+    with pytest.raises(InputError, match=r"holds no tensor 'momentum_buffer/b'; it is the checkpoint of another model"):
+        store.read(tmp_path, {"momentum_buffer/b": Boxes.whole(torch.ones(2))})
+
+
 def call(module: str, name: str, argument: str) -> bytes:
     """A pickle that calls a function as it is read."""
 

@@ -69,6 +69,18 @@ def test_a_teacher_begins_as_the_model(tmp_path):
     assert (tmp_path / "back" / "checkpoints" / "step_00000002").is_dir()
 
 
+def test_the_moments_are_those_of_the_method(tmp_path):
+    make_run(tmp_path, "run", NATIVE)
+    export(tmp_path / "run", tmp_path / "hf", ExportOptions(progress=False))
+    found = bring(tmp_path / "hf", tmp_path / "run.yaml", tmp_path / "back", "optim.method=muon")
+    momentum = {name.partition("/")[2] for name in found if name.startswith("momentum_buffer/")}
+    others = {name.partition("/")[2] for name in found if name.startswith("exp_avg/")}
+    assert momentum and all("_proj" in name for name in momentum) and not any("_proj" in name for name in others)
+    assert momentum | others == {name.removeprefix("model/") for name in found if name.startswith("model/")}
+    train.main(["--config", str(tmp_path / "back" / "config.yaml"), "--resume", "auto", "train.steps=2"])
+    assert (tmp_path / "back" / "checkpoints" / "step_00000002").is_dir()
+
+
 def test_heads_come_back_or_begin_as_in_a_new_run(tmp_path):
     module = make_run(tmp_path, "run", NATIVE, objective=CONCEPT)
     own = {f"model/objective.{n}": p for n, p in module.objective.named_parameters()}
