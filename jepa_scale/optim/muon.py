@@ -142,13 +142,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def _orthogonal(self, plan: Plan, updates: Mapping[int, Tensor]) -> Tensor:
         """The orthogonal factors, as ``plan.receive`` says. Collective."""
-        first = next(iter(updates.values()))
-        dtype = torch.bfloat16 if first.is_cuda else torch.float32  # bf16 products are slow on a CPU
-        out = torch.empty(plan.send.size, dtype=dtype, device=first.device)
-        pairs = [_pair(updates[piece.tensor], piece, out, at) for piece, _, at in plan.send.slots]
-        copy_pieces([there for _, there in pairs], [here for here, _ in pairs])
-        came = exchange(out, plan.send, plan.arrive)
+        answers = self._factors(plan, exchange(_packed(plan, updates), plan.send, plan.arrive))
+        return exchange(answers, plan.answer, plan.receive)
 
+    def _factors(self, plan: Plan, came: Tensor) -> Tensor:
+        """Of what this rank owns: from the buffer ``plan.arrive`` to ``plan.answer``."""
         arrived, answered = _by_matrix(plan.arrive.slots), _by_matrix(plan.answer.slots)
         answers = came.new_empty(plan.answer.size)
         for batch in plan.batches:
@@ -157,9 +155,18 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 copy_pieces(*_cut(flat, came, arrived[matrix.name]))
             factors = orthogonalize(whole.view(-1, batch[0].rows, batch[0].cols), self.newton_schulz_steps)
             for matrix, factor in zip(batch, factors, strict=True):
-                flat = factor.reshape(-1)
-                copy_pieces(*reversed(_cut(flat, answers, answered[matrix.name])))
-        return exchange(answers, plan.answer, plan.receive)
+                copy_pieces(*reversed(_cut(factor.reshape(-1), answers, answered[matrix.name])))
+        return answers
+
+
+def _packed(plan: Plan, updates: Mapping[int, Tensor]) -> Tensor:
+    """The buffer ``plan.send``, in the dtype of the products: bf16 on a GPU, but not on a CPU, where it is slow."""
+    first = next(iter(updates.values()))
+    dtype = torch.bfloat16 if first.is_cuda else torch.float32
+    buffer = torch.empty(plan.send.size, dtype=dtype, device=first.device)
+    pairs = [_pair(updates[piece.tensor], piece, buffer, at) for piece, _, at in plan.send.slots]
+    copy_pieces([there for _, there in pairs], [here for here, _ in pairs])
+    return buffer
 
 
 def _local(tensor: Tensor) -> Tensor:
