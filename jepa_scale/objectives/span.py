@@ -248,7 +248,7 @@ class Span(Objective):
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
     def diagnostics(self, call: Any) -> SpanDiagnostics | None:
-        return SpanDiagnostics(self, call) if self.options.eval_samples else None
+        return SpanDiagnostics(self.views, self.distance, call) if self.options.eval_samples else None
 
     def diagnose(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:
         """What a split's texts are like, fp32: ``pooled`` (n, V, d), ``center`` (n, d), ``whole`` (n, d) of the texts as they

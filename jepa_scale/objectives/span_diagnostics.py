@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +16,6 @@ from jepa_scale.evaluate.representation import effective_rank, retrieval
 from jepa_scale.losses.sigreg import sigreg
 from jepa_scale.objectives.span_views import SpanViews
 from jepa_scale.packing import PackedBatch
-
-if TYPE_CHECKING:
-    from jepa_scale.objectives.span import Span
 
 
 @dataclass(slots=True)
@@ -37,19 +34,20 @@ class SpanDiagnostics:
     =========================== ====================================================================================
     """
 
-    objective: Span
+    made: SpanViews
+    distance: Callable[[Tensor, Tensor], Tensor]
     call: Callable[..., Any]
 
     @property
     def samples(self) -> int:
-        return self.objective.options.eval_samples
+        return self.made.options.eval_samples
 
     @property
     def views(self) -> SpanViews:
-        return self.objective.views
+        return self.made
 
     def view_tokens(self, sizes: np.ndarray) -> np.ndarray:
-        return self.objective.views.most_tokens(sizes)
+        return self.made.most_tokens(sizes)
 
     def measure(self, batches: Iterable[PackedBatch]) -> dict[str, float]:
         found: dict[str, list[Tensor]] = {}
@@ -62,12 +60,12 @@ class SpanDiagnostics:
         if not every or not len(every["whole"]):
             return {}
         pooled, center, whole = every["pooled"], every["center"], every["whole"]
-        o, n = self.objective.options, len(whole)
+        o, n = self.made.options, len(whole)
         last = pooled[:, -1]
         keys = torch.arange(n)
         found_again = retrieval(last, center, keys, torch.zeros_like(keys))
         metrics = {
-            "seq_rec": float(self.objective.distance(pooled, center[:, None]).mean()),
+            "seq_rec": float(self.distance(pooled, center[:, None]).mean()),
             "sigreg": float(sigreg(mine["whole"], torch.tensor(float(n)), 0, 0, o.sigreg_slices, o.sigreg_knots)),
             "effective_rank": float(effective_rank(whole)),
             "effective_rank_tokens": float(effective_rank(every["tokens"])),
@@ -78,6 +76,6 @@ class SpanDiagnostics:
         }
         if pooled.shape[1] > 1:
             metrics["alignment"] = float(alignment(pooled[:, 0], last))
-        if self.objective.predictor is not None and len(every["spans"]):
+        if self.made.predicts and len(every["spans"]):
             metrics["span_rec"] = float((every["predicted"] - every["spans"]).square().mean())
         return {name: value for name, value in metrics.items() if value == value}  # a single text has no margin
