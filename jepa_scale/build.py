@@ -38,6 +38,7 @@ OBJECTIVES = {
     "concept": "jepa_scale.objectives.concept:Concept",
     "horizon": "jepa_scale.objectives.horizon:Horizon",
     "stp": "jepa_scale.objectives.stp:Stp",
+    "span": "jepa_scale.objectives.span:Span",
 }
 
 
@@ -117,6 +118,13 @@ def create_stream(config: Config, data: Any, objective: Objective, ranks: Ranks)
         InputError: the batch cannot be dealt out to so many ranks, or a sample's views do not fit a micro-batch.
     """
     train, order = config.train, data.order(config.run.seed)
+    sizes = objective.view_tokens(np.array([data.train.mean_size])) if train.batch_tokens else np.ones(1)
+    samples = train.batch_size or int(train.batch_tokens / sizes[0])
+    if samples < objective.least_samples:
+        raise InputError(
+            f"train.{'batch_size' if train.batch_size else 'batch_tokens'}: about {samples} samples in a step; objective "
+            f"{config.objective['name']!r} compares the samples of a step, and needs at least {objective.least_samples}"
+        )
     if train.batch_size:
         dealt = Dealt(train.accumulation, ranks.rank, ranks.world_size)
         return SampleStream(order, config.run.seed, train.batch_size, dealt, data.fingerprint, train.epochs)
@@ -137,7 +145,7 @@ def create_stream(config: Config, data: Any, objective: Objective, ranks: Ranks)
         config.run.seed,
         lambda samples: objective.view_tokens(data.train.sizes(samples)),
         train.micro_tokens,
-        float(objective.view_tokens(np.array([data.train.mean_size]))[0]),
+        float(sizes[0]),
         Dealt(accumulation, ranks.rank, ranks.world_size),
         data.fingerprint,
         train.epochs,
@@ -193,13 +201,13 @@ def build(plan: Plan, ranks: Ranks, steps: int = 0) -> Run:
             config.train.flops, loaders, flops, lambda step: objective.kind_of_step(step, config.run.seed)
         )
     if config.engine.compile:
-        for block in backbone.layers:
+        for block in [*backbone.layers, *objective.blocks]:
             block.compile(dynamic=True)
 
     engine = create_engine(
         engine_name,
         module.to(ranks.device),
-        shard=list(backbone.layers),
+        shard=[*backbone.layers, *objective.blocks],
         groups=parameter_groups(module, config.optim, objective.head_prefixes(backbone)),
         optim_options=config.optim,
         engine_options=EngineOptions(
