@@ -78,20 +78,19 @@ class ProbeTest:
         labels = torch.from_numpy(found.labels).to(pooled.device)
         trains = torch.from_numpy(found.train).to(pooled.device)
         train, test = (Labelled(pooled[which], labels[which]) for which in (trains, ~trains))
-        scores = dict.fromkeys(("knn_accuracy", "probe_accuracy", "uniformity"), float("nan"))
+        nearest = linear = spread = float("nan")
         if bool(pooled.isfinite().all()):
-            nearest = neighbour_predictions(train, test.rows, self.neighbours)
-            linear = linear_probe(train, len(found.classes)).predictions(test.rows)
+            nearest = accuracy(neighbour_predictions(train, test.rows, self.neighbours), test.labels)
+            linear = accuracy(linear_probe(train, len(found.classes)).predictions(test.rows), test.labels)
             some = torch.arange(min(ROWS, len(pooled)), device=pooled.device) * len(pooled) // min(ROWS, len(pooled))
-            scores = {
-                "knn_accuracy": accuracy(nearest, test.labels),
-                "probe_accuracy": accuracy(linear, test.labels),
-                "uniformity": float(uniformity(pooled[some])),
-            }
-        return scores | {
+            spread = float(uniformity(pooled[some]))
+        return {
+            "knn_accuracy": nearest,
+            "probe_accuracy": linear,
             "chance": majority(train, test),
             "effective_rank": float(effective_rank(pooled)),
             "effective_rank_tokens": float(effective_rank(tokens)),
+            "uniformity": spread,
             "texts": float(len(labels)),
             "classes": float(len(found.classes)),
         }
