@@ -1,0 +1,168 @@
+"""What ``span`` makes of small corpora: does a state know which section a passage is from? Against an untrained encoder and the
+mean-pooled states of a language model, several seeds.
+
+    JEPA_SCALE_DATA=… python benchmarks/span.py --seeds 3 --json benchmarks/results/span.json
+    python benchmarks/span.py --corpora python_docs --cases seed hard untrained lm
+
+Every run is a process of its own, of ``configs/span_tiny.yaml`` and the overrides in ``CASES``; ``lm`` is its twin with next-token
+prediction: the same model, corpus, texts a step and number of steps. Runs that are already complete in --dir are not
+repeated. A seed changes weights, order and masks.
+
+Afterwards passages of the corpus are encoded (``jepa-scale data sections``), and their sections are read off the frozen states by
+a k-NN (k = 10) and a linear probe, mean over five stratified splits into 70 % and 30 %; of the last token's state and of the mean of
+all. No label is ever trained on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+import jepa_scale  # noqa: E402
+from benchmarks.rows import row, write  # noqa: E402
+from benchmarks.study import train_all  # noqa: E402
+from jepa_scale.cli import main as command  # noqa: E402
+from jepa_scale.data.prepare.table import read_jsonl  # noqa: E402
+from jepa_scale.evaluate.probe import Labelled, accuracy, linear_probe, majority, neighbour_predictions  # noqa: E402
+from jepa_scale.evaluate.representation import effective_rank  # noqa: E402
+from jepa_scale.table import text_table  # noqa: E402
+from jepa_scale.telemetry import load_run  # noqa: E402
+
+HARD = ["objective.local_ratio=[0.8,0.9]", "objective.global_ratio=[0.5,0.6]"]
+CASES: dict[str, list[str]] = {
+    "seed": [],  # the views of seed 004
+    "hard": HARD,  # views that have less in common
+    "hard_lm": [*HARD, "objective.lm_weight=1.0"],  # and next-token prediction on the whole text
+    "seed_lm": ["objective.lm_weight=1.0"],
+    "stop_gradient": ["objective.target=stop_gradient"],
+    "ema": ["objective.target=ema"],
+    "no_spans": ["objective.predictor_layers=0"],
+    "lambda_0.05": ["objective.sigreg_weight=0.05"],
+    "lambda_0.5": ["objective.sigreg_weight=0.5"],
+    "no_sigreg": ["objective.sigreg_weight=0"],
+    "untrained": ["train.steps=1", "optim.lr=1e-12", "optim.lr_muon=1e-12"],
+    "lm": [],
+}
+CORPORA = {"python_docs": 11, "wikitext2": 40}
+"""Alias → sections at most."""
+SIZE = ["model.hidden_size=96", "train.batch_size=48", "data.workers=0", "train.eval_every=0"]
+SPLITS = 5
+FIELDS = ("knn_last", "probe_last", "knn_mean", "probe_mean", "rank_last", "rank_mean")
+
+
+def lm_config(folder: Path) -> Path:
+    """The twin of ``configs/span_tiny.yaml``."""
+    import yaml
+
+    values = yaml.safe_load((REPOSITORY / "configs/span_tiny.yaml").read_text())
+    values["objective"] = {"name": "lm"}
+    path = folder / "span_tiny_lm.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def arguments(case: str, corpus: str, seed: int, folder: Path, threads: int, more: list[str]) -> list[str]:
+    config = str(lm_config(folder)) if case == "lm" else "configs/span_tiny.yaml"
+    given = [f"data.path={corpus}", f"run.seed={seed}", f"engine.threads={threads}"]
+    return ["--config", config, *SIZE, *given, *more, *CASES[case]]
+
+
+def probe(run: Path, passages: list[dict[str, Any]]) -> dict[str, float]:
+    """``FIELDS`` and ``chance``."""
+    names = sorted({passage["label"] for passage in passages})
+    labels = torch.tensor([names.index(passage["label"]) for passage in passages])
+    loaded = jepa_scale.load(run)
+    found: dict[str, float] = {}
+    for pooling in ("last", "mean"):
+        texts = [passage["text"] for passage in passages]
+        rows = torch.from_numpy(loaded.encode(texts, pooling=pooling, truncate=True))
+        results = []
+        for split in range(SPLITS):
+            train, test = (Labelled(rows[part], labels[part]) for part in splits(labels, split))
+            results.append(
+                (
+                    accuracy(neighbour_predictions(train, test.rows, 10), test.labels),
+                    accuracy(linear_probe(train, len(names)).predictions(test.rows), test.labels),
+                )
+            )
+            found["chance"] = majority(train, test)
+        for name, values in zip(("knn", "probe"), zip(*results, strict=True), strict=True):
+            found[f"{name}_{pooling}"] = statistics.fmean(values)
+        found[f"rank_{pooling}"] = float(effective_rank(rows))
+    return found
+
+
+def splits(labels: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows to train on and to test on: of each label 70 % and 30 %."""
+    rng, test = np.random.default_rng(seed), torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        rows = (labels == label).nonzero()[:, 0].numpy()
+        test[rng.permutation(rows)[: len(rows) * 3 // 10]] = True
+    return ~test, test
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--corpora", nargs="+", default=list(CORPORA), choices=CORPORA)
+    parser.add_argument("--cases", nargs="+", default=["seed", "hard", "hard_lm", "untrained", "lm"], choices=CASES)
+    parser.add_argument("--dir", type=Path, default=Path("runs/benchmark_span"))
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads a run")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for all runs")
+    args = parser.parse_intermixed_args()
+
+    folder = args.dir.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(args.threads)
+    jobs = [(corpus, case, seed) for corpus in args.corpora for seed in range(args.seeds) for case in args.cases]
+    more = [f"train.steps={args.steps}", *args.overrides]
+    runs = train_all(
+        {
+            job: (folder / "_".join(map(str, job)), arguments(job[1], job[0], job[2], folder, args.threads, more))
+            for job in jobs
+        },
+        args.jobs,
+    )
+    rows: list[dict[str, Any]] = []
+    table: list[list[str]] = []
+    for corpus in args.corpora:
+        file = folder / f"{corpus}.jsonl"
+        if not file.is_file():
+            assert command(["data", "sections", corpus, "--out", str(file), "--max-classes", str(CORPORA[corpus])]) == 0
+        passages = [record.value for record in read_jsonl(file)]
+        for case in args.cases:
+            found = [probe(runs[corpus, case, seed], passages) for seed in range(args.seeds)]
+            cells = [corpus, case]
+            for field in FIELDS:
+                values = [one[field] for one in found]
+                rows.append(row(f"{corpus}/{case}/{field}", values, "", statistics.fmean(values)))
+                cells.append(f"{statistics.fmean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
+            table.append(cells)
+            rows.append(row(f"{corpus}/{case}/chance", [one["chance"] for one in found], ""))
+            finals = [load_run(runs[corpus, case, seed]).summary for seed in range(args.seeds)]
+            rows.append(row(f"{corpus}/{case}/flops", [float(final["flops"]) for final in finals], "FLOPs"))
+            ranks = [r for s in finals for v in s["final"].values() if (r := v.get("effective_rank")) is not None]
+            if ranks:
+                rows.append(row(f"{corpus}/{case}/effective_rank_valid", ranks, "", statistics.fmean(ranks)))
+    print(text_table(["corpus", "case", *FIELDS], table))
+    if args.json:
+        first = load_run(next(iter(runs.values())))
+        settings = {"steps": args.steps, "size": SIZE, "overrides": args.overrides}
+        settings["cases"] = {case: CASES[case] for case in args.cases}
+        write(args.json, {**first.summary["environment"], "settings": settings}, rows)
+
+
+if __name__ == "__main__":
+    main()
