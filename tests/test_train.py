@@ -13,6 +13,7 @@ from jepa_scale import cli, train
 from jepa_scale.checkpoint import complete
 from jepa_scale.data.reversal import generate
 from jepa_scale.data.reversal_files import write
+from tests.data.corpus import write_text
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -310,3 +311,24 @@ def test_bf16_on_a_gpu(config, tmp_path, engine, objective):
     reference = json.loads((tmp_path / "runs/cpu/summary.json").read_text())
     got, expected = (s["final"]["fit"]["loss"] for s in (summary, reference))
     assert abs(got - expected) < 0.1 * abs(expected)
+
+
+def test_a_batch_too_small_for_the_objective_is_refused_by_name(tmp_path, capfd):
+    write_text(tmp_path / "text", [40], valid=2)
+    values = {
+        "run": {"name": "run", "dir": str(tmp_path)},
+        "model": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+        "data": {"source": "text", "path": str(tmp_path / "text"), "max_length": 24},
+        "objective": {"name": "span", "predictor_layers": 1},
+        "train": {"steps": 1, "batch_size": 8},
+        "log": {"progress": False, "report": False},
+    }
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(values))
+    assert train.main(["--config", str(config)]) == 2
+    assert "train.batch_size: about 8 samples in a step; objective 'span'" in capfd.readouterr().err
+    assert (
+        train.main(["--config", str(config), "train.batch_size=0", "train.batch_tokens=400", "train.micro_tokens=400"])
+        == 2
+    )
+    assert "train.batch_tokens: about" in capfd.readouterr().err
