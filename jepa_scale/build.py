@@ -216,6 +216,7 @@ def build(plan: Plan, ranks: Ranks, steps: int = 0) -> Run:
             accumulation=stream.accumulation,
             deepspeed=Path(config.engine.deepspeed),
             clip_groups=objective.clip_groups(module),
+            bounds=objective.bounds,
         ),
         ranks=ranks,
     )

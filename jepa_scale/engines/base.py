@@ -29,6 +29,9 @@ class EngineOptions:
     clip_groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Groups of parameters whose norms are clipped separately: each trainable parameter's name (the first one, of a tied
     one) in exactly one of them. Empty: all together."""
+    bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Name of a parameter → least and greatest value of its elements: after each update they are put back between these. Its
+    gradient is what it is, and goes on at a bound."""
 
 
 class ShardedCopy(ABC):

@@ -169,8 +169,12 @@ class DeepSpeedEngine(Engine):
         if isinstance(self.optimizer, MatrixOptimizer):
             self.optimizer.bind(self._view.parts_of(self.optimizer.matrices), replicated=self.stage == 0)
         self._ranges = self._clip_ranges()
+        parameters = dict(module.named_parameters())
+        pieces = [(limits, self._view.pieces[parameters[name]]) for name, limits in options.bounds.items()]
+        self._bounded = [(limits, piece) for limits, piece in pieces if piece]
         # Where DeepSpeed has the fp32 gradient of what it steps next, the same in all stages.
         self.optimizer.register_step_pre_hook(self._clip)
+        self.optimizer.register_step_post_hook(self._keep_in_bounds)  # before it copies them to where they are used
 
     def _filled(self, user: dict[str, Any]) -> dict[str, Any]:
         config = dict(user)
@@ -242,6 +246,12 @@ class DeepSpeedEngine(Engine):
             for group, begin, end in self._ranges.get(stepped, [])
         )
         self._clipping.scale(self._clipping.sort(parts))
+
+    @torch.no_grad()
+    def _keep_in_bounds(self, *_: Any) -> None:
+        """See :attr:`jepa_scale.engines.base.EngineOptions.bounds`; of this rank's part of the masters."""
+        for (low, high), piece in self._bounded:
+            piece.stepped.detach().view(-1)[piece.at : piece.at + piece.length].clamp_(low, high)
 
     def _param_groups(self) -> list[dict[str, Any]]:
         return self.ds.optimizer.param_groups

@@ -101,6 +101,8 @@ class FSDPEngine(Engine):
         self._clipping.scale(shards)
         skip_if_not_finite(self.optimizer, norm)
         self.optimizer.step()
+        for name, (low, high) in self.options.bounds.items():
+            cast(DTensor, self._trainable[name]).to_local().clamp_(low, high)
         self.optimizer.zero_grad()
         return norm
 

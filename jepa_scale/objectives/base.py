@@ -101,6 +101,20 @@ class Objective(nn.Module):
         """Name of a group → its parameters' names in the model, when gradients are clipped by group; {} = all together."""
         return {}
 
+    @property
+    def bounds(self) -> dict[str, tuple[float, float]]:
+        """Name in :class:`JepaModel` of a parameter → least and greatest value of its elements; see
+        :attr:`jepa_scale.engines.base.EngineOptions.bounds`."""
+        return {}
+
+    def stepped(self, grad_norm: Tensor) -> None:
+        """An optimizer step is done, and the teacher has not followed yet: where buffers take in what the step has seen, which
+        must be the same on every rank. Collective.
+
+        Args:
+            grad_norm: 0-d, not finite if nothing was updated; the device knows, the host is not to ask it.
+        """
+
     def view_maker(self) -> ViewMaker:
         """Example → views; returned as an object of its own because loader workers get a copy of it."""
         raise NotImplementedError

@@ -143,6 +143,7 @@ def make_engine(
     tied: bool = False,
     optim: OptimConfig | None = None,
     clip_groups: Mapping[str, Sequence[str]] | None = None,
+    bounds: Mapping[str, tuple[float, float]] | None = None,
 ) -> Engine:
     optim = optim or OPTIM
     toy = make_toy(tied)
@@ -155,7 +156,7 @@ def make_engine(
             shard=list(toy.layers),
             groups=parameter_groups(toy, optim, HEADS),
             optim_options=optim,
-            engine_options=EngineOptions(precision, clip, accumulation, config, clip_groups or {}),
+            engine_options=EngineOptions(precision, clip, accumulation, config, clip_groups or {}, bounds or {}),
             ranks=ranks,
         )
 
