@@ -83,7 +83,7 @@ def fit(
             meter.add(loss, batch)
         watchdog.enter(done, "update")
         grad_norm = engine.step()
-        objective.stepped(grad_norm)
+        objective.stepped(step, grad_norm)
         if teacher:
             teacher.update(step)
         meter.step_done(done, grad_norm)

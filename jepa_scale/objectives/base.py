@@ -107,11 +107,12 @@ class Objective(nn.Module):
         :attr:`jepa_scale.engines.base.EngineOptions.bounds`."""
         return {}
 
-    def stepped(self, grad_norm: Tensor) -> None:
+    def stepped(self, step: int, grad_norm: Tensor) -> None:
         """An optimizer step is done, and the teacher has not followed yet: where buffers take in what the step has seen, which
         must be the same on every rank. Collective.
 
         Args:
+            step: its number, from 0.
             grad_norm: 0-d, not finite if nothing was updated; the device knows, the host is not to ask it.
         """
 
