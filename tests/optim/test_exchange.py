@@ -21,6 +21,7 @@ def make(sizes) -> dict[str, Matrix]:
 
 
 @given(SIZES, st.integers(1, 5), st.data())
+@settings(deadline=None)
 def test_owners_are_balanced(sizes, ranks, data):
     matrices = make(sizes)
     held = {
@@ -97,7 +98,7 @@ def fill(route, values):
 
 
 @given(layouts(), st.booleans(), st.data())
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 def test_every_element_goes_to_the_owner_and_back(layout, replicated, data):
     matrices, tables = layout
     if replicated:
