@@ -169,10 +169,11 @@ def test_nothing_as_large_as_the_stream_squared_is_made(window):
 
 
 def test_gradients_reach_queries_and_keys_of_single_tokens():
-    """They are zero, but not missing: a rank that has only the filler token must still send gradients."""
+    """They are zero but for rounding, which some processors have, and not missing: a rank that has only the filler token
+    must still send gradients."""
     q, k, v = (torch.randn(1, 2, 8, requires_grad=True) for _ in range(3))
     attention(q, k, v, table([1])).sum().backward()
-    assert q.grad.abs().max() == 0 and k.grad.abs().max() == 0 and v.grad.abs().min() > 0
+    assert q.grad.abs().max() < 1e-6 and k.grad.abs().max() < 1e-6 and v.grad.abs().min() > 0
 
 
 def test_a_mask_made_in_inference_mode_serves_training():
