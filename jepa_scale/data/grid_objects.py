@@ -166,7 +166,8 @@ def _components(place: np.ndarray, right: np.ndarray, below: np.ndarray, under: 
 
 
 def near(boxes: np.ndarray, others: np.ndarray, reach: int = 1) -> np.ndarray:
-    """(n, 4), (m, 4) boxes → (n, m) bool, whether two boxes overlap once the first has grown by ``reach`` cells on every side:
-    with 1, boxes that overlap or touch, by a side or by a corner."""
-    grown = boxes[:, None] + np.array([-reach, -reach, reach, reach])
-    return ((grown[..., :2] <= others[None, :, 2:]) & (others[None, :, :2] <= grown[..., 2:])).all(axis=-1)
+    """(…, n, 4), (…, m, 4) boxes → (…, n, m) bool, whether two boxes overlap once the first has grown by ``reach`` cells on every
+    side: with 1, boxes that overlap or touch, by a side or by a corner."""
+    one, other = boxes[..., :, None, :], others[..., None, :, :]
+    meets = (one[..., :2] - reach <= other[..., 2:]) & (other[..., :2] <= one[..., 2:] + reach)
+    return meets[..., 0] & meets[..., 1]

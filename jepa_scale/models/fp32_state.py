@@ -1,4 +1,4 @@
-"""State of a module that stays in fp32, whatever the module computes in."""
+"""State of a module that training writes to: it stays in fp32, and a teacher's copy has an average of it."""
 
 from __future__ import annotations
 
@@ -24,6 +24,41 @@ class Fp32State(nn.Module):
             if after is not None and after.dtype != buffer.dtype and buffer.dtype.is_floating_point:
                 self._buffers[name] = buffer.to(after.device)
         return result
+
+
+class AveragedState(Fp32State):
+    """State that describes what the module's weights give, such as codes and moments. A teacher's weights are averages, so
+    its copy of the module reads averages of the state, which the student keeps beside it with the teacher's momentum: a
+    teacher copies a student's buffers as they are.
+
+    Attributes:
+        of_teacher: whether this is a teacher's copy; set on the copy.
+    """
+
+    of_teacher = False
+
+    def register_averaged(self, name: str, value: Tensor) -> None:
+        """A buffer ``name``, and ``average_<name>``."""
+        self.register_buffer(name, value)
+        self.register_buffer(f"average_{name}", value.clone())
+
+    def read(self, name: str) -> Tensor:
+        """The state, or in a teacher's copy its average."""
+        value = getattr(self, f"average_{name}" if self.of_teacher else name)
+        assert isinstance(value, Tensor)
+        return value
+
+    @torch.no_grad()
+    def write(self, name: str, value: Tensor, momentum: float, fresh: Tensor, when: Tensor) -> None:
+        """Write the state, and let its average follow: m · average + (1 − m) · value.
+
+        Args:
+            fresh: bool, broadcast to the value: where it has no past, and the average becomes the value itself.
+            when: 0-d bool; nothing is written where it is false.
+        """
+        average = getattr(self, f"average_{name}")
+        overwrite(average, torch.where(fresh, value, torch.lerp(average, value, 1.0 - momentum)), when)
+        overwrite(getattr(self, name), value, when)
 
 
 @torch.no_grad()

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from jepa_scale.distributed import all_gather_rows, all_reduce_sum
 from jepa_scale.losses.quantizer import assigned, follow, nearest, perplexity, refresh, straight_through
-from jepa_scale.models.fp32_state import Fp32State, overwrite
+from jepa_scale.models.fp32_state import AveragedState, overwrite
 
 NEVER = -(2**62)
+SETTLING = 2
+"""Steps at the start in which all codes move to rows of the batch: what the encoder gives has its final scale then."""
 
 
 class Quantized(NamedTuple):
@@ -23,7 +25,7 @@ class Quantized(NamedTuple):
     codes: Tensor
 
 
-class Quantizer(Fp32State):
+class Quantizer(AveragedState):
     """K codes of width d, learned by moving averages over the global batch, once an optimizer step.
 
     :meth:`forward` reads the codes; :meth:`observe` notes what was assigned in a micro-batch; :meth:`update` moves the codes.
@@ -33,13 +35,15 @@ class Quantizer(Fp32State):
     Args:
         codes: K. dim: d.
         decay: γ of :func:`jepa_scale.losses.quantizer.follow`.
-        refresh_every: optimizer steps between looks for dead codes; the first step is one, where the codes get their first
-            places from the batch. 0 = only that one.
+        refresh_every: optimizer steps between looks for dead codes. Before the first of them there are looks at 2, 4, 8 … steps:
+            what the encoder gives changes fast then. In the first two steps all codes get a place from the batch. 0 = only
+            these.
         threshold: a code is dead with less than this times 1/K of what is assigned.
         window: updates that :meth:`usage` looks back on.
     """
 
     codebook: Tensor
+    average_codebook: Tensor
     sizes: Tensor
     last_used: Tensor
     updates: Tensor
@@ -47,7 +51,7 @@ class Quantizer(Fp32State):
     def __init__(self, codes: int, dim: int, decay: float, refresh_every: int, threshold: float, window: int) -> None:
         super().__init__()
         self.decay, self.refresh_every, self.threshold, self.window = decay, refresh_every, threshold, window
-        self.register_buffer("codebook", torch.randn(codes, dim))
+        self.register_averaged("codebook", torch.randn(codes, dim))
         self.register_buffer("sizes", torch.zeros(codes))
         self.register_buffer("last_used", torch.full((codes,), NEVER, dtype=torch.int64))
         self.register_buffer("updates", torch.zeros(1, dtype=torch.int64))
@@ -56,14 +60,14 @@ class Quantizer(Fp32State):
 
     def forward(self, rows: Tensor) -> Quantized:
         """(n, d) → the codes nearest to them."""
-        codes = nearest(rows, self.codebook)
-        # a copy: the straight-through sum must not see the codes move before the backward
-        table = self.codebook[codes]
+        codebook = self.read("codebook")
+        codes = nearest(rows, codebook)
+        table = codebook[codes]
         return Quantized(straight_through(rows, table), table, codes)
 
     def refreshes(self, step: int) -> bool:
         """Whether codes may be given other places at the end of this optimizer step."""
-        return step == 0 or (self.refresh_every > 0 and step % self.refresh_every == 0)
+        return refreshes(step, self.refresh_every)
 
     @torch.no_grad()
     def observe(self, rows: Tensor, codes: Tensor, lots: Tensor, step: int) -> None:
@@ -75,17 +79,19 @@ class Quantizer(Fp32State):
             self._drawn.append(_greatest(rows, lots, len(self.codebook)))
 
     @torch.no_grad()
-    def update(self, good: Tensor) -> None:
+    def update(self, good: Tensor, momentum: float) -> None:
         """Move the codes by what was noted on all ranks since the last call. Collective; the same result on every rank, however
         the batch was dealt out.
 
         Args:
             good: 0-d bool, whether the optimizer has updated anything; if not, nothing changes here, too.
+            momentum: of the teacher, for the average of the codes. Where a code has moved to another place, so has its average.
         """
         counts, sums = (torch.stack(parts).sum(dim=0) for parts in zip(*self._noted, strict=True))
         total = all_reduce_sum(torch.cat([counts[:, None], sums], dim=1))
         counts, sums = total[:, 0], total[:, 1:]
-        first = self.updates[0] == 0
+        first = self.updates[0] < SETTLING
+        moved = torch.zeros_like(counts, dtype=torch.bool)
         codebook, sizes = follow(self.codebook, self.sizes, counts, sums, self.decay)
         if self._drawn:
             rows, lots = (torch.cat(parts) for parts in zip(*self._drawn, strict=True))
@@ -94,9 +100,9 @@ class Quantizer(Fp32State):
             # what the first batch was assigned to are random places: all of them move
             sizes = torch.where(first, torch.zeros_like(sizes), sizes)
             codebook = torch.where(first, self.codebook, codebook)
-            codebook, sizes, _ = refresh(codebook, sizes, rows, lots >= 0, self.threshold)
+            codebook, sizes, moved = refresh(codebook, sizes, rows, lots >= 0, self.threshold)
         self._noted, self._drawn = [], []
-        overwrite(self.codebook, codebook, good)
+        self.write("codebook", codebook, momentum, moved[:, None], good)
         overwrite(self.sizes, sizes, good)
         overwrite(self.last_used, torch.where(counts > 0, self.updates, self.last_used), good)
         overwrite(self.updates, self.updates + 1, good)
@@ -110,6 +116,11 @@ class Quantizer(Fp32State):
     def perplexity(self) -> Tensor:
         """0-d fp32, codes in use by their moving shares; see :func:`jepa_scale.losses.quantizer.perplexity`."""
         return perplexity(self.sizes)
+
+
+def refreshes(step: int, every: int) -> bool:
+    """See :meth:`Quantizer.refreshes`."""
+    return step < SETTLING or (every > 0 and (step % every == 0 or (step < every and step & (step - 1) == 0)))
 
 
 def _greatest(rows: Tensor, lots: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -16,21 +16,22 @@ class TemporalAttention(nn.Module):
         super().__init__()
         self.score = nn.Linear(length, length)
 
-    def forward(self, states: Tensor, present: Tensor) -> Tensor:
-        """(n, L, d) states, (n, L) bool, which of them there are, at least one → (n, d)."""
+    def forward(self, states: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, L, d) states, (n, L) bool, which of them there are, at least one → (n, d), and (n, L) fp32, the weight of each place
+        on average over the channels, without gradient."""
         present = present[:, None]
         channels = states.transpose(1, 2).masked_fill(~present, 0.0)  # (n, d, L)
         weights = self.score(channels).float().masked_fill(~present, float("-inf")).softmax(dim=-1)
-        return (channels * weights.to(channels.dtype)).sum(dim=-1)
+        return (channels * weights.to(channels.dtype)).sum(dim=-1), weights.detach().mean(dim=1)
 
 
 class TemporalMean(nn.Module):
     """The mean of the places that there are; for comparison."""
 
-    def forward(self, states: Tensor, present: Tensor) -> Tensor:
+    def forward(self, states: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
         """As :class:`TemporalAttention`."""
-        weights = present.to(states.dtype) / present.sum(dim=1, keepdim=True)
-        return (states * weights[..., None]).sum(dim=1)
+        weights = present.float() / present.sum(dim=1, keepdim=True)
+        return (states * weights.to(states.dtype)[..., None]).sum(dim=1), weights
 
 
 def temporal(kind: str, length: int) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Codebook and queue on real gloo ranks: the same state on every rank, and however the global batch was dealt out."""
+"""Codebook, moments and queue on real gloo ranks: the same state on every rank, and however the global batch was dealt out."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from jepa_scale.distributed import Ranks
 from jepa_scale.models.quantizer import Quantizer
+from jepa_scale.models.standardize import Standardize
 from jepa_scale.models.target_queue import TargetQueue
 from tests.distributed.launch import run_ranks
 
@@ -18,7 +19,7 @@ SLICES, ROWS, STEPS = 4, 6, 9
 
 def run(ranks: Ranks, accumulation: int) -> dict[str, Any]:
     torch.manual_seed(0)
-    book, queue = Quantizer(5, 3, 0.9, 3, 0.5, 4), TargetQueue(30, 3)
+    book, queue, moments = Quantizer(5, 3, 0.9, 3, 0.5, 4), TargetQueue(30, 3), Standardize(3)
     torch.manual_seed(100 + ranks.rank)  # a rank's own random numbers must not matter
     history = []
     for step in range(STEPS):
@@ -29,13 +30,16 @@ def run(ranks: Ranks, accumulation: int) -> dict[str, Any]:
         for micro in range(accumulation):
             part = micro * ranks.world_size + ranks.rank
             here = ROWS - part % 2  # not all of one size
-            mine = rows[part, :here]
+            mine = moments(2 * rows[part, :here] + 1)
+            moments.observe(mine)
             book.observe(mine, book(mine).codes, lots[part, :here], step)
             queue.note(mine, keys[part, :here], ROWS)
         good = torch.tensor(step != 5)
-        book.update(good)
+        moments.update(good, 0.7)
+        book.update(good, 0.7)
         queue.update(good)
         state = {**book.state_dict(), **{f"queue_{n}": v for n, v in queue.state_dict().items()}, "usage": book.usage()}
+        state |= {f"moments_{n}": v for n, v in moments.state_dict().items()}
         history.append({name: value.clone() for name, value in state.items()})
     return {"history": history}
 

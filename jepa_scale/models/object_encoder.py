@@ -1,0 +1,69 @@
+"""From what is known of objects to their representations: a network over features, whose layers of attention let adjacent
+objects see each other, or a read-out of a decoder's states (seed 002, G3)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class AdjacentLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); an object sees those of its grid that are adjacent, and itself."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm, self.mlp_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: Tensor, place: Tensor, seen: Tensor) -> Tensor:
+        """(n, d) objects, (n,) their places among G · S, (G, S, S) bool, who sees whom → (n, d)."""
+        grids, slots, dim = seen.shape[0], seen.shape[1], x.shape[1]
+        qkv = self.qkv(self.attention_norm(x))
+        laid = qkv.new_zeros(grids * slots, 3 * dim).index_copy(0, place, qkv)
+        q, k, v = laid.view(grids, slots, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)  # (G, H, S, d / H)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None])
+        x = x + self.out(mixed.transpose(1, 2).reshape(grids * slots, dim)[place])
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class ObjectEncoder(nn.Module):
+    """Linear → GELU → Linear on each object's features, layers of attention between adjacent objects, LayerNorm.
+
+    Args:
+        features: of an object. dim: d. layers, heads: of the attention.
+    """
+
+    def __init__(self, features: int, dim: int, layers: int, heads: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(features, dim), nn.Linear(dim, dim)
+        self.layers = nn.ModuleList(AdjacentLayer(dim, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, features: Tensor, place: Tensor, adjacent: Tensor) -> Tensor:
+        """(n, f) features, (n,) int64 grid · S + slot of each object, (G, S, S) bool, which slots of a grid are adjacent
+        → (n, d)."""
+        x = self.down(F.gelu(self.up(features.to(self.up.weight.dtype))))
+        if len(self.layers):
+            # every slot sees itself: an object that has no neighbour, and a slot without object, whose row would be NaN
+            seen = adjacent | torch.eye(adjacent.shape[1], dtype=torch.bool, device=adjacent.device)
+            for layer in self.layers:
+                x = layer(x, place, seen)
+        return self.norm(x)
+
+
+class CellReadout(nn.Module):
+    """An object is the mean of the decoder's states at its cells, through a linear layer and LayerNorm."""
+
+    def __init__(self, hidden: int, dim: int) -> None:
+        super().__init__()
+        self.project, self.norm = nn.Linear(hidden, dim), nn.LayerNorm(dim)
+
+    def forward(self, states: Tensor, cells: Tensor, sizes: Tensor) -> Tensor:
+        """(T, h) states, (c,) places of the cells, object after object, (n,) cells of each, ≥ 1 → (n, d)."""
+        owner = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes, output_size=len(cells))
+        sums = states.new_zeros(len(sizes), states.shape[1], dtype=torch.float32)
+        means = sums.index_add(0, owner, states[cells].float()) / sizes[:, None]
+        return self.norm(self.project(means.to(states.dtype)))
