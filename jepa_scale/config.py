@@ -54,7 +54,8 @@ class GroupOverride(Section):
         None, ge=0, description="Their weight decay, whatever their shape; null = as without."
     )
     method: Literal["adamw", "muon"] | None = Field(
-        None, description="What steps them; muon = their matrices, the others by AdamW; null = as without."
+        None,
+        description="What steps them; muon = linear layers' weights, or the matrix named in full; null = as without.",
     )
 
 
@@ -102,6 +103,27 @@ class OptimConfig(Section):
         return self
 
 
+class EarlyStopping(Section):
+    """End the run when an evaluation's metric gets no better. Better is what the metric's kind says: a loss is to fall."""
+
+    metric: str = Field(description="As split/metric, e.g. valid/ppl.", pattern=r"^[^/]+/[^/]+$")
+    patience: int = Field(10, ge=1, description="Evaluations in a row without an improvement after which the run ends.")
+    min_delta: float = Field(0.0, ge=0, description="What counts as an improvement is more than this.")
+
+
+class AbortRule(Section):
+    """End the run, with an error, when a metric is not as it should be. NaN and infinity never are."""
+
+    metric: str = Field(
+        description="As split/metric; the split fit is the training itself, looked at in its logged rows.",
+        pattern=r"^[^/]+/[^/]+$",
+    )
+    below: float | None = Field(None, description="The least value that it may have; null = any.")
+    above: float | None = Field(None, description="The greatest value that it may have; null = any.")
+    after_steps: int = Field(0, ge=0, description="Optimizer steps up to which nothing is said.")
+    after_epochs: float = Field(0, ge=0, description="Passes over the data before which nothing is said.")
+
+
 class TrainConfig(Section):
     steps: int = Field(0, ge=0, description="Optimizer steps; 0 = as many as epochs take, or 1000.")
     epochs: int = Field(
@@ -136,6 +158,13 @@ class TrainConfig(Section):
         30.0, ge=0, description="Without progress for so long a rank is taken to hang, and the run ends; 0 = never."
     )
 
+    early_stopping: EarlyStopping | None = Field(
+        None, description="When the run has learned enough; null = at its last step."
+    )
+    abort: list[AbortRule] = Field(
+        default_factory=list, description="What must not happen; the run ends with an error."
+    )
+
     @model_validator(mode="after")
     def _complete(self) -> TrainConfig:
         if (self.flops or self.same_flops_as) and (self.steps or self.epochs):
@@ -147,6 +176,8 @@ class TrainConfig(Section):
             self.flops = _flops_of(self.same_flops_as, self.flops)
         if not self.steps and not self.epochs and not self.flops:
             self.steps = 1000
+        if self.early_stopping and not self.eval_every:
+            raise ValueError("early_stopping: needs evaluations to look at; set eval_every")
         if self.batch_size and self.batch_tokens:
             raise ValueError("give one of batch_size (samples) and batch_tokens, and leave the other one 0")
         if not self.batch_size and not self.batch_tokens:
