@@ -8,11 +8,13 @@ python jepa_scale/train.py --config …
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import time
 import traceback
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":  # run as a file: this folder is first on sys.path and would shadow packages of the same name
@@ -25,6 +27,7 @@ from jepa_scale import checkpoint, distributed
 from jepa_scale.build import Run, build, validate
 from jepa_scale.checkpoint import Saver
 from jepa_scale.config import Config, load_config, to_yaml
+from jepa_scale.criteria import Aborted, Criteria
 from jepa_scale.distributed import Ranks
 from jepa_scale.errors import DataError, InputError
 from jepa_scale.evaluate.chat import generations_file
@@ -37,14 +40,21 @@ from jepa_scale.packing import PackedBatch, add_counts
 from jepa_scale.preemption import Stopped, StopRequest
 from jepa_scale.report import write_report
 from jepa_scale.say import say
-from jepa_scale.telemetry import RunLog, describe, package_versions, prepare_run_dir, quiet_libraries
+from jepa_scale.telemetry import FIT, RunLog, describe, package_versions, prepare_run_dir, quiet_libraries
 from jepa_scale.watchdog import Watchdog
 
 
 def fit(
-    run: Run, log: RunLog, ranks: Ranks, start: int, saver: Saver, watchdog: Watchdog, stop: StopRequest
+    run: Run,
+    log: RunLog,
+    ranks: Ranks,
+    start: int,
+    saver: Saver,
+    watchdog: Watchdog,
+    stop: StopRequest,
+    criteria: Criteria,
 ) -> tuple[int, bool]:
-    """Train from optimizer step ``start`` to the end, or until all ranks have agreed to stop.
+    """Train from optimizer step ``start`` to the end, or until a criterion ends it or all ranks have agreed to stop.
 
     A run that is stopped when an evaluation is due has saved that step, and goes on with that evaluation.
 
@@ -57,9 +67,13 @@ def fit(
     engine.train()
 
     done, stopping = start, False
-    missing = start > 0 and due(start, config.train.eval_every, steps) and not log.has_evaluated(start)
-    if missing and evaluate(run, log, start, watchdog, stop) is None:
-        return start, True
+    if start > 0 and due(start, config.train.eval_every, steps) and not log.has_evaluated(start):
+        missing = evaluate(run, log, start, watchdog, stop)
+        if missing is None:
+            return start, True
+        criteria.look(start, missing, partial(epochs_done, run, start))
+    if criteria.ended:
+        return start, False
     watchdog.enter(start + 1, "data")
     for step, batches in enumerate(meter.waiting(run.batches(start, steps)), start):
         done = step + 1
@@ -89,6 +103,7 @@ def fit(
         meter.step_done(done, grad_norm)
 
         log.tick(done)
+        logged: Results = {}
         evaluates = due(done, config.train.eval_every, steps) and not stopping
         permanent = due(done, every.every, steps) or stopping
         saves = permanent or due(done, every.ephemeral_every)
@@ -97,18 +112,22 @@ def fit(
             values, tokens = meter.read()
             values |= guard.check(values, seen, meter.bad_steps, tells=ranks.is_main)
             norms = {f"grad_norm_{group}": float(norm) for group, norm in engine.group_norms.items()}
-            log.fit(done, {**values, "grad_norm": float(grad_norm), **norms, "lr": engine.lr()}, tokens, meter.flops)
+            values |= {"grad_norm": float(grad_norm), **norms, "lr": engine.lr()}
+            log.fit(done, values, tokens, meter.flops)
+            logged = {FIT: values}
         results: Results | None = {}
         if evaluates:
             results = evaluate(run, log, done, watchdog, stop)
             stopping = results is None
-            saves, permanent = saves or stopping, permanent or stopping
+            logged |= results or {}
+        ends = criteria.look(done, logged, partial(epochs_done, run, done)) or stopping
+        saves, permanent = saves or ends, permanent or ends
         if saves:
             watchdog.enter(done, "save")
             with log.paused():
-                saver.save(run.parts, manifest_of(run, done, log, permanent, results or {}))
+                saver.save(run.parts, manifest_of(run, done, log, criteria, permanent, results or {}))
         saver.poll()
-        if stopping:
+        if ends:
             break
         watchdog.enter(done + 1, "data")
     return done, stopping
@@ -132,7 +151,15 @@ def evaluate(run: Run, log: RunLog, done: int, watchdog: Watchdog, stop: StopReq
     return results
 
 
-def manifest_of(run: Run, done: int, log: RunLog, permanent: bool, results: Results) -> checkpoint.Manifest:
+def epochs_done(run: Run, done: int) -> float:
+    """Whole passes over the data before step ``done``. Collective: a step may begin in one epoch and end in the next."""
+    epochs, _ = run.stream.micro_batch(done, 0)
+    return distributed.broadcast_object(float(epochs[0]) if len(epochs) else math.inf)
+
+
+def manifest_of(
+    run: Run, done: int, log: RunLog, criteria: Criteria, permanent: bool, results: Results
+) -> checkpoint.Manifest:
     """What a checkpoint after ``done`` steps says of the run."""
     return checkpoint.Manifest(
         step=done,
@@ -142,7 +169,7 @@ def manifest_of(run: Run, done: int, log: RunLog, permanent: bool, results: Resu
         updates=run.engine.updates,
         permanent=permanent,
         metrics={f"{split}/{name}": value for split, metrics in results.items() for name, value in metrics.items()},
-        state={"data": run.stream.state(done), "steps": run.steps, **log.state()},
+        state={"data": run.stream.state(done), "steps": run.steps, "criteria": criteria.state(), **log.state()},
         config=run.config.model_dump(mode="json"),
         versions=package_versions(),
     )
@@ -172,10 +199,11 @@ def run_training(args: argparse.Namespace) -> None:
     found = checkpoint.find(run_dir, args.resume, config.checkpoint.verify) if args.resume else None
 
     run = build(plan, ranks, steps_of(found, config))
-    start, told = 0, None
+    start, told, criteria = 0, None, Criteria(config.train)
     if found:
         state = checkpoint.load(found, run.parts).state
         start = run.stream.resume(state["data"], accept_changes=config.data["accept_changes"])
+        criteria.resume(state.get("criteria"))
         told = {name: state.get(name, 0) for name in ("tokens", "seconds", "flops")}
 
     log = RunLog(
@@ -195,13 +223,21 @@ def run_training(args: argparse.Namespace) -> None:
     saver = Saver(run_dir / "checkpoints", policy_of(config), config.checkpoint.asynchronous, tell=told_of_save)
     with log, StopRequest(ranks.device) as stop, Watchdog(run_dir, ranks, 60 * config.train.hang_minutes) as watchdog:
         try:
-            done, stopped = fit(run, log, ranks, start, saver, watchdog, stop)
+            done, stopped = fit(run, log, ranks, start, saver, watchdog, stop, criteria)
         except BaseException:
             saver.abandon()
             raise
         saver.close()
-    if not ranks.is_main:
-        return
+    if ranks.is_main:
+        conclude(config, run_dir, done, stopped, stop, criteria)
+    if criteria.aborted:
+        raise Aborted(criteria.ended)
+
+
+def conclude(config: Config, run_dir: Path, done: int, stopped: bool, stop: StopRequest, criteria: Criteria) -> None:
+    """Tell how a run has ended, and write its report unless it is to go on."""
+    if criteria.ended and not criteria.aborted:
+        print(criteria.ended, flush=True)
     if stopped:
         print(
             f"stopped by {stop.name or 'a signal to another rank'} after step {done}; go on with --resume auto",
@@ -284,6 +320,10 @@ def guarded(command, args: argparse.Namespace) -> int:
         else:
             time.sleep(2)  # a launcher ends all ranks when the first one goes: let rank 0 speak
         return 2
+    except Aborted as aborted:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"jepa-scale: {aborted}", file=sys.stderr, flush=True)
+        return 1
     except Exception:
         traceback.print_exc()
         return 1
