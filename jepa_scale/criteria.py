@@ -12,7 +12,6 @@ from jepa_scale.config import AbortRule, EarlyStopping, TrainConfig
 from jepa_scale.errors import InputError
 from jepa_scale.telemetry import FIT, describe
 
-
 SOMETIMES = {"skipped_steps", "skipped_samples", "loss_spike"}
 """Metrics of training that are in a row only where there is something to tell."""
 
