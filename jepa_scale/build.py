@@ -39,6 +39,7 @@ OBJECTIVES = {
     "horizon": "jepa_scale.objectives.horizon:Horizon",
     "stp": "jepa_scale.objectives.stp:Stp",
     "span": "jepa_scale.objectives.span:Span",
+    "grid": "jepa_scale.objectives.grid:Grid",
 }
 
 
