@@ -70,9 +70,9 @@ class Grid(Objective):
         quantizer = None
         if o.vq_codes:
             quantizer = Quantizer(o.vq_codes, o.dim, o.vq_decay, o.vq_refresh_every, o.vq_threshold, o.vq_window)
-        projector = Mlp(o.dim, latent, o.projector_multiple)
+        projector = _head(o.dim, latent, o.projector_multiple)
         self.encoder = GridEncoder(objects, o.dim, quantizer, temporal(o.temporal, o.context_length), projector)
-        self.predictor = Mlp(latent, latent, o.predictor_multiple) if o.predictor_multiple else nn.Identity()
+        self.predictor = _head(latent, latent, o.predictor_multiple)
         self.temperature = Temperature(o.temperature, o.temperature_min, o.temperature_max)
         self.queue = TargetQueue(o.queue, latent) if o.queue else None
 
@@ -306,6 +306,10 @@ class Grid(Objective):
             "codes": context.codes,
             "temperature": self.temperature()[None],
         }
+
+
+def _head(size_in: int, size_out: int, multiple: int) -> nn.Module:
+    return Mlp(size_in, size_out, multiple) if multiple else nn.Linear(size_in, size_out)
 
 
 def _cells(states: Tensor, batch: PackedBatch, place: str, row: str) -> tuple[Tensor, Tensor, Tensor]:

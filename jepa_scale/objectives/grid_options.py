@@ -35,8 +35,14 @@ class GridOptions(Section):
         "attention", description="How the context's grids become one: learned weights of the places, or the mean."
     )
     latent_dim: int | None = Field(None, ge=2, description="Width of what is compared; null = dim.")
-    projector_multiple: int = Field(2, ge=1, description="Inner width of the projector, in latent widths.")
-    predictor_multiple: int = Field(2, ge=0, description="Inner width of the predictor, in latent widths; 0 = none.")
+    projector_multiple: int = Field(
+        0,
+        ge=0,
+        description="Inner width of the projector, in latent widths; 0 = a linear layer, which lets states be no flatter.",
+    )
+    predictor_multiple: int = Field(
+        2, ge=0, description="Inner width of the predictor, in latent widths; 0 = a linear layer."
+    )
 
     vq_codes: int = Field(
         256, ge=0, description="Codes that objects' representations are replaced by; 0 = they are not."
