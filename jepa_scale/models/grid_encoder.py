@@ -61,7 +61,7 @@ class GridEncoder(nn.Module):
         )
         sums = objects.new_zeros(counts.numel(), objects.shape[1], dtype=torch.float32)
         means = sums.index_add(0, owner, rows.float()) / counts.flatten().clamp(min=1)[:, None]
-        states, places = self.temporal(means.to(objects.dtype).view(*counts.shape, -1), present)
+        states, places = self.temporal(means.to(objects.dtype).view(*counts.shape, means.shape[1]), present)
         return EncodedGrids(objects, rows, table, codes, states, places, self.projector(states))
 
     @torch.no_grad()
