@@ -122,7 +122,14 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for all runs")
     args = parser.parse_intermixed_args()
 
-    fixed = ["--config", args.config, f"engine.threads={args.threads}", "data.workers=0", *args.overrides]
+    fixed = [
+        "--config",
+        args.config,
+        f"engine.threads={args.threads}",
+        "data.workers=0",
+        "train.abort=[]",
+        *args.overrides,
+    ]
     folder = args.dir.resolve()
     jobs = [(case, seed) for seed in range(args.seeds) for case in args.cases]
     runs = train_all(
