@@ -14,11 +14,14 @@ K = TypeVar("K")
 
 
 def train(target: Path, arguments: Sequence[str]) -> Path:
-    """The run directory ``target``, trained with these arguments of ``train.py`` unless it is there."""
-    if not (target / "checkpoints" / "latest").is_file():  # the last checkpoint comes after the last evaluation
+    """The run directory ``target``, trained with these arguments of ``train.py`` unless it is there; one that was stopped goes on."""
+    complete = target / "complete"
+    if not complete.is_file():
         named = [f"run.dir={target.parent}", f"run.name={target.name}", "log.progress=false", "log.report=false"]
+        resume = ["--resume", "auto"] if (target / "checkpoints" / "latest").is_file() else []
         print(target.name, flush=True)
-        subprocess.run([sys.executable, "jepa_scale/train.py", *arguments, *named], cwd=REPOSITORY, check=True)
+        subprocess.run([sys.executable, "jepa_scale/train.py", *arguments, *named, *resume], cwd=REPOSITORY, check=True)
+        complete.touch()
     return target
 
 
