@@ -32,6 +32,8 @@ import numpy as np
 GEOMETRY = 13
 COLOURS = 10
 FEATURES = GEOMETRY + COLOURS
+SPREAD = (0.01, *[0.1] * 4, *[0.05] * 2, 0.125, 0.3, 0.2, *[0.125] * 2, 0.2, *[0.3] * COLOURS)
+"""About the standard deviation of each feature, in generated grids and in ARC's."""
 SIDE = 30.0
 """Cells that are the unit of places and extents."""
 

@@ -3,6 +3,8 @@ objects see each other, or a read-out of a decoder's states (seed 002, G3)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,19 +35,23 @@ class ObjectEncoder(nn.Module):
     """Linear → GELU → Linear on each object's features, layers of attention between adjacent objects, LayerNorm.
 
     Args:
-        features: of an object. dim: d. layers, heads: of the attention.
+        spread: (f,) typical standard deviation of each feature; they are divided by it, so that each counts alike at the start.
+        dim: d. layers, heads: of the attention.
     """
 
-    def __init__(self, features: int, dim: int, layers: int, heads: int) -> None:
+    spread: Tensor
+
+    def __init__(self, spread: Sequence[float], dim: int, layers: int, heads: int) -> None:
         super().__init__()
-        self.up, self.down = nn.Linear(features, dim), nn.Linear(dim, dim)
+        self.register_buffer("spread", torch.tensor(spread), persistent=False)
+        self.up, self.down = nn.Linear(len(spread), dim), nn.Linear(dim, dim)
         self.layers = nn.ModuleList(AdjacentLayer(dim, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, features: Tensor, place: Tensor, adjacent: Tensor) -> Tensor:
         """(n, f) features, (n,) int64 grid · S + slot of each object, (G, S, S) bool, which slots of a grid are adjacent
         → (n, d)."""
-        x = self.down(F.gelu(self.up(features.to(self.up.weight.dtype))))
+        x = self.down(F.gelu(self.up((features / self.spread).to(self.up.weight.dtype))))
         if len(self.layers):
             # every slot sees itself: an object that has no neighbour, and a slot without object, whose row would be NaN
             seen = adjacent | torch.eye(adjacent.shape[1], dtype=torch.bool, device=adjacent.device)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa_scale.data.draw import ViewMaker
-from jepa_scale.data.grid_objects import FEATURES
+from jepa_scale.data.grid_objects import SPREAD
 from jepa_scale.distributed import world_size
 from jepa_scale.errors import InputError
 from jepa_scale.flops import Cost, DecoderFlops, linear_cost
@@ -64,7 +64,7 @@ class Grid(Objective):
         if o.encoder == "objects":
             # it is not run; without gradients it takes no optimizer state and does not decay
             backbone.requires_grad_(False)
-            objects: nn.Module = ObjectEncoder(FEATURES, o.dim, o.object_layers, o.object_heads)
+            objects: nn.Module = ObjectEncoder(SPREAD, o.dim, o.object_layers, o.object_heads)
         else:
             objects = CellReadout(backbone.hidden_size, o.dim)
         quantizer = None
@@ -308,7 +308,9 @@ class Grid(Objective):
         }
 
 
-def _head(size_in: int, size_out: int, multiple: int) -> nn.Module:
+def _head(size_in: int, size_out: int, multiple: int | None) -> nn.Module:
+    if multiple is None:
+        return nn.Identity()
     return Mlp(size_in, size_out, multiple) if multiple else nn.Linear(size_in, size_out)
 
 

@@ -35,10 +35,10 @@ class GridOptions(Section):
         "attention", description="How the context's grids become one: learned weights of the places, or the mean."
     )
     latent_dim: int | None = Field(None, ge=2, description="Width of what is compared; null = dim.")
-    projector_multiple: int = Field(
-        0,
+    projector_multiple: int | None = Field(
+        None,
         ge=0,
-        description="Inner width of the projector, in latent widths; 0 = a linear layer, which lets states be no flatter.",
+        description="Inner width of the projector, in latent widths; 0 = a linear layer; null = none: states are compared.",
     )
     predictor_multiple: int = Field(
         2, ge=0, description="Inner width of the predictor, in latent widths; 0 = a linear layer."
@@ -107,6 +107,11 @@ class GridOptions(Section):
         if self.encoder == "objects" and self.lm_weight:
             raise ValueError(
                 "lm_weight: the decoder sees no grid with encoder: objects; set it to decoder, or remove the key"
+            )
+        if self.projector_multiple is None and self.latent_dim not in (None, self.dim):
+            raise ValueError(
+                f"latent_dim: {self.latent_dim} is not dim, {self.dim}, and without a projector nothing changes the width; "
+                "remove the key, or set projector_multiple"
             )
         if len(set(self.augment)) < len(self.augment):
             raise ValueError("augment: names a change twice")

@@ -3,9 +3,12 @@ import torch
 from jepa_scale.models.object_encoder import CellReadout, ObjectEncoder
 
 
+SPREAD = (0.5, 1.0, 2.0, 1.0, 0.25, 1.0, 4.0)
+
+
 def encoder(layers: int = 2) -> ObjectEncoder:
     torch.manual_seed(0)
-    return ObjectEncoder(7, 8, layers, heads=2)
+    return ObjectEncoder(SPREAD, 8, layers, heads=2)
 
 
 def adjacent(grids: int, slots: int, *pairs: tuple[int, int, int]) -> torch.Tensor:
@@ -45,7 +48,7 @@ def test_grids_and_empty_slots_are_apart():
 def test_without_neighbours_attention_is_of_the_object_to_itself():
     module, features = encoder(1), torch.randn(3, 7)
     layer = module.layers[0]
-    x = module.down(torch.nn.functional.gelu(module.up(features)))
+    x = module.down(torch.nn.functional.gelu(module.up(features / torch.tensor(SPREAD))))
     value = layer.qkv(layer.attention_norm(x))[:, 16:]
     x = x + layer.out(value)
     x = x + layer.mlp(layer.mlp_norm(x))

@@ -20,7 +20,7 @@ CASES = {
     "objects": {},
     "objects, raw relations, mean": dict(relational="raw", temporal="mean", projector_multiple=2, latent_dim=6),
     "objects without codes, queue, layers": dict(vq_codes=0, queue=0, object_layers=0),
-    "decoder": dict(encoder="decoder", context_length=2),
+    "decoder": dict(encoder="decoder", context_length=2, projector_multiple=0),
 }
 
 
@@ -73,7 +73,7 @@ def test_the_order_of_the_context_counts_for_attention_and_not_for_the_mean():
     samples = [s for s in sequences(8) if len(s.context) == 3]
     backwards = [GridSequence(s.context[::-1], s.target) for s in samples]
     for kind, changes in (("attention", True), ("mean", False)):
-        objective = make(model, temporal=kind)
+        objective = make(model, temporal=kind, vq_codes=0)  # two grids may have the same codes
         states = []
         for some in (samples, backwards):
             (batch,) = micro_batches(objective, some, [len(some)])
@@ -231,6 +231,7 @@ def test_diagnostics_of_a_split():
         ({"temperature": 0.3}, "objective.temperature: 0.3 is not between"),
         ({"dim": 10, "object_heads": 4}, "objective.object_heads: 4 heads do not divide dim 10"),
         ({"lm_weight": 1.0}, "objective.lm_weight: the decoder sees no grid"),
+        ({"dim": 8, "latent_dim": 6}, "objective.latent_dim: 6 is not dim, 8, and without a projector"),
         ({"augment": ["colour", "colour"]}, "objective.augment: names a change twice"),
         ({"augment": ["color"]}, "objective.augment.0"),
         ({"vq_codez": 1}, "objective.vq_codez: unknown key; did you mean 'vq_codes'?"),
