@@ -119,6 +119,23 @@ def global_moments(a: Tensor, b: Tensor, total: Tensor, *more: Tensor) -> Moment
     return Moments(mean_a, mean_b, squares_a, squares_b, products, others)
 
 
+def standardized(rows: Tensor, total: Tensor, eps: float = 1e-3) -> Tensor:
+    """Rows with mean 0 and variance 1 over the global batch, in fp32. Collective.
+
+    Args:
+        rows: (m, …) of this rank and all its micro-batches in the step; each of the other dimensions' places has moments of
+            its own. total: 0-d, rows in the global batch. eps: added to the standard deviation.
+
+    Returns:
+        The same shape. The moments get no gradient, so a loss of the result has no pull on the rows' mean or scale as such.
+    """
+    rows, n = rows.float(), at_least_one(total)
+    with torch.no_grad():
+        mean = global_sum(rows.sum(dim=0)) / n
+        deviation = (global_sum((rows - mean).square().sum(dim=0)) / n).sqrt()
+    return (rows - mean) / (deviation + eps)
+
+
 def at_least_one(total: Tensor) -> Tensor:
     """0-d count → fp32, at least 1: a denominator for sums that are 0 when there is nothing to count."""
     return total.float().clamp(min=1)

@@ -19,13 +19,15 @@ class EncodedGrids(NamedTuple):
     Attributes:
         objects: (n, d), before they are replaced by codes. used: (n, d), what stands for them: the codes, with the objects'
             gradient, or the objects. table: (n, d) fp32, the codes alone. codes: (n,) int64; without codes these two are empty.
-        states: (B, d) of the sequences. places: (B, L) fp32, how much each grid counts there. projected: (B, latent).
+        grids: (B, L, d) of the grids. states: (B, d) of the sequences. places: (B, L) fp32, how much each grid counts there.
+        projected: (B, latent).
     """
 
     objects: Tensor
     used: Tensor
     table: Tensor
     codes: Tensor
+    grids: Tensor
     states: Tensor
     places: Tensor
     projected: Tensor
@@ -61,8 +63,9 @@ class GridEncoder(nn.Module):
         )
         sums = objects.new_zeros(counts.numel(), objects.shape[1], dtype=torch.float32)
         means = sums.index_add(0, owner, rows.float()) / counts.flatten().clamp(min=1)[:, None]
-        states, places = self.temporal(means.to(objects.dtype).view(*counts.shape, means.shape[1]), present)
-        return EncodedGrids(objects, rows, table, codes, states, places, self.projector(states))
+        grids = means.to(objects.dtype).view(*counts.shape, means.shape[1])
+        states, places = self.temporal(grids, present)
+        return EncodedGrids(objects, rows, table, codes, grids, states, places, self.projector(states))
 
     @torch.no_grad()
     def observe(self, encoded: EncodedGrids, lots: Tensor, step: int) -> None:

@@ -28,7 +28,7 @@ from jepa_scale.losses.infonce import Contrast, collect_contrast, contrast
 from jepa_scale.losses.quantizer import commitment
 from jepa_scale.losses.relational import relation_distances, relation_scale
 from jepa_scale.losses.sigreg import sigreg
-from jepa_scale.losses.statistics import as_contribution, rows_of_step
+from jepa_scale.losses.statistics import as_contribution, rows_of_step, standardized
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.grid_encoder import EncodedGrids, GridEncoder
 from jepa_scale.models.mlp import Mlp
@@ -153,7 +153,8 @@ class Grid(Objective):
             total += (forward + teaching) * (1 + several)
             total += contrast_flops(samples, batches[0].max_samples, latent, len(batches), ranks, False, o.queue)
             if o.sigreg_weight:
-                total += sigreg_flops(samples, latent, len(batches), o.sigreg_slices)
+                total += sigreg_flops(2 * samples, latent, len(batches), o.sigreg_slices)
+                total += samples * ((1 + several) * projector.forward + projector.backward)
             return total
 
         return count
@@ -204,13 +205,23 @@ class Grid(Objective):
         )
         return projected.float(), F.normalize(self.predictor(projected[:, 0]).float(), dim=-1)
 
+    def _spread(self, context: EncodedGrids, projected: Tensor) -> Tensor:
+        """What SIGReg looks at, (N, 2, latent) fp32: the contexts' projections, and those of their last grids by themselves.
+
+        It sees them standardised and so asks for a shape, not for a scale: a grid is the mean of several codes, and it can
+        only vary as much as they do if a grid's objects are alike.
+        """
+        variants = 1 + len(self.options.invariances)
+        return torch.stack([projected[:, 0], self.encoder.projector(context.grids[::variants, -1]).float()], dim=1)
+
     # -- training -----------------------------------------------------------------------------------------------------
 
     def collect(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:
-        projected, queries = self.queries(self.contexts(backbone, batch)[0])
+        context = self.contexts(backbone, batch)[0]
+        projected, queries = self.queries(context)
         targets, keys = F.normalize(self.targets(batch).projected.float(), dim=-1), batch.values["key"]
         found = collect_contrast(queries, keys, targets, keys, batch.max_samples)
-        return found | {"projected": projected[:, 0]}
+        return found | {"spread": self._spread(context, projected)}
 
     def loss(self, backbone: Backbone, batch: PackedBatch, collected: list[dict[str, Tensor]], micro: int) -> Loss:
         o, samples = self.options, batch.totals["samples"]
@@ -225,8 +236,8 @@ class Grid(Objective):
         terms = {"info_nce": (1.0, share(result.losses.sum() + result.elsewhere, samples))}
         terms |= self._object_terms(context, target, batch, result) | self._invariance_terms(projected, samples)
         if o.sigreg_weight:
-            every = rows_of_step(projected[:, 0], [c["projected"] for c in collected], micro)
-            value = sigreg(every, samples, batch.seed, batch.step, o.sigreg_slices)
+            every = rows_of_step(self._spread(context, projected), [c["spread"] for c in collected], micro)
+            value = sigreg(standardized(every, samples), samples, batch.seed, batch.step, o.sigreg_slices)
             terms["sigreg"] = (o.sigreg_weight, as_contribution(value, len(projected) / torch.clamp(samples, min=1)))
         jepa = torch.stack([weight * term for weight, term in terms.values()]).sum()
         total, means = jepa, {name: term.detach() for name, (_, term) in terms.items()}

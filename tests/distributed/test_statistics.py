@@ -13,13 +13,13 @@ from jepa_scale.distributed import Ranks
 from jepa_scale.losses import statistics
 from jepa_scale.losses.barlow import barlow
 from jepa_scale.losses.sigreg import directions, sigreg
-from jepa_scale.losses.statistics import as_contribution, global_sum, rows_of_step
+from jepa_scale.losses.statistics import as_contribution, global_sum, rows_of_step, standardized
 from jepa_scale.losses.vicreg import vicreg
 from tests.distributed.launch import run_ranks
 
-LOSSES = ("barlow", "vicreg", "sigreg")
+LOSSES = ("barlow", "vicreg", "sigreg", "sigreg of standardized")
 ROWS = 13
-WEIGHTS = {"barlow": (1.0, 0.3), "vicreg": (2.0, 5.0, 3.0), "sigreg": (0.7,)}
+WEIGHTS = {"barlow": (1.0, 0.3), "vicreg": (2.0, 5.0, 3.0), "sigreg": (0.7,), "sigreg of standardized": (0.7,)}
 SLICES, KNOTS, PLACE = 6, 9, (5, 7)
 D_IN, D = 5, 4
 DEALS = [(micros, idle) for micros in (1, 2, 3) for idle in (False, True)]
@@ -42,7 +42,9 @@ def plain(name: str, a: Tensor, b: Tensor) -> list[Tensor]:
         a, b = ((x - x.mean(0)) / (x.var(0, correction=0) + 1e-5).sqrt() for x in (a, b))
         c = a.T @ b / n
         return [(1 - c.diagonal()).square().mean(), c[beside].square().sum() / d]
-    if name == "sigreg":
+    if name.startswith("sigreg"):
+        if "standardized" in name:
+            a = (a - a.detach().mean(0)) / (a.detach().std(0, correction=0) + 1e-3)
         t = torch.linspace(-5, 5, KNOTS, dtype=a.dtype)
         gauss = torch.exp(-t.square() / 2)
         phi = torch.exp(1j * (a @ directions(d, *PLACE, SLICES).to(a.dtype).T)[..., None] * t).mean(dim=0)
@@ -64,6 +66,10 @@ def on_one_view(a: Tensor, b: Tensor, total: Tensor) -> tuple[Tensor]:
     return (sigreg(a, total, *PLACE, slices=SLICES, knots=KNOTS),)
 
 
+def on_one_standardized(a: Tensor, b: Tensor, total: Tensor) -> tuple[Tensor]:
+    return on_one_view(standardized(a, total), b, total)
+
+
 def gradients(net: nn.Module, loss: Tensor) -> list[Tensor]:
     net.zero_grad()
     loss.backward()
@@ -82,7 +88,7 @@ def deal(rows: int, world_size: int, micros: int, idle: bool) -> list[list[list[
 
 def step(ranks: Ranks, name: str, micros: int, rows: int, idle: bool) -> dict[str, Any]:
     """One optimizer step's contributions and gradients of this rank, summed over its micro-batches."""
-    loss = {"barlow": barlow, "vicreg": vicreg, "sigreg": on_one_view}[name]
+    loss = dict(zip(LOSSES, (barlow, vicreg, on_one_view, on_one_standardized), strict=True))[name]
     net, x = network(), inputs(rows)
     total = torch.tensor(float(rows))
     numbers = deal(rows, ranks.world_size, micros, idle)[ranks.rank]

@@ -12,6 +12,7 @@ from jepa_scale.losses.statistics import (
     global_sums,
     off_diagonal_squares,
     rows_of_step,
+    standardized,
 )
 
 
@@ -85,6 +86,18 @@ def test_without_rows_all_moments_are_zero(total):
     got = global_moments(torch.zeros(0, 3), torch.zeros(0, 2), torch.tensor(total))
     assert all((moment == 0).all() for moment in got[:-1])
     assert got.products.shape == (3, 2)
+
+
+def test_standardized_rows_have_mean_0_and_variance_1_and_moments_without_gradient():
+    x = (torch.tensor([1.0, 30.0]) * randn(40, 3, 2) + 500).requires_grad_()
+    rows = standardized(x, torch.tensor(40.0), eps=0.0)
+    still = x.detach().double()
+    expected = (still - still.mean(dim=0)) / still.std(dim=0, correction=0)
+    torch.testing.assert_close(rows.double(), expected, rtol=1e-3, atol=1e-3)
+    rows.sum().backward()  # as if it had no scale of its own
+    torch.testing.assert_close(x.grad.double(), (1 / still.std(dim=0, correction=0)).expand(40, 3, 2), rtol=1e-4, atol=0)
+    assert torch.equal(standardized(torch.ones(4, 2), torch.tensor(4.0)), torch.zeros(4, 2))
+    assert standardized(torch.zeros(0, 2), torch.tensor(0.0)).shape == (0, 2)
 
 
 def test_moments_are_fp32_under_autocast():

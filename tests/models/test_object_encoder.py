@@ -2,7 +2,6 @@ import torch
 
 from jepa_scale.models.object_encoder import CellReadout, ObjectEncoder
 
-
 SPREAD = (0.5, 1.0, 2.0, 1.0, 0.25, 1.0, 4.0)
 
 

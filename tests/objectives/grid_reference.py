@@ -161,7 +161,7 @@ def of_sequence(objective: Grid, grids: list[Tensor], teacher: bool = False) -> 
 def plain_terms(objective: Grid, model: Any, samples: list[GridSequence], step: int = 3) -> dict[str, Tensor]:
     """Every term of the loss of the whole batch, from its definition. Without invariances."""
     o = objective.options
-    queries, projections, targets, apart, cross, own = [], [], [], [], [], []
+    queries, projections, last_alone, targets, apart, cross, own = [], [], [], [], [], [], []
     keys: list[bytes] = []
     for sample in samples:
         context = [of_grid(objective, model, grid) for grid in sample.context[-o.context_length :]]
@@ -170,6 +170,7 @@ def plain_terms(objective: Grid, model: Any, samples: list[GridSequence], step: 
             targets.append(F.normalize(of_sequence(objective, [target["mean"]], teacher=True)[1], dim=0))
         projections.append(of_sequence(objective, [grid["mean"] for grid in context])[1])
         queries.append(F.normalize(objective.predictor(projections[-1]), dim=0))
+        last_alone.append(objective.encoder.projector(context[-1]["mean"]))
         keys.append(repr(sample.target.tolist()).encode())
         for grid in context:
             apart += [((x - c.detach()) ** 2).mean() for x, c in zip(grid["objects"], grid["table"], strict=True)]
@@ -203,7 +204,11 @@ def plain_terms(objective: Grid, model: Any, samples: list[GridSequence], step: 
     n = torch.tensor(float(len(samples)))
     terms = {"info_nce": torch.stack(losses).mean()}
     terms["relational_cross"], terms["relational_self"] = (scale * torch.stack(x).mean() for x in (cross, own))
-    terms["sigreg"] = sigreg(torch.stack(projections), n, 0, step, o.sigreg_slices)
+    looks = []
+    for rows in (torch.stack(projections), torch.stack(last_alone)):
+        still = rows.detach()
+        looks.append((rows - still.mean(dim=0)) / (still.std(dim=0, correction=0) + 1e-3))
+    terms["sigreg"] = torch.stack([sigreg(rows, n, 0, step, o.sigreg_slices) for rows in looks]).mean()
     if o.vq_codes:
         terms["commitment"] = torch.stack(apart).mean()
     return terms

@@ -26,7 +26,7 @@ def test_flops(name, micros):
     expected = seen(model, objective, batches)
     o = objective.options
     if o.sigreg_weight:  # of a product that is added in place
-        expected += micros * 2 * 6 * o.sigreg_slices * (o.latent_dim or o.dim)
+        expected += micros * 2 * 2 * 6 * o.sigreg_slices * (o.latent_dim or o.dim)
     got = objective.flops(model, square=True)(batches)
     assert got == expected
     assert objective.flops(model)(batches) <= got
