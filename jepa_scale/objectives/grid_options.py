@@ -75,7 +75,9 @@ class GridOptions(Section):
     context_self_weight: float = Field(
         0.005, ge=0, description="Weight of the distance of adjacent objects within a grid of the context."
     )
-    sigreg_weight: float = Field(0.1, ge=0, description="Weight of SIGReg on the contexts' projections.")
+    sigreg_weight: float = Field(
+        0.1, ge=0, description="Weight of SIGReg on the projections of contexts and of their last grids, standardised."
+    )
     sigreg_slices: int = Field(256, ge=1, description="Directions that it projects on, others in each step.")
     colour_weight: float = Field(0.0, ge=0, description="Weight of the invariance to a permutation of colours.")
     translation_weight: float = Field(0.0, ge=0, description="Weight of the invariance to a shift of all objects.")

@@ -95,7 +95,9 @@ def test_standardized_rows_have_mean_0_and_variance_1_and_moments_without_gradie
     expected = (still - still.mean(dim=0)) / still.std(dim=0, correction=0)
     torch.testing.assert_close(rows.double(), expected, rtol=1e-3, atol=1e-3)
     rows.sum().backward()  # as if it had no scale of its own
-    torch.testing.assert_close(x.grad.double(), (1 / still.std(dim=0, correction=0)).expand(40, 3, 2), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        x.grad.double(), (1 / still.std(dim=0, correction=0)).expand(40, 3, 2), rtol=1e-4, atol=0
+    )
     assert torch.equal(standardized(torch.ones(4, 2), torch.tensor(4.0)), torch.zeros(4, 2))
     assert standardized(torch.zeros(0, 2), torch.tensor(0.0)).shape == (0, 2)
 
