@@ -8,7 +8,6 @@ python jepa_scale/train.py --config …
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 import time
@@ -154,7 +153,8 @@ def evaluate(run: Run, log: RunLog, done: int, watchdog: Watchdog, stop: StopReq
 def epochs_done(run: Run, done: int) -> float:
     """Whole passes over the data before step ``done``. Collective: a step may begin in one epoch and end in the next."""
     epochs, _ = run.stream.micro_batch(done, 0)
-    return distributed.broadcast_object(float(epochs[0]) if len(epochs) else math.inf)
+    at_the_end = float(run.config.train.epochs)  # nothing comes any more
+    return distributed.broadcast_object(float(epochs[0]) if len(epochs) else at_the_end)
 
 
 def manifest_of(

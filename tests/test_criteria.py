@@ -162,3 +162,9 @@ def test_a_run_that_is_aborted_has_saved_and_ends_with_an_error(config, tmp_path
     step, saved = last_steps(tmp_path)
     facts = len(generate(50, 5, 2).train)
     assert step == 2 * math.ceil(facts / 16 / 2) and saved == [f"step_{step:08d}"]
+
+
+@pytest.mark.parametrize(("after", "code"), [(2, 1), (3, 0)])
+def test_at_the_end_of_the_data_as_many_epochs_are_done_as_there_were(config, tmp_path, after, code):
+    rule = f"train.abort=[{{metric: fit/lm_loss, above: 0.5, after_epochs: {after}}}]"
+    assert train.main(["--config", str(config), rule, "train.epochs=2", "train.steps=0"]) == code
