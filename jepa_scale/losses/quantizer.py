@@ -14,6 +14,8 @@ from torch import Tensor
 TINY = torch.finfo(torch.float32).tiny
 ELEMENTS = 1 << 24
 """Distances computed at a time, 64 MiB."""
+SAME_PLACE = 1e-4
+"""Squared distance, as a part of the rows' variance, below which two rows are at the same place."""
 
 
 @torch.no_grad()
@@ -61,7 +63,7 @@ def follow(codebook: Tensor, sizes: Tensor, counts: Tensor, sums: Tensor, decay:
 def refresh(
     codebook: Tensor, sizes: Tensor, pool: Tensor, valid: Tensor, threshold: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Give codes that are hardly used another place: that of a row of the batch.
+    """Give codes that are hardly used another place: that of a row of the batch where there is no code yet.
 
     Args:
         codebook: (K, d). sizes: (K,), moving averages of how many rows each gets.
@@ -75,12 +77,29 @@ def refresh(
     share = sizes / sizes.sum().clamp(min=TINY)
     order = share.argsort(stable=True)
     rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    replaced = (share < threshold / len(sizes)) & valid[rank]
+    dead = share < threshold / len(sizes)
+    fresh = valid & ~_taken(pool, valid, codebook, ~dead)
+    chosen = (~fresh).int().argsort(stable=True)  # those to be used first, in their order
+    pool, fresh = pool[chosen], fresh[chosen]
+    replaced = dead & fresh[rank]
     codebook = torch.where(replaced[:, None], pool[rank].to(codebook.dtype), codebook)
     return codebook, torch.where(replaced, torch.zeros_like(sizes), sizes), replaced
 
 
-@torch.no_grad()
+def _taken(pool: Tensor, valid: Tensor, codebook: Tensor, alive: Tensor) -> Tensor:
+    """(K,) bool, the rows of the pool that lie where a living code does, or an earlier row. Of two codes at one place, which
+    is the nearest would be left to rounding."""
+    count = valid.sum().clamp(min=1)
+    mean = (pool * valid[:, None]).sum(dim=0) / count
+    pool, codebook = pool - mean, codebook.float() - mean
+    near = SAME_PLACE * (pool.square().sum(dim=1) * valid).sum() / count
+    squares = pool.square().sum(dim=1)
+    of_pool = squares[:, None] + squares - 2 * (pool @ pool.T)
+    of_codes = squares[:, None] + codebook.square().sum(dim=1) - 2 * (pool @ codebook.T)
+    earlier = torch.ones_like(of_pool, dtype=torch.bool).tril(-1) & valid
+    return ((of_pool < near) & earlier).any(dim=1) | ((of_codes < near) & alive).any(dim=1)
+
+
 def perplexity(sizes: Tensor) -> Tensor:
     """(K,) sizes → 0-d, exp of the entropy of their shares: how many codes are used, if all that are were used alike."""
     share = sizes.float() / sizes.sum().clamp(min=TINY)

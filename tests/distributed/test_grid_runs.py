@@ -111,7 +111,7 @@ def test_training_learns_and_the_temperature_keeps_its_bounds(corpus, tmp_path):
     run_ranks(train_runs, 1, [(config_file(tmp_path, "long", corpus, "objects", "fsdp", train=train), None)])
     fit = rows(tmp_path, "long")
     under_chance = [math.log(1 + row["negatives"]) - row["info_nce"] for row in fit]
-    assert under_chance[-1] > 0.25 and abs(under_chance[0]) < 0.1
+    assert under_chance[-1] > 0.4 and -0.5 < under_chance[0] < 0.1  # at first there are differences, which mean nothing
     assert fit[-1]["negatives"] > fit[0]["negatives"]  # the queue has filled up
     temperatures = [row["temperature"] for row in fit]
     assert max(temperatures) <= 0.2 + 1e-6 and len(set(temperatures)) > 30

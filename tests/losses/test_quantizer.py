@@ -108,6 +108,23 @@ def test_dead_codes_are_those_below_the_threshold_relative_to_the_number_of_code
     assert replaced.tolist() == [False, False, False, True]
 
 
+def test_no_two_codes_come_to_lie_at_one_place():
+    """Which of two is the nearest would be left to rounding."""
+    codebook, rows = randn(6, 3), randn(3, 3, seed=1)
+    codebook[0] = rows[0]
+    sizes = torch.tensor([1.0, 1, 0, 0, 0, 0])
+    nearly = rows * (1 + 1e-6)
+    pool = torch.stack([nearly[0], rows[1], nearly[1], rows[2], rows[2], randn(3, seed=9)])
+    valid = torch.tensor([True, True, True, True, True, False])
+    new, _, replaced = refresh(codebook, sizes, pool, valid, 0.1)
+    assert replaced.tolist() == [False, False, True, True, False, False]
+    assert torch.equal(new[2], rows[1]) and torch.equal(new[3], rows[2])  # rows[0] has a code, each other one gets one
+    assert torch.equal(new[[0, 1, 4, 5]], codebook[[0, 1, 4, 5]])
+    far = codebook.clone()
+    far[0] += 1e6  # what lies far away is no place of the rows, and hides none
+    assert refresh(far, sizes, pool, valid, 0.1)[2].tolist() == [False, False, True, True, True, False]
+
+
 def test_perplexity():
     assert math.isclose(float(perplexity(torch.ones(8))), 8, rel_tol=1e-6)
     assert math.isclose(float(perplexity(torch.tensor([3.0, 0, 0]))), 1, rel_tol=1e-6)
