@@ -13,19 +13,23 @@ import numpy as np
 import torch
 
 from jepa_scale.checkpoint.boxes import Stateful
+from jepa_scale.checkpoint.split_state import Split, SplitState
 from jepa_scale.config import Config, Section, parse_section
 from jepa_scale.data import DataOptions, load_data, parse_data
 from jepa_scale.data.loader import Loader
 from jepa_scale.data.stream import Dealt, SampleStream, Stream, TokenStream
-from jepa_scale.distributed import Ranks
-from jepa_scale.engines import check_engine, create_engine, resolve
+from jepa_scale.distributed import Ranks, form_teams, team_group
+from jepa_scale.engines import check_engine, create_engine, resolve, spread
 from jepa_scale.engines.base import Engine, EngineOptions
 from jepa_scale.errors import InputError
 from jepa_scale.evaluate.chat import Place
 from jepa_scale.evaluation import OPTIONS, Results, chat_test, device_call, evaluate
 from jepa_scale.flop_budget import steps_within, whole_steps
+from jepa_scale.models import tensor_parallel
+from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
+from jepa_scale.models.team import Team
 from jepa_scale.objectives.base import JepaModel, Objective
 from jepa_scale.objectives.costs import StepFlops
 from jepa_scale.optim import parameter_groups
@@ -60,6 +64,7 @@ class Run:
     """Everything a training loop needs."""
 
     config: Config
+    ranks: Ranks
     engine: Engine
     objective: Objective
     teacher: Teacher | None
@@ -70,12 +75,14 @@ class Run:
     """(between, step, run_dir): ``between()`` is called between the forwards, and may raise to end it; what is generated is
     saved in the run directory as of that step, if one is given."""
     steps: int  # of the whole run: ``train.steps``, what ``train.flops`` come to, or fewer if the data end before
-    flops: StepFlops  # this rank's micro-batches of a step → what training on them costs it
+    flops: StepFlops  # this rank's micro-batches of a step → what training on them costs it and its team
+    splits: dict[str, Split]  # the parameters of which this rank has a part
 
     @property
     def parts(self) -> list[Stateful]:
         """What a checkpoint keeps."""
-        return [self.engine, *([self.teacher] if self.teacher else [])]
+        parts: list[Stateful] = [self.engine, *([self.teacher] if self.teacher else [])]
+        return [SplitState(part, self.splits) for part in parts] if self.splits else parts
 
 
 def objective_class(name: str) -> type[Objective]:
@@ -127,13 +134,13 @@ def create_stream(config: Config, data: Any, objective: Objective, ranks: Ranks)
             f"{config.objective['name']!r} compares the samples of a step, and needs at least {objective.least_samples}"
         )
     if train.batch_size:
-        dealt = Dealt(train.accumulation, ranks.rank, ranks.world_size)
+        dealt = Dealt(train.accumulation, ranks.data_rank, ranks.data_size)
         return SampleStream(order, config.run.seed, train.batch_size, dealt, data.fingerprint, train.epochs)
-    accumulation, rest = divmod(train.batch_tokens, train.micro_tokens * ranks.world_size)
+    accumulation, rest = divmod(train.batch_tokens, train.micro_tokens * ranks.data_size)
     if rest:
         raise InputError(
             f"train.batch_tokens: {train.batch_tokens} is no multiple of train.micro_tokens={train.micro_tokens} "
-            f"on each of {ranks.world_size} ranks; make it one of {train.micro_tokens * ranks.world_size}"
+            f"on each of {ranks.data_size} ranks; make it one of {train.micro_tokens * ranks.data_size}"
         )
     longest = int(objective.view_tokens(np.array([data.train.max_size]))[0])
     if longest > train.micro_tokens:
@@ -147,7 +154,7 @@ def create_stream(config: Config, data: Any, objective: Objective, ranks: Ranks)
         lambda samples: objective.view_tokens(data.train.sizes(samples)),
         train.micro_tokens,
         float(sizes[0]),
-        Dealt(accumulation, ranks.rank, ranks.world_size),
+        Dealt(accumulation, ranks.data_rank, ranks.data_size),
         data.fingerprint,
         train.epochs,
     )
@@ -163,7 +170,8 @@ def build(plan: Plan, ranks: Ranks, steps: int = 0) -> Run:
     set_threads(config, ranks)
     torch.set_float32_matmul_precision("high" if config.engine.tf32 else "highest")
     engine_name = resolve(config.engine.name, ranks)
-    check_engine(engine_name, config.engine.deepspeed)  # before the data is read and the model made
+    ranks = form_teams(ranks, config.engine.tp)
+    check_engine(engine_name, config, ranks)  # before the data is read and the model made
 
     data = load_data(config.data)
     torch.manual_seed(config.run.seed)  # the backbone first: its weights do not depend on the objective
@@ -178,8 +186,10 @@ def build(plan: Plan, ranks: Ranks, steps: int = 0) -> Run:
     probe = probe_test(plan.evaluation, data, backbone, objective)
     module = JepaModel(backbone, objective)
     stream = create_stream(config, data, objective, ranks)
-    copies = objective.teacher_copies(backbone)
     flops = objective.flops(backbone)
+    spread(module, ranks)
+    splits = split_over_team(backbone, ranks)
+    copies = objective.teacher_copies(backbone)
 
     def batches(start_step: int, steps: int) -> Loader:
         return Loader(
@@ -197,7 +207,7 @@ def build(plan: Plan, ranks: Ranks, steps: int = 0) -> Run:
     if not config.train.flops:
         steps = min(n for n in (config.train.steps, stream.steps) if n)
     elif not steps:
-        loaders = whole_steps(batches(0, 0), ranks.world_size)
+        loaders = whole_steps(batches(0, 0), ranks.data_size)
         steps = steps_within(
             config.train.flops, loaders, flops, lambda step: objective.kind_of_step(step, config.run.seed)
         )
@@ -207,7 +217,7 @@ def build(plan: Plan, ranks: Ranks, steps: int = 0) -> Run:
 
     engine = create_engine(
         engine_name,
-        module.to(ranks.device),
+        module,
         shard=[*backbone.layers, *objective.blocks],
         groups=parameter_groups(module, config.optim, objective.head_prefixes(backbone)),
         optim_options=config.optim,
@@ -217,6 +227,8 @@ def build(plan: Plan, ranks: Ranks, steps: int = 0) -> Run:
             accumulation=stream.accumulation,
             deepspeed=Path(config.engine.deepspeed),
             clip_groups=objective.clip_groups(module),
+            split=frozenset(splits),
+            replicas=config.engine.replicas,
             bounds=objective.bounds,
         ),
         ranks=ranks,
@@ -239,4 +251,13 @@ def build(plan: Plan, ranks: Ranks, steps: int = 0) -> Run:
         finally:
             engine.train()
 
-    return Run(config, engine, objective, teacher, data, stream, batches, run_evaluation, steps, flops)
+    return Run(config, ranks, engine, objective, teacher, data, stream, batches, run_evaluation, steps, flops, splits)
+
+
+def split_over_team(backbone: Backbone, ranks: Ranks) -> dict[str, Split]:
+    """Name in :class:`JepaModel` of each parameter of which this rank has a part from now on; none without a team."""
+    group = team_group()
+    if group is None:
+        return {}
+    found = tensor_parallel.split(backbone, Team(group, ranks.rank % ranks.team, ranks.team))
+    return {f"backbone.{name}": where for name, where in found.items()}

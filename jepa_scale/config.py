@@ -43,6 +43,17 @@ class EngineConfig(Section):
     )
     deepspeed: str = Field("configs/ds/zero1.json", description="DeepSpeed JSON; its stage is the ZeRO stage.")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="Compute dtype; masters and moments stay fp32.")
+    tp: int = Field(
+        1, ge=1, description="Degree of tensor parallelism: so many neighbouring ranks share each layer; 1 = none."
+    )
+    replicas: int = Field(
+        1, ge=1, description="FSDP2: copies of the model, each sharded over its own ranks (HSDP); 1 = over all ranks."
+    )
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="What of a block is computed again in the backward pass: full = all; selective = all but matrix "
+        "products and attention.",
+    )
     compile: bool = Field(False, description="torch.compile each block; its first steps take a minute or more.")
     tf32: bool = Field(True, description="fp32 matrix products in TF32 on GPUs that have it; 3 digits instead of 7.")
     threads: int = Field(0, ge=0, description="CPU threads a rank; 0 = cores / ranks on this host (CPU runs only).")
@@ -91,9 +102,13 @@ class OptimConfig(Section):
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Shape after warm-up.")
     final_lr: float = Field(0.0, ge=0, le=1, description="Learning rate at the last step, as a fraction of the peak.")
 
+    @property
+    def uses_muon(self) -> bool:
+        return self.method == "muon" or any(override.method == "muon" for override in self.overrides.values())
+
     @model_validator(mode="after")
     def _muons_keys_are_of_use(self) -> OptimConfig:
-        if self.method == "muon" or any(override.method == "muon" for override in self.overrides.values()):
+        if self.uses_muon:
             return self
         for key in ("lr_muon", "muon_momentum", "muon_steps", "adjust_lr"):
             if getattr(self, key) != type(self).model_fields[key].default:

@@ -94,7 +94,7 @@ def text_batches(
         sizes=lambda samples: tokens(examples.sizes(samples)),
         budget=max(micro_tokens, int(tokens(np.array([examples.max_size]))[0])),
         mean_size=float(tokens(np.array([examples.mean_size]))[0]),
-        dealt=Dealt(rank=ranks.rank, world_size=ranks.world_size),
+        dealt=Dealt(rank=ranks.data_rank, world_size=ranks.data_size),
         epochs=1,
     )
     steps = stream.steps

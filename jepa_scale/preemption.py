@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jepa_scale.distributed import all_reduce_sum
+from jepa_scale.distributed import total_of_ranks
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -56,7 +56,7 @@ class StopRequest:
         Raises:
             Stopped: all ranks have agreed to stop.
         """
-        if all_reduce_sum(torch.tensor(float(self.requested), device=self._device)).item():
+        if total_of_ranks(torch.tensor(float(self.requested), device=self._device)).item():
             raise Stopped
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -80,7 +80,7 @@ def fit(
         engine.scale_lr(lr_factor(step, config.optim, steps))
 
         # means are over the global batch: every rank needs its denominators before it can back-propagate
-        totals = global_totals(batches, ranks.device, stop.requested)
+        totals = global_totals(batches, ranks.device, stop.requested, run.ranks.team)
         stopping = stop.agreed(totals.pop("stop"))
         meter.spend(run.flops(batches))
         batches = [replace(batch.to(ranks.device), totals=totals) for batch in batches]
@@ -179,13 +179,14 @@ def due(done: int, every: int, last: int = 0) -> bool:
     return done == last or (every > 0 and done % every == 0)
 
 
-def global_totals(batches: list[PackedBatch], device: torch.device, stop: bool) -> dict[str, Tensor]:
-    """Counts of the global batch, name → 0-d float tensor on the device; ``stop`` counts the ranks that were asked to."""
+def global_totals(batches: list[PackedBatch], device: torch.device, stop: bool, team: int) -> dict[str, Tensor]:
+    """Counts of the global batch, name → 0-d float tensor on the device; ``stop`` is above 0 if a rank was asked to."""
     counts = {**add_counts(batches), "stop": int(stop)}
     names = sorted(counts)
     local = torch.tensor([float(counts[name]) for name in names], dtype=torch.float64)
-    total = distributed.all_reduce_sum(local.to(device, non_blocking=True)).float()
-    return dict(zip(names, total.unbind(), strict=True))
+    # over all ranks, as any of them may have been asked; those of a team count the same samples
+    total = distributed.total_of_ranks(local.to(device, non_blocking=True)) / team
+    return dict(zip(names, total.float().unbind(), strict=True))
 
 
 def run_training(args: argparse.Namespace) -> None:

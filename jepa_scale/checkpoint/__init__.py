@@ -23,7 +23,7 @@ from jepa_scale.checkpoint.generators import set_rng_state
 from jepa_scale.checkpoint.manifest import FILE, TENSORS, Manifest
 from jepa_scale.checkpoint.retention import NAME, Found, Policy, complete, prune
 from jepa_scale.checkpoint.saver import Report, Saver
-from jepa_scale.distributed import all_gather_object, rank, world_size
+from jepa_scale.distributed import all_ranks_objects, rank, world_size
 from jepa_scale.errors import InputError
 
 __all__ = ["Found", "Manifest", "Policy", "Report", "Saver", "Stateful", "complete", "find", "load", "prune", "verify"]
@@ -40,7 +40,7 @@ def verify(path: Path, hashes: bool = True) -> list[str]:
     except InputError as error:
         return [str(error)]
     found = manifest.damage(path, rank(), world_size(), hashes)
-    return [line for lines in all_gather_object(found) for line in lines]
+    return [line for lines in all_ranks_objects(found) for line in lines]
 
 
 def find(run_dir: Path, which: str | Path, hashes: bool = True) -> Path | None:
@@ -96,7 +96,7 @@ def load(path: Path, parts: Sequence[Stateful]) -> Manifest:
     for part in parts:
         part.loaded(manifest.updates)
     if manifest.world_size == world_size():
-        problems = all_gather_object(_load_generators(path / f"rng_rank{rank():05d}.pt"))
+        problems = all_ranks_objects(_load_generators(path / f"rng_rank{rank():05d}.pt"))
         if problem := next(filter(None, problems), ""):
             raise InputError(problem)
     return manifest

@@ -54,6 +54,12 @@ class Boxes:
         assert tuple(sizes) == tuple(local.shape), (sizes, local.shape)
         return cls(tensor.shape, tensor.dtype, [(tuple(offsets), local)] if local.numel() else [])
 
+    def within(self, dim: int, start: int, size: int) -> Boxes:
+        """The same elements where this tensor is a part of a larger one: it has ``[start, …)`` of the ``size`` of ``dim``."""
+        shape = (*self.shape[:dim], size, *self.shape[dim + 1 :])
+        parts = [((*at[:dim], at[dim] + start, *at[dim + 1 :]), box) for at, box in self.parts]
+        return Boxes(shape, self.dtype, parts)
+
     def copy(self) -> Boxes:
         """The same elements in host memory of their own."""
         parts = [(offset, box.detach().to("cpu", copy=True)) for offset, box in self.parts]

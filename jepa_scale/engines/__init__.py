@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch import nn
 
-from jepa_scale.config import OptimConfig
-from jepa_scale.distributed import Ranks, world_size
+from jepa_scale.config import Config, OptimConfig
+from jepa_scale.distributed import Ranks
 from jepa_scale.engines.base import Engine, EngineOptions
 from jepa_scale.errors import InputError
 
@@ -30,16 +29,43 @@ def resolve(name: str, ranks: Ranks) -> str:
     return name
 
 
-def check_engine(name: str, deepspeed: str | Path) -> None:
+def check_engine(name: str, config: Config, ranks: Ranks) -> None:
     """Look at what the engine will need, before anything is built.
 
     Raises:
-        InputError: ``deepspeed`` is not a JSON that the DeepSpeed engine can use (FSDP2 doesn't read it).
+        InputError: ``engine.deepspeed`` is not a JSON that the DeepSpeed engine can use (FSDP2 doesn't read it), or the engine
+            cannot shard over these ranks as it is told to.
     """
+    options = config.engine
     if name == "deepspeed":
         from jepa_scale.engines.deepspeed import validate_deepspeed_config
 
-        validate_deepspeed_config(deepspeed)
+        validate_deepspeed_config(options.deepspeed)
+        if options.replicas > 1:
+            raise InputError(
+                "engine.replicas: is FSDP2's; DeepSpeed has zero_hpz_partition_size and MiCS in its JSON (configs/ds)"
+            )
+    if ranks.data_size % options.replicas:
+        raise InputError(
+            f"engine.replicas: {options.replicas} does not divide the {ranks.data_size} ranks with different samples "
+            f"({ranks.world_size} ranks, engine.tp={options.tp})"
+        )
+    if config.optim.uses_muon and (options.tp > 1 or options.replicas > 1):
+        key = "tp" if options.tp > 1 else "replicas"
+        raise InputError(
+            f"engine.{key}: Muon needs whole matrices, which are put together from one rank each; set it to 1, or "
+            "optim.method to adamw"
+        )
+
+
+def spread(module: nn.Module, ranks: Ranks) -> None:
+    """Put a whole module on the device, with rank 0's weights on every rank. Collective."""
+    module.to(ranks.device)
+    if ranks.world_size > 1:
+        for tensor in [*module.parameters(), *module.buffers()]:
+            whole = tensor.detach().contiguous()
+            dist.broadcast(whole, src=0)
+            tensor.data = whole
 
 
 def create_engine(
@@ -51,21 +77,15 @@ def create_engine(
     engine_options: EngineOptions,
     ranks: Ranks,
 ) -> Engine:
-    """Shard ``module`` and build its optimizer. Collective; rank 0's weights go to every rank.
+    """Shard ``module`` and build its optimizer. Collective; the weights are the same on all ranks (:func:`spread`).
 
     Args:
         name: ``"deepspeed"`` or ``"fsdp"``; the package of the other one is never imported.
-        module: the root, whole and in fp32 on every rank.
+        module: the root, in fp32 on the device; whole on every rank, or its part of what a team splits.
         shard: modules of it that are gathered and freed one at a time (the decoder blocks); FSDP2 needs to know them,
             ZeRO-3 finds its own.
         groups: what :func:`jepa_scale.optim.parameter_groups` made of ``module``.
     """
-    module.to(ranks.device)
-    if world_size() > 1:
-        for tensor in [*module.parameters(), *module.buffers()]:
-            whole = tensor.detach().contiguous()
-            dist.broadcast(whole, src=0)
-            tensor.data = whole
     if name == "deepspeed":
         from jepa_scale.engines.deepspeed import DeepSpeedEngine
 

@@ -29,6 +29,10 @@ class EngineOptions:
     clip_groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Groups of parameters whose norms are clipped separately: each trainable parameter's name (the first one, of a tied
     one) in exactly one of them. Empty: all together."""
+    split: frozenset[str] = frozenset()
+    """Parameters of which each rank of a team has a part (:mod:`jepa_scale.models.tensor_parallel`); of the others they all have
+    the whole."""
+    replicas: int = 1  # copies of the model, each sharded over its own ranks
     bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Name of a parameter → least and greatest value of its elements: after each update they are put back between these. Its
     gradient is what it is, and goes on at a bound."""
@@ -105,7 +109,7 @@ class Engine(ABC):
         self.ranks = ranks
         self.group_norms: dict[str, Tensor] = {}
         """Norm of each of ``clip_groups`` before clipping in the last step, 0-d fp32; empty if there are no groups."""
-        self._clipping = Clipping(module, options.clip_groups, options.clip_norm)
+        self._clipping = Clipping(module, options.clip_groups, options.clip_norm, options.split, ranks.team)
         self._forwards = 0  # with gradient, since the last backward
         self._backwards = 0  # since the last step
         self._peak_lrs: list[float] = []
@@ -225,9 +229,9 @@ class Engine(ABC):
     def _optimizer_states(self) -> list[dict[str, Any]]:
         """The optimizer's state of each tensor that it steps: ``step`` and the moments."""
 
-    def _measure(self, gradients: list[list[Tensor]], shards: bool) -> Tensor:
+    def _measure(self, gradients: list[list[Tensor]], copies: int) -> Tensor:
         """Total norm of the gradients; the arguments are :meth:`jepa_scale.engines.clip.Clipping.measure`'s."""
-        total, norms = self._clipping.measure(gradients, shards, self.ranks.device)
+        total, norms = self._clipping.measure(gradients, copies, self.ranks.device)
         self.group_norms = dict(zip(self._clipping.names, norms.unbind(), strict=False))
         return total
 

@@ -8,7 +8,7 @@ it measures them all before it scales one of them.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -28,9 +28,17 @@ class Clipping:
         groups: group name → names of parameters, the first ones as in ``module.named_parameters()``; every trainable
             parameter in exactly one of them. Empty: one group of everything, which has no name.
         clip_norm: the limit of each group's norm; 0 = no limit.
+        split: names of the parameters of which each of a ``team`` of ranks has a part; of the others they all have the whole.
     """
 
-    def __init__(self, module: nn.Module, groups: Mapping[str, Sequence[str]], clip_norm: float) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        groups: Mapping[str, Sequence[str]],
+        clip_norm: float,
+        split: Collection[str] = (),
+        team: int = 1,
+    ) -> None:
         names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
         if groups:
             _check(names, groups)
@@ -40,30 +48,40 @@ class Clipping:
         self._group_of = dict.fromkeys(names, 0)
         for i, group in enumerate(groups.values()):
             self._group_of.update(dict.fromkeys(group, i))
+        # in a team, a second row of the same groups: of the parameters that are split
+        self.team, self._count = team, max(1, len(self.names))
+        for name in split if team > 1 else ():
+            if name in self._group_of:
+                self._group_of[name] += self._count
         self._coefficients: Tensor | None = None
 
     def group_of(self, name: str) -> int:
+        """Number of the list that a parameter's gradients are in."""
         return self._group_of[name]
 
     def sort(self, items: Iterable[tuple[int, T]]) -> list[list[T]]:
-        """Items by the number of the group that stands beside each."""
-        by_group: list[list[T]] = [[] for _ in range(max(1, len(self.names)))]
+        """Items by the number that stands beside each."""
+        by_group: list[list[T]] = [[] for _ in range(self._count * (1 + (self.team > 1)))]
         for group, item in items:
             by_group[group].append(item)
         return by_group
 
-    def measure(self, gradients: list[list[Tensor]], shards: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Norms of this step's gradients, which :meth:`scale` then goes by. Collective if ``shards``.
+    def measure(self, gradients: list[list[Tensor]], copies: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Norms of this step's gradients, which :meth:`scale` then goes by. Collective unless every rank has everything.
 
         Args:
-            gradients: of each group, what this rank has, in any pieces and of any dtype.
-            shards: whether the ranks have different elements, every one just once, or all have everything.
+            gradients: as :meth:`sort` gives it, what this rank has, in any pieces and of any dtype.
+            copies: how many of the ranks with different samples have the same elements.
 
         Returns:
             The total norm, 0-d, and each group's, shape (groups,), in fp32. They are infinite if their square overflows.
         """
         squares = torch.stack([_norm(of_group, device) for of_group in gradients]).square()
-        if shards and world_size() > 1:
+        if world_size() > copies:  # over all ranks, each counting for as many as have the same
+            if self.team > 1:
+                squares = squares.view(2, -1)
+                squares = squares[0] / self.team + squares[1]
+            squares = squares / copies
             dist.all_reduce(squares)
         norms = squares.sqrt()
         self._coefficients = (self.clip_norm / (norms + 1e-6)).clamp(max=1.0)
@@ -77,7 +95,8 @@ class Clipping:
         if self.clip_norm == 0:
             return
         assert self._coefficients is not None, "the norms have not been measured"
-        for pieces, coefficient in zip(gradients, self._coefficients.unbind(), strict=True):
+        rows = len(gradients) // self._count
+        for pieces, coefficient in zip(gradients, self._coefficients.repeat(rows).unbind(), strict=True):
             if pieces:
                 torch._foreach_mul_(pieces, coefficient)
 

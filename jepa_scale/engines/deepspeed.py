@@ -31,6 +31,7 @@ from jepa_scale.engines.base import (
 from jepa_scale.engines.clip import Range, cut, join
 from jepa_scale.engines.deepspeed_copy import PartitionedCopy, ReplicatedCopy
 from jepa_scale.engines.deepspeed_state import StateView
+from jepa_scale.engines.deepspeed_topology import Topology
 from jepa_scale.errors import InputError
 from jepa_scale.optim import MatrixOptimizer, build_optimizer
 
@@ -158,7 +159,11 @@ class DeepSpeedEngine(Engine):
         # Stage 0 in bf16 takes a step with zero gradients while it is set up: let it do nothing.
         skip_if_not_finite(self.optimizer, torch.full((), torch.inf, device=ranks.device))
         self.ds, *_ = deepspeed.initialize(
-            model=module, optimizer=self.optimizer, config=self._filled(config), dist_init_required=False
+            model=module,
+            optimizer=self.optimizer,
+            config=self._filled(config),
+            dist_init_required=False,
+            mpu=Topology(ranks) if ranks.team > 1 else None,
         )
         if self.stage == 3:
             self.ds.optimizer._set_fp32_optimizer_param_groups()  # they are empty but while it steps one of them
@@ -204,7 +209,7 @@ class DeepSpeedEngine(Engine):
     def _backward(self, loss: Tensor, last: bool) -> None:
         # Every stage averages over ranks and ZeRO-3 knows no other way; times the world size it is a sum again, exactly
         # if that is a power of two. The division by the accumulation can be left out.
-        self.ds.backward(loss * self.ranks.world_size, scale_wrt_gas=False)
+        self.ds.backward(loss * self.ranks.data_size, scale_wrt_gas=False)
         if not last:
             self.ds.step()  # counts the micro-batch, so that the boundary falls on the last one
 
@@ -215,7 +220,8 @@ class DeepSpeedEngine(Engine):
             for stepped, fragments in self._view.gradients()
             for piece in cut(fragments, self._ranges.get(stepped, []))
         )
-        norm = self._measure(self._clipping.sort(pieces), shards=self.stage > 0)
+        copies = self.ranks.data_size if self.stage == 0 else 1
+        norm = self._measure(self._clipping.sort(pieces), copies)
         skip_if_not_finite(self.optimizer, norm)
         self.ds.step()
         if getattr(self.ds.optimizer, "overflow", False):
@@ -277,7 +283,7 @@ class DeepSpeedEngine(Engine):
     def copy_of(self, module: nn.Module) -> ShardedCopy:
         module = module.requires_grad_(False).eval().to(self.ranks.device, compute_dtype(self.options.precision))
         if self.stage == 3:
-            return PartitionedCopy(module, self._view, self._zero)
+            return PartitionedCopy(module, self._view, self._zero, self.ranks)
         return ReplicatedCopy(module, self._view)
 
     def _whole(self, parameter: nn.Parameter) -> Tensor:

@@ -10,8 +10,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from jepa_scale.checkpoint.boxes import Boxes
+from jepa_scale.distributed import Ranks, all_gather_object, data_group, data_rank, data_size
 from jepa_scale.engines.base import ShardedCopy, persistent_buffers
 from jepa_scale.engines.deepspeed_state import StateView, shard, true_shape
+from jepa_scale.engines.deepspeed_topology import Topology
 
 
 class Share(NamedTuple):
@@ -53,7 +55,7 @@ class ReplicatedCopy(ShardedCopy):
         for name, parameter in self._frozen.items():
             parameter.copy_(students[name])
         dtype = next(iter(parameters.values())).dtype
-        self._sends = dist.get_world_size() > 1 and (view.stage > 0 or dtype != torch.float32)
+        self._sends = data_size() > 1 and (view.stage > 0 or dtype != torch.float32)
         shares = _shares(averaged, students, view, alone=not self._sends)
 
         self._flat = torch.empty(sum(p.numel() for p in averaged.values()), dtype=dtype, device=view.device)
@@ -67,7 +69,7 @@ class ReplicatedCopy(ShardedCopy):
         self._mine = {
             stretch: self._slice(stretch) if dtype == torch.float32 else self._slice(stretch).float()
             for stretch in self._stretches
-            if stretch.owner == dist.get_rank()
+            if stretch.owner == data_rank()
         }
 
         self._parts: dict[str, tuple[torch.Size, int, Tensor]] = {}  # shape, and what this rank averages, from where
@@ -76,7 +78,7 @@ class ReplicatedCopy(ShardedCopy):
         for name, of_parameter in shares.items():
             start, average = 0, torch.empty(0, device=view.device)
             for share in of_parameter:
-                if share.owner == dist.get_rank():
+                if share.owner == data_rank():
                     piece = view.pieces[students[name]]
                     assert piece is not None and piece.start <= share.start, name
                     begin = piece.at + share.start - piece.start
@@ -112,7 +114,10 @@ class ReplicatedCopy(ShardedCopy):
             for stretch, mine in self._mine.items():
                 self._slice(stretch).copy_(mine)
         if self._sends:
-            works = [dist.broadcast(self._slice(s), src=s.owner, async_op=True) for s in self._stretches]
+            works = [
+                dist.broadcast(self._slice(s), group=data_group(), group_src=s.owner, async_op=True)
+                for s in self._stretches
+            ]
             for work in works:
                 work.wait()
 
@@ -133,7 +138,7 @@ class PartitionedCopy(ShardedCopy):
         zero: ``zero_optimization`` of the engine's JSON.
     """
 
-    def __init__(self, module: nn.Module, view: StateView, zero: Mapping[str, Any]) -> None:
+    def __init__(self, module: nn.Module, view: StateView, zero: Mapping[str, Any], ranks: Ranks) -> None:
         import deepspeed
 
         students = _students(module, view)
@@ -152,7 +157,8 @@ class PartitionedCopy(ShardedCopy):
             },
         }
         self.module = module
-        self._ds, *_ = deepspeed.initialize(model=module, config=config, dist_init_required=False)
+        mpu = Topology(ranks) if ranks.team > 1 else None
+        self._ds, *_ = deepspeed.initialize(model=module, config=config, dist_init_required=False, mpu=mpu)
         self._ds.eval()
 
         self._shards: dict[str, tuple[torch.Size, int, Tensor]] = {}  # shape, and what state() shows, from where
@@ -227,18 +233,17 @@ def _shares(
         alone: this rank averages everything.
     """
     if alone:
-        return {name: [Share(dist.get_rank(), 0, parameter.numel())] for name, parameter in averaged.items()}
+        return {name: [Share(data_rank(), 0, parameter.numel())] for name, parameter in averaged.items()}
     if view.stage == 0:
         sizes = {name: parameter.numel() for name, parameter in averaged.items()}
-        return even_shares(sizes, dist.get_world_size())
+        return even_shares(sizes, data_size())
     stepped = [id(tensor) for group in view.optimizer.param_groups for tensor in group["params"]]
     mine = {
         name: (stepped.index(id(piece.stepped)), piece.at, piece.start, piece.length)
         for name in averaged
         if (piece := view.pieces[students[name]])
     }
-    tables: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(tables, mine)
+    tables = all_gather_object(mine)
     places: dict[str, tuple[int, int, int]] = {}
     shares: dict[str, list[Share]] = {name: [] for name in averaged}
     for owner, table in enumerate(tables):

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from jepa_scale.checkpoint.boxes import Boxes
+from jepa_scale.distributed import data_group
 from jepa_scale.optim import Part
 
 
@@ -200,7 +201,7 @@ class StateView:
         if piece is not None:
             mine = piece.stepped.detach()[piece.at : piece.at + piece.length]
             whole.view(-1)[piece.start : piece.start + piece.length] = mine
-        dist.all_reduce(whole)
+        dist.all_reduce(whole, group=data_group())
         return whole
 
     @property
@@ -211,7 +212,7 @@ class StateView:
         """Every element of every trainable parameter is updated by exactly one rank (by all of them in stage 0)."""
         counts = torch.tensor([piece.length if piece else 0 for piece in self.pieces.values()], device=self.device)
         if self.stage > 0:
-            dist.all_reduce(counts)
+            dist.all_reduce(counts, group=data_group())
         expected = [true_shape(parameter).numel() for parameter in self.pieces]
         assert counts.tolist() == expected, "the ranks' pieces of a parameter are not the parameter"
         assert all(piece.stepped in self.optimizer.state for piece in self.pieces.values() if piece)

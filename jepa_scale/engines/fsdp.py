@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -30,7 +30,7 @@ from jepa_scale.optim import MatrixOptimizer, Part, build_optimizer
 
 
 class FSDPEngine(Engine):
-    """Parameters, gradients and moments sharded over all ranks as fp32 DTensors.
+    """Parameters, gradients and moments sharded over all ranks as fp32 DTensors, or over those of each replica (HSDP).
 
     In bf16 the gathered parameters are bf16 and gradients are reduced in fp32. Inputs are not cast, as they are not
     under DeepSpeed, so that a model runs on both or on neither.
@@ -52,7 +52,7 @@ class FSDPEngine(Engine):
         names = {parameter: name for name, parameter in module.named_parameters()}
         group_names = [[names[p] for p in group["params"]] for group in groups]
 
-        mesh = init_device_mesh(ranks.device.type, (ranks.world_size,), mesh_dim_names=("data",))
+        mesh = _mesh(ranks, options.replicas)
         half = options.precision != "fp32"
         policy = MixedPrecisionPolicy(
             param_dtype=compute_dtype(options.precision) if half else None,
@@ -97,7 +97,7 @@ class FSDPEngine(Engine):
             (self._clipping.group_of(name), cast(DTensor, parameter.grad).to_local())
             for name, parameter in self._trainable.items()
         )
-        norm = self._measure(shards, shards=True)
+        norm = self._measure(shards, copies=self.options.replicas)
         self._clipping.scale(shards)
         skip_if_not_finite(self.optimizer, norm)
         self.optimizer.step()
@@ -142,6 +142,17 @@ class FSDPEngine(Engine):
         """An evaluation leaves the root's parameters gathered; they would hide the shards, and be used once more."""
         for part in self._fsdp_modules():
             part.reshard()
+
+
+def _mesh(ranks: Ranks, replicas: int) -> DeviceMesh:
+    """Of the ranks with different samples: one dimension, or replicas × shards. (A team has no part in it: to FSDP2, what a
+    rank has of a split parameter is a parameter.)"""
+    kind = ranks.device.type
+    if ranks.team == 1 and replicas == 1:
+        return init_device_mesh(kind, (ranks.world_size,), mesh_dim_names=("shard",))
+    shape = (replicas, ranks.data_size // replicas, ranks.team)
+    mesh = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard", "team"))
+    return mesh["shard"] if replicas == 1 else mesh["replicate", "shard"]
 
 
 def _rows(name: str, matrix: nn.Parameter) -> Part:

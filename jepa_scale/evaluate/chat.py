@@ -161,7 +161,7 @@ class ChatTest:
         """This rank's records, as they come."""
         asked = [q for q in questions if not q.problem]
         prompts = [q.prompt for q in asked]
-        size = self.options.generation_batch * ranks.world_size
+        size = self.options.generation_batch * ranks.data_size
         plan = rounds([len(p) for p in prompts], self.options.max_new_tokens, self.positions, size)
         with Counter(f"generate {split}", len(asked), place.progress and ranks.is_main) as counter:
             for part in plan:
@@ -171,9 +171,9 @@ class ChatTest:
         planned = {number for part in plan for number in part.prompts}
         without_room = [q for number, q in enumerate(asked) if number not in planned]
         without_prompt = [q for q in questions if q.problem]
-        for question in without_room[ranks.rank :: ranks.world_size]:
+        for question in without_room[ranks.data_rank :: ranks.data_size]:
             yield self._record(question, Answer(0, [], False))
-        for question in without_prompt[ranks.rank :: ranks.world_size]:
+        for question in without_prompt[ranks.data_rank :: ranks.data_size]:
             yield self._record(question, None)
 
     def _record(self, question: Question, said: Answer | None) -> dict[str, Any]:

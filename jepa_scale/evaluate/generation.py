@@ -103,7 +103,7 @@ def answer(
         call: ``call("generate", Prompts, stop, room)`` → :class:`Generated`, through the engine.
         stop: ids of tokens after which an answer is over.
     """
-    mine = part.prompts[ranks.rank :: ranks.world_size]
+    mine = part.prompts[ranks.data_rank :: ranks.data_size]
     batch = Prompts.of([prompts[number] for number in mine or part.prompts[:1]])
     out = Generated(*(x.cpu() for x in call("generate", batch, tuple(stop), part.room)))
     rows = zip(out.tokens.tolist(), out.lengths.tolist(), out.stopped.tolist(), strict=True)

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 
 from jepa_scale.config import Section
-from jepa_scale.distributed import all_reduce_sum, rank, world_size
+from jepa_scale.distributed import all_reduce_sum, data_rank, data_size
 from jepa_scale.evaluate.answers import Answerer
 
 
@@ -67,8 +67,8 @@ def evaluate(
 
 def _batches(facts: Sequence[Any], chosen: np.ndarray, size: int) -> list[tuple[list[Any], np.ndarray]]:
     """This rank's questions, in batches, with weight 0 for those that only keep the ranks in step."""
-    mine = chosen[rank() :: world_size()]
-    longest = -(-len(chosen) // world_size())  # ceil: what the first rank has
+    mine = chosen[data_rank() :: data_size()]
+    longest = -(-len(chosen) // data_size())  # ceil: what the first rank has
     batches = []
     for start in range(0, longest, size):
         n = min(size, longest - start)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from jepa_scale.distributed import all_reduce_sum, world_size
+from jepa_scale.distributed import all_reduce_sum, data_size
 
 
 class _GlobalSum(torch.autograd.Function):
@@ -38,7 +38,7 @@ def global_sum(x: Tensor) -> Tensor:
     Any shape, the same on every rank → that shape.
     """
     x = x.float()
-    return x if world_size() == 1 else _GlobalSum.apply(x)
+    return x if data_size() == 1 else _GlobalSum.apply(x)
 
 
 def global_sums(*parts: Tensor) -> list[Tensor]:

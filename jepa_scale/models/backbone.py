@@ -8,12 +8,14 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from jepa_scale import attention
 from jepa_scale.errors import InputError
 from jepa_scale.models.decoder import JepaDecoderForCausalLM
+from jepa_scale.models.team import Team
 from jepa_scale.packing import PackedStream
 
 _PIECE = 16_384  # rows of the embedding that are looked up together
@@ -34,6 +36,8 @@ class Backbone(nn.Module):
         self.blocks_at, self._norm_at = _locate(decoder)
         self.block_class = type(self.layers[0])
         decoder.set_attn_implementation(attention.NAME)
+        self.team: Team | None = None
+        """The ranks that share each layer, if there are others (:mod:`jepa_scale.models.tensor_parallel`)."""
 
     @property
     def hidden_size(self) -> int:
@@ -139,7 +143,8 @@ class Backbone(nn.Module):
             hidden = self.hidden(stream, inputs_embeds)
         finally:
             handle.remove()
-        return hidden, tapped[0][0]
+        tokens = tapped[0] if self.team is None else self.team.join_tokens(tapped[0], len(hidden))
+        return hidden, tokens[0]
 
     def forward(self, stream: PackedStream, tap: int | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """As :meth:`hidden`, or with a ``tap`` as :meth:`hidden_and_tap`; for whoever has no more than a module to call."""
@@ -167,7 +172,7 @@ class Backbone(nn.Module):
     def last_hidden(self, stream: PackedStream, until: int | None = None) -> Tensor:
         """As :meth:`hidden`, (S, d): only at the last token of each segment. The native decoder then spares its last
         block the other places."""
-        if not isinstance(self.decoder, JepaDecoderForCausalLM):
+        if not isinstance(self.decoder, JepaDecoderForCausalLM) or self.team is not None:
             return self.hidden(stream, until=until)[stream.last]
         return self._run(self.embed(stream.input_ids), stream, until, readout=stream.last)
 
@@ -180,16 +185,18 @@ class Backbone(nn.Module):
             raise ValueError(f"a segment of {longest} tokens: the model is made for {limit} (max_position_embeddings)")
         if stream.keys is not None:
             extras["packed_keys"] = stream.keys
+        tokens = x[None]
         with self._cut(until):
             out = self.decoder.base_model(
-                inputs_embeds=x[None],
+                inputs_embeds=tokens if self.team is None else self.team.split_tokens(tokens),
                 position_ids=stream.position_ids[None],
                 use_cache=False,
                 return_dict=True,
                 packed=stream.table,
                 **extras,
             )
-        return out.last_hidden_state[0]
+        states = out.last_hidden_state
+        return (states if self.team is None else self.team.join_tokens(states, len(x)))[0]
 
     def logits(self, rows: Tensor, frozen: bool = False) -> Tensor:
         """(n, d) states after the final norm → (n, V). n may be 0; the head's parameters take part nonetheless.
@@ -207,6 +214,15 @@ class Backbone(nn.Module):
         if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma
             logits = cap * torch.tanh(logits / cap)
         return logits
+
+    def label_losses(self, rows: Tensor, labels: Tensor) -> Tensor:
+        """(n, d) states after the final norm, (n,) int64 → (n,) fp32, the negative log-probability of each label. A team never
+        has all logits in one place for it."""
+        if self.team is None:
+            return F.cross_entropy(self.logits(rows).float(), labels, reduction="none")
+        with self.team.split_vocabulary():
+            logits = self.logits(rows).float()
+        return self.team.cross_entropy(logits, labels, self.vocab_size)
 
     def unembed(self, states: Tensor, normalized: bool = True) -> Tensor:
         """(n, d) states → (n, V), their products with the token embeddings.
@@ -228,7 +244,8 @@ class Backbone(nn.Module):
         """The decoder with ordinary (batch, sequence) attention, for ``generate`` and a key-value cache."""
         self.decoder.set_attn_implementation("sdpa")
         try:
-            yield self.decoder
+            with nullcontext() if self.team is None else self.team.whole_tokens():
+                yield self.decoder
         finally:
             self.decoder.set_attn_implementation(attention.NAME)
 

@@ -206,9 +206,7 @@ class Objective(nn.Module):
     def label_log_probs(self, backbone: Backbone, batch: PackedBatch) -> Tensor:
         """(L,) fp32, the log-probability of each label of the stream ``"main"``, in stream order."""
         stream = batch.streams["main"]
-        logits = backbone.logits(backbone.hidden(stream)[stream.labelled]).float()
-        wanted = stream.labels[stream.labelled]
-        return torch.log_softmax(logits, dim=-1).gather(1, wanted[:, None])[:, 0]
+        return -backbone.label_losses(backbone.hidden(stream)[stream.labelled], stream.labels[stream.labelled])
 
     def generate(self, backbone: Backbone, prompts: Prompts, stop: tuple[int, ...], new_tokens: int) -> Generated:
         """Greedy answers of the decoder, of ``new_tokens`` tokens at most; see :func:`jepa_scale.evaluate.generation.greedy`."""
@@ -234,11 +232,13 @@ class JepaModel(nn.Module):
 
 def lm_loss(backbone: Backbone, hidden: Tensor, batch: PackedBatch, stream: str = "main") -> Tensor:
     """Next-token loss of a stream as a contribution to the mean over the global batch's labels. hidden (T, d) → 0-d."""
-    return label_loss(backbone.logits(hidden[batch.streams[stream].labelled]).float(), batch, stream)
+    packed = batch.streams[stream]
+    losses = backbone.label_losses(hidden[packed.labelled], packed.labels[packed.labelled])
+    return share(losses.sum(), batch.totals["labels"])
 
 
 def label_loss(logits: Tensor, batch: PackedBatch, stream: str = "main") -> Tensor:
-    """As :func:`lm_loss`, of the logits (L, V) fp32 at the stream's labelled places."""
+    """As :func:`lm_loss`, of the logits (L, V) fp32 at the stream's labelled places, where they are wanted for more."""
     packed = batch.streams[stream]
     total = F.cross_entropy(logits, packed.labels[packed.labelled], reduction="sum")
     return share(total, batch.totals["labels"])

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from jepa_scale.config import Section
 from jepa_scale.data.draw import Draw
-from jepa_scale.distributed import world_size
+from jepa_scale.distributed import data_size
 from jepa_scale.errors import InputError
 from jepa_scale.flops import Cost, DecoderFlops, ReadoutFlops, linear_cost
 from jepa_scale.losses.infonce import NO_KEY, collect_contrast, contrast
@@ -156,7 +156,7 @@ class Concept(Objective):
     def flops(self, backbone: Backbone, square: bool = False) -> StepFlops:
         """All of it but what is done element by element; a memory's slots are looked up and cost nothing."""
         decoder, names = DecoderFlops.of(backbone), ReadoutFlops.of(backbone, self.tap)
-        dim, ranks, has_memory = self.dim, world_size(), self.memory is not None
+        dim, ranks, has_memory = self.dim, data_size(), self.memory is not None
         predictor, bridge, project = (linear_cost(m) for m in (self.predictor, self.bridge, self.project))
         if self.options.predictor == "linear":  # every relation's matrix, before one is picked
             matrices = 2 * len(self.relation_index) * dim * dim

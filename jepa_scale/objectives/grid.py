@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from jepa_scale.data.draw import ViewMaker
 from jepa_scale.data.grid_objects import SPREAD
-from jepa_scale.distributed import world_size
+from jepa_scale.distributed import data_size
 from jepa_scale.errors import InputError
 from jepa_scale.flops import Cost, DecoderFlops, linear_cost
 from jepa_scale.losses.infonce import Contrast, collect_contrast, contrast
@@ -114,7 +114,7 @@ class Grid(Objective):
 
     def flops(self, backbone: Backbone, square: bool = False) -> StepFlops:
         """All of it but what is done element by element."""
-        o, ranks = self.options, world_size()
+        o, ranks = self.options, data_size()
         latent = o.latent_dim or o.dim
         decoder = DecoderFlops.of(backbone) if o.encoder == "decoder" else None
         objects, layers = linear_cost(self.objects), len(self.blocks)

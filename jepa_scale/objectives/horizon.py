@@ -22,7 +22,7 @@ from jepa_scale.losses.future import FutureKL, future_kl
 from jepa_scale.losses.statistics import as_contribution, rows_of_step
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.mlp import Mlp
-from jepa_scale.objectives.base import JepaModel, Loss, Objective, label_loss, ramp, resolve_tap, share
+from jepa_scale.objectives.base import JepaModel, Loss, Objective, label_loss, lm_loss, ramp, resolve_tap, share
 from jepa_scale.objectives.costs import StepFlops, moments_flops
 from jepa_scale.objectives.horizon_diagnostics import HorizonDiagnostics
 from jepa_scale.objectives.horizon_losses import distance, is_statistic, statistic
@@ -173,8 +173,12 @@ class Horizon(Objective):
         o, pairs = self.options, batch.totals["pairs"]
         stream = batch.streams["main"]
         hidden, states = backbone.hidden_and_tap(stream, self.tap)
-        logits = backbone.logits(hidden[stream.labelled]).float()  # (L, V)
-        lm = label_loss(logits, batch)
+        logits = None
+        if self.latent_to_hidden is None:
+            lm = lm_loss(backbone, hidden, batch)
+        else:
+            logits = backbone.logits(hidden[stream.labelled]).float()  # (L, V)
+            lm = label_loss(logits, batch)
         _, predicted = self.predictions(states, batch)
         target = self.targets(states, batch)
 
@@ -191,7 +195,7 @@ class Horizon(Objective):
 
         lm_weight, jepa_weight, kl_weight = self.weights(batch.step)
         total = lm_weight * lm + jepa_weight * jepa
-        if self.latent_to_hidden is not None:
+        if logits is not None:
             future, counts = self.future(backbone, predicted, logits, batch)
             ce, entropy = (share((x * counts).sum(), batch.totals["kl_pairs"]) for x in future)
             total = total + kl_weight * o.kl_temperature**2 * (ce - entropy)

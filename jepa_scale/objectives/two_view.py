@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jepa_scale.data.draw import Draw, ViewMaker
-from jepa_scale.distributed import rank, world_size
+from jepa_scale.distributed import data_size, rank
 from jepa_scale.errors import InputError
 from jepa_scale.flops import Cost, DecoderFlops, linear_cost
 from jepa_scale.losses.distance import DISTANCES, cosine
@@ -111,7 +111,7 @@ class TwoView(Objective):
 
     def flops(self, backbone: Backbone, square: bool = False) -> StepFlops:
         """All of it but what is done element by element."""
-        o, dim, collects, ranks = self.options, backbone.hidden_size, self.collects, world_size()
+        o, dim, collects, ranks = self.options, backbone.hidden_size, self.collects, data_size()
         decoder = DecoderFlops.of(backbone)
         teacher = DecoderFlops.of(backbone, self.tap or None)
         linear = Cost() if self.linear is None else linear_cost(self.linear)
@@ -253,7 +253,7 @@ class TwoView(Objective):
         """As upstream: means over this rank's micro-batch, InfoNCE among them, added up over the accumulation and not divided by
         it, averaged over the ranks."""
         o, stream = self.options, batch.streams["main"]
-        ranks = world_size()
+        ranks = data_size()
         logits = backbone.logits(hidden[stream.labelled]).float()
         lm = F.cross_entropy(logits, stream.labels[stream.labelled], reduction="sum") / max(1, len(stream.labelled))
         n = len(source)

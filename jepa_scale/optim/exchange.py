@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from jepa_scale.distributed import all_gather_object, rank, world_size
+from jepa_scale.distributed import all_gather_object, data_group, data_rank, data_size
 from jepa_scale.optim.matrices import Matrix
 
 BATCH_ELEMENTS = 1 << 24
@@ -100,7 +100,7 @@ class Layout:
         ranks = [piece.rank for piece in pieces]
         assert len(set(ranks)) == len(ranks), f"{matrix.name}: a rank has two parts of it"
         if self.replicated:
-            whole = all((p.start, p.length) == (0, matrix.numel) for p in pieces) and len(pieces) == world_size()
+            whole = all((p.start, p.length) == (0, matrix.numel) for p in pieces) and len(pieces) == data_size()
         else:
             whole, end = True, 0
             for piece in sorted(pieces, key=lambda piece: piece.start):
@@ -115,8 +115,8 @@ class Layout:
         held = {name: {p.rank: p.length for p in self.pieces[name]} for name in names}
         if self.replicated:
             held = {name: {} for name in names}  # of no account
-        owners = assign_owners([self.matrices[name] for name in names], held, world_size())
-        me = rank()
+        owners = assign_owners([self.matrices[name] for name in names], held, data_size())
+        me = data_rank()
         sent = {n: [p for p in self.pieces[n] if not self.replicated or p.rank == owners[n]] for n in names}
         mine = [(owners[name], p, name) for name in names for p in self.pieces[name] if p.rank == me]
         owned = [name for name in names if owners[name] == me]
@@ -131,7 +131,7 @@ class Layout:
 
 def _route(items: Iterable[tuple[int, Piece, str]]) -> Route:
     """Of pieces with the rank at the other end. Those of one rank stay in their order, which is the same at that end."""
-    slots, splits = [], [0] * world_size()
+    slots, splits = [], [0] * data_size()
     for other, piece, name in sorted(items, key=lambda item: item[0]):
         slots.append((piece, name, sum(splits)))
         splits[other] += piece.length
@@ -175,10 +175,10 @@ def assign_owners(matrices: Sequence[Matrix], held: Mapping[str, Mapping[int, in
 
 def exchange(out: Tensor, send: Route, receive: Route) -> Tensor:
     """Send a buffer's pieces where they go; what has come. Collective."""
-    if world_size() == 1:
+    if data_size() == 1:
         return out
     came = out.new_empty(receive.size)
-    dist.all_to_all_single(came, out, receive.splits, send.splits)
+    dist.all_to_all_single(came, out, receive.splits, send.splits, group=data_group())
     return came
 
 

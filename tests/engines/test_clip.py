@@ -53,7 +53,7 @@ def test_equals_torchs_clip_grad_norm(groups, clip_norm, dtype):
         parameter.grad = torch.randn(parameter.shape).to(dtype) * size
     clipping = Clipping(module, groups, clip_norm)
     grads = clipping.sort((clipping.group_of(name), p.grad.clone()) for name, p in module.named_parameters())
-    total, norms = clipping.measure(grads, shards=False, device=CPU)
+    total, norms = clipping.measure(grads, copies=1, device=CPU)
     before = [[grad.clone() for grad in of_group] for of_group in grads]
     clipping.scale(grads)
     assert clipping.names == tuple(groups) and len(grads) == len(norms) == max(1, len(groups))
@@ -75,11 +75,11 @@ def test_equals_torchs_clip_grad_norm(groups, clip_norm, dtype):
 def test_a_group_that_has_nothing_here_has_norm_0():
     clipping = Clipping(two_layers(), GROUPS, 1.0)
     grads = [[torch.empty(0, 3)], [torch.tensor([3.0]), torch.tensor([[4.0]])]]
-    total, norms = clipping.measure(grads, shards=False, device=CPU)
+    total, norms = clipping.measure(grads, copies=1, device=CPU)
     clipping.scale(grads)
     assert (total, norms.tolist()) == (5.0, [0.0, 5.0])
     assert grads[1][0] == pytest.approx(0.6)
-    clipping.measure([[], []], shards=False, device=CPU)
+    clipping.measure([[], []], copies=1, device=CPU)
     clipping.scale([[], []])
 
 
@@ -88,7 +88,7 @@ def test_a_group_that_has_nothing_here_has_norm_0():
 )
 def test_the_total_of_a_bad_group_is_not_finite(value, finite):
     clipping = Clipping(two_layers(), GROUPS, 1.0)
-    total, norms = clipping.measure([[torch.ones(2)], [torch.tensor([value])]], shards=False, device=CPU)
+    total, norms = clipping.measure([[torch.ones(2)], [torch.tensor([value])]], copies=1, device=CPU)
     assert bool(total.isfinite()) == finite and bool(norms[1].isfinite()) == finite
     assert norms[0] == pytest.approx(2**0.5)
 

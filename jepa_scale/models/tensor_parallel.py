@@ -1,0 +1,274 @@
+"""Tensor parallelism: a decoder whose layers are split over a team of ranks, by the plan beside it.
+
+Each rank keeps its part of a weight as an ordinary parameter, under the name of the whole, and the modules that need others'
+parts become sub-classes of themselves that ask for them. So engines shard and step what a rank has without knowing of teams,
+and only a checkpoint has to be told where in the whole it lies (:class:`jepa_scale.checkpoint.split_state.Split`).
+
+* embedding and LM head: by vocabulary; the loss is made without ever having all logits in one place;
+* attention by heads, MLP by inner channels; norms and whatever else is between them by tokens;
+* what an objective adds is whole on every rank, and all ranks of a team compute it alike.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from jepa_scale.checkpoint.split_state import Split
+from jepa_scale.errors import InputError
+from jepa_scale.models.backbone import Backbone
+from jepa_scale.models.team import Team
+from jepa_scale.models.tp_plan import plan_of
+
+
+def check(backbone: Backbone, size: int) -> None:
+    """Whether a decoder can be split over ``size`` ranks.
+
+    Raises:
+        InputError: what cannot, by name.
+    """
+    decoder = backbone.decoder
+    config: Any = decoder.config
+    plan_of(decoder)
+    for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        count: Any = getattr(config, key, None)
+        if count is not None and count % size:
+            raise InputError(f"engine.tp: {size} does not divide model.{key}, which is {count}; choose a divisor of it")
+    if any(name.rpartition(".")[2].startswith("lora_") for name, _ in decoder.named_modules()):
+        raise InputError("engine.tp: a model with model.lora is not split; set it to 1")
+    dropped = [name for name, part in decoder.named_modules() if isinstance(part, nn.Dropout) and part.p > 0]
+    if dropped or getattr(config, "attention_dropout", None):
+        raise InputError(
+            f"engine.tp: the ranks of a team would drop out other channels than one rank does "
+            f"({dropped[0] if dropped else 'attention_dropout'}); set the model's dropout to 0"
+        )
+
+
+def split(backbone: Backbone, team: Team) -> dict[str, Split]:
+    """Keep this rank's parts of the decoder, in place. Every rank has the same whole weights before.
+
+    Returns:
+        Name of each split parameter within the backbone → where in the whole this rank's part is.
+    """
+    check(backbone, team.size)
+    decoder, plan = backbone.decoder, plan_of(backbone.decoder)
+    cutter = _Cutter(team)
+    base = decoder.base_model
+    ways = {name: way for name, _ in base.named_modules() if (way := _way(plan, name))}
+    shared = {name.rpartition(".")[0] for name in ways}
+    _check_plan(decoder, ways, shared)
+
+    embedding, head = decoder.get_input_embeddings(), decoder.get_output_embeddings()
+    for name, module in list(base.named_modules()):
+        way, inside = ways.get(name), any(name == s or name.startswith(f"{s}.") for s in shared)
+        if way in ("colwise", "colwise_gather_output"):
+            cutter.cut(module, {"weight": 0, "bias": 0})
+            if way != "colwise":
+                _become(module, _Joined, team, _channels=module.out_features)
+        elif way in ("rowwise", "rowwise_split_input"):
+            cutter.cut(module, {"weight": 1})
+            if getattr(module, "bias", None) is not None:
+                _become(module, _bias_once(), team)
+            if way != "rowwise":
+                _become(module, _SplitInput, team)
+        elif way == "headwise":
+            cutter.cut(module, dict.fromkeys(module._parameters, 0))
+        elif module is not embedding and module is not head and (way or not inside):
+            names = tuple(name for name, parameter in module._parameters.items() if parameter is not None)
+            if names:
+                _become(module, _added_up(names), team)
+    for name in shared:
+        _become(base.get_submodule(name), _Shared, team)
+    for block in backbone.layers:
+        block.register_forward_pre_hook(_own_branches(team), with_kwargs=True)
+
+    vocabulary = len(cast(Tensor, embedding.weight))
+    cutter.cut(embedding, {"weight": 0})
+    _become(embedding, _Embedding, team, _first=team.part(vocabulary).start)
+    padding: Any = embedding.padding_idx  # a row that does not learn
+    rows = team.part(vocabulary)
+    here = padding is not None and rows.start <= padding < rows.stop
+    embedding.padding_idx = padding - rows.start if here else None  # type: ignore[assignment]
+    cutter.cut(head, {"weight": 0, "bias": 0})
+    rest = tuple(n for n, p in head._parameters.items() if p is not None and n not in ("weight", "bias"))
+    if rest:
+        _become(head, _added_up(rest), team)
+    _become(head, _Head, team, _vocabulary=vocabulary)
+    backbone.team = team
+    parameters = backbone.named_parameters(remove_duplicate=False)
+    return {name: cutter.splits[parameter] for name, parameter in parameters if parameter in cutter.splits}
+
+
+def _way(plan: dict[str, str], name: str) -> str | None:
+    return plan.get(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name))
+
+
+def _check_plan(decoder: nn.Module, ways: dict[str, str], shared: set[str]) -> None:
+    """Of what the plan leaves out inside attention and MLP, we must know that every rank computes it alike."""
+    base = cast(nn.Module, decoder.base_model)
+    for parent in shared:
+        inside = {name: way for name, way in ways.items() if name.rpartition(".")[0] == parent}
+        joined = any(way == "colwise_gather_output" for way in inside.values())
+        for name, module in base.get_submodule(parent).named_modules(prefix=parent):
+            if name not in ways and any(p is not None for p in module._parameters.values()) and not joined:
+                raise InputError(
+                    f"engine.tp: the plan of {type(decoder).__name__} does not say how {name} is split; set it to 1"
+                )
+    for name, way in ways.items():
+        module = base.get_submodule(name)
+        if way.startswith(("colwise", "rowwise")) and not isinstance(module, nn.Linear):
+            raise InputError(f"engine.tp: {name} is a {type(module).__name__} and no linear layer; set it to 1")
+
+
+class _Cutter:
+    """Replaces parameters by this rank's part; tied ones stay tied."""
+
+    def __init__(self, team: Team) -> None:
+        self.team = team
+        self.splits: dict[nn.Parameter, Split] = {}
+        self._of_whole: dict[nn.Parameter, nn.Parameter] = {}
+
+    def cut(self, module: nn.Module, dims: dict[str, int]) -> None:
+        for name, dim in dims.items():
+            whole = module._parameters.get(name)
+            if whole is None or whole in self.splits:  # a tied one, and done
+                continue
+            if whole not in self._of_whole:
+                part = self.team.part(whole.shape[dim])
+                piece = whole.detach().narrow(dim, part.start, part.stop - part.start).clone()
+                mine = self._of_whole[whole] = nn.Parameter(piece, requires_grad=whole.requires_grad)
+                self.splits[mine] = Split(dim, part.start, whole.shape[dim])
+            module._parameters[name] = self._of_whole[whole]
+
+
+# ------------------------------------------------------------------------------------------ what modules become
+
+
+def _become(module: nn.Module, mixin: type, team: Team, **attributes: Any) -> None:
+    module.__class__ = _mixed(mixin, type(module))  # type: ignore[arg-type]
+    for name, value in {"_team": team, **attributes}.items():
+        object.__setattr__(module, name, value)
+
+
+@cache
+def _mixed(mixin: type, cls: type) -> type:
+    return type(cls.__name__, (mixin, cls), {"__module__": cls.__module__})
+
+
+class _Reading:
+    """A module whose forward sees other values in its parameters' place; everybody else sees the parameters."""
+
+    _runs = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self._runs = True
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._runs = False
+
+
+def _reading(name: str, read: Callable[[Any, Tensor], Tensor]) -> property:
+    def value(module: Any) -> Tensor:
+        parameter = module._parameters[name]
+        return read(module._team, parameter) if module._runs else parameter
+
+    return property(value)
+
+
+@cache
+def _added_up(names: tuple[str, ...]) -> type:
+    """A whole parameter that each rank uses for its own tokens or heads: the gradients add up."""
+    return type("_AddedUp", (_Reading,), {name: _reading(name, Team.enter) for name in names})
+
+
+@cache
+def _bias_once() -> type:
+    """Parts of a sum: one of them has the bias."""
+    once = _reading("bias", lambda team, bias: team.enter(bias) * float(team.rank == 0))
+    return type("_BiasOnce", (_Reading,), {"bias": once})
+
+
+class _Joined:
+    """A linear layer whose output all ranks have."""
+
+    _team: Team
+    _channels: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._team.join_channels(super().forward(x), self._channels)  # type: ignore[misc]
+
+
+class _SplitInput:
+    """A linear layer whose input all ranks have."""
+
+    _team: Team
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self._team.split_channels(x))  # type: ignore[misc]
+
+
+class _Shared:
+    """Attention or MLP: all tokens go in, and a part of a sum comes out."""
+
+    _team: Team
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        team = self._team
+        if not team.splits_tokens:  # generation: nothing wants a gradient
+            return _replaced(super().forward(*args, **kwargs), team.leave)  # type: ignore[misc]
+        x = args[0] if args else kwargs["hidden_states"]
+        table = kwargs.get("packed")  # the MLP's has none: what fills up the tokens may go through it
+        x = team.gather_tokens(x, x.shape[1] * team.size if table is None else sum(table.lengths))
+        if args:
+            args = (x, *args[1:])
+        else:
+            kwargs["hidden_states"] = x
+        return _replaced(super().forward(*args, **kwargs), team.scatter_tokens)  # type: ignore[misc]
+
+
+def _replaced(output: Any, function: Any) -> Any:
+    return (function(output[0]), *output[1:]) if isinstance(output, tuple) else function(output)
+
+
+def _own_branches(team: Team) -> Any:
+    """DropPath's choice for each token, (2, 1, T) → for this rank's tokens."""
+
+    def choose(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        kept = kwargs.get("kept")
+        if kept is None or kept.shape[-1] == 1 or not team.splits_tokens:
+            return None
+        with torch.no_grad():
+            mine = team.split_tokens(kept.movedim(0, -1).float()).movedim(-1, 0).bool()
+        return args, {**kwargs, "kept": mine}
+
+    return choose
+
+
+class _Embedding:
+    """Some rows of the table; the sum over the ranks has every token's, into what all compute alike."""
+
+    _team: Team
+    _first: int
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = len(self._parameters["weight"])  # type: ignore[attr-defined]
+        mine = ids - self._first
+        here = (mine >= 0) & (mine < rows)
+        return self._team.leave(super().forward(mine.where(here, 0)) * here[..., None])  # type: ignore[misc]
+
+
+class _Head:
+    """Some rows of the LM head: this rank's logits, or all of them."""
+
+    _team: Team
+    _vocabulary: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(self._team.enter(x))  # type: ignore[misc]
+        return logits if self._team.splits_vocabulary else self._team.join_channels(logits, self._vocabulary)

@@ -1,0 +1,193 @@
+"""Whole runs with tensor parallelism and with replicas, on real ranks: heads, an EMA teacher, clipping by group, evaluation,
+checkpoints and conversion, all as one rank has it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from jepa_scale.cli import main
+from jepa_scale.distributed import Ranks
+from tests.data.corpus import write_text
+from tests.distributed.launch import run_ranks
+from tests.distributed.small_runs import rows as rows_without_timing
+from tests.distributed.small_runs import tensors
+from tests.distributed.test_horizon_runs import config_file as horizon_file
+from tests.distributed.test_runs import rows, train_runs
+
+STEPS = 20
+ENGINES = ("fsdp", "zero0", "zero1", "zero2", "zero3")
+MODELS: dict[str, dict[str, Any]] = {
+    "native": {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "bridge_after": -2},
+    "tied": {
+        "hidden_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "tie_word_embeddings": True,
+        "output_bias": True,
+    },
+    "qwen3": {
+        "family": "huggingface",
+        "config": {"model_type": "qwen3", "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4}
+        | {"head_dim": 8, "num_key_value_heads": 2, "intermediate_size": 24},
+    },
+}
+OBJECTIVE = {"native": "barlow", "tied": "smooth_l1", "qwen3": "vicreg"}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    write_text(folder, [10, 1, 50, 8], valid=9)
+    return folder
+
+
+def config_file(folder: Path, name: str, corpus: Path, model: str, engine: str, **options: Any) -> str:
+    """Four micro-batches a step, over however many data ranks."""
+    file = horizon_file(folder, name, corpus, OBJECTIVE[model], engine, model=MODELS[model])
+    values = yaml.safe_load(Path(file).read_text())
+    values["train"] |= {"epochs": 0, "steps": STEPS, "eval_every": 10}
+    values["checkpoint"] = {"every": 10}
+    values["engine"] |= options
+    Path(file).write_text(yaml.safe_dump(values))
+    return file
+
+
+@pytest.fixture(scope="module")
+def reference(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reference")
+    run_ranks(train_runs, 1, [(config_file(folder, name, corpus, name, "fsdp"), None) for name in MODELS])
+    return folder
+
+
+def assert_same_run(got: Path, expected: Path, start: int = 0) -> None:
+    for split, tolerance in (("fit", 1e-4), ("valid", 1e-2)):
+        theirs, ours = (rows(run.parent, run.name, split) for run in (expected, got))
+        theirs = [row for row in theirs if row["step"] > start]
+        assert len(theirs) == len(ours) > 0
+        for a, b in zip(theirs, ours, strict=True):
+            assert a.keys() == b.keys()
+            for key in a.keys() - {"data_wait", "seconds", "tokens_per_second", "flops", "packing_efficiency", "split"}:
+                allowed = max(tolerance, 1e-3) if "norm" in key else tolerance
+                assert b[key] == pytest.approx(a[key], abs=allowed, rel=allowed), (got.name, a["step"], key)
+
+
+@pytest.mark.parametrize(("ranks", "tp"), [(2, 2), (4, 2)])
+def test_curves_do_not_depend_on_the_degree(reference, corpus, tmp_path, ranks, tp):
+    cases = {f"native-{engine}": ("native", engine) for engine in ENGINES}
+    cases |= {f"{model}-{engine}": (model, engine) for model in ("tied", "qwen3") for engine in ("fsdp", "zero3")}
+    files = [config_file(tmp_path, name, corpus, model, engine, tp=tp) for name, (model, engine) in cases.items()]
+    run_ranks(train_runs, ranks, [(file, None) for file in files], timeout=500)
+    for name, (model, _) in cases.items():
+        assert_same_run(tmp_path / name, reference / model)
+
+
+def test_curves_do_not_depend_on_replicas(reference, corpus, tmp_path):
+    """HSDP: two copies, each sharded over two ranks; and two copies of a team of two."""
+    cases = {"hybrid": {"replicas": 2}, "hybrid-team": {"replicas": 2, "tp": 2}, "copies": {"replicas": 4}}
+    files = [config_file(tmp_path, name, corpus, "native", "fsdp", **case) for name, case in cases.items()]
+    run_ranks(train_runs, 4, [(file, None) for file in files], timeout=300)
+    for name in cases:
+        assert_same_run(tmp_path / name, reference / "native")
+
+
+@pytest.fixture(scope="module")
+def team(corpus, tmp_path_factory):
+    """Two ranks that share each layer, with an EMA teacher of the decoder."""
+    folder = tmp_path_factory.mktemp("team")
+    run_ranks(train_runs, 2, [(config_file(folder, "qwen3", corpus, "qwen3", "fsdp", tp=2), None)])
+    return folder / "qwen3"
+
+
+def test_a_teams_checkpoint_is_one_like_any_other(reference, team):
+    a, b = (tensors(run / "checkpoints/step_00000010") for run in (team, reference / "qwen3"))
+    assert a.keys() == b.keys() and any(name.startswith("teacher/backbone") for name in a)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=2e-4, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("engine", "ranks", "tp", "by_team"),
+    [("fsdp", 1, 1, True), ("zero3", 2, 1, True), ("zero1", 4, 2, True), ("fsdp", 2, 2, False)],
+)
+def test_a_run_goes_on_with_another_degree(reference, team, corpus, tmp_path, engine, ranks, tp, by_team):
+    start = (team if by_team else reference / "qwen3") / "checkpoints/step_00000010"
+    file = config_file(tmp_path, "goes-on", corpus, "qwen3", engine, tp=tp)
+    run_ranks(train_runs, ranks, [(file, str(start))])
+    assert_same_run(tmp_path / "goes-on", reference / "qwen3", start=10)
+
+
+def test_resume_of_a_team_continues_bitwise(corpus, tmp_path):
+    cases = ("fsdp", "zero2", "zero3")
+    files = [config_file(tmp_path, engine, corpus, "native", engine, tp=2) for engine in cases]
+    run_ranks(train_runs, 4, [(file, None) for file in files], timeout=300)
+    again = []
+    for engine, file in zip(cases, files, strict=True):
+        values = yaml.safe_load(Path(file).read_text())
+        values["run"]["name"] = f"{engine}-again"
+        (tmp_path / f"{engine}-again.yaml").write_text(yaml.safe_dump(values))
+        shutil.copytree(tmp_path / engine, tmp_path / f"{engine}-again")
+        again.append(
+            (
+                str(tmp_path / f"{engine}-again.yaml"),
+                str(tmp_path / f"{engine}-again/checkpoints/step_00000010"),
+            )
+        )
+    run_ranks(train_runs, 4, again, timeout=300)
+    for engine in cases:
+        whole, resumed = tmp_path / engine, tmp_path / f"{engine}-again"
+        assert rows_without_timing(whole) == rows_without_timing(resumed), engine
+        a, b = (tensors(run / f"checkpoints/step_{STEPS:08d}") for run in (whole, resumed))
+        assert a.keys() == b.keys()
+        for name in a:
+            assert (a[name] == b[name]).all(), f"{engine}: {name}"
+
+
+def test_a_teams_checkpoint_becomes_a_hugging_face_model(team, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    assert main(["convert", "to-hf", str(team), str(tmp_path / "hf")]) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    trained = tensors(team / "checkpoints/step_00000020")
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, trained[f"model/backbone.decoder.{name}"].to(value.dtype)), name
+
+
+def refused(ranks: Ranks, file: str) -> str:
+    from jepa_scale.build import build, validate
+    from jepa_scale.config import load_config
+    from jepa_scale.errors import InputError
+
+    try:
+        build(validate(load_config(file)), ranks)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("engine", "options", "told"),
+    [
+        ("fsdp", {"tp": 3}, "engine.tp: 3 does not divide the 2 ranks of this run; start a multiple of 3"),
+        ("fsdp", {"replicas": 3}, "engine.replicas: 3 does not divide the 2 ranks with different samples"),
+        ("fsdp", {"tp": 2, "replicas": 2}, "engine.replicas: 2 does not divide the 1 ranks with different samples"),
+        ("zero3", {"replicas": 2}, "engine.replicas: is FSDP2's; DeepSpeed has zero_hpz_partition_size and MiCS"),
+    ],
+)
+def test_a_mesh_that_the_ranks_cannot_have_is_refused(corpus, tmp_path, engine, options, told):
+    file = config_file(tmp_path, "refused", corpus, "native", engine, **options)
+    assert all(told in said for said in run_ranks(refused, 2, file))
+
+
+def test_muon_is_refused_in_a_team(corpus, tmp_path):
+    file = config_file(tmp_path, "refused", corpus, "native", "fsdp", tp=2)
+    values = yaml.safe_load(Path(file).read_text())
+    values["optim"]["method"] = "muon"
+    Path(file).write_text(json.dumps(values))
+    assert all("engine.tp: Muon needs whole matrices" in said for said in run_ranks(refused, 2, file))
