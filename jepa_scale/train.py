@@ -288,6 +288,8 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
     found = checkpoint.find(args.run, args.checkpoint, config.checkpoint.verify)
     if found is None:
         raise InputError(f"{args.run}: has no checkpoint to evaluate")
+    if ranks.data_size % (config.engine.tp * config.engine.replicas):  # trained by more ranks than there are now
+        config.engine.tp = config.engine.replicas = 1
     run = build(validate(config), ranks, steps_of(found, config))
     step = checkpoint.load(found, run.parts).step
     results = run.evaluate(step=step, run_dir=args.run)

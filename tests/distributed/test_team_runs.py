@@ -68,8 +68,8 @@ def reference(corpus, tmp_path_factory):
 
 def assert_same_run(got: Path, expected: Path, start: int = 0) -> None:
     for split, tolerance in (("fit", 1e-4), ("valid", 1e-2)):
-        theirs, ours = (rows(run.parent, run.name, split) for run in (expected, got))
-        theirs = [row for row in theirs if row["step"] > start]
+        both = (rows(run.parent, run.name, split) for run in (expected, got))
+        theirs, ours = ([row for row in of_run if row["step"] > start] for of_run in both)
         assert len(theirs) == len(ours) > 0
         for a, b in zip(theirs, ours, strict=True):
             assert a.keys() == b.keys()
@@ -152,7 +152,7 @@ def test_resume_of_a_team_continues_bitwise(corpus, tmp_path):
 def test_a_teams_checkpoint_becomes_a_hugging_face_model(team, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    assert main(["convert", "to-hf", str(team), str(tmp_path / "hf")]) == 0
+    assert main(["convert", str(team), "--to", "hf", "--out", str(tmp_path / "hf")]) == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     trained = tensors(team / "checkpoints/step_00000020")
     for name, value in model.state_dict().items():
