@@ -29,6 +29,7 @@ from jepa_scale.models import tensor_parallel
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
+from jepa_scale.models.recompute import recompute
 from jepa_scale.models.team import Team
 from jepa_scale.objectives.base import JepaModel, Objective
 from jepa_scale.objectives.costs import StepFlops
@@ -211,14 +212,16 @@ def build(plan: Plan, ranks: Ranks, steps: int = 0) -> Run:
         steps = steps_within(
             config.train.flops, loaders, flops, lambda step: objective.kind_of_step(step, config.run.seed)
         )
+    blocks = [*backbone.layers, *objective.blocks]
+    recompute(blocks, config.engine.activation_checkpointing)
     if config.engine.compile:
-        for block in [*backbone.layers, *objective.blocks]:
+        for block in blocks:
             block.compile(dynamic=True)
 
     engine = create_engine(
         engine_name,
         module,
-        shard=[*backbone.layers, *objective.blocks],
+        shard=blocks,
         groups=parameter_groups(module, config.optim, objective.head_prefixes(backbone)),
         optim_options=config.optim,
         engine_options=EngineOptions(

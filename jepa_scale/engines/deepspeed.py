@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from jepa_scale.checkpoint.boxes import Boxes
 from jepa_scale.config import OptimConfig, find_file
@@ -166,6 +167,7 @@ class DeepSpeedEngine(Engine):
             mpu=Topology(ranks) if ranks.team > 1 else None,
         )
         if self.stage == 3:
+            _hide_hooks(module)
             self.ds.optimizer._set_fp32_optimizer_param_groups()  # they are empty but while it steps one of them
         create_optimizer_state(self.optimizer)
         if self.stage == 3:
@@ -294,3 +296,23 @@ class DeepSpeedEngine(Engine):
 
         with deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
             return parameter.detach().clone()
+
+
+def _hide_hooks(module: nn.Module) -> None:
+    """What ZeRO-3's hooks do with memory is not the same in each forward; a selective checkpoint, which compares the operators of
+    two of them, is not to see it."""
+    for block in module.modules():
+        if getattr(block, "recomputes_selectively", False):
+            for part in block.modules():
+                for hooks in (part._forward_pre_hooks, part._forward_hooks):
+                    for key, hook in hooks.items():
+                        if getattr(hook, "__module__", "").startswith("deepspeed"):
+                            hooks[key] = _hidden(hook)
+
+
+def _hidden(hook: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        with _disable_current_modes():
+            return hook(*args)
+
+    return run

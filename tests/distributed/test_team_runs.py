@@ -191,3 +191,18 @@ def test_muon_is_refused_in_a_team(corpus, tmp_path):
     values["optim"]["method"] = "muon"
     Path(file).write_text(json.dumps(values))
     assert all("engine.tp: Muon needs whole matrices" in said for said in run_ranks(refused, 2, file))
+
+
+def test_recomputing_and_compiling_change_nothing(reference, corpus, tmp_path):
+    """Activation checkpointing on every engine, in a team too; blocks compiled, with and without it."""
+    cases: dict[str, tuple[str, dict[str, Any]]] = {
+        f"{how}-{engine}": (engine, {"activation_checkpointing": how})
+        for engine in ("fsdp", "zero1", "zero3")
+        for how in ("full", "selective")
+    }
+    cases["full-team"] = ("fsdp", {"activation_checkpointing": "full", "tp": 2})
+    cases["selective-team"] = ("zero3", {"activation_checkpointing": "selective", "tp": 2})
+    files = [config_file(tmp_path, name, corpus, "native", engine, **more) for name, (engine, more) in cases.items()]
+    run_ranks(train_runs, 2, [(file, None) for file in files], timeout=400)
+    for name in cases:
+        assert_same_run(tmp_path / name, reference / "native")
