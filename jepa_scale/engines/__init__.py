@@ -43,7 +43,7 @@ def check_engine(name: str, config: Config, ranks: Ranks) -> None:
         validate_deepspeed_config(options.deepspeed)
         if options.replicas > 1:
             raise InputError(
-                "engine.replicas: is FSDP2's; DeepSpeed has zero_hpz_partition_size and MiCS in its JSON (configs/ds)"
+                "engine.replicas: is FSDP2's; for ZeRO-3 within a node see zero_hpz_partition_size (configs/ds/zero3_hpz.json)"
             )
     if ranks.data_size % options.replicas:
         raise InputError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from jepa_scale.engines.base import (
 from jepa_scale.engines.clip import Range, cut, join
 from jepa_scale.engines.deepspeed_copy import PartitionedCopy, ReplicatedCopy
 from jepa_scale.engines.deepspeed_state import StateView
-from jepa_scale.engines.deepspeed_topology import Topology
+from jepa_scale.engines.deepspeed_topology import topology_of
 from jepa_scale.errors import InputError
 from jepa_scale.optim import MatrixOptimizer, build_optimizer
 
@@ -80,11 +80,30 @@ def validate_deepspeed_config(path: str | Path) -> dict[str, Any]:
     stage = zero.get("stage") if isinstance(zero, dict) else zero
     if not isinstance(zero, dict) or type(stage) is not int or stage not in (0, 1, 2, 3):
         raise InputError(f"{file}: zero_optimization.stage must be 0, 1, 2 or 3, not {json.dumps(stage)}")
-    for part in ("offload_optimizer", "offload_param", "cpu_offload", "cpu_offload_param", "zenflow"):
-        if zero.get(part):
-            raise InputError(f"{file}: zero_optimization.{part}: offloading is not supported; remove the key")
     _check_zero_section(file, zero)
+    _check_offload(file, zero)
     return config
+
+
+def _check_offload(file: Path, zero: dict[str, Any]) -> None:
+    for part in ("cpu_offload", "cpu_offload_param", "zenflow"):
+        if zero.get(part):
+            raise InputError(
+                f"{file}: zero_optimization.{part}: is not supported; use offload_optimizer and offload_param"
+            )
+    for part, least in (("offload_optimizer", 2), ("offload_param", 3)):
+        target = (zero.get(part) or {}).get("device", "none")
+        if target == "none":
+            continue
+        if target != "cpu":
+            raise InputError(
+                f"{file}: zero_optimization.{part}.device: {target!r} is not supported, as what is swapped out is in no "
+                "checkpoint of ours; use cpu"
+            )
+        if zero["stage"] < least:
+            raise InputError(f"{file}: zero_optimization.{part}: needs stage {least}")
+        if zero[part].get("ratio", 1.0) != 1.0:
+            raise InputError(f"{file}: zero_optimization.{part}.ratio: must be 1; all of it is offloaded")
 
 
 def _check_zero_section(file: Path, zero: dict[str, Any]) -> None:
@@ -99,6 +118,11 @@ def _check_zero_section(file: Path, zero: dict[str, Any]) -> None:
         first = error.errors()[0]
         key = ".".join(["zero_optimization", *map(str, first["loc"])])
         raise InputError(f"{file}: {key}: {first['msg'][0].lower() + first['msg'][1:]}") from None
+
+
+def offloads(zero: Mapping[str, Any]) -> bool:
+    """Whether masters, moments and gradients are in host memory."""
+    return bool((zero.get("offload_optimizer") or {}).get("device", "none") != "none")
 
 
 def _import_deepspeed() -> Any:
@@ -141,7 +165,8 @@ class DeepSpeedEngine(Engine):
         config = validate_deepspeed_config(options.deepspeed)
         self._zero = config["zero_optimization"]
         self.stage = self._zero["stage"]
-        self.layout = f"ZeRO-{self.stage} {options.precision}"
+        self._offloads = offloads(self._zero)
+        self.layout = f"ZeRO-{self.stage} {options.precision}{' offloaded' if self._offloads else ''}"
         self._bf16 = options.precision == "bf16"
 
         deepspeed = _import_deepspeed()
@@ -164,15 +189,20 @@ class DeepSpeedEngine(Engine):
             optimizer=self.optimizer,
             config=self._filled(config),
             dist_init_required=False,
-            mpu=Topology(ranks) if ranks.team > 1 else None,
+            mpu=topology_of(ranks),
         )
         if self.stage == 3:
             _hide_hooks(module)
             self.ds.optimizer._set_fp32_optimizer_param_groups()  # they are empty but while it steps one of them
+        stepped = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        buffers = [parameter.grad for parameter in stepped]
         create_optimizer_state(self.optimizer)
+        if self._offloads:  # where it puts the gradients
+            for parameter, buffer in zip(stepped, buffers, strict=True):
+                parameter.grad = buffer
         if self.stage == 3:
             self.ds.optimizer._clear_fp32_optimizer_param_groups()
-        self._view = StateView(module, self.ds.optimizer, self.optimizer, self.stage)
+        self._view = StateView(module, self.ds.optimizer, self.optimizer, self.stage, self._offloads)
         if isinstance(self.optimizer, MatrixOptimizer):
             self.optimizer.bind(self._view.parts_of(self.optimizer.matrices), replicated=self.stage == 0)
         self._ranges = self._clip_ranges()
@@ -190,12 +220,13 @@ class DeepSpeedEngine(Engine):
         config["gradient_clipping"] = 0.0  # it knows no groups
         config["bf16"] = {"enabled": self._bf16}
         config["zero_allow_untested_optimizer"] = True
+        config["zero_force_ds_cpu_optimizer"] = False
         zero = config["zero_optimization"] = dict(config["zero_optimization"])
         if self.stage == 1 and self.options.accumulation > 1:
             # Overlapping, it reduces what the last micro-batch's hooks see: a parameter that only an earlier one used
             # would lose its gradient.
             zero["overlap_comm"] = False
-        if self.stage == 2 or (self.stage == 1 and not self._bf16):
+        if not self._offloads and (self.stage == 2 or (self.stage == 1 and not self._bf16)):
             # The norm, with a host sync, only to skip what skip_if_not_finite skips. Elsewhere it can't be left out.
             zero.setdefault("compute_grad_norm", False)
         if self._bf16:
@@ -229,9 +260,7 @@ class DeepSpeedEngine(Engine):
         if getattr(self.ds.optimizer, "overflow", False):
             # it has looked by itself, and may have rounded a norm to infinity that is almost infinite
             norm = norm.masked_fill(norm.isfinite(), torch.inf)
-        if self.stage == 3:
-            # else a parameter without a gradient in the next step would get this step's again
-            self.ds.optimizer.grad_partitions_flat_buffer.zero_()
+        self._view.clear_gradients()  # else a parameter without a gradient in the next step would get this step's again
         return norm
 
     def _clip_ranges(self) -> dict[Tensor, list[Range]]:

@@ -13,7 +13,7 @@ from jepa_scale.checkpoint.boxes import Boxes
 from jepa_scale.distributed import Ranks, all_gather_object, data_group, data_rank, data_size
 from jepa_scale.engines.base import ShardedCopy, persistent_buffers
 from jepa_scale.engines.deepspeed_state import StateView, shard, true_shape
-from jepa_scale.engines.deepspeed_topology import Topology
+from jepa_scale.engines.deepspeed_topology import topology_of
 
 
 class Share(NamedTuple):
@@ -54,11 +54,14 @@ class ReplicatedCopy(ShardedCopy):
         self._frozen = {name: parameter for name, parameter in parameters.items() if name not in averaged}
         for name, parameter in self._frozen.items():
             parameter.copy_(students[name])
-        dtype = next(iter(parameters.values())).dtype
+        dtype, device = next(iter(parameters.values())).dtype, next(iter(parameters.values())).device
+        self._aliases = (
+            dtype == torch.float32 and device == view.device
+        )  # else masters are in host memory, and averages too
         self._sends = data_size() > 1 and (view.stage > 0 or dtype != torch.float32)
         shares = _shares(averaged, students, view, alone=not self._sends)
 
-        self._flat = torch.empty(sum(p.numel() for p in averaged.values()), dtype=dtype, device=view.device)
+        self._flat = torch.empty(sum(p.numel() for p in averaged.values()), dtype=dtype, device=device)
         offsets = {}
         at = 0
         for name in shares:
@@ -67,7 +70,7 @@ class ReplicatedCopy(ShardedCopy):
             parameter.data = self._flat[offsets[name] : at].view(parameter.shape)
         self._stretches = list(stretches(shares, offsets))
         self._mine = {
-            stretch: self._slice(stretch) if dtype == torch.float32 else self._slice(stretch).float()
+            stretch: self._slice(stretch) if self._aliases else self._slice(stretch).to(view.device, torch.float32)
             for stretch in self._stretches
             if stretch.owner == data_rank()
         }
@@ -110,7 +113,7 @@ class ReplicatedCopy(ShardedCopy):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        if self._flat.dtype != torch.float32:
+        if not self._aliases:
             for stretch, mine in self._mine.items():
                 self._slice(stretch).copy_(mine)
         if self._sends:
@@ -157,8 +160,9 @@ class PartitionedCopy(ShardedCopy):
             },
         }
         self.module = module
-        mpu = Topology(ranks) if ranks.team > 1 else None
-        self._ds, *_ = deepspeed.initialize(model=module, config=config, dist_init_required=False, mpu=mpu)
+        self._ds, *_ = deepspeed.initialize(
+            model=module, config=config, dist_init_required=False, mpu=topology_of(ranks)
+        )
         self._ds.eval()
 
         self._shards: dict[str, tuple[torch.Size, int, Tensor]] = {}  # shape, and what state() shows, from where
@@ -175,14 +179,14 @@ class PartitionedCopy(ShardedCopy):
             elif piece := view.pieces[student]:
                 assert (piece.start, piece.length) == (start, count), name
                 self._computed.append(value)
-                value = value.float()  # in fp32 the same memory
+                value = value.to(view.device, torch.float32)  # in fp32 the same memory, unless masters are the host's
                 self._averages.append(value)
                 self._sources.append(piece.stepped.detach()[piece.at : piece.at + count])
                 value.copy_(self._sources[-1])
             else:
                 value = torch.empty(0, device=view.device)
             self._shards[name] = (true_shape(parameter), start, value)
-        self._casts = dtype != torch.float32
+        self._copies = any(a is not b for a, b in zip(self._computed, self._averages, strict=True))
         self.refresh()
 
     @property
@@ -201,7 +205,7 @@ class PartitionedCopy(ShardedCopy):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        if self._casts and self._averages:
+        if self._copies:
             torch._foreach_copy_(self._computed, self._averages)
 
     def state(self) -> dict[str, Boxes]:

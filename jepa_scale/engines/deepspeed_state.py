@@ -61,11 +61,14 @@ class StateView:
 
     Args:
         module: the root. wrapped: DeepSpeed's optimizer. optimizer: ours inside it, whose state exists.
-        stage: of ZeRO.
+        stage: of ZeRO. offloaded: what is stepped is in host memory, and its gradient is with it.
     """
 
-    def __init__(self, module: nn.Module, wrapped: Any, optimizer: torch.optim.Optimizer, stage: int) -> None:
+    def __init__(
+        self, module: nn.Module, wrapped: Any, optimizer: torch.optim.Optimizer, stage: int, offloaded: bool = False
+    ) -> None:
         self.module, self.wrapped, self.optimizer, self.stage = module, wrapped, optimizer, stage
+        self.offloaded = offloaded
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.stepped = {parameter: stepped for parameters, stepped in self._tensors() for parameter in parameters}
         """Of each trainable parameter the tensor that is stepped for it, in which this rank may have nothing of it."""
@@ -130,7 +133,10 @@ class StateView:
         accumulates in, which one after the other have the layout of the tensor; where they end before it, it is zero.
         """
         z = self.wrapped
-        if self.stage == 0:
+        if self.offloaded:
+            for _, stepped in self._tensors():
+                yield stepped, [] if stepped.grad is None else [stepped.grad]
+        elif self.stage == 0:
             for piece in self.pieces.values():
                 assert piece is not None
                 yield piece.stepped, [] if piece.parameter.grad is None else [piece.parameter.grad]
@@ -143,6 +149,15 @@ class StateView:
             groups = z.fp32_partitioned_groups_flat if self.stage == 3 else z.single_partition_of_fp32_groups
             for i, stepped in enumerate(groups):
                 yield stepped, z.averaged_gradients[i]
+
+    def clear_gradients(self) -> None:
+        """Where gradients stay in place, set them to zero."""
+        if self.offloaded:
+            for _, stepped in self._tensors():
+                if stepped.grad is not None:
+                    stepped.grad.zero_()
+        if self.stage == 3:
+            self.wrapped.grad_partitions_flat_buffer.zero_()
 
     def boxes(self) -> dict[str, Boxes]:
         """:meth:`jepa_scale.engines.base.Engine.state` but for the buffers."""

@@ -7,6 +7,14 @@ import torch.distributed as dist
 from jepa_scale.distributed import Ranks, data_group, team_group
 
 
+def topology_of(ranks: Ranks) -> Topology | None:
+    """What ``deepspeed.initialize`` is to be told; None without teams."""
+    from deepspeed.utils import groups
+
+    groups.mpu = None  # what an engine before this one was told
+    return Topology(ranks) if ranks.team > 1 else None
+
+
 class Topology:
     """ZeRO shards over the ranks with different samples; what a rank of a team has of a split parameter is a parameter to it."""
 

@@ -19,7 +19,7 @@ from tests.distributed.launch import run_ranks
 from tests.distributed.small_runs import rows as rows_without_timing
 from tests.distributed.small_runs import tensors
 from tests.distributed.test_horizon_runs import config_file as horizon_file
-from tests.distributed.test_runs import rows, train_runs
+from tests.distributed.test_runs import REPOSITORY, rows, train_runs
 
 STEPS = 20
 ENGINES = ("fsdp", "zero0", "zero1", "zero2", "zero3")
@@ -177,7 +177,7 @@ def refused(ranks: Ranks, file: str) -> str:
         ("fsdp", {"tp": 3}, "engine.tp: 3 does not divide the 2 ranks of this run; start a multiple of 3"),
         ("fsdp", {"replicas": 3}, "engine.replicas: 3 does not divide the 2 ranks with different samples"),
         ("fsdp", {"tp": 2, "replicas": 2}, "engine.replicas: 2 does not divide the 1 ranks with different samples"),
-        ("zero3", {"replicas": 2}, "engine.replicas: is FSDP2's; DeepSpeed has zero_hpz_partition_size and MiCS"),
+        ("zero3", {"replicas": 2}, "engine.replicas: is FSDP2's; for ZeRO-3 within a node see zero_hpz_partition_size"),
     ],
 )
 def test_a_mesh_that_the_ranks_cannot_have_is_refused(corpus, tmp_path, engine, options, told):
@@ -206,3 +206,35 @@ def test_recomputing_and_compiling_change_nothing(reference, corpus, tmp_path):
     run_ranks(train_runs, 2, [(file, None) for file in files], timeout=400)
     for name in cases:
         assert_same_run(tmp_path / name, reference / "native")
+
+
+SHARDED = {
+    "zero3_hpz": {"zero_hpz_partition_size": 2, "stage3_param_persistence_threshold": 0},
+    "zero2_offload": {},
+    "zero3_offload": {"stage3_param_persistence_threshold": 0},
+}
+
+
+def test_where_zero_keeps_things_changes_nothing(reference, corpus, tmp_path):
+    """Secondary shards within a node (hpZ), and masters, moments and parameters in host memory; with a team, and resumed."""
+    files = []
+    for name, changes in SHARDED.items():
+        for tp in (1, 2):
+            shipped = json.loads((REPOSITORY / f"configs/ds/{name}.json").read_text())
+            shipped["zero_optimization"] |= changes if tp == 1 else {}
+            if tp == 2 and "hpz" in name:
+                continue
+            (tmp_path / f"{name}-{tp}.json").write_text(json.dumps(shipped))
+            model = "qwen3" if "offload" in name else "native"
+            file = config_file(tmp_path, f"{name}-{tp}", corpus, model, "zero3", tp=tp)
+            values = yaml.safe_load(Path(file).read_text())
+            values["engine"]["deepspeed"] = str(tmp_path / f"{name}-{tp}.json")
+            Path(file).write_text(yaml.safe_dump(values))
+            files.append((file, model))
+    run_ranks(train_runs, 4, [(file, None) for file, _ in files], timeout=400)
+    for file, model in files:
+        assert_same_run(Path(file).with_suffix(""), reference / model)
+    file, model = files[1]
+    shutil.move(tmp_path / "zero2_offload-1", tmp_path / "before")
+    run_ranks(train_runs, 4, [(file, str(tmp_path / "before/checkpoints/step_00000010"))])
+    assert_same_run(tmp_path / "zero2_offload-1", tmp_path / "before", start=10)

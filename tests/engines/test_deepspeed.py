@@ -68,11 +68,20 @@ def test_what_deepspeed_itself_refuses_is_refused(tmp_path):
         {"zero_optimization": {"stage": 1, "overlap_comm": "sometimes"}},
         "zero_optimization.overlap_comm",
     )
+
+
+def test_what_cannot_be_offloaded_is_refused(tmp_path):
+    cpu, nvme = {"device": "cpu"}, {"device": "nvme", "nvme_path": "/nowhere"}
+    refused(tmp_path, {"zero_optimization": {"stage": 1, "offload_optimizer": cpu}}, "offload_optimizer: needs stage 2")
+    refused(tmp_path, {"zero_optimization": {"stage": 2, "offload_param": cpu}}, "offload_param: needs stage 3")
     refused(
-        tmp_path,
-        {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
-        "offload_optimizer",
+        tmp_path, {"zero_optimization": {"stage": 3, "offload_optimizer": nvme}}, "offload_optimizer.device: 'nvme'"
     )
+    refused(
+        tmp_path, {"zero_optimization": {"stage": 3, "offload_optimizer": {**cpu, "ratio": 0.5}}}, "ratio: must be 1"
+    )
+    refused(tmp_path, {"zero_optimization": {"stage": 2, "cpu_offload": True}}, "cpu_offload")
+    refused(tmp_path, {"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, "mics_shard_size")
 
 
 def test_fsdp_does_not_import_deepspeed():
