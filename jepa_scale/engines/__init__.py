@@ -40,7 +40,12 @@ def check_engine(name: str, config: Config, ranks: Ranks) -> None:
     if name == "deepspeed":
         from jepa_scale.engines.deepspeed import validate_deepspeed_config
 
-        validate_deepspeed_config(options.deepspeed)
+        zero = validate_deepspeed_config(options.deepspeed)["zero_optimization"]
+        if options.tp > 1 and zero.get("zero_hpz_partition_size", 1) > 1:
+            raise InputError(
+                f"engine.tp: {options.tp} and zero_hpz_partition_size in {options.deepspeed}: DeepSpeed makes its secondary "
+                "shards of neighbouring ranks, and those are a team; set one of them to 1"
+            )
         if options.replicas > 1:
             raise InputError(
                 "engine.replicas: is FSDP2's; for ZeRO-3 within a node see zero_hpz_partition_size (configs/ds/zero3_hpz.json)"

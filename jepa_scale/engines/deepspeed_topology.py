@@ -11,7 +11,9 @@ def topology_of(ranks: Ranks) -> Topology | None:
     """What ``deepspeed.initialize`` is to be told; None without teams."""
     from deepspeed.utils import groups
 
-    groups.mpu = None  # what an engine before this one was told
+    # What an engine before this one was told. An EMA teacher's is to have no secondary shards: they would be out of date after
+    # the first update.
+    groups.mpu = groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
     return Topology(ranks) if ranks.team > 1 else None
 
 

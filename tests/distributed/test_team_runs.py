@@ -185,6 +185,11 @@ def test_a_mesh_that_the_ranks_cannot_have_is_refused(corpus, tmp_path, engine, 
     assert all(told in said for said in run_ranks(refused, 2, file))
 
 
+def test_secondary_shards_are_refused_in_a_team(corpus, tmp_path):
+    file = config_file(tmp_path, "refused", corpus, "native", "zero3", tp=2, deepspeed="configs/ds/zero3_hpz.json")
+    assert all("zero_hpz_partition_size" in said for said in run_ranks(refused, 2, file))
+
+
 def test_muon_is_refused_in_a_team(corpus, tmp_path):
     file = config_file(tmp_path, "refused", corpus, "native", "fsdp", tp=2)
     values = yaml.safe_load(Path(file).read_text())
