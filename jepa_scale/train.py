@@ -179,7 +179,7 @@ def due(done: int, every: int, last: int = 0) -> bool:
     return done == last or (every > 0 and done % every == 0)
 
 
-def global_totals(batches: list[PackedBatch], device: torch.device, stop: bool, team: int) -> dict[str, Tensor]:
+def global_totals(batches: list[PackedBatch], device: torch.device, stop: bool, team: int = 1) -> dict[str, Tensor]:
     """Counts of the global batch, name → 0-d float tensor on the device; ``stop`` is above 0 if a rank was asked to."""
     counts = {**add_counts(batches), "stop": int(stop)}
     names = sorted(counts)
