@@ -56,7 +56,7 @@ RUNS: dict[str, tuple[str, list[str]]] = {
     "horizon_compiled": (TEXT, [*PLAIN, "engine.compile=true"]),
     "horizon_backbone_teacher": (TEXT, [*PLAIN, "objective.teacher=backbone"]),
     "span": ("configs/span_tiny.yaml", []),
-    "two_view": ("configs/nl_rx_synth.yaml", ["data.source=chat", "data.max_length=512"]),
+    "two_view": ("configs/nl_rx_synth.yaml", ["data.source=chat", "data.max_length=1024"]),
     "concept": ("configs/reversal.yaml", []),
 }
 """Name → the config that is shipped, and what differs from it."""
@@ -209,7 +209,7 @@ def whole(run: Run) -> bool:
 
 
 def conversations(folder: Path) -> Path:
-    """A question and an answer of 20 to 120 words each, a row a line."""
+    """A question and an answer of 20 to 80 words each, a row a line."""
     words = " ".join(sys.copyright.split() + (sys.__doc__ or "").split() + (json.__doc__ or "").split()).split()
     rng = np.random.default_rng(0)
     path = folder / "chat"
@@ -217,7 +217,7 @@ def conversations(folder: Path) -> Path:
     for split, count in (("train", 1000), ("test", 20)):
         lines = []
         for _ in range(count):
-            said = [" ".join(rng.choice(words, int(rng.integers(20, 120)))) for _ in range(2)]
+            said = [" ".join(rng.choice(words, int(rng.integers(20, 80)))) for _ in range(2)]
             roles = ("user", "assistant")
             messages = [{"role": role, "content": text} for role, text in zip(roles, said, strict=True)]
             lines.append(json.dumps({"messages": messages}))
