@@ -48,6 +48,7 @@ class FsdpModel(EngineModel):
         self.root = self.units[-1]
         self._reducing = 0  # bytes of the last reduction's buffer
         self._order: list[Unit] = []  # of this micro-batch's forwards
+        self._reduced: set[str] = set()  # parameters that have a gradient already
 
     def _shard(self, name: str) -> int:
         return shard_numel(self.parameters[name].shape, self.layout.shards)
@@ -70,7 +71,9 @@ class FsdpModel(EngineModel):
 
     def post_forward(self, unit: Unit) -> None:
         self._order.append(unit)
-        if unit is not self.root:
+        if unit is self.root:
+            self._gathering.end_forward()
+        else:
             self._gathering.free(unit)
 
     def pre_backward(self, unit: Unit) -> None:
@@ -104,15 +107,12 @@ class FsdpModel(EngineModel):
         if not first:
             self.ledger.free("gradients", own)  # added to what was there
 
-    _reduced: set[str]
-
-    def begin(self) -> None:
-        self._reduced = set()
-
     def after_backward(self, last: bool) -> None:
         for unit in self.units:
             self.post_backward_if_due(unit)
         self._gathering.drop_prefetched()
+        self.ledger.free("buffers", self._reducing)
+        self._reducing = 0
         self._order.clear()
 
     def post_backward_if_due(self, unit: Unit) -> None:
@@ -162,6 +162,10 @@ class Gathering:
         self.ledger.free("buffers", cast)
         return unit.size
 
+    def end_forward(self) -> None:
+        self.ledger.free("buffers", self._kept)
+        self._kept = 0
+
     def prefetch(self, unit: Unit) -> None:
         if not unit.gathered and unit not in self._ahead and self.layout.shards > 1:
             self._ahead[unit] = self._start(unit)
@@ -197,6 +201,8 @@ class FsdpCopyModel(EngineModel):
 
     def post_forward(self, unit: Unit) -> None:
         self._gathering.free(unit)
+        if unit is self.units[-1]:
+            self._gathering.end_forward()
 
     def after_backward(self, last: bool) -> None: ...
     def step(self) -> None: ...

@@ -21,10 +21,11 @@ gathered parameters, communication buckets, logits."""
 
 
 class Ledger:
-    """Bytes by kind: now, and when their sum was largest."""
+    """Bytes by kind: now, when their sum was largest, and the most that each has been by itself."""
 
     def __init__(self) -> None:
         self.live: Counter[str] = Counter()
+        self.most: Counter[str] = Counter()
         self.peak = 0
         self.at_peak: dict[str, int] = {}
 
@@ -35,6 +36,7 @@ class Ledger:
     def add(self, kind: str, size: int) -> None:
         assert kind in KINDS, kind
         self.live[kind] += size
+        self.most[kind] = max(self.most[kind], self.live[kind])
         if size > 0 and self.total > self.peak:
             self.peak, self.at_peak = self.total, dict(self.live)
 
@@ -109,8 +111,8 @@ class Watch(TorchDispatchMode):
         storage = tensor.untyped_storage()
         box = self._kinds.get(storage)
         if box and box[0] != kind:
-            self.ledger.live[box[0]] -= storage.nbytes()
-            self.ledger.live[kind] += storage.nbytes()
+            self.ledger.free(box[0], storage.nbytes())
+            self.ledger.add(kind, storage.nbytes())
             box[0] = kind
 
     def close(self) -> None:

@@ -30,13 +30,15 @@ class Simulated:
     """What a step was seen to take.
 
     Attributes:
-        state: kind → bytes between steps. peak: bytes. at_peak: kind → bytes at that time.
+        state: kind → bytes between steps. peak: bytes. at_peak: kind → bytes at that time; most: and whenever
+            it was most.
         ops: of one micro-batch, its collecting pass and teacher included.
     """
 
     state: dict[str, int]
     peak: int
     at_peak: dict[str, int]
+    most: dict[str, int]
     ops: list[OpCost]
 
 
@@ -70,15 +72,15 @@ def simulate(model: Modelled, layout: Layout, batch: PackedBatch, accumulation: 
             if module is not None:
                 fuse_norms(module)
     _checkpoint_blocks(model.shard, layout.checkpointing)
-    state: dict[str, int] = {}
+    tables = sum(buffer.numel() * buffer.element_size() for buffer in model.module.buffers())
+    copied = () if model.teacher is None else model.teacher.buffers()
+    state = {"parameters": tables, "teacher": sum(buffer.numel() * buffer.element_size() for buffer in copied)}
     for part in parts:
         for kind, size in part.state().items():
-            ledger.add(kind, size)
             state[kind] = state.get(kind, 0) + size
         part.attach()
-    for module in (model.module, model.teacher):
-        for buffer in module.buffers() if module is not None else ():
-            ledger.add("parameters", buffer.numel() * buffer.element_size())
+    for kind, size in state.items():
+        ledger.add(kind, size)
     if model.teacher is not None:
         model.objective.teacher = _Teacher(model)  # type: ignore[assignment]
 
@@ -96,20 +98,17 @@ def simulate(model: Modelled, layout: Layout, batch: PackedBatch, accumulation: 
             watch.ops = list(collecting)
             last = micro == min(accumulation, 2) - 1
             loss = run("loss", batch, collected, micro)
-            engine.before_backward()
             loss.total.backward()
             del loss
             engine.after_backward(last)
         engine.step()
     watch.close()
-    return Simulated(state, ledger.peak, ledger.at_peak, watch.ops)
+    return Simulated(state, ledger.peak, ledger.at_peak, dict(ledger.most), watch.ops)
 
 
 def _engine(model: Modelled, layout: Layout, ledger: Ledger, watch: Watch, accumulation: int) -> Any:
     if layout.engine == "fsdp":
-        engine = FsdpModel(model.module, model.shard, model.parameters, layout, ledger, watch)
-        engine.begin()
-        return engine
+        return FsdpModel(model.module, model.shard, model.parameters, layout, ledger, watch)
     kind = Zero3Model if layout.stage == 3 else ZeroModel
     return kind(model.module, model.parameters, layout, ledger, watch, accumulation)
 

@@ -75,10 +75,24 @@ class StandIn:
     plain: bool = True
 
     def load_tokenizer(self) -> Any:
-        raise InputError(
-            "objective.name: two_view takes its views from the tokenizer's chat template, which is in the prepared data, and "
-            "nothing is read to plan; set objective.plain_views=true and objective.predictor_tokens=0 to plan its sizes"
-        )
+        return _Tokenizer()
+
+
+class _Tokenizer:
+    """What an objective asks the tokenizer of conversations without a chat template: a template's own tokens, some a message,
+    are not counted."""
+
+    bos_token_id, eos_token_id = SPECIAL["bos"], SPECIAL["eos"]
+    bos_token = "<bos>"
+
+    def get_vocab(self) -> dict[str, int]:
+        return {}
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [self.bos_token_id]}
+
+    def encode(self, text: str, **_: Any) -> list[int]:
+        return [self.bos_token_id]
 
 
 def stand_in(plan: Plan, vocab_size: int | None, sample_tokens: int | None) -> Any:

@@ -55,9 +55,6 @@ class EngineModel(ABC):
     @abstractmethod
     def attach(self) -> None: ...
 
-    def before_backward(self) -> None:
-        """All forwards of a micro-batch are done."""
-
     @abstractmethod
     def after_backward(self, last: bool) -> None:
         """A micro-batch is done; ``last``: of the step."""
@@ -70,10 +67,17 @@ class EngineModel(ABC):
         for unit in units:
             _hook(self, unit)
 
-    def pre_forward(self, unit: Unit) -> None: ...
-    def post_forward(self, unit: Unit) -> None: ...
-    def pre_backward(self, unit: Unit) -> None: ...
-    def post_backward(self, unit: Unit) -> None: ...
+    def pre_forward(self, unit: Unit) -> None:  # noqa: B027  (a hook that a model may leave alone)
+        pass
+
+    def post_forward(self, unit: Unit) -> None:  # noqa: B027
+        pass
+
+    def pre_backward(self, unit: Unit) -> None:  # noqa: B027
+        pass
+
+    def post_backward(self, unit: Unit) -> None:  # noqa: B027
+        pass
 
 
 class _PostBackward(torch.autograd.Function):

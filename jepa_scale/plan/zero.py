@@ -104,25 +104,22 @@ class ZeroModel(EngineModel):
     def through_buckets(self) -> bool:
         return self.layout.stage == 2 or (self.layout.stage == 1 and not self.half)
 
-    def before_backward(self) -> None:
-        if self.through_buckets:
-            self._held = self.buckets
-            self.ledger.add("buffers", self._held)
-
     def _ready(self, parameter: Any) -> None:
         """A parameter's gradient is there."""
         assert parameter.grad is not None
         self.watch.become(parameter.grad, "gradients")
         if not self.through_buckets:
             return
+        if not self._held:  # with the first gradient of a micro-batch
+            self._held = self.buckets
+            self.ledger.add("buffers", self._held)
         numel = parameter.numel()
         if self._used + numel > self.bucket:
             self._flush()
         self._used += numel
-        parameter.grad = None if numel <= self.bucket else parameter.grad
-        if numel > self.bucket:
+        if numel > self.bucket:  # stays where it is, and is reduced by itself
             self._flush()
-            parameter.grad = None
+        parameter.grad = None
 
     def _flush(self) -> None:
         """Reduce the bucket in fp32, and keep this rank's part."""
@@ -189,9 +186,7 @@ class Zero3Model(ZeroModel):
         return -(-numel // self.layout.shards)
 
     def own(self, per_moment: bool = False) -> int:
-        return sum(
-            self.part(s.numel) * (s.moments if per_moment else 1) for s in self.parameters.values() if s.trains
-        )
+        return sum(self.part(s.numel) * (s.moments if per_moment else 1) for s in self.parameters.values() if s.trains)
 
     def state(self) -> dict[str, int]:
         small = sum(s.numel for s in self.parameters.values() if s.numel < self.threshold)
@@ -233,8 +228,6 @@ class Zero3Model(ZeroModel):
         if unit.gathered:
             unit.gathered = False
             self.ledger.free("buffers", unit.size)
-
-    def before_backward(self) -> None: ...
 
     def _ready(self, parameter: Any) -> None:
         self.watch.become(parameter.grad, "gradients")
