@@ -26,6 +26,8 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--replicas", type=int, metavar="R", help="FSDP2: replicas of the shards (default: engine.replicas)"
     )
+    plan.add_argument("--activation-checkpointing", choices=["none", "full", "selective"],
+                      help="what is computed again in the backward (default: engine.activation_checkpointing)")  # fmt: skip
     plan.add_argument("--gpu", default="h100", help="h100, h200, a100, a100-40, b200, l40s (default: h100)")
     plan.add_argument("--tokens", type=float, default=1e12, help="of the whole run, for its days (default: 1e12)")
     plan.add_argument("--vocab-size", type=int, metavar="V", help="token ids, where the config does not say")
@@ -60,8 +62,8 @@ def print_plan(args: argparse.Namespace) -> int:
         if value is not None and value < 1:
             raise InputError(f"{flag} {value}: must be at least 1")
     request = Request(
-        args.world_size, gpu, args.tp, args.replicas, args.tokens, args.vocab_size, args.sample_tokens, args.efficiency,
-        not args.no_search,
+        args.world_size, gpu, args.tp, args.replicas, args.activation_checkpointing, args.tokens, args.vocab_size,
+        args.sample_tokens, args.efficiency, not args.no_search,
     )  # fmt: skip
     plan = make_plan(load_config(args.config, args.overrides), request)
     print(report(plan, args.gpu, args.efficiency))

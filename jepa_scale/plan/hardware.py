@@ -40,9 +40,15 @@ class Gpu:
         assert peak is not None, self.name
         return peak
 
-    def reach(self, ranks: int) -> float:
-        """Bytes/s at which each of so many neighbouring ranks sends to the next of a ring."""
-        return self.link if ranks <= self.per_node else min(self.link, self.network)
+    def reach(self, ranks: int, span: int) -> float:
+        """Bytes/s at which each of ``ranks``, evenly spread over ``span`` neighbouring ranks, sends in a collective.
+
+        Between machines NCCL's rings use all network cards of a machine whose GPUs take part, and what goes from one machine
+        to the next has gone through each of these GPUs: the more of them take part, the faster.
+        """
+        if span <= self.per_node:
+            return self.link
+        return min(self.link, self.network * max(1.0, self.per_node * ranks / span))
 
 
 GPUS = {

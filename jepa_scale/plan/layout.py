@@ -66,7 +66,13 @@ class Layout:
         return f"{name} {self.precision} on {self.world_size:,} ranks ({' × '.join(sizes)}){more}"
 
 
-def layout_of(config: Config, world_size: int, tp: int | None = None, replicas: int | None = None) -> Layout:
+def layout_of(
+    config: Config,
+    world_size: int,
+    tp: int | None = None,
+    replicas: int | None = None,
+    checkpointing: str | None = None,
+) -> Layout:
     """What ``engine:`` says, for so many ranks.
 
     ``engine.tp``, ``engine.replicas`` and ``engine.activation_checkpointing`` hold where the arguments are ``None``.
@@ -77,7 +83,7 @@ def layout_of(config: Config, world_size: int, tp: int | None = None, replicas: 
     section = config.engine
     tp = tp or int(getattr(section, "tp", 1))
     replicas = replicas or int(getattr(section, "replicas", 1))
-    checkpointing = str(getattr(section, "activation_checkpointing", "none"))
+    checkpointing = checkpointing or str(getattr(section, "activation_checkpointing", "none"))
     if checkpointing not in CHECKPOINTING:
         raise InputError(f"engine.activation_checkpointing: {checkpointing!r}; one of {', '.join(CHECKPOINTING)}")
     for name, value in (("--world-size", world_size), ("--tp", tp), ("--replicas", replicas)):

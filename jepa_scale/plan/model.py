@@ -45,7 +45,7 @@ class Modelled:
 
     Attributes:
         parameters: name → sizes; a tied one once, as in ``module.named_parameters()``.
-        whole: parameters of the model, tp or not.
+        whole: parameters of the model, tp or not; taught: of the teacher's copies.
         flops: of the whole model: micro-batches of a data rank → what training on them costs its tp ranks together.
     """
 
@@ -53,6 +53,7 @@ class Modelled:
     teacher: TeacherModel | None
     parameters: Mapping[str, Sizes]
     whole: int
+    taught: int
     flops: StepFlops
 
     @property
@@ -91,6 +92,7 @@ def model_on_meta(plan: Plan, data: Any, layout: Layout) -> Modelled:
     teacher = TeacherModel({path: copied.to("meta") for path, copied in copies.items()}) if copies else None
     flops = objective.flops(backbone)
     whole = sum(parameter.numel() for parameter in module.parameters())
+    taught = sum(parameter.numel() for parameter in teacher.parameters()) if teacher is not None else 0
     moments, groups = _optimized(module, plan, objective, backbone)
     if layout.tp > 1:
         for owner in [module, *([teacher] if teacher else [])]:
@@ -106,7 +108,7 @@ def model_on_meta(plan: Plan, data: Any, layout: Layout) -> Modelled:
     module.train()
     if teacher is not None:
         teacher.requires_grad_(False).eval()
-    return Modelled(module, teacher, parameters, whole, flops)
+    return Modelled(module, teacher, parameters, whole, taught, flops)
 
 
 def _optimized(

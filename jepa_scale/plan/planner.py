@@ -33,6 +33,7 @@ class Request:
     gpu: Gpu | None
     tp: int | None = None
     replicas: int | None = None
+    checkpointing: str | None = None
     tokens: float | None = None
     vocab_size: int | None = None
     sample_tokens: int | None = None
@@ -100,7 +101,7 @@ def make_plan(config: Config, request: Request) -> RunPlan:
         InputError: the config is wrong, the ranks don't fit the layout or the batch, or a size is not known.
     """
     plan = validate(config)
-    layout = layout_of(config, request.world_size, request.tp, request.replicas)
+    layout = layout_of(config, request.world_size, request.tp, request.replicas, request.checkpointing)
     with fake_ranks(layout.data_ranks):
         data = stand_in(plan, request.vocab_size, request.sample_tokens)
         trial = _Trial(plan, data, layout, request)
@@ -135,7 +136,7 @@ def make_plan(config: Config, request: Request) -> RunPlan:
     return RunPlan(
         layout,
         model.whole,
-        copied * (layout.tp if copied else 1),
+        model.taught,
         batch.num_tokens,
         batch.counts["samples"],
         accumulation,
@@ -168,14 +169,16 @@ def _batch(config: Config, model: Modelled, data: Any, layout: Layout) -> tuple[
 
 
 def _start(layout: Layout, state: Mapping[str, int], whole: int, sizes: Mapping[str, Any]) -> int:
-    """While an engine is built: the model comes whole, in fp32, to each rank's device. FSDP2's stays until shards, moments
-    and gradients of zeros are there."""
-    sharded = sum(size for kind, size in state.items() if kind in ("parameters", "optimizer"))
+    """While an engine is built: the model comes whole, in fp32, to each rank's device, and moments come into being by a step
+    with gradients of zeros. FSDP2's whole parameters stay until then. The teacher comes later."""
     trained = sum(s.numel for s in sizes.values() if s.trains)
-    gradients = 4 * trained // (layout.shards if layout.stage > 0 else 1)
+    own = trained // (layout.shards if layout.stage > 0 else 1)
+    built = sum(size for kind, size in state.items() if kind != "teacher") + 4 * own
     if layout.engine == "fsdp":
-        return 4 * whole + sharded + gradients
-    return max(4 * whole, sharded + gradients + state.get("buffers", 0))
+        return 4 * whole + built
+    if layout.stage == 0 and layout.width != 4:
+        built += layout.width * trained
+    return max(4 * whole, built)
 
 
 # -------------------------------------------------------------------------------------------- the largest micro-batch

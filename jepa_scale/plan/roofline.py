@@ -70,6 +70,6 @@ def estimate(
     peak = gpu.flops(layout.precision, tf32)
     passes = sum(max(op.flops / peak, op.bytes / gpu.bandwidth) for op in ops) * accumulation
     updates = (STEPPED * stepped + AVERAGED * averaged) / gpu.bandwidth
-    hidden = sum(t.sent / gpu.reach(t.span) for t in traffic if t.overlaps)
-    exposed = sum(t.sent / gpu.reach(t.span) for t in traffic if not t.overlaps)
+    hidden = sum(t.sent / gpu.reach(t.ranks, t.span) for t in traffic if t.overlaps)
+    exposed = sum(t.sent / gpu.reach(t.ranks, t.span) for t in traffic if not t.overlaps)
     return Estimate((passes + updates) / efficiency, hidden, exposed, model_flops, peak)

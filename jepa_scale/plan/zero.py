@@ -123,7 +123,7 @@ class ZeroModel(EngineModel):
 
     def _flush(self) -> None:
         """Reduce the bucket in fp32, and keep this rank's part."""
-        if self.half and self.layout.shards > 1:
+        if self.half:
             self.ledger.add("buffers", 4 * self._used)
             self.ledger.free("buffers", 4 * self._used)
         target = 4 * self.own()
