@@ -15,7 +15,7 @@ teacher of the lower half of the decoder, and two micro-batches a step.
 
 Buckets of the DeepSpeed JSONs are scaled down with the model: at their real size they would be most of the memory, and errors
 of everything else could not be seen. Gloo holds on to the tensors of its last collectives until the next ones come; so that
-this is not taken for the engine's, two small ones come before each forward, backward and step.
+this is not taken for the engine's, some small ones come before each forward, backward and step.
 """
 
 from __future__ import annotations
@@ -163,7 +163,9 @@ def settle(ranks: Ranks) -> None:
     """Have gloo let go of what it holds."""
     if ranks.device.type == "cpu" and ranks.world_size > 1:
         for _ in range(4):
-            dist.all_reduce(torch.zeros(1))
+            works = [dist.all_reduce(torch.zeros(1), async_op=True) for _ in range(8)]  # all of its threads have one
+            for work in works:
+                work.wait()
 
 
 def train(run: Run, ranks: Ranks, meter: Meter) -> None:

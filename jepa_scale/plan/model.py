@@ -128,7 +128,7 @@ def fuse_norms(module: nn.Module) -> None:
     """RMSNorm as a GPU runs it, by one kernel that keeps its input and a number a row; a CPU keeps every step of it."""
     for part in module.modules():
         if isinstance(part, nn.RMSNorm):
-            part.forward = _fused_forward(part)  # type: ignore[method-assign]
+            part.forward = _fused_forward(part)  # type: ignore[method-assign,assignment]
 
 
 def _fused_forward(norm: nn.RMSNorm) -> Callable[[Tensor], Tensor]:

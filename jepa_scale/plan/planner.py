@@ -252,6 +252,7 @@ def _notes(layout: Layout, data: Any, config: Config) -> list[str]:
         notes.append("engine.name: auto is planned as fsdp; --set engine.name=deepspeed for ZeRO")
     if layout.compile:
         notes.append("engine.compile: a compiled block keeps and moves less than is planned here")
-    if any(o.method == "muon" for o in [config.optim, *config.optim.overrides.values()]):
+    methods = [config.optim.method, *(override.method for override in config.optim.overrides.values())]
+    if "muon" in methods:
         notes.append("optim.method: what Muon gathers to orthogonalise is not counted")
     return notes

@@ -116,7 +116,7 @@ def _engine(model: Modelled, layout: Layout, ledger: Ledger, watch: Watch, accum
 def _copy(model: Modelled, layout: Layout, ledger: Ledger) -> EngineModel:
     assert model.teacher is not None
     if layout.engine == "deepspeed":
-        return ZeroCopyModel(model.teacher, layout, ledger)
+        return ZeroCopyModel(model.teacher, model.parameters, layout, ledger)
     students = dict(model.module.named_modules())
     sharded = {id(part) for part in model.shard}
     parts = [

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from jepa_scale.errors import InputError
 from jepa_scale.models.backbone import Backbone
+from jepa_scale.models.pope import PolarEmbedding
 
 COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 ROWS = ("o_proj", "down_proj")
@@ -36,6 +37,8 @@ def cut_for_rank(owner: nn.Module, tp: int, sequence_parallel: bool) -> None:
                     _cut(module, tp, 0)
                 elif leaf in ROWS:
                     _cut(module, tp, 1)
+                elif isinstance(module, PolarEmbedding):
+                    module.delta = _part(module.delta, tp, 0)
                 if sequence_parallel and leaf in ("self_attn", "mlp"):
                     stream.gather_around(module)
         embedding, head = backbone.decoder.get_input_embeddings(), backbone.decoder.get_output_embeddings()

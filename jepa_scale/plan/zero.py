@@ -15,6 +15,7 @@ stage  bf16  fp32
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -107,8 +108,8 @@ class ZeroModel(EngineModel):
     def _ready(self, parameter: Any) -> None:
         """A parameter's gradient is there."""
         assert parameter.grad is not None
-        self.watch.become(parameter.grad, "gradients")
         if not self.through_buckets:
+            self.watch.become(parameter.grad, "gradients")
             return
         if not self._held:  # with the first gradient of a micro-batch
             self._held = self.buckets
@@ -126,9 +127,8 @@ class ZeroModel(EngineModel):
         if self.half:
             self.ledger.add("buffers", 4 * self._used)
             self.ledger.free("buffers", 4 * self._used)
-        target = 4 * self.own()
-        kept = min(4 * -(-self._used // self.layout.shards), target - self.ledger.live["gradients"])
-        self.ledger.add("gradients", max(0, kept))
+        if not self.ledger.live["gradients"]:  # the first time, memory for all of them
+            self.ledger.add("gradients", 4 * self.own())
         self._used = 0
 
     def after_backward(self, last: bool) -> None:
@@ -272,20 +272,43 @@ def module_units(root: nn.Module, threshold: int) -> list[Unit]:
 
 class ZeroCopyModel(EngineModel):
     """The teacher's copy beside ZeRO: whole in the compute dtype, and this rank's averages in fp32 (stages 0 to 2:
-    :class:`jepa_scale.engines.deepspeed_copy.ReplicatedCopy`), or partitioned (stage 3)."""
+    :class:`jepa_scale.engines.deepspeed_copy.ReplicatedCopy`), or partitioned (stage 3). A rank averages what it has the masters
+    of: in stages 1 and 2, where they are cut out of one long row, some ranks have more of the copy than others."""
 
-    def __init__(self, module: nn.Module, layout: Layout, ledger: Ledger) -> None:
-        self.module, self.layout, self.ledger = module, layout, ledger
+    def __init__(self, module: nn.Module, parameters: Mapping[str, Sizes], layout: Layout, ledger: Ledger) -> None:
+        self.module, self.parameters, self.layout, self.ledger = module, parameters, layout, ledger
         self.units = module_units(module, 0) if layout.stage == 3 and layout.shards > 1 else []
         for unit in self.units:
             unit.size = sum(p.numel() for p in unit.parameters.values()) * layout.width
 
     def state(self) -> dict[str, int]:
-        numel = sum(p.numel() for p in self.module.parameters())
-        part = -(-numel // self.layout.shards)
-        averages = 4 * part if self.layout.width != 4 else 0
-        copied = part if self.layout.stage == 3 else numel
+        sizes = {name: p.numel() for name, p in self.module.named_parameters()}
+        if self.layout.stage == 3:
+            copied = sum(-(-numel // self.layout.shards) for numel in sizes.values())
+            averaged = copied
+        else:
+            copied = sum(sizes.values())
+            averaged = self._most() if self.layout.stage > 0 else -(-copied // self.layout.shards)
+        averages = 4 * averaged if self.layout.width != 4 else 0  # in fp32 the copy is the averages
         return {"teacher": self.layout.width * copied + averages}
+
+    def _most(self) -> int:
+        """Elements of the copy that the rank with most of them has the masters of."""
+        copied = {name for name, _ in self.module.named_parameters()}
+        of_ranks: Counter[int] = Counter()
+        groups: dict[int, list[tuple[str, int]]] = {}
+        for name, sizes in self.parameters.items():
+            if sizes.trains:
+                groups.setdefault(sizes.group, []).append((name, sizes.numel))
+        for of_group in groups.values():
+            part = -(-sum(numel for _, numel in of_group) // (2 * self.layout.shards)) * 2
+            at = 0
+            for name, numel in of_group:
+                if name in copied:
+                    for rank in range(at // part, (at + numel - 1) // part + 1):
+                        of_ranks[rank] += min(at + numel, (rank + 1) * part) - max(at, rank * part)
+                at += numel
+        return max(of_ranks.values(), default=0)
 
     def attach(self) -> None:
         self.hook_units(self.units)
