@@ -15,7 +15,8 @@ teacher of the lower half of the decoder, and two micro-batches a step.
 
 Buckets of the DeepSpeed JSONs are scaled down with the model: at their real size they would be most of the memory, and errors
 of everything else could not be seen. Gloo holds on to the tensors of its last collectives until the next ones come; so that
-this is not taken for the engine's, some small ones come before each forward, backward and step.
+this is not taken for the engine's, some small ones come before each forward, backward and step. Python's garbage collector runs before each step: what is in its
+cycles, the whole model as it was built perhaps, goes at any time.
 """
 
 from __future__ import annotations
@@ -173,6 +174,7 @@ def train(run: Run, ranks: Ranks, meter: Meter) -> None:
     run.engine.train()
     meter.mark("step 0")
     for step, batches in enumerate(run.batches(0, STEPS)):
+        gc.collect()
         totals = global_totals(batches, ranks.device, False)
         totals.pop("stop")
         batches = [replace(batch.to(ranks.device), totals=totals) for batch in batches]

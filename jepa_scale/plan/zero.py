@@ -49,16 +49,18 @@ class ZeroModel(EngineModel):
         self.trained = sum(s.numel for s in parameters.values() if s.trains)
         self.bucket = int(layout.zero.get("reduce_bucket_size", 500_000_000))
         self._used = 0  # elements in the bucket
+        self._waiting: set[int] = set()  # groups that these are of
+        self._kept: set[int] = set()  # groups that have memory for this rank's gradients
         self._held = 0  # bytes of the buckets
 
     # -- sizes ----------------------------------------------------------------------------------------------------
 
-    def own(self, per_moment: bool = False) -> int:
-        """Elements of the flat groups that this rank steps, or elements of moments."""
+    def own(self, per_moment: bool = False, group: int | None = None) -> int:
+        """Elements of the flat groups that this rank steps, or elements of moments; of one ``group`` or all."""
         count, total = self.layout.shards if self.layout.stage > 0 else 1, 0
         groups: dict[int, list[Sizes]] = {}
         for sizes in self.parameters.values():
-            if sizes.trains:
+            if sizes.trains and group in (None, sizes.group):
                 groups.setdefault(sizes.group, []).append(sizes)
         for of_group in groups.values():
             numel = sum(sizes.numel for sizes in of_group)
@@ -77,15 +79,11 @@ class ZeroModel(EngineModel):
 
     def state(self) -> dict[str, int]:
         masters = 4 * self.own() if self.half or self.layout.stage > 0 else 0
-        state = {
+        return {
             "parameters": self.layout.width * self.total,
             "optimizer": masters + 4 * self.own(per_moment=True),
             "gradients": 4 * self.trained if self.whole_gradients else 0,
-            "buffers": 0,
         }
-        if self.whole_gradients and self.layout.shards > 1:  # it keeps what it has all-reduced
-            state["buffers"] = 4 * min(self.trained, ALL_REDUCED)
-        return state
 
     # -- a step ---------------------------------------------------------------------------------------------------
 
@@ -118,6 +116,7 @@ class ZeroModel(EngineModel):
         if self._used + numel > self.bucket:
             self._flush()
         self._used += numel
+        self._waiting.add(self.parameters[self.names[parameter]].group)
         if numel > self.bucket:  # stays where it is, and is reduced by itself
             self._flush()
         parameter.grad = None
@@ -127,8 +126,10 @@ class ZeroModel(EngineModel):
         if self.half:
             self.ledger.add("buffers", 4 * self._used)
             self.ledger.free("buffers", 4 * self._used)
-        if not self.ledger.live["gradients"]:  # the first time, memory for all of them
-            self.ledger.add("gradients", 4 * self.own())
+        for group in self._waiting - self._kept:  # the first time, memory for all of a group's
+            self.ledger.add("gradients", 4 * self.own(group=group))
+        self._kept |= self._waiting
+        self._waiting = set()
         self._used = 0
 
     def after_backward(self, last: bool) -> None:
@@ -137,9 +138,10 @@ class ZeroModel(EngineModel):
             self.ledger.free("buffers", self._held)
             self._held = 0
             return
-        if self.layout.stage == 0 and last and self.layout.shards > 1:
+        if last and self.layout.shards > 1:  # flat, and in fp32 if it isn't
             together = min(self.trained, ALL_REDUCED)
-            with self.ledger.briefly("buffers", together * (self.layout.width + (4 if self.half else 0))):
+            width = 4 if self.whole_gradients or not self.half else 6
+            with self.ledger.briefly("buffers", together * width):
                 pass
 
     def step(self) -> None:
@@ -154,6 +156,7 @@ class ZeroModel(EngineModel):
             parameter.grad = None
         if self.through_buckets:
             self.ledger.free("gradients", self.ledger.live["gradients"])
+            self._kept = set()
 
 
 class Zero3Model(ZeroModel):

@@ -1,8 +1,7 @@
 """Bytes that a rank sends, in closed form."""
 
-from tests.plan.small import BLOCK, LAYERS, PARAMETERS, VOCAB, WIDTH, config, planned, zero
-
 from jepa_scale.plan.communication import Traffic
+from tests.plan.small import BLOCK, LAYERS, PARAMETERS, VOCAB, WIDTH, config, planned, zero
 
 
 def sent(plan):

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tests.plan.small import HORIZON, PARAMETERS, config, planned
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from jepa_scale.plan.fsdp import shard_numel
 from jepa_scale.plan.simulate import fake_ranks
+from tests.plan.small import HORIZON, PARAMETERS, config, planned
 
 
 @pytest.mark.parametrize("ranks", [1, 3, 8, 4096])

@@ -1,10 +1,10 @@
 """How ranks are divided, and what cannot be."""
 
 import pytest
-from tests.plan.small import config, zero
 
 from jepa_scale.errors import InputError
 from jepa_scale.plan.layout import layout_of
+from tests.plan.small import config, zero
 
 
 def test_ranks_are_replicas_times_shards_times_tp():

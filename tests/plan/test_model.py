@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tests.plan.small import BLOCK, HORIZON, LAYERS, MODEL, PARAMETERS, VOCAB, WIDTH, config, modelled
 
 from jepa_scale.build import objective_class, validate
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.objectives.base import JepaModel
 from jepa_scale.plan.stand_in import stand_in
+from tests.plan.small import BLOCK, HORIZON, LAYERS, MODEL, PARAMETERS, VOCAB, WIDTH, config, modelled
 
 
 def test_parameters_in_closed_form():

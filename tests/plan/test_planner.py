@@ -3,11 +3,11 @@
 import time
 
 import pytest
-from tests.plan.small import MODEL, config, planned
 
 from jepa_scale.errors import InputError
 from jepa_scale.plan.hardware import GIB, Gpu
 from jepa_scale.plan.planner import largest_within
+from tests.plan.small import MODEL, config, planned
 
 BIG = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,

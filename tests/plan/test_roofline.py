@@ -1,13 +1,13 @@
 """Bounds in closed form."""
 
 import pytest
-from tests.plan.small import config, planned
 
 from jepa_scale.plan.communication import Traffic
 from jepa_scale.plan.hardware import Gpu, find_gpu
 from jepa_scale.plan.layout import layout_of
 from jepa_scale.plan.ledger import OpCost
 from jepa_scale.plan.roofline import estimate
+from tests.plan.small import config, planned
 
 GPU = Gpu("NVIDIA H200", 100, bandwidth=1e12, link=100e9, network=10e9)
 PEAK = 989.4e12

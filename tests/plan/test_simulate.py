@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.plan.small import HORIZON, LAYERS, WIDTH, config, modelled, planned
 
 from jepa_scale.plan.planner import Request, make_plan
 from jepa_scale.plan.simulate import fake_ranks
+from tests.plan.small import HORIZON, LAYERS, WIDTH, config, modelled, planned
 
 
 def test_flops_of_operators_are_those_that_the_objective_counts():

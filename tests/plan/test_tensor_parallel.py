@@ -1,9 +1,9 @@
 """What cannot be cut is refused; what is cut computes 1/tp of the products."""
 
 import pytest
-from tests.plan.small import MODEL, config, modelled, planned
 
 from jepa_scale.errors import InputError
+from tests.plan.small import MODEL, config, modelled, planned
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """ZeRO's bytes a parameter (Rajbhandari et al., arXiv 1910.02054, figure 1), with fp32 gradients as the engine keeps them."""
 
 import pytest
+
 from tests.plan.small import PARAMETERS, config, planned, zero
 
 PADDED = 1.01  # partitions are rounded up
