@@ -31,9 +31,30 @@ SEVENTY = [
     "objective.latent_dim=8192",
 ]
 SIZES: dict[str, dict[str, Any]] = {
-    "1B": {"config": "configs/jepa_1b.yaml", "set": [], "micro": 16384, "tp": 1, "checkpointing": "none"},
-    "8B": {"config": "configs/jepa_8b.yaml", "set": [], "micro": 8192, "tp": 2, "checkpointing": "none"},
-    "70B": {"config": "configs/jepa_8b.yaml", "set": SEVENTY, "micro": 4096, "tp": 8, "checkpointing": "selective"},
+    "1B": {
+        "config": "configs/jepa_1b.yaml",
+        "set": [],
+        "micro": 16384,
+        "tp_micro": 16384,
+        "tp": 1,
+        "checkpointing": "none",
+    },
+    "8B": {
+        "config": "configs/jepa_8b.yaml",
+        "set": [],
+        "micro": 8192,
+        "tp_micro": 16384,
+        "tp": 2,
+        "checkpointing": "none",
+    },
+    "70B": {
+        "config": "configs/jepa_8b.yaml",
+        "set": SEVENTY,
+        "micro": 4096,
+        "tp_micro": 8192,
+        "tp": 8,
+        "checkpointing": "selective",
+    },
 }
 STEP_TOKENS = 4_194_304
 SHARDS = 64
@@ -56,8 +77,9 @@ def layouts(size: dict[str, Any], gpus: int) -> dict[str, tuple[str, int, int]]:
 
 def planned(size: dict[str, Any], gpus: int, engine: str, tp: int, replicas: int, gpu: str) -> RunPlan:
     ranks = gpus // tp
-    step = size["micro"] * ranks * max(1, STEP_TOKENS // (size["micro"] * ranks))
-    batch = [f"train.micro_tokens={size['micro']}", f"train.batch_tokens={step}", f"engine.name={engine}"]
+    micro = size["tp_micro" if tp > 1 else "micro"]
+    step = micro * ranks * max(1, STEP_TOKENS // (micro * ranks))
+    batch = [f"train.micro_tokens={micro}", f"train.batch_tokens={step}", f"engine.name={engine}"]
     config = load_config(REPOSITORY / size["config"], [*size["set"], *batch])
     return make_plan(config, Request(gpus, find_gpu(gpu), tp, replicas, size["checkpointing"], 1e12))
 

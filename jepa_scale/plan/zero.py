@@ -188,8 +188,9 @@ class Zero3Model(ZeroModel):
     def part(self, numel: int) -> int:
         return -(-numel // self.layout.shards)
 
-    def own(self, per_moment: bool = False) -> int:
-        return sum(self.part(s.numel) * (s.moments if per_moment else 1) for s in self.parameters.values() if s.trains)
+    def own(self, per_moment: bool = False, group: int | None = None) -> int:
+        mine = [s for s in self.parameters.values() if s.trains and group in (None, s.group)]
+        return sum(self.part(s.numel) * (s.moments if per_moment else 1) for s in mine)
 
     def state(self) -> dict[str, int]:
         small = sum(s.numel for s in self.parameters.values() if s.numel < self.threshold)
