@@ -199,42 +199,45 @@ def train(run: Run, ranks: Ranks, meter: Meter) -> None:
         meter.mark(f"step {step + 1}")
 
 
-def measure(rank: int, world_size: int, folder: str, device: str, files: list[Path], results: Any) -> None:
-    """One rank, run after run; rank 0 hands over, for each, the most of all ranks."""
+def measure(rank: int, world_size: int, store: str, device: str, file: Path, results: Any) -> None:
+    """One rank of a run; rank 0 hands over the most of all ranks."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)})
-    store = dist.FileStore(f"{folder}/store{world_size}", world_size)
+    where = torch.device(device, rank) if device == "cuda" else torch.device(device)
+    if device == "cuda":
+        torch.cuda.set_device(where)
     backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
-    ranks = Ranks(
-        rank, world_size, rank, torch.device(device, rank) if device == "cuda" else torch.device(device), "torchrun"
-    )
-    for file in files:
-        with Meter(ranks.device) as meter:
-            run = build(validate(load_config(file)), ranks)
-            train(run, ranks, meter)
-        del run
-        names = ("start", f"step {STEPS - 1}", "state")
-        most = torch.tensor([float(meter.peaks[name]) for name in names])
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        if rank == 0:
-            results.put((file.stem, dict(zip(("start", "peak", "state"), most.tolist(), strict=True))))
+    dist.init_process_group(backend, store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)
+    ranks = Ranks(rank, world_size, rank, where, "torchrun")
+    with Meter(ranks.device) as meter:
+        train(build(validate(load_config(file)), ranks), ranks, meter)
+    names = ("start", f"step {STEPS - 1}", "state")
+    most = torch.tensor([float(meter.peaks[name]) for name in names])
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    if rank == 0:
+        results.put(dict(zip(("start", "peak", "state"), most.tolist(), strict=True)))
     dist.barrier()
     dist.destroy_process_group()
 
 
 def measured(world_size: int, folder: Path, device: str, files: list[Path]) -> Iterator[tuple[str, dict[str, float]]]:
-    context = multiprocessing.get_context("spawn")
+    """Each run in processes of its own: what another has left behind must not be taken for its memory."""
+    # forked from a server that has imported PyTorch and DeepSpeed, which takes longer than the run; a GPU's must be new
+    context: Any = multiprocessing.get_context("forkserver" if device == "cpu" else "spawn")
+    if device == "cpu":
+        context.set_forkserver_preload(
+            ["torch", "torch._dynamo", "torch.distributed.fsdp", "deepspeed", "transformers"]
+        )
     results = context.Queue()
-    rest = (world_size, str(folder), device, files, results)
-    processes = [context.Process(target=measure, args=(rank, *rest)) for rank in range(world_size)]
-    for process in processes:
-        process.start()
-    for _ in files:
-        yield results.get(timeout=1200)
-    for process in processes:
-        process.join()
+    for file in files:
+        rest = (world_size, str(folder / f"{file.stem}.store"), device, file, results)
+        processes = [context.Process(target=measure, args=(rank, *rest)) for rank in range(world_size)]
+        for process in processes:
+            process.start()
+        yield file.stem, results.get(timeout=600)
+        for process in processes:
+            process.join()
 
 
 def planned(file: Path, world_size: int, device: str) -> dict[str, float]:
