@@ -1,7 +1,8 @@
 """Memory of a training step as ``jepa-scale plan`` has it, beside what real steps take.
 
     python benchmarks/plan.py --json benchmarks/results/plan.json      # CPU: 1 and 2 gloo ranks
-    python benchmarks/plan.py --device cuda --json plan_gpu.json       # one GPU
+    python benchmarks/plan.py --device cuda --json plan_gpu.json       # one GPU; fewer runs
+    python benchmarks/plan.py --json benchmarks/results/plan.json --render docs/plan.md  # the table there, nothing is run
 
 Runs are built and trained for real, three steps each, by every engine: next-token prediction, horizon prediction with an EMA
 teacher of the lower half of the decoder, and two micro-batches a step.
@@ -246,28 +247,57 @@ def planned(file: Path, world_size: int, device: str) -> dict[str, float]:
     return {"peak": plan.memory.peak, "state": sum(plan.memory.state.values()), "start": plan.start}
 
 
+def render(docs: Path, rows: list[dict[str, Any]]) -> None:
+    """Write the peaks as a table between the marks in a Markdown file."""
+    peaks = {r["name"].removesuffix("/peak"): r for r in rows if r["name"].endswith("/peak")}
+    columns = sorted({(name.rsplit("_", 3)[0], name.rsplit("_", 3)[3]) for name in peaks})
+    lines = [
+        "| peak of a rank, MB; planned | "
+        + " | ".join(f"{kind}, {ranks} rank{'s' * (ranks != '1')}" for kind, ranks in columns)
+    ]
+    lines = [f"{lines[0].replace('_', ' ')} |", "|---|" + "---|" * len(columns)]
+    for engine in ENGINES:
+        for precision in ("bf16", "fp32"):
+            found = [peaks.get(f"{kind}_{engine}_{precision}_{ranks}") for kind, ranks in columns]
+            if any(found):
+                cells = [
+                    f"{r['value']:.1f}; {100 * (r['planned'] / r['value'] - 1):+.1f} %" if r else "" for r in found
+                ]
+                lines.append(f"| {engine} {precision} | " + " | ".join(cells) + " |")
+    before, rest = docs.read_text().split("<!-- measured -->")
+    after = rest.split("<!-- end of measured -->")[1]
+    docs.write_text(f"{before}<!-- measured -->\n" + "\n".join(lines) + f"\n<!-- end of measured -->{after}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--world-sizes", type=int, nargs="+", help="default: 1 and 2 on a CPU, 1 on a GPU")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
-    parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=["bf16", "fp32"])
-    parser.add_argument("--kinds", nargs="+", choices=tuple(KINDS), default=list(KINDS))
+    parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), help="default: both, on a GPU bf16")
+    parser.add_argument("--kinds", nargs="+", choices=tuple(KINDS), help="default: all, on a GPU the first two")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--render", type=Path, metavar="FILE.md", help="only renew the table of --json there")
     args = parser.parse_args()
+    if args.render:
+        render(args.render, json.loads(args.json.read_text())["rows"])
+        return
+    on_cpu = args.device == "cpu"
+    precisions, kinds = args.precisions or ["bf16", "fp32"][: 1 + on_cpu], args.kinds or list(KINDS)[: 2 + on_cpu]
     os.environ.update({"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"})
     if args.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     sizes = SIZES[args.device]
     rows, cells = [], []
+    machine = describe_environment(Ranks(0, 1, 0, torch.device(args.device), "python"), "all", "both")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder, sizes)
         for world_size in args.world_sizes or ([1, 2] if args.device == "cpu" else [1]):
             files = [
                 config_file(folder, kind, engine, precision, world_size, sizes)
-                for kind in args.kinds
-                for precision in args.precisions
+                for kind in kinds
+                for precision in precisions
                 for engine in args.engines
             ]
             for stem, real in measured(world_size, folder, args.device, files):
@@ -282,6 +312,8 @@ def main() -> None:
                     + [f"{x / 1e6:,.1f}" for x in (real["state"], plan["state"], real["start"], plan["start"])]
                 )
                 print(" ".join(cells[-1]), flush=True)
+                if args.json:
+                    write(args.json, machine, rows)
     header = [
         "objective, engine, precision, ranks",
         "peak, MB",
@@ -295,9 +327,6 @@ def main() -> None:
     print(text_table(header, cells))
     errors = [abs(r["planned"] / r["value"] - 1) for r in rows if r["name"].endswith("/peak")]
     print(f"largest error of a peak: {100 * max(errors):.1f} %, of {len(errors)}")
-    if args.json:
-        machine = describe_environment(Ranks(0, 1, 0, torch.device(args.device), "python"), "all", "both")
-        write(args.json, machine, rows)
 
 
 if __name__ == "__main__":

@@ -143,7 +143,8 @@ def report(plan: RunPlan, gpu: str, efficiency: float) -> str:
     lines += [
         "",
         f"step, {bound}: at least {time.seconds:,.3f} s (compute {time.compute:,.3f}, communication that may overlap "
-        f"{time.hidden:,.3f}, that cannot {time.exposed:,.3f}); MFU at most {time.mfu:.1%}",
+        f"{time.hidden:,.3f}, that cannot {time.exposed:,.3f}); MFU at most {time.mfu:.1%}; "
+        f"{time.bound} is what it waits for",
         f"at most {plan.tokens_per_day:,.0f} tokens a day; {plan.tokens:,.3g} tokens take at least {plan.days:,.1f} days",
     ]
     lines += [f"note: {note}" for note in plan.notes]

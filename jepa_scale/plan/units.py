@@ -24,7 +24,6 @@ class Unit:
         self.module, self.parameters = module, dict(parameters)
         self.gathered = False
         self.size = 0
-        self.active = False  # a forward of it waits for its backward
 
 
 def units_of(root: nn.Module, modules: Sequence[nn.Module]) -> list[Unit]:
@@ -115,7 +114,6 @@ def _hook(engine: EngineModel, unit: Unit) -> None:
         if torch.is_grad_enabled():
             for x in tree_leaves(output):
                 if isinstance(x, Tensor) and x.requires_grad:
-                    unit.active = True
                     x.register_hook(lambda grad: engine.pre_backward(unit))
 
     unit.module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
