@@ -26,7 +26,16 @@ def test_a_family_with_other_names_is_named():
         modelled(config(model=gpt2), world_size=2, tp=2)
 
 
-@pytest.mark.parametrize("model", [MODEL, {**MODEL, "position_embedding": "pope"}])
+LLAMA = {
+    "family": "huggingface",
+    "vocab_size": MODEL["vocab_size"],
+    "config": {"model_type": "llama", **{key: value for key, value in MODEL.items() if key != "vocab_size"}},
+}
+
+
+@pytest.mark.parametrize(
+    "model", [MODEL, {**MODEL, "position_embedding": "pope"}, LLAMA], ids=["rope", "pope", "llama"]
+)
 def test_products_and_activations_are_divided(model):
     whole, half = (planned(config(model=model), tp, tp=tp) for tp in (1, 2))
     assert sum(op.flops for op in half.memory.ops) * 2 == sum(op.flops for op in whole.memory.ops)
