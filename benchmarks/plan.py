@@ -277,6 +277,7 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), help="default: both, on a GPU bf16")
     parser.add_argument("--kinds", nargs="+", choices=tuple(KINDS), help="default: all, on a GPU the first two")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--append", action="store_true", help="keep what else is in --json")
     parser.add_argument("--render", type=Path, metavar="FILE.md", help="only renew the table of --json there")
     args = parser.parse_args()
     if args.render:
@@ -289,6 +290,7 @@ def main() -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
     sizes = SIZES[args.device]
     rows, cells = [], []
+    before = json.loads(args.json.read_text())["rows"] if args.append else []
     machine = describe_environment(Ranks(0, 1, 0, torch.device(args.device), "python"), "all", "both")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -313,7 +315,7 @@ def main() -> None:
                 )
                 print(" ".join(cells[-1]), flush=True)
                 if args.json:
-                    write(args.json, machine, rows)
+                    write(args.json, machine, before + rows)
     header = [
         "objective, engine, precision, ranks",
         "peak, MB",
