@@ -8,6 +8,8 @@
     ``scaled_dot_product_attention`` by segment: runs of neighbouring segments of equal length are one batched
     call on views of the stream. Every device and dtype; a CPU's only choice, and the oracle of the others.
 
+Tensors without data (the device ``meta``) get the shapes of what a kernel would make (:mod:`jepa_scale.attention_meta`).
+
 Importing this module also registers the interface with transformers under the name :data:`NAME`, so that any
 decoder there trains packed when it is called with ``packed=SegmentTable`` (batch of one, shape (1, T)).
 """
@@ -27,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from jepa_scale.attention_meta import attention_meta
 from jepa_scale.errors import InputError
 from jepa_scale.packing import KeyRows, SegmentTable
 
@@ -88,6 +91,8 @@ def attention(
     assert plan.aligned or not (causal or window), "a mask needs at least as many keys as queries"
     if window is not None and window >= plan.max_k:
         window = None  # it never hides anything, and without it the faster kernels apply
+    if q.is_meta:
+        return attention_meta(q, k, v, _pairs(plan, causal, window))[0]
     name = _choose(backend, q, max(q.shape[-1], v.shape[-1]), dropout)
     if name == "sdpa":
         return _by_segment(q, k, v, plan, causal, scale, window, dropout)
@@ -143,6 +148,20 @@ def _obstacle(name: str, width: int, dropout: float, device: torch.device) -> st
     if dropout > 0 and (package is None or package.generation == 3):
         return "has no dropout"
     return ""
+
+
+def _pairs(plan: _Plan, causal: bool, window: int | None) -> int:
+    """Of a query and a key that it sees."""
+    total = 0
+    for run in plan.runs:
+        width = run.k if window is None else min(run.k, window)
+        hidden = run.k - run.q  # keys before the first query
+        if not causal:
+            total += run.n * run.q * width
+        else:  # query i sees hidden + i + 1 keys, or as many as the window lets it
+            growing = max(0, min(run.q, width - hidden))
+            total += run.n * (growing * hidden + growing * (growing + 1) // 2 + (run.q - growing) * width)
+    return total
 
 
 # ------------------------------------------------------------------------------------------------- the layout

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from jepa_scale.checkpoint.boxes import Stateful
-from jepa_scale.checkpoint.split_state import Split, SplitState
+from jepa_scale.checkpoint.split_state import SplitState
 from jepa_scale.config import Config, Section, parse_section
 from jepa_scale.data import DataOptions, load_data, parse_data
 from jepa_scale.data.loader import Loader
@@ -30,7 +30,7 @@ from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.models.recompute import recompute
-from jepa_scale.models.team import Team
+from jepa_scale.models.team import Split, Team
 from jepa_scale.objectives.base import JepaModel, Objective
 from jepa_scale.objectives.costs import StepFlops
 from jepa_scale.optim import parameter_groups

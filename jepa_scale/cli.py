@@ -16,6 +16,7 @@ PARSERS = {
     "convert": "jepa_scale.convert_cli",
     "encode": "jepa_scale.encode_cli",
     "generate": "jepa_scale.generate_cli",
+    "plan": "jepa_scale.plan_cli",
 }
 """Commands whose flags need modules that the others do without → where their ``parser`` is."""
 
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="jepa-scale", description="Train and evaluate JEPA-augmented decoders.")
     commands = top.add_subparsers(
-        required=True, metavar="train|eval|data|checkpoint|convert|encode|generate|config|report"
+        required=True, metavar="train|eval|data|checkpoint|convert|encode|generate|plan|config|report"
     )
     commands.add_parser("train", help="train one run (see jepa-scale train --help)")
 
@@ -57,6 +58,8 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("convert", help="to and from Hugging Face format (see jepa-scale convert --help)")
     commands.add_parser("encode", help="texts to states of a run's model (see jepa-scale encode --help)")
     commands.add_parser("generate", help="what a run's model says (see jepa-scale generate --help)")
+
+    commands.add_parser("plan", help="memory, communication and time of a run (see jepa-scale plan --help)")
 
     config = commands.add_parser("config", help="print a config with every default filled in")
     config.add_argument("config", help="YAML file")

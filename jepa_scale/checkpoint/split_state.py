@@ -7,27 +7,19 @@ read by any number of ranks with any degree.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 from jepa_scale.checkpoint.boxes import Boxes, Stateful
-
-
-class Split(NamedTuple):
-    """A rank has ``[start, …)`` of dimension ``dim`` of a tensor, which has ``size`` there."""
-
-    dim: int
-    start: int
-    size: int
 
 
 class SplitState:
     """What ``part`` gives, as parts of the wholes.
 
     Args:
-        splits: name of a parameter in the root module → where this rank's lies.
+        splits: name of a parameter in the root module → where this rank's lies: it has ``[start, …)`` of the ``size`` of
+            dimension ``dim`` (:class:`jepa_scale.models.team.Split`).
     """
 
-    def __init__(self, part: Stateful, splits: Mapping[str, Split]) -> None:
+    def __init__(self, part: Stateful, splits: Mapping[str, tuple[int, int, int]]) -> None:
         self.part, self.splits = part, splits
 
     def state(self) -> dict[str, Boxes]:

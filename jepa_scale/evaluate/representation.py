@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jepa_scale.losses.infonce import NO_KEY, first_of_each, places_of
+from jepa_scale.losses.precision import without_autocast
 
 CHUNK = 1024
 """Rows at a time: the scores of as many queries against 20,000 candidates take 80 MB."""
@@ -94,7 +95,7 @@ def retrieval(queries: Tensor, targets: Tensor, keys: Tensor, groups: Tensor) ->
     """
     present = groups[keys != NO_KEY].unique()
     top1, margin, candidates = [], [], []
-    with torch.autocast(queries.device.type, enabled=False):
+    with without_autocast(queries):
         for group in present:
             rows = ((groups == group) & (keys != NO_KEY)).nonzero()[:, 0]
             first, ordered, order = first_of_each(keys[rows])

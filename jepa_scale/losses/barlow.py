@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from jepa_scale.losses.precision import without_autocast
 from jepa_scale.losses.statistics import at_least_one, global_moments, off_diagonal_squares, zero_if_none
 
 
@@ -29,7 +29,7 @@ def barlow(a: Tensor, b: Tensor, total: Tensor, eps: float = 1e-5) -> tuple[Tens
         Both are the paper's sums divided by d, so that a weight does not depend on the width. Without rows both are 0;
         a single row correlates with nothing: 1 and 0, without gradient.
     """
-    with torch.autocast(a.device.type, enabled=False):
+    with without_autocast(a):
         n = at_least_one(total)
         moments = global_moments(a, b, total)
         scale_a = (moments.squares_a / n + eps).rsqrt()

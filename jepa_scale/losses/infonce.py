@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jepa_scale.distributed import all_gather_rows, all_gather_rows_with_grad, pad_rows
+from jepa_scale.losses.precision import without_autocast
 
 NO_KEY = -1
 """Key of a row that only fills up a gather."""
@@ -115,7 +116,7 @@ def contrast(
     bar = torch.zeros(len(keep), device=keep.device).masked_fill(~keep, float("-inf"))
 
     def score(q: Tensor, q_keys: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q):
             logits = torch.addmm(bar, q * s, everything.T)  # (n, M): scale and exclusion cost no pass of their own
         return logits, places_of(q_keys, ordered, order)
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from jepa_scale.losses.precision import without_autocast
+
 TINY = torch.finfo(torch.float32).tiny
 ELEMENTS = 1 << 24
 """Distances computed at a time, 64 MiB."""
@@ -21,7 +23,7 @@ SAME_PLACE = 1e-4
 @torch.no_grad()
 def nearest(rows: Tensor, codebook: Tensor) -> Tensor:
     """(n, d) rows, (K, d) codes → (n,) int64, the code that is nearest to each; of equals the first. In fp32."""
-    with torch.autocast(rows.device.type, enabled=False):
+    with without_autocast(rows):
         codebook = codebook.float()
         half = codebook.square().sum(dim=1) / 2
         parts = rows.float().split(max(1, ELEMENTS // len(codebook)))
@@ -42,7 +44,7 @@ def commitment(rows: Tensor, quantized: Tensor) -> Tensor:
 def assigned(rows: Tensor, codes: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """(n, d) rows and (n,) codes → (K,) fp32, rows of each code, and (K, d) fp32, their sums. A product of matrices: a scatter
     would add up in another order each time on a GPU."""
-    with torch.autocast(rows.device.type, enabled=False):
+    with without_autocast(rows):
         mine = (codes[:, None] == torch.arange(count, device=codes.device)).float()
         return mine.sum(dim=0), mine.T @ rows.detach().float()
 

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from jepa_scale.losses.precision import without_autocast
+
 
 def relation_distances(first: Tensor, second: Tensor, normalize: bool) -> Tensor:
     """(p, d), (p, d), the two objects of each pair → (p,) fp32.
@@ -16,7 +18,7 @@ def relation_distances(first: Tensor, second: Tensor, normalize: bool) -> Tensor
             nothing to do with each other, whatever width and scale. (Its factor is
             :func:`relation_scale`.)
     """
-    with torch.autocast(first.device.type, enabled=False):
+    with without_autocast(first):
         first, second = first.float(), second.float()
         if normalize:
             first, second = F.normalize(first, dim=-1), F.normalize(second, dim=-1)

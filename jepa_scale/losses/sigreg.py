@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from jepa_scale.losses.precision import without_autocast
 from jepa_scale.losses.statistics import at_least_one, global_sums, zero_if_none
 
 ELEMENTS = 1 << 24
@@ -51,7 +52,7 @@ def sigreg(
         0-d, the same on every rank; make it a contribution with
         :func:`jepa_scale.losses.statistics.as_contribution`. 0 without rows.
     """
-    with torch.autocast(rows.device.type, enabled=False):
+    with without_autocast(rows):
         rows, n = rows.float(), at_least_one(total)
         on_knots, weights, gauss = (x.to(rows.device, non_blocking=True) for x in _quadrature(knots, limit, half))
         toward = directions(rows.shape[-1], seed, step, slices).to(rows.device, non_blocking=True)
@@ -106,7 +107,7 @@ class _CharacteristicSums(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, toward, knots = ctx.saved_tensors
-        with torch.autocast(rows.device.type, enabled=False):
+        with without_autocast(rows):
             of_cos, of_sin = (grad * knots for grad in grads)
             grad, at = torch.zeros_like(rows), 0
             for part in _parts(rows, toward, knots):

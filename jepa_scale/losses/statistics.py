@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from jepa_scale.distributed import all_reduce_sum, data_size
+from jepa_scale.losses.precision import without_autocast
 
 
 class _GlobalSum(torch.autograd.Function):
@@ -108,7 +109,7 @@ def global_moments(a: Tensor, b: Tensor, total: Tensor, *more: Tensor) -> Moment
         total: 0-d, rows in the global batch. Without any, all moments are 0.
         more: tensors to add up over the ranks with the first all-reduce, as :func:`global_sum` does.
     """
-    with torch.autocast(a.device.type, enabled=False):
+    with without_autocast(a):
         a, b, n = a.float(), b.float(), at_least_one(total)
         sum_a, sum_b, *others = global_sums(a.sum(dim=0), b.sum(dim=0), *more)
         mean_a, mean_b = sum_a / n, sum_b / n

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from jepa_scale.losses.precision import without_autocast
 from jepa_scale.losses.statistics import at_least_one, global_moments, off_diagonal_squares, zero_if_none
 
 
@@ -31,7 +32,7 @@ def vicreg(a: Tensor, b: Tensor, total: Tensor, gamma: float = 1.0, eps: float =
         Variances and covariances are divided by n − 1. Without rows all are 0; a single row has neither spread nor
         gradient beyond that of its invariance.
     """
-    with torch.autocast(a.device.type, enabled=False):
+    with without_autocast(a):
         a, b = a.float(), b.detach().float()
         moments = global_moments(a, a, total, (a - b).square().mean(dim=1).sum())
         invariance = moments.more[0] / at_least_one(total)

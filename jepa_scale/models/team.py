@@ -11,12 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class Split(NamedTuple):
+    """A rank has ``[start, …)`` of dimension ``dim`` of a tensor, which has ``size`` there."""
+
+    dim: int
+    start: int
+    size: int
 
 
 class Team:

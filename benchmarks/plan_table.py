@@ -1,0 +1,143 @@
+"""The table of docs/plan.md: 1, 8 and 70 billion parameters on 8 to 4,096 GPUs.
+
+    python benchmarks/plan_table.py --json benchmarks/results/plan_table.json --docs docs/plan.md
+
+Everything in it is planned, nothing measured. 70 billion are the 8-billion config in the shape of Llama 3 70B.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+from jepa_scale.config import load_config  # noqa: E402
+from jepa_scale.plan.hardware import GIB, find_gpu  # noqa: E402
+from jepa_scale.plan.planner import Request, RunPlan, make_plan  # noqa: E402
+from jepa_scale.telemetry import quiet_libraries  # noqa: E402
+
+BEGIN, END = "<!-- benchmarks/plan_table.py -->", "<!-- end -->"
+SEVENTY = [
+    "model.hidden_size=8192",
+    "model.intermediate_size=28672",
+    "model.num_hidden_layers=80",
+    "model.num_attention_heads=64",
+    "objective.latent_dim=8192",
+]
+SIZES: dict[str, dict[str, Any]] = {
+    "1B": {
+        "config": "configs/jepa_1b.yaml",
+        "set": [],
+        "micro": 16384,
+        "tp_micro": 16384,
+        "tp": 1,
+        "checkpointing": "none",
+    },
+    "8B": {
+        "config": "configs/jepa_8b.yaml",
+        "set": [],
+        "micro": 8192,
+        "tp_micro": 16384,
+        "tp": 2,
+        "checkpointing": "none",
+    },
+    "70B": {
+        "config": "configs/jepa_8b.yaml",
+        "set": SEVENTY,
+        "micro": 4096,
+        "tp_micro": 8192,
+        "tp": 8,
+        "checkpointing": "selective",
+    },
+}
+STEP_TOKENS = 4_194_304
+SHARDS = 64
+"""Ranks that a copy of the model is sharded over where there are replicas."""
+HEADER = (
+    "model", "GPUs", "engine", "state", "peak", "fits", "largest micro-batch", "step, s", "MFU", "tokens a day", "10¹² tokens",
+)  # fmt: skip
+
+
+def layouts(size: dict[str, Any], gpus: int) -> dict[str, tuple[str, int, int]]:
+    """Name → engine, tp, replicas."""
+    found = {"ZeRO-3": ("deepspeed", 1, 1), "FSDP2": ("fsdp", 1, 1)}
+    tp = size["tp"]
+    replicas = max(1, gpus // (tp * SHARDS))
+    if tp > 1 or replicas > 1:
+        name = "FSDP2" + f" tp {tp}" * (tp > 1) + f", {replicas} replicas" * (replicas > 1)
+        found[name] = ("fsdp", tp, replicas)
+    return found
+
+
+def planned(size: dict[str, Any], gpus: int, engine: str, tp: int, replicas: int, gpu: str) -> RunPlan:
+    ranks = gpus // tp
+    micro = size["tp_micro" if tp > 1 else "micro"]
+    step = micro * ranks * max(1, STEP_TOKENS // (micro * ranks))
+    batch = [f"train.micro_tokens={micro}", f"train.batch_tokens={step}", f"engine.name={engine}"]
+    config = load_config(REPOSITORY / size["config"], [*size["set"], *batch])
+    return make_plan(config, Request(gpus, find_gpu(gpu), tp, replicas, size["checkpointing"], 1e12))
+
+
+def cells(name: str, gpus: int, layout: str, plan: RunPlan) -> list[str]:
+    assert plan.time is not None and plan.usable is not None
+    fits = "yes" if plan.fits else "no" if not plan.fits_step else "not at the start"
+    largest = f"{plan.largest:,}" if plan.largest else "–"
+    time = [
+        f"{plan.time.seconds:.2f}",
+        f"{plan.time.mfu:.0%}",
+        f"{plan.tokens_per_day / 1e9:,.1f}·10⁹",
+        f"{plan.days:,.1f} d",
+    ]
+    state = f"{sum(plan.memory.state.values()) / GIB:,.1f}"
+    return [
+        name,
+        f"{gpus:,}",
+        layout,
+        state,
+        f"{plan.memory.peak / GIB:,.1f}",
+        fits,
+        largest,
+        *(time if plan.fits_step else ["–"] * 4),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpus", type=int, nargs="+", default=[8, 64, 512, 4096])
+    parser.add_argument("--sizes", nargs="+", choices=tuple(SIZES), default=list(SIZES))
+    parser.add_argument("--gpu", default="h100")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--docs", type=Path, help="a Markdown file, to renew the table in it")
+    args = parser.parse_args()
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    quiet_libraries()
+    rows = []
+    for name in args.sizes:
+        for gpus in args.gpus:
+            for layout, (engine, tp, replicas) in layouts(SIZES[name], gpus).items():
+                plan = planned(SIZES[name], gpus, engine, tp, replicas, args.gpu)
+                rows.append(cells(name, gpus, layout, plan))
+                print(" | ".join(rows[-1]), flush=True)
+    lines = [
+        "| " + " | ".join(HEADER) + " |",
+        "|" + "---|" * len(HEADER),
+        *("| " + " | ".join(row) + " |" for row in rows),
+    ]
+    if args.json:
+        args.json.write_text(
+            json.dumps({"gpu": args.gpu, "header": HEADER, "rows": rows}, indent=1, ensure_ascii=False) + "\n"
+        )
+    if args.docs:
+        before, rest = args.docs.read_text().split(BEGIN)
+        after = rest.split(END)[1]
+        args.docs.write_text(before + BEGIN + "\n" + "\n".join(lines) + "\n" + END + after)
+
+
+if __name__ == "__main__":
+    main()

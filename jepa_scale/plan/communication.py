@@ -1,0 +1,125 @@
+"""What a rank sends in an optimizer step, by collective.
+
+A ring over n ranks has each of them send (n − 1)/n of the whole in an all-gather or a reduce-scatter, and twice that in an
+all-reduce (Patarasu & Yuan 2009, Bandwidth optimal all-reduce algorithms, section 3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jepa_scale.plan.fsdp import REDUCED, shard_numel
+from jepa_scale.plan.layout import Layout
+from jepa_scale.plan.model import Modelled
+from jepa_scale.plan.units import Unit, units_of
+from jepa_scale.plan.zero import module_units
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """One kind of collective of a step.
+
+    Attributes:
+        kind: ``"all-gather"``, ``"reduce-scatter"`` or ``"all-reduce"``. what: is sent. ranks: that take part.
+        span: neighbouring ranks that these lie among. size: bytes of the whole, all of the step's together. overlaps:
+            whether computing goes on meanwhile.
+    """
+
+    kind: str
+    what: str
+    ranks: int
+    span: int
+    size: int
+    overlaps: bool
+
+    @property
+    def sent(self) -> int:
+        """Bytes that a rank sends."""
+        rounds = 2 if self.kind == "all-reduce" else 1
+        return rounds * self.size * (self.ranks - 1) // self.ranks
+
+
+def traffic_of(model: Modelled, layout: Layout, accumulation: int, tokens: int) -> list[Traffic]:
+    """Of a step of ``accumulation`` micro-batches of ``tokens`` tokens each, for a model before its engine."""
+    data = _fsdp(model, layout, accumulation) if layout.engine == "fsdp" else _zero(model, layout, accumulation)
+    if layout.tp > 1:
+        data += _tensor_parallel(model, layout, accumulation, tokens)
+    return [traffic for traffic in data if traffic.ranks > 1 and traffic.size > 0]
+
+
+def _passes(model: Modelled, accumulation: int) -> int:
+    """Forwards of a step, collecting ones included."""
+    return accumulation * (2 if model.objective.collects and accumulation > 1 else 1)
+
+
+def _padded(unit: Unit, layout: Layout) -> int:
+    """Elements of a unit with its padding."""
+    return layout.shards * sum(shard_numel(tuple(p.shape), layout.shards) for p in unit.parameters.values())
+
+
+def _fsdp(model: Modelled, layout: Layout, accumulation: int) -> list[Traffic]:
+    shards, span = layout.shards, layout.shards * layout.tp
+    units = units_of(model.module, model.shard)
+    blocks, root = sum(_padded(u, layout) for u in units[:-1]), _padded(units[-1], layout)
+    forwards = _passes(model, accumulation)
+    gathered = layout.width * (blocks * (forwards + accumulation) + root * forwards)
+    trained = sum(
+        shards * shard_numel(tuple(p.shape), shards) for u in units for p in u.parameters.values() if p.requires_grad
+    )
+    found = [
+        Traffic("all-gather", "parameters", shards, span, gathered, True),
+        Traffic("reduce-scatter", "gradients", shards, span, REDUCED * trained * accumulation, True),
+        Traffic(
+            "all-reduce", "gradients of replicas", layout.replicas, layout.world_size,
+            REDUCED * trained // shards * accumulation, True,
+        ),
+    ]  # fmt: skip
+    if model.teacher is not None:
+        copied = sum(shards * shard_numel(tuple(p.shape), shards) for p in model.teacher.parameters())
+        found.append(Traffic("all-gather", "teacher", shards, span, layout.width * copied * forwards, True))
+    return found
+
+
+def _zero(model: Modelled, layout: Layout, accumulation: int) -> list[Traffic]:
+    """DeepSpeed reduces in fp32 as the engine has it. Stages 1 and 2 all-reduce whole buckets, of which each rank keeps its
+    part (``use_multi_rank_bucket_allreduce``)."""
+    ranks, span = layout.shards, layout.world_size
+    total = sum(s.numel for s in model.parameters.values())
+    trained = sum(s.numel for s in model.parameters.values() if s.trains)
+    copied = 0 if model.teacher is None else sum(p.numel() for p in model.teacher.parameters())
+    forwards = _passes(model, accumulation)
+    if layout.stage == 3:
+        threshold = int(layout.zero.get("stage3_param_persistence_threshold", 100_000))
+        gathered = layout.width * sum(
+            p.numel() for unit in module_units(model.module, threshold) for p in unit.parameters.values()
+        )
+        reuse = int(layout.zero.get("stage3_max_reuse_distance", 1_000_000_000))
+        again = max(0, gathered - layout.width * reuse // 2)  # what is used soon after is not gathered twice
+        return [
+            Traffic("all-gather", "parameters", ranks, span, gathered * forwards + again * accumulation, True),
+            Traffic("reduce-scatter", "gradients", ranks, span, 4 * trained * accumulation, True),
+            Traffic("all-gather", "teacher", ranks, span, layout.width * copied * forwards, True),
+        ]
+    per_step = accumulation if layout.stage == 2 else 1
+    overlaps = layout.stage == 2 or (layout.stage == 1 and layout.width == 4 and accumulation == 1)
+    found = [Traffic("all-reduce", "gradients", ranks, span, 4 * trained * per_step, overlaps)]
+    if layout.stage > 0:
+        found.append(Traffic("all-gather", "parameters after the step", ranks, span, layout.width * total, False))
+    found.append(Traffic("all-gather", "teacher after the step", ranks, span, layout.width * copied, False))
+    return found
+
+
+def _tensor_parallel(model: Modelled, layout: Layout, accumulation: int, tokens: int) -> list[Traffic]:
+    """Two exchanges of the stream a block and direction (Korthikanti et al., arXiv 2205.05198, section 4.2.2), and one each
+    around embedding and LM head. With sequence parallelism an exchange is an all-gather and a reduce-scatter, else an
+    all-reduce, which sends as much. What is recomputed is exchanged again."""
+    stream = layout.width * tokens * model.backbone.hidden_size
+    again = 1 if layout.checkpointing == "full" else 0
+    exchanges = model.backbone.num_layers * (4 + 2 * again) + 4
+    size = stream * exchanges * accumulation
+    if not layout.sequence_parallel:
+        return [Traffic("all-reduce", "activations (tp)", layout.tp, layout.tp, size, False)]
+    return [
+        Traffic("all-gather", "activations (tp)", layout.tp, layout.tp, size, False),
+        Traffic("reduce-scatter", "activations (tp)", layout.tp, layout.tp, size, False),
+    ]

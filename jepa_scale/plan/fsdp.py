@@ -1,0 +1,208 @@
+"""What FSDP2 (:class:`jepa_scale.engines.fsdp.FSDPEngine`) keeps and moves on a rank.
+
+Parameters, gradients and moments are fp32 shards along the first dimension, cut to ⌈rows / shards⌉; rank 0, which this is, never
+has fewer than another. A unit (a block; the rest is the root's) is gathered for its forward and again for its backward, in the
+compute dtype; the root's stays from its forward to the end of the backward. As ``torch.distributed.fsdp`` does it:
+
+* an all-gather fills one flat buffer, which is then copied into the parameters; a forward's buffer lives until the next copy;
+* in the backward the unit before is gathered ahead;
+* a unit's gradients are copied into one flat buffer of the reduction's dtype, which lives until the next reduction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+
+from torch import nn
+
+from jepa_scale.plan.layout import Layout
+from jepa_scale.plan.ledger import Ledger, Watch
+from jepa_scale.plan.model import Sizes
+from jepa_scale.plan.units import EngineModel, Unit, units_of
+
+REDUCED = 4
+"""Bytes of a gradient's element while it is reduced: fp32 always."""
+
+
+def shard_numel(shape: tuple[int, ...], shards: int) -> int:
+    """Elements that rank 0 has of a parameter; the ranks' buffers are all as large."""
+    return -(-shape[0] // shards) * prod(shape[1:])
+
+
+class FsdpModel(EngineModel):
+    """The training engine."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        modules: list[nn.Module],
+        parameters: Mapping[str, Sizes],
+        layout: Layout,
+        ledger: Ledger,
+        watch: Watch,
+    ) -> None:
+        self.layout, self.ledger, self.watch, self.parameters = layout, ledger, watch, parameters
+        self.units = units_of(module, modules)
+        self._gathering = Gathering(self.units, layout, ledger)
+        self.root = self.units[-1]
+        self._reducing = 0  # bytes of the last reduction's buffer
+        self._order: list[Unit] = []  # of this micro-batch's forwards
+        self._reduced: set[str] = set()  # parameters that have a gradient already
+
+    def _shard(self, name: str) -> int:
+        return shard_numel(self.parameters[name].shape, self.layout.shards)
+
+    def state(self) -> dict[str, int]:
+        sizes = self.parameters
+        return {
+            "parameters": 4 * sum(self._shard(name) for name in sizes),
+            "optimizer": 4 * sum(self._shard(name) * sizes[name].moments for name in sizes),
+        }
+
+    def gradients(self) -> int:
+        return 4 * sum(self._shard(name) for name, sizes in self.parameters.items() if sizes.trains)
+
+    def attach(self) -> None:
+        self.hook_units(self.units)
+
+    def pre_forward(self, unit: Unit) -> None:
+        self._gathering.gather(unit, keeps_buffer=True)
+
+    def post_forward(self, unit: Unit) -> None:
+        self._order.append(unit)
+        if unit is self.root:
+            self._gathering.end_forward()
+        else:
+            self._gathering.free(unit)
+
+    def pre_backward(self, unit: Unit) -> None:
+        if unit in self._order:
+            at = len(self._order) - 1 - self._order[::-1].index(unit)
+            del self._order[at]
+            self._gathering.gather(unit, keeps_buffer=False)
+            if at > 0:
+                self._gathering.prefetch(self._order[at - 1])
+
+    def post_backward(self, unit: Unit) -> None:
+        self._gathering.free(unit)
+        names = [name for name, p in unit.parameters.items() if p.grad is not None]
+        self.ledger.free("buffers", self._reducing)
+        self._reducing = 0
+        if not names:
+            return
+        shards = self.layout.shards
+        own = REDUCED * sum(self._shard(name) for name in names)
+        self.ledger.add("buffers", own * shards)
+        self._reducing = own * shards
+        for name in names:
+            unit.parameters[name].grad = None
+        first = not all(name in self._reduced for name in names)
+        if shards == 1:  # a copy on the way, with nothing to reduce
+            with self.ledger.briefly("buffers", own):
+                self.ledger.add("gradients", own)
+        else:
+            self.ledger.add("gradients", own)
+        self._reduced.update(names)
+        if not first:
+            self.ledger.free("gradients", own)  # added to what was there
+
+    def after_backward(self, last: bool) -> None:
+        for unit in self.units:
+            self.post_backward_if_due(unit)
+        self._gathering.drop_prefetched()
+        self.ledger.free("buffers", self._reducing)
+        self._reducing = 0
+        self._order.clear()
+
+    def post_backward_if_due(self, unit: Unit) -> None:
+        """What the root's last callback does: units whose inputs needed no gradient, and the root."""
+        if unit.gathered or any(p.grad is not None for p in unit.parameters.values()):
+            self.post_backward(unit)
+
+    def step(self) -> None:
+        missing = self.gradients() - self.ledger.live["gradients"]
+        self.ledger.add("gradients", max(0, missing))  # zeros for those that had none
+        self.ledger.free("gradients", self.ledger.live["gradients"])
+        self._reduced = set()
+
+
+class Gathering:
+    """All-gathers of units."""
+
+    def __init__(self, units: list[Unit], layout: Layout, ledger: Ledger) -> None:
+        self.layout, self.ledger = layout, ledger
+        self._kept = 0  # bytes of the last forward's buffer
+        self._ahead: dict[Unit, int] = {}  # gathered ahead → bytes of its buffer
+        for unit in units:
+            own = sum(shard_numel(tuple(p.shape), layout.shards) for p in unit.parameters.values())
+            unit.size = own * layout.shards * layout.width
+
+    def gather(self, unit: Unit, keeps_buffer: bool) -> None:
+        if unit.gathered:
+            return
+        unit.gathered = True
+        if self.layout.shards == 1:
+            self.ledger.add("buffers", unit.size)
+            return
+        buffer = self._ahead.pop(unit, 0)
+        if not buffer:
+            buffer = self._start(unit)
+        if keeps_buffer:
+            self.ledger.free("buffers", self._kept)
+            self._kept = buffer
+        self.ledger.add("buffers", unit.size)
+        if not keeps_buffer:
+            self.ledger.free("buffers", buffer)
+
+    def _start(self, unit: Unit) -> int:
+        cast = unit.size // self.layout.shards if self.layout.width != 4 else 0  # of its own shards, on the way
+        self.ledger.add("buffers", cast)
+        self.ledger.add("buffers", unit.size)
+        self.ledger.free("buffers", cast)
+        return unit.size
+
+    def end_forward(self) -> None:
+        self.ledger.free("buffers", self._kept)
+        self._kept = 0
+
+    def prefetch(self, unit: Unit) -> None:
+        if not unit.gathered and unit not in self._ahead and self.layout.shards > 1:
+            self._ahead[unit] = self._start(unit)
+
+    def drop_prefetched(self) -> None:
+        for buffer in self._ahead.values():
+            self.ledger.free("buffers", buffer)
+        self._ahead.clear()
+
+    def free(self, unit: Unit) -> None:
+        if unit.gathered:
+            unit.gathered = False
+            self.ledger.free("buffers", unit.size)
+
+
+class FsdpCopyModel(EngineModel):
+    """The teacher's copy (:class:`jepa_scale.engines.fsdp_copy.FSDPCopy`): fp32 shards, gathered as the engine's are."""
+
+    def __init__(self, module: nn.Module, modules: list[nn.Module], layout: Layout, ledger: Ledger) -> None:
+        self.layout, self.ledger, self.module = layout, ledger, module
+        self.units = units_of(module, modules)
+        self._gathering = Gathering(self.units, layout, ledger)
+
+    def state(self) -> dict[str, int]:
+        shapes = (tuple(p.shape) for p in self.module.parameters())
+        return {"teacher": 4 * sum(shard_numel(shape, self.layout.shards) for shape in shapes)}
+
+    def attach(self) -> None:
+        self.hook_units(self.units)
+
+    def pre_forward(self, unit: Unit) -> None:
+        self._gathering.gather(unit, keeps_buffer=True)
+
+    def post_forward(self, unit: Unit) -> None:
+        self._gathering.free(unit)
+        if unit is self.units[-1]:
+            self._gathering.end_forward()
+
+    def after_backward(self, last: bool) -> None: ...
+    def step(self) -> None: ...

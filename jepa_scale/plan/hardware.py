@@ -1,0 +1,81 @@
+"""GPUs that can be planned for: memory, memory bandwidth and links, as their vendors state them.
+
+FLOP/s are those of :func:`jepa_scale.flops.peak_flops`, found by the name that the driver gives the GPU.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+import torch
+
+from jepa_scale.errors import InputError
+from jepa_scale.flops import peak_flops
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One GPU in the usual machine of its kind.
+
+    Attributes:
+        name: as ``torch.cuda.get_device_name()`` says. memory: GiB that the driver offers. bandwidth: of it, bytes/s.
+        link: bytes/s in one direction to the other GPUs of the machine. network: bytes/s in one direction of its share of
+            the machine's network cards. per_node: GPUs of a machine.
+    """
+
+    name: str
+    memory: float
+    bandwidth: float
+    link: float
+    network: float
+    per_node: int = 8
+
+    def flops(self, precision: str, tf32: bool) -> float:
+        """FLOP/s of dense matrix products."""
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        peak = peak_flops(self.name, dtype, tf32)
+        assert peak is not None, self.name
+        return peak
+
+    def reach(self, ranks: int, span: int) -> float:
+        """Bytes/s at which each of ``ranks``, evenly spread over ``span`` neighbouring ranks, sends in a collective.
+
+        Between machines NCCL's rings use all network cards of a machine whose GPUs take part, and what goes from one machine
+        to the next has gone through each of these GPUs: the more of them take part, the faster.
+        """
+        if span <= self.per_node:
+            return self.link
+        return min(self.link, self.network * max(1.0, self.per_node * ranks / span))
+
+
+GPUS = {
+    # NVIDIA H100, H200, A100 and B200 data sheets; DGX A100, H100, H200 and B200 user guides (NVLink 3, 4 and 5: 600, 900 and
+    # 1,800 GB/s in both directions together; a network card of 200 or 400 Gbit/s a GPU)
+    "h100": Gpu("NVIDIA H100 80GB HBM3", 79.6, 3.35e12, 450e9, 50e9),
+    "h200": Gpu("NVIDIA H200", 139.8, 4.8e12, 450e9, 50e9),
+    "a100": Gpu("NVIDIA A100-SXM4-80GB", 79.3, 2.039e12, 300e9, 25e9),
+    "a100-40": Gpu("NVIDIA A100-SXM4-40GB", 39.4, 1.555e12, 300e9, 25e9),
+    "b200": Gpu("NVIDIA B200", 178.4, 7.7e12, 900e9, 50e9),
+    # NVIDIA L40S data sheet: no NVLink, PCIe 4.0 x16; 200 Gbit/s for two GPUs in NVIDIA's reference servers
+    "l40s": Gpu("NVIDIA L40S", 44.5, 0.864e12, 32e9, 12.5e9),
+}
+"""Name on the command line → GPU."""
+
+RESERVED = 0.08
+"""Share of the memory that is left out: CUDA's context, libraries' workspaces, NCCL's buffers, fragmentation. A margin, not a
+measurement."""
+
+
+def find_gpu(name: str) -> Gpu:
+    """Raises:
+    InputError: it is none of :data:`GPUS`.
+    """
+    key = name.lower()
+    if key in GPUS:
+        return GPUS[key]
+    near = difflib.get_close_matches(key, GPUS, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(GPUS)}"
+    raise InputError(f"--gpu: unknown GPU {name!r}; {hint}")

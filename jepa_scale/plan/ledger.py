@@ -1,0 +1,141 @@
+"""Bytes that live on a rank at a time, by what they are for, and their peak."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+from torch.utils.weak import WeakIdKeyDictionary
+
+KINDS = ("parameters", "gradients", "optimizer", "teacher", "activations", "buffers")
+"""What memory is for. ``activations``: all that a forward or backward makes, temporaries included, but logits. ``buffers``:
+gathered parameters, communication buckets, logits."""
+
+
+class Ledger:
+    """Bytes by kind: now, when their sum was largest, and the most that each has been by itself."""
+
+    def __init__(self) -> None:
+        self.live: Counter[str] = Counter()
+        self.most: Counter[str] = Counter()
+        self.peak = 0
+        self.at_peak: dict[str, int] = {}
+
+    @property
+    def total(self) -> int:
+        return sum(self.live.values())
+
+    def add(self, kind: str, size: int) -> None:
+        assert kind in KINDS, kind
+        self.live[kind] += size
+        self.most[kind] = max(self.most[kind], self.live[kind])
+        if size > 0 and self.total > self.peak:
+            self.peak, self.at_peak = self.total, dict(self.live)
+
+    def free(self, kind: str, size: int) -> None:
+        self.add(kind, -size)
+        assert self.live[kind] >= 0, f"more {kind} freed than there were"
+
+    @contextmanager
+    def briefly(self, kind: str, size: int) -> Iterator[None]:
+        """Something that lives as long as the block."""
+        self.add(kind, size)
+        yield
+        self.free(kind, size)
+
+
+class OpCost:
+    """FLOPs of an operator (as :class:`torch.utils.flop_counter.FlopCounterMode` counts) and bytes that it reads and writes."""
+
+    __slots__ = ("bytes", "flops")
+
+    def __init__(self, flops: int, moved: int) -> None:
+        self.flops, self.bytes = flops, moved
+
+
+class Watch(TorchDispatchMode):
+    """Enters every new storage into a ledger for as long as it lives, and notes what each operator costs.
+
+    It works on tensors without data. Storages that were there before are not its business.
+
+    Args:
+        vocab: tensors whose last dimension is this are logits; 0 = none are.
+    """
+
+    def __init__(self, ledger: Ledger, vocab: int = 0) -> None:
+        super().__init__()
+        self.ledger, self.vocab = ledger, vocab
+        self.ops: list[OpCost] = []
+        self._kinds: WeakIdKeyDictionary = WeakIdKeyDictionary()  # storage → its kind, in a list of one; [] = not ours
+        self._ends: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        read = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        for tensor in read:
+            self._kinds.setdefault(tensor.untyped_storage(), [])  # it was there before: parameters, the batch
+        out = func(*args, **kwargs)
+        made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        for tensor in made:
+            self._see(tensor)
+        if not _is_free(func):
+            formula = flop_registry.get(func._overloadpacket)
+            flops = 0 if formula is None else int(formula(*args, **kwargs, out_val=out))
+            self.ops.append(OpCost(flops, sum(_bytes(x) for x in [*read, *made])))
+        return out
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage in self._kinds or tensor.device.type != "meta":
+            return
+        logits = self.vocab and tensor.dim() > 1 and tensor.shape[-1] == self.vocab
+        box = ["buffers" if logits else "activations"]
+        size = storage.nbytes()
+        self._kinds[storage] = box
+        self.ledger.add(box[0], size)
+        self._ends.append(weakref.finalize(storage, self._end, box, size))
+
+    def _end(self, box: list[str], size: int) -> None:
+        self.ledger.free(box[0], size)
+
+    def become(self, tensor: Tensor, kind: str) -> None:
+        """What was an activation turns out to be something else."""
+        storage = tensor.untyped_storage()
+        box = self._kinds.get(storage)
+        if box and box[0] != kind:
+            self.ledger.free(box[0], storage.nbytes())
+            self.ledger.add(kind, storage.nbytes())
+            box[0] = kind
+
+    def close(self) -> None:
+        """What still lives is nobody's business any more."""
+        for end in self._ends:
+            end.detach()
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _is_free(func: Any) -> bool:
+    """Whether an operator moves nothing: a view, or memory that nobody has written yet."""
+    returns = func._schema.returns
+    view = bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+    return view or func._overloadpacket in _EMPTY
+
+
+_EMPTY = {
+    torch.ops.aten.empty,
+    torch.ops.aten.empty_like,
+    torch.ops.aten.new_empty,
+    torch.ops.aten.empty_strided,
+    torch.ops.aten.detach,
+}

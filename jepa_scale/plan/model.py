@@ -1,0 +1,151 @@
+"""The config's model and objective on the ``meta`` device: everything but numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jepa_scale.build import Plan
+from jepa_scale.models.backbone import Backbone
+from jepa_scale.models.loading import build_backbone
+from jepa_scale.objectives.base import JepaModel, Objective
+from jepa_scale.objectives.costs import StepFlops
+from jepa_scale.optim import parameter_groups
+from jepa_scale.optim.groups import MOMENTS
+from jepa_scale.plan.layout import Layout
+from jepa_scale.plan.tensor_parallel import cut_for_rank
+from jepa_scale.teacher import TeacherModel
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """A trainable or frozen parameter as a tp rank has it.
+
+    Attributes:
+        shape: of the rank's part. moments: tensors of its shape that the optimizer keeps. group: number of its group.
+    """
+
+    shape: tuple[int, ...]
+    trains: bool
+    moments: int
+    group: int
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
+@dataclass(slots=True)
+class Modelled:
+    """A tp rank's model, in the compute dtype, without numbers.
+
+    Attributes:
+        parameters: name → sizes; a tied one once, as in ``module.named_parameters()``.
+        whole: parameters of the model, tp or not; taught: of the teacher's copies.
+        flops: of the whole model: micro-batches of a data rank → what training on them costs its tp ranks together.
+    """
+
+    module: JepaModel
+    teacher: TeacherModel | None
+    parameters: Mapping[str, Sizes]
+    whole: int
+    taught: int
+    flops: StepFlops
+
+    @property
+    def objective(self) -> Objective:
+        return self.module.objective
+
+    @property
+    def backbone(self) -> Backbone:
+        return self.module.backbone
+
+    @property
+    def shard(self) -> list[nn.Module]:
+        """What an engine gathers and frees one at a time."""
+        return [*self.backbone.layers, *self.objective.blocks]
+
+    @property
+    def logits_width(self) -> int:
+        head = self.backbone.decoder.get_output_embeddings()
+        return int(head.weight.shape[0])
+
+
+def model_on_meta(plan: Plan, data: Any, layout: Layout) -> Modelled:
+    """Build what :func:`jepa_scale.build.build` would, as rank 0 of each group has it.
+
+    Raises:
+        InputError: the model, the objective or the layout does not fit the others.
+    """
+    options = plan.model
+    if options.pretrained is not None:
+        options = options.model_copy(update={"random_init": True})  # its sizes are wanted, not its weights
+    with torch.device("meta"):
+        backbone = build_backbone(options, data.vocab_size)
+        objective = plan.objective_class(plan.objective, backbone, data)
+    module = JepaModel(backbone, objective).to("meta")
+    copies = objective.teacher_copies(backbone)
+    teacher = TeacherModel({path: copied.to("meta") for path, copied in copies.items()}) if copies else None
+    flops = objective.flops(backbone)
+    whole = sum(parameter.numel() for parameter in module.parameters())
+    taught = sum(parameter.numel() for parameter in teacher.parameters()) if teacher is not None else 0
+    moments, groups = _optimized(module, plan, objective, backbone)
+    if layout.tp > 1:
+        for owner in [module, *([teacher] if teacher else [])]:
+            cut_for_rank(owner, layout.tp, layout.sequence_parallel)
+    parameters = {
+        name: Sizes(tuple(p.shape), p.requires_grad, moments.get(name, 0), groups.get(name, -1))
+        for name, p in module.named_parameters()
+    }
+    if layout.precision != "fp32":
+        module.to(layout.dtype)
+        if teacher is not None:
+            teacher.to(layout.dtype)
+    module.train()
+    if teacher is not None:
+        teacher.requires_grad_(False).eval()
+    return Modelled(module, teacher, parameters, whole, taught, flops)
+
+
+def _optimized(
+    module: JepaModel, plan: Plan, objective: Objective, backbone: Backbone
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Name of each trainable parameter → moments that the optimizer keeps of it, and the number of its group."""
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    moments, groups = {}, {}
+    for number, group in enumerate(parameter_groups(module, plan.config.optim, objective.head_prefixes(backbone))):
+        for parameter in group["params"]:
+            moments[names[parameter]] = len(MOMENTS[group["method"]])
+            groups[names[parameter]] = number
+    return moments, groups
+
+
+def fuse_norms(module: nn.Module) -> None:
+    """RMSNorm as a GPU runs it, by one kernel that keeps its input and a number a row; a CPU keeps every step of it."""
+    for part in module.modules():
+        if isinstance(part, nn.RMSNorm):
+            part.forward = _fused_forward(part)  # type: ignore[method-assign,assignment]
+
+
+def _fused_forward(norm: nn.RMSNorm) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        return _FusedNorm.apply(x, norm.weight)
+
+    return forward
+
+
+class _FusedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        rows = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+        ctx.save_for_backward(x, weight, rows)
+        return x * weight
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight, _ = ctx.saved_tensors
+        return grads[0] * x, torch.empty_like(weight)

@@ -1,0 +1,258 @@
+"""From a config and a number of ranks to what a rank needs and how long a run takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from jepa_scale.build import Plan, validate
+from jepa_scale.config import Config
+from jepa_scale.errors import InputError
+from jepa_scale.plan.communication import Traffic, traffic_of
+from jepa_scale.plan.hardware import GIB, RESERVED, Gpu
+from jepa_scale.plan.layout import Layout, layout_of
+from jepa_scale.plan.model import Modelled, model_on_meta
+from jepa_scale.plan.roofline import Estimate, estimate
+from jepa_scale.plan.simulate import Simulated, fake_ranks, simulate
+from jepa_scale.plan.stand_in import StandIn, micro_batch, on_meta, stand_in
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to plan beside the config; ``None`` = as the config says.
+
+    Attributes:
+        tokens: of a whole run, whose days are asked for. efficiency: share of the roofline that operators reach.
+        gpu: ``None`` = kernels as a CPU has them, no limit of memory and no times.
+    """
+
+    world_size: int
+    gpu: Gpu | None
+    tp: int | None = None
+    replicas: int | None = None
+    checkpointing: str | None = None
+    tokens: float | None = None
+    vocab_size: int | None = None
+    sample_tokens: int | None = None
+    efficiency: float = 1.0
+    search: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """What one rank, the fullest, needs. Sizes are bytes.
+
+    Attributes:
+        parameters: of the whole model. micro_tokens: of the config's micro-batch; micro_samples: samples in it.
+        start: at least needed while the engine is built, when every rank has the model whole.
+        usable: of the GPU's memory. largest: tokens of the largest micro-batch that fits; 0 = not even one sample, ``None`` =
+            not looked for. largest_samples: samples in it.
+        step_tokens: of an optimizer step, all ranks together. flops: of a micro-batch on its tp ranks together.
+    """
+
+    layout: Layout
+    parameters: int
+    teacher_parameters: int
+    micro_tokens: int
+    micro_samples: int
+    accumulation: int
+    memory: Simulated
+    start: int
+    usable: int | None
+    largest: int | None
+    largest_samples: int | None
+    traffic: list[Traffic]
+    step_tokens: int
+    flops: int
+    time: Estimate | None
+    tokens: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def fits_step(self) -> bool:
+        return self.usable is None or self.memory.peak <= self.usable
+
+    @property
+    def fits_start(self) -> bool:
+        return self.usable is None or self.start <= self.usable
+
+    @property
+    def fits(self) -> bool:
+        return self.fits_step and self.fits_start
+
+    @property
+    def tokens_per_day(self) -> float | None:
+        return None if self.time is None else self.step_tokens / self.time.seconds * 86_400
+
+    @property
+    def days(self) -> float | None:
+        """Of training on ``tokens``."""
+        per_day = self.tokens_per_day
+        return None if per_day is None or self.tokens is None else self.tokens / per_day
+
+
+def make_plan(config: Config, request: Request) -> RunPlan:
+    """Plan a run; takes seconds, whatever its number of ranks.
+
+    Raises:
+        InputError: the config is wrong, the ranks don't fit the layout or the batch, or a size is not known.
+    """
+    plan = validate(config)
+    layout = layout_of(config, request.world_size, request.tp, request.replicas, request.checkpointing)
+    with fake_ranks(layout.data_ranks):
+        data = stand_in(plan, request.vocab_size, request.sample_tokens)
+        trial = _Trial(plan, data, layout, request)
+        model = model_on_meta(plan, data, layout)
+        tokens, samples, accumulation = _batch(config, model, data, layout)
+        batch = micro_batch(model.objective, data, tokens, samples)
+        flops = model.flops([batch] * accumulation)
+        traffic = traffic_of(model, layout, accumulation, batch.num_tokens)
+        sizes = model.parameters
+        copied = 0 if model.teacher is None else sum(p.numel() for p in model.teacher.parameters())
+        memory = simulate(model, layout, on_meta(batch), accumulation, gpu=request.gpu is not None)
+        usable = None if request.gpu is None else int(request.gpu.memory * (1 - RESERVED) * GIB)
+        largest = largest_samples = None
+        if usable is not None and request.search:
+            largest, largest_samples = _largest(trial, model, data, bool(tokens), accumulation, usable)
+    time = None
+    if request.gpu is not None:
+        stepped = sum(s.numel for s in sizes.values() if s.trains)
+        parts = layout.shards if layout.stage > 0 else 1
+        time = estimate(
+            memory.ops,
+            accumulation,
+            -(-stepped // parts),
+            -(-copied // parts),
+            traffic,
+            flops / layout.tp,
+            request.gpu,
+            layout,
+            config.engine.tf32,
+            request.efficiency,
+        )
+    return RunPlan(
+        layout,
+        model.whole,
+        model.taught,
+        batch.num_tokens,
+        batch.counts["samples"],
+        accumulation,
+        memory,
+        _start(layout, memory.state, model.whole, sizes),
+        usable,
+        largest,
+        largest_samples,
+        traffic,
+        batch.num_tokens * accumulation * layout.data_ranks,
+        flops // accumulation,
+        time,
+        request.tokens,
+        _notes(layout, data, config),
+    )
+
+
+def _batch(config: Config, model: Modelled, data: Any, layout: Layout) -> tuple[int, int, int]:
+    """Tokens of a micro-batch or else samples, and micro-batches a rank and step."""
+    train = config.train
+    if train.batch_tokens:
+        accumulation, rest = divmod(train.batch_tokens, train.micro_tokens * layout.data_ranks)
+        if rest or not accumulation:
+            raise InputError(
+                f"train.batch_tokens: {train.batch_tokens} is no multiple of train.micro_tokens={train.micro_tokens} on each of "
+                f"{layout.data_ranks} data ranks; make it one of {train.micro_tokens * layout.data_ranks}"
+            )
+        return train.micro_tokens, 0, accumulation
+    return 0, max(1, -(-train.batch_size // (train.accumulation * layout.data_ranks))), train.accumulation
+
+
+def _start(layout: Layout, state: Mapping[str, int], whole: int, sizes: Mapping[str, Any]) -> int:
+    """While an engine is built: the model comes whole, in fp32, to each rank's device, and moments come into being by a step
+    with gradients of zeros. FSDP2's whole parameters stay until then. The teacher comes later."""
+    trained = sum(s.numel for s in sizes.values() if s.trains)
+    own = trained // (layout.shards if layout.stage > 0 else 1)
+    built = sum(size for kind, size in state.items() if kind != "teacher") + 4 * own
+    if layout.engine == "fsdp":
+        return 4 * whole + built
+    if layout.stage == 0 and layout.width != 4:
+        built += layout.width * trained
+    return max(4 * whole, built)
+
+
+# -------------------------------------------------------------------------------------------- the largest micro-batch
+
+
+class _Trial:
+    """Peaks of micro-batches of other sizes."""
+
+    def __init__(self, plan: Plan, data: Any, layout: Layout, request: Request) -> None:
+        self.plan, self.data, self.layout, self.request = plan, data, layout, request
+
+    def peak(self, tokens: int, samples: int, accumulation: int) -> int:
+        model = model_on_meta(self.plan, self.data, self.layout)
+        batch = micro_batch(model.objective, self.data, tokens, samples)
+        return simulate(model, self.layout, on_meta(batch), accumulation, gpu=self.request.gpu is not None).peak
+
+
+def _largest(
+    trial: _Trial, model: Modelled, data: Any, by_tokens: bool, accumulation: int, usable: int
+) -> tuple[int, int]:
+    """Tokens and samples of the largest micro-batch of whole samples whose peak is within ``usable``."""
+    each = int(model.objective.view_tokens(np.array([data.train.max_size]))[0]) if by_tokens else 0
+    limit = 1 << 16
+
+    def peak(samples: int) -> int:
+        return trial.peak(each * samples, 0 if by_tokens else samples, accumulation)
+
+    best = largest_within(peak, usable, limit)
+    if by_tokens:
+        return best * each, best
+    if not best:
+        return 0, 0
+    return micro_batch(model.objective, data, samples=best).num_tokens, best
+
+
+def largest_within(peak: Callable[[int], int], usable: int, limit: int) -> int:
+    """The largest n ≤ ``limit`` with peak(n) ≤ ``usable``, 0 if there is none, for a peak that grows with n.
+
+    Peaks are nearly straight lines, so a line through the two ends of what is left is a better guess than the middle.
+    """
+    low, low_peak = 1, peak(1)
+    if low_peak > usable:
+        return 0
+    high, high_peak = 2, peak(2)
+    while high_peak <= usable:
+        if high >= limit:
+            return limit
+        slope = max(1.0, (high_peak - low_peak) / (high - low))
+        ahead = int((usable - high_peak) / slope)
+        low, low_peak = high, high_peak
+        high = min(limit, low + max(1, ahead + 1))
+        high_peak = peak(high)
+    while high - low > 1:
+        guess = low + int((usable - low_peak) * (high - low) / (high_peak - low_peak))
+        guess = min(high - 1, max(low + 1, guess))
+        found = peak(guess)
+        if found <= usable:
+            low, low_peak = guess, found
+        else:
+            high, high_peak = guess, found
+    return low
+
+
+def _notes(layout: Layout, data: Any, config: Config) -> list[str]:
+    notes = []
+    if isinstance(data, StandIn):
+        notes.append(
+            f"no data are read: every sample has {data.train.size:,} tokens, of a vocabulary of {data.vocab_size:,}"
+        )
+    if config.engine.name == "auto":
+        notes.append("engine.name: auto is planned as fsdp; --set engine.name=deepspeed for ZeRO")
+    if layout.compile:
+        notes.append("engine.compile: a compiled block keeps and moves less than is planned here")
+    methods = [config.optim.method, *(override.method for override in config.optim.overrides.values())]
+    if "muon" in methods:
+        notes.append("optim.method: what Muon gathers to orthogonalise is not counted")
+    return notes

@@ -1,0 +1,176 @@
+"""One optimizer step without numbers: the objective's own code on the ``meta`` device, beside a model of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from jepa_scale.packing import PackedBatch
+from jepa_scale.plan.fsdp import FsdpCopyModel, FsdpModel
+from jepa_scale.plan.layout import Layout
+from jepa_scale.plan.ledger import Ledger, OpCost, Watch
+from jepa_scale.plan.model import Modelled, fuse_norms
+from jepa_scale.plan.units import EngineModel
+from jepa_scale.plan.zero import Zero3Model, ZeroCopyModel, ZeroModel
+from jepa_scale.teacher import Teacher, momentum_at
+
+
+@dataclass(frozen=True, slots=True)
+class Simulated:
+    """What a step was seen to take.
+
+    Attributes:
+        state: kind → bytes between steps. peak: bytes. at_peak: kind → bytes at that time; most: and whenever
+            it was most.
+        ops: of one micro-batch, its collecting pass and teacher included.
+    """
+
+    state: dict[str, int]
+    peak: int
+    at_peak: dict[str, int]
+    most: dict[str, int]
+    ops: list[OpCost]
+
+
+@contextmanager
+def fake_ranks(count: int) -> Iterator[None]:
+    """A process group of ``count`` ranks of which this is rank 0 and the others are not there; nothing is sent."""
+    assert not dist.is_initialized(), "there is a process group already"
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def simulate(model: Modelled, layout: Layout, batch: PackedBatch, accumulation: int, gpu: bool) -> Simulated:
+    """Run a step of ``accumulation`` micro-batches like ``batch`` (on ``meta``), on rank 0.
+
+    ``model`` is used up: hooks stay in it. Called among :func:`fake_ranks` of as many as there are data ranks.
+
+    Args:
+        gpu: whether kernels are a GPU's.
+    """
+    ledger = Ledger()
+    watch = Watch(ledger, model.logits_width)
+    engine = _engine(model, layout, ledger, watch, accumulation)
+    parts: list[EngineModel] = [engine]
+    if model.teacher is not None:
+        parts.append(_copy(model, layout, ledger))
+    if gpu:
+        for module in (model.module, model.teacher):
+            if module is not None:
+                fuse_norms(module)
+    _checkpoint_blocks(model.shard, layout.checkpointing)
+    tables = sum(buffer.numel() * buffer.element_size() for buffer in model.module.buffers())
+    copied = () if model.teacher is None else model.teacher.buffers()
+    state = {"parameters": tables, "teacher": sum(buffer.numel() * buffer.element_size() for buffer in copied)}
+    for part in parts:
+        for kind, size in part.state().items():
+            state[kind] = state.get(kind, 0) + size
+        part.attach()
+    for kind, size in state.items():
+        ledger.add(kind, size)
+    if model.teacher is not None:
+        model.objective.teacher = _Teacher(model)  # type: ignore[assignment]
+
+    run: Any = model.module
+    collected: list[dict[str, Any]] = []
+    with watch:
+        if model.objective.collects and accumulation > 1:
+            with torch.no_grad():
+                one = run("collect", batch)
+            collected = [one] * accumulation
+            kept = sum(x.untyped_storage().nbytes() for x in tree_leaves(one) if isinstance(x, torch.Tensor))
+            ledger.add("activations", kept * (accumulation - 1))
+        collecting = list(watch.ops)
+        for micro in range(min(accumulation, 2)):  # the second finds gradients, and so do the others
+            watch.ops = list(collecting)
+            last = micro == min(accumulation, 2) - 1
+            loss = run("loss", batch, collected, micro)
+            loss.total.backward()
+            del loss
+            engine.after_backward(last)
+        engine.step()
+    watch.close()
+    return Simulated(state, ledger.peak, ledger.at_peak, dict(ledger.most), watch.ops)
+
+
+def _engine(model: Modelled, layout: Layout, ledger: Ledger, watch: Watch, accumulation: int) -> Any:
+    if layout.engine == "fsdp":
+        return FsdpModel(model.module, model.shard, model.parameters, layout, ledger, watch)
+    kind = Zero3Model if layout.stage == 3 else ZeroModel
+    return kind(model.module, model.parameters, layout, ledger, watch, accumulation)
+
+
+def _copy(model: Modelled, layout: Layout, ledger: Ledger) -> EngineModel:
+    assert model.teacher is not None
+    if layout.engine == "deepspeed":
+        return ZeroCopyModel(model.teacher, model.parameters, layout, ledger)
+    students = dict(model.module.named_modules())
+    sharded = {id(part) for part in model.shard}
+    parts = [
+        part
+        for name, part in model.teacher.named_modules()
+        if name in students and id(students[name]) in sharded and type(part).forward is not nn.Module.forward
+    ]
+    return FsdpCopyModel(model.teacher, parts, layout, ledger)
+
+
+class _Teacher(Teacher):
+    """Runs the copies, and follows nobody."""
+
+    def __init__(self, model: Modelled) -> None:
+        assert model.teacher is not None
+        self.options = model.objective.teacher_options()
+        self._model = model.teacher
+
+    @torch.no_grad()
+    def forward(self, path: str, *args: Any, **kwargs: Any) -> Any:
+        return self._model(path, *args, **kwargs)
+
+    def momentum(self, step: int) -> float:
+        return momentum_at(step, self.options, 1)
+
+
+# ---------------------------------------------------------------------------------------------- recomputation
+
+SAVED = (
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.jepa_scale.attention_meta.default,
+)
+"""Operators whose outputs ``selective`` keeps; the others are run again in the backward."""
+
+
+def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in SAVED else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _checkpoint_blocks(blocks: list[nn.Module], kind: str) -> None:
+    """Chen et al., arXiv 1604.06174: a block's backward runs its forward again."""
+    if kind == "none":
+        return
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if kind == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    for block in blocks:
+        inner = block.forward
+
+        def forward(*args: Any, inner: Any = inner, **kwargs: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return inner(*args, **kwargs)
+            return checkpoint(inner, *args, **options, **kwargs)
+
+        block.forward = forward  # type: ignore[method-assign,assignment]

@@ -1,0 +1,166 @@
+"""Data that look like the config's, for planning where the data are not: token counts are what memory depends on.
+
+Nothing is read: a sample is as long as ``data.max_length`` lets it be, unless the user knows its mean length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from jepa_scale.build import Plan
+from jepa_scale.data import load_data
+from jepa_scale.data.draw import Draw, views_of
+from jepa_scale.data.examples import GRID_VOCABULARY, Conversation, Document, GridSequence, Turn
+from jepa_scale.data.shard_source import ShardOptions
+from jepa_scale.errors import DataError, InputError
+from jepa_scale.objectives.base import Objective
+from jepa_scale.packing import PackedBatch, pack
+
+SPECIAL = {"bos": 0, "eos": 1, "pad": 2, "end": 3}
+
+
+@dataclass(frozen=True)
+class _Examples:
+    """Samples of one length; ``make`` makes one of n tokens."""
+
+    kind: str
+    size: int
+    vocab: int
+
+    def __len__(self) -> int:
+        return 1 << 40
+
+    def __getitem__(self, number: int) -> Any:
+        return self.make(self.size, number)
+
+    def make(self, size: int, number: int) -> Any:
+        rng = np.random.default_rng(number)
+        if self.kind == "grids":
+            # an (h, w) grid takes h · (w + 1) + 1 tokens; three contexts and a target
+            side = max(1, int((size / 4 - 1) ** 0.5))
+            grids = [rng.integers(0, 10, (side, side)).astype(np.int8) for _ in range(4)]
+            return GridSequence(tuple(grids[:-1]), grids[-1])
+        tokens = rng.integers(min(len(SPECIAL), self.vocab - 1), self.vocab, size)
+        if self.kind == "text":
+            return Document(tokens)
+        half = size // 2  # a question and an answer of the same length
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+        return Conversation(tokens, (Turn("user", 1, half), Turn("assistant", half, size)), messages, False)
+
+    def sizes(self, numbers: np.ndarray) -> np.ndarray:
+        return np.full(len(numbers), self.size, dtype=np.int64)
+
+    @property
+    def max_size(self) -> int:
+        return self.size
+
+    @property
+    def mean_size(self) -> float:
+        return float(self.size)
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """As much of a :class:`jepa_scale.data.base.Dataset` as models and objectives ask for."""
+
+    kind: str
+    train: _Examples
+    vocab_size: int
+    special: Mapping[str, int] = field(default_factory=lambda: dict(SPECIAL))
+    plain: bool = True
+
+    def load_tokenizer(self) -> Any:
+        return _Tokenizer()
+
+
+class _Tokenizer:
+    """What an objective asks the tokenizer of conversations without a chat template: a template's own tokens, some a message,
+    are not counted."""
+
+    bos_token_id, eos_token_id = SPECIAL["bos"], SPECIAL["eos"]
+    bos_token = "<bos>"
+
+    def get_vocab(self) -> dict[str, int]:
+        return {}
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [self.bos_token_id]}
+
+    def encode(self, text: str, **_: Any) -> list[int]:
+        return [self.bos_token_id]
+
+
+def stand_in(plan: Plan, vocab_size: int | None, sample_tokens: int | None) -> Any:
+    """Data of a validated config.
+
+    Args:
+        vocab_size: rows of the embedding; ``None`` = as the config says. sample_tokens: of a sample; ``None`` =
+            ``data.max_length``.
+
+    Raises:
+        InputError: nothing says how large the vocabulary is, or the source's data are of another kind.
+    """
+    options: Any = plan.data
+    source = options.source
+    if source == "mixture":
+        raise InputError("data.source: a mixture cannot be planned; plan one of its parts")
+    if not isinstance(options, ShardOptions):
+        return load_data(plan.config.data)  # made, not read
+    trained = options.vocab_size if options.tokenizer == "bpe" else None  # on the data, to that size
+    found = vocab_size or plan.model.vocab_size or (GRID_VOCABULARY if source == "grids" else trained)
+    if not found:
+        raise InputError(
+            "model.vocab_size: no data are read to plan, and nothing says how many tokens there are; set it, "
+            "or give --vocab-size"
+        )
+    size = sample_tokens or options.max_length
+    if size > options.max_length:
+        raise InputError(
+            f"--sample-tokens {size}: no sample has more than data.max_length={options.max_length}; raise that, or give less"
+        )
+    return StandIn(source, _Examples(source, size, found), found)
+
+
+def micro_batch(objective: Objective, data: Any, tokens: int = 0, samples: int = 0) -> PackedBatch:
+    """A rank's micro-batch, packed as the loader packs: of so many ``samples``, or of samples whose views take up to
+    ``tokens`` tokens, with a shorter one to fill up where there can be.
+
+    Raises:
+        InputError: not one sample fits.
+    """
+    each = int(objective.view_tokens(np.array([data.train.max_size]))[0]) if tokens else 0
+    if tokens and tokens < each and not isinstance(data, StandIn):
+        raise InputError(f"train.micro_tokens: a sample's views take {each} tokens, more than {tokens}; raise it")
+    count = samples or max(tokens // each, 0)
+    examples = [data.train[number] for number in range(count)]
+    if tokens and isinstance(data, StandIn) and data.kind != "grids":
+        examples += _filling(objective, data, tokens - count * each, count)
+    if not examples:
+        raise InputError(f"train.micro_tokens: a sample's views take {each} tokens, more than {tokens}; raise it")
+    draws = [Draw(0, 0, 0, number) for number in range(len(examples))]
+    views = []
+    for number, made in enumerate(views_of(objective.view_maker(), examples, draws)):
+        if isinstance(made, DataError):
+            raise InputError(f"objective: the made-up sample has no views: {made}")
+        views.append(replace(made, seed=number))
+    return pack(views, objective.streams)
+
+
+def _filling(objective: Objective, data: StandIn, rest: int, number: int) -> list[Any]:
+    """A shorter sample whose views take ``rest`` tokens or somewhat less; none if there is no such sample."""
+    if rest < 8:
+        return []
+    sizes = np.arange(4, data.train.size + 1)
+    fitting = sizes[objective.view_tokens(sizes) <= rest]
+    return [data.train.make(int(fitting[-1]), number)] if len(fitting) and fitting[-1] > 16 else []
+
+
+def on_meta(batch: PackedBatch) -> PackedBatch:
+    """The batch without its numbers, with totals as the loop sets them."""
+    totals = {name: torch.empty((), device="meta") for name in [*batch.counts, "skipped", "budget"]}
+    return replace(batch.to("meta"), totals=totals)

@@ -1,0 +1,120 @@
+"""What both engine models share: modules with parameters of their own, and hooks around their forwards and backwards."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from jepa_scale.plan.ledger import Ledger, Watch
+
+
+class Unit:
+    """Parameters that are gathered and freed together.
+
+    Attributes:
+        gathered: whether they are there just now. size: bytes of them, gathered.
+    """
+
+    def __init__(self, module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.module, self.parameters = module, dict(parameters)
+        self.gathered = False
+        self.size = 0
+
+
+def units_of(root: nn.Module, modules: Sequence[nn.Module]) -> list[Unit]:
+    """A unit of each module, and one of the root with what is in none of them, last; a shared parameter is in the first."""
+    seen: set[nn.Parameter] = set()
+    names = {parameter: name for name, parameter in root.named_parameters()}
+    units = []
+    for module in [*modules, root]:
+        own = {names[p]: p for p in module.parameters() if p not in seen}
+        seen.update(own.values())
+        units.append(Unit(module, own))
+    return units
+
+
+class EngineModel(ABC):
+    """What an engine keeps on a rank, and what it makes and frees while a step runs, entered into a ledger.
+
+    ``attach`` puts hooks into the module, which has no numbers.
+    """
+
+    ledger: Ledger
+    watch: Watch
+
+    @abstractmethod
+    def state(self) -> dict[str, int]:
+        """Kind → bytes that are there all the time."""
+
+    @abstractmethod
+    def attach(self) -> None: ...
+
+    @abstractmethod
+    def after_backward(self, last: bool) -> None:
+        """A micro-batch is done; ``last``: of the step."""
+
+    @abstractmethod
+    def step(self) -> None:
+        """The optimizer's step."""
+
+    def hook_units(self, units: Sequence[Unit]) -> None:
+        for unit in units:
+            _hook(self, unit)
+
+    def pre_forward(self, unit: Unit) -> None:  # noqa: B027  (a hook that a model may leave alone)
+        pass
+
+    def post_forward(self, unit: Unit) -> None:  # noqa: B027
+        pass
+
+    def pre_backward(self, unit: Unit) -> None:  # noqa: B027
+        pass
+
+    def post_backward(self, unit: Unit) -> None:  # noqa: B027
+        pass
+
+
+class _PostBackward(torch.autograd.Function):
+    """The identity of a module's inputs; its backward comes when the module's own is done."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.call = call
+        return tuple(x.view_as(x) for x in inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        ctx.call()
+        return (None, *grads)
+
+
+def _hook(engine: EngineModel, unit: Unit) -> None:
+    def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        engine.pre_forward(unit)
+        if not torch.is_grad_enabled():
+            return args, kwargs
+        leaves, spec = tree_flatten((args, kwargs))
+        places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
+        if places:
+            for i, x in zip(
+                places,
+                _PostBackward.apply(lambda: engine.post_backward(unit), *[leaves[i] for i in places]),
+                strict=True,
+            ):
+                leaves[i] = x
+        return tree_unflatten(leaves, spec)
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        engine.post_forward(unit)
+        if torch.is_grad_enabled():
+            for x in tree_leaves(output):
+                if isinstance(x, Tensor) and x.requires_grad:
+                    x.register_hook(lambda grad: engine.pre_backward(unit))
+
+    unit.module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
+    unit.module.register_forward_hook(after)

@@ -1,0 +1,331 @@
+"""What DeepSpeed's ZeRO keeps and moves on a rank, as :class:`jepa_scale.engines.deepspeed.DeepSpeedEngine` runs it.
+
+P parameters, N ranks, w bytes of the compute dtype; Rajbhandari et al. (arXiv 1910.02054), section 3, and what DeepSpeed 0.19 does
+beyond it (measured by ``benchmarks/plan.py``):
+
+=====  ====  =========================================================================================================
+stage  bf16  fp32
+=====  ====  =========================================================================================================
+0      2 + 4 masters + 8 moments, gradients of w; fp32: 4 + 8, gradients of 4
+1      2 + 12/N, and whole gradients in fp32 from the start; fp32: as stage 2
+2      w + 12/N; gradients travel through two buckets, and this rank's 4/N stay
+3      w/N + 12/N + 4/N gradients from the start, and one fp32 bucket
+=====  ====  =========================================================================================================
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from jepa_scale.plan.layout import Layout
+from jepa_scale.plan.ledger import Ledger, Watch
+from jepa_scale.plan.model import Sizes
+from jepa_scale.plan.units import EngineModel, Unit
+
+ALL_REDUCED = 500_000_000
+"""Elements that DeepSpeed all-reduces together in stages 0 and 1 (``MEMORY_OPT_ALLREDUCE_SIZE``)."""
+
+
+class ZeroModel(EngineModel):
+    """Stages 0, 1 and 2, and what stage 3 shares with them."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        parameters: Mapping[str, Sizes],
+        layout: Layout,
+        ledger: Ledger,
+        watch: Watch,
+        accumulation: int,
+    ) -> None:
+        self.module, self.layout, self.ledger, self.watch = module, layout, ledger, watch
+        self.parameters, self.accumulation = parameters, accumulation
+        self.names = {p: name for name, p in module.named_parameters()}
+        self.total = sum(s.numel for s in parameters.values())
+        self.trained = sum(s.numel for s in parameters.values() if s.trains)
+        self.bucket = int(layout.zero.get("reduce_bucket_size", 500_000_000))
+        self._used = 0  # elements in the bucket
+        self._waiting: set[int] = set()  # groups that these are of
+        self._kept: set[int] = set()  # groups that have memory for this rank's gradients
+        self._held = 0  # bytes of the buckets
+
+    # -- sizes ----------------------------------------------------------------------------------------------------
+
+    def own(self, per_moment: bool = False, group: int | None = None) -> int:
+        """Elements of the flat groups that this rank steps, or elements of moments; of one ``group`` or all."""
+        count, total = self.layout.shards if self.layout.stage > 0 else 1, 0
+        groups: dict[int, list[Sizes]] = {}
+        for sizes in self.parameters.values():
+            if sizes.trains and group in (None, sizes.group):
+                groups.setdefault(sizes.group, []).append(sizes)
+        for of_group in groups.values():
+            numel = sum(sizes.numel for sizes in of_group)
+            part = -(-numel // (2 * count)) * 2 if self.layout.stage > 0 else numel
+            total += part * (of_group[0].moments if per_moment else 1)
+        return total
+
+    @property
+    def half(self) -> bool:
+        return self.layout.width != 4
+
+    @property
+    def whole_gradients(self) -> bool:
+        """Whether fp32 gradients of everything are there from the start: DeepSpeed's ``BF16_Optimizer``."""
+        return self.layout.stage == 1 and self.half
+
+    def state(self) -> dict[str, int]:
+        masters = 4 * self.own() if self.half or self.layout.stage > 0 else 0
+        return {
+            "parameters": self.layout.width * self.total,
+            "optimizer": masters + 4 * self.own(per_moment=True),
+            "gradients": 4 * self.trained if self.whole_gradients else 0,
+        }
+
+    # -- a step ---------------------------------------------------------------------------------------------------
+
+    def attach(self) -> None:
+        for parameter in self.module.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._ready)
+
+    @property
+    def buckets(self) -> int:
+        """Bytes of the buckets of stages 1 (fp32) and 2."""
+        zero = self.layout.zero
+        overlaps = zero.get("overlap_comm", False) and not (self.layout.stage == 1 and self.accumulation > 1)
+        return self.bucket * self.layout.width * (2 if overlaps else 1) * bool(zero.get("contiguous_gradients", True))
+
+    @property
+    def through_buckets(self) -> bool:
+        return self.layout.stage == 2 or (self.layout.stage == 1 and not self.half)
+
+    def _ready(self, parameter: Any) -> None:
+        """A parameter's gradient is there."""
+        assert parameter.grad is not None
+        if not self.through_buckets:
+            self.watch.become(parameter.grad, "gradients")
+            return
+        if not self._held:  # with the first gradient of a micro-batch
+            self._held = self.buckets
+            self.ledger.add("buffers", self._held)
+        numel = parameter.numel()
+        if self._used + numel > self.bucket:
+            self._flush()
+        self._used += numel
+        self._waiting.add(self.parameters[self.names[parameter]].group)
+        if numel > self.bucket:  # stays where it is, and is reduced by itself
+            self._flush()
+        parameter.grad = None
+
+    def _flush(self) -> None:
+        """Reduce the bucket in fp32, and keep this rank's part."""
+        if self.half:
+            self.ledger.add("buffers", 4 * self._used)
+            self.ledger.free("buffers", 4 * self._used)
+        for group in self._waiting - self._kept:  # the first time, memory for all of a group's
+            self.ledger.add("gradients", 4 * self.own(group=group))
+        self._kept |= self._waiting
+        self._waiting = set()
+        self._used = 0
+
+    def after_backward(self, last: bool) -> None:
+        if self.through_buckets:
+            self._flush()
+            self.ledger.free("buffers", self._held)
+            self._held = 0
+            return
+        if last and self.layout.shards > 1:  # flat, and in fp32 if it isn't
+            together = min(self.trained, ALL_REDUCED)
+            width = 4 if self.whole_gradients or not self.half else 6
+            with self.ledger.briefly("buffers", together * width):
+                pass
+
+    def step(self) -> None:
+        extra = 0
+        if self.layout.stage == 0 and self.half:
+            extra = 4 * self.trained  # gradients in fp32
+        elif self.through_buckets and not self.half:
+            extra = 4 * self.own()  # flat ones
+        with self.ledger.briefly("gradients", extra):
+            pass
+        for parameter in self.module.parameters():
+            parameter.grad = None
+        if self.through_buckets:
+            self.ledger.free("gradients", self.ledger.live["gradients"])
+            self._kept = set()
+
+
+class Zero3Model(ZeroModel):
+    """Stage 3: every module gathers its own parameters for its forward and for its backward.
+
+    Parameters smaller than ``stage3_param_persistence_threshold`` stay whole; one that is needed again within
+    ``stage3_max_reuse_distance`` is not freed in between; ``stage3_prefetch_bucket_size`` are gathered ahead.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        zero = self.layout.zero
+        self.threshold = int(zero.get("stage3_param_persistence_threshold", 100_000))
+        self.reuse = int(zero.get("stage3_max_reuse_distance", 1_000_000_000))
+        self.ahead = int(zero.get("stage3_prefetch_bucket_size", 50_000_000))
+        self.units = module_units(self.module, self.threshold)
+        for unit in self.units:
+            unit.size = sum(p.numel() for p in unit.parameters.values()) * self.layout.width
+        self._after = self._distances()
+
+    def _distances(self) -> dict[Unit, int]:
+        """Elements that are used between a unit's forward and its backward, in the order of the modules."""
+        after, found = 0, {}
+        for unit in reversed(self.units):
+            found[unit] = 2 * after
+            after += unit.size // self.layout.width
+        return found
+
+    def part(self, numel: int) -> int:
+        return -(-numel // self.layout.shards)
+
+    def own(self, per_moment: bool = False, group: int | None = None) -> int:
+        mine = [s for s in self.parameters.values() if s.trains and group in (None, s.group)]
+        return sum(self.part(s.numel) * (s.moments if per_moment else 1) for s in mine)
+
+    def state(self) -> dict[str, int]:
+        small = sum(s.numel for s in self.parameters.values() if s.numel < self.threshold)
+        gathered = sum(unit.size for unit in self.units)
+        sharded = self.layout.shards > 1
+        return {
+            "parameters": self.layout.width * sum(self.part(s.numel) for s in self.parameters.values()),
+            "optimizer": 4 * self.own() + 4 * self.own(per_moment=True),
+            "gradients": 4 * self.own(),
+            "buffers": 4 * self.bucket
+            + self.layout.width * small * sharded
+            + min(self.ahead * self.layout.width, gathered) * sharded,
+        }
+
+    def attach(self) -> None:
+        super().attach()
+        if self.layout.shards > 1:
+            self.hook_units(self.units)
+
+    def pre_forward(self, unit: Unit) -> None:
+        self._fetch(unit)
+
+    def post_forward(self, unit: Unit) -> None:
+        if self._after[unit] > self.reuse:
+            self._release(unit)
+
+    def pre_backward(self, unit: Unit) -> None:
+        self._fetch(unit)
+
+    def post_backward(self, unit: Unit) -> None:
+        self._release(unit)
+
+    def _fetch(self, unit: Unit) -> None:
+        if not unit.gathered:
+            unit.gathered = True
+            self.ledger.add("buffers", unit.size)
+
+    def _release(self, unit: Unit) -> None:
+        if unit.gathered:
+            unit.gathered = False
+            self.ledger.free("buffers", unit.size)
+
+    def _ready(self, parameter: Any) -> None:
+        self.watch.become(parameter.grad, "gradients")
+        numel = parameter.numel()
+        if self._used + numel > self.bucket:
+            self._flush()
+        self._used += numel
+        if numel > self.bucket:
+            self.ledger.add("buffers", 4 * numel * (self.half + (self.layout.shards > 1)))
+            self.ledger.free("buffers", 4 * numel * (self.half + (self.layout.shards > 1)))
+            self._used = 0
+        parameter.grad = None
+
+    def _flush(self) -> None:
+        """Reduce-scatter the bucket by way of a buffer as large."""
+        if self.layout.shards > 1:
+            self.ledger.add("buffers", 4 * self._used)
+            self.ledger.free("buffers", 4 * self._used)
+        self._used = 0
+
+    def after_backward(self, last: bool) -> None:
+        self._flush()
+        for unit in self.units:
+            self._release(unit)
+
+    def step(self) -> None:
+        together = min(int(self.layout.zero.get("sub_group_size", 1_000_000_000)), self.own())
+        with self.ledger.briefly("gradients", 4 * together):
+            pass
+
+
+def module_units(root: nn.Module, threshold: int) -> list[Unit]:
+    """A unit of each module with parameters of its own of at least ``threshold`` elements."""
+    names = {parameter: name for name, parameter in root.named_parameters()}
+    units = []
+    for module in root.modules():
+        own = {names[p]: p for p in module.parameters(recurse=False) if p.numel() >= threshold}
+        if own:
+            units.append(Unit(module, own))
+    return units
+
+
+class ZeroCopyModel(EngineModel):
+    """The teacher's copy beside ZeRO: whole in the compute dtype, and this rank's averages in fp32 (stages 0 to 2:
+    :class:`jepa_scale.engines.deepspeed_copy.ReplicatedCopy`), or partitioned (stage 3). A rank averages what it has the masters
+    of: in stages 1 and 2, where they are cut out of one long row, some ranks have more of the copy than others."""
+
+    def __init__(self, module: nn.Module, parameters: Mapping[str, Sizes], layout: Layout, ledger: Ledger) -> None:
+        self.module, self.parameters, self.layout, self.ledger = module, parameters, layout, ledger
+        self.units = module_units(module, 0) if layout.stage == 3 and layout.shards > 1 else []
+        for unit in self.units:
+            unit.size = sum(p.numel() for p in unit.parameters.values()) * layout.width
+
+    def state(self) -> dict[str, int]:
+        sizes = {name: p.numel() for name, p in self.module.named_parameters()}
+        if self.layout.stage == 3:
+            copied = sum(-(-numel // self.layout.shards) for numel in sizes.values())
+            averaged = copied
+        else:
+            copied = sum(sizes.values())
+            averaged = self._most() if self.layout.stage > 0 else -(-copied // self.layout.shards)
+        averages = 4 * averaged if self.layout.width != 4 else 0  # in fp32 the copy is the averages
+        return {"teacher": self.layout.width * copied + averages}
+
+    def _most(self) -> int:
+        """Elements of the copy that the rank with most of them has the masters of."""
+        copied = {name for name, _ in self.module.named_parameters()}
+        of_ranks: Counter[int] = Counter()
+        groups: dict[int, list[tuple[str, int]]] = {}
+        for name, sizes in self.parameters.items():
+            if sizes.trains:
+                groups.setdefault(sizes.group, []).append((name, sizes.numel))
+        for of_group in groups.values():
+            part = -(-sum(numel for _, numel in of_group) // (2 * self.layout.shards)) * 2
+            at = 0
+            for name, numel in of_group:
+                if name in copied:
+                    for rank in range(at // part, (at + numel - 1) // part + 1):
+                        of_ranks[rank] += min(at + numel, (rank + 1) * part) - max(at, rank * part)
+                at += numel
+        return max(of_ranks.values(), default=0)
+
+    def attach(self) -> None:
+        self.hook_units(self.units)
+
+    def pre_forward(self, unit: Unit) -> None:
+        if not unit.gathered:
+            unit.gathered = True
+            self.ledger.add("buffers", unit.size)
+
+    def post_forward(self, unit: Unit) -> None:
+        if unit.gathered:
+            unit.gathered = False
+            self.ledger.free("buffers", unit.size)
+
+    def after_backward(self, last: bool) -> None: ...
+    def step(self) -> None: ...

@@ -1,0 +1,21 @@
+"""The large configs fit where they say that they do."""
+
+from pathlib import Path
+
+import pytest
+
+from jepa_scale.config import load_config
+from jepa_scale.plan.hardware import find_gpu
+from jepa_scale.plan.planner import Request, make_plan
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
+@pytest.mark.parametrize(("name", "gpus", "billions"), [("jepa_1b", 8, 1.2), ("jepa_8b", 64, 8.0)])
+def test_fits_on_gpus_with_80_gb(name, gpus, billions, engine):
+    config = load_config(CONFIGS / f"{name}.yaml", [f"engine.name={engine}"])
+    plan = make_plan(config, Request(gpus, find_gpu("h100"), search=False))
+    assert plan.fits
+    assert plan.parameters / 1e9 == pytest.approx(billions, rel=0.08)  # the objective's heads come on top
+    assert plan.step_tokens == config.train.batch_tokens

@@ -1,0 +1,68 @@
+"""A step without numbers against the same step with them."""
+
+import pytest
+import torch
+
+from jepa_scale.plan.planner import Request, make_plan
+from jepa_scale.plan.simulate import fake_ranks
+from tests.plan.small import HORIZON, LAYERS, WIDTH, config, modelled, planned
+
+
+def test_flops_of_operators_are_those_that_the_objective_counts():
+    """All but attention's scores, which a kernel makes once more in the backward."""
+    plan = planned(config())
+    pairs, heads, width = plan.micro_samples * 16 * 17 // 2, 4, 8
+    again = LAYERS * 2 * pairs * heads * width
+    assert sum(op.flops for op in plan.memory.ops) == plan.flops + again
+
+
+def test_checkpointing_keeps_less_and_computes_more():
+    kinds = {
+        kind: planned(config(train={"batch_size": 64}), checkpointing=kind) for kind in ("none", "selective", "full")
+    }
+    most = [kinds[kind].memory.most["activations"] for kind in ("none", "selective", "full")]
+    assert most[0] > most[1] > most[2]
+    flops = {kind: sum(op.flops for op in plan.memory.ops) for kind, plan in kinds.items()}
+    assert flops["selective"] == flops["none"] < flops["full"]
+    assert {plan.flops for plan in kinds.values()} == {kinds["none"].flops}  # the model's own
+
+
+def test_full_checkpointing_keeps_the_blocks_inputs():
+    """More blocks are more inputs, (T, d) fp32 each."""
+    deep, deeper = (
+        planned(
+            config(model={**config().model, "num_hidden_layers": n}, train={"batch_size": 64}), checkpointing="full"
+        )
+        for n in (8, 12)
+    )
+    stream = 64 * 16 * WIDTH * 4
+    grown = deeper.memory.most["activations"] - deep.memory.most["activations"]
+    assert grown == pytest.approx(4 * stream, rel=0.02)
+
+
+def test_a_second_micro_batch_finds_gradients():
+    one, two = (planned(config(train={"batch_tokens": 128 * n, "micro_tokens": 128})) for n in (1, 2))
+    assert two.accumulation == 2
+    assert two.memory.peak - one.memory.peak == pytest.approx(4 * one.parameters, rel=0.3)
+
+
+def test_a_gpu_keeps_less_of_norms():
+    from jepa_scale.plan.hardware import find_gpu
+
+    cpu, gpu = planned(config()), planned(config(), gpu=find_gpu("a100"))
+    assert gpu.memory.most["activations"] < cpu.memory.most["activations"]
+    assert gpu.memory.state == cpu.memory.state
+
+
+@pytest.mark.parametrize("ranks", [2, 64])
+def test_losses_over_all_ranks_see_all_ranks(ranks):
+    objective = {"name": "horizon", **{k: v for k, v in HORIZON.items() if k != "name"}, "loss": "barlow"}
+    plan = make_plan(config(objective=objective, train={"batch_size": ranks * 2}), Request(ranks, None))
+    assert plan.step_tokens == ranks * plan.micro_tokens
+
+
+def test_the_process_group_is_gone_afterwards():
+    with fake_ranks(7):
+        assert torch.distributed.get_world_size() == 7
+    assert not torch.distributed.is_initialized()
+    assert modelled(config())[1].world_size == 1
