@@ -35,7 +35,7 @@ class Team:
         splits_vocabulary: whether the LM head gives this rank's part of the vocabulary alone.
     """
 
-    def __init__(self, group: dist.ProcessGroup, rank: int, size: int) -> None:
+    def __init__(self, group: dist.ProcessGroup | None, rank: int, size: int) -> None:
         self.group, self.rank, self.size = group, rank, size
         self.splits_tokens = True
         self.splits_vocabulary = False
@@ -109,8 +109,17 @@ class Team:
 
     def _sum(self, x: Tensor) -> Tensor:
         x = x.contiguous().clone()
-        dist.all_reduce(x, group=self.group)
+        self._all_reduce(x)
         return x
+
+    def _all_reduce(self, x: Tensor, op: Any = dist.ReduceOp.SUM) -> None:
+        dist.all_reduce(x, op, group=self.group)
+
+    def _reduce_scatter(self, own: Tensor, every: Tensor) -> None:
+        dist.reduce_scatter_tensor(own, every, group=self.group)
+
+    def _all_gather(self, every: Tensor, own: Tensor) -> None:
+        dist.all_gather_into_tensor(every, own, group=self.group)
 
     def _own_rows(self, x: Tensor) -> Tensor:
         return self._filled(x).chunk(self.size, dim=1)[self.rank].contiguous()
@@ -118,13 +127,13 @@ class Team:
     def _sum_own_rows(self, x: Tensor) -> Tensor:
         rows = self._filled(x)[0].contiguous()
         own = rows.new_empty(len(rows) // self.size, *rows.shape[1:])
-        dist.reduce_scatter_tensor(own, rows, group=self.group)
+        self._reduce_scatter(own, rows)
         return own[None]
 
     def _all_rows(self, x: Tensor) -> Tensor:
         rows = x[0].contiguous()
         every = rows.new_empty(len(rows) * self.size, *rows.shape[1:])
-        dist.all_gather_into_tensor(every, rows, group=self.group)
+        self._all_gather(every, rows)
         return every[None]
 
     def _filled(self, x: Tensor) -> Tensor:
@@ -139,7 +148,7 @@ class Team:
         each = -(-channels // self.size)
         x = F.pad(x, (0, each - x.shape[-1])) if x.shape[-1] < each else x
         parts = x.new_empty(self.size * x.numel())
-        dist.all_gather_into_tensor(parts, x.flatten(), group=self.group)
+        self._all_gather(parts, x.flatten())
         return parts.view(self.size, *x.shape).movedim(0, -2).flatten(-2)[..., :channels]
 
     # -- loss ---------------------------------------------------------------------------------------------------------
@@ -153,7 +162,7 @@ class Team:
         Returns:
             (n,) fp32, the same on every rank.
         """
-        return _CrossEntropy.apply(logits, targets - self.part(vocabulary).start, self.group)
+        return _CrossEntropy.apply(logits, targets - self.part(vocabulary).start, self._all_reduce)
 
 
 def _same(x: Tensor) -> Tensor:
@@ -175,14 +184,14 @@ class _CrossEntropy(torch.autograd.Function):
     """log Σ e^z − z_target, with the sum and the target's logit added up over the ranks."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, all_reduce: Callable[..., None]) -> Tensor:
         highest = logits.amax(dim=-1)
-        dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
+        all_reduce(highest, dist.ReduceOp.MAX)
         weights = (logits - highest[:, None]).exp()
         here = (targets >= 0) & (targets < logits.shape[1])
         place = targets.clamp(0, logits.shape[1] - 1)[:, None]
         sums = torch.stack([weights.sum(dim=-1), logits.gather(1, place)[:, 0].where(here, 0)])
-        dist.all_reduce(sums, group=group)
+        all_reduce(sums)
         ctx.save_for_backward(weights.div_(sums[0][:, None]), place, here)
         return sums[0].log() + highest - sums[1]
 

@@ -111,14 +111,11 @@ def _zero(model: Modelled, layout: Layout, accumulation: int) -> list[Traffic]:
 
 def _tensor_parallel(model: Modelled, layout: Layout, accumulation: int, tokens: int) -> list[Traffic]:
     """Two exchanges of the stream a block and direction (Korthikanti et al., arXiv 2205.05198, section 4.2.2), and one each
-    around embedding and LM head. With sequence parallelism an exchange is an all-gather and a reduce-scatter, else an
-    all-reduce, which sends as much. What is recomputed is exchanged again."""
+    around embedding and LM head; an exchange is an all-gather and a reduce-scatter. What is recomputed is exchanged again."""
     stream = layout.width * tokens * model.backbone.hidden_size
-    again = 1 if layout.checkpointing == "full" else 0
+    again = 0 if layout.checkpointing == "none" else 1
     exchanges = model.backbone.num_layers * (4 + 2 * again) + 4
     size = stream * exchanges * accumulation
-    if not layout.sequence_parallel:
-        return [Traffic("all-reduce", "activations (tp)", layout.tp, layout.tp, size, False)]
     return [
         Traffic("all-gather", "activations (tp)", layout.tp, layout.tp, size, False),
         Traffic("reduce-scatter", "activations (tp)", layout.tp, layout.tp, size, False),

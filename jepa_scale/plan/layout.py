@@ -53,11 +53,6 @@ class Layout:
         """Bytes of an element in the compute dtype."""
         return self.dtype.itemsize
 
-    @property
-    def sequence_parallel(self) -> bool:
-        """Whether the norms between blocks run on 1/tp of the tokens; DeepSpeed's tensor parallelism keeps them whole."""
-        return self.tp > 1 and self.engine == "fsdp"
-
     def __str__(self) -> str:
         name = "FSDP2" if self.engine == "fsdp" else f"ZeRO-{self.stage}"
         sizes = [f"{self.shards} shards"] + [f"{self.replicas} replicas"] * (self.replicas > 1)

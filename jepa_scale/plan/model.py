@@ -88,15 +88,14 @@ def model_on_meta(plan: Plan, data: Any, layout: Layout) -> Modelled:
         backbone = build_backbone(options, data.vocab_size)
         objective = plan.objective_class(plan.objective, backbone, data)
     module = JepaModel(backbone, objective).to("meta")
-    copies = objective.teacher_copies(backbone)
-    teacher = TeacherModel({path: copied.to("meta") for path, copied in copies.items()}) if copies else None
     flops = objective.flops(backbone)
     whole = sum(parameter.numel() for parameter in module.parameters())
-    taught = sum(parameter.numel() for parameter in teacher.parameters()) if teacher is not None else 0
-    moments, groups = _optimized(module, plan, objective, backbone)
+    taught = sum(p.numel() for copied in objective.teacher_copies(backbone).values() for p in copied.parameters())
     if layout.tp > 1:
-        for owner in [module, *([teacher] if teacher else [])]:
-            cut_for_rank(owner, layout.tp, layout.sequence_parallel)
+        cut_for_rank(backbone, layout.tp)
+    copies = objective.teacher_copies(backbone)
+    teacher = TeacherModel({path: copied.to("meta") for path, copied in copies.items()}) if copies else None
+    moments, groups = _optimized(module, plan, objective, backbone)
     parameters = {
         name: Sizes(tuple(p.shape), p.requires_grad, moments.get(name, 0), groups.get(name, -1))
         for name, p in module.named_parameters()

@@ -9,10 +9,9 @@ from tests.plan.small import MODEL, config, modelled, planned
 @pytest.mark.parametrize(
     ("model", "tp", "key"),
     [
-        ({}, 4, "num_key_value_heads=2"),
-        ({"num_key_value_heads": 4, "intermediate_size": 46}, 4, "intermediate_size=46"),
-        ({"vocab_size": 63}, 2, "vocab_size=63"),
-        ({"hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 3}, 2, "num_attention_heads=3"),
+        ({}, 4, "num_key_value_heads, which is 2"),
+        ({"num_key_value_heads": 4, "intermediate_size": 46}, 4, "intermediate_size, which is 46"),
+        ({"hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 3}, 2, "num_attention_heads, which is 3"),
     ],
 )
 def test_sizes_that_tp_does_not_divide_are_named(model, tp, key):
@@ -20,9 +19,9 @@ def test_sizes_that_tp_does_not_divide_are_named(model, tp, key):
         modelled(config(model={**MODEL, **model}), world_size=tp, tp=tp)
 
 
-def test_a_family_with_other_names_is_named():
+def test_a_family_without_a_plan_is_named():
     gpt2 = {"family": "huggingface", "vocab_size": 64, "config": {"model_type": "gpt2", "n_embd": 32, "n_head": 4}}
-    with pytest.raises(InputError, match="engine.tp: GPT2LMHeadModel has no 'q_proj'"):
+    with pytest.raises(InputError, match="no tensor-parallel plan for GPT2LMHeadModel"):
         modelled(config(model=gpt2), world_size=2, tp=2)
 
 
@@ -44,9 +43,9 @@ def test_products_and_activations_are_divided(model):
     assert half.flops == whole.flops
 
 
-def test_deepspeed_keeps_the_stream_whole():
+def test_both_engines_divide_alike():
     shares = []
     for engine in ({}, {"name": "deepspeed", "deepspeed": "configs/ds/zero1.json"}):
         whole, half = (planned(config(engine), tp, tp=tp) for tp in (1, 2))
         shares.append(half.memory.most["activations"] / whole.memory.most["activations"])
-    assert shares[1] > shares[0]
+    assert shares[0] == pytest.approx(shares[1], rel=0.02)
