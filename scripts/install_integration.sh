@@ -8,6 +8,9 @@ packages=(slurm-wlm munge openssh-server openssh-client pdsh iproute2)
 programs=(slurmctld slurmd sbatch munged sshd ssh pdsh ip unshare)
 
 export PATH="$PATH:/usr/sbin:/sbin"
+# an sshd that root starts wants this folder, which else its service makes
+[ "$(id -u)" != 0 ] || mkdir -p /run/sshd 2>/dev/null || true
+
 missing=()
 for program in "${programs[@]}"; do
   command -v "$program" >/dev/null || missing+=("$program")
