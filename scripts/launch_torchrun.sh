@@ -16,7 +16,6 @@ nodes=${NNODES:-1} restarts=${MAX_RESTARTS:-3} endpoint=${RDZV_ENDPOINT:-}
 [[ $restarts =~ ^[0-9]+$ ]] || refuse "MAX_RESTARTS: must be a number, not '$restarts'"
 [ "$nodes" = 1 ] || [ -n "$endpoint" ] || refuse "RDZV_ENDPOINT: needed with NNODES=$nodes; give host:port of one of the nodes"
 [ -z "$endpoint" ] || [[ $endpoint =~ ^.+:[0-9]+$ ]] || refuse "RDZV_ENDPOINT: must look like host:port, not '$endpoint'"
-needs torchrun "run scripts/test.sh or scripts/quickstart.sh once, which make .venv"
 
 settings=()
 if [ -n "$endpoint" ]; then
@@ -29,6 +28,7 @@ if [ -n "$endpoint" ]; then
   settings=(--rdzv-conf "is_host=$here")
 fi
 
+needs torchrun "run scripts/test.sh or scripts/quickstart.sh once, which make .venv"
 exec torchrun --nnodes "$nodes" --nproc-per-node "${NPROC_PER_NODE:-auto}" --max-restarts "$restarts" \
   --rdzv-backend c10d --rdzv-endpoint "${endpoint:-localhost:0}" --rdzv-id "${RDZV_ID:-jepa-scale}" \
   "${settings[@]}" ${LOCAL_ADDR:+--local-addr "$LOCAL_ADDR"} jepa_scale/train.py --resume auto "$@"

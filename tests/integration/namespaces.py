@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 
-
 from tests.integration.daemons import SBIN
 
 PREFIX = 24
