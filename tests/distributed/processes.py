@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -174,16 +174,22 @@ class Launched:
 
     Attributes:
         process: the command. log: what all of them print.
+
+    Args:
+        environment: further variables. Processes that others start for the command (sshd, slurmd) are found by ``mark``,
+            if that comes to them as the variable ``MARK``.
     """
 
-    def __init__(self, command: Sequence[str], log: Path) -> None:
-        self._mark, self.log = uuid.uuid4().hex, log
+    def __init__(
+        self, command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None, mark: str = ""
+    ) -> None:
+        self._mark, self.log = mark or uuid.uuid4().hex, log
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         with open(log, "wb") as output:
             self.process = subprocess.Popen(
                 list(command),
                 cwd=REPOSITORY,
-                env={**os.environ, **ENVIRONMENT, "PATH": path, MARK: self._mark},
+                env={**os.environ, **ENVIRONMENT, "PATH": path, **(environment or {}), MARK: self._mark},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -1,0 +1,81 @@
+"""scripts/launch_torchrun.sh on two nodes that are namespaces of the network, of which one is cut off for a while."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+import pytest
+
+from tests.distributed.processes import ENVIRONMENT, REPOSITORY, until
+from tests.distributed.small_runs import assert_same, check_checkpoints, last_step, newest
+from tests.distributed.test_runs import config_file
+from tests.integration.daemons import needs
+from tests.integration.namespaces import Network, possible
+
+LAUNCHER = str(REPOSITORY / "scripts/launch_torchrun.sh")
+STEPS = 400
+HANG_SECONDS = 6.0
+
+
+@pytest.fixture
+def network():
+    if reason := possible():
+        pytest.skip(reason)
+    with Network(2) as network:
+        yield network
+
+
+@needs("ip", root=True)
+def test_a_node_that_is_cut_off_and_comes_back(nursery, launch, network, tmp_path):
+    """The ranks that wait for it are ended by the watchdog, the launchers start them again, and they go on from the
+    newest checkpoint, to the bit as if nothing had been."""
+    options = {"steps": STEPS, "batch_size": 4, "hang_minutes": HANG_SECONDS / 60, "checkpoint": {"every": 20}}
+    config = config_file(tmp_path, "lm", "fsdp", name="run", **options)
+    nursery.run(["--config", str(config), f"run.dir={tmp_path}/expected"], 2)
+    run = tmp_path / "run"
+
+    def start(node: int):
+        variables = {
+            "NNODES": "2",
+            "NPROC_PER_NODE": "1",
+            "MAX_RESTARTS": "5",
+            "RDZV_ENDPOINT": f"{network.address(0)}:29400",
+            "LOCAL_ADDR": network.address(node),
+            "GLOO_SOCKET_IFNAME": "net0",
+        }
+        return launch(*network.within(node), LAUNCHER, "--config", str(config), environment=variables)
+
+    nodes = [start(0), start(1)]
+    until(lambda: newest(run) >= 40, 120, "checkpoint")
+    network.cut(1)
+    until(lambda: all("no progress" in node.output() for node in nodes), 60, "word of the watchdogs")
+    assert last_step(run) < STEPS, "the run ended before the cut was felt"
+    network.mend(1)
+    assert [node.wait(240) for node in nodes] == [0, 0], [node.output() for node in nodes]
+    assert nodes[0].output().count("data: ") >= 2, "the ranks were not started again"
+    check_checkpoints(run)
+    assert newest(run) == STEPS
+    assert_same(run, tmp_path / "expected" / "run", STEPS)
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"NNODES": "2"}, "RDZV_ENDPOINT: needed with NNODES=2"),
+        ({"NNODES": "two"}, "NNODES: must be a number of nodes, not 'two'"),
+        ({"NNODES": "2", "RDZV_ENDPOINT": "node0"}, "RDZV_ENDPOINT: must look like host:port, not 'node0'"),
+        ({"NNODES": "2", "RDZV_ENDPOINT": "no-such-host.invalid:29400"}, "no address is known for host 'no-such-host"),
+        ({"MAX_RESTARTS": "-1"}, "MAX_RESTARTS: must be a number, not '-1'"),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(variables, says):
+    done = subprocess.run(
+        [LAUNCHER, "--config", "configs/reversal.yaml"],
+        env={**os.environ, **ENVIRONMENT, **variables},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done
+    assert says in done.stderr
