@@ -1,6 +1,7 @@
 """The table of docs/plan.md: 1, 8 and 70 billion parameters on 8 to 4,096 GPUs.
 
-    python benchmarks/plan_table.py --json benchmarks/results/plan_table.json --docs docs/plan.md
+    python benchmarks/plan_table.py --json benchmarks/results/plan_table.json
+    python benchmarks/plan_table.py --json benchmarks/results/plan_table.json --render docs/plan.md  # nothing is planned
 
 Everything in it is planned, nothing measured. 70 billion are the 8-billion config in the shape of Llama 3 70B.
 """
@@ -107,14 +108,24 @@ def cells(name: str, gpus: int, layout: str, plan: RunPlan) -> list[str]:
     ]
 
 
+def render(docs: Path, rows: list[list[str]]) -> None:
+    lines = [HEADER, ["---"] * len(HEADER), *rows]
+    before, rest = docs.read_text().split(BEGIN)
+    table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    docs.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, nargs="+", default=[8, 64, 512, 4096])
     parser.add_argument("--sizes", nargs="+", choices=tuple(SIZES), default=list(SIZES))
     parser.add_argument("--gpu", default="h100")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--docs", type=Path, help="a Markdown file, to renew the table in it")
+    parser.add_argument("--render", type=Path, metavar="FILE.md", help="only renew the table of --json there")
     args = parser.parse_args()
+    if args.render:
+        render(args.render, json.loads(args.json.read_text())["rows"])
+        return
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     quiet_libraries()
     rows = []
@@ -124,19 +135,10 @@ def main() -> None:
                 plan = planned(SIZES[name], gpus, engine, tp, replicas, args.gpu)
                 rows.append(cells(name, gpus, layout, plan))
                 print(" | ".join(rows[-1]), flush=True)
-    lines = [
-        "| " + " | ".join(HEADER) + " |",
-        "|" + "---|" * len(HEADER),
-        *("| " + " | ".join(row) + " |" for row in rows),
-    ]
     if args.json:
         args.json.write_text(
             json.dumps({"gpu": args.gpu, "header": HEADER, "rows": rows}, indent=1, ensure_ascii=False) + "\n"
         )
-    if args.docs:
-        before, rest = args.docs.read_text().split(BEGIN)
-        after = rest.split(END)[1]
-        args.docs.write_text(before + BEGIN + "\n" + "\n".join(lines) + "\n" + END + after)
 
 
 if __name__ == "__main__":
