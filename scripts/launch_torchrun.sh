@@ -8,6 +8,7 @@
 # RDZV_ENDPOINT    host:port of one of the nodes, the same on all; needed with several nodes
 # RDZV_ID          name of the job, the same on all (default jepa-scale)
 # MAX_RESTARTS     how often the ranks may be started again (default 3)
+# RDZV_WAIT        seconds that the endpoint's host name may take to be known (default 0; a new pod's takes a while)
 # LOCAL_ADDR       this node's address for the others, where its host name does not give it
 source "$(dirname "${BASH_SOURCE[0]}")/launch_common.sh"
 [ $# -ge 1 ] || refuse "usage: [NNODES=N RDZV_ENDPOINT=host:port] scripts/launch_torchrun.sh --config CONFIG [section.key=value …]"
@@ -21,7 +22,11 @@ settings=()
 if [ -n "$endpoint" ]; then
   # torchrun tells by the host name whether the endpoint is here, and is wrong where that is the name of another interface
   host=${endpoint%:*}
-  address=$(getent ahosts "$host" | awk 'NR == 1 { print $1 }') || true
+  deadline=$((SECONDS + ${RDZV_WAIT:-0}))
+  until address=$(getent ahosts "$host" | awk 'NR == 1 { print $1 }') && [ -n "$address" ]; do
+    [ $SECONDS -lt $deadline ] || break
+    sleep 2
+  done
   [ -n "$address" ] || refuse "RDZV_ENDPOINT: no address is known for host '$host'"
   here=false
   case " $(hostname -I) 127.0.0.1 ::1 " in *" $address "*) here=true ;; esac
