@@ -73,7 +73,7 @@ def hostfile(folder: Path, text: str) -> str:
 def test_two_hosts_train_as_two_ranks_of_one_do(nursery, launch, hosts, tmp_path):
     """Stopped by nobody, started twice: the second start goes on from the first one's checkpoint."""
     config = config_file(tmp_path, "lm", "zero2", name="run", steps=STEPS, checkpoint={"every": 2})
-    nursery.run(["--config", str(config), f"run.dir={tmp_path}/expected"], 2)
+    nursery.run(["--config", str(config), f"run.dir={tmp_path}/expected"], 2, timeout=240)
     mark = f"hosts_{os.getpid()}_{tmp_path.name}"
     variables = {**ENVIRONMENT, MARK: mark}
     (tmp_path / "variables").write_text("".join(f"{name}={value}\n" for name, value in variables.items()))
@@ -85,7 +85,7 @@ def test_two_hosts_train_as_two_ranks_of_one_do(nursery, launch, hosts, tmp_path
     }
     file = hostfile(tmp_path, "# two hosts\nfirst slots=1\n\nsecond slots=1\n")
     run = launch(LAUNCHER, file, "--config", str(config), environment=environment, mark=mark)
-    assert run.wait(150) == 0, run.output()
+    assert run.wait(300) == 0, run.output()
     assert "first: " in run.output() and "second: " in run.output()  # pdsh names whose line it is
     check_checkpoints(tmp_path / "run")
     assert newest(tmp_path / "run") == STEPS

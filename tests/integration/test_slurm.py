@@ -16,7 +16,7 @@ from tests.distributed.test_runs import config_file
 from tests.integration.daemons import needs
 from tests.integration.slurm import Slurm
 
-STEPS = 300
+STEPS = 150
 pytestmark = needs("munged", "slurmctld", "slurmd", "sbatch", "srun", root=True)
 Submit = Callable[..., str]
 
@@ -64,9 +64,9 @@ def said(tmp_path: Path) -> str:
 
 def test_told_in_time_it_saves_queues_itself_again_and_ends_right(nursery, cluster, submit, tmp_path):
     config = config_file(tmp_path, "lm", "fsdp", name="run", steps=STEPS, batch_size=4)
-    nursery.run(["--config", str(config), f"run.dir={tmp_path}/expected"], 2)
+    nursery.run(["--config", str(config), f"run.dir={tmp_path}/expected"], 2, timeout=240)
     run = tmp_path / "run"
-    job = submit("--config", str(config), time="30")
+    job = submit("--config", str(config), "data.workers=1", time="30")  # a loader's worker gets the signal, too
     until(lambda: last_step(run) >= 5, 120, "step")
     cluster.run("scancel", "--batch", "--signal=USR1", job)  # as --signal=B:USR1 does before the time limit
     until(state_is(cluster, job, "PENDING", "COMPLETED", "FAILED"), 60, "end of the first part")
@@ -75,7 +75,7 @@ def test_told_in_time_it_saves_queues_itself_again_and_ends_right(nursery, clust
     assert 5 <= stopped == last_step(run) < STEPS
     assert f"after step {stopped}; go on with --resume auto" in said(tmp_path)
 
-    until(state_is(cluster, job, "COMPLETED", "FAILED", "CANCELLED"), 150, f"end of the second part: {said(tmp_path)}")
+    until(state_is(cluster, job, "COMPLETED", "FAILED", "CANCELLED"), 300, f"end of the second part: {said(tmp_path)}")
     assert cluster.job(job)["JobState"] == "COMPLETED", said(tmp_path)
     assert cluster.job(job)["Restarts"] == "1"
     check_checkpoints(run)
@@ -99,12 +99,12 @@ def test_the_time_limit_itself_sends_the_signal(cluster, submit, tmp_path):
 def test_an_operator_requeues_it(nursery, cluster, submit, tmp_path):
     """SIGTERM comes from SLURM itself, to the ranks."""
     config = config_file(tmp_path, "lm", "fsdp", name="run", steps=STEPS, batch_size=4)
-    nursery.run(["--config", str(config), f"run.dir={tmp_path}/expected"], 2)
+    nursery.run(["--config", str(config), f"run.dir={tmp_path}/expected"], 2, timeout=240)
     run = tmp_path / "run"
     job = submit("--config", str(config), "checkpoint.every=50", time="30")
     until(lambda: last_step(run) >= 5, 120, "step")
     cluster.run("scontrol", "requeue", job)
-    until(state_is(cluster, job, "COMPLETED", "FAILED", "CANCELLED"), 240, f"end: {said(tmp_path)}")
+    until(state_is(cluster, job, "COMPLETED", "FAILED", "CANCELLED"), 300, f"end: {said(tmp_path)}")
     assert cluster.job(job)["JobState"] == "COMPLETED", said(tmp_path)
     assert_same(run, tmp_path / "expected" / "run", STEPS)
 
