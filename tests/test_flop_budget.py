@@ -33,7 +33,7 @@ def run(chat, options=None, rank=0, world_size=1, **train):
         objective = TwoView(parse_section(TwoViewOptions, options, "objective"), model, chat)
     keys = {"batch_size": 0, "batch_tokens": 0, "micro_tokens": 0, "accumulation": 1, "epochs": 0, **train}
     config = SimpleNamespace(train=SimpleNamespace(**keys), run=SimpleNamespace(seed=SEED))
-    stream = create_stream(config, chat, objective, SimpleNamespace(rank=rank, world_size=world_size))
+    stream = create_stream(config, chat, objective, SimpleNamespace(data_rank=rank, data_size=world_size))
     loader = Loader(chat.train, stream, objective.view_maker(), objective.streams, 0, 0, SEED)
     return loader, objective.flops(model), lambda step: objective.kind_of_step(step, SEED)
 

@@ -29,13 +29,13 @@ class EngineOptions:
     clip_groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Groups of parameters whose norms are clipped separately: each trainable parameter's name (the first one, of a tied
     one) in exactly one of them. Empty: all together."""
+    bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Name of a parameter → least and greatest value of its elements: after each update they are put back between these. Its
+    gradient is what it is, and goes on at a bound."""
     split: frozenset[str] = frozenset()
     """Parameters of which each rank of a team has a part (:mod:`jepa_scale.models.tensor_parallel`); of the others they all have
     the whole."""
     replicas: int = 1  # copies of the model, each sharded over its own ranks
-    bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    """Name of a parameter → least and greatest value of its elements: after each update they are put back between these. Its
-    gradient is what it is, and goes on at a bound."""
 
 
 class ShardedCopy(ABC):

@@ -53,8 +53,8 @@ def test_a_matrix_stays_where_it_is_if_that_costs_nothing():
 def as_rank(number: int, tables: list) -> Iterator[None]:
     """In here this is the rank of that number of as many as there are ``tables``."""
     with (
-        patch.object(exchange, "rank", lambda: number),
-        patch.object(exchange, "world_size", lambda: len(tables)),
+        patch.object(exchange, "data_rank", lambda: number),
+        patch.object(exchange, "data_size", lambda: len(tables)),
         patch.object(exchange, "all_gather_object", lambda mine: tables),
     ):
         yield
