@@ -28,6 +28,7 @@ KEPT = {
     "torch_attn::_varlen_attn",
     "flash_attn::_flash_attn_varlen_forward",
     "flash_attn_3::fwd",
+    "jepa_scale::attention_meta",
 }
 """Operators whose results ``selective`` keeps."""
 SELECTIVE = "recomputes_selectively"

@@ -76,9 +76,9 @@ def layout_of(
         InputError: the ranks cannot be divided so, or the DeepSpeed JSON is not one that the engine takes.
     """
     section = config.engine
-    tp = tp or int(getattr(section, "tp", 1))
-    replicas = replicas or int(getattr(section, "replicas", 1))
-    checkpointing = checkpointing or str(getattr(section, "activation_checkpointing", "none"))
+    tp = tp or section.tp
+    replicas = replicas or section.replicas
+    checkpointing = checkpointing or section.activation_checkpointing
     if checkpointing not in CHECKPOINTING:
         raise InputError(f"engine.activation_checkpointing: {checkpointing!r}; one of {', '.join(CHECKPOINTING)}")
     for name, value in (("--world-size", world_size), ("--tp", tp), ("--replicas", replicas)):

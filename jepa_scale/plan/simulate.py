@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +12,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from jepa_scale.models.recompute import recompute
 from jepa_scale.packing import PackedBatch
 from jepa_scale.plan.fsdp import FsdpCopyModel, FsdpModel
 from jepa_scale.plan.layout import Layout
@@ -71,7 +70,7 @@ def simulate(model: Modelled, layout: Layout, batch: PackedBatch, accumulation: 
         for module in (model.module, model.teacher):
             if module is not None:
                 fuse_norms(module)
-    _checkpoint_blocks(model.shard, layout.checkpointing)
+    recompute(model.shard, layout.checkpointing)
     tables = sum(buffer.numel() * buffer.element_size() for buffer in model.module.buffers())
     copied = () if model.teacher is None else model.teacher.buffers()
     state = {"parameters": tables, "teacher": sum(buffer.numel() * buffer.element_size() for buffer in copied)}
@@ -141,36 +140,3 @@ class _Teacher(Teacher):
 
     def momentum(self, step: int) -> float:
         return momentum_at(step, self.options, 1)
-
-
-# ---------------------------------------------------------------------------------------------- recomputation
-
-SAVED = (
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten.bmm.default,
-    torch.ops.jepa_scale.attention_meta.default,
-)
-"""Operators whose outputs ``selective`` keeps; the others are run again in the backward."""
-
-
-def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in SAVED else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _checkpoint_blocks(blocks: list[nn.Module], kind: str) -> None:
-    """Chen et al., arXiv 1604.06174: a block's backward runs its forward again."""
-    if kind == "none":
-        return
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    if kind == "selective":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-    for block in blocks:
-        inner = block.forward
-
-        def forward(*args: Any, inner: Any = inner, **kwargs: Any) -> Any:
-            if not torch.is_grad_enabled():
-                return inner(*args, **kwargs)
-            return checkpoint(inner, *args, **options, **kwargs)
-
-        block.forward = forward  # type: ignore[method-assign,assignment]

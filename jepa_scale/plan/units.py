@@ -66,6 +66,17 @@ class EngineModel(ABC):
         for unit in units:
             _hook(self, unit)
 
+    def gather(self, unit: Unit) -> None:
+        """Its parameters come to be there, with no buffer on the way."""
+        if not unit.gathered:
+            unit.gathered = True
+            self.ledger.add("buffers", unit.size)
+
+    def release(self, unit: Unit) -> None:
+        if unit.gathered:
+            unit.gathered = False
+            self.ledger.free("buffers", unit.size)
+
     def pre_forward(self, unit: Unit) -> None:  # noqa: B027  (a hook that a model may leave alone)
         pass
 

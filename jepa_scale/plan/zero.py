@@ -211,27 +211,17 @@ class Zero3Model(ZeroModel):
             self.hook_units(self.units)
 
     def pre_forward(self, unit: Unit) -> None:
-        self._fetch(unit)
+        self.gather(unit)
 
     def post_forward(self, unit: Unit) -> None:
         if self._after[unit] > self.reuse:
-            self._release(unit)
+            self.release(unit)
 
     def pre_backward(self, unit: Unit) -> None:
-        self._fetch(unit)
+        self.gather(unit)
 
     def post_backward(self, unit: Unit) -> None:
-        self._release(unit)
-
-    def _fetch(self, unit: Unit) -> None:
-        if not unit.gathered:
-            unit.gathered = True
-            self.ledger.add("buffers", unit.size)
-
-    def _release(self, unit: Unit) -> None:
-        if unit.gathered:
-            unit.gathered = False
-            self.ledger.free("buffers", unit.size)
+        self.release(unit)
 
     def _ready(self, parameter: Any) -> None:
         self.watch.become(parameter.grad, "gradients")
@@ -255,7 +245,7 @@ class Zero3Model(ZeroModel):
     def after_backward(self, last: bool) -> None:
         self._flush()
         for unit in self.units:
-            self._release(unit)
+            self.release(unit)
 
     def step(self) -> None:
         together = min(int(self.layout.zero.get("sub_group_size", 1_000_000_000)), self.own())
@@ -318,14 +308,10 @@ class ZeroCopyModel(EngineModel):
         self.hook_units(self.units)
 
     def pre_forward(self, unit: Unit) -> None:
-        if not unit.gathered:
-            unit.gathered = True
-            self.ledger.add("buffers", unit.size)
+        self.gather(unit)
 
     def post_forward(self, unit: Unit) -> None:
-        if unit.gathered:
-            unit.gathered = False
-            self.ledger.free("buffers", unit.size)
+        self.release(unit)
 
     def after_backward(self, last: bool) -> None: ...
     def step(self) -> None: ...
