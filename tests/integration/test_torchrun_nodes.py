@@ -39,7 +39,7 @@ def test_a_node_that_is_cut_off_and_comes_back(nursery, launch, network, tmp_pat
         variables = {
             "NNODES": "2",
             "NPROC_PER_NODE": "1",
-            "MAX_RESTARTS": "5",
+            "MAX_RESTARTS": "2",
             "RDZV_ENDPOINT": f"{network.address(0)}:29400",
             "LOCAL_ADDR": network.address(node),
             "GLOO_SOCKET_IFNAME": "net0",
