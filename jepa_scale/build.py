@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 from collections.abc import Callable
@@ -88,7 +89,9 @@ class Run:
 
 def objective_class(name: str) -> type[Objective]:
     if name not in OBJECTIVES:
-        raise InputError(f"objective.name: unknown objective {name!r}; known: {', '.join(OBJECTIVES)}")
+        near = difflib.get_close_matches(name, OBJECTIVES, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(OBJECTIVES)}"
+        raise InputError(f"objective.name: unknown objective {name!r}; {hint}")
     module, _, attribute = OBJECTIVES[name].partition(":")
     return getattr(importlib.import_module(module), attribute)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -61,8 +62,13 @@ def parser() -> argparse.ArgumentParser:
 
     commands.add_parser("plan", help="memory, communication and time of a run (see jepa-scale plan --help)")
 
-    config = commands.add_parser("config", help="print a config with every default filled in")
-    config.add_argument("config", help="YAML file")
+    config = commands.add_parser(
+        "config", help="print a config with every default filled in, and where each value is from"
+    )
+    what = config.add_mutually_exclusive_group(required=True)
+    what.add_argument("config", nargs="?", help="YAML file")
+    what.add_argument("--schema", action="store_true", help="print the JSON Schema of all configs, for editors")
+    what.add_argument("--reference", action="store_true", help="print all keys with their meanings, as Markdown")
     config.add_argument("overrides", nargs="*", metavar="section.key=value")
     config.set_defaults(command=print_config)
 
@@ -79,12 +85,23 @@ def evaluate_run(args: argparse.Namespace) -> int:
 
 
 def print_config(args: argparse.Namespace) -> int:
+    if args.schema:
+        from jepa_scale.config_schema import config_schema
+
+        print(json.dumps(config_schema(), indent=2))
+        return 0
+    if args.reference:
+        from jepa_scale.config_reference import reference
+
+        print(reference(), end="")
+        return 0
     from jepa_scale.build import validate
-    from jepa_scale.config import load_config, to_yaml
+    from jepa_scale.config import load_config
+    from jepa_scale.config_origins import annotate
 
     config = load_config(args.config, args.overrides)
     validate(config)
-    print(to_yaml(config), end="")
+    print(annotate(config, args.config, args.overrides), end="")
     return 0
 
 
