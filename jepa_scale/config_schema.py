@@ -34,7 +34,9 @@ def config_schema() -> Schema:
     """The schema (draft 2020-12). A file that fits may still be refused for what a schema cannot say, such as keys that
     exclude each other."""
     found = kinds()
-    classes: list[type[Section]] = list(dict.fromkeys([Config, *(cls for by_name in found.values() for cls in by_name.values())]))
+    classes: list[type[Section]] = list(
+        dict.fromkeys([Config, *(cls for by_name in found.values() for cls in by_name.values())])
+    )
     references, shared = models_json_schema([(cls, "validation") for cls in classes])
     definitions: Schema = shared["$defs"]
 
