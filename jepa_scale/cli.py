@@ -18,6 +18,7 @@ PARSERS = {
     "encode": "jepa_scale.encode_cli",
     "generate": "jepa_scale.generate_cli",
     "plan": "jepa_scale.plan_cli",
+    "watch": "jepa_scale.watch",
 }
 """Commands whose flags need modules that the others do without → where their ``parser`` is."""
 
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="jepa-scale", description="Train and evaluate JEPA-augmented decoders.")
     commands = top.add_subparsers(
-        required=True, metavar="train|eval|data|checkpoint|convert|encode|generate|plan|config|report"
+        required=True, metavar="train|eval|data|checkpoint|convert|encode|generate|plan|watch|config|report"
     )
     commands.add_parser("train", help="train one run (see jepa-scale train --help)")
 

@@ -1,16 +1,11 @@
-"""What runs are doing, read off their folders: step, loss, tokens/s, time left, newest checkpoint, and what is wrong.
-
-python scripts/monitor.py runs/a runs/b [--every 30] [--stall 10] [--once]
-"""
+"""What runs are doing, read off their folders: step, loss, tokens/s, time left, newest checkpoint, and what is wrong."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -37,6 +32,8 @@ class Status:
         silent: seconds since the run last wrote anything.
         ended: whether its processes have ended in order (also by a signal or an error that they told of).
         alarm: what is wrong; empty = nothing.
+        losses: of the rows of training, as far as they are finite. row: the newest of them.
+        evaluated: split → its newest row.
     """
 
     name: str
@@ -49,6 +46,9 @@ class Status:
     silent: float
     ended: bool
     alarm: str
+    losses: list[float] = field(default_factory=list)
+    row: Row = field(default_factory=dict)
+    evaluated: dict[str, Row] = field(default_factory=dict)
 
     def line(self) -> str:
         state = "ended" if self.ended else f"{duration(self.seconds_left)} left"
@@ -79,7 +79,8 @@ def look(run: Path, stall: float, now: float | None = None) -> Status:
     if not (run / CONFIG_FILE).is_file():
         raise InputError(f"{run}: not a run directory (no {CONFIG_FILE})")
     config = read_yaml(run / CONFIG_FILE)
-    rows = [row for row in read_rows(run) if row["split"] == FIT]
+    every = read_rows(run)
+    rows = [row for row in every if row["split"] == FIT]
     last: Row = rows[-1] if rows else {"step": 0}
     found = complete(run / "checkpoints")
     steps = _steps(config, found[-1].manifest.state if found else {})
@@ -104,6 +105,9 @@ def look(run: Path, stall: float, now: float | None = None) -> Status:
         silent=silent,
         ended=ended,
         alarm=alarm,
+        losses=[row["loss"] for row in rows if row.get("loss") is not None],
+        row=last,
+        evaluated={row["split"]: row for row in every if row["split"] != FIT},
     )
 
 
@@ -140,32 +144,3 @@ def _last_sign(run: Path) -> float:
         except OSError:
             continue  # not yet there, or gone meanwhile
     return max(times)
-
-
-def follow(runs: Sequence[Path], every: float, stall: float, once: bool = False) -> int:
-    """Print a line for each run, again and again until all have ended; the exit code: 1 if the last look found an alarm."""
-    while True:
-        seen = [look(run, stall) for run in runs]
-        for status in seen:
-            print(f"{time.strftime('%H:%M:%S')}  {status.line()}", flush=True)
-        if once or all(status.ended for status in seen):
-            return int(any(status.alarm for status in seen))
-        time.sleep(every)
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="scripts/monitor.py", description="Follow runs by their folders.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory")
-    parser.add_argument("--every", type=float, default=30, metavar="SECONDS", help="between looks (default 30)")
-    parser.add_argument(
-        "--stall", type=float, default=10, metavar="MINUTES", help="without a word that are an alarm (default 10)"
-    )
-    parser.add_argument("--once", action="store_true", help="look once; the exit code is 1 if there is an alarm")
-    args = parser.parse_args(argv)
-    try:
-        return follow(args.runs, args.every, 60 * args.stall, args.once)
-    except InputError as error:
-        print(f"jepa-scale: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 0

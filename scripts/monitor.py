@@ -1,11 +1,11 @@
-"""Follow one or several runs: ``python scripts/monitor.py RUN … [--every SECONDS] [--stall MINUTES] [--once]``."""
+"""Follow one or several runs, from a checkout: ``python scripts/monitor.py RUN …`` is ``jepa-scale watch RUN …``."""
 
 import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from jepa_scale.monitor import main  # noqa: E402
+from jepa_scale.cli import main  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["watch", *sys.argv[1:]]))

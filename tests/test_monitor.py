@@ -1,4 +1,4 @@
-"""What the monitor says of folders written by hand, and of a real run."""
+"""What is read off folders written by hand, and of a real run."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import os
 import pytest
 
 from jepa_scale import train
+from jepa_scale.cli import main
 from jepa_scale.errors import InputError
-from jepa_scale.monitor import look, main
+from jepa_scale.monitor import look
 from tests.text_runs import config_file
 
 NOW = 1_000_000.0
@@ -57,7 +58,7 @@ def test_pace_is_that_of_the_last_rows(tmp_path):
 def test_a_loss_that_is_not_finite_is_an_alarm(tmp_path, capsys):
     run = folder(tmp_path / "run", [3.0, None], ended=True)
     assert look(run, stall=60, now=NOW).alarm == "loss not finite at step 20"
-    assert main([str(run), "--once"]) == 1
+    assert main(["watch", str(run), "--once"]) == 1
     assert "ALARM: loss not finite at step 20" in capsys.readouterr().out
 
 
@@ -88,11 +89,11 @@ def test_a_real_run_and_no_run(tmp_path, capsys):
     config = config_file(tmp_path)
     assert train.main(["--config", str(config), "train.steps=0", "train.epochs=1"]) == 0
     capsys.readouterr()
-    assert main([str(tmp_path / "run")]) == 0  # it has ended: nothing to wait for
+    assert main(["watch", str(tmp_path / "run")]) == 0  # it has ended: nothing to wait for
     said = capsys.readouterr().out
     steps = json.loads((tmp_path / "run" / "summary.json").read_text())["steps"]
     assert f"step {steps} of {steps}" in said and "ended" in said and f"checkpoint {steps}" in said
     with pytest.raises(InputError, match="not a run directory"):
         look(tmp_path, stall=60)
-    assert main([str(tmp_path)]) == 2
+    assert main(["watch", str(tmp_path)]) == 2
     assert f"{tmp_path}: not a run directory" in capsys.readouterr().err
