@@ -73,8 +73,14 @@ def parser() -> argparse.ArgumentParser:
     config.add_argument("overrides", nargs="*", metavar="section.key=value")
     config.set_defaults(command=print_config)
 
-    report = commands.add_parser("report", help="write report.html of runs and print their table")
+    report = commands.add_parser("report", help="write report.html of runs, and one page on which they are compared")
     report.add_argument("runs", nargs="+", type=Path, help="run directories")
+    report.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the page of several runs (default: comparison.html in the first one's parent)",
+    )
     report.set_defaults(command=report_runs)
     return top
 
@@ -115,6 +121,10 @@ def report_runs(args: argparse.Namespace) -> int:
     for run in args.runs:
         write_report(run)
     print(runs_table(args.runs))
+    if len(args.runs) > 1:
+        from jepa_scale.comparison_page import COMPARISON_FILE, write_comparison
+
+        print(f"side by side: {write_comparison(args.runs, args.out or args.runs[0].parent / COMPARISON_FILE)}")
     return 0
 
 

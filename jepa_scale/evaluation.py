@@ -14,6 +14,7 @@ from jepa_scale.distributed import Ranks
 from jepa_scale.encoding import Call, text_batches
 from jepa_scale.errors import InputError
 from jepa_scale.evaluate import chat, perplexity, reversal
+from jepa_scale.evaluate.snapshot import save_snapshot
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.objectives.base import Objective
 from jepa_scale.objectives.lm import lm_views
@@ -94,7 +95,9 @@ def evaluate(
         for split in results:
             more = {"streams": objective.streams, "tokens": diagnostics.view_tokens}
             fixed = batches(data.splits[split], diagnostics.views, diagnostics.samples, **more)
-            results[split] |= diagnostics.measure(fixed)
+            results[split] |= (measured := diagnostics.measure(fixed))
+            if measured and place and place.run_dir and ranks.is_main:
+                save_snapshot(diagnostics.representations, place.run_dir, place.step, split)
     if test is not None:
         for split, values in test.run(call, ranks, place or chat.Place()).items():
             results[split] = results.get(split, {}) | values

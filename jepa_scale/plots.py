@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -16,7 +17,7 @@ from jepa_scale.telemetry.records import FIT, Row, values_of
 
 # Okabe & Ito's colours without the yellow: told apart with any colour vision, dark enough for thin lines on
 # white.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _LOG_SPAN = 30.0  # largest / smallest value from which a falling metric gets a logarithmic axis
 _OF_HORIZON = re.compile(r"(.+)_h(\d+)")
 
@@ -28,6 +29,8 @@ class Curve:
     label: str
     steps: list[int]
     values: list[float]
+    group: str = ""
+    """Lines of one group have one colour and one entry in the legend; empty = a group of its own."""
 
     @property
     def finite(self) -> list[float]:
@@ -57,7 +60,7 @@ def curves(rows: list[Row]) -> dict[str, list[Curve]]:
     return result
 
 
-def plot(metric: str, lines: list[Curve], path: Path) -> None:
+def plot(metric: str, lines: list[Curve], path: Path | BinaryIO) -> None:
     """Draw the curves of one metric on one pair of axes, against optimizer steps, into a PNG of 800 × 480
     pixels.
 
@@ -66,18 +69,23 @@ def plot(metric: str, lines: list[Curve], path: Path) -> None:
     figure = Figure(figsize=(5, 3), dpi=160, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for number, line in enumerate(lines):
+    groups = list(dict.fromkeys(line.group or line.label for line in lines))
+    named: set[str] = set()
+    for line in lines:
+        group = line.group or line.label
+        number = groups.index(group)
         few = len(line.finite) <= 25
         axes.plot(
             line.steps,
             line.values,
-            color=_COLOURS[number % len(_COLOURS)],
-            linestyle="-" if number < len(_COLOURS) else "--",
+            color=COLOURS[number % len(COLOURS)],
+            linestyle="-" if number < len(COLOURS) else "--",
             linewidth=1.4,
             marker="o" if few else None,
             markersize=3.5,
-            label=line.label,
+            label=None if group in named else group,
         )
+        named.add(group)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(describe(metric).label)
     axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True, steps=[1, 2, 5, 10]))
@@ -90,7 +98,7 @@ def plot(metric: str, lines: list[Curve], path: Path) -> None:
     axes.grid(True, color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    if len(lines) > 1:
+    if len(groups) > 1:
         axes.legend(fontsize="small", frameon=False)
     figure.savefig(path, metadata={"Software": None})
 

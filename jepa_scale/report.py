@@ -19,7 +19,7 @@ REPORT_FILE, PLOTS_DIR = "report.html", "plots"
 
 # Dark mode shows the plots in negative: .93 turns their white paper into #121212, the page's own colour,
 # and the turn by half a circle gives every line its hue back.
-_CSS = """
+CSS = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1b1b1b; --faint: #666; --rule: #ddd; }
 @media (prefers-color-scheme: dark) {
   :root { --paper: #121212; --ink: #e6e6e6; --faint: #a0a0a0; --rule: #3a3a3a; }
@@ -73,7 +73,7 @@ def report_page(record: RunRecord, plots: Mapping[str, bytes]) -> str:
             '<html lang="en">',
             f'<head><meta charset="utf-8"><title>{title}</title>',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<style>{_CSS}</style></head>",
+            f"<style>{CSS}</style></head>",
             "<body>",
             f"<header><h1>{title}</h1><p class='faint'>{_facts(record.summary)}</p></header>",
             *_warnings(curves(record.rows)),
@@ -81,7 +81,7 @@ def report_page(record: RunRecord, plots: Mapping[str, bytes]) -> str:
             _results(record.summary),
             "<h2>Curves</h2>",
             '<div class="plots">',
-            *(_figure(metric, png) for metric, png in plots.items()),
+            *(figure(metric, png) for metric, png in plots.items()),
             "</div>",
             "<h2>Environment</h2>",
             _environment(record.summary.get("environment", {})),
@@ -140,12 +140,11 @@ def _cell(value: float | None, best: Mapping[str, Any] | None) -> str:
     return f"<td>{shown}</td>"
 
 
-def _figure(metric: str, png: bytes) -> str:
+def figure(metric: str, png: bytes) -> str:
     data = base64.b64encode(png).decode("ascii")
     name = escape(metric)
     return (
-        f"<figure><figcaption>{name}</figcaption>"
-        f'<img alt="{name} over optimizer steps" src="data:image/png;base64,{data}"></figure>'
+        f'<figure><figcaption>{name}</figcaption><img alt="plot of {name}" src="data:image/png;base64,{data}"></figure>'
     )
 
 

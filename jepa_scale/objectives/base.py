@@ -41,6 +41,10 @@ class Loss(NamedTuple):  # a tuple, because the engines look for tensors in what
 class Diagnostics(Protocol):
     """Metrics of an objective's own on an evaluation split, always of the same samples and views."""
 
+    representations: dict[str, Tensor]
+    """What :meth:`measure` has looked at: name → (n, d) on the CPU, whole on every rank. Rows of the same number belong
+    together where there are equally many."""
+
     @property
     def samples(self) -> int:
         """How many of the split to look at, evenly spread; 0 = all."""

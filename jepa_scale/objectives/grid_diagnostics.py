@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -49,6 +49,7 @@ class GridDiagnostics:
     quantizer: Quantizer | None
     queue: TargetQueue | None
     call: Callable[..., Any]
+    representations: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def samples(self) -> int:
@@ -83,8 +84,8 @@ class GridDiagnostics:
             "retrieval_chance": 1 / int(found_again.candidates[0]),
             "temperature": temperature,
         }
-        for side in ("context", "target"):
-            states = every[f"{side}_state"]
+        self.representations = {side: every[f"{side}_state"] for side in ("context", "target")}
+        for side, states in self.representations.items():
             metrics[f"effective_rank_{side}"] = float(covariance_rank(states))
             metrics[f"isotropy_{side}"] = float(isotropy(states))
         quantizer = self.quantizer

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ class HorizonDiagnostics:
 
     options: HorizonOptions
     call: Callable[..., Any]
+    representations: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def samples(self) -> int:
@@ -47,6 +48,7 @@ class HorizonDiagnostics:
         every = {name: torch.from_numpy(np.concatenate([rows[name] for rows in everyone])) for name in mine}
         if not every or not len(every["key"]):
             return {}
+        self.representations = {name: every[name] for name in ("prediction", "target")}
         total = torch.tensor(float(len(every["key"])))
         return {**self._losses(mine, every, total), **self._spread(every), **self._retrieval(every)}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,7 @@ class SpanDiagnostics:
     made: SpanViews
     distance: Callable[[Tensor, Tensor], Tensor]
     call: Callable[..., Any]
+    representations: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def samples(self) -> int:
@@ -62,6 +63,7 @@ class SpanDiagnostics:
         pooled, center, whole = every["pooled"], every["center"], every["whole"]
         o, n = self.made.options, len(whole)
         last = pooled[:, -1]
+        self.representations = {"whole text": whole, "view": last}
         keys = torch.arange(n)
         found_again = retrieval(last, center, keys, torch.zeros_like(keys))
         metrics = {

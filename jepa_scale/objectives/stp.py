@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -203,6 +203,7 @@ class StpDiagnostics:
 
     options: StpOptions
     call: Callable[..., Any]
+    representations: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def samples(self) -> int:
@@ -222,4 +223,5 @@ class StpDiagnostics:
         if not sum(len(cosine) for cosine, _ in every):
             return {}
         cosine, states = (torch.from_numpy(np.concatenate(parts)) for parts in zip(*every, strict=True))
+        self.representations = {"states": states.flatten(0, 1)}
         return {"curvature_cosine": float(cosine.mean()), "effective_rank": float(effective_rank(states.flatten(0, 1)))}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ class TwoViewDiagnostics:
 
     chat_views: ChatViews
     call: Callable[..., Any]
+    representations: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def samples(self) -> int:
@@ -54,6 +55,7 @@ class TwoViewDiagnostics:
         if not every or not len(every["key"]):
             return {}
         source, target, key = every["source"], every["target"], every["key"]
+        self.representations = {"first view": source, "second view": target}
         result = retrieval(source, target, key, torch.zeros_like(key))
         metrics = {
             "view_cosine": float((1 - cosine(source, target)).mean()),

@@ -1,0 +1,131 @@
+"""Runs side by side on one page that fetches nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+from jepa_scale.comparison import Variant, differences, final_metrics, load_runs, projections, spectra, variants
+from jepa_scale.comparison_plots import by_horizon, of_projection, of_spectrum, overlaid
+from jepa_scale.files import write_atomic
+from jepa_scale.plots import COLOURS
+from jepa_scale.report import CSS, figure
+from jepa_scale.table import format_flops, format_number
+from jepa_scale.telemetry.metrics import describe
+from jepa_scale.telemetry.records import FIT, last_counts
+
+COMPARISON_FILE = "comparison.html"
+_MORE_CSS = """
+.key { display: inline-block; width: .8em; height: .8em; border-radius: 50%; margin-right: .4em; }
+.nowrap td { white-space: nowrap; }
+details > summary { cursor: pointer; font-weight: 600; margin: 1rem 0 .5rem; }
+"""
+
+
+def write_comparison(directories: Sequence[Path], path: Path) -> Path:
+    """Write the page of these runs, and return its path.
+
+    Raises:
+        InputError: one of the directories holds no run.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, comparison_page(variants(load_runs(directories))))
+    return path
+
+
+def comparison_page(of: Sequence[Variant]) -> str:
+    """The HTML page."""
+    title = escape(" · ".join(variant.name for variant in of))
+    curves = overlaid(of)
+    evaluated = {what: png for what, png in curves.items() if what[0] != FIT}
+    trained = {what: png for what, png in curves.items() if what[0] == FIT}
+    horizons = {f"{split}: {metric} by horizon": png for (split, metric), png in by_horizon(of).items()}
+    spectrum = {f"{name}, spectrum": of_spectrum(lines) for name, lines in spectra(of).items()}
+    places = {
+        f"{split}: {name}": of_projection(saved) for split, found in projections(of).items() for name, saved in found
+    }
+    return "\n".join(
+        [
+            "<!DOCTYPE html>",
+            '<html lang="en">',
+            f'<head><meta charset="utf-8"><title>{title}</title>',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<style>{CSS}{_MORE_CSS}</style></head>",
+            "<body>",
+            f"<header><h1>{title}</h1></header>",
+            "<h2>Runs</h2>",
+            _runs(of),
+            "<h2>What differs between them</h2>",
+            _differences(of),
+            "<h2>Final values</h2>",
+            _final(of),
+            *_plots("Evaluations", {f"{s}: {m}": png for (s, m), png in evaluated.items()}),
+            *_plots("Final values by horizon", horizons),
+            *_plots("Representations: spectra", spectrum),
+            *_plots("Representations: where they lie", places),
+            *_plots("Training", {m: png for (_, m), png in trained.items()}, folded=True),
+            "</body></html>",
+            "",
+        ]
+    )
+
+
+def _runs(of: Sequence[Variant]) -> str:
+    head = "".join(
+        f"<th>{name}</th>" for name in ("", "seed", "steps", "tokens", "training FLOPs", "tokens/s", "minutes")
+    )
+    rows = []
+    for number, variant in enumerate(of):
+        key = f'<span class="key" style="background:{COLOURS[number % len(COLOURS)]}"></span>'
+        for run in variant.runs:
+            told, (_, _, seconds) = run.summary, last_counts(run.rows)
+            cells = [
+                f"<th>{key}{escape(run.name)}<small>{escape(variant.name)}</small></th>",
+                f"<td>{escape(str(run.config.get('run', {}).get('seed', '-')))}</td>",
+                *(f"<td>{format_number(told.get(name))}</td>" for name in ("steps", "tokens")),
+                f"<td>{format_flops(told.get('flops'))}</td>",
+                f"<td>{format_number(told.get('tokens_per_second'))}</td>",
+                f"<td>{format_number(seconds / 60)}</td>",
+            ]
+            rows.append(f"<tr>{''.join(cells)}</tr>")
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def _differences(of: Sequence[Variant]) -> str:
+    if len(of) == 1:
+        return "<p>Nothing but the seed.</p>"
+    found = differences(of)
+    if not found:
+        return "<p>No key of their configs, as far as they are recorded.</p>"
+    rows = [
+        f"<tr><th>{escape(key)}</th>{''.join(f'<td>{escape(v)}</td>' for v in values)}</tr>"
+        for key, values in found.items()
+    ]
+    return f'<div class="wide"><table class="text">{_head(of)}<tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def _final(of: Sequence[Variant]) -> str:
+    rows = []
+    for split, metric in final_metrics(of):
+        cells = "".join(f"<td>{escape(variant.shown(split, metric))}</td>" for variant in of)
+        rows.append(f"<tr><th>{escape(split)}: {escape(describe(metric).label)}</th>{cells}</tr>")
+    if not rows:
+        return "<p>Nothing was logged.</p>"
+    several = any(len(variant.runs) > 1 for variant in of)
+    note = "Of several seeds: mean ± standard deviation (least to greatest). " if several else ""
+    return (
+        f'<div class="wide"><table class="nowrap">{_head(of)}<tbody>{"".join(rows)}</tbody></table></div>'
+        f'<p class="faint">{note}“{escape(FIT)}” is the running training.</p>'
+    )
+
+
+def _head(of: Sequence[Variant]) -> str:
+    return f"<thead><tr><th></th>{''.join(f'<th>{escape(variant.name)}</th>' for variant in of)}</tr></thead>"
+
+
+def _plots(title: str, images: Mapping[str, bytes], folded: bool = False) -> list[str]:
+    if not images:
+        return []
+    inside = f'<div class="plots">{"".join(figure(name, png) for name, png in images.items())}</div>'
+    return [f"<details><summary>{title}</summary>{inside}</details>" if folded else f"<h2>{title}</h2>{inside}"]

@@ -1,0 +1,107 @@
+"""Runs side by side: which belong together, what differs, and the page."""
+
+import re
+
+import pytest
+import torch
+
+from jepa_scale.cli import main
+from jepa_scale.comparison import differences, final_metrics, load_runs, projections, spectra, variants
+from jepa_scale.comparison_page import write_comparison
+from jepa_scale.comparison_plots import by_horizon, of_projection, of_spectrum, overlaid
+from jepa_scale.config import LogConfig
+from jepa_scale.distributed import Ranks
+from jepa_scale.errors import InputError
+from jepa_scale.evaluate.snapshot import save_snapshot
+from jepa_scale.telemetry import RunLog
+from tests.test_report import Page
+
+
+def make_run(folder, name, seed=0, objective="lm", lr=0.1, ppl=10.0):
+    directory = folder / name
+    directory.mkdir(parents=True)
+    config = (
+        f"run: {{name: {name}, seed: {seed}}}\nobjective: {{name: {objective}}}\n"
+        f"optim: {{lr: {lr}}}\nlog: {{progress: {seed > 0}}}\n"
+    )
+    ranks = Ranks(0, 1, 0, torch.device("cpu"), "python")
+    with RunLog(directory, LogConfig(progress=False), ranks, name, 6, config) as log:
+        for step in range(1, 7):
+            log.fit(step, {"loss": 5.0 / step}, tokens=10)
+            if step % 3 == 0:
+                horizons = (
+                    {f"retrieval_top1_h{h}": 0.1 + seed / h for h in (2, 8, 32)} if objective == "horizon" else {}
+                )
+                log.evaluated(step, "valid", {"ppl": ppl / step, **horizons})
+    if objective == "horizon":
+        x = torch.randn(20, 8, generator=torch.Generator().manual_seed(seed))
+        save_snapshot({"prediction": x, "target": x + 0.1}, directory, 6, "valid")
+    return directory
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return [
+        make_run(tmp_path, "lm"),
+        *(make_run(tmp_path, f"jepa_seed{seed}", seed, "horizon", ppl=6.0 + 6 * seed) for seed in range(3)),
+    ]
+
+
+def test_runs_that_differ_by_seed_alone_belong_together(runs, tmp_path):
+    other = make_run(tmp_path / "other", "lm", lr=0.2)
+    found = variants(load_runs([*runs, other]))
+    assert [len(variant.runs) for variant in found] == [1, 3, 1]
+    assert found[1].name == "jepa (3 seeds)"
+    assert [found[0].name, found[2].name] == [str(runs[0]), str(other)], "one name, two configs: told by their folders"
+
+
+def test_what_differs(runs):
+    lm, jepa = variants(load_runs(runs))
+    assert differences([lm, jepa]) == {"objective.name": ["'lm'", "'horizon'"]}
+    assert differences([lm]) == {}
+
+
+def test_values_over_seeds(runs):
+    lm, jepa = variants(load_runs(runs))
+    assert lm.shown("valid", "ppl") == "1.667"
+    assert jepa.shown("valid", "ppl") == "2.000 ± 1.000 (1.000 to 3.000)"
+    assert lm.shown("valid", "retrieval_top1_h2") == "-"
+    assert final_metrics([lm, jepa])[0] == ("valid", "ppl")
+
+
+def test_pictures(runs):
+    found = variants(load_runs(runs))
+    assert {("valid", "ppl"), ("fit", "loss")} <= overlaid(found).keys()
+    assert list(by_horizon(found)) == [("valid", "retrieval_top1")]
+    of_kinds = spectra(found)
+    assert {kind: [name for name, _ in lines] for kind, lines in of_kinds.items()} == {
+        f"valid: {kind}": ["jepa (3 seeds)"] * 3 for kind in ("prediction", "target")
+    }
+    [(name, saved)] = projections(found)["valid"]
+    assert name == "jepa (3 seeds)"
+    for png in (of_spectrum(of_kinds["valid: target"]), of_projection(saved)):
+        assert png.startswith(b"\x89PNG")
+
+
+def test_the_page_fetches_nothing_and_says_it_all(runs, tmp_path):
+    text = write_comparison(runs, tmp_path / "page.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert not re.search(r"https?:|url\(", text) and "script" not in page.tags
+    assert page.sources and all(source.startswith("data:image/png;base64,") for source in page.sources)
+    said = " ".join(page.words)
+    for expected in ("jepa (3 seeds)", "objective.name", "2.000 ± 1.000 (1.000 to 3.000)", "by horizon", "spectrum"):
+        assert expected in said
+
+
+def test_the_command(runs, tmp_path, capsys):
+    assert main(["report", *map(str, runs), "--out", str(tmp_path / "a/b.html")]) == 0
+    assert f"side by side: {tmp_path}/a/b.html" in capsys.readouterr().out
+    assert (tmp_path / "a/b.html").is_file() and (runs[0] / "report.html").is_file()
+    assert main(["report", *map(str, runs[1:3])]) == 0
+    assert (tmp_path / "comparison.html").is_file()
+
+
+def test_a_folder_without_a_run_is_refused(runs, tmp_path):
+    with pytest.raises(InputError, match="nothing"):
+        write_comparison([runs[0], tmp_path / "nothing"], tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()
