@@ -274,8 +274,9 @@ def test_few_logits_exist_at_a_time_whatever_the_vocabulary(dtype, shape, small_
         labels = torch.arange(rows)
         saved: list[Tensor] = []
         keep = torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t)
-        with Living() as living, keep:
-            normalizers, chosen, _ = measure(head, x, labels, shape)
+        with Living() as living:
+            with keep:
+                normalizers, chosen, _ = measure(head, x, labels, shape)
             (normalizers - chosen).sum().backward()
         gradients = sum(t.numel() * t.element_size() for t in (x, head.weight))
         logits = 4 * rows * vocabulary
