@@ -162,7 +162,7 @@ class Horizon(Objective):
         o, pairs = self.options, batch.totals["pairs"]
         stream = batch.streams["main"]
         hidden, states = backbone.hidden_and_tap(stream, self.tap)
-        logits, counts = None, None
+        logits = counts = None
         if self.latent_to_hidden is None:
             lm = lm_loss(backbone, hidden, batch)
         else:
@@ -187,7 +187,7 @@ class Horizon(Objective):
 
         lm_weight, jepa_weight, kl_weight = self.weights(batch.step)
         total = lm_weight * lm + jepa_weight * jepa
-        if logits is not None:
+        if logits is not None and counts is not None:
             future = self.future(backbone, predicted, logits)
             ce, entropy = (share((x * counts).sum(), batch.totals["kl_pairs"]) for x in future)
             total = total + kl_weight * o.kl_temperature**2 * (ce - entropy)
