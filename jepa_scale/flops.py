@@ -1,7 +1,8 @@
 """How many floating-point operations a decoder's pass over a packed stream takes, and how many a device could do.
 
 Counted, as :mod:`torch.utils.flop_counter` does: matrix products alone, two operations for each multiply-add. Norms,
-activations, softmax, rotary embeddings and optimizers are left out; so is whatever activation checkpointing computes again.
+activations, softmax, rotary embeddings and optimizers are left out; so is whatever activation checkpointing computes again, and
+the logits that :mod:`jepa_scale.models.head` makes twice.
 The quotient of these operations per second and :func:`peak_flops` is thus the model FLOPs utilization of PaLM
 (Chowdhery et al. 2022, arXiv 2204.02311, appendix B), with one difference: a causal query is charged for the keys that it
 may see, n(n+1)/2 pairs in a segment of n tokens, n·m more in a branch that sees a prefix of m, and for ``window`` of them

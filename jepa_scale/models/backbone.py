@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from jepa_scale import attention
 from jepa_scale.errors import InputError
+from jepa_scale.models import head as lm_head
 from jepa_scale.models.decoder import JepaDecoderForCausalLM
 from jepa_scale.models.team import Team
 from jepa_scale.packing import PackedStream
@@ -36,6 +37,7 @@ class Backbone(nn.Module):
         self.blocks_at, self._norm_at = _locate(decoder)
         self.block_class = type(self.layers[0])
         decoder.set_attn_implementation(attention.NAME)
+        lm_head.adopt(decoder.get_output_embeddings())
         self.team: Team | None = None
         """The ranks that share each layer, if there are others (:mod:`jepa_scale.models.tensor_parallel`)."""
 
@@ -206,23 +208,59 @@ class Backbone(nn.Module):
         head = self.decoder.get_output_embeddings()
         with _frozen(head) if frozen else nullcontext():
             logits = head(rows)
+        shape = self._shape
+        return logits if shape is None else shape(logits)
+
+    @property
+    def _shape(self) -> lm_head.Shape | None:
+        """What the family makes of the head's product; None = nothing."""
         config = self.decoder.config
-        if (factor := getattr(config, "logit_scale", None)) is not None:  # Cohere
-            logits = logits * factor
-        if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
-            logits = logits / divisor
-        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma
-            logits = cap * torch.tanh(logits / cap)
-        return logits
+        factor = getattr(config, "logit_scale", None)  # Cohere
+        divisor = getattr(config, "logits_scaling", None)  # Granite
+        cap = getattr(config, "final_logit_softcapping", None)  # Gemma
+        if factor is None and divisor is None and cap is None:
+            return None
+
+        def shape(logits: Tensor) -> Tensor:
+            if factor is not None:
+                logits = logits * factor
+            if divisor is not None:
+                logits = logits / divisor
+            return logits if cap is None else cap * torch.tanh(logits / cap)
+
+        return shape
 
     def label_losses(self, rows: Tensor, labels: Tensor) -> Tensor:
-        """(n, d) states after the final norm, (n,) int64 → (n,) fp32, the negative log-probability of each label. A team never
-        has all logits in one place for it."""
-        if self.team is None:
-            return F.cross_entropy(self.logits(rows).float(), labels, reduction="none")
-        with self.team.split_vocabulary():
-            logits = self.logits(rows).float()
-        return self.team.cross_entropy(logits, labels, self.vocab_size)
+        """(n, d) states after the final norm, (n,) int64 → (n,) fp32, the negative log-probability of each label. No more logits
+        exist at a time than :data:`jepa_scale.models.head.CHUNK_BYTES`, and a team never has all of them in one place."""
+        return self._label_losses(rows, labels, None)[0]
+
+    def label_losses_and_logits(self, rows: Tensor, labels: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`label_losses`, and (m, V) fp32, the logits of the rows (m,) int64 ``places``, without gradient; zeros if there
+        are no rows."""
+        losses, logits = self._label_losses(rows, labels, places if len(rows) else places[:0])
+        assert logits is not None
+        return losses, logits if len(rows) else logits.new_zeros(len(places), self.vocab_size)
+
+    def _label_losses(self, rows: Tensor, labels: Tensor, places: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        head, team = self.decoder.get_output_embeddings(), self.team
+        part = slice(0, self.vocab_size) if team is None else team.part(self.vocab_size)
+        own = part.stop - part.start  # of the vocabulary, on this rank
+        with nullcontext() if team is None else team.split_vocabulary():
+            if lm_head.columns(len(rows), own) < own and lm_head.can_measure(head):
+                *found, kept = lm_head.measure(head, rows, labels - part.start, self._shape, places)
+            else:
+                logits = self.logits(rows).float()
+                kept = None if places is None else logits.detach()[places]
+                if team is None:
+                    return F.cross_entropy(logits, labels, reduction="none"), kept
+                found = [*lm_head.statistics(logits, labels - part.start)]
+        normalizers, chosen = found
+        if team is None:
+            return normalizers - chosen, kept
+        if kept is not None:
+            kept = team.join_channels(kept, self.vocab_size)
+        return team.label_losses(normalizers, chosen), kept
 
     def unembed(self, states: Tensor, normalized: bool = True) -> Tensor:
         """(n, d) states → (n, V), their products with the token embeddings.

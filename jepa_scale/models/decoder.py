@@ -27,6 +27,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from jepa_scale.models.bridge import Bridge
 from jepa_scale.models.drop_path import DropPath, drop_rate, rows_kept, segments_kept
+from jepa_scale.models.head import LMHead
 from jepa_scale.models.pope import PolarEmbedding
 from jepa_scale.models.rotary import rotary_table, rotate
 from jepa_scale.packing import SegmentTable
@@ -255,7 +256,7 @@ class EmbeddingNorm(nn.RMSNorm):
     """A class of its own because its gain starts at the embeddings' scale and not at 1."""
 
 
-class JepaLMHead(nn.Linear):
+class JepaLMHead(LMHead):
     """Hidden states to logits. With tied weights the states are first multiplied by the learnable ``logit_scale``.
 
     The scale lives in this module, not beside it, and is a vector of one element: ZeRO-3 gathers a parameter only for

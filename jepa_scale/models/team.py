@@ -153,16 +153,17 @@ class Team:
 
     # -- loss ---------------------------------------------------------------------------------------------------------
 
-    def cross_entropy(self, logits: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
-        """Cross-entropy of logits that no rank has all of: each sends three numbers a row.
+    def label_losses(self, normalizers: Tensor, chosen: Tensor) -> Tensor:
+        """Negative log-probabilities of labels, of logits that no rank has all of: each sends three numbers a row.
 
         Args:
-            logits: (n, v) fp32, :meth:`part` of ``vocabulary`` columns. targets: (n,) int64 in the whole vocabulary.
+            normalizers: (n,) fp32, log Σ e^z over this rank's part of the vocabulary.
+            chosen: (n,) fp32, the label's logit, 0 where another rank has it.
 
         Returns:
             (n,) fp32, the same on every rank.
         """
-        return _CrossEntropy.apply(logits, targets - self.part(vocabulary).start, self._all_reduce)
+        return _LabelLosses.apply(normalizers, chosen, self._all_reduce)
 
 
 def _same(x: Tensor) -> Tensor:
@@ -180,23 +181,20 @@ class _Region(torch.autograd.Function):
         return ctx.back(grads[0]), None, None
 
 
-class _CrossEntropy(torch.autograd.Function):
-    """log Σ e^z − z_target, with the sum and the target's logit added up over the ranks."""
+class _LabelLosses(torch.autograd.Function):
+    """log Σ e^z − z_label, with the sum and the label's logit added up over the ranks."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, all_reduce: Callable[..., None]) -> Tensor:
-        highest = logits.amax(dim=-1)
+    def forward(ctx: Any, normalizers: Tensor, chosen: Tensor, all_reduce: Callable[..., None]) -> Tensor:
+        highest = normalizers.clone()
         all_reduce(highest, dist.ReduceOp.MAX)
-        weights = (logits - highest[:, None]).exp()
-        here = (targets >= 0) & (targets < logits.shape[1])
-        place = targets.clamp(0, logits.shape[1] - 1)[:, None]
-        sums = torch.stack([weights.sum(dim=-1), logits.gather(1, place)[:, 0].where(here, 0)])
+        own = (normalizers - highest).exp()
+        sums = torch.stack([own, chosen])
         all_reduce(sums)
-        ctx.save_for_backward(weights.div_(sums[0][:, None]), place, here)
+        ctx.save_for_backward(own / sums[0])
         return sums[0].log() + highest - sums[1]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        softmax, place, here = ctx.saved_tensors
-        grad = softmax * grads[0][:, None]
-        return grad.scatter_add(1, place, -(grads[0] * here)[:, None]), None, None
+        (share,) = ctx.saved_tensors
+        return grads[0] * share, -grads[0], None

@@ -7,7 +7,6 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa_scale.config import Section
@@ -239,13 +238,6 @@ def lm_loss(backbone: Backbone, hidden: Tensor, batch: PackedBatch, stream: str 
     packed = batch.streams[stream]
     losses = backbone.label_losses(hidden[packed.labelled], packed.labels[packed.labelled])
     return share(losses.sum(), batch.totals["labels"])
-
-
-def label_loss(logits: Tensor, batch: PackedBatch, stream: str = "main") -> Tensor:
-    """As :func:`lm_loss`, of the logits (L, V) fp32 at the stream's labelled places, where they are wanted for more."""
-    packed = batch.streams[stream]
-    total = F.cross_entropy(logits, packed.labels[packed.labelled], reduction="sum")
-    return share(total, batch.totals["labels"])
 
 
 def share(value: Tensor, total: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from jepa_scale.losses.future import FutureKL, future_kl
 from jepa_scale.losses.statistics import as_contribution, rows_of_step
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.mlp import Mlp
-from jepa_scale.objectives.base import JepaModel, Loss, Objective, label_loss, lm_loss, ramp, resolve_tap, share
+from jepa_scale.objectives.base import JepaModel, Loss, Objective, lm_loss, ramp, resolve_tap, share
 from jepa_scale.objectives.costs import StepFlops, moments_flops
 from jepa_scale.objectives.horizon_diagnostics import HorizonDiagnostics
 from jepa_scale.objectives.horizon_losses import distance, is_statistic, statistic
@@ -144,24 +144,13 @@ class Horizon(Objective):
             states = self.teacher.forward("backbone", batch.streams["main"])
         return self.teacher.forward("objective.encoder", states[batch.places["target"]])
 
-    def future(
-        self, backbone: Backbone, predicted: Tensor, logits: Tensor, batch: PackedBatch
-    ) -> tuple[FutureKL, Tensor]:
-        """The future KL of each pair, and (n,) bool, whether it counts: its target has a label, so the language model has
-        learned to predict there.
-
-        ``logits`` (L, V) are the language model's at the labelled places. Like is compared with like: the teacher's
-        prediction *from* the target place with the student's for that same place.
-        """
+    def future(self, backbone: Backbone, predicted: Tensor, logits: Tensor) -> FutureKL:
+        """The future KL of each pair. ``logits`` (n, V) are the language model's at the pairs' targets: like is compared with like,
+        the teacher's prediction *from* the target place with the student's for that same place."""
         assert self.latent_to_hidden is not None
-        labelled, places = batch.streams["main"].labelled, batch.places["target"]
-        if not len(labelled):  # nothing is predicted here; one row that is no pair's keeps the indices valid
-            labelled, logits = labelled.new_full((1,), -1), logits.new_zeros(1, logits.shape[1])
-        rows = torch.searchsorted(labelled, places).clamp(max=len(labelled) - 1)
-        counts = labelled[rows] == places
         latents = predicted.detach() if self.options.kl_barrier else predicted
         student = backbone.logits(self.latent_to_hidden(latents), frozen=self.options.kl_freeze_head)
-        return future_kl(student, logits.detach()[rows], self.options.kl_temperature), counts
+        return future_kl(student, logits, self.options.kl_temperature)
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -173,12 +162,15 @@ class Horizon(Objective):
         o, pairs = self.options, batch.totals["pairs"]
         stream = batch.streams["main"]
         hidden, states = backbone.hidden_and_tap(stream, self.tap)
-        logits = None
+        logits = counts = None
         if self.latent_to_hidden is None:
             lm = lm_loss(backbone, hidden, batch)
         else:
-            logits = backbone.logits(hidden[stream.labelled]).float()  # (L, V)
-            lm = label_loss(logits, batch)
+            rows, counts = target_rows(batch)
+            losses, logits = backbone.label_losses_and_logits(
+                hidden[stream.labelled], stream.labels[stream.labelled], rows
+            )
+            lm = share(losses.sum(), batch.totals["labels"])
         _, predicted = self.predictions(states, batch)
         target = self.targets(states, batch)
 
@@ -195,8 +187,8 @@ class Horizon(Objective):
 
         lm_weight, jepa_weight, kl_weight = self.weights(batch.step)
         total = lm_weight * lm + jepa_weight * jepa
-        if logits is not None:
-            future, counts = self.future(backbone, predicted, logits, batch)
+        if logits is not None and counts is not None:
+            future = self.future(backbone, predicted, logits)
             ce, entropy = (share((x * counts).sum(), batch.totals["kl_pairs"]) for x in future)
             total = total + kl_weight * o.kl_temperature**2 * (ce - entropy)
             terms |= {"ce_future": ce.detach(), "teacher_entropy": entropy, "kl_future": (ce - entropy).detach()}
@@ -230,7 +222,17 @@ class Horizon(Objective):
         anchor, predicted = self.predictions(states, batch)
         found = {"anchor": anchor, "prediction": predicted, "target": self.targets(states, batch)}
         if self.latent_to_hidden is not None:
-            logits = backbone.logits(hidden[stream.labelled]).float()
-            future, counts = self.future(backbone, predicted, logits, batch)
+            future = self.future(backbone, predicted, backbone.logits(hidden[batch.places["target"]]))
+            counts = target_rows(batch)[1]
             found["future"] = torch.stack([*future, counts.float()], dim=-1)
         return {name: value.float() for name, value in found.items()}
+
+
+def target_rows(batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    """(n,) int64, each pair's target among the labelled places, and (n,) bool, whether it is one of them, so that the language model
+    has learned to predict there; the KL of others doesn't count, and their row is any."""
+    labelled, places = batch.streams["main"].labelled, batch.places["target"]
+    if not len(labelled):
+        return torch.zeros_like(places), torch.zeros_like(places, dtype=torch.bool)
+    rows = torch.searchsorted(labelled, places).clamp(max=len(labelled) - 1)
+    return rows, labelled[rows] == places

@@ -254,8 +254,8 @@ class TwoView(Objective):
         it, averaged over the ranks."""
         o, stream = self.options, batch.streams["main"]
         ranks = data_size()
-        logits = backbone.logits(hidden[stream.labelled]).float()
-        lm = F.cross_entropy(logits, stream.labels[stream.labelled], reduction="sum") / max(1, len(stream.labelled))
+        losses = backbone.label_losses(hidden[stream.labelled], stream.labels[stream.labelled])
+        lm = losses.sum() / max(1, len(losses))
         n = len(source)
         if o.distance == "infonce":
             scores = F.normalize(source, dim=-1) @ F.normalize(target, dim=-1).T / o.temperature

@@ -17,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 KINDS = ("parameters", "gradients", "optimizer", "teacher", "activations", "buffers")
 """What memory is for. ``activations``: all that a forward or backward makes, temporaries included, but logits. ``buffers``:
-gathered parameters, communication buckets, logits."""
+gathered parameters, communication buckets, logits. Where logits are made piece by piece, a piece is an activation."""
 
 
 class Ledger:

@@ -13,6 +13,7 @@ from jepa_scale.distributed import Ranks, form_teams, team_group
 from jepa_scale.errors import InputError
 from jepa_scale.evaluate.generation import Prompts, greedy
 from jepa_scale.models import tensor_parallel
+from jepa_scale.models.head import statistics
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.models.team import Team
@@ -126,9 +127,9 @@ def cross_entropies(ranks: Ranks) -> list[torch.Tensor]:
     (grad,) = torch.autograd.grad((expected * weights).sum(), logits)
     part = team.part(VOCABULARY)
     mine = logits.detach()[:, part].requires_grad_()
-    got = team.cross_entropy(mine, targets, VOCABULARY)
+    got = team.label_losses(*statistics(mine, targets - part.start))
     (own,) = torch.autograd.grad((got * weights).sum(), mine)
-    nothing = team.cross_entropy(mine[:0], targets[:0], VOCABULARY)
+    nothing = team.label_losses(*statistics(mine[:0], targets[:0]))
     assert nothing.shape == (0,)
     return [expected.detach() - got.detach(), own - grad[:, part]]
 

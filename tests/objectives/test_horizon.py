@@ -8,7 +8,7 @@ import torch
 
 from jepa_scale.errors import InputError
 from jepa_scale.objectives.base import JepaModel, ramp
-from jepa_scale.objectives.horizon import Horizon
+from jepa_scale.objectives.horizon import Horizon, target_rows
 from jepa_scale.objectives.horizon_pairs import HorizonOptions
 from jepa_scale.optim import OptimConfig, parameter_groups
 from tests.objectives.horizon_reference import (
@@ -145,10 +145,11 @@ def test_the_kl_compares_what_is_predicted_from_the_target_place():
     stream = batch.streams["main"]
     with torch.no_grad():
         hidden = backbone.hidden(stream)
-        logits = backbone.logits(hidden[stream.labelled])
+        rows, counts = target_rows(batch)
+        logits = backbone.logits(hidden[stream.labelled])[rows]
         target = batch.places["target"]
-        at, counts = objective.future(backbone, hidden[target], logits, batch)
-        before, _ = objective.future(backbone, hidden[target - 1], logits, batch)
+        at = objective.future(backbone, hidden[target], logits)
+        before = objective.future(backbone, hidden[target - 1], logits)
     assert torch.equal(counts, stream.labels[target] >= 0) and 0 < counts.sum() < len(counts)
     torch.testing.assert_close(at.kl[counts], torch.zeros(int(counts.sum())), atol=1e-5, rtol=0)
     assert (before.kl[counts] > 0.01).all()

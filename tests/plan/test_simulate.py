@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from jepa_scale.models import head as lm_head
 from jepa_scale.plan.planner import Request, make_plan
 from jepa_scale.plan.simulate import fake_ranks
 from tests.plan.small import HORIZON, LAYERS, WIDTH, config, modelled, planned
@@ -25,6 +26,22 @@ def test_checkpointing_keeps_less_and_computes_more():
     flops = {kind: sum(op.flops for op in plan.memory.ops) for kind, plan in kinds.items()}
     assert flops["selective"] == flops["none"] < flops["full"]
     assert {plan.flops for plan in kinds.values()} == {kinds["none"].flops}  # the model's own
+
+
+def test_few_logits_take_little_memory_and_one_product_more(monkeypatch):
+    """Of 8 samples of 16 tokens; the model's own FLOPs are the same."""
+    rows, vocabulary = 8 * 16, 4096
+    large = config(model={**config().model, "vocab_size": vocabulary})
+    at_once = planned(large)
+    monkeypatch.setattr(lm_head, "CHUNK_BYTES", 4 * rows * 256)
+    pieces = planned(large)
+    logits = 4 * rows * vocabulary
+    gathered = at_once.memory.most["buffers"] - pieces.memory.most["buffers"]
+    assert gathered >= 2 * logits  # themselves, and their gradient
+    assert pieces.memory.peak < at_once.memory.peak - logits
+    assert pieces.flops == at_once.flops
+    flops = [sum(op.flops for op in plan.memory.ops) for plan in (at_once, pieces)]
+    assert flops[1] - flops[0] == 2 * rows * WIDTH * vocabulary
 
 
 def test_full_checkpointing_keeps_the_blocks_inputs():

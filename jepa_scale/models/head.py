@@ -1,0 +1,187 @@
+"""The LM head and the loss behind it, with as many logits at a time as fit into :data:`CHUNK_BYTES`.
+
+The negative log-probability of a label y is log Σ e^z − z_y, and both terms come together piece by piece over the vocabulary.
+So the logits z of all rows are made for some columns of the vocabulary, give their part of the sum, and are gone; the backward
+pass makes them again and turns them into their part of the gradients, e^(z − log Σ e^z) less one at the label. Only log Σ e^z, a
+number a row, is kept between the two, as in FlashAttention (Dao et al., arXiv 2205.14135, section 3.1) and in cut cross-entropy
+(Wijmans et al., arXiv 2411.09009, section 4).
+
+Pieces are columns and not rows because then each row of the weight's gradient is made whole by one product, rounded once and
+written where it stays; because the pieces of a vocabulary that lies in two layers (:class:`jepa_scale.models.lora.GrownHead`) or
+on several ranks (:mod:`jepa_scale.models.team`) come together as any others; and because ranks with unlike numbers of pieces still
+call the same modules and collectives. Gradients are made in the backward pass and not in the forward, since a row may have any
+weight in the loss and the sum over a team's ranks is not known before. That costs one product more: four where there are three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+CHUNK_BYTES = 256 * 2**20
+"""Bytes of fp32 logits that may exist at a time. Losses that need no more are made of all logits at once."""
+_ALIGNED = 128  # columns: matrix units like such widths
+
+Shape = Callable[[Tensor], Tensor]
+"""What becomes of a product, element by element, before it is a logit: a scale, a soft cap."""
+
+
+class LMHead(nn.Linear):
+    """A linear layer that can be told to do something else with its input and weight than their product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x, self.weight, self.bias)
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+
+def adopt(head: nn.Module | None) -> None:
+    """Have a linear layer be an :class:`LMHead`, in place; anything else stays what it is."""
+    if type(head) is nn.Linear:
+        head.__class__ = LMHead
+
+
+def can_measure(head: nn.Module) -> bool:
+    """Whether all of a head's parameters are those of :class:`LMHead` layers. Of others all logits are made at once."""
+    parts = _parts(head)
+    own = {id(parameter) for part in parts for parameter in part.parameters()}
+    return bool(parts) and all(id(parameter) in own for parameter in head.parameters())
+
+
+def columns(rows: int, vocabulary: int) -> int:
+    """Of the vocabulary, that a piece of ``rows`` rows has: all of them if they fit into :data:`CHUNK_BYTES`."""
+    most = CHUNK_BYTES // (4 * max(1, rows))
+    return vocabulary if vocabulary <= most else max(1, most // _ALIGNED * _ALIGNED or most)
+
+
+def statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, v) fp32 logits, (n,) int64 columns that may lie outside of 0 … v − 1 → (n,) log Σ e^z, and (n,) the target's logit or
+    0 if it is outside."""
+    place, here = _places(targets, 0, logits.shape[1])
+    return logits.logsumexp(dim=-1), logits.gather(1, place)[:, 0].where(here, 0)
+
+
+def measure(
+    head: nn.Module, rows: Tensor, targets: Tensor, shape: Shape | None, places: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """:func:`statistics` of a head's logits, without ever having more than a piece of them. The head is called once, as ever, so
+    that whatever an engine does around the call and its backward is done.
+
+    Args:
+        rows: (n, d). targets: (n,) int64, counted from the head's first column.
+        shape: of the head's product; None = it is the logit.
+        places: (m,) int64, rows whose logits are wanted, without gradient.
+
+    Returns:
+        (n,) fp32, (n,) fp32 and (m, v) fp32 or None.
+    """
+    parts, first, kept = _parts(head), 0, []
+
+    def run(targets: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if places is not None:
+            with torch.no_grad():
+                some = F.linear(x[places], weight, bias)
+                kept.append((some if shape is None else shape(some)).float())
+        return _Measure.apply(x, weight, bias, targets, shape)
+
+    with ExitStack() as stack:
+        for part in parts:
+            stack.enter_context(_instead(part, partial(run, targets - first)))
+            first += part.out_features
+        found = head(rows)  # two numbers a part, where its logits would be
+    normalizers, chosen = found.view(len(rows), len(parts), 2).unbind(dim=-1)
+    return normalizers.logsumexp(dim=-1), chosen.sum(dim=-1), torch.cat(kept, dim=-1) if kept else None
+
+
+def _parts(head: nn.Module) -> list[LMHead]:
+    return [part for part in head.modules() if isinstance(part, LMHead)]
+
+
+@contextmanager
+def _instead(part: LMHead, product: Callable[..., Tensor]) -> Iterator[None]:
+    part.product = product  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del part.product
+
+
+def _places(targets: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """(n,) columns → (n, 1) places within ``start`` … ``stop`` − 1, and (n,) whether they are there."""
+    here = (targets >= start) & (targets < stop)
+    return (targets - start).clamp(0, stop - start - 1)[:, None], here
+
+
+class _Measure(torch.autograd.Function):
+    """(n, d), (v, d), (v,) or None → (n, 2) fp32: log Σ e^z and the target's logit, 0 if it is not here."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, shape: Shape | None
+    ) -> Tensor:
+        normalizers = x.new_full((len(x),), -torch.inf, dtype=torch.float32)
+        chosen = torch.zeros_like(normalizers)
+        for start, stop in _pieces(len(x), len(weight)):
+            z = _product(x, weight, bias, start, stop)
+            z = (z if shape is None else shape(z)).float()
+            place, here = _places(targets, start, stop)
+            chosen += z.gather(1, place)[:, 0].where(here, 0)
+            highest = z.amax(dim=-1)
+            sums = z.sub_(highest[:, None]).exp_().sum(dim=-1)
+            normalizers = torch.logaddexp(normalizers, sums.log_().add_(highest))
+            del z  # before the next is made
+        ctx.save_for_backward(x, weight, bias, targets, normalizers)
+        ctx.shape = shape
+        return torch.stack([normalizers, chosen], dim=-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, targets, normalizers = ctx.saved_tensors
+        to_normalizer, to_chosen = grads[0].unbind(dim=-1)
+        of_x = torch.zeros_like(x, dtype=torch.float32) if ctx.needs_input_grad[0] else None
+        of_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        of_bias = torch.empty_like(bias) if ctx.needs_input_grad[2] else None
+        for start, stop in _pieces(len(x), len(weight)):
+            product = _product(x, weight, bias, start, stop)
+            if ctx.shape is None:
+                z = product.float()
+            else:
+                with torch.enable_grad():
+                    shaped = ctx.shape(product.requires_grad_()).float()
+                z = shaped.detach().clone()
+            z.sub_(normalizers[:, None]).exp_().mul_(to_normalizer[:, None])
+            place, here = _places(targets, start, stop)
+            z.scatter_add_(1, place, (to_chosen * here)[:, None])
+            if ctx.shape is None:
+                grad = z.to(product.dtype)
+            else:
+                (grad,) = torch.autograd.grad(shaped, product, z)
+                del shaped
+            del product, z
+            if of_x is not None:
+                of_x += grad @ weight[start:stop]
+            if of_weight is not None:
+                torch.mm(grad.t(), x, out=of_weight[start:stop])
+            if of_bias is not None:
+                of_bias[start:stop] = grad.sum(dim=0)
+            del grad
+        return None if of_x is None else of_x.to(x.dtype), of_weight, of_bias, None, None
+
+
+def _pieces(rows: int, vocabulary: int) -> list[tuple[int, int]]:
+    width = columns(rows, vocabulary)
+    return [(start, min(start + width, vocabulary)) for start in range(0, vocabulary, width)]
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, start: int, stop: int) -> Tensor:
+    some = weight[start:stop].t()
+    return x @ some if bias is None else torch.addmm(bias[start:stop], x, some)

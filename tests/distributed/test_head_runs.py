@@ -1,0 +1,156 @@
+"""The loss in pieces of the vocabulary on every engine, on real ranks: the curve of all logits at once, though no two ranks have as
+many pieces; in a team, with tied weights, and with a head in two layers of which one is frozen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from jepa_scale.config import OptimConfig
+from jepa_scale.distributed import Ranks
+from jepa_scale.engines import create_engine
+from jepa_scale.engines.base import EngineOptions
+from jepa_scale.models import head as lm_head
+from jepa_scale.models.loading import build_backbone
+from jepa_scale.models.options import ModelOptions
+from jepa_scale.models.recompute import recompute
+from jepa_scale.optim import parameter_groups
+from jepa_scale.packing import Segment, pack_stream
+from tests.data.corpus import write_text
+from tests.distributed.launch import run_ranks
+from tests.distributed.test_runs import train_runs
+from tests.distributed.test_team_runs import assert_same_run, config_file
+from tests.distributed.toy import ENGINES, small_buckets
+
+ROWS, STEPS = 43, 6
+OPTIM = OptimConfig(lr=1e-2, weight_decay=0.1, clip_norm=0.5)
+LLAMA = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+LLAMA |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+NATIVE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+MODELS: dict[str, dict[str, Any]] = {
+    "tied": {**NATIVE, "tie_word_embeddings": True, "output_bias": True},
+    "capped": {
+        "family": "huggingface",
+        "config": {**LLAMA, "model_type": "gemma3_text", "head_dim": 8, "final_logit_softcapping": 3.0},
+    },
+}
+
+
+class Output(NamedTuple):
+    total: Tensor
+
+
+class Root(nn.Module):
+    """A backbone and its loss, a sum over labels, so that parts of a batch add up."""
+
+    def __init__(self, options: ModelOptions) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.backbone = build_backbone(options, ROWS)
+
+    def forward(self, ids: Tensor) -> Output:
+        segments = [Segment(row[:-1], "text", labels=row[1:]) for row in ids.tolist()]
+        stream = pack_stream(segments)
+        rows = self.backbone.hidden(stream)[stream.labelled]
+        return Output(self.backbone.label_losses(rows, stream.labels[stream.labelled]).sum() / 40)
+
+
+def batch(step: int, rank: int, ranks: int) -> Tensor:
+    """A rank's part of (9, 6) ids; of two ranks one has more, in step 2 all of them."""
+    ids = torch.randint(ROWS, (9, 6), generator=torch.Generator().manual_seed(step))
+    if ranks == 1:
+        return ids
+    cut = 9 if step == 2 else 6
+    return ids[:cut] if rank == 0 else ids[cut:]
+
+
+def train_all(ranks: Ranks, scratch: str, models: dict[str, dict[str, Any]], engines: list[str], pieces: bool) -> Any:
+    """(model, engine) → losses and gradient norms. With ``pieces``: of 7 columns or so on one rank, and of another number,
+    none included, on the other."""
+    if pieces:
+        lm_head.CHUNK_BYTES = 4 * 30 * (7 if ranks.rank == 0 else 20)
+    calls, measure = [], lm_head.measure
+    lm_head.measure = lambda *args, **more: calls.append(0) or measure(*args, **more)
+    found: dict[str, list[tuple[float, float]]] = {}
+    for name, options in models.items():
+        for engine_name in engines:
+            root = Root(ModelOptions(**options))
+            recompute(root.backbone.layers, "full" if name == "tied" else "none")
+            zero = engine_name.startswith("zero")
+            if zero and ranks.rank == 0:
+                small_buckets(engine_name, scratch)
+            torch.distributed.barrier()
+            engine = create_engine(
+                "deepspeed" if zero else "fsdp",
+                root,
+                shard=list(root.backbone.layers),
+                groups=parameter_groups(root, OPTIM, ["objective"]),
+                optim_options=OPTIM,
+                engine_options=EngineOptions(
+                    "fp32", OPTIM.clip_norm, 1, Path(scratch) / f"{engine_name}.json" if zero else None
+                ),
+                ranks=ranks,
+            )
+            seen = found[f"{name}-{engine_name}"] = []
+            for step in range(STEPS):
+                loss = engine.forward(batch(step, ranks.rank, ranks.world_size)).total
+                engine.backward(loss)
+                seen.append((float(loss.detach()), float(engine.step())))
+                engine.eval()
+                with torch.no_grad():
+                    engine.forward(batch(99, ranks.rank, ranks.world_size))
+                engine.train()
+    assert bool(calls) is pieces
+    return found
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("base"))
+    torch.manual_seed(5)
+    decoder = build_backbone(ModelOptions(family="huggingface", config=LLAMA), 40).decoder
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    decoder.save_pretrained(folder)
+    return {**MODELS, "grown": {"family": "huggingface", "pretrained": folder, "lora": {"rank": 3, "alpha": 12}}}
+
+
+def test_every_engine_trains_as_with_all_logits_at_once(models, tmp_path):
+    (expected,) = run_ranks(train_all, 1, str(tmp_path), models, ["fsdp"], False)
+    first, second = run_ranks(train_all, 2, str(tmp_path), models, list(ENGINES), True)
+    for case in first:
+        wanted = expected[f"{case.partition('-')[0]}-fsdp"]
+        for step, (whole, a, b) in enumerate(zip(wanted, first[case], second[case], strict=True)):
+            assert a[0] + b[0] == pytest.approx(whole[0], abs=1e-4), (case, step)
+            assert a[1] == b[1] == pytest.approx(whole[1], rel=1e-3), (case, step)
+
+
+def train_runs_in_pieces(ranks: Ranks, cases: list[tuple[str, str | None]]) -> None:
+    lm_head.CHUNK_BYTES = 4 * 90 * (5 if ranks.rank == 0 else 11)
+    calls, measure = [], lm_head.measure
+    lm_head.measure = lambda *args, **more: calls.append(0) or measure(*args, **more)
+    train_runs(ranks, cases)
+    assert calls
+
+
+def test_whole_runs_are_those_of_all_logits_at_once(tmp_path):
+    """Of ``horizon``, whose future KL takes logits out of the pieces; evaluated, at the end of which nothing has a gradient."""
+    write_text(tmp_path / "corpus", [10, 1, 50, 8], valid=9)
+    wanted = [config_file(tmp_path, name, tmp_path / "corpus", name, "fsdp") for name in ("native", "tied", "qwen3")]
+    run_ranks(train_runs, 1, [(file, None) for file in wanted])
+    cases = {
+        "native-fsdp": ("native", "fsdp", 1),
+        "native-zero3": ("native", "zero3", 1),
+        "tied-fsdp-team": ("tied", "fsdp", 2),
+        "tied-zero3-team": ("tied", "zero3", 2),
+        "qwen3-zero1-team": ("qwen3", "zero1", 2),
+    }
+    files = [config_file(tmp_path, name, tmp_path / "corpus", m, e, tp=tp) for name, (m, e, tp) in cases.items()]
+    run_ranks(train_runs_in_pieces, 2, [(file, None) for file in files], timeout=400)
+    for name, (model, _, _) in cases.items():
+        assert_same_run(tmp_path / name, tmp_path / model)
