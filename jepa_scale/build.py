@@ -20,8 +20,9 @@ from jepa_scale.data import DataOptions, load_data, parse_data
 from jepa_scale.data.loader import Loader
 from jepa_scale.data.stream import Dealt, SampleStream, Stream, TokenStream
 from jepa_scale.distributed import Ranks, form_teams, team_group
-from jepa_scale.engines import check_engine, create_engine, resolve, spread
+from jepa_scale.engines import check_engine, create_engine, resolve
 from jepa_scale.engines.base import Engine, EngineOptions
+from jepa_scale.engines.weights import Weights, built_by_rank_0
 from jepa_scale.errors import InputError
 from jepa_scale.evaluate.chat import Place
 from jepa_scale.evaluation import OPTIONS, Results, chat_test, device_call, evaluate
@@ -165,7 +166,7 @@ def create_stream(config: Config, data: Any, objective: Objective, ranks: Ranks)
 
 
 def build(plan: Plan, ranks: Ranks, steps: int = 0) -> Run:
-    """Build all parts, identically on every rank; the engine shards them last.
+    """Build all parts, identically on every rank but for the weights: rank 0 has them, and the engine takes them one at a time.
 
     Args:
         steps: what ``train.flops`` came to when the run began; 0 = find out.
@@ -178,9 +179,8 @@ def build(plan: Plan, ranks: Ranks, steps: int = 0) -> Run:
     check_engine(engine_name, config, ranks)  # before the data is read and the model made
 
     data = load_data(config.data)
-    torch.manual_seed(config.run.seed)  # the backbone first: its weights do not depend on the objective
-    backbone = build_backbone(plan.model, data.vocab_size)
-    objective = plan.objective_class(plan.objective, backbone, data)
+    module = built_by_rank_0(lambda: model_of(plan, data), ranks)
+    backbone, objective = module.backbone, module.objective
     if backbone.barrier and (objective.tap or backbone.num_layers) > backbone.barrier:
         raise InputError(
             f"model.bridge_grad_barrier: nothing would train blocks 1 to {backbone.barrier}, as objective "
@@ -188,10 +188,9 @@ def build(plan: Plan, ranks: Ranks, steps: int = 0) -> Run:
         )
     test = chat_test(plan.evaluation, data, backbone, objective.predicts_tokens)
     probe = probe_test(plan.evaluation, data, backbone, objective)
-    module = JepaModel(backbone, objective)
     stream = create_stream(config, data, objective, ranks)
     flops = objective.flops(backbone)
-    spread(module, ranks)
+    weights = Weights(module, ranks)
     splits = split_over_team(backbone, ranks)
     copies = objective.teacher_copies(backbone)
 
@@ -233,11 +232,12 @@ def build(plan: Plan, ranks: Ranks, steps: int = 0) -> Run:
             accumulation=stream.accumulation,
             deepspeed=Path(config.engine.deepspeed),
             clip_groups=objective.clip_groups(module),
-            split=frozenset(splits),
+            split=splits,
             replicas=config.engine.replicas,
             bounds=objective.bounds,
         ),
         ranks=ranks,
+        weights=weights,
     )
     teacher = None
     if copies:
@@ -258,6 +258,13 @@ def build(plan: Plan, ranks: Ranks, steps: int = 0) -> Run:
             engine.train()
 
     return Run(config, ranks, engine, objective, teacher, data, stream, batches, run_evaluation, steps, flops, splits)
+
+
+def model_of(plan: Plan, data: Any) -> JepaModel:
+    """The model of a run of this seed, on one device."""
+    torch.manual_seed(plan.config.run.seed)  # the backbone first: its weights do not depend on the objective
+    backbone = build_backbone(plan.model, data.vocab_size)
+    return JepaModel(backbone, plan.objective_class(plan.objective, backbone, data))
 
 
 def split_over_team(backbone: Backbone, ranks: Ranks) -> dict[str, Split]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 
 from jepa_scale.config import Config, OptimConfig
 from jepa_scale.distributed import Ranks
 from jepa_scale.engines.base import Engine, EngineOptions
+from jepa_scale.engines.weights import Weights
 from jepa_scale.errors import InputError
 
 NAMES = ("deepspeed", "fsdp")
@@ -63,16 +63,6 @@ def check_engine(name: str, config: Config, ranks: Ranks) -> None:
         )
 
 
-def spread(module: nn.Module, ranks: Ranks) -> None:
-    """Put a whole module on the device, with rank 0's weights on every rank. Collective."""
-    module.to(ranks.device)
-    if ranks.world_size > 1:
-        for tensor in [*module.parameters(), *module.buffers()]:
-            whole = tensor.detach().contiguous()
-            dist.broadcast(whole, src=0)
-            tensor.data = whole
-
-
 def create_engine(
     name: str,
     module: nn.Module,
@@ -81,20 +71,25 @@ def create_engine(
     optim_options: OptimConfig,
     engine_options: EngineOptions,
     ranks: Ranks,
+    weights: Weights | None = None,
 ) -> Engine:
-    """Shard ``module`` and build its optimizer. Collective; the weights are the same on all ranks (:func:`spread`).
+    """Shard ``module`` and build its optimizer. Collective.
+
+    Beside what the engine keeps, a device has one whole parameter at a time while its weights come from rank 0.
 
     Args:
         name: ``"deepspeed"`` or ``"fsdp"``; the package of the other one is never imported.
-        module: the root, in fp32 on the device; whole on every rank, or its part of what a team splits.
+        module: the root, in fp32; of what a team splits, this rank's part.
         shard: modules of it that are gathered and freed one at a time (the decoder blocks); FSDP2 needs to know them,
             ZeRO-3 finds its own.
         groups: what :func:`jepa_scale.optim.parameter_groups` made of ``module``.
+        weights: what ``module`` begins with; ``None`` = what it has on rank 0.
     """
+    weights = weights or Weights(module, ranks)
     if name == "deepspeed":
         from jepa_scale.engines.deepspeed import DeepSpeedEngine
 
-        return DeepSpeedEngine(module, groups, optim_options, engine_options, ranks)
+        return DeepSpeedEngine(module, groups, optim_options, engine_options, ranks, weights)
     from jepa_scale.engines.fsdp import FSDPEngine
 
-    return FSDPEngine(module, shard, groups, optim_options, engine_options, ranks)
+    return FSDPEngine(module, shard, groups, optim_options, engine_options, ranks, weights)

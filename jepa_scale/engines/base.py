@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from jepa_scale.distributed import Ranks
 from jepa_scale.engines.clip import Clipping
+from jepa_scale.engines.weights import Split
 
 if TYPE_CHECKING:
     from jepa_scale.checkpoint.boxes import Boxes
@@ -32,9 +33,9 @@ class EngineOptions:
     bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Name of a parameter → least and greatest value of its elements: after each update they are put back between these. Its
     gradient is what it is, and goes on at a bound."""
-    split: frozenset[str] = frozenset()
-    """Parameters of which each rank of a team has a part (:mod:`jepa_scale.models.tensor_parallel`); of the others they all have
-    the whole."""
+    split: Mapping[str, Split] = field(default_factory=dict)
+    """Parameters of which each rank of a team has a part (:mod:`jepa_scale.models.tensor_parallel`), and which; of the others they
+    all have the whole."""
     replicas: int = 1  # copies of the model, each sharded over its own ranks
 
 
@@ -202,8 +203,8 @@ class Engine(ABC):
         the engine was built.
 
         Args:
-            module: whole on every rank, in fp32; names and shapes of its parameters and buffers are among those of the
-                root module. It belongs to the engine from now on.
+            module: names and shapes of its parameters and buffers are among those of the root module; what numbers they have, if
+                any, does not count. It belongs to the engine from now on.
         """
 
     def train(self) -> None:

@@ -30,9 +30,10 @@ from jepa_scale.engines.base import (
     whole_state,
 )
 from jepa_scale.engines.clip import Range, cut, join
-from jepa_scale.engines.deepspeed_copy import PartitionedCopy, ReplicatedCopy
+from jepa_scale.engines.deepspeed_copy import PartitionedCopy, ReplicatedCopy, partition
 from jepa_scale.engines.deepspeed_state import StateView
 from jepa_scale.engines.deepspeed_topology import topology_of
+from jepa_scale.engines.weights import Weights, replace, strip_all
 from jepa_scale.errors import InputError
 from jepa_scale.optim import MatrixOptimizer, build_optimizer
 
@@ -159,6 +160,7 @@ class DeepSpeedEngine(Engine):
         optim_options: OptimConfig,
         options: EngineOptions,
         ranks: Ranks,
+        weights: Weights,
     ):
         assert options.deepspeed is not None, "EngineOptions.deepspeed: the DeepSpeed engine needs a JSON"
         super().__init__(module, options, ranks)
@@ -168,6 +170,7 @@ class DeepSpeedEngine(Engine):
         self._offloads = offloads(self._zero)
         self.layout = f"ZeRO-{self.stage} {options.precision}{' offloaded' if self._offloads else ''}"
         self._bf16 = options.precision == "bf16"
+        self._dtype = compute_dtype(options.precision)
 
         deepspeed = _import_deepspeed()
         os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # it insists on it
@@ -180,6 +183,16 @@ class DeepSpeedEngine(Engine):
             import deepspeed.runtime.bf16_optimizer as bf16_optimizer
 
             bf16_optimizer.see_memory_usage = lambda *_, **__: None
+        filled, topology = self._filled(config), topology_of(ranks)
+
+        def fill(name: str, parameter: nn.Parameter) -> None:
+            replace(parameter, weights.take_part(name, parameter, self._dtype, options.split.get(name)))
+
+        if self.stage == 3:
+            partition(module, fill, filled, topology)
+        else:
+            for name, parameter in module.named_parameters():
+                fill(name, parameter)
         self.optimizer = build_optimizer(groups, optim_options)
         self._peak_lrs = [group["lr"] for group in self.optimizer.param_groups]
         # Stage 0 in bf16 takes a step with zero gradients while it is set up: let it do nothing.
@@ -187,9 +200,9 @@ class DeepSpeedEngine(Engine):
         self.ds, *_ = deepspeed.initialize(
             model=module,
             optimizer=self.optimizer,
-            config=self._filled(config),
+            config=filled,
             dist_init_required=False,
-            mpu=topology_of(ranks),
+            mpu=topology,
         )
         if self.stage == 3:
             _hide_hooks(module)
@@ -312,10 +325,12 @@ class DeepSpeedEngine(Engine):
 
     @torch.no_grad()
     def copy_of(self, module: nn.Module) -> ShardedCopy:
-        module = module.requires_grad_(False).eval().to(self.ranks.device, compute_dtype(self.options.precision))
+        module = module.requires_grad_(False).eval()
+        strip_all(module)
+        module._apply(lambda x: x if x.is_meta else x.to(self.ranks.device))  # its buffers
         if self.stage == 3:
-            return PartitionedCopy(module, self._view, self._zero, self.ranks)
-        return ReplicatedCopy(module, self._view)
+            return PartitionedCopy(module, self._view, self._dtype, self._zero, self.ranks)
+        return ReplicatedCopy(module, self._view, self._dtype, self.ranks.device)
 
     def _whole(self, parameter: nn.Parameter) -> Tensor:
         """One parameter, gathered from all ranks."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,8 @@ from jepa_scale.checkpoint.boxes import Boxes
 from jepa_scale.distributed import Ranks, all_gather_object, data_group, data_rank, data_size
 from jepa_scale.engines.base import ShardedCopy, persistent_buffers
 from jepa_scale.engines.deepspeed_state import StateView, shard, true_shape
-from jepa_scale.engines.deepspeed_topology import topology_of
+from jepa_scale.engines.deepspeed_topology import Topology, topology_of
+from jepa_scale.engines.weights import OneByOne, replace
 
 
 class Share(NamedTuple):
@@ -43,18 +44,17 @@ class ReplicatedCopy(ShardedCopy):
       share the averages evenly.
 
     Args:
-        module: the copy, in the compute dtype and on the device. view: of the engine.
+        module: the copy, without numbers. view: of the engine. dtype, device: that it computes in and on.
     """
 
-    def __init__(self, module: nn.Module, view: StateView) -> None:
+    def __init__(self, module: nn.Module, view: StateView, dtype: torch.dtype, device: torch.device) -> None:
         self.module = module
         students = _students(module, view)
         parameters = dict(module.named_parameters())
         averaged = {name: parameter for name, parameter in parameters.items() if students[name] in view.pieces}
         self._frozen = {name: parameter for name, parameter in parameters.items() if name not in averaged}
         for name, parameter in self._frozen.items():
-            parameter.copy_(students[name])
-        dtype, device = next(iter(parameters.values())).dtype, next(iter(parameters.values())).device
+            replace(parameter, students[name].detach().clone())
         self._aliases = (
             dtype == torch.float32 and device == view.device
         )  # else masters are in host memory, and averages too
@@ -67,7 +67,7 @@ class ReplicatedCopy(ShardedCopy):
         for name in shares:
             parameter = averaged[name]
             offsets[name], at = at, at + parameter.numel()
-            parameter.data = self._flat[offsets[name] : at].view(parameter.shape)
+            replace(parameter, self._flat[offsets[name] : at].view(parameter.shape))
         self._stretches = list(stretches(shares, offsets))
         self._mine = {
             stretch: self._slice(stretch) if self._aliases else self._slice(stretch).to(view.device, torch.float32)
@@ -137,15 +137,16 @@ class PartitionedCopy(ShardedCopy):
     time, in fp32.
 
     Args:
-        module: the copy, whole, in the compute dtype and on the device. view: of the engine.
+        module: the copy, without numbers. view: of the engine. dtype: that it computes in.
         zero: ``zero_optimization`` of the engine's JSON.
     """
 
-    def __init__(self, module: nn.Module, view: StateView, zero: Mapping[str, Any], ranks: Ranks) -> None:
+    def __init__(
+        self, module: nn.Module, view: StateView, dtype: torch.dtype, zero: Mapping[str, Any], ranks: Ranks
+    ) -> None:
         import deepspeed
 
         students = _students(module, view)
-        dtype = next(module.parameters()).dtype
         config = {
             "train_micro_batch_size_per_gpu": 1,  # it insists on it
             "bf16": {"enabled": dtype == torch.bfloat16},
@@ -160,9 +161,13 @@ class PartitionedCopy(ShardedCopy):
             },
         }
         self.module = module
-        self._ds, *_ = deepspeed.initialize(
-            model=module, config=config, dist_init_required=False, mpu=topology_of(ranks)
-        )
+        topology = topology_of(ranks)
+
+        def fill(name: str, parameter: nn.Parameter) -> None:
+            replace(parameter, torch.zeros(parameter.shape, dtype=dtype, device=ranks.device))
+
+        partition(module, fill, config, topology)
+        self._ds, *_ = deepspeed.initialize(model=module, config=config, dist_init_required=False, mpu=topology)
         self._ds.eval()
 
         self._shards: dict[str, tuple[torch.Size, int, Tensor]] = {}  # shape, and what state() shows, from where
@@ -211,6 +216,25 @@ class PartitionedCopy(ShardedCopy):
     def state(self) -> dict[str, Boxes]:
         boxes = {name: Boxes.whole(buffer) for name, buffer in persistent_buffers(self.module)}
         return boxes | {name: Boxes.of_range(*part) for name, part in self._shards.items()}
+
+
+def partition(
+    module: nn.Module, fill: Callable[[str, nn.Parameter], object], config: dict[str, Any], topology: Topology | None
+) -> None:
+    """Have ZeRO-3 take its part of each parameter of a module, one after the other. Collective.
+
+    Args:
+        fill: gives a parameter its numbers, on the device and in the compute dtype. config, topology: as
+            ``deepspeed.initialize`` will get them.
+    """
+    import deepspeed
+
+    deepspeed.zero.Init(
+        module=OneByOne(module, fill),
+        data_parallel_group=None if topology is None else topology.get_data_parallel_group(),
+        config_dict_or_path=config,
+        mpu=topology,
+    )
 
 
 _SHARED = ("stage3_prefetch_bucket_size", "stage3_max_live_parameters")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -25,7 +25,8 @@ from jepa_scale.engines.base import (
     skip_if_not_finite,
     whole_state,
 )
-from jepa_scale.engines.fsdp_copy import FSDPCopy
+from jepa_scale.engines.fsdp_copy import FSDPCopy, allocate
+from jepa_scale.engines.weights import Weights, part_of
 from jepa_scale.optim import MatrixOptimizer, Part, build_optimizer
 
 
@@ -46,6 +47,7 @@ class FSDPEngine(Engine):
         optim_options: OptimConfig,
         options: EngineOptions,
         ranks: Ranks,
+        weights: Weights,
     ):
         super().__init__(module, options, ranks)
         self.layout = f"FSDP2 {options.precision}"
@@ -62,6 +64,7 @@ class FSDPEngine(Engine):
         self._mesh, self._policy = mesh, policy
         for part in [*shard, module]:
             fully_shard(part, mesh=mesh, mp_policy=policy)
+        allocate(module, ranks.device)
         for sharded_part in self._fsdp_modules():
             # both lines together: a plain sum over ranks, on gloo too
             sharded_part.set_gradient_divide_factor(1.0)
@@ -72,12 +75,22 @@ class FSDPEngine(Engine):
             {**group, "params": [sharded[name] for name in of_group]}
             for group, of_group in zip(groups, group_names, strict=True)
         ]
+        self._fill(sharded, weights)
         self._trainable = {name: p for name, p in sharded.items() if p.requires_grad}
         self.optimizer = build_optimizer(groups, optim_options)
         self._peak_lrs = [group["lr"] for group in self.optimizer.param_groups]
         create_optimizer_state(self.optimizer)
         if isinstance(self.optimizer, MatrixOptimizer):
             self.optimizer.bind([(sharded[n], [_rows(n, sharded[n])]) for n in self.optimizer.matrices])
+
+    @torch.no_grad()
+    def _fill(self, sharded: Mapping[str, nn.Parameter], weights: Weights) -> None:
+        """Give each parameter its initial numbers; beside the shards a device has one whole parameter."""
+        for name, parameter in sharded.items():
+            boxes = Boxes.of_dtensor(cast(DTensor, parameter))
+            mine = part_of(weights.take(name), boxes.shape, self.options.split.get(name))
+            for offsets, box in boxes.parts:
+                box.copy_(mine[tuple(slice(at, at + n) for at, n in zip(offsets, box.shape, strict=True))])
 
     def _fsdp_modules(self) -> list[FSDPModule]:
         return [m for m in self.module.modules() if isinstance(m, FSDPModule)]

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from jepa_scale.checkpoint.boxes import Boxes
 from jepa_scale.engines.base import ShardedCopy, persistent_buffers
+from jepa_scale.engines.weights import strip_all
 
 
 class FSDPCopy(ShardedCopy):
@@ -21,15 +22,17 @@ class FSDPCopy(ShardedCopy):
     would not by default: its next forward would use the weights of the last one, whatever has become of the shards.
 
     Args:
-        module: the copy, whole. student: the engine's module, its parameters sharded. mesh, policy: the engine's.
+        module: the copy. student: the engine's module, its parameters sharded. mesh, policy: the engine's.
     """
 
     def __init__(self, module: nn.Module, student: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
-        self.module = module.requires_grad_(False).eval().to(mesh.device_type)
+        self.module = module.requires_grad_(False).eval()
+        strip_all(module)
         alike = {name for name, part in student.named_modules() if isinstance(part, FSDPModule)}
         parts = [part for name, part in module.named_modules() if name in alike and name and _runs(part)]
         for part in [*reversed(parts), module]:  # children before parents
             fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        allocate(module, torch.device(mesh.device_type))
 
         masters = dict(student.named_parameters(remove_duplicate=False))
         self._averages: list[DTensor] = []
@@ -65,6 +68,11 @@ class FSDPCopy(ShardedCopy):
         boxes = {name: Boxes.whole(buffer) for name, buffer in persistent_buffers(self.module)}
         with torch.no_grad():
             return boxes | {n: Boxes.of_dtensor(cast(DTensor, p)) for n, p in self.module.named_parameters()}
+
+
+def allocate(module: nn.Module, device: torch.device) -> None:
+    """Memory for the shards of a module that was sharded without numbers; and the device for its buffers."""
+    module._apply(lambda x: torch.zeros_like(x, device=device) if x.is_meta else x.to(device))
 
 
 def _runs(module: nn.Module) -> bool:

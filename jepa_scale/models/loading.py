@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from contextlib import suppress
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from jepa_scale.distributed import rank
@@ -104,11 +105,13 @@ def _check_keys(cls: type[PreTrainedConfig], keys: dict[str, Any]) -> None:
 
 
 def _load(options: ModelOptions, vocab_size: int, pad_vocab_to: int) -> tuple[PreTrainedModel, int]:
-    """The decoder, and the rows that its embedding had in ``pretrained``."""
+    """The decoder, and the rows that its embedding had in ``pretrained``. On the ``meta`` device nothing is read but what says
+    of what shape it is and how it generates."""
     assert options.pretrained is not None
+    random = options.random_init or torch.get_default_device().type == "meta"
     from_hub: Any = {"trust_remote_code": options.trust_remote_code, "cache_dir": options.cache_dir}
     try:
-        if options.random_init:
+        if random:
             config = AutoConfig.from_pretrained(options.pretrained, **from_hub)
         else:
             decoder = AutoModelForCausalLM.from_pretrained(options.pretrained, dtype=torch.float32, **from_hub)
@@ -119,9 +122,15 @@ def _load(options: ModelOptions, vocab_size: int, pad_vocab_to: int) -> tuple[Pr
     if options.vocab_size is not None and options.vocab_size < has:
         raise InputError(f"model.vocab_size: {options.vocab_size} is smaller than the checkpoint's {has}; leave it out")
     needed = max(vocab_size, options.vocab_size or 0, has)
-    if options.random_init:
+    if random:
         config.get_text_config().vocab_size = -(-needed // pad_vocab_to) * pad_vocab_to
-        return _from_config(config, options), has
+        decoder = _from_config(config, options)
+        if not options.random_init:
+            with suppress(OSError):  # it need not have one
+                decoder.generation_config = GenerationConfig.from_pretrained(
+                    options.pretrained, cache_dir=options.cache_dir
+                )
+        return decoder, has
     if needed > has or has % pad_vocab_to:  # new rows start near the mean of the trained ones
         decoder.resize_token_embeddings(needed, pad_to_multiple_of=pad_vocab_to)
     return decoder, has

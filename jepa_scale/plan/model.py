@@ -81,11 +81,8 @@ def model_on_meta(plan: Plan, data: Any, layout: Layout) -> Modelled:
     Raises:
         InputError: the model, the objective or the layout does not fit the others.
     """
-    options = plan.model
-    if options.pretrained is not None:
-        options = options.model_copy(update={"random_init": True})  # its sizes are wanted, not its weights
     with torch.device("meta"):
-        backbone = build_backbone(options, data.vocab_size)
+        backbone = build_backbone(plan.model, data.vocab_size)
         objective = plan.objective_class(plan.objective, backbone, data)
     module = JepaModel(backbone, objective).to("meta")
     flops = objective.flops(backbone)

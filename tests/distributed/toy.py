@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from jepa_scale.config import OptimConfig
 from jepa_scale.distributed import Ranks
-from jepa_scale.engines import create_engine, spread
+from jepa_scale.engines import create_engine
 from jepa_scale.engines.base import Engine, EngineOptions
 from jepa_scale.optim import build_optimizer, parameter_groups
 
@@ -147,7 +147,6 @@ def make_engine(
 ) -> Engine:
     optim = optim or OPTIM
     toy = make_toy(tied)
-    spread(toy, ranks)
     zero = name.startswith("zero")
     with tempfile.TemporaryDirectory() as folder:
         config = small_buckets(name, folder) if zero else None
