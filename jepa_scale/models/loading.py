@@ -109,6 +109,7 @@ def _load(options: ModelOptions, vocab_size: int, pad_vocab_to: int) -> tuple[Pr
     of what shape it is and how it generates."""
     assert options.pretrained is not None
     random = options.random_init or torch.get_default_device().type == "meta"
+    decoder: PreTrainedModel
     from_hub: Any = {"trust_remote_code": options.trust_remote_code, "cache_dir": options.cache_dir}
     try:
         if random:
