@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Installs what tests/integration needs on Debian or Ubuntu: SLURM, munge, an ssh server, pdsh, network namespaces.
+# Installs what tests/integration needs on Debian or Ubuntu: SLURM, munge, an ssh server, pdsh, network namespaces, a browser.
 # No service is started: the tests run daemons of their own, on ports and in folders of their own.
 # Ends with 0 and says why when it cannot install (no root, no apt, no network); the tests then skip with the reason.
 set -uo pipefail
 
-packages=(slurm-wlm munge openssh-server openssh-client pdsh iproute2)
-programs=(slurmctld slurmd sbatch munged sshd ssh pdsh ip unshare)
+packages=(slurm-wlm munge openssh-server openssh-client pdsh iproute2 chromium fonts-dejavu-core)
+programs=(slurmctld slurmd sbatch munged sshd ssh pdsh ip unshare chromium)
 
 export PATH="$PATH:/usr/sbin:/sbin"
 # an sshd that root starts wants this folder, which else its service makes
