@@ -123,9 +123,7 @@ def report(plan: RunPlan, gpu: str, efficiency: float) -> str:
     verdict = "fits" if plan.fits_step else "does NOT fit"
     lines.append(f"{verdict} into the {gib(plan.usable)} GiB of {gpu} that may be used")
     if not plan.fits_start:
-        lines.append(
-            f"but building the engine takes {gib(plan.start)} GiB: every rank has the whole model in fp32 at first"
-        )
+        lines.append(f"but building the engine takes {gib(plan.start)} GiB: gradients of zeros, or one whole parameter")
     if plan.largest is not None:
         found = (
             f"{plan.largest:,} tokens ({plan.largest_samples:,} samples)" if plan.largest else "none, not one sample"

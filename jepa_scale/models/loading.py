@@ -109,7 +109,6 @@ def _load(options: ModelOptions, vocab_size: int, pad_vocab_to: int) -> tuple[Pr
     of what shape it is and how it generates."""
     assert options.pretrained is not None
     random = options.random_init or torch.get_default_device().type == "meta"
-    decoder: PreTrainedModel
     from_hub: Any = {"trust_remote_code": options.trust_remote_code, "cache_dir": options.cache_dir}
     try:
         if random:
@@ -125,13 +124,13 @@ def _load(options: ModelOptions, vocab_size: int, pad_vocab_to: int) -> tuple[Pr
     needed = max(vocab_size, options.vocab_size or 0, has)
     if random:
         config.get_text_config().vocab_size = -(-needed // pad_vocab_to) * pad_vocab_to
-        decoder = _from_config(config, options)
+        made = _from_config(config, options)
         if not options.random_init:
             with suppress(OSError):  # it need not have one
-                decoder.generation_config = GenerationConfig.from_pretrained(
+                made.generation_config = GenerationConfig.from_pretrained(
                     options.pretrained, cache_dir=options.cache_dir
                 )
-        return decoder, has
+        return made, has
     if needed > has or has % pad_vocab_to:  # new rows start near the mean of the trained ones
         decoder.resize_token_embeddings(needed, pad_to_multiple_of=pad_vocab_to)
     return decoder, has

@@ -45,7 +45,8 @@ class Modelled:
 
     Attributes:
         parameters: name → sizes; a tied one once, as in ``module.named_parameters()``.
-        whole: parameters of the model, tp or not; taught: of the teacher's copies.
+        whole: parameters of the model, tp or not; taught: of the teacher's copies; largest: elements of the largest parameter,
+            tp or not.
         flops: of the whole model: micro-batches of a data rank → what training on them costs its tp ranks together.
     """
 
@@ -54,6 +55,7 @@ class Modelled:
     parameters: Mapping[str, Sizes]
     whole: int
     taught: int
+    largest: int
     flops: StepFlops
 
     @property
@@ -87,6 +89,7 @@ def model_on_meta(plan: Plan, data: Any, layout: Layout) -> Modelled:
     module = JepaModel(backbone, objective).to("meta")
     flops = objective.flops(backbone)
     whole = sum(parameter.numel() for parameter in module.parameters())
+    largest = max(parameter.numel() for parameter in module.parameters())
     taught = sum(p.numel() for copied in objective.teacher_copies(backbone).values() for p in copied.parameters())
     if layout.tp > 1:
         cut_for_rank(backbone, layout.tp)
@@ -104,7 +107,7 @@ def model_on_meta(plan: Plan, data: Any, layout: Layout) -> Modelled:
     module.train()
     if teacher is not None:
         teacher.requires_grad_(False).eval()
-    return Modelled(module, teacher, parameters, whole, taught, flops)
+    return Modelled(module, teacher, parameters, whole, taught, largest, flops)
 
 
 def _optimized(

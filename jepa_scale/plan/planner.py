@@ -47,7 +47,7 @@ class RunPlan:
 
     Attributes:
         parameters: of the whole model. micro_tokens: of the config's micro-batch; micro_samples: samples in it.
-        start: at least needed while the engine is built, when every rank has the model whole.
+        start: at least needed while the engine is built, when the weights come one parameter at a time.
         usable: of the GPU's memory. largest: tokens of the largest micro-batch that fits; 0 = not even one sample, ``None`` =
             not looked for. largest_samples: samples in it.
         step_tokens: of an optimizer step, all ranks together. flops: of a micro-batch on its tp ranks together.
@@ -141,7 +141,7 @@ def make_plan(config: Config, request: Request) -> RunPlan:
         batch.counts["samples"],
         accumulation,
         memory,
-        _start(layout, memory.state, model.whole, sizes),
+        _start(layout, memory.state, model.largest, sizes),
         usable,
         largest,
         largest_samples,
@@ -168,17 +168,16 @@ def _batch(config: Config, model: Modelled, data: Any, layout: Layout) -> tuple[
     return 0, max(1, -(-train.batch_size // (train.accumulation * layout.data_ranks))), train.accumulation
 
 
-def _start(layout: Layout, state: Mapping[str, int], whole: int, sizes: Mapping[str, Any]) -> int:
-    """While an engine is built: the model comes whole, in fp32, to each rank's device, and moments come into being by a step
-    with gradients of zeros. FSDP2's whole parameters stay until then. The teacher comes later."""
+def _start(layout: Layout, state: Mapping[str, int], largest: int, sizes: Mapping[str, Any]) -> int:
+    """While an engine is built: each parameter comes whole from rank 0, in fp32 under FSDP2 and else in the compute dtype, beside
+    what is kept of all; then moments come into being by a step with gradients of zeros. The teacher comes later."""
     trained = sum(s.numel for s in sizes.values() if s.trains)
     own = trained // (layout.shards if layout.stage > 0 else 1)
     built = sum(size for kind, size in state.items() if kind != "teacher") + 4 * own
-    if layout.engine == "fsdp":
-        return 4 * whole + built
-    if layout.stage == 0 and layout.width != 4:
+    if layout.engine == "deepspeed" and layout.stage == 0 and layout.width != 4:
         built += layout.width * trained
-    return max(4 * whole, built)
+    one = (4 if layout.engine == "fsdp" else layout.width) * largest
+    return max(state["parameters"] + one, built)
 
 
 # -------------------------------------------------------------------------------------------- the largest micro-batch

@@ -50,7 +50,7 @@ def test_eight_billion_parameters_on_4096_ranks():
     plan = planned(config({"precision": "bf16"}, model=BIG, train=batch, data=data), 4096, **layout)
     assert plan.parameters == 8_030_261_248
     assert plan.memory.state["parameters"] == pytest.approx(4 * plan.parameters / 1024, rel=0.01)
-    assert plan.start >= 4 * plan.parameters > 29 * GIB
+    assert plan.start < 3 * GIB < 4 * plan.parameters / 8  # shards, and the largest parameter whole
 
 
 def test_plans_do_not_depend_on_what_was_planned_before():
