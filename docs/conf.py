@@ -1,0 +1,30 @@
+"""Sphinx builds docs/*.md (MyST) and the reference from the docstrings: ``python -m sphinx -W -b html docs build/docs``."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import jepa_scale
+
+project = "jepa_scale"
+release = jepa_scale.__version__
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["examples"]
+
+myst_heading_anchors = 4  # as GitHub makes them, so that links work in both
+suppress_warnings = ["toc.empty_glob"]  # pages that may be there, such as a generated one, have a place by pattern
+nitpicky = False  # types of other packages have no pages here
+
+autodoc_default_options = {"members": True, "member-order": "bysource", "exclude-members": "model_config"}
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True  # attributes are told once, not as objects beside those that autodoc finds
+
+html_theme = "furo"
+html_title = "jepa_scale"
+html_copy_source = False
+html_show_sphinx = False
+pygments_style = "default"
