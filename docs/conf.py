@@ -13,7 +13,6 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["examples"]
 
 myst_heading_anchors = 4  # as GitHub makes them, so that links work in both
-suppress_warnings = ["toc.empty_glob"]  # pages that may be there, such as a generated one, have a place by pattern
 nitpicky = False  # types of other packages have no pages here
 
 autodoc_default_options = {"members": True, "member-order": "bysource", "exclude-members": "model_config"}
@@ -28,3 +27,16 @@ html_title = "jepa_scale"
 html_copy_source = False
 html_show_sphinx = False
 pygments_style = "default"
+
+OPTIONAL = ("config", "performance", "clusters", "security")  # have a place in the index, and may not be there
+
+
+def leave_out(app, docname, source):
+    """Takes pages that are not there out of the index."""
+    missing = [name for name in OPTIONAL if not (Path(app.srcdir) / f"{name}.md").exists()]
+    if docname == "index":
+        source[0] = "\n".join(line for line in source[0].split("\n") if line not in missing)
+
+
+def setup(app):
+    app.connect("source-read", leave_out)

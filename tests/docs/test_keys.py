@@ -33,7 +33,7 @@ KNOWN = {
     "log": below(LogConfig),
 }
 KEY = re.compile(rf"`({'|'.join(KNOWN)})\.([a-z_0-9]+)[^`]*`")
-FOREIGN = {"data.module", "model.name", "model.use_lora", "model.lora_rank", "model.pretrain", "run.dir`", "train.py"}
+FOREIGN = {"data.module", "model.name", "model.use_lora", "model.lora_rank", "model.pretrain"}
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)

@@ -46,7 +46,9 @@ def site(tmp_path_factory):
         [*command, "docs", str(out / "html")], cwd=REPOSITORY, capture_output=True, text=True, env=os.environ
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return {path.relative_to(out / "html"): Page(path.read_text()) for path in (out / "html").rglob("*.html")}, out / "html"
+    return {
+        path.relative_to(out / "html"): Page(path.read_text()) for path in (out / "html").rglob("*.html")
+    }, out / "html"
 
 
 def test_every_page_is_there(site):
