@@ -89,12 +89,27 @@ class Run:
 
 
 def objective_class(name: str) -> type[Objective]:
-    if name not in OBJECTIVES:
+    """The objective of a name in ``OBJECTIVES``, or of ``module:Class`` for one that lives outside of this package.
+
+    Raises:
+        InputError: there is no such name, module or class, or the class is no :class:`Objective`.
+    """
+    if name not in OBJECTIVES and ":" not in name:
         near = difflib.get_close_matches(name, OBJECTIVES, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(OBJECTIVES)}"
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(OBJECTIVES)}, or module:Class of your own"
         raise InputError(f"objective.name: unknown objective {name!r}; {hint}")
-    module, _, attribute = OBJECTIVES[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    module, _, attribute = OBJECTIVES.get(name, name).partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        if name in OBJECTIVES:
+            raise
+        raise InputError(
+            f"objective.name: {name!r} cannot be imported ({error}); is its folder in PYTHONPATH?"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Objective)):
+        raise InputError(f"objective.name: {name!r} is no subclass of jepa_scale.objectives.base.Objective")
+    return found
 
 
 def validate(config: Config) -> Plan:

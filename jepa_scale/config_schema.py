@@ -30,6 +30,9 @@ CHOSEN_BY = {"data": "source", "objective": "name"}
 """Section → the key that says which other keys there are."""
 
 
+OUTSIDE = {"type": "string", "pattern": r"^[\w.]+:\w+$", "description": "module:Class, an objective of one's own."}
+
+
 def config_schema() -> Schema:
     """The schema (draft 2020-12). A file that fits may still be refused for what a schema cannot say, such as keys that
     exclude each other."""
@@ -67,7 +70,11 @@ def config_schema() -> Schema:
         sections[section] = {
             "description": described[section],
             "type": "object",
-            "properties": {key: {"enum": list(found[section])}},
+            "properties": {
+                key: {"enum": list(found[section])}
+                if section == "data"
+                else {"anyOf": [{"enum": list(found[section])}, OUTSIDE]}
+            },
             "required": [key],
             "allOf": conditions,
         }

@@ -66,6 +66,12 @@ def test_an_objectives_keys_are_its_own(schema):
     assert "distance" in {part for error in schema.iter_errors(values) for part in error.message.split("'")}
 
 
+def test_an_objective_of_ones_own_fits(schema):
+    values = yaml.safe_load((REPOSITORY / "configs/reversal.yaml").read_text())
+    values["objective"] = {"name": "my_package.mine:Mine", "whatever": 3}
+    schema.validate(values)
+
+
 def test_every_key_says_what_it_means():
     """An editor shows it, and the reference page."""
     definitions = config_schema()["$defs"]

@@ -33,7 +33,7 @@ def sigreg(
     """How far the rows are from N(0, I), in fp32. Collective.
 
     On each slice, with the empirical characteristic function φ̂ of the global batch's n rows there,
-    T = n · ∫ |φ̂(t) − e^(−t²/2)|² e^(−t²/2) dt by the trapezoid rule; the loss is the mean of T over the slices. For rows
+    ``T = n · ∫ |φ̂(t) − e^(−t²/2)|² e^(−t²/2) dt`` by the trapezoid rule; the loss is the mean of T over the slices. For rows
     that are N(0, I) its expectation is √(2π) (1 − 1/√3) ≈ 1.06 whatever n; for others it grows with n.
 
     Args:
