@@ -24,7 +24,6 @@ the median over the rounds. The step of LLM-JEPA has a benchmark of its own, ``b
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import tempfile
 from collections.abc import Callable
@@ -91,11 +90,15 @@ def config_of(name: str, threads: int, batch_size: int, chat: str, horizon_data:
         return load_config("configs/tiny_shakespeare.yaml", [*common, *sizes, f"data.path={horizon_data}"])
     model = {"family": "huggingface", "config": llama, "vocab_size": 32_000 if name == "chat" else None}
     if name == "chat":
-        config = load_config("configs/nl_rx_synth_lm.yaml", [*common, f"data.path={chat}", f"train.batch_size={batch_size}"])
+        config = load_config(
+            "configs/nl_rx_synth_lm.yaml", [*common, f"data.path={chat}", f"train.batch_size={batch_size}"]
+        )
         config.data["max_length"], config.train.epochs = PAD, 0
     else:
         sizes = ["train.batch_tokens=0", "train.micro_tokens=0", f"train.batch_size={batch_size}"]
-        config = load_config("configs/tiny_corpus_lm.yaml", [*common, *sizes, "data.vocab_size=8192", "data.max_length=256"])
+        config = load_config(
+            "configs/tiny_corpus_lm.yaml", [*common, *sizes, "data.vocab_size=8192", "data.max_length=256"]
+        )
     config.model = model
     return config
 
@@ -163,10 +166,10 @@ def main() -> None:
     parser.add_argument("--chat", default="nl_rx_synth", help="conversations: the alias, or a JSONL file of messages")
     parser.add_argument("--horizon-data", default="python_docs", help="text: an alias, a file or a folder")
     parser.add_argument("--chat-batch", type=int, default=16, help="samples in a step")
-    parser.add_argument("--text-batch", type=int, default=16)
+    parser.add_argument("--text-batch", type=int, default=8)
     parser.add_argument("--horizon-batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=2, help="steps of a program in a round")
+    parser.add_argument("--steps", type=int, default=1, help="steps of a program in a round")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -179,11 +182,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for name in args.only:
             rows += compare(name, args, ranks, Path(scratch))
+            if args.json:  # after each, as all of them take minutes
+                settings = {key: str(value) for key, value in vars(args).items() if key != "json"}
+                write(args.json, {**describe_environment(ranks, "fsdp", "fp32"), "settings": settings}, rows)
     distributed.teardown()
-    if args.json:
-        settings = {key: str(value) for key, value in vars(args).items() if key != "json"}
-        machine = {**describe_environment(ranks, "fsdp", "fp32"), "settings": settings}
-        write(args.json, machine, rows)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,10 @@ class PlainLoop:
         self.prepare()
         decays = [p for p in self.model.parameters() if p.ndim >= 2]
         others = [p for p in self.model.parameters() if p.ndim < 2]
-        groups = [{"params": decays, "weight_decay": config.optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        groups = [
+            {"params": decays, "weight_decay": config.optim.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
         self.optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, betas=config.optim.betas, fused=True)
 
     def prepare(self) -> None:
