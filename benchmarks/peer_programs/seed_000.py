@@ -1,0 +1,119 @@
+"""The step of the first horizon experiments, written plainly: rows padded to one length, every loss in its textbook form."""
+
+from __future__ import annotations
+
+import copy
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.peer_programs.ours import Found, Samples, gradient_norm
+from jepa_scale.data.draw import Draw
+from jepa_scale.packing import IGNORE
+from jepa_scale.teacher import momentum_at
+
+
+class PaddedHorizon:
+    """Next-token loss, Barlow's loss of pairs and the future KL on (B, W) rows, with logits at every place; clipping in two
+    groups; the EMA of the projector. The pairs are those of our step.
+
+    Args:
+        eager: attention spelled out, with its (B, H, W, W) weights, instead of PyTorch's fused kernel.
+    """
+
+    def __init__(self, samples: Samples, width: int, eager: bool) -> None:
+        config = samples.plan.config
+        self.samples, self.width, self.done, self.config = samples, width, 0, config
+        self.model = samples.fresh_model()
+        self.decoder, self.heads = self.model.backbone.decoder, self.model.objective
+        self.decoder.set_attn_implementation("eager" if eager else "sdpa")
+        assert self.heads.options.loss == "barlow" and self.heads.options.teacher == "projector"
+        self.teacher = copy.deepcopy(self.heads.encoder).requires_grad_(False)
+        groups = self.heads.clip_groups(self.model)
+        named = dict(self.model.named_parameters())
+        self.groups = [[named[name] for name in names] for names in groups.values()]
+        decays = [p for p in named.values() if p.ndim >= 2]
+        others = [p for p in named.values() if p.ndim < 2]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decays, "weight_decay": config.optim.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            lr=config.optim.lr,
+            betas=config.optim.betas,
+            fused=True,
+        )
+
+    def batch(self, step: int) -> tuple[Tensor, ...]:
+        """ids (B, W), labels (B, W) of what follows each place, and the pairs' rows, anchors, targets, horizons (n,)."""
+        make, stream = self.heads.view_maker(), self.samples.run.stream
+        epochs, numbers = stream.micro_batch(step, 0)
+        ids, labels = np.zeros((len(numbers), self.width), np.int64), np.full((len(numbers), self.width), IGNORE)
+        pairs: list[tuple[np.ndarray, ...]] = []
+        for row, (epoch, number) in enumerate(zip(epochs, numbers, strict=True)):
+            draw = Draw(self.config.run.seed, int(epoch), step, int(number))
+            view = make(self.samples.run.data.train[int(number)], draw)
+            segment = view.segments[0]
+            ids[row, : len(segment.tokens)], labels[row, : len(segment.tokens)] = segment.tokens, segment.labels
+            anchors, targets = segment.places["anchor"], segment.places["target"]
+            pairs.append((np.full(len(anchors), row), anchors, targets, view.rows["horizon"]))
+        joined = [np.concatenate(parts) for parts in zip(*pairs, strict=True)]
+        return tuple(torch.from_numpy(np.asarray(x)) for x in (ids, labels, *joined))
+
+    def loss(self, step: int) -> Tensor:
+        o = self.heads.options
+        ids, labels, rows, anchors, targets, horizons = self.batch(step)
+        tapped: list[Tensor] = []
+        block = self.decoder.model.layers[self.heads.tap - 1]
+        handle = block.register_forward_hook(lambda module, args, output: tapped.append(output))
+        # rows end in padding, which nothing before it sees: the causal mask is enough
+        logits = self.decoder(input_ids=ids, use_cache=False).logits.float()
+        handle.remove()
+        lm = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
+
+        encoded = self.heads.encoder(tapped[0][rows, anchors])
+        predicted = self.heads.predictor(torch.cat([encoded, self.heads.horizon_embedding(horizons)], dim=-1))
+        with torch.no_grad():
+            target = self.teacher(tapped[0][rows, targets])
+        a, b = (F.batch_norm(x, None, None, training=True, eps=1e-5) for x in (predicted, target))
+        correlation = a.T @ b / len(a)
+        diagonal = correlation.diagonal()
+        off = (correlation.square().sum() - diagonal.square().sum()) / len(correlation)
+        jepa = o.align_scale * (1 - diagonal).square().mean() + o.off_diag_scale * off
+
+        latents = predicted.detach() if o.kl_barrier else predicted
+        head = self.decoder.lm_head
+        weight = head.weight.detach() if o.kl_freeze_head else head.weight
+        student = F.linear(self.heads.latent_to_hidden(latents), weight)
+        t = o.kl_temperature
+        p = F.softmax(logits[rows, targets].detach() / t, dim=-1)
+        kl = F.kl_div(F.log_softmax(student / t, dim=-1), p, reduction="batchmean")
+        return o.lm_weight * lm + o.jepa_weight * jepa + o.kl_weight * t**2 * kl
+
+    def look(self, step: int) -> Found:
+        loss = self.loss(step)
+        loss.backward()
+        return Found(float(loss.detach()), gradient_norm(self.model.parameters()))
+
+    def steps(self, count: int) -> list[float]:
+        found = []
+        for step in range(self.done, self.done + count):
+            started = time.perf_counter()
+            loss = self.loss(step)
+            loss.backward()
+            for parameters in self.groups:
+                torch.nn.utils.clip_grad_norm_(parameters, self.config.optim.clip_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self._update_teacher(step)
+            if (step + 1) % self.config.train.log_every == 0:
+                float(loss.detach())
+            found.append(time.perf_counter() - started)
+        self.done += count
+        return found
+
+    @torch.no_grad()
+    def _update_teacher(self, step: int) -> None:
+        m = momentum_at(step, self.heads.options.ema, self.samples.run.steps)
+        for average, student in zip(self.teacher.parameters(), self.heads.encoder.parameters(), strict=True):
+            average.mul_(m).add_(student, alpha=1 - m)

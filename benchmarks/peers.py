@@ -1,0 +1,192 @@
+"""Our training step against those of other trainers, on the same model, weights, samples and precision.
+
+    python benchmarks/peers.py --threads 2 --json benchmarks/results/peers.json
+
+Each comparison is two programs or more in one process, fp32, that take turns, in another order each round; the first round
+does not count. A step is the whole of it as a user gets it: samples made into a batch, forward, backward, clipping, fused
+AdamW, and whatever each logs at its default interval. Before anything is timed the loss and the gradient norm of two steps
+are compared (``fsdp_loop``, which knows no borders of documents, computes another loss and is left out of that).
+
+* ``chat``: conversations of NL-RX-SYNTH with labels on the answers (``--chat`` = a JSONL file of ``messages``; the
+  LLM-JEPA repository has synth_train.jsonl), a Llama of 5 blocks of 256 with a vocabulary of 32,000;
+* ``text``: Python's documentation, which every Python carries, in pieces of 256 tokens at most, every token predicted; the
+  same Llama with 8,192;
+* ``horizon``: the first horizon experiments at their tiny configuration (``configs/tiny_shakespeare.yaml``: 6 blocks of 256,
+  vocabulary 1,024, 32 rows of 512), on Python's documentation, or on ``--horizon-data``.
+
+The others: ``trainer_padded``, ``trainer_padded_512`` and ``trainer_packed``, transformers' ``Trainer`` with rows padded to the
+longest of the batch, padded to 512, and with ``DataCollatorWithFlattening``; ``plain``, a loop with padded rows and a dense mask;
+``fsdp_loop``, FSDP2 on full rows without borders; ``seed_000`` and ``seed_000_eager``, padded rows of the horizon objective with
+fused and with spelled-out attention. ``ratio/<comparison>/<other>`` is how many times as many real tokens a second ours does,
+the median over the rounds. The step of LLM-JEPA has a benchmark of its own, ``benchmarks/two_view.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+import torch  # noqa: E402
+
+from benchmarks.peer_programs.ours import Ours, Program, Samples  # noqa: E402
+from benchmarks.peer_programs.plain import FsdpLoop, PlainLoop  # noqa: E402
+from benchmarks.peer_programs.seed_000 import PaddedHorizon  # noqa: E402
+from benchmarks.peer_programs.trainer import HuggingFaceTrainer  # noqa: E402
+from benchmarks.rows import row, write  # noqa: E402
+from jepa_scale import distributed  # noqa: E402
+from jepa_scale.config import Config, load_config  # noqa: E402
+from jepa_scale.table import text_table  # noqa: E402
+from jepa_scale.telemetry import quiet_libraries  # noqa: E402
+from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
+
+TOLERANCE = 1e-4
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 784,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+}
+PAD = 512
+SLOW = ("trainer_padded_512",)
+"""One step a round: many seconds each."""
+
+Makers = dict[str, Callable[[Samples, Path], Program]]
+TRAINERS: Makers = {
+    "trainer_packed": lambda samples, scratch: HuggingFaceTrainer(samples, "flatten", scratch),
+    "trainer_padded": lambda samples, scratch: HuggingFaceTrainer(samples, 0, scratch),
+}
+OTHERS: dict[str, Makers] = {
+    "chat": {
+        **TRAINERS,
+        "trainer_padded_512": lambda samples, scratch: HuggingFaceTrainer(samples, PAD, scratch),
+        "plain": lambda samples, scratch: PlainLoop(samples),
+    },
+    "text": {
+        **TRAINERS,
+        "plain": lambda samples, scratch: PlainLoop(samples),
+        "fsdp_loop": lambda samples, scratch: FsdpLoop(samples, samples.run.data.train.max_size - 1),
+    },
+    "horizon": {
+        "seed_000": lambda samples, scratch: PaddedHorizon(samples, samples.run.data.train.max_size - 1, False),
+        "seed_000_eager": lambda samples, scratch: PaddedHorizon(samples, samples.run.data.train.max_size - 1, True),
+    },
+}
+
+
+def config_of(name: str, threads: int, batch_size: int, chat: str, horizon_data: str, llama: dict[str, Any]) -> Config:
+    """Of our side of a comparison."""
+    common = [f"engine.threads={threads}", "data.workers=0"]
+    if name == "horizon":
+        sizes = ["train.batch_tokens=0", "train.micro_tokens=0", f"train.batch_size={batch_size}"]
+        return load_config("configs/tiny_shakespeare.yaml", [*common, *sizes, f"data.path={horizon_data}"])
+    model = {"family": "huggingface", "config": llama, "vocab_size": 32_000 if name == "chat" else None}
+    if name == "chat":
+        config = load_config(
+            "configs/nl_rx_synth_lm.yaml", [*common, f"data.path={chat}", f"train.batch_size={batch_size}"]
+        )
+        config.data["max_length"], config.train.epochs = PAD, 0
+    else:
+        sizes = ["train.batch_tokens=0", "train.micro_tokens=0", f"train.batch_size={batch_size}"]
+        config = load_config(
+            "configs/tiny_corpus_lm.yaml", [*common, *sizes, "data.vocab_size=8192", "data.max_length=256"]
+        )
+    config.model = model
+    return config
+
+
+def check(programs: dict[str, Program], steps: int = 2) -> None:
+    """All compute the same: else nothing is timed.
+
+    Raises:
+        SystemExit: naming the program, the step and both values.
+    """
+    for step in range(steps):
+        found = {name: program.look(step) for name, program in programs.items() if name != "fsdp_loop"}
+        for name, theirs in found.items():
+            for what, ours, other in zip(theirs._fields, found["ours"], theirs, strict=True):
+                if not abs(other - ours) <= TOLERANCE * max(1.0, abs(ours)):
+                    sys.exit(f"{name}, step {step}: {what} {other:.6f}, ours {ours:.6f}; not the same work")
+
+
+def measure(programs: dict[str, Program], tokens: dict[str, Callable[[int], int]], rounds: int, steps: int) -> Any:
+    """Real tokens a second of each program, one value a round: the tokens of a round over its seconds."""
+    rates: dict[str, list[float]] = {name: [] for name in programs}
+    done = dict.fromkeys(programs, 0)
+    names = list(programs)
+    for turn in range(rounds + 1):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            count = 1 if name in SLOW else steps
+            seconds = sum(programs[name].steps(count))
+            real = sum(tokens[name](step) for step in range(done[name], done[name] + count))
+            done[name] += count
+            if turn:
+                rates[name].append(real / seconds)
+    return rates
+
+
+def compare(name: str, args: argparse.Namespace, ranks: Any, scratch: Path) -> list[dict[str, Any]]:
+    batch_size = {"chat": args.chat_batch, "text": args.text_batch, "horizon": args.horizon_batch}[name]
+    config = config_of(name, args.threads, batch_size, args.chat, args.horizon_data, LLAMA)
+    ours = Ours(config, ranks, scratch)
+    programs: dict[str, Program] = {"ours": ours}
+    programs |= {other: make(ours.samples, scratch) for other, make in OTHERS[name].items()}
+    tokens: dict[str, Callable[[int], int]] = dict.fromkeys(programs, ours.samples.tokens)
+    if isinstance(loop := programs.get("fsdp_loop"), FsdpLoop):
+        tokens["fsdp_loop"] = lambda step: loop.rows * loop.width
+    check(programs)
+    rates = measure(programs, tokens, args.rounds, args.steps)
+    ours.close()
+    rows = [row(f"throughput/{name}/{of}", values, "tokens/s") for of, values in rates.items()]
+    for other in OTHERS[name]:
+        ratios = [a / b for a, b in zip(rates["ours"], rates[other], strict=True)]
+        rows.append(row(f"ratio/{name}/{other}", ratios, ""))
+    rows.append(row(f"tokens/{name}", [float(ours.samples.tokens(step)) for step in range(5)], "tokens/step"))
+    print(
+        text_table(
+            [name, "median", "min", "max", ""],
+            [[r["name"], *(f"{r[k]:,.2f}" for k in ("value", "min", "max")), r["unit"]] for r in rows],
+        ),
+        flush=True,
+    )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=OTHERS, default=list(OTHERS), help="comparisons")
+    parser.add_argument("--chat", default="nl_rx_synth", help="conversations: the alias, or a JSONL file of messages")
+    parser.add_argument("--horizon-data", default="python_docs", help="text: an alias, a file or a folder")
+    parser.add_argument("--chat-batch", type=int, default=16, help="samples in a step")
+    parser.add_argument("--text-batch", type=int, default=8)
+    parser.add_argument("--horizon-batch", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=1, help="steps of a program in a round")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+
+    quiet_libraries()
+    torch.set_num_threads(args.threads)
+    torch.set_float32_matmul_precision("highest")
+    ranks = distributed.setup()
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in args.only:
+            rows += compare(name, args, ranks, Path(scratch))
+            if args.json:  # after each, as all of them take minutes
+                settings = {key: str(value) for key, value in vars(args).items() if key != "json"}
+                write(args.json, {**describe_environment(ranks, "fsdp", "fp32"), "settings": settings}, rows)
+    distributed.teardown()
+
+
+if __name__ == "__main__":
+    main()
