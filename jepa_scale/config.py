@@ -246,6 +246,10 @@ class LogConfig(Section):
     tensorboard: bool = Field(False, description="Write TensorBoard events into the run directory.")
     progress: bool = Field(True, description="Progress bar on rank 0.")
     report: bool = Field(True, description="Write report.html and plots/*.png at the end.")
+    breakdown: bool = Field(
+        False,
+        description="Seconds of each part of a step (data, forward, backward, optimizer …) in the rows of training.",
+    )
 
 
 class Config(Section):

@@ -13,6 +13,7 @@ from torch import Tensor
 from jepa_scale.distributed import all_reduce_sum
 from jepa_scale.objectives.base import Loss
 from jepa_scale.packing import PackedBatch
+from jepa_scale.step_clock import StepClock
 
 T = TypeVar("T")
 COUNTS = ("tokens", "budget", "skipped")
@@ -22,8 +23,10 @@ COUNTS = ("tokens", "budget", "skipped")
 class Meter:
     """Sums of a loss's contributions; :meth:`read` is the only host sync of the training loop."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, breakdown: bool = False):
         self.device = device
+        self.clock = StepClock(device, breakdown)
+        """Tells the parts of a step apart, with ``breakdown``."""
         self.bad_steps: list[int] = []
         """Steps without a finite gradient among those that the last :meth:`read` was about."""
         self.flops = 0
@@ -78,7 +81,8 @@ class Meter:
 
         ``data_wait`` is the share of the time since then that a rank waited for data, on average; with a token budget
         ``packing_efficiency`` is the share of it that was used; ``skipped_samples`` were damaged and left out;
-        ``skipped_steps`` had no finite gradient and are in no mean (:attr:`bad_steps` names them).
+        ``skipped_steps`` had no finite gradient and are in no mean (:attr:`bad_steps` names them). What the :attr:`clock`
+        measured is there too.
         """
         names = sorted(self._sums)
         self._worked += time.perf_counter() - self._busy_since if self._busy_since is not None else 0.0
@@ -99,6 +103,7 @@ class Meter:
             values["skipped_samples"] = skipped
         if self.bad_steps:
             values["skipped_steps"] = float(len(self.bad_steps))
+        values |= self.clock.read(len(good))
         self._reset()
         return values, int(tokens)
 

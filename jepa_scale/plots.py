@@ -12,7 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from jepa_scale.telemetry.metrics import describe, in_report_order
+from jepa_scale.breakdown import plot_breakdown
+from jepa_scale.telemetry.metrics import STEP_PARTS, STEP_TIME, describe, in_report_order, step_part
 from jepa_scale.telemetry.records import FIT, Row, values_of
 
 # Okabe & Ito's colours without the yellow: told apart with any colour vision, dark enough for thin lines on
@@ -112,15 +113,19 @@ def wants_log_axis(metric: str, values: list[float]) -> bool:
 def plot_all(rows: list[Row], directory: Path) -> dict[str, Path]:
     """A PNG for every metric that was finite at least once: metric → file.
 
-    Files of metrics that the run no longer has are removed, so that the folder shows this run only.
+    The parts of a step's time share one picture. Files of metrics that the run no longer has are removed, so that the folder shows this run only.
     """
     directory.mkdir(parents=True, exist_ok=True)
     files: dict[str, Path] = {}
+    stacked = {step_part(part) for part in STEP_PARTS}  # in one picture, the one of their sum
     for metric, lines in curves(rows).items():
         lines = [line for line in lines if line.finite]
-        if lines:
+        if lines and metric not in stacked:
             files[metric] = directory / f"{file_name(metric)}.png"
-            plot(metric, lines, files[metric])
+            if metric == STEP_TIME:
+                plot_breakdown(rows, files[metric])
+            else:
+                plot(metric, lines, files[metric])
     for old in set(directory.glob("*.png")) - set(files.values()):
         old.unlink()
     return files

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -25,7 +26,7 @@ class StopRequest:
     def __init__(self, device: torch.device) -> None:
         self.requested = False
         self._device = device
-        self._asked: Tensor | None = None
+        self._asked: Callable[[], bool] | None = None  # whether any rank was, in the call before
         self.name = ""
         self._before: dict[int, Any] = {}
 
@@ -43,12 +44,15 @@ class StopRequest:
 
         Args:
             asked: 0-d, how many ranks were asked to, the same on every rank. On a GPU the answer is that of the call
-                before, whose value has arrived long since: reading this one would make the host wait for the device.
+                before, which was sent to the host when it was made: reading this one would make the host wait for the device, and so
+            would ``item`` of the one before, for all that the device has been given since. As it is the host is at most a step
+            ahead.
         """
-        last, self._asked = self._asked, asked
         if asked.device.type == "cpu":
-            last = asked
-        return last is not None and bool(last.item())
+            return bool(asked.item())
+        agreed = self._asked is not None and self._asked()
+        self._asked = sent_to_host(asked)
+        return agreed
 
     def interrupts(self) -> None:
         """Between the forwards of an evaluation; collective.
@@ -63,6 +67,19 @@ class StopRequest:
         if number == signal.SIGINT and self.requested:
             raise KeyboardInterrupt
         self.requested, self.name = True, signal.Signals(number).name
+
+
+def sent_to_host(value: Tensor) -> Callable[[], bool]:
+    """Send a 0-d tensor of a GPU to the host; whoever asks for it waits for what the device was given before, and no more."""
+    arrived = torch.empty((), dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+
+    def read() -> bool:
+        event.synchronize()
+        return bool(arrived.item())
+
+    return read
 
 
 class Stopped(Exception):

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from jepa_scale import checkpoint, distributed
+from jepa_scale.breakdown import breakdown_table
 from jepa_scale.build import Run, build, validate
 from jepa_scale.checkpoint import Saver
 from jepa_scale.config import Config, load_config, to_yaml
@@ -40,6 +41,7 @@ from jepa_scale.preemption import Stopped, StopRequest
 from jepa_scale.report import write_report
 from jepa_scale.say import say
 from jepa_scale.telemetry import FIT, RunLog, describe, package_versions, prepare_run_dir, quiet_libraries
+from jepa_scale.telemetry.records import read_rows
 from jepa_scale.watchdog import Watchdog
 
 
@@ -62,7 +64,8 @@ def fit(
     """
     config, engine, objective, teacher = run.config, run.engine, run.objective, run.teacher
     steps, every = run.steps, config.checkpoint
-    meter, guard = Meter(ranks.device), LossGuard(config.train)
+    meter, guard = Meter(ranks.device, config.log.breakdown), LossGuard(config.train)
+    clock = meter.clock
     engine.train()
 
     done, stopping = start, False
@@ -74,9 +77,11 @@ def fit(
     if criteria.ended:
         return start, False
     watchdog.enter(start + 1, "data")
+    clock.enter("data")
     for step, batches in enumerate(meter.waiting(run.batches(start, steps)), start):
         done = step + 1
         watchdog.enter(done, "forward and backward")
+        clock.enter("other")
         engine.scale_lr(lr_factor(step, config.optim, steps))
 
         # means are over the global batch: every rank needs its denominators before it can back-propagate
@@ -87,18 +92,24 @@ def fit(
 
         collected = []
         if objective.collects and len(batches) > 1:
+            clock.enter("collect")
             with torch.no_grad():
                 collected = [engine.forward("collect", batch) for batch in batches]
 
         for micro, batch in enumerate(batches):
+            clock.enter("forward")
             loss = engine.forward("loss", batch, collected, micro)
+            clock.enter("backward")
             engine.backward(loss.total)
             meter.add(loss, batch)
         watchdog.enter(done, "update")
+        clock.enter("optimizer")
         grad_norm = engine.step()
         objective.stepped(step, grad_norm)
         if teacher:
+            clock.enter("teacher")
             teacher.update(step)
+        clock.enter("other")
         meter.step_done(done, grad_norm)
 
         log.tick(done)
@@ -116,6 +127,7 @@ def fit(
             logged = {FIT: values}
         results: Results | None = {}
         if evaluates:
+            clock.enter(None)
             results = evaluate(run, log, done, watchdog, stop)
             stopping = results is None
             logged |= results or {}
@@ -123,12 +135,14 @@ def fit(
         saves, permanent = saves or ends, permanent or ends
         if saves:
             watchdog.enter(done, "save")
+            clock.enter(None)
             with log.paused():
                 saver.save(run.parts, manifest_of(run, done, log, criteria, permanent, results or {}))
         saver.poll()
         if ends:
             break
         watchdog.enter(done + 1, "data")
+        clock.enter("data")
     return done, stopping
 
 
@@ -246,6 +260,8 @@ def conclude(config: Config, run_dir: Path, done: int, stopped: bool, stop: Stop
         )
     elif config.log.report:
         print(f"report: {write_report(run_dir)}", flush=True)
+    if config.log.breakdown and (table := breakdown_table(read_rows(run_dir))):
+        print(table, flush=True)
 
 
 def steps_of(found: Path | None, config: Config) -> int:

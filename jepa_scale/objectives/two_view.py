@@ -220,7 +220,7 @@ class TwoView(Objective):
         if o.distance != "infonce" or o.jepa_weight == 0:
             distances = DISTANCES.get(o.distance, cosine)(source, target)
             return share(distances.sum(), pairs), terms
-        scale = torch.tensor(1 / o.temperature, device=source.device)
+        scale = source.new_full((), 1 / o.temperature)  # made there: no copy to wait for
         inputs = self._contrast_inputs(source, target, batch)
         result = contrast(*inputs[:4], scale, inputs[4], collected, micro)
         terms["retrieval_top1"] = share(result.hits.sum(), pairs)

@@ -20,6 +20,18 @@ class Metric:
         return f"{self.name} [{self.unit}]" if self.unit else self.name
 
 
+STEP_PARTS = ("data", "collect", "forward", "backward", "optimizer", "teacher", "other")
+"""What a step's time is divided into: waiting for the loader; the collecting pass; forward and backward of all micro-batches;
+clipping and update; the teacher's update; everything else, of which logging and the wait for the slowest rank's data are most."""
+STEP_TIME = "time_per_step"
+"""Metric of the sum of these parts, in seconds."""
+
+
+def step_part(part: str) -> str:
+    """Metric of one of ``STEP_PARTS``, in seconds per step."""
+    return f"time_{part}"
+
+
 # In the order in which a report shows them.
 _KNOWN = [
     Metric("loss", "", "lower"),
@@ -78,6 +90,9 @@ _MACHINERY = [
     Metric("skipped_steps", "steps", "lower"),
     Metric("mfu", "fraction of peak", "higher"),
     Metric("seconds", "s"),
+    Metric(STEP_TIME, "s", "lower"),
+    *(Metric(step_part(part), "s", "lower") for part in STEP_PARTS),
+    Metric("time_data_slowest", "s", "lower"),
 ]
 _BY_NAME = {m.name: m for m in [*_KNOWN, *_MACHINERY]}
 _LOWER = {"loss", "nll", "ppl", "error"}
