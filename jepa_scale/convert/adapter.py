@@ -15,6 +15,7 @@ from jepa_scale.convert.plan import MODEL, Plan, Unit, heads_of
 from jepa_scale.convert.skeleton import PREFIX
 from jepa_scale.convert.tensor_file import Entry
 from jepa_scale.errors import InputError
+from jepa_scale.models.head import LMHead
 from jepa_scale.models.options import ModelOptions
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -80,7 +81,7 @@ def adapter_config(model: PreTrainedModel, options: ModelOptions, sources: Mappi
         if source.new
     }
     head = model.get_output_embeddings()
-    if rows and (type(head) is not nn.Linear or head.bias is not None):
+    if rows and (type(head) not in (nn.Linear, LMHead) or head.bias is not None):
         raise InputError("--adapter: peft knows no new rows of an LM head with a bias or a scale; leave --adapter out")
     config = peft.LoraConfig(
         r=options.lora.rank,

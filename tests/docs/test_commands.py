@@ -5,7 +5,6 @@ A command that belongs to no class fails the test.
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from jepa_scale.build import validate
+from jepa_scale.cli import main
 from jepa_scale.config import load_config
 from tests.docs.commands import PAGES, REPOSITORY, VARIABLE, Command, alternatives, commands_of
 
@@ -23,7 +23,7 @@ COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands_
 
 FOREIGN = {
     r"finetune\.py|evaluate\.py": "LLM-JEPA's own",
-    r"python -m src\.train|python scripts/train_jepa\.py|test_training_local\.py|(train|test)_jepa_osc\.sh": "of the system that the page comes from",
+    r"python -m src\.train|(python )?scripts/train_jepa\.py|test_training_local\.py|(train|test)_jepa_osc\.sh": "of the system that the page comes from",
 }
 NOT_RUN = {
     r"^scripts/(quickstart|test)\.sh": "installs, and runs everything: the scripts themselves are tested by CI",
@@ -196,9 +196,9 @@ def workplace(tmp_path_factory):
         for i, name in enumerate(("sea", "farm", "court")):
             (folder / place / f"{name}.txt").write_text(prose(3000, i + 1))
     (folder / "wikitext2").mkdir()
-    articles = "".join(f" = Title {i} = \n\n{prose(1200, i + 1)}\n\n" for i in range(4))
-    for split in ("train", "valid", "test"):
-        (folder / "wikitext2" / f"{split}.txt").write_text(articles)
+    for number, split in enumerate(("train", "valid", "test")):
+        articles = (f" = Title {i} = \n\n{prose(1200, i + 1)}\n\n" for i in range(4 * number, 4 * number + 4))
+        (folder / "wikitext2" / f"{split}.txt").write_text("".join(articles))
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": f"a text of {i} words"}) + "\n" for i in range(5)))
     rows = [
         {"messages": [{"role": "user", "content": f"lines with {i}"}, {"role": "assistant", "content": f"x{i}"}]}
@@ -310,6 +310,6 @@ def test_commands_run(workplace):
     assert len(results) == len(todo), done.stderr[-3000:]
 
 
-def test_monitor_runs(workplace, capsys):
-    monitor = importlib.import_module("jepa_scale.monitor")
-    assert monitor.main([str(workplace / "runs/tiny_corpus"), str(workplace / "runs/tiny_corpus_lm"), "--once"]) == 0
+def test_runs_are_watched(workplace):
+    runs = [str(workplace / "runs/tiny_corpus"), str(workplace / "runs/tiny_corpus_lm")]
+    assert main(["watch", *runs, "--once"]) == 0
