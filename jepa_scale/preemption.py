@@ -44,9 +44,9 @@ class StopRequest:
 
         Args:
             asked: 0-d, how many ranks were asked to, the same on every rank. On a GPU the answer is that of the call
-                before, which was sent to the host when it was made: reading this one would make the host wait for the device, and so
-            would ``item`` of the one before, for all that the device has been given since. As it is the host is at most a step
-            ahead.
+                before, which was sent to the host when it was made: reading this one would make the host wait for the device,
+                and so would ``item`` of the one before, for all that the device has been given since. As it is the host is at
+                most a step ahead.
         """
         if asked.device.type == "cpu":
             return bool(asked.item())
