@@ -126,7 +126,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 views.append(view)
         for lr, (targets, directions) in pairs.items():
             torch._foreach_add_(targets, directions, alpha=-lr)
-        torch._foreach_add_([self.state[tensor]["step"] for tensor, _ in stepped], keep)
+        steps = [self.state[tensor]["step"] for tensor, _ in stepped]
+        if isinstance(keep, Tensor):
+            torch._foreach_add_(steps, keep, alpha=1)  # without alpha the overload of numbers takes it, and reads it
+        else:
+            torch._foreach_add_(steps, keep)
 
     def _updates(self, tensors: list[Tensor], keep: float | Tensor, skip: Tensor | None) -> list[Tensor]:
         """Advance the momentum; Nesterov's update, in the gradient's place."""
