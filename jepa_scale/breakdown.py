@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
+from jepa_scale.picture import new_picture, save_picture
 from jepa_scale.table import format_number, text_table
 from jepa_scale.telemetry.metrics import STEP_PARTS, STEP_TIME, describe, step_part
 from jepa_scale.telemetry.records import FIT, Row
@@ -37,9 +36,7 @@ def plot_breakdown(rows: Sequence[Row], path: Path) -> None:
     """Seconds per step against optimizer steps, the parts stacked, as a PNG of 800 × 480 pixels."""
     found = _measured(rows)
     parts = [part for part in STEP_PARTS if any(step_part(part) in row for row in found)]
-    figure = Figure(figsize=(5, 3), dpi=160, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = new_picture()
     bottom = [0.0] * len(found)
     steps = [row["step"] for row in found]
     widths = [step - before for before, step in zip([0, *steps], steps, strict=False)]
@@ -51,12 +48,11 @@ def plot_breakdown(rows: Sequence[Row], path: Path) -> None:
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(describe(STEP_TIME).label)
-    axes.spines[["top", "right"]].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(
         handles[::-1], labels[::-1], fontsize="small", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5)
     )
-    figure.savefig(path, metadata={"Software": None})
+    save_picture(figure, path)
 
 
 def _measured(rows: Sequence[Row]) -> list[Row]:

@@ -9,8 +9,8 @@ from pathlib import Path
 from jepa_scale.comparison import Variant, differences, final_metrics, load_runs, projections, spectra, variants
 from jepa_scale.comparison_plots import by_horizon, of_projection, of_spectrum, overlaid
 from jepa_scale.files import write_atomic
-from jepa_scale.plots import COLOURS
-from jepa_scale.report import CSS, figure
+from jepa_scale.picture import COLOURS
+from jepa_scale.report import figure, html_page
 from jepa_scale.table import format_flops, format_number
 from jepa_scale.telemetry.metrics import describe
 from jepa_scale.telemetry.records import FIT, last_counts
@@ -36,7 +36,6 @@ def write_comparison(directories: Sequence[Path], path: Path) -> Path:
 
 def comparison_page(of: Sequence[Variant]) -> str:
     """The HTML page."""
-    title = escape(" · ".join(variant.name for variant in of))
     curves = overlaid(of)
     evaluated = {what: png for what, png in curves.items() if what[0] != FIT}
     trained = {what: png for what, png in curves.items() if what[0] == FIT}
@@ -45,15 +44,9 @@ def comparison_page(of: Sequence[Variant]) -> str:
     places = {
         f"{split}: {name}": of_projection(saved) for split, found in projections(of).items() for name, saved in found
     }
-    return "\n".join(
+    return html_page(
+        " · ".join(variant.name for variant in of),
         [
-            "<!DOCTYPE html>",
-            '<html lang="en">',
-            f'<head><meta charset="utf-8"><title>{title}</title>',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<style>{CSS}{_MORE_CSS}</style></head>",
-            "<body>",
-            f"<header><h1>{title}</h1></header>",
             "<h2>Runs</h2>",
             _runs(of),
             "<h2>What differs between them</h2>",
@@ -65,9 +58,8 @@ def comparison_page(of: Sequence[Variant]) -> str:
             *_plots("Representations: spectra", spectrum),
             *_plots("Representations: where they lie", places),
             *_plots("Training", {m: png for (_, m), png in trained.items()}, folded=True),
-            "</body></html>",
-            "",
-        ]
+        ],
+        _MORE_CSS,
     )
 
 

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import io
 import math
-import re
 import statistics
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from jepa_scale.comparison import Variant, final_metrics
-from jepa_scale.plots import COLOURS, Curve, plot
+from jepa_scale.picture import COLOURS, new_picture, save_picture
+from jepa_scale.plots import OF_HORIZON, Curve, plot
 from jepa_scale.telemetry.metrics import describe
 from jepa_scale.telemetry.records import values_of
 
-OF_HORIZON = re.compile(r"(.+)_h(\d+)")
 LINKS = 60
 """Pairs that are joined by a line in a projection; more would hide the points."""
 
@@ -57,8 +55,8 @@ def by_horizon(of: Sequence[Variant]) -> dict[tuple[str, str], bytes]:
             found.setdefault((split, match[1]), set()).add(int(match[2]))
     images = {}
     for (split, metric), horizons in found.items():
-        figure, axes = _axes()
-        for variant, colour in zip(of, _colours(), strict=False):
+        figure, axes = new_picture()
+        for variant, colour in zip(of, cycle(COLOURS), strict=False):
             values = {h: variant.values(split, f"{metric}_h{h}") for h in sorted(horizons)}
             values = {h: many for h, many in values.items() if many}
             if not values:
@@ -82,14 +80,14 @@ def by_horizon(of: Sequence[Variant]) -> dict[tuple[str, str], bytes]:
         axes.set_xticks(sorted(horizons), [str(h) for h in sorted(horizons)])
         axes.set_xlabel("horizon, tokens")
         axes.set_ylabel(describe(metric).label)
-        images[split, metric] = _png(figure, axes)
+        images[split, metric] = _png(figure)
     return images
 
 
 def of_spectrum(lines: Sequence[tuple[str, Sequence[float]]]) -> bytes:
     """Singular values over their sum, the largest first; one line a run, one colour a variant. A model that has collapsed
     falls at once."""
-    figure, axes = _axes()
+    figure, axes = new_picture()
     names = list(dict.fromkeys(name for name, _ in lines))
     told: set[str] = set()
     for name, values in lines:
@@ -103,18 +101,18 @@ def of_spectrum(lines: Sequence[tuple[str, Sequence[float]]]) -> bytes:
     axes.set_yscale("log")
     axes.set_xlabel("singular value, the largest first")
     axes.set_ylabel("share of their sum")
-    return _png(figure, axes)
+    return _png(figure)
 
 
 def of_projection(saved: Mapping[str, Any]) -> bytes:
     """Representations along their first two principal directions, a colour a kind; some pairs are joined."""
-    figure, axes = _axes()
+    figure, axes = new_picture()
     kinds = list(saved["projections"].items())
     if len(kinds) == 2 and len(kinds[0][1]) == len(kinds[1][1]):
         every = max(1, len(kinds[0][1]) // LINKS)
         for (x0, y0), (x1, y1) in list(zip(kinds[0][1], kinds[1][1], strict=True))[::every]:
             axes.plot([x0, x1], [y0, y1], color="#bbbbbb", linewidth=0.5, zorder=1)
-    for (kind, points), colour in zip(kinds, _colours(), strict=False):
+    for (kind, points), colour in zip(kinds, COLOURS, strict=False):
         axes.scatter(
             [x for x, _ in points],
             [y for _, y in points],
@@ -128,26 +126,10 @@ def of_projection(saved: Mapping[str, Any]) -> bytes:
     first, second = saved["explained"]
     axes.set_xlabel(f"first principal direction ({first:.0%} of the variance)")
     axes.set_ylabel(f"second ({second:.0%})")
-    return _png(figure, axes)
+    return _png(figure)
 
 
-def _axes() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(5, 3), dpi=160, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.grid(True, color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _colours() -> list[str]:
-    return list(COLOURS) * 20
-
-
-def _png(figure: Figure, axes: Axes) -> bytes:
-    if len(axes.get_legend_handles_labels()[0]) > 1:
-        axes.legend(fontsize="small", frameon=False)
+def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, metadata={"Software": None})
+    save_picture(figure, buffer)
     return buffer.getvalue()

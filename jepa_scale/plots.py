@@ -8,19 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from jepa_scale.breakdown import plot_breakdown
+from jepa_scale.picture import COLOURS, new_picture, save_picture
 from jepa_scale.telemetry.metrics import STEP_PARTS, STEP_TIME, describe, in_report_order, step_part
 from jepa_scale.telemetry.records import FIT, Row, values_of
 
-# Okabe & Ito's colours without the yellow: told apart with any colour vision, dark enough for thin lines on
-# white.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _LOG_SPAN = 30.0  # largest / smallest value from which a falling metric gets a logarithmic axis
-_OF_HORIZON = re.compile(r"(.+)_h(\d+)")
+OF_HORIZON = re.compile(r"(.+)_h(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +43,7 @@ def curves(rows: list[Row]) -> dict[str, list[Curve]]:
     for row in rows:
         for metric, value in values_of(row).items():
             label = row["split"]
-            if found := _OF_HORIZON.fullmatch(metric):
+            if found := OF_HORIZON.fullmatch(metric):
                 metric, label = f"{found[1]}_by_horizon", f"{label}, {found[2]} tokens"
             by_step = points.setdefault(metric, {}).setdefault(label, {})
             by_step[row["step"]] = math.nan if value is None else float(value)
@@ -67,9 +63,7 @@ def plot(metric: str, lines: list[Curve], path: Path | BinaryIO) -> None:
 
     Made to be read at 360 pixels of width, and in negative on a dark page.
     """
-    figure = Figure(figsize=(5, 3), dpi=160, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = new_picture()
     groups = list(dict.fromkeys(line.group or line.label for line in lines))
     named: set[str] = set()
     for line in lines:
@@ -96,12 +90,7 @@ def plot(metric: str, lines: list[Curve], path: Path | BinaryIO) -> None:
         axes.set_yscale("log")
     elif finite and max(abs(v) for v in finite) >= 1e4:
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.grid(True, color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    if len(groups) > 1:
-        axes.legend(fontsize="small", frameon=False)
-    figure.savefig(path, metadata={"Software": None})
+    save_picture(figure, path)
 
 
 def wants_log_axis(metric: str, values: list[float]) -> bool:
@@ -113,7 +102,8 @@ def wants_log_axis(metric: str, values: list[float]) -> bool:
 def plot_all(rows: list[Row], directory: Path) -> dict[str, Path]:
     """A PNG for every metric that was finite at least once: metric → file.
 
-    The parts of a step's time share one picture. Files of metrics that the run no longer has are removed, so that the folder shows this run only.
+    The parts of a step's time share one picture. Files of metrics that the run no longer has are removed, so that the folder
+    shows this run only.
     """
     directory.mkdir(parents=True, exist_ok=True)
     files: dict[str, Path] = {}

@@ -19,7 +19,7 @@ REPORT_FILE, PLOTS_DIR = "report.html", "plots"
 
 # Dark mode shows the plots in negative: .93 turns their white paper into #121212, the page's own colour,
 # and the turn by half a circle gives every line its hue back.
-CSS = """
+_CSS = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1b1b1b; --faint: #666; --rule: #ddd; }
 @media (prefers-color-scheme: dark) {
   :root { --paper: #121212; --ink: #e6e6e6; --faint: #a0a0a0; --rule: #3a3a3a; }
@@ -66,16 +66,10 @@ def write_report(run_dir: Path | str) -> Path:
 
 def report_page(record: RunRecord, plots: Mapping[str, bytes]) -> str:
     """The HTML page of a run; ``plots`` maps metrics to PNG images."""
-    title = escape(record.name)
-    return "\n".join(
+    return html_page(
+        record.name,
         [
-            "<!DOCTYPE html>",
-            '<html lang="en">',
-            f'<head><meta charset="utf-8"><title>{title}</title>',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<style>{CSS}</style></head>",
-            "<body>",
-            f"<header><h1>{title}</h1><p class='faint'>{_facts(record.summary)}</p></header>",
+            f"<p class='faint'>{_facts(record.summary)}</p>",
             *_warnings(curves(record.rows)),
             "<h2>Results</h2>",
             _results(record.summary),
@@ -87,6 +81,27 @@ def report_page(record: RunRecord, plots: Mapping[str, bytes]) -> str:
             _environment(record.summary.get("environment", {})),
             "<h2>Configuration</h2>",
             f"<pre>{escape(record.config_text or 'not recorded')}</pre>",
+        ],
+    )
+
+
+def html_page(title: str, body: Sequence[str], css: str = "") -> str:
+    """A whole page that fetches nothing, if ``body`` does not.
+
+    Args:
+        title: plain text. body: HTML below the heading. css: beside what every page has.
+    """
+    title = escape(title)
+    return "\n".join(
+        [
+            "<!DOCTYPE html>",
+            '<html lang="en">',
+            f'<head><meta charset="utf-8"><title>{title}</title>',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<style>{_CSS}{css}</style></head>",
+            "<body>",
+            f"<header><h1>{title}</h1></header>",
+            *body,
             "</body></html>",
             "",
         ]

@@ -11,16 +11,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from jepa_scale.build import Plan, Run, build, validate
+from jepa_scale.build import Plan, Run, build, model_of, validate
 from jepa_scale.checkpoint import Saver
 from jepa_scale.config import Config, to_yaml
 from jepa_scale.criteria import Criteria
 from jepa_scale.distributed import Ranks
-from jepa_scale.models.loading import build_backbone
 from jepa_scale.objectives.base import JepaModel
 from jepa_scale.packing import IGNORE
 from jepa_scale.preemption import StopRequest
@@ -86,9 +84,7 @@ class Samples:
 
     def fresh_model(self) -> JepaModel:
         """The weights that the run began with, in an ordinary module."""
-        torch.manual_seed(self.plan.config.run.seed)
-        backbone = build_backbone(self.plan.model, self.run.data.vocab_size)
-        return JepaModel(backbone, self.plan.objective_class(self.plan.objective, backbone, self.run.data))
+        return model_of(self.plan, self.run.data)
 
 
 class Ours:

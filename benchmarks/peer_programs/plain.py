@@ -2,39 +2,30 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from benchmarks.peer_programs.ours import Found, Samples, gradient_norm
+from benchmarks.peer_programs.loop import Loop
+from benchmarks.peer_programs.ours import Samples
 from jepa_scale.packing import IGNORE
 
 
-class PlainLoop:
-    """Forward of all places, cross-entropy of all logits, backward, clipping, fused AdamW; the loss is read at every
-    ``log_every``-th step."""
+class PlainLoop(Loop):
+    """Forward of all places, cross-entropy of all logits."""
 
     def __init__(self, samples: Samples) -> None:
-        config = samples.plan.config
-        self.samples, self.done, self.config = samples, 0, config
-        self.model = samples.fresh_model().backbone.decoder
-        self.model.set_attn_implementation("sdpa")
-        self.prepare()
-        decays = [p for p in self.model.parameters() if p.ndim >= 2]
-        others = [p for p in self.model.parameters() if p.ndim < 2]
-        groups = [
-            {"params": decays, "weight_decay": config.optim.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, betas=config.optim.betas, fused=True)
+        decoder = samples.fresh_model().backbone.decoder
+        decoder.set_attn_implementation("sdpa")
+        self.prepare(decoder)
+        super().__init__(samples, decoder)
 
-    def prepare(self) -> None:
+    def prepare(self, decoder: nn.Module) -> None:
         """What happens to the model before there is an optimizer."""
 
     def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -53,26 +44,6 @@ class PlainLoop:
         ids, labels, mask = self.batch(step)
         logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE)
-
-    def look(self, step: int) -> Found:
-        loss = self.loss(step)
-        loss.backward()
-        return Found(float(loss.detach()), gradient_norm(self.model.parameters()))
-
-    def steps(self, count: int) -> list[float]:
-        found = []
-        for step in range(self.done, self.done + count):
-            started = time.perf_counter()
-            loss = self.loss(step)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            if (step + 1) % self.config.train.log_every == 0:
-                float(loss.detach())
-            found.append(time.perf_counter() - started)
-        self.done += count
-        return found
 
 
 class FsdpLoop(PlainLoop):
@@ -98,9 +69,9 @@ class FsdpLoop(PlainLoop):
             yield from (ids for ids, _ in samples.of_step(step))
             step += 1
 
-    def prepare(self) -> None:
+    def prepare(self, decoder: nn.Module) -> None:
         mesh = init_device_mesh("cpu", (1,))
-        for part in [*self.model.model.layers, self.model]:
+        for part in [*decoder.model.layers, decoder]:
             fully_shard(part, mesh=mesh)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import copy
-import time
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.peer_programs.ours import Found, Samples, gradient_norm
+from benchmarks.peer_programs.loop import Loop
+from benchmarks.peer_programs.ours import Samples
 from jepa_scale.data.draw import Draw
 from jepa_scale.packing import IGNORE
 from jepa_scale.teacher import momentum_at
 
 
-class PaddedHorizon:
+class PaddedHorizon(Loop):
     """Next-token loss, Barlow's loss of pairs and the future KL on (B, W) rows, with logits at every place; clipping in two
     groups; the EMA of the projector. The pairs are those of our step.
 
@@ -25,24 +25,14 @@ class PaddedHorizon:
     """
 
     def __init__(self, samples: Samples, width: int, eager: bool) -> None:
-        config = samples.plan.config
-        self.samples, self.width, self.done, self.config = samples, width, 0, config
-        self.model = samples.fresh_model()
-        self.decoder, self.heads = self.model.backbone.decoder, self.model.objective
+        model = samples.fresh_model()
+        named = dict(model.named_parameters())
+        groups = model.objective.clip_groups(model)
+        super().__init__(samples, model, [[named[name] for name in names] for names in groups.values()])
+        self.width, self.decoder, self.heads = width, model.backbone.decoder, model.objective
         self.decoder.set_attn_implementation("eager" if eager else "sdpa")
         assert self.heads.options.loss == "barlow" and self.heads.options.teacher == "projector"
         self.teacher = copy.deepcopy(self.heads.encoder).requires_grad_(False)
-        groups = self.heads.clip_groups(self.model)
-        named = dict(self.model.named_parameters())
-        self.groups = [[named[name] for name in names] for names in groups.values()]
-        decays = [p for p in named.values() if p.ndim >= 2]
-        others = [p for p in named.values() if p.ndim < 2]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": decays, "weight_decay": config.optim.weight_decay}, {"params": others, "weight_decay": 0.0}],
-            lr=config.optim.lr,
-            betas=config.optim.betas,
-            fused=True,
-        )
 
     def batch(self, step: int) -> tuple[Tensor, ...]:
         """ids (B, W), labels (B, W) of what follows each place, and the pairs' rows, anchors, targets, horizons (n,)."""
@@ -90,30 +80,8 @@ class PaddedHorizon:
         kl = F.kl_div(F.log_softmax(student / t, dim=-1), p, reduction="batchmean")
         return o.lm_weight * lm + o.jepa_weight * jepa + o.kl_weight * t**2 * kl
 
-    def look(self, step: int) -> Found:
-        loss = self.loss(step)
-        loss.backward()
-        return Found(float(loss.detach()), gradient_norm(self.model.parameters()))
-
-    def steps(self, count: int) -> list[float]:
-        found = []
-        for step in range(self.done, self.done + count):
-            started = time.perf_counter()
-            loss = self.loss(step)
-            loss.backward()
-            for parameters in self.groups:
-                torch.nn.utils.clip_grad_norm_(parameters, self.config.optim.clip_norm)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            self._update_teacher(step)
-            if (step + 1) % self.config.train.log_every == 0:
-                float(loss.detach())
-            found.append(time.perf_counter() - started)
-        self.done += count
-        return found
-
     @torch.no_grad()
-    def _update_teacher(self, step: int) -> None:
+    def updated(self, step: int) -> None:
         m = momentum_at(step, self.heads.options.ema, self.samples.run.steps)
         for average, student in zip(self.teacher.parameters(), self.heads.encoder.parameters(), strict=True):
             average.mul_(m).add_(student, alpha=1 - m)

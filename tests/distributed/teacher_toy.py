@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -14,11 +13,9 @@ from torch import Tensor, nn
 
 from jepa_scale.checkpoint.boxes import Boxes
 from jepa_scale.distributed import Ranks
-from jepa_scale.engines import create_engine
-from jepa_scale.engines.base import Engine, EngineOptions
-from jepa_scale.optim import parameter_groups
+from jepa_scale.engines.base import Engine
 from jepa_scale.teacher import Teacher, TeacherModel, TeacherOptions, momentum_at
-from tests.distributed.toy import DIM, OPTIM, VOCAB, Block, small_buckets
+from tests.distributed.toy import DIM, OPTIM, VOCAB, Block, sharded
 
 BATCH, LENGTH, MICRO = 8, 5, 2
 FROZEN = "body.blocks.0.up"
@@ -117,17 +114,8 @@ def whole_copy(root: Root) -> TeacherModel:
 
 def make_engine(ranks: Ranks, name: str, precision: str, root: Root, micro: int = MICRO) -> Engine:
     """``micro``: micro-batches in a step."""
-    zero = name.startswith("zero")
-    with tempfile.TemporaryDirectory() as folder:
-        return create_engine(
-            "deepspeed" if zero else "fsdp",
-            root,
-            shard=list(root.body.blocks),
-            groups=parameter_groups(root, OPTIM, ("encoder",)),
-            optim_options=OPTIM,
-            engine_options=EngineOptions(precision, 3.0, micro, small_buckets(name, folder) if zero else None),
-            ranks=ranks,
-        )
+    options = {"precision": precision, "clip_norm": 3.0, "accumulation": micro}
+    return sharded(name, root, root.body.blocks, ("encoder",), ranks, OPTIM, **options)
 
 
 def batches(step: int, micro: int, ranks: Ranks) -> Iterator[Tensor]:

@@ -3,7 +3,6 @@ many pieces; in a team, with tied weights, and with a head in two layers of whic
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,19 +11,16 @@ from torch import Tensor, nn
 
 from jepa_scale.config import OptimConfig
 from jepa_scale.distributed import Ranks
-from jepa_scale.engines import create_engine
-from jepa_scale.engines.base import EngineOptions
 from jepa_scale.models import head as lm_head
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.models.recompute import recompute
-from jepa_scale.optim import parameter_groups
 from jepa_scale.packing import Segment, pack_stream
 from tests.data.corpus import write_text
 from tests.distributed.launch import run_ranks
 from tests.distributed.test_runs import train_runs
 from tests.distributed.test_team_runs import assert_same_run, config_file
-from tests.distributed.toy import ENGINES, small_buckets
+from tests.distributed.toy import ENGINES, sharded
 
 ROWS, STEPS = 43, 6
 OPTIM = OptimConfig(lr=1e-2, weight_decay=0.1, clip_norm=0.5)
@@ -68,7 +64,7 @@ def batch(step: int, rank: int, ranks: int) -> Tensor:
     return ids[:cut] if rank == 0 else ids[cut:]
 
 
-def train_all(ranks: Ranks, scratch: str, models: dict[str, dict[str, Any]], engines: list[str], pieces: bool) -> Any:
+def train_all(ranks: Ranks, models: dict[str, dict[str, Any]], engines: list[str], pieces: bool) -> Any:
     """(model, engine) → losses and gradient norms. With ``pieces``: of 7 columns or so on one rank, and of another number,
     none included, on the other."""
     if pieces:
@@ -80,21 +76,8 @@ def train_all(ranks: Ranks, scratch: str, models: dict[str, dict[str, Any]], eng
         for engine_name in engines:
             root = Root(ModelOptions(**options))
             recompute(root.backbone.layers, "full" if name == "tied" else "none")
-            zero = engine_name.startswith("zero")
-            if zero and ranks.rank == 0:
-                small_buckets(engine_name, scratch)
-            torch.distributed.barrier()
-            engine = create_engine(
-                "deepspeed" if zero else "fsdp",
-                root,
-                shard=list(root.backbone.layers),
-                groups=parameter_groups(root, OPTIM, ["objective"]),
-                optim_options=OPTIM,
-                engine_options=EngineOptions(
-                    "fp32", OPTIM.clip_norm, 1, Path(scratch) / f"{engine_name}.json" if zero else None
-                ),
-                ranks=ranks,
-            )
+            blocks = root.backbone.layers
+            engine = sharded(engine_name, root, blocks, ["objective"], ranks, OPTIM, clip_norm=OPTIM.clip_norm)
             seen = found[f"{name}-{engine_name}"] = []
             for step in range(STEPS):
                 loss = engine.forward(batch(step, ranks.rank, ranks.world_size)).total
@@ -120,9 +103,9 @@ def models(tmp_path_factory):
     return {**MODELS, "grown": {"family": "huggingface", "pretrained": folder, "lora": {"rank": 3, "alpha": 12}}}
 
 
-def test_every_engine_trains_as_with_all_logits_at_once(models, tmp_path):
-    (expected,) = run_ranks(train_all, 1, str(tmp_path), models, ["fsdp"], False)
-    first, second = run_ranks(train_all, 2, str(tmp_path), models, list(ENGINES), True)
+def test_every_engine_trains_as_with_all_logits_at_once(models):
+    (expected,) = run_ranks(train_all, 1, models, ["fsdp"], False)
+    first, second = run_ranks(train_all, 2, models, list(ENGINES), True)
     for case in first:
         wanted = expected[f"{case.partition('-')[0]}-fsdp"]
         for step, (whole, a, b) in enumerate(zip(wanted, first[case], second[case], strict=True)):

@@ -18,8 +18,6 @@ from jepa_scale.config import OptimConfig
 from jepa_scale.convert.to_hf import ExportOptions, export
 from jepa_scale.data import load_data
 from jepa_scale.distributed import Ranks
-from jepa_scale.engines import create_engine
-from jepa_scale.engines.base import EngineOptions
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
@@ -31,7 +29,7 @@ from tests.distributed.launch import run_ranks
 from tests.distributed.small_runs import assert_same, checkpoint, newest, rows, tensors
 from tests.distributed.test_horizon_runs import config_file
 from tests.distributed.test_runs import train_runs
-from tests.distributed.toy import ENGINES, small_buckets
+from tests.distributed.toy import ENGINES, sharded
 
 STEPS, KNOWN, ROWS = 20, 40, 43
 OPTIM = OptimConfig(lr=1e-2, weight_decay=0.1, clip_norm=0.5)
@@ -106,27 +104,13 @@ def reference(folder: str) -> tuple[list[float], Root, Root]:
     return losses, root, average
 
 
-def train_all(ranks: Ranks, folder: str, scratch: str, cases: list[tuple[str, str]]) -> list[dict[str, Any]]:
+def train_all(ranks: Ranks, folder: str, cases: list[tuple[str, str]]) -> list[dict[str, Any]]:
     results = []
     for name, precision in cases:
         root = make_root(folder)
         copies = {"backbone": root.backbone.lower(1)}
-        zero = name.startswith("zero")
-        if zero and ranks.rank == 0:
-            small_buckets(name, scratch)
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
-        engine = create_engine(
-            "deepspeed" if zero else "fsdp",
-            root,
-            shard=list(root.backbone.layers),
-            groups=parameter_groups(root, OPTIM, ["objective"]),
-            optim_options=OPTIM,
-            engine_options=EngineOptions(
-                precision, OPTIM.clip_norm, 1, Path(scratch) / f"{name}.json" if zero else None, clip_groups(root)
-            ),
-            ranks=ranks,
-        )
+        options = {"precision": precision, "clip_norm": OPTIM.clip_norm, "clip_groups": clip_groups(root)}
+        engine = sharded(name, root, root.backbone.layers, ["objective"], ranks, OPTIM, **options)
         constant = TeacherOptions(momentum=0.9, final_momentum=None, schedule="constant")
         teacher = Teacher(engine, TeacherModel(copies), constant, STEPS)
         losses = []
@@ -157,7 +141,7 @@ def test_every_engine_trains_what_a_plain_loop_trains(tmp_path, config, world_si
     cases = [(engine, "fp32") for engine in ENGINES]
     if world_size == 2:
         cases += [(engine, "bf16") for engine in ("fsdp", "zero1", "zero3")]
-    by_rank = run_ranks(train_all, world_size, folder, str(tmp_path), cases)
+    by_rank = run_ranks(train_all, world_size, folder, cases)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     start = dict(make_root(folder).named_parameters())
     with torch.no_grad():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from jepa_scale.config import OptimConfig
 from jepa_scale.distributed import Ranks
 from jepa_scale.engines import create_engine
 from jepa_scale.engines.base import Engine, EngineOptions
+from jepa_scale.engines.weights import Weights
 from jepa_scale.optim import build_optimizer, parameter_groups
 
 VOCAB, DIM, BATCH, LENGTH = 29, 12, 8, 6  # odd sizes, so that shards are uneven
@@ -134,6 +135,31 @@ def small_buckets(name: str, folder: str) -> Path:
     return path
 
 
+def sharded(
+    name: str,
+    module: nn.Module,
+    blocks: Iterable[nn.Module],
+    heads: Sequence[str],
+    ranks: Ranks,
+    optim: OptimConfig,
+    weights: Weights | None = None,
+    **options: Any,
+) -> Engine:
+    """The engine of a name in ``ENGINES`` on any module; ``options`` are those of :class:`EngineOptions`."""
+    zero = name.startswith("zero")
+    with tempfile.TemporaryDirectory() as folder:
+        return create_engine(
+            "deepspeed" if zero else "fsdp",
+            module,
+            shard=list(blocks),
+            groups=parameter_groups(module, optim, heads),
+            optim_options=optim,
+            engine_options=EngineOptions(deepspeed=small_buckets(name, folder) if zero else None, **options),
+            ranks=ranks,
+            weights=weights,
+        )
+
+
 def make_engine(
     name: str,
     ranks: Ranks,
@@ -145,20 +171,10 @@ def make_engine(
     clip_groups: Mapping[str, Sequence[str]] | None = None,
     bounds: Mapping[str, tuple[float, float]] | None = None,
 ) -> Engine:
-    optim = optim or OPTIM
     toy = make_toy(tied)
-    zero = name.startswith("zero")
-    with tempfile.TemporaryDirectory() as folder:
-        config = small_buckets(name, folder) if zero else None
-        return create_engine(
-            "deepspeed" if zero else "fsdp",
-            toy,
-            shard=list(toy.layers),
-            groups=parameter_groups(toy, optim, HEADS),
-            optim_options=optim,
-            engine_options=EngineOptions(precision, clip, accumulation, config, clip_groups or {}, bounds or {}),
-            ranks=ranks,
-        )
+    options = {"precision": precision, "clip_norm": clip, "accumulation": accumulation}
+    options |= {"clip_groups": clip_groups or {}, "bounds": bounds or {}}
+    return sharded(name, toy, toy.layers, HEADS, ranks, optim or OPTIM, **options)
 
 
 def factor(step: int) -> float:

@@ -308,8 +308,5 @@ def test_commands_run(workplace):
     failed = [f"jepa-scale {' '.join(r['argv'])}\n  → {r['code']}: {r['said'][-600:]}" for r in results if r["code"]]
     assert not failed, "\n".join(failed)
     assert len(results) == len(todo), done.stderr[-3000:]
-
-
-def test_runs_are_watched(workplace):
     runs = [str(workplace / "runs/tiny_corpus"), str(workplace / "runs/tiny_corpus_lm")]
     assert main(["watch", *runs, "--once"]) == 0

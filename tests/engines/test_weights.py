@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import weakref
 from typing import Any
 
@@ -14,13 +13,10 @@ from torch.utils._pytree import tree_leaves
 
 from jepa_scale.config import OptimConfig
 from jepa_scale.distributed import Ranks
-from jepa_scale.engines import create_engine
-from jepa_scale.engines.base import EngineOptions
 from jepa_scale.engines.weights import Weights, built_by_rank_0
 from jepa_scale.errors import InputError
-from jepa_scale.optim import parameter_groups
 from tests.distributed.launch import run_ranks
-from tests.distributed.toy import ENGINES, small_buckets
+from tests.distributed.toy import ENGINES, sharded
 
 WIDTH, LAYERS = 64, 12
 
@@ -71,22 +67,6 @@ class Live(TorchDispatchMode):
         self.now -= size
 
 
-def engine_of(ranks: Ranks, name: str, precision: str, module: nn.Module, weights: Weights | None = None) -> Any:
-    optim = OptimConfig()
-    with tempfile.TemporaryDirectory() as folder:
-        path = small_buckets(name, folder) if name != "fsdp" else None
-        return create_engine(
-            "fsdp" if path is None else "deepspeed",
-            module,
-            shard=list(module.layers),  # type: ignore[arg-type]
-            groups=parameter_groups(module, optim, ()),
-            optim_options=optim,
-            engine_options=EngineOptions(precision, deepspeed=path),
-            ranks=ranks,
-            weights=weights,
-        )
-
-
 def initial(ranks: Ranks, cases: list[tuple[str, str]]) -> list[dict[str, Tensor]]:
     """What each engine begins with, and a random number drawn after it, on every rank."""
     found = []
@@ -94,7 +74,9 @@ def initial(ranks: Ranks, cases: list[tuple[str, str]]) -> list[dict[str, Tensor
         module = built_by_rank_0(make_deep, ranks)
         assert all(p.is_meta for p in module.parameters()) == (ranks.rank > 0)
         after = torch.rand(1)
-        engine = engine_of(ranks, name, precision, module, Weights(module, ranks))
+        engine = sharded(
+            name, module, module.layers, (), ranks, OptimConfig(), Weights(module, ranks), precision=precision
+        )
         found.append({**engine.full_state(), "after": after, "here": engine.module.table.clone()})
     return found
 
@@ -139,7 +121,7 @@ def start_of(ranks: Ranks, names: list[str]) -> list[int]:
         module = built_by_rank_0(make_deep, ranks)
         weights = Weights(module, ranks)
         with Live() as live:
-            engine_of(ranks, name, "fp32", module, weights)
+            sharded(name, module, module.layers, (), ranks, OptimConfig(), weights)
         found.append(live.most)
     return found
 
