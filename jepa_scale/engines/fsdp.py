@@ -66,8 +66,9 @@ class FSDPEngine(Engine):
             fully_shard(part, mesh=mesh, mp_policy=policy)
         allocate(module, ranks.device)
         for sharded_part in self._fsdp_modules():
-            # both lines together: a plain sum over ranks, on gloo too
-            sharded_part.set_gradient_divide_factor(1.0)
+            # both together: a plain sum over ranks, on gloo too. With a factor one rank would divide each gradient by 1
+            if mesh.size() > 1:
+                sharded_part.set_gradient_divide_factor(1.0)
             sharded_part.set_force_sum_reduction_for_comms(True)
 
         sharded = dict(module.named_parameters())  # fully_shard has put new parameters in the module
