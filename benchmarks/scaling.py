@@ -29,7 +29,6 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 import numpy as np  # noqa: E402
-import torch  # noqa: E402
 
 from benchmarks.figures import COLOURS, panels  # noqa: E402
 from benchmarks.peer_programs.ours import Ours  # noqa: E402
@@ -57,7 +56,7 @@ VOCABULARY = 1024
 RANKS_TOKENS = 4096
 
 
-def config_file(folder: Path, what: str, size: int) -> Path:
+def config_file(folder: Path, what: str, size: int, threads: int) -> Path:
     """The run of one size, on made tokens."""
     length = {"length": size, "views": 64}.get(what, 128)
     tokens = {"length": size, "width": 2048, "ranks": RANKS_TOKENS}.get(what, 0)
@@ -74,7 +73,7 @@ def config_file(folder: Path, what: str, size: int) -> Path:
         objective = {"name": "span", "global_views": 2, "local_views": size - 2, "predictor_layers": 0}
     per_rank = tokens // (size if what == "ranks" else 1)
     values = {
-        "engine": {"name": "fsdp", "precision": "fp32", "threads": 1 if what == "ranks" else None},
+        "engine": {"name": "fsdp", "precision": "fp32", "threads": threads},
         "model": {"hidden_size": width, "num_hidden_layers": 4, "num_attention_heads": max(1, width // 64)},
         "data": {
             "source": "text",
@@ -86,23 +85,23 @@ def config_file(folder: Path, what: str, size: int) -> Path:
         "objective": objective,
         "train": {"batch_size": 16} if what == "views" else {"batch_tokens": tokens, "micro_tokens": per_rank},
     }
-    values["model"]["vocab_size"] = VOCABULARY  # type: ignore[index]
+    values["model"] |= {"vocab_size": VOCABULARY, "max_position_embeddings": length + 1}  # type: ignore[operator]
     file = folder / f"{what}_{size}.yaml"
     file.write_text(json.dumps(values))  # JSON is YAML
     return file
 
 
-def program(folder: Path, what: str, size: int, ranks: Ranks) -> Ours:
-    return Ours(load_config(str(config_file(folder, what, size)), []), ranks, folder)
+def program(folder: Path, what: str, size: int, ranks: Ranks, threads: int) -> Ours:
+    return Ours(load_config(str(config_file(folder, what, size, threads)), []), ranks, folder)
 
 
 def step_flops(ours: Ours) -> int:
     return int(ours.run.flops(next(iter(ours.run.batches(0, 1)))))
 
 
-def in_turns(what: str, folder: Path, rounds: int, ranks: Ranks) -> dict[int, tuple[list[float], int]]:
+def in_turns(what: str, folder: Path, rounds: int, threads: int, ranks: Ranks) -> dict[int, tuple[list[float], int]]:
     """Size → seconds of its steps, and FLOPs of one."""
-    programs = {size: program(folder, what, size, ranks) for size in SIZES[what]}
+    programs = {size: program(folder, what, size, ranks, threads) for size in SIZES[what]}
     flops = {size: step_flops(ours) for size, ours in programs.items()}
     seconds: dict[int, list[float]] = {size: [] for size in programs}
     sizes = list(programs)
@@ -132,9 +131,8 @@ def under_torchrun(folder: Path, rounds: int) -> dict[int, tuple[list[float], in
 
 def worker(folder: Path, out: Path, rounds: int) -> None:
     """A rank of ``ranks``."""
-    torch.set_num_threads(1)
     ranks = distributed.setup()
-    ours = program(folder, "ranks", ranks.world_size, ranks)
+    ours = program(folder, "ranks", ranks.world_size, ranks, threads=1)
     flops = step_flops(ours)
     ours.steps(1)
     seconds = ours.steps(rounds)
@@ -185,7 +183,6 @@ def main() -> None:
     if args.worker:
         worker(*args.worker, args.rounds)
         return
-    torch.set_num_threads(args.threads)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     rows: list[dict[str, Any]] = []
     shown = {}
@@ -193,8 +190,10 @@ def main() -> None:
         folder = Path(name)
         ranks = distributed.setup()
         for what in args.only:
-            apart = what == "ranks"
-            found = under_torchrun(folder, args.rounds) if apart else in_turns(what, folder, args.rounds, ranks)
+            if what == "ranks":
+                found = under_torchrun(folder, args.rounds)
+            else:
+                found = in_turns(what, folder, args.rounds, args.threads, ranks)
             sizes = list(found)
             seconds = [found[size][0] for size in sizes]
             expected = expected_seconds(what, sizes, [found[size][1] for size in sizes], cores)

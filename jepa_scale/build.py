@@ -201,6 +201,13 @@ def build(plan: Plan, ranks: Ranks, steps: int = 0) -> Run:
             f"model.bridge_grad_barrier: nothing would train blocks 1 to {backbone.barrier}, as objective "
             f"{config.objective['name']!r} has no tap there; remove it, or lower objective.tap_layer"
         )
+    positions = getattr(backbone.decoder.config, "max_position_embeddings", None)
+    longest = data.train.max_size - 1  # nothing follows the last token
+    if objective.predicts_tokens and positions is not None and longest > positions:
+        raise InputError(
+            f"data.max_length: a sample has {longest} tokens to predict from, and the model is made for {positions}; lower it, or "
+            "raise model.max_position_embeddings if this decoder is a new one"
+        )
     test = chat_test(plan.evaluation, data, backbone, objective.predicts_tokens)
     probe = probe_test(plan.evaluation, data, backbone, objective)
     stream = create_stream(config, data, objective, ranks)

@@ -313,7 +313,8 @@ def test_bf16_on_a_gpu(config, tmp_path, engine, objective):
     assert abs(got - expected) < 0.1 * abs(expected)
 
 
-def test_a_batch_too_small_for_the_objective_is_refused_by_name(tmp_path, capfd):
+@pytest.fixture
+def text_config(tmp_path):
     write_text(tmp_path / "text", [40], valid=2)
     values = {
         "run": {"name": "run", "dir": str(tmp_path)},
@@ -325,10 +326,19 @@ def test_a_batch_too_small_for_the_objective_is_refused_by_name(tmp_path, capfd)
     }
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(values))
-    assert train.main(["--config", str(config)]) == 2
+    return config
+
+
+def test_samples_longer_than_the_model_is_made_for_are_refused_at_the_start(text_config, capfd):
+    arguments = ["objective={name: lm}", "model.max_position_embeddings=23"]
+    assert run(text_config, *arguments) == 2
+    error = capfd.readouterr().err
+    assert "data.max_length: a sample has 24 tokens to predict from, and the model is made for 23" in error
+    assert run(text_config, *arguments[:1], "model.max_position_embeddings=24") == 0
+
+
+def test_a_batch_too_small_for_the_objective_is_refused_by_name(text_config, capfd):
+    assert run(text_config) == 2
     assert "train.batch_size: about 8 samples in a step; objective 'span'" in capfd.readouterr().err
-    assert (
-        train.main(["--config", str(config), "train.batch_size=0", "train.batch_tokens=400", "train.micro_tokens=400"])
-        == 2
-    )
+    assert run(text_config, "train.batch_size=0", "train.batch_tokens=400", "train.micro_tokens=400") == 2
     assert "train.batch_tokens: about" in capfd.readouterr().err
