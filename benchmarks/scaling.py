@@ -91,8 +91,8 @@ def config_file(folder: Path, what: str, size: int, threads: int) -> Path:
     return file
 
 
-def program(folder: Path, what: str, size: int, ranks: Ranks, threads: int) -> Ours:
-    return Ours(load_config(str(config_file(folder, what, size, threads)), []), ranks, folder)
+def program(file: Path, ranks: Ranks, scratch: Path) -> Ours:
+    return Ours(load_config(str(file), []), ranks, scratch)
 
 
 def step_flops(ours: Ours) -> int:
@@ -101,7 +101,7 @@ def step_flops(ours: Ours) -> int:
 
 def in_turns(what: str, folder: Path, rounds: int, threads: int, ranks: Ranks) -> dict[int, tuple[list[float], int]]:
     """Size → seconds of its steps, and FLOPs of one."""
-    programs = {size: program(folder, what, size, ranks, threads) for size in SIZES[what]}
+    programs = {size: program(config_file(folder, what, size, threads), ranks, folder) for size in SIZES[what]}
     flops = {size: step_flops(ours) for size, ours in programs.items()}
     seconds: dict[int, list[float]] = {size: [] for size in programs}
     sizes = list(programs)
@@ -118,21 +118,22 @@ def in_turns(what: str, folder: Path, rounds: int, threads: int, ranks: Ranks) -
 def under_torchrun(folder: Path, rounds: int) -> dict[int, tuple[list[float], int]]:
     """The same of numbers of ranks, each its own job, some steps of each job in turns of jobs."""
     found: dict[int, tuple[list[float], int]] = {size: ([], 0) for size in SIZES["ranks"]}
+    files = {size: config_file(folder, "ranks", size, threads=1) for size in found}
     for turn in range(2):
         for size in SIZES["ranks"][:: 1 if turn % 2 else -1]:
             out = folder / f"ranks_{size}_{turn}.json"
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}"]
-            command += [__file__, "--worker", str(folder), str(out), "--rounds", str(rounds)]
+            command += [__file__, "--worker", str(files[size]), str(out), "--rounds", str(rounds)]
             subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
             result = json.loads(out.read_text())
             found[size] = (found[size][0] + result["seconds"], result["flops"])
     return found
 
 
-def worker(folder: Path, out: Path, rounds: int) -> None:
+def worker(file: Path, out: Path, rounds: int) -> None:
     """A rank of ``ranks``."""
     ranks = distributed.setup()
-    ours = program(folder, "ranks", ranks.world_size, ranks, threads=1)
+    ours = program(file, ranks, out.with_suffix(""))  # of this job alone
     flops = step_flops(ours)
     ours.steps(1)
     seconds = ours.steps(rounds)
@@ -177,7 +178,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="of all but ranks")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, metavar="FILE.png")
-    parser.add_argument("--worker", nargs=2, type=Path, metavar=("FOLDER", "FILE"), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=2, type=Path, metavar=("CONFIG", "FILE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     quiet_libraries()
     if args.worker:

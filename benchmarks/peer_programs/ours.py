@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -28,6 +29,10 @@ from jepa_scale.watchdog import Watchdog
 
 STEPS = 100_000
 """Of the runs: more than any measurement takes, so that the end of one, which saves and evaluates, is never reached."""
+
+
+_numbers = itertools.count()
+"""Of the runs: every rank counts alike, so that all of them have the same folder."""
 
 
 class Found(NamedTuple):
@@ -91,7 +96,7 @@ class Ours:
     """``jepa_scale.train.fit`` on a run, stopped after so many steps and gone on with."""
 
     def __init__(self, config: Config, ranks: Ranks, scratch: Path) -> None:
-        config.run.dir, config.run.name = str(scratch), f"run{id(config)}"
+        config.run.dir, config.run.name = str(scratch), f"run{next(_numbers)}"
         config.log.progress = config.log.report = False
         config.train.steps, config.train.eval_every, config.checkpoint.every = STEPS, 0, 0
         plan = validate(config)

@@ -66,10 +66,11 @@ class FSDPEngine(Engine):
             fully_shard(part, mesh=mesh, mp_policy=policy)
         allocate(module, ranks.device)
         for sharded_part in self._fsdp_modules():
-            # both together: a plain sum over ranks, on gloo too. With a factor one rank would divide each gradient by 1
-            if mesh.size() > 1:
+            if mesh.size() == 1:
+                sharded_part.set_custom_reduce_scatter(_NothingToReduce())  # type: ignore[arg-type]
+            else:  # both lines together: a plain sum over ranks, on gloo too
                 sharded_part.set_gradient_divide_factor(1.0)
-            sharded_part.set_force_sum_reduction_for_comms(True)
+                sharded_part.set_force_sum_reduction_for_comms(True)
 
         sharded = dict(module.named_parameters())  # fully_shard has put new parameters in the module
         groups = [
@@ -156,6 +157,24 @@ class FSDPEngine(Engine):
         """An evaluation leaves the root's parameters gathered; they would hide the shards, and be used once more."""
         for part in self._fsdp_modules():
             part.reshard()
+
+
+class _NothingToReduce:
+    """The reduce-scatter of a rank that is alone: its output is its input. FSDP2 asks for the two buffers one after the other,
+    and then copies the one into the other, which of the same tensor is nothing."""
+
+    def __init__(self) -> None:
+        self._input: Tensor | None = None
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        buffer, self._input = self._input, None
+        if buffer is None:
+            buffer = self._input = torch.empty(*size, dtype=dtype, device=device)
+        assert buffer.shape == torch.Size(size) and buffer.dtype == dtype
+        return buffer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        raise AssertionError("one rank, and something to reduce")
 
 
 def _mesh(ranks: Ranks, replicas: int) -> DeviceMesh:

@@ -6,7 +6,8 @@ compute dtype; the root's stays from its forward to the end of the backward. As 
 
 * an all-gather fills one flat buffer, which is then copied into the parameters; a forward's buffer lives until the next copy;
 * in the backward the unit before is gathered ahead;
-* a unit's gradients are copied into one flat buffer of the reduction's dtype, which lives until the next reduction.
+* a unit's gradients are copied into one flat buffer of the reduction's dtype, which lives until the next reduction. A rank that is
+  alone keeps that buffer as its gradients.
 """
 
 from __future__ import annotations
@@ -93,18 +94,19 @@ class FsdpModel(EngineModel):
             return
         shards = self.layout.shards
         own = REDUCED * sum(self._shard(name) for name in names)
-        self.ledger.add("buffers", own * shards)
-        self._reducing = own * shards
+        first = not all(name in self._reduced for name in names)
+        alone = shards * self.layout.replicas == 1
+        self._reducing = 0 if alone and first else own * shards
+        self.ledger.add("buffers", self._reducing)
         for name in names:
             unit.parameters[name].grad = None
-        first = not all(name in self._reduced for name in names)
-        if shards == 1:  # a copy on the way, with nothing to reduce
+        if shards == 1 and not alone:  # divided on the way, by 1
             with self.ledger.briefly("buffers", own):
                 self.ledger.add("gradients", own)
-        else:
+        elif not alone or first:
             self.ledger.add("gradients", own)
         self._reduced.update(names)
-        if not first:
+        if not first and not alone:
             self.ledger.free("gradients", own)  # added to what was there
 
     def after_backward(self, last: bool) -> None:
