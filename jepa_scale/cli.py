@@ -68,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     )
     what = config.add_mutually_exclusive_group(required=True)
     what.add_argument("config", nargs="?", help="YAML file")
+    what.add_argument("--list", action="store_true", help="list the configs that come with jepa_scale")
     what.add_argument("--schema", action="store_true", help="print the JSON Schema of all configs, for editors")
     what.add_argument("--reference", action="store_true", help="print all keys with their meanings, as Markdown")
     config.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -92,6 +93,12 @@ def evaluate_run(args: argparse.Namespace) -> int:
 
 
 def print_config(args: argparse.Namespace) -> int:
+    if args.list:
+        from jepa_scale.config import shipped_configs
+
+        for name, about in shipped_configs():
+            print(f"{name:40s} {about}")
+        return 0
     if args.schema:
         from jepa_scale.config_schema import config_schema
 

@@ -19,6 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from jepa_scale.errors import InputError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+SHIPPED = REPOSITORY if (REPOSITORY / "configs").is_dir() else Path(__file__).resolve().parent
+"""Where ``configs/`` lies: in the repository, or in the package if that was installed from a wheel."""
 
 
 class Section(BaseModel):
@@ -310,19 +312,25 @@ def _explain(cls: type[Section], error: ValidationError, prefix: str) -> str:
 
 
 def find_file(path: str | Path, key: str, beside: Path | None = None) -> Path:
-    """The file that ``path`` means: as given, beside the config that names it, or in the repository.
+    """The file that ``path`` means: as given, beside the config that names it, or among those of jepa_scale (:data:`SHIPPED`).
 
     Raises:
         InputError: no such file in any of these places.
     """
     path = Path(path).expanduser()
-    places = (
-        [path] if path.is_absolute() else [Path.cwd() / path, *([beside / path] if beside else []), REPOSITORY / path]
-    )
+    places = [path] if path.is_absolute() else [Path.cwd() / path, *([beside / path] if beside else []), SHIPPED / path]
     for place in places:
         if place.is_file():
             return place
     raise InputError(f"{key}: no file {str(path)!r} (looked for {', '.join(str(p) for p in places)})")
+
+
+def shipped_configs() -> list[tuple[str, str]]:
+    """Names for ``--config``, and the first line of the comment that each begins with."""
+    files = sorted((SHIPPED / "configs").glob("*.yaml"))
+    return [
+        (f"configs/{file.name}", file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")) for file in files
+    ]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -1,0 +1,121 @@
+"""What is built from the sources, installed elsewhere, works without them."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+TOP = ("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "README.md")
+TOP += ("constraints.txt", "pyproject.toml", "setup.py")
+PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+
+
+def run(*command, cwd, **variables):
+    environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
+    done = subprocess.run([*map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    """Of a copy: building leaves folders beside the sources."""
+    copy = tmp_path_factory.mktemp("sources")
+    for name in ("configs", "jepa_scale", "scripts", "tests"):
+        shutil.copytree(REPOSITORY / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in TOP:
+        shutil.copy(REPOSITORY / name, copy)
+    build = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    run(sys.executable, "-c", build, copy / "dist", cwd=copy)
+    return next((copy / "dist").glob("*.tar.gz"))
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory):
+    """From the source distribution, which so must be whole."""
+    out = tmp_path_factory.mktemp("wheel")
+    run(*PIP, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", out, sdist, cwd=out)
+    return next(out.glob("*.whl"))
+
+
+def test_the_source_distribution_has_what_a_cluster_needs(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {*TOP, "scripts/launch_slurm.sbatch", "configs/ds/zero3.json", "jepa_scale/train.py"} <= names
+    assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]
+
+
+def test_the_wheel_has_the_package_and_the_configs(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        about = archive.read(next(name for name in names if name.endswith("METADATA"))).decode()
+    of_repository = {f"jepa_scale/{p.relative_to(REPOSITORY)}" for p in (REPOSITORY / "configs").rglob("*.*")}
+    assert of_repository <= names and "jepa_scale/py.typed" in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert not [name for name in names if not name.startswith(("jepa_scale/", "jepa_scale-"))]
+    assert "License-Expression: Apache-2.0" in about
+
+
+def test_an_installed_wheel_trains_with_a_shipped_config(wheel, tmp_path):
+    site, work = tmp_path / "site", tmp_path / "work"
+    work.mkdir()
+    run(*PIP, "install", "--no-deps", "--target", site, wheel, cwd=work)
+    where = {"PYTHONPATH": site, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    file = run(sys.executable, "-c", "import jepa_scale; print(jepa_scale.__file__)", cwd=work, **where).strip()
+    assert Path(file).is_relative_to(site)
+
+    listed = run(site / "bin/jepa-scale", "config", "--list", cwd=work, **where)
+    assert {p.stem for p in (REPOSITORY / "configs").glob("*.yaml")} == set(
+        re.findall(r"^configs/(\w+)\.yaml", listed, re.M)
+    )
+    small = ["train.steps=2", "train.batch_size=16", "eval.max_facts=4", "eval.rank_facts=4", "log.progress=false"]
+    train = [site / "bin/jepa-scale", "train", "--config", "configs/reversal.yaml", "engine.name=deepspeed", *small]
+    run(*train, cwd=work, **where)
+    config = yaml.safe_load((work / "runs/reversal/config.yaml").read_text())
+    assert config["engine"]["deepspeed"].startswith("configs/ds/")  # found in the package
+    assert (work / "runs/reversal/checkpoints/step_00000002/manifest.json").is_file()
+
+
+def test_what_is_installed_is_what_the_constraints_say():
+    pins = {}
+    for line in (REPOSITORY / "constraints.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            pin = Requirement(line)
+            pins[canonicalize_name(pin.name)] = pin.specifier
+    declared = [Requirement(line) for line in metadata.requires("jepa-scale") or []]
+    direct = {canonicalize_name(r.name) for r in declared} - {"flash-attn", "jepa-scale"}
+    assert direct <= pins.keys(), "pin what pyproject.toml asks for"
+    installed = {canonicalize_name(d.name): d.version for d in metadata.distributions()}
+    wrong = [f"{name} {installed[name]}" for name in pins if name in installed and installed[name] not in pins[name]]
+    assert not wrong, f"not the versions of constraints.txt: {', '.join(sorted(wrong))}"
+
+
+def test_the_image_copies_what_is_there_and_asks_for_extras_that_exist():
+    text = (REPOSITORY / "Dockerfile").read_text()
+    copied = [word for line in re.findall(r"^COPY --chown=trainer (.*)", text, re.M) for word in line.split()[:-1]]
+    assert "jepa_scale" in copied and all((REPOSITORY / name).exists() for name in copied)
+    extras = set(re.findall(r"\.\[(\w+)\]", text))
+    assert extras and extras <= set(metadata.metadata("jepa-scale").get_all("Provides-Extra"))
+    ignored = (REPOSITORY / ".dockerignore").read_text().split()
+    assert not set(copied) & set(ignored)
+    images = [line for line in text.splitlines() if "pip install" in line]
+    assert all("--constraint constraints.txt" in line for line in images)
+
+
+def test_the_citation_is_of_this_version():
+    from jepa_scale import __version__
+
+    citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+    assert citation["version"] == __version__ and f"## {__version__}" in (REPOSITORY / "CHANGELOG.md").read_text()
