@@ -19,7 +19,7 @@ _ONLINE_SECONDS = 30.0  # how long W&B may take to connect, to log in or to fini
 
 
 class Logger(Protocol):
-    """Somebody who is told each row; names are ``split/metric``, values finite or NaN."""
+    """Somebody who is told each row; names are those of :func:`jepa_scale.telemetry.metrics.chart`, values finite or NaN."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None: ...
 

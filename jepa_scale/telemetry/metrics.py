@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+FIT = "fit"
+"""Split of the rows that training itself logs."""
+
 
 @dataclass(frozen=True, slots=True)
 class Metric:
@@ -77,23 +80,27 @@ _KNOWN = [
     Metric("teacher_entropy", "nats"),
     Metric("vq_usage", "fraction", "higher"),
 ]
-_MACHINERY = [
+_OPTIMIZER = [
     Metric("lr"),
     Metric("lr_head"),
     Metric("grad_norm", "L2"),
     Metric("grad_norm_lower", "L2"),
     Metric("grad_norm_upper", "L2"),
+    Metric("skipped_steps", "steps", "lower"),
+]
+_SPEED = [
     Metric("tokens_per_second", "tokens/s", "higher"),
     Metric("packing_efficiency", "fraction", "higher"),
     Metric("data_wait", "fraction", "lower"),
     Metric("skipped_samples", "samples", "lower"),
-    Metric("skipped_steps", "steps", "lower"),
     Metric("mfu", "fraction of peak", "higher"),
     Metric("seconds", "s"),
     Metric(STEP_TIME, "s", "lower"),
     *(Metric(step_part(part), "s", "lower") for part in STEP_PARTS),
     Metric("time_data_slowest", "s", "lower"),
 ]
+_MACHINERY = [*_OPTIMIZER, *_SPEED]
+_CHARTS = {m.name: group for group, of in (("optimizer", _OPTIMIZER), ("speed", _SPEED)) for m in of}
 _BY_NAME = {m.name: m for m in [*_KNOWN, *_MACHINERY]}
 _LOWER = {"loss", "nll", "ppl", "error"}
 _HIGHER = {"accuracy", "match", "mrr", "top1", "hits", "margin", "usage", "efficiency", "mfu"}
@@ -108,6 +115,13 @@ def describe(name: str) -> Metric:
     if words & _LOWER:
         return Metric(name, "", "lower")
     return Metric(name, "", "higher" if words & _HIGHER else None)
+
+
+def chart(split: str, name: str) -> str:
+    """Name under which TensorBoard and W&B show a metric; both put into one group what has the same word before the slash:
+    the split, or for rows of training ``optimizer`` and ``speed`` where it is about these.
+    """
+    return f"{_CHARTS.get(name, split) if split == FIT else split}/{name}"
 
 
 def in_report_order(names: set[str]) -> list[str]:

@@ -20,10 +20,7 @@ import yaml
 from jepa_scale import distributed
 from jepa_scale.errors import InputError
 from jepa_scale.files import write_atomic
-from jepa_scale.telemetry.metrics import describe
-
-FIT = "fit"
-"""Split of the rows that training itself logs."""
+from jepa_scale.telemetry.metrics import FIT, describe
 
 METRICS_FILE, SUMMARY_FILE, CONFIG_FILE = "metrics.jsonl", "summary.json", "config.yaml"
 _NOT_VALUES = ("step", "split", "tokens", "flops")

@@ -20,6 +20,7 @@ from jepa_scale.table import format_number
 from jepa_scale.telemetry import records
 from jepa_scale.telemetry.environment import describe_environment
 from jepa_scale.telemetry.loggers import Loggers, start_loggers
+from jepa_scale.telemetry.metrics import chart
 from jepa_scale.telemetry.progress import Progress
 from jepa_scale.telemetry.records import FIT
 from jepa_scale.telemetry.row_file import RowFile
@@ -200,7 +201,7 @@ class RunLog:
         counts = {"tokens": self.tokens, **({"flops": self.flops} if self.flops else {})}
         line = json.dumps({"step": step, "split": split, **counts, **row}, allow_nan=False)
         self._file.write(line)
-        told = {f"{split}/{n}": math.nan if v is None else float(v) for n, v in row.items()}
+        told = {chart(split, n): math.nan if v is None else float(v) for n, v in row.items()}
         self._loggers.log(step, told)
 
     def close(self, exit_code: int = 0) -> dict[str, Any]:

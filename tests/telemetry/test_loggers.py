@@ -2,6 +2,7 @@ import importlib.util
 import json
 import math
 import os
+import struct
 import subprocess
 import sys
 
@@ -38,7 +39,7 @@ def test_tensorboard_events_read_back_and_are_superseded_at_a_resume(tmp_path):
         log.fit(3, {"loss": 30.0})
     events = scalars(tmp_path)
     assert events["fit/loss"] == [(1, 1.0), (2, 2.0), (3, 30.0)]
-    assert "fit/skipped" not in events and "fit/tokens_per_second" in events
+    assert "fit/skipped" not in events and "speed/tokens_per_second" in events
     assert events.get("test/mrr", []) == []  # step 3 was undone
     with run_log(tmp_path, tensorboard=True, start_step=0) as log:  # no checkpoint was found
         log.fit(1, {"loss": 10.0})
@@ -95,6 +96,26 @@ def test_a_logger_that_cannot_start_or_close_is_reported(capsys):
     assert len(warnings) == 2 and "absent" in warnings[0] and "sticky" in warnings[1]
 
 
+def wandb_rows(file):
+    """What a ``.wandb`` file holds: records of :mod:`wandb.proto`, in blocks as LevelDB's log has them."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, whole, rows = file.read_bytes(), 7, b"", []
+    assert data[:4] == b":W&B"
+    while at + 7 <= len(data):
+        if 2**15 - at % 2**15 < 7:  # no room for a header: the block ends in zeros
+            at += 2**15 - at % 2**15
+            continue
+        _, size, kind = struct.unpack("<IHB", data[at : at + 7])
+        whole, at = whole + data[at + 7 : at + 7 + size], at + 7 + size
+        if kind in (1, 4):  # a whole record, or the last piece of one
+            record, whole = Record.FromString(whole), b""
+            if record.HasField("history"):
+                items = ((item.key or "/".join(item.nested_key), item.value_json) for item in record.history.item)
+                rows.append({key: json.loads(value) for key, value in items if key[0] != "_"})
+    return rows
+
+
 WANDB_RUN = """
 import sys, torch
 from pathlib import Path
@@ -102,10 +123,10 @@ from jepa_scale.telemetry import RunLog
 from jepa_scale.config import LogConfig
 from jepa_scale.distributed import Ranks
 directory, start = Path(sys.argv[1]), int(sys.argv[2])
-log = LogConfig(progress=False, wandb=True, wandb_project="probe")
+log = LogConfig(progress=False, wandb=True, tensorboard=True, wandb_project="probe")
 ranks = Ranks(0, 1, 0, torch.device("cpu"), "python")
 with RunLog(directory, log, ranks, "demo", 10, {config!r}, start_step=start) as log:
-    log.fit(start + 1, {{"loss": 1.2345678}})
+    log.fit(start + 1, {{"loss": 1.2345678, "lr": 0.001, "grad_norm": None}})
     log.evaluated(start + 1, "test", {{"mrr": 0.8765432}})
 """
 
@@ -133,6 +154,18 @@ def test_wandb_logs_offline_without_asking_and_a_resume_keeps_its_id(tmp_path):
     content = stored.read_bytes()
     for expected in (b"fit/loss", b"1.2345678", b"test/mrr", b"0.8765432", b"0.00123456", b"probe"):
         assert expected in content, expected
+
+    # the same names and values, in all three
+    rows = wandb_rows(stored)
+    events = scalars(tmp_path)
+    assert {"fit/loss", "optimizer/lr", "speed/tokens_per_second", "speed/seconds"} <= rows[0].keys()
+    assert {"step", "test/mrr"} == rows[1].keys()
+    for chart, curve in events.items():
+        assert [(row["step"], round(row[chart], 4)) for row in rows if chart in row] == curve
+    assert events.keys() == set().union(*rows) - {"step"}
+    written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    plain = {chart.partition("/")[2] for chart in events}
+    assert plain == {key for row in written for key, v in row.items() if v is not None} - {"step", "split", "tokens"}
 
     # Online is asked for and no key is known: no prompt, no failure, and the run goes on under its id.
     done = run(1, WANDB_MODE="online")
