@@ -29,6 +29,7 @@ from jepa_scale.evaluation import OPTIONS, Results, chat_test, device_call, eval
 from jepa_scale.flop_budget import steps_within, whole_steps
 from jepa_scale.models import tensor_parallel
 from jepa_scale.models.backbone import Backbone
+from jepa_scale.models.compiling import compile_blocks
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.models.recompute import recompute
@@ -237,10 +238,9 @@ def build(plan: Plan, ranks: Ranks, steps: int = 0) -> Run:
             config.train.flops, loaders, flops, lambda step: objective.kind_of_step(step, config.run.seed)
         )
     blocks = [*backbone.layers, *objective.blocks]
-    recompute(blocks, config.engine.activation_checkpointing)
     if config.engine.compile:
-        for block in blocks:
-            block.compile(dynamic=True)
+        compile_blocks(blocks)
+    recompute(blocks, config.engine.activation_checkpointing)
 
     engine = create_engine(
         engine_name,

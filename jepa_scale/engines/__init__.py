@@ -46,6 +46,11 @@ def check_engine(name: str, config: Config, ranks: Ranks) -> None:
                 f"engine.tp: {options.tp} and zero_hpz_partition_size in {options.deepspeed}: DeepSpeed makes its secondary "
                 "shards of neighbouring ranks, and those are a team; set one of them to 1"
             )
+        if options.compile and zero["stage"] == 3:
+            raise InputError(
+                "engine.compile: ZeRO-3 gathers parameters by hooks in every layer of a block, and the compiler would make a new program "
+                "for nearly each of them; use FSDP2 (engine.name=fsdp) or a ZeRO stage below 3, or leave it out"
+            )
         if options.replicas > 1:
             raise InputError(
                 "engine.replicas: is FSDP2's; for ZeRO-3 within a node see zero_hpz_partition_size (configs/ds/zero3_hpz.json)"

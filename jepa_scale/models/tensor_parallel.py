@@ -23,6 +23,7 @@ from jepa_scale.errors import InputError
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.team import Split, Team
 from jepa_scale.models.tp_plan import plan_of
+from jepa_scale.packing import SegmentTable
 
 
 def check(backbone: Backbone, size: int) -> None:
@@ -222,13 +223,18 @@ class _Shared:
         if not team.splits_tokens:  # generation: nothing wants a gradient
             return _replaced(super().forward(*args, **kwargs), team.leave)  # type: ignore[misc]
         x = args[0] if args else kwargs["hidden_states"]
-        table = kwargs.get("packed")  # the MLP's has none: what fills up the tokens may go through it
-        x = team.gather_tokens(x, x.shape[1] * team.size if table is None else sum(table.lengths))
+        x = _all_tokens(x, kwargs.get("packed"), team)
         if args:
             args = (x, *args[1:])
         else:
             kwargs["hidden_states"] = x
         return _replaced(super().forward(*args, **kwargs), team.scatter_tokens)  # type: ignore[misc]
+
+
+@torch.compiler.disable  # a batch's lengths are in Python: compiled, each number of segments would be a new program
+def _all_tokens(x: Tensor, table: SegmentTable | None, team: Team) -> Tensor:
+    """The MLP has no table: what fills up the tokens may go through it."""
+    return team.gather_tokens(x, x.shape[1] * team.size if table is None else sum(table.lengths))
 
 
 def _replaced(output: Any, function: Any) -> Any:

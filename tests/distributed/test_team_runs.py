@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,7 @@ def refused(ranks: Ranks, file: str) -> str:
         ("fsdp", {"tp": 3}, "engine.tp: 3 does not divide the 2 ranks of this run; start a multiple of 3"),
         ("fsdp", {"replicas": 3}, "engine.replicas: 3 does not divide the 2 ranks with different samples"),
         ("fsdp", {"tp": 2, "replicas": 2}, "engine.replicas: 2 does not divide the 1 ranks with different samples"),
+        ("zero3", {"compile": True}, "engine.compile: ZeRO-3 gathers parameters by hooks"),
         ("zero3", {"replicas": 2}, "engine.replicas: is FSDP2's; for ZeRO-3 within a node see zero_hpz_partition_size"),
     ],
 )
@@ -198,8 +200,8 @@ def test_muon_is_refused_in_a_team(corpus, tmp_path):
     assert all("engine.tp: Muon needs whole matrices" in said for said in run_ranks(refused, 2, file))
 
 
-def test_recomputing_and_compiling_change_nothing(reference, corpus, tmp_path):
-    """Activation checkpointing on every engine, in a team too; blocks compiled, with and without it."""
+def test_recomputing_changes_nothing(reference, corpus, tmp_path):
+    """Activation checkpointing on every engine, in a team too."""
     cases: dict[str, tuple[str, dict[str, Any]]] = {
         f"{how}-{engine}": (engine, {"activation_checkpointing": how})
         for engine in ("fsdp", "zero1", "zero3")
@@ -211,6 +213,64 @@ def test_recomputing_and_compiling_change_nothing(reference, corpus, tmp_path):
     run_ranks(train_runs, 2, [(file, None) for file in files], timeout=400)
     for name in cases:
         assert_same_run(tmp_path / name, reference / "native")
+
+
+def train_compiled(ranks: Ranks, files: list[str]) -> dict[str, list[int]]:
+    """Run → how many graphs were compiled before each step."""
+    from jepa_scale import build, train
+    from jepa_scale.models.compiling import compile_blocks
+
+    compiled: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    build.compile_blocks = partial(compile_blocks, backend=backend)
+    totals, found = train.global_totals, {}
+    for file in files:
+        compiled.clear()
+        torch._dynamo.reset()  # a process has one run
+        before: list[int] = []
+
+        def noted(*args: Any, before: list[int] = before, **kwargs: Any) -> Any:
+            before.append(len(compiled))
+            return totals(*args, **kwargs)
+
+        train.global_totals = noted
+        train_runs(ranks, [(file, None)])
+        found[Path(file).stem] = before
+    return found
+
+
+def test_compiling_changes_nothing_and_is_done_once(corpus, tmp_path):
+    """Graphs of blocks on FSDP2 and ZeRO, with and without recomputing, in a team too: all that there will be are there after
+    three steps, though no batch has the documents of another. (Micro-batches are large enough not to be of one token, which is a
+    graph of its own.)"""
+    cases: dict[str, tuple[str, str, dict[str, Any]]] = {
+        "fsdp": ("native", "fsdp", {}),
+        "fsdp-selective": ("qwen3", "fsdp", {"activation_checkpointing": "selective"}),
+        "zero1-full": ("qwen3", "zero1", {"activation_checkpointing": "full"}),
+        "team": ("native", "fsdp", {"activation_checkpointing": "full", "tp": 2}),
+    }
+
+    def larger(name: str, model: str, engine: str, **options: Any) -> str:
+        file = config_file(tmp_path, name, corpus, model, engine, **options)
+        values = yaml.safe_load(Path(file).read_text())
+        values["train"] |= {"batch_tokens": 480, "micro_tokens": 120, "steps": 9, "eval_every": 6}
+        Path(file).write_text(yaml.safe_dump(values))
+        return file
+
+    files = [larger(name, model, engine, compile=True, **more) for name, (model, engine, more) in cases.items()]
+    twins = [(larger(f"{model}-plain", model, "fsdp"), None) for model in ("native", "qwen3")]
+    run_ranks(train_runs, 2, twins)
+    for found in run_ranks(train_compiled, 2, files, timeout=400):
+        for name in cases:
+            first, second = found[name][3:6], found[name][6:]  # an evaluation between them, which has graphs of its own
+            assert first[0] > 0, f"{name}: nothing was compiled"
+            assert set(first) == {first[0]} and set(second) == {second[0]}, f"{name} {found[name]}"
+    for name, (model, _, _) in cases.items():
+        assert_same_run(tmp_path / name, tmp_path / f"{model}-plain")
 
 
 SHARDED = {
