@@ -1,4 +1,4 @@
-"""What each part of ``grid`` does: the ablation that seed 002 planned, several seeds, on generated sequences or on ARC's tasks.
+"""What each part of ``grid`` does: the ablation that GridJEPA planned, several seeds, on generated sequences or on ARC's tasks.
 
     python benchmarks/grid.py --json benchmarks/results/grid.json --png benchmarks/results/grid.png train.epochs=10
     python benchmarks/grid.py --cases diagnostic vq_off --json benchmarks/results/grid_diagnostic.json
@@ -33,7 +33,7 @@ from jepa_scale.table import text_table  # noqa: E402
 from jepa_scale.telemetry import FIT, RunRecord, load_run  # noqa: E402
 
 CASES: dict[str, list[str]] = {
-    "diagnostic": [],  # attention, gentle codes, temperature 0.05 to 0.2: all that seed 002 settled on
+    "diagnostic": [],  # attention, gentle codes, temperature 0.05 to 0.2: all that GridJEPA settled on
     "mean": ["objective.temporal=mean"],
     "relational_0": ["objective.relational_weight=0", "objective.context_self_weight=0"],
     "relational_x5": ["objective.relational_weight=0.1", "objective.context_self_weight=0.025"],

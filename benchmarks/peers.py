@@ -16,7 +16,7 @@ are compared (``fsdp_loop``, which knows no borders of documents, computes anoth
 
 The others: ``trainer_padded``, ``trainer_padded_512`` and ``trainer_packed``, transformers' ``Trainer`` with rows padded to the
 longest of the batch, padded to 512, and with ``DataCollatorWithFlattening``; ``plain``, a loop with padded rows and a dense mask;
-``fsdp_loop``, FSDP2 on full rows without borders; ``seed_000`` and ``seed_000_eager``, padded rows of the horizon objective with
+``fsdp_loop``, FSDP2 on full rows without borders; ``lit_jepa`` and ``lit_jepa_eager``, padded rows of the horizon objective with
 fused and with spelled-out attention. ``ours_bf16`` is ours under ``engine.precision=bf16``, which is other work (its loss is held to
 1 % of that in fp32) and what a user may choose. ``ratio/<comparison>/<other>`` is how many times as many real tokens a second ours
 does, the median over the rounds; ``ratio_bf16/…`` the same of ``ours_bf16``. The step of LLM-JEPA has a benchmark of its own, ``benchmarks/two_view.py``.
@@ -36,9 +36,9 @@ sys.path.insert(0, str(REPOSITORY))
 
 import torch  # noqa: E402
 
+from benchmarks.peer_programs.lit_jepa import PaddedHorizon  # noqa: E402
 from benchmarks.peer_programs.ours import Ours, Program, Samples  # noqa: E402
 from benchmarks.peer_programs.plain import FsdpLoop, PlainLoop  # noqa: E402
-from benchmarks.peer_programs.seed_000 import PaddedHorizon  # noqa: E402
 from benchmarks.peer_programs.trainer import HuggingFaceTrainer  # noqa: E402
 from benchmarks.rows import row, write  # noqa: E402
 from jepa_scale import distributed  # noqa: E402
@@ -79,8 +79,8 @@ OTHERS: dict[str, Makers] = {
         "fsdp_loop": lambda samples, scratch: FsdpLoop(samples, samples.run.data.train.max_size - 1),
     },
     "horizon": {
-        "seed_000": lambda samples, scratch: PaddedHorizon(samples, samples.run.data.train.max_size - 1, False),
-        "seed_000_eager": lambda samples, scratch: PaddedHorizon(samples, samples.run.data.train.max_size - 1, True),
+        "lit_jepa": lambda samples, scratch: PaddedHorizon(samples, samples.run.data.train.max_size - 1, False),
+        "lit_jepa_eager": lambda samples, scratch: PaddedHorizon(samples, samples.run.data.train.max_size - 1, True),
     },
 }
 

@@ -38,12 +38,12 @@ from jepa_scale.evaluate.representation import effective_rank  # noqa: E402
 from jepa_scale.table import text_table  # noqa: E402
 from jepa_scale.telemetry import load_run  # noqa: E402
 
-SEED = ["objective.local_ratio=[0.40,0.45]", "objective.global_ratio=[0.25,0.30]"]  # views of seed 004
+SEED = ["objective.local_ratio=[0.40,0.45]", "objective.global_ratio=[0.25,0.30]"]  # views of SpanJEPA
 HARD = ["objective.local_ratio=[0.8,0.9]", "objective.global_ratio=[0.5,0.6]"]  # views that have less in common
 HEAVY, LIGHT = ["objective.sigreg_weight=0.25"], ["objective.sigreg_weight=0.05"]
 SPANS, NO_SPANS = ["objective.predictor_layers=1"], ["objective.predictor_layers=0"]
 CASES: dict[str, list[str]] = {
-    "seed": [*SEED, *HEAVY, *SPANS],  # as seed 004
+    "seed": [*SEED, *HEAVY, *SPANS],  # as SpanJEPA
     "hard": [*HARD, *HEAVY, *SPANS],
     "hard_lm": [*HARD, *HEAVY, *SPANS, "objective.lm_weight=1.0"],  # and next-token prediction on the whole text
     "hard_light": [*HARD, *LIGHT, *SPANS],

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from jepa_scale import __version__
 from jepa_scale.errors import InputError
 
 PARSERS = {
@@ -44,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="jepa-scale", description="Train and evaluate JEPA-augmented decoders.")
+    top.add_argument("--version", action="version", version=f"jepa_scale {__version__}")
     commands = top.add_subparsers(
         required=True, metavar="train|eval|data|checkpoint|convert|encode|generate|plan|watch|config|report"
     )
@@ -62,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("generate", help="what a run's model says (see jepa-scale generate --help)")
 
     commands.add_parser("plan", help="memory, communication and time of a run (see jepa-scale plan --help)")
+    commands.add_parser("watch", help="follow runs while they train (see jepa-scale watch --help)")
 
     config = commands.add_parser(
         "config", help="print a config with every default filled in, and where each value is from"

@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     sections.set_defaults(command=write_sections)
 
     reversal = commands.add_parser(
-        "reversal", help="write seed 001's reversal files: train.json, valid.json, vocab.json"
+        "reversal", help="write GPT2WithJEPA's reversal files: train.json, valid.json, vocab.json"
     )
     reversal.add_argument("--out", type=Path, required=True, help="folder to write into; must not hold such files")
     reversal.add_argument("--entities-a", type=int, default=50_000, help="|A|, entities with both directions")
@@ -74,8 +74,9 @@ def add_options(group: argparse._ArgumentGroup) -> None:
         kind: Any = field.annotation
         if isinstance(kind, UnionType):  # X | None: None is said by leaving it out
             (kind,) = (k for k in get_args(kind) if k is not type(None))
-        default = "" if field.default is None or kind not in (str, int, float) and not get_args(kind) else field.default
-        text = (field.description or "").rstrip(".") + (f" (default: {default})" if default not in ("", {}) else "")
+        told = kind in (str, int, float) or get_origin(kind) is Literal
+        default = field.default if told and field.default is not None else ""
+        text = (field.description or "").rstrip(".") + (f" (default: {default})" if default != "" else "")
         common: dict[str, Any] = {
             "dest": f"option_{name}",
             "default": argparse.SUPPRESS,

@@ -198,7 +198,7 @@ def test_eval_config_report_and_data_commands(config, tmp_path, capsys):
 
 
 def test_files_train_as_the_generated_facts_do(config, tmp_path):
-    """The reader of seed 001's format and the generator are the same data."""
+    """The reader of GPT2WithJEPA's format and the generator are the same data."""
     write(generate(50, 5, 2), tmp_path / "facts")
     values = yaml.safe_load(config.read_text())
     values["data"] = {"source": "reversal", "path": str(tmp_path / "facts")}

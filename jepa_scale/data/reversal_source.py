@@ -21,7 +21,7 @@ GENERATOR_KEYS = {"entities_a", "comb", "relations", "seed"}
 class ReversalOptions(DataOptions):
     """Keys of ``data:`` with ``source: reversal``."""
 
-    source: Literal["reversal"] = Field("reversal", description="Facts and their reverses (seed 001).")
+    source: Literal["reversal"] = Field("reversal", description="Facts and their reverses (GPT2WithJEPA).")
     entities_a: int = Field(50_000, description="Entities seen in both directions; B has 0.6 times as many.")
     comb: int = Field(10, description="Entities that share a first (and a last) name.")
     relations: int = Field(6, description="Relations, each with an inverse.")

@@ -1,4 +1,4 @@
-"""Relations between objects: those that are near in the grids are drawn together in representation space (seed 002, G7)."""
+"""Relations between objects: those that are near in the grids are drawn together in representation space (GridJEPA, G7)."""
 
 from __future__ import annotations
 

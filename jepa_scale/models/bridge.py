@@ -1,4 +1,4 @@
-"""The gated bridge: how a predicted latent re-enters the decoder (seed 000's bridge at the tap)."""
+"""The gated bridge: how a predicted latent re-enters the decoder (LitJEPA's bridge at the tap)."""
 
 from __future__ import annotations
 

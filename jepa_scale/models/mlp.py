@@ -1,4 +1,4 @@
-"""The multi-layer perceptron of projectors and predictors (seed 000)."""
+"""The multi-layer perceptron of projectors and predictors (LitJEPA)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """From what is known of objects to their representations: a network over features, whose layers of attention let adjacent
-objects see each other, or a read-out of a decoder's states (seed 002, G3)."""
+objects see each other, or a read-out of a decoder's states (GridJEPA, G3)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A codebook: each row is replaced by the nearest of K codes, which follow the rows (seed 002, G5)."""
+"""A codebook: each row is replaced by the nearest of K codes, which follow the rows (GridJEPA, G5)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """The predictor of masked spans: a stack that fills in, in representation space, the tokens that a view was encoded without
-(seed 004; the predictor of I-JEPA, Assran et al. 2023, arXiv 2301.08243, on text).
+(SpanJEPA; the predictor of I-JEPA, Assran et al. 2023, arXiv 2301.08243, on text).
 
 Its blocks are the native decoder's, but that every token sees its whole segment.
 """

@@ -1,4 +1,4 @@
-"""From a sequence of grids' states to one state: by learned weights of the places, or by the mean (seed 002, G4)."""
+"""From a sequence of grids' states to one state: by learned weights of the places, or by the mean (GridJEPA, G4)."""
 
 from __future__ import annotations
 

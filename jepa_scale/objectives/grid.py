@@ -1,4 +1,4 @@
-"""``grid``: what a sequence of grids leads to is recognised among all others (seed 002).
+"""``grid``: what a sequence of grids leads to is recognised among all others (GridJEPA).
 
 The objects of each grid of the context become codes, the grid their mean, and the context one state, by learned weights of
 its places. A prediction from it has to be nearest, of all targets in the global batch and in a queue of earlier ones, to the

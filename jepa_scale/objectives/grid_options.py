@@ -14,7 +14,7 @@ KINDS: tuple[Kind, ...] = ("colour", "translation", "symmetry")
 
 
 class GridOptions(Section):
-    """Options of ``grid``; the defaults are those of seed 002."""
+    """Options of ``grid``; the defaults are those of GridJEPA."""
 
     encoder: Literal["objects", "decoder"] = Field(
         "objects",

@@ -1,4 +1,4 @@
-"""``horizon``: predict, from a latent now, the latent some tokens later (seed 000).
+"""``horizon``: predict, from a latent now, the latent some tokens later (LitJEPA).
 
 A latent is the decoder's state after block ``tap_layer``. An online projector encodes the anchor's, an EMA teacher the
 target's; the predictor sees the anchor's latent and the embedding of the horizon. Next-token prediction goes on beside it,

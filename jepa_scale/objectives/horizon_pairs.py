@@ -19,7 +19,7 @@ POSITIONS = 1 << 24
 
 
 class HorizonOptions(Section):
-    """Options of ``horizon``; seed 000's names in brackets where they differ."""
+    """Options of ``horizon``; LitJEPA's names in brackets where they differ."""
 
     tap_layer: int = Field(-3, description="Latents are the states after this block; negative = from the end.")
     tap_norm: bool = Field(True, description="RMSNorm on the objective's copy of those states.")

@@ -1,4 +1,4 @@
-"""``span``: a text is recognised from any part of it (LeJEPA, Balestriero & LeCun, arXiv 2511.08544, on text; seed 004).
+"""``span``: a text is recognised from any part of it (LeJEPA, Balestriero & LeCun, arXiv 2511.08544, on text; SpanJEPA).
 
 Each masked view of a text is drawn to the centre of its global views, and what is masked in a view is filled in, in
 representation space, by a predictor that sees the rest. SIGReg keeps the states from collapsing: it holds the pooled states,

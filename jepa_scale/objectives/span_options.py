@@ -11,7 +11,7 @@ from jepa_scale.teacher import TeacherOptions
 
 
 class SpanOptions(Section):
-    """Options of ``span``; the defaults are those of seed 004."""
+    """Options of ``span``; the defaults are those of SpanJEPA."""
 
     global_views: int = Field(
         2, ge=1, description="Views with few masked tokens; their mean is what all views predict."

@@ -1,4 +1,4 @@
-"""The views of ``span``: a text with spans of its tokens left out, several times, and once as it is (seed 004).
+"""The views of ``span``: a text with spans of its tokens left out, several times, and once as it is (SpanJEPA).
 
 A masked token is neither key nor value, and what is computed at its place is not used. In a causal stream that is the same
 as leaving it out and keeping the positions of the others. So a view with a share r masked costs 1 − r of the text, and the

@@ -1,4 +1,4 @@
-"""``two_view``: two views of one thing in one packed forward (LLM-JEPA, Huang et al., arXiv 2509.14252; seeds 003, 001).
+"""``two_view``: two views of one thing in one packed forward (LLM-JEPA, Huang et al., arXiv 2509.14252; GPT2WithJEPA).
 
 A conversation is learned by next-token prediction; beside it the state read after its question, and after k predictor
 tokens, is drawn to the state read after its answer alone. In the same way a fact of type ``train`` (stated in both directions)

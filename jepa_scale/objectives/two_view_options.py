@@ -12,7 +12,7 @@ from jepa_scale.teacher import TeacherOptions
 
 
 class TwoViewOptions(Section):
-    """Options of ``two_view``; the names of LLM-JEPA's code, and of seed 001's, in brackets."""
+    """Options of ``two_view``; the names of LLM-JEPA's code, and of GPT2WithJEPA's, in brackets."""
 
     jepa_weight: float = Field(1.0, ge=0, description="λ, weight of the JEPA term [lbd]; 0 switches it off [regular].")
     jepa_start: int = Field(0, ge=0, description="Steps without that term.")

@@ -45,7 +45,7 @@ def pair_rows(keys: Sequence[int], lengths: tuple[int, int] = (1, 1), predictors
 
 @dataclass(frozen=True, slots=True)
 class FactViews:
-    """The forward view of a fact, with its predictor tokens, and for type ``train`` its reverse view (seed 001).
+    """The forward view of a fact, with its predictor tokens, and for type ``train`` its reverse view (GPT2WithJEPA).
 
     Every fact is learned by next-token prediction, the forward view's own; the reverse view carries no labels, as its facts
     are samples of their own.

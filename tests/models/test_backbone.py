@@ -99,7 +99,7 @@ def test_packed_equals_one_sequence_at_a_time(name):
 
 
 def test_the_seeds_gpt2_packed_equals_one_sequence_at_a_time():
-    keys = read_yaml(CONFIGS / "gpt2_seed001.yaml")
+    keys = read_yaml(CONFIGS / "gpt2_with_jepa.yaml")
     torch.manual_seed(0)
     backbone = build_backbone(parse_section(ModelOptions, keys, "model"), 200).eval()
     assert (backbone.num_layers, backbone.hidden_size, backbone.decoder.config.n_head) == (4, 768, 12)

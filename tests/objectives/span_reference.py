@@ -114,7 +114,7 @@ def sigreg(rows: Tensor, step: int, o: SpanOptions, seed: int = 7) -> Tensor:
 
 
 def reference(module: JepaModel, examples: list[Document], step: int = 3, teacher: Any = None) -> dict[str, Tensor]:
-    """The losses of seed 004 as they are written, from the masks that the views were made with."""
+    """The losses of SpanJEPA as they are written, from the masks that the views were made with."""
     objective, backbone = module.objective, module.backbone
     o, make = objective.options, objective.view_maker()
     pooled, centers, predictions, spans, chosen = [], [], [], [], []

@@ -16,7 +16,7 @@ def make(model, **options):
 
 
 def reference(model, options):
-    """(lm, jepa) as seed 001 describes them."""
+    """(lm, jepa) as GPT2WithJEPA describes them."""
     lm, pairs = [], []
     for fact in FACTS:
         question = [*fact.subject, fact.relation, fact.mask]
