@@ -1,6 +1,6 @@
 """Memory of a training step as ``jepa-scale plan`` has it, beside what real steps take.
 
-    python benchmarks/plan.py --json benchmarks/results/plan.json      # CPU: 1 and 2 gloo ranks
+    python benchmarks/plan.py --json benchmarks/results/plan.json      # CPU: 1, 2 and 4 gloo ranks
     python benchmarks/plan.py --device cuda --json plan_gpu.json       # one GPU; fewer runs
     python benchmarks/plan.py --json benchmarks/results/plan.json --render docs/plan.md  # the table there, nothing is run
 
@@ -64,6 +64,11 @@ SIZES = {
 LM = {"name": "lm"}
 HORIZON = {"name": "horizon", "teacher": "backbone", "horizons": [2, 8], "horizon_probs": [0.5, 0.5], "tap_layer": -3}
 KINDS = {"lm": (LM, 1), "teacher": (HORIZON, 1), "two_micro_batches": (HORIZON, 2)}
+LAYOUTS = {
+    "tp2": ({"tp": 2}, (2, 4), ("fsdp", "zero1", "zero3")),
+    "hsdp2": ({"replicas": 2}, (2, 4), ("fsdp",)),
+}
+"""Name → keys of ``engine``, numbers of ranks, engines that have it. All of kind ``teacher``."""
 
 
 def prepare(folder: Path, sizes: dict[str, int]) -> None:
@@ -86,7 +91,9 @@ def prepare(folder: Path, sizes: dict[str, int]) -> None:
 
 
 def config_file(folder: Path, kind: str, engine: str, precision: str, world_size: int, sizes: dict[str, int]) -> Path:
-    objective, accumulation = KINDS[kind]
+    """The run of a kind, or of the layout of that name."""
+    layout = LAYOUTS[kind][0] if kind in LAYOUTS else {}
+    objective, accumulation = KINDS["teacher" if layout else kind]
     model = {key: sizes[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")}
     values = {
         "run": {"name": "plan", "dir": str(folder / "runs")},
@@ -94,6 +101,7 @@ def config_file(folder: Path, kind: str, engine: str, precision: str, world_size
             "name": "fsdp" if engine == "fsdp" else "deepspeed",
             "deepspeed": str(folder / f"{engine}.json"),
             "precision": precision,
+            **layout,
         },
         "model": model,
         "data": {
@@ -106,7 +114,7 @@ def config_file(folder: Path, kind: str, engine: str, precision: str, world_size
         "train": {
             "steps": STEPS,
             "micro_tokens": sizes["tokens"],
-            "batch_tokens": sizes["tokens"] * accumulation * world_size,
+            "batch_tokens": sizes["tokens"] * accumulation * world_size // layout.get("tp", 1),
         },
     }
     file = folder / f"{kind}_{engine}_{precision}_{world_size}.yaml"
@@ -176,7 +184,7 @@ def train(run: Run, ranks: Ranks, meter: Meter) -> None:
     meter.mark("step 0")
     for step, batches in enumerate(run.batches(0, STEPS)):
         gc.collect()
-        totals = global_totals(batches, ranks.device, False)
+        totals = global_totals(batches, ranks.device, False, run.ranks.team)
         totals.pop("stop")
         batches = [replace(batch.to(ranks.device), totals=totals) for batch in batches]
         settle(ranks)
@@ -272,10 +280,17 @@ def render(docs: Path, rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--world-sizes", type=int, nargs="+", help="default: 1 and 2 on a CPU, 1 on a GPU")
+    parser.add_argument(
+        "--world-sizes", type=int, nargs="+", help="default: 1, 2 and (layouts alone) 4 on a CPU, 1 on a GPU"
+    )
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), help="default: both, on a GPU bf16")
-    parser.add_argument("--kinds", nargs="+", choices=tuple(KINDS), help="default: all, on a GPU the first two")
+    parser.add_argument(
+        "--kinds",
+        nargs="+",
+        choices=(*KINDS, *LAYOUTS),
+        help="default: all, on a GPU the first two; layouts need 2 ranks",
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--append", action="store_true", help="keep what else is in --json")
     parser.add_argument("--render", type=Path, metavar="FILE.md", help="only renew the table of --json there")
@@ -284,7 +299,10 @@ def main() -> None:
         render(args.render, json.loads(args.json.read_text())["rows"])
         return
     on_cpu = args.device == "cpu"
-    precisions, kinds = args.precisions or ["bf16", "fp32"][: 1 + on_cpu], args.kinds or list(KINDS)[: 2 + on_cpu]
+    precisions, kinds = (
+        args.precisions or ["bf16", "fp32"][: 1 + on_cpu],
+        args.kinds or [*KINDS, *LAYOUTS][: None if on_cpu else 2],
+    )
     os.environ.update({"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"})
     if args.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -295,12 +313,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder, sizes)
-        for world_size in args.world_sizes or ([1, 2] if args.device == "cpu" else [1]):
+        for world_size in args.world_sizes or ([1, 2, 4] if on_cpu else [1]):
             files = [
                 config_file(folder, kind, engine, precision, world_size, sizes)
                 for kind in kinds
                 for precision in precisions
                 for engine in args.engines
+                if (
+                    world_size in (1, 2)
+                    if kind in KINDS
+                    else world_size in LAYOUTS[kind][1] and engine in LAYOUTS[kind][2]
+                )
             ]
             for stem, real in measured(world_size, folder, args.device, files):
                 plan = planned(folder / f"{stem}.yaml", world_size, args.device)

@@ -183,6 +183,10 @@ class DeepSpeedEngine(Engine):
             import deepspeed.runtime.bf16_optimizer as bf16_optimizer
 
             bf16_optimizer.see_memory_usage = lambda *_, **__: None
+            # It takes a norm, to see whether it is finite, of what a team's later ranks do not share with the first, and fails
+            # on a rank where that is nothing. (What is clipped by is measured by us.)
+            for parameter in module.parameters():
+                parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
         filled, topology = self._filled(config), topology_of(ranks)
 
         def fill(name: str, parameter: nn.Parameter) -> None:

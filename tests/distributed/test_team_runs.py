@@ -89,6 +89,14 @@ def test_curves_do_not_depend_on_the_degree(reference, corpus, tmp_path, ranks, 
         assert_same_run(tmp_path / name, reference / model)
 
 
+def test_a_team_trains_in_bf16_on_every_engine(reference, corpus, tmp_path):
+    files = [config_file(tmp_path, engine, corpus, "native", engine, tp=2, precision="bf16") for engine in ENGINES]
+    run_ranks(train_runs, 2, [(file, None) for file in files], timeout=400)
+    expected = [row["lm_loss"] for row in rows(reference, "native")]
+    for engine in ENGINES:
+        assert [row["lm_loss"] for row in rows(tmp_path, engine)] == pytest.approx(expected, rel=0.02), engine
+
+
 def test_curves_do_not_depend_on_replicas(reference, corpus, tmp_path):
     """HSDP: two copies, each sharded over two ranks; and two copies of a team of two."""
     cases = {"hybrid": {"replicas": 2}, "hybrid-team": {"replicas": 2, "tp": 2}, "copies": {"replicas": 4}}
