@@ -56,5 +56,6 @@ if [ ${#unreachable[@]} -gt 0 ]; then
   refuse "$name: cannot log in without a password by ssh to ${list%, }; see to its sshd and your key, or remove the line"
 fi
 
+check_config "$@"
 deepspeed --hostfile "$hostfile" ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"} ${MASTER_PORT:+--master_port "$MASTER_PORT"} \
   jepa_scale/train.py --resume auto "$@"

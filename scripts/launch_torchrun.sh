@@ -36,6 +36,7 @@ fi
 # Otherwise all rounds share one store, where a rank that starts early finds the addresses of ranks that have ended
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 needs torchrun "run scripts/test.sh or scripts/quickstart.sh once, which make .venv"
+check_config "$@"
 exec torchrun --nnodes "$nodes" --nproc-per-node "${NPROC_PER_NODE:-auto}" --max-restarts "$restarts" \
   --rdzv-backend c10d --rdzv-endpoint "${endpoint:-localhost:0}" --rdzv-id "${RDZV_ID:-jepa-scale}" \
   "${settings[@]}" ${LOCAL_ADDR:+--local-addr "$LOCAL_ADDR"} jepa_scale/train.py --resume auto "$@"

@@ -113,4 +113,5 @@ def test_bad_input_is_not_queued_again(cluster, submit, tmp_path):
     job = submit("--config", "configs/reversal.yaml", "train.stepz=3", time="30")
     until(state_is(cluster, job, "COMPLETED", "FAILED"), 120, "end")
     assert (cluster.job(job)["JobState"], cluster.job(job)["Restarts"]) == ("FAILED", "0"), said(tmp_path)
-    assert "train.stepz: unknown key" in said(tmp_path)
+    assert cluster.job(job)["ExitCode"] == "2:0"
+    assert said(tmp_path).count("train.stepz: unknown key") == 1

@@ -59,6 +59,13 @@ def test_a_node_that_is_cut_off_and_comes_back(nursery, launch, network, tmp_pat
     assert_same(run, tmp_path / "expected" / "run", STEPS)
 
 
+def test_bad_input_ends_the_launcher_before_there_are_ranks(tmp_path):
+    command = [LAUNCHER, "--config", "configs/reversal.yaml", f"run.dir={tmp_path}", "train.stepz=3"]
+    done = subprocess.run(command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done
+    assert "train.stepz: unknown key" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("variables", "says"),
     [
