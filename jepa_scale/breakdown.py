@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib import colormaps
 
@@ -12,9 +14,12 @@ from jepa_scale.table import format_number, text_table
 from jepa_scale.telemetry.metrics import STEP_PARTS, STEP_TIME, describe, step_part
 from jepa_scale.telemetry.records import FIT, Row
 
+MOST_LETTERS = 24
+"""Of a run's name beside its bar."""
 
-def breakdown_table(rows: Sequence[Row]) -> str:
-    """Seconds per step of each part, mean over the run's steps, and its share; empty where nothing was measured.
+
+def mean_parts(rows: Sequence[Row]) -> dict[str, float]:
+    """Part of a step → its seconds per step, mean over the run's steps; empty where nothing was measured.
 
     Steps before the first measured row have built caches, buffers and kernels: where there are more, they do not count.
     """
@@ -23,13 +28,46 @@ def breakdown_table(rows: Sequence[Row]) -> str:
     if not weighted:
         weighted = [(row, 1) for row in found]
     steps = sum(n for _, n in weighted)
-    if not steps:
+    parts = [part for part in STEP_PARTS if any(step_part(part) in row for row, _ in weighted)]
+    return {part: sum(n * (row.get(step_part(part)) or 0.0) for row, n in weighted) / steps for part in parts}
+
+
+def breakdown_table(rows: Sequence[Row]) -> str:
+    """:func:`mean_parts` with each part's share, as text; empty where nothing was measured."""
+    means = mean_parts(rows)
+    if not means:
         return ""
-    names = [step_part(part) for part in STEP_PARTS if any(step_part(part) in row for row, _ in weighted)]
-    means = {name: sum(n * (row.get(name) or 0.0) for row, n in weighted) / steps for name in names}
     total = sum(means.values())
-    lines = [[name, format_number(mean), f"{mean / total:.1%}"] for name, mean in means.items()]
+    lines = [[step_part(part), format_number(mean), f"{mean / total:.1%}"] for part, mean in means.items()]
     return text_table(["part of a step", "s/step", "share"], [*lines, [STEP_TIME, format_number(total), "100.0%"]])
+
+
+def stacked(bars: Mapping[str, Mapping[str, float]]) -> bytes:
+    """A bar for each name, of its parts' seconds per step (:func:`mean_parts`), as a PNG of 800 pixels' width."""
+    figure, axes = new_picture()
+    figure.set_size_inches(5, 1.5 + 0.5 * len(bars))
+    totals = [sum(parts.values()) for parts in bars.values()]
+    left = [0.0] * len(bars)
+    for part in (part for part in STEP_PARTS if any(part in parts for parts in bars.values())):
+        lengths = [parts.get(part, 0.0) for parts in bars.values()]
+        axes.barh(range(len(bars)), lengths, left=left, height=0.6, color=_colour(part), label=part)
+        for y, (start, length) in enumerate(zip(left, lengths, strict=True)):
+            if length > 0.12 * max(totals):  # there is room for its share
+                share = f"{length / totals[y]:.0%}"
+                axes.text(start + length / 2, y, share, ha="center", va="center", color="white", fontsize="small")
+        left = [start + length for start, length in zip(left, lengths, strict=True)]
+    for y, total in enumerate(totals):
+        axes.text(total, y, f" {format_number(total)} s", va="center", fontsize="small")
+    axes.set_xlim(0, 1.2 * max(totals))
+    names = [name if len(name) <= MOST_LETTERS else f"{name[: MOST_LETTERS - 1]}…" for name in bars]
+    axes.set_yticks(range(len(bars)), names)
+    axes.invert_yaxis()
+    axes.yaxis.grid(False)
+    axes.set_xlabel("seconds per step")
+    axes.legend(fontsize="small", frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    buffer = io.BytesIO()
+    save_picture(figure, buffer)
+    return buffer.getvalue()
 
 
 def plot_breakdown(rows: Sequence[Row], path: Path) -> None:
@@ -43,8 +81,8 @@ def plot_breakdown(rows: Sequence[Row], path: Path) -> None:
     for part in parts:
         heights = [row.get(step_part(part)) or 0.0 for row in found]
         # a row is about the steps up to its own, since the row before
-        colour = colormaps["tab10"](STEP_PARTS.index(part))
-        axes.bar(steps, heights, width=[-w for w in widths], bottom=bottom, align="edge", color=colour, label=part)
+        widths_left = [-w for w in widths]
+        axes.bar(steps, heights, width=widths_left, bottom=bottom, align="edge", color=_colour(part), label=part)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(describe(STEP_TIME).label)
@@ -53,6 +91,10 @@ def plot_breakdown(rows: Sequence[Row], path: Path) -> None:
         handles[::-1], labels[::-1], fontsize="small", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5)
     )
     save_picture(figure, path)
+
+
+def _colour(part: str) -> Any:
+    return colormaps["tab10"](STEP_PARTS.index(part))
 
 
 def _measured(rows: Sequence[Row]) -> list[Row]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from jepa_scale.comparison import Variant, differences, final_metrics, load_runs, projections, spectra, variants
-from jepa_scale.comparison_plots import by_horizon, of_projection, of_spectrum, overlaid
+from jepa_scale.comparison import Variant, differences, final_metrics, load_runs, variants
+from jepa_scale.comparison_plots import overlaid
 from jepa_scale.files import write_atomic
 from jepa_scale.picture import COLOURS
-from jepa_scale.report import figure, html_page
+from jepa_scale.report import html_page
+from jepa_scale.report_pictures import plots, shared_sections
 from jepa_scale.table import format_flops, format_number
 from jepa_scale.telemetry.metrics import describe
 from jepa_scale.telemetry.records import FIT, last_counts
@@ -39,11 +40,6 @@ def comparison_page(of: Sequence[Variant]) -> str:
     curves = overlaid(of)
     evaluated = {what: png for what, png in curves.items() if what[0] != FIT}
     trained = {what: png for what, png in curves.items() if what[0] == FIT}
-    horizons = {f"{split}: {metric} by horizon": png for (split, metric), png in by_horizon(of).items()}
-    spectrum = {f"{name}, spectrum": of_spectrum(lines) for name, lines in spectra(of).items()}
-    places = {
-        f"{split}: {name}": of_projection(saved) for split, found in projections(of).items() for name, saved in found
-    }
     return html_page(
         " · ".join(variant.name for variant in of),
         [
@@ -53,11 +49,9 @@ def comparison_page(of: Sequence[Variant]) -> str:
             _differences(of),
             "<h2>Final values</h2>",
             _final(of),
-            *_plots("Evaluations", {f"{s}: {m}": png for (s, m), png in evaluated.items()}),
-            *_plots("Final values by horizon", horizons),
-            *_plots("Representations: spectra", spectrum),
-            *_plots("Representations: where they lie", places),
-            *_plots("Training", {m: png for (_, m), png in trained.items()}, folded=True),
+            *plots("Evaluations", {f"{s}: {m}": png for (s, m), png in evaluated.items()}),
+            *shared_sections(of),
+            *plots("Training", {m: png for (_, m), png in trained.items()}, folded=True),
         ],
         _MORE_CSS,
     )
@@ -114,10 +108,3 @@ def _final(of: Sequence[Variant]) -> str:
 
 def _head(of: Sequence[Variant]) -> str:
     return f"<thead><tr><th></th>{''.join(f'<th>{escape(variant.name)}</th>' for variant in of)}</tr></thead>"
-
-
-def _plots(title: str, images: Mapping[str, bytes], folded: bool = False) -> list[str]:
-    if not images:
-        return []
-    inside = f'<div class="plots">{"".join(figure(name, png) for name, png in images.items())}</div>'
-    return [f"<details><summary>{title}</summary>{inside}</details>" if folded else f"<h2>{title}</h2>{inside}"]

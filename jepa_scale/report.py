@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from jepa_scale.comparison import Variant
 from jepa_scale.files import write_atomic
 from jepa_scale.plots import Curve, curves, plot_all
+from jepa_scale.report_pictures import figure, shared_sections
 from jepa_scale.table import format_flops, format_number, text_table
 from jepa_scale.telemetry.metrics import describe, in_report_order
 from jepa_scale.telemetry.records import FIT, RunRecord, load_run
@@ -77,6 +78,7 @@ def report_page(record: RunRecord, plots: Mapping[str, bytes]) -> str:
             '<div class="plots">',
             *(figure(metric, png) for metric, png in plots.items()),
             "</div>",
+            *shared_sections([Variant(record.name, [record])]),
             "<h2>Environment</h2>",
             _environment(record.summary.get("environment", {})),
             "<h2>Configuration</h2>",
@@ -153,14 +155,6 @@ def _cell(value: float | None, best: Mapping[str, Any] | None) -> str:
     if best and best.get("value") is not None and format_number(best["value"]) != shown:
         shown += f"<small>best {format_number(best['value'])} at {best['step']:,}</small>"
     return f"<td>{shown}</td>"
-
-
-def figure(metric: str, png: bytes) -> str:
-    data = base64.b64encode(png).decode("ascii")
-    name = escape(metric)
-    return (
-        f'<figure><figcaption>{name}</figcaption><img alt="plot of {name}" src="data:image/png;base64,{data}"></figure>'
-    )
 
 
 def _environment(environment: Mapping[str, Any]) -> str:

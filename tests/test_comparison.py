@@ -1,10 +1,13 @@
 """Runs side by side: which belong together, what differs, and the page."""
 
+import io
 import re
 
+import matplotlib.image
 import pytest
 import torch
 
+from jepa_scale.breakdown import mean_parts, stacked
 from jepa_scale.cli import main
 from jepa_scale.comparison import differences, final_metrics, load_runs, projections, spectra, variants
 from jepa_scale.comparison_page import write_comparison
@@ -13,6 +16,7 @@ from jepa_scale.config import LogConfig
 from jepa_scale.distributed import Ranks
 from jepa_scale.errors import InputError
 from jepa_scale.evaluate.snapshot import save_snapshot
+from jepa_scale.report import write_report
 from jepa_scale.telemetry import RunLog
 from tests.test_report import Page
 
@@ -27,7 +31,8 @@ def make_run(folder, name, seed=0, objective="lm", lr=0.1, ppl=10.0):
     ranks = Ranks(0, 1, 0, torch.device("cpu"), "python")
     with RunLog(directory, LogConfig(progress=False), ranks, name, 6, config) as log:
         for step in range(1, 7):
-            log.fit(step, {"loss": 5.0 / step}, tokens=10)
+            parts = {"time_data": 0.1, "time_forward": 0.3 + seed, "time_per_step": 0.4 + seed}
+            log.fit(step, {"loss": 5.0 / step, **(parts if objective == "horizon" else {})}, tokens=10)
             if step % 3 == 0:
                 horizons = (
                     {f"retrieval_top1_h{h}": 0.1 + seed / h for h in (2, 8, 32)} if objective == "horizon" else {}
@@ -91,6 +96,31 @@ def test_the_page_fetches_nothing_and_says_it_all(runs, tmp_path):
     said = " ".join(page.words)
     for expected in ("jepa (3 seeds)", "objective.name", "2.000 ± 1.000 (1.000 to 3.000)", "by horizon", "spectrum"):
         assert expected in said
+    assert "parts of a step, mean" in said
+
+
+def test_the_page_of_one_run_has_the_same_pictures(runs):
+    said = " ".join(Page(write_report(runs[1]).read_text(encoding="utf-8")).words)
+    for expected in (
+        "valid: retrieval_top1 by horizon",
+        "valid: target, spectrum",
+        "valid: jepa_seed0",
+        "parts of a step, mean",
+    ):
+        assert expected in said, said
+    plain = " ".join(Page(write_report(runs[0]).read_text(encoding="utf-8")).words)
+    assert "Representations" not in plain and "parts of a step" not in plain
+
+
+def test_parts_of_a_step_are_bars_with_their_shares(runs):
+    of = {variant.name: mean_parts(variant.runs[0].rows) for variant in variants(load_runs(runs))}
+    assert of == {"lm": {}, "jepa (3 seeds)": pytest.approx({"data": 0.1, "forward": 0.3})}
+    one = stacked({"jepa": of["jepa (3 seeds)"]})
+    both = stacked(
+        {"jepa": {"data": 0.1, "forward": 0.3}, "a name that is much too long for a picture": {"forward": 1.0}}
+    )
+    sizes = [matplotlib.image.imread(io.BytesIO(png)).shape[1::-1] for png in (one, both)]
+    assert [width for width, _ in sizes] == [800, 800] and sizes[0][1] < sizes[1][1]
 
 
 def test_the_command(runs, tmp_path, capsys):
