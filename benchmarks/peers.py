@@ -18,8 +18,9 @@ The others: ``trainer_padded``, ``trainer_padded_512`` and ``trainer_packed``, t
 longest of the batch, padded to 512, and with ``DataCollatorWithFlattening``; ``plain``, a loop with padded rows and a dense mask;
 ``fsdp_loop``, FSDP2 on full rows without borders; ``lit_jepa`` and ``lit_jepa_eager``, padded rows of the horizon objective with
 fused and with spelled-out attention. ``ours_bf16`` is ours under ``engine.precision=bf16``, which is other work (its loss is held to
-1 % of that in fp32) and what a user may choose. ``ratio/<comparison>/<other>`` is how many times as many real tokens a second ours
-does, the median over the rounds; ``ratio_bf16/…`` the same of ``ours_bf16``. The step of LLM-JEPA has a benchmark of its own, ``benchmarks/two_view.py``.
+1 % of that in fp32) and what a user may choose; it is left out where the CPU has no instructions for it. ``ratio/<comparison>/<other>``
+is how many times as many real tokens a second ours does, the median over the rounds; ``ratio_bf16/…`` the same of ``ours_bf16``. The
+step of LLM-JEPA has a benchmark of its own, ``benchmarks/two_view.py``.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from benchmarks.peer_programs.trainer import HuggingFaceTrainer  # noqa: E402
 from benchmarks.rows import row, write  # noqa: E402
 from jepa_scale import distributed  # noqa: E402
 from jepa_scale.config import Config, load_config  # noqa: E402
+from jepa_scale.engines.base import multiplies_bf16  # noqa: E402
 from jepa_scale.table import text_table  # noqa: E402
 from jepa_scale.telemetry import quiet_libraries  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
@@ -114,8 +116,8 @@ def check(programs: dict[str, Program], steps: int = 2) -> None:
     """
     for step in range(steps):
         found = {name: program.look(step) for name, program in programs.items() if name != "fsdp_loop"}
-        half, ours = found.pop("ours_bf16"), found["ours"]
-        if not abs(half.loss - ours.loss) <= BF16_TOLERANCE * abs(ours.loss):
+        half, ours = found.pop("ours_bf16", None), found["ours"]
+        if half and not abs(half.loss - ours.loss) <= BF16_TOLERANCE * abs(ours.loss):
             sys.exit(f"ours_bf16, step {step}: loss {half.loss:.6f}, in fp32 {ours.loss:.6f}")
         for name, theirs in found.items():
             for what, ours, other in zip(theirs._fields, found["ours"], theirs, strict=True):
@@ -143,20 +145,22 @@ def compare(name: str, args: argparse.Namespace, ranks: Any, scratch: Path) -> l
     batch_size = {"chat": args.chat_batch, "text": args.text_batch, "horizon": args.horizon_batch}[name]
     config = config_of(name, args.threads, batch_size, args.chat, args.horizon_data, LLAMA)
     ours = Ours(config, ranks, scratch)
-    in_bf16 = config.model_copy(deep=True)
-    in_bf16.engine.precision = "bf16"
-    half = Ours(in_bf16, ranks, scratch)
-    programs: dict[str, Program] = {"ours": ours, "ours_bf16": half}
+    both = {"ours": ours}
+    if multiplies_bf16(ranks.device):
+        in_bf16 = config.model_copy(deep=True)
+        in_bf16.engine.precision = "bf16"
+        both["ours_bf16"] = Ours(in_bf16, ranks, scratch)
+    programs: dict[str, Program] = dict(both)
     programs |= {other: make(ours.samples, scratch) for other, make in OTHERS[name].items()}
     tokens: dict[str, Callable[[int], int]] = dict.fromkeys(programs, ours.samples.tokens)
     if isinstance(loop := programs.get("fsdp_loop"), FsdpLoop):
         tokens["fsdp_loop"] = lambda step: loop.rows * loop.width
     check(programs)
     rates = measure(programs, tokens, args.rounds, args.steps)
-    ours.close()
-    half.close()
+    for program in both.values():
+        program.close()
     rows = [row(f"throughput/{name}/{of}", values, "tokens/s") for of, values in rates.items()]
-    for of, label in (("ours", "ratio"), ("ours_bf16", "ratio_bf16")):
+    for of, label in zip(both, ("ratio", "ratio_bf16"), strict=False):
         for other in (o for o in rates if o != of and (of == "ours" or o != "ours")):
             ratios = [a / b for a, b in zip(rates[of], rates[other], strict=True)]
             rows.append(row(f"{label}/{name}/{other}", ratios, ""))
@@ -195,6 +199,7 @@ def main() -> None:
             rows += compare(name, args, ranks, Path(scratch))
             if args.json:  # after each, as all of them take minutes
                 settings = {key: str(value) for key, value in vars(args).items() if key != "json"}
+                settings |= {key: Path(settings[key]).name for key in ("chat", "horizon_data")}  # not where they lie
                 write(args.json, {**describe_environment(ranks, "fsdp", "fp32"), "settings": settings}, rows)
     distributed.teardown()
 

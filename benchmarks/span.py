@@ -2,7 +2,7 @@
 mean-pooled states of a language model, several seeds.
 
     JEPA_SCALE_DATA=… python benchmarks/span.py --seeds 3 --json benchmarks/results/span.json
-    python benchmarks/span.py --seeds 1 --corpora python_docs --cases seed hard untrained lm
+    python benchmarks/span.py --seeds 1 --corpora python_docs --cases span_jepa hard untrained lm
 
 Every run is a process of its own, of ``configs/span_tiny.yaml`` and the overrides in ``CASES``; ``lm`` is its twin with next-token
 prediction: the same model, corpus, texts a step and number of steps. Runs that are already complete in --dir are not
@@ -38,24 +38,24 @@ from jepa_scale.evaluate.representation import effective_rank  # noqa: E402
 from jepa_scale.table import text_table  # noqa: E402
 from jepa_scale.telemetry import load_run  # noqa: E402
 
-SEED = ["objective.local_ratio=[0.40,0.45]", "objective.global_ratio=[0.25,0.30]"]  # views of SpanJEPA
+SPAN_JEPA = ["objective.local_ratio=[0.40,0.45]", "objective.global_ratio=[0.25,0.30]"]  # views of SpanJEPA
 HARD = ["objective.local_ratio=[0.8,0.9]", "objective.global_ratio=[0.5,0.6]"]  # views that have less in common
 HEAVY, LIGHT = ["objective.sigreg_weight=0.25"], ["objective.sigreg_weight=0.05"]
 SPANS, NO_SPANS = ["objective.predictor_layers=1"], ["objective.predictor_layers=0"]
 CASES: dict[str, list[str]] = {
-    "seed": [*SEED, *HEAVY, *SPANS],  # as SpanJEPA
+    "span_jepa": [*SPAN_JEPA, *HEAVY, *SPANS],  # as SpanJEPA
     "hard": [*HARD, *HEAVY, *SPANS],
     "hard_lm": [*HARD, *HEAVY, *SPANS, "objective.lm_weight=1.0"],  # and next-token prediction on the whole text
     "hard_light": [*HARD, *LIGHT, *SPANS],
     "hard_light_no_spans": [*HARD, *LIGHT, *NO_SPANS],  # as configs/span_tiny.yaml
-    "light_no_spans": [*SEED, *LIGHT, *NO_SPANS],
-    "no_spans": [*SEED, *HEAVY, *NO_SPANS],
-    "seed_lm": [*SEED, *HEAVY, *SPANS, "objective.lm_weight=1.0"],
-    "stop_gradient": [*SEED, *HEAVY, *SPANS, "objective.target=stop_gradient"],
-    "ema": [*SEED, *HEAVY, *SPANS, "objective.target=ema"],
-    "lambda_0.05": [*SEED, *LIGHT, *SPANS],
-    "lambda_0.5": [*SEED, "objective.sigreg_weight=0.5", *SPANS],
-    "no_sigreg": [*SEED, "objective.sigreg_weight=0", *SPANS],
+    "light_no_spans": [*SPAN_JEPA, *LIGHT, *NO_SPANS],
+    "no_spans": [*SPAN_JEPA, *HEAVY, *NO_SPANS],
+    "span_jepa_lm": [*SPAN_JEPA, *HEAVY, *SPANS, "objective.lm_weight=1.0"],
+    "stop_gradient": [*SPAN_JEPA, *HEAVY, *SPANS, "objective.target=stop_gradient"],
+    "ema": [*SPAN_JEPA, *HEAVY, *SPANS, "objective.target=ema"],
+    "lambda_0.05": [*SPAN_JEPA, *LIGHT, *SPANS],
+    "lambda_0.5": [*SPAN_JEPA, "objective.sigreg_weight=0.5", *SPANS],
+    "no_sigreg": [*SPAN_JEPA, "objective.sigreg_weight=0", *SPANS],
     "untrained": ["train.steps=1", "optim.lr=1e-12", "optim.lr_muon=1e-12"],
     "lm": [],
 }
@@ -134,7 +134,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--corpora", nargs="+", default=list(CORPORA), choices=CORPORA)
-    parser.add_argument("--cases", nargs="+", default=["hard_light_no_spans", "seed", "untrained", "lm"], choices=CASES)
+    parser.add_argument(
+        "--cases", nargs="+", default=["hard_light_no_spans", "span_jepa", "untrained", "lm"], choices=CASES
+    )
     parser.add_argument("--dir", type=Path, default=Path("runs/benchmark_span"))
     parser.add_argument("--threads", type=int, default=1, help="CPU threads a run")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")

@@ -24,6 +24,7 @@ def describe_environment(ranks: Ranks, engine: str, precision: str) -> dict[str,
         **package_versions(),
         "platform": platform.platform(),
         "cpu": _cpu_name(),
+        "cpu_instructions": torch.backends.cpu.get_cpu_capability(),  # the widest that torch's kernels use
         "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "engine": engine,
         "precision": precision,

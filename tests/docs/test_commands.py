@@ -31,6 +31,7 @@ NOT_RUN = {
     r"^source \.venv/bin/activate$": "the shell's",
     r"^kubectl ": "needs a cluster; the file is checked by tests/test_k8s.py",
     r"^python benchmarks/": "takes minutes to hours",
+    r"^python scripts/gallery/": "run by tests/test_gallery.py",
 }
 """Their files must be there, and what Python runs must have the flags that are shown."""
 BIG = {

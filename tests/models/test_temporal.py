@@ -22,7 +22,7 @@ def test_the_order_of_the_context_counts_for_attention_and_not_for_the_mean():
 
 
 def test_attention_is_a_weighted_sum_in_each_channel():
-    """As the seed has it, for whole sequences: softmax over time of Linear(L, L) applied to each channel's values."""
+    """As GridJEPA has it, for whole sequences: softmax over time of Linear(L, L) applied to each channel's values."""
     torch.manual_seed(1)
     module, states = TemporalAttention(3), torch.randn(2, 3, 5)
     got, weights = module(states, torch.ones(2, 3, dtype=torch.bool))
