@@ -62,6 +62,13 @@ def test_a_run_leaves_what_it_promises(config, tmp_path, capsys):
     assert "report.html" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("precision", "kernels", "told"), [("bf16", False, 1), ("bf16", True, 0), ("fp32", False, 0)])
+def test_bf16_where_it_is_slow_is_told_of(config, capsys, monkeypatch, precision, kernels, told):
+    monkeypatch.setattr(train, "multiplies_bf16", lambda device: kernels)
+    assert run(config, f"engine.precision={precision}", "train.steps=1", "log.report=false") == 0
+    assert capsys.readouterr().err.count("engine.precision: this CPU has no instructions for bf16") == told
+
+
 def test_the_resolved_config_trains_the_same_run(config, tmp_path):
     assert run(config, "log.report=false") == 0
     resolved = tmp_path / "runs" / "small" / "config.yaml"

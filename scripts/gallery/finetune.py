@@ -144,7 +144,7 @@ def main() -> None:
     settings += [f"data.path={train}", f"data.valid_path={test}", "engine.precision=fp32"]
     if args.model is None:  # random weights: all of them, at a rate for that
         settings += ["model.lora=null", "optim.lr=2e-3", "optim.warmup_steps=20", "data.max_length=128"]
-        settings += ["train.epochs=10", "train.batch_size=32", "train.accumulation=1", "eval.max_new_tokens=64"]
+        settings += ["train.epochs=3", "train.batch_size=32", "train.accumulation=1", "eval.max_new_tokens=64"]
     if args.small:
         settings += ["train.steps=3", "train.epochs=0", "train.batch_size=8", "data.workers=0"]
         settings += ["eval.max_generations=8", "eval.max_new_tokens=8"]
