@@ -44,7 +44,7 @@ from benchmarks.peer_programs.trainer import HuggingFaceTrainer  # noqa: E402
 from benchmarks.rows import row, write  # noqa: E402
 from jepa_scale import distributed  # noqa: E402
 from jepa_scale.config import Config, load_config  # noqa: E402
-from jepa_scale.engines.base import multiplies_bf16  # noqa: E402
+from jepa_scale.engines.precision import has_bf16  # noqa: E402
 from jepa_scale.table import text_table  # noqa: E402
 from jepa_scale.telemetry import quiet_libraries  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
@@ -146,7 +146,7 @@ def compare(name: str, args: argparse.Namespace, ranks: Any, scratch: Path) -> l
     config = config_of(name, args.threads, batch_size, args.chat, args.horizon_data, LLAMA)
     ours = Ours(config, ranks, scratch)
     both = {"ours": ours}
-    if multiplies_bf16(ranks.device):
+    if has_bf16(ranks.device):
         in_bf16 = config.model_copy(deep=True)
         in_bf16.engine.precision = "bf16"
         both["ours_bf16"] = Ours(in_bf16, ranks, scratch)

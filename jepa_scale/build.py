@@ -22,6 +22,7 @@ from jepa_scale.data.stream import Dealt, SampleStream, Stream, TokenStream
 from jepa_scale.distributed import Ranks, form_teams, team_group
 from jepa_scale.engines import check_engine, create_engine, resolve
 from jepa_scale.engines.base import Engine, EngineOptions
+from jepa_scale.engines.precision import settle_precision
 from jepa_scale.engines.weights import Weights, built_by_rank_0
 from jepa_scale.errors import InputError
 from jepa_scale.evaluate.chat import Place
@@ -190,6 +191,7 @@ def build(plan: Plan, ranks: Ranks, steps: int = 0) -> Run:
     config = plan.config
     set_threads(config, ranks)
     torch.set_float32_matmul_precision("high" if config.engine.tf32 else "highest")
+    config.engine.precision = settle_precision(config.engine.precision, ranks)
     engine_name = resolve(config.engine.name, ranks)
     ranks = form_teams(ranks, config.engine.tp)
     check_engine(engine_name, config, ranks)  # before the data is read and the model made

@@ -44,7 +44,11 @@ class EngineConfig(Section):
         "auto", description="auto = DeepSpeed under its own launcher, FSDP2 otherwise."
     )
     deepspeed: str = Field("configs/ds/zero1.json", description="DeepSpeed JSON; its stage is the ZeRO stage.")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="Compute dtype; masters and moments stay fp32.")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "fp32",
+        description="Compute dtype; masters and moments stay fp32. auto = bf16 where every rank's device has instructions "
+        "for it, fp32 elsewhere.",
+    )
     tp: int = Field(
         1, ge=1, description="Degree of tensor parallelism: so many neighbouring ranks share each layer; 1 = none."
     )

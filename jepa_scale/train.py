@@ -29,7 +29,6 @@ from jepa_scale.checkpoint import Saver
 from jepa_scale.config import Config, load_config, to_yaml
 from jepa_scale.criteria import Aborted, Criteria
 from jepa_scale.distributed import Ranks
-from jepa_scale.engines.base import multiplies_bf16
 from jepa_scale.errors import DataError, InputError
 from jepa_scale.evaluate.chat import generations_file
 from jepa_scale.evaluation import Results
@@ -210,10 +209,6 @@ def run_training(args: argparse.Namespace) -> None:
     plan = validate(config)
     quiet_libraries()
     ranks = distributed.setup()
-    if ranks.is_main and config.engine.precision == "bf16" and not multiplies_bf16(ranks.device):
-        say(
-            "engine.precision: this CPU has no instructions for bf16, which may be 25 times slower than fp32 here; take fp32"
-        )
     run_dir = run_dir_of(config)
     prepare_run_dir(run_dir, resume=args.resume is not None)
     found = checkpoint.find(run_dir, args.resume, config.checkpoint.verify) if args.resume else None

@@ -92,7 +92,7 @@ def test_a_length_in_flops_that_is_none(tmp_path, monkeypatch, train, summary, m
         ({"train": {"batch_size": 8, "batch_tokens": 64}}, r"train: .*one of batch_size"),
         ({"train": {"batch_tokens": 64}}, r"train: .*batch_tokens and micro_tokens"),
         ({"train": {"batch_tokens": 64, "micro_tokens": 32, "accumulation": 2}}, r"train: .*accumulation"),
-        ({"engine": {"precision": "fp8"}}, r"engine\.precision: .*'fp32' or 'bf16'.*'fp8'"),
+        ({"engine": {"precision": "fp8"}}, r"engine\.precision: .*'auto', 'fp32' or 'bf16'.*'fp8'"),
         ({"objective": None}, r"objective: .*dictionary"),
         ({"train": 3}, r"train: .*"),
     ],

@@ -13,6 +13,7 @@ from jepa_scale import cli, train
 from jepa_scale.checkpoint import complete
 from jepa_scale.data.reversal import generate
 from jepa_scale.data.reversal_files import write
+from jepa_scale.engines import precision
 from tests.data.corpus import write_text
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -62,11 +63,13 @@ def test_a_run_leaves_what_it_promises(config, tmp_path, capsys):
     assert "report.html" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("precision", "kernels", "told"), [("bf16", False, 1), ("bf16", True, 0), ("fp32", False, 0)])
-def test_bf16_where_it_is_slow_is_told_of(config, capsys, monkeypatch, precision, kernels, told):
-    monkeypatch.setattr(train, "multiplies_bf16", lambda device: kernels)
-    assert run(config, f"engine.precision={precision}", "train.steps=1", "log.report=false") == 0
-    assert capsys.readouterr().err.count("engine.precision: this CPU has no instructions for bf16") == told
+@pytest.mark.parametrize("there", [True, False])
+def test_auto_precision_is_written_as_what_it_came_to(config, tmp_path, monkeypatch, there):
+    monkeypatch.setattr(precision, "has_bf16", lambda device: there)
+    assert run(config, "engine.precision=auto", "train.steps=1", "log.report=false") == 0
+    resolved = yaml.safe_load((tmp_path / "runs" / "small" / "config.yaml").read_text())
+    summary = json.loads((tmp_path / "runs" / "small" / "summary.json").read_text())
+    assert resolved["engine"]["precision"] == summary["environment"]["precision"] == ("bf16" if there else "fp32")
 
 
 def test_the_resolved_config_trains_the_same_run(config, tmp_path):

@@ -241,16 +241,6 @@ class Engine(ABC):
             state["step"].fill_(updates)
 
 
-def compute_dtype(precision: str) -> torch.dtype:
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-
-
-def multiplies_bf16(device: torch.device) -> bool:
-    """Whether products of bf16 matrices have a kernel worth the name there. On an x86 CPU oneDNN has one from AVX-512 on; without, a
-    step was measured to take 25 times as long as in fp32 (docs/performance.md)."""
-    return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
 def skip_if_not_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
     """Make the optimizer's next step one that changes nothing, its count included, if ``norm`` (0-d) is NaN or infinite.
 

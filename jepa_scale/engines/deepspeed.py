@@ -23,7 +23,6 @@ from jepa_scale.engines.base import (
     Engine,
     EngineOptions,
     ShardedCopy,
-    compute_dtype,
     create_optimizer_state,
     persistent_buffers,
     skip_if_not_finite,
@@ -33,6 +32,7 @@ from jepa_scale.engines.clip import Range, cut, join
 from jepa_scale.engines.deepspeed_copy import PartitionedCopy, ReplicatedCopy, partition
 from jepa_scale.engines.deepspeed_state import StateView
 from jepa_scale.engines.deepspeed_topology import topology_of
+from jepa_scale.engines.precision import compute_dtype
 from jepa_scale.engines.weights import Weights, replace, strip_all
 from jepa_scale.errors import InputError
 from jepa_scale.optim import MatrixOptimizer, build_optimizer

@@ -19,13 +19,13 @@ from jepa_scale.engines.base import (
     Engine,
     EngineOptions,
     ShardedCopy,
-    compute_dtype,
     create_optimizer_state,
     persistent_buffers,
     skip_if_not_finite,
     whole_state,
 )
 from jepa_scale.engines.fsdp_copy import FSDPCopy, allocate
+from jepa_scale.engines.precision import compute_dtype
 from jepa_scale.engines.weights import Weights, part_of
 from jepa_scale.optim import MatrixOptimizer, Part, build_optimizer
 

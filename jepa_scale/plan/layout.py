@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from jepa_scale.config import Config
-from jepa_scale.engines.base import compute_dtype
+from jepa_scale.engines.precision import compute_dtype
 from jepa_scale.errors import InputError
 
 CHECKPOINTING = ("none", "full", "selective")
@@ -102,7 +102,7 @@ def layout_of(
         world_size=world_size,
         tp=tp,
         replicas=replicas,
-        precision=section.precision,
+        precision="bf16" if section.precision == "auto" else section.precision,  # GPUs are planned for
         checkpointing=checkpointing,
         compile=section.compile,
         **more,

@@ -141,7 +141,7 @@ def main() -> None:
     model = args.model or make_model(args.out / "model", rows, 32 if args.small else 192)
 
     settings = [f"run.dir={args.out}", f"model.pretrained={model}", f"data.tokenizer={model}", "log.progress=true"]
-    settings += [f"data.path={train}", f"data.valid_path={test}", "engine.precision=fp32"]
+    settings += [f"data.path={train}", f"data.valid_path={test}"]
     if args.model is None:  # random weights: all of them, at a rate for that
         settings += ["model.lora=null", "optim.lr=2e-3", "optim.warmup_steps=20", "data.max_length=128"]
         settings += ["train.epochs=3", "train.batch_size=32", "train.accumulation=1", "eval.max_new_tokens=64"]

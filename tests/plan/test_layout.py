@@ -13,6 +13,10 @@ def test_ranks_are_replicas_times_shards_times_tp():
     assert "32 shards × 16 replicas × tp 8" in str(layout)
 
 
+def test_auto_precision_is_that_of_gpus():
+    assert layout_of(config({"precision": "auto"}), 8).precision == "bf16"
+
+
 def test_zero_has_the_stage_of_its_json():
     assert [layout_of(config(zero(stage)), 2).stage for stage in range(4)] == [0, 1, 2, 3]
     assert layout_of(config(zero(2)), 2).zero["reduce_bucket_size"] == 50_000_000

@@ -1,0 +1,36 @@
+"""What ``engine.precision`` comes to on the devices of a run."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from jepa_scale.distributed import Ranks, all_ranks_objects
+from jepa_scale.say import say
+
+
+def compute_dtype(precision: str) -> torch.dtype:
+    """Of a precision that is settled."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions for products of bf16 matrices. Without them a CPU was measured to need 25 times as long
+    for a step as in fp32 (docs/performance.md)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return any(there for name, there in torch.cpu.get_capabilities().items() if "bf16" in name)
+
+
+def settle_precision(asked: Literal["auto", "fp32", "bf16"], ranks: Ranks) -> Literal["fp32", "bf16"]:
+    """``auto`` is bf16 if every rank's device has instructions for it, else fp32; the others stay what they are, and rank 0 tells of
+    bf16 on a CPU that has none. Collective."""
+    everywhere = all(all_ranks_objects(has_bf16(ranks.device)))
+    if asked == "auto":
+        return "bf16" if everywhere else "fp32"
+    if asked == "bf16" and not everywhere and ranks.is_main and ranks.device.type == "cpu":
+        say(
+            "engine.precision: this CPU has no instructions for bf16, and may need 25 times as long as in fp32; take fp32, or auto"
+        )
+    return asked
