@@ -13,8 +13,8 @@ from tests.distributed.processes import until
 from tests.distributed.small_runs import assert_same, check_checkpoints, last_step, newest, rows
 from tests.distributed.test_runs import config_file
 
-STOPS_WITHIN = 10.0
-"""Seconds from the signal to the end of the last rank."""
+STOPS_WITHIN = 60
+"""Seconds from the signal to the end of the last rank, on a machine that is busy; that it is at once is seen in where the run stopped."""
 LAUNCHERS = {
     "torchrun": ["torchrun", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"],
     "deepspeed": ["deepspeed", "--num_gpus", "2", "--master_port"],
