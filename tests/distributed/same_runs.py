@@ -1,0 +1,75 @@
+"""The same run on other engines, ranks and micro-batches, and one that goes on from a checkpoint: what must be equal."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.distributed.launch import run_ranks
+from tests.distributed.small_runs import checkpoint, newest, tensors
+from tests.distributed.small_runs import rows as rows_without_timing
+from tests.distributed.test_runs import rows, train_runs
+
+ENGINES = ("fsdp", "zero0", "zero1", "zero2", "zero3")
+MACHINE = {"data_wait", "packing_efficiency", "seconds", "tokens_per_second", "flops", "split"}
+"""Not the same everywhere; FLOPs, as with several micro-batches a collecting pass has some."""
+
+
+def assert_same_run(
+    got: Path, case: str, expected: Path, name: str, fit: Callable[[str], float], valid: Callable[[str], float]
+) -> dict[str, float]:
+    """All rows of training and the last evaluation of run ``case`` below ``got`` are those of ``name`` below ``expected``.
+
+    Args:
+        fit, valid: a metric's name → its tolerance, relative or absolute, whichever is wider.
+
+    Returns:
+        The last evaluation's metrics.
+    """
+    theirs, ours = rows(expected, name), rows(got, case)
+    assert len(theirs) == len(ours) >= 5
+    for a, b in zip(theirs, ours, strict=True):
+        assert a.keys() == b.keys() and a["tokens"] == b["tokens"]
+        for key in a.keys() - MACHINE:
+            assert b[key] == pytest.approx(a[key], rel=fit(key), abs=fit(key)), f"{case}, step {a['step']}: {key}"
+    a, b = rows(expected, name, "valid")[-1], rows(got, case, "valid")[-1]
+    assert a.keys() == b.keys()
+    for key in a.keys() - MACHINE:
+        assert b[key] == pytest.approx(a[key], rel=valid(key), abs=valid(key)), f"{case}: valid {key}"
+    return b
+
+
+def resumed_bitwise(files: dict[str, str], folder: Path, step: int) -> dict[str, dict[str, torch.Tensor]]:
+    """Train runs on two ranks, then each again from ``step`` in new processes: rows, weights, moments and whatever else the last
+    checkpoint holds are equal to the bit.
+
+    Args:
+        files: name of a run below ``folder`` → its config, which saves at ``step``.
+
+    Returns:
+        Name → what its newest checkpoint holds.
+    """
+    run_ranks(train_runs, 2, [(file, None) for file in files.values()], timeout=300)
+    again = []
+    for case, file in files.items():
+        values = yaml.safe_load(Path(file).read_text())
+        values["run"]["name"] = f"{case}-again"
+        copy = folder / f"{case}-again"
+        copy.with_suffix(".yaml").write_text(yaml.safe_dump(values))
+        shutil.copytree(folder / case, copy)
+        again.append((str(copy.with_suffix(".yaml")), str(copy / f"checkpoints/step_{step:08d}")))
+    run_ranks(train_runs, 2, again, timeout=300)
+    found = {}
+    for case in files:
+        whole, resumed = folder / case, folder / f"{case}-again"
+        assert rows_without_timing(whole) == rows_without_timing(resumed), case
+        found[case], theirs = (tensors(checkpoint(run, newest(whole))) for run in (whole, resumed))
+        assert found[case].keys() == theirs.keys()
+        for name, tensor in found[case].items():
+            assert (tensor == theirs[name]).all(), f"{case}: {name}"
+    return found
