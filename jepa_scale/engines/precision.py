@@ -26,10 +26,12 @@ def has_bf16(device: torch.device) -> bool:
 def settle_precision(asked: Literal["auto", "fp32", "bf16"], ranks: Ranks) -> Literal["fp32", "bf16"]:
     """``auto`` is bf16 if every rank's device has instructions for it, else fp32; the others stay what they are, and rank 0 tells of
     bf16 on a CPU that has none. Collective."""
+    if asked == "fp32":
+        return asked
     everywhere = all(all_ranks_objects(has_bf16(ranks.device)))
     if asked == "auto":
         return "bf16" if everywhere else "fp32"
-    if asked == "bf16" and not everywhere and ranks.is_main and ranks.device.type == "cpu":
+    if not everywhere and ranks.is_main and ranks.device.type == "cpu":
         say(
             "engine.precision: this CPU has no instructions for bf16, and may need 25 times as long as in fp32; take fp32, or auto"
         )

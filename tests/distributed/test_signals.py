@@ -13,8 +13,10 @@ from tests.distributed.processes import until
 from tests.distributed.small_runs import assert_same, check_checkpoints, last_step, newest, rows
 from tests.distributed.test_runs import config_file
 
-STOPS_WITHIN = 60
-"""Seconds from the signal to the end of the last rank, on a machine that is busy; that it is at once is seen in where the run stopped."""
+STOPS_WITHIN = 10.0
+"""Seconds from the signal until all is saved and the run says so."""
+ENDS_WITHIN = 60
+"""Seconds from then on until the interpreters are gone: 3 on a quiet machine, above 10 beside other tests."""
 LAUNCHERS = {
     "torchrun": ["torchrun", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"],
     "deepspeed": ["deepspeed", "--num_gpus", "2", "--master_port"],
@@ -35,6 +37,11 @@ def config_of(undisturbed, tmp_path) -> list[str]:
     return ["--config", str(undisturbed / "run.yaml"), f"run.dir={tmp_path}", "--resume", "auto"]
 
 
+def assert_stops(run) -> None:
+    until(lambda: "stopped by" in run.output(0), STOPS_WITHIN, "word of the stop")
+    assert run.wait(ENDS_WITHIN) == [0, 0], run.output()
+
+
 @pytest.mark.parametrize(("number", "who"), [(signal.SIGTERM, 1), (signal.SIGUSR1, 0)])
 def test_a_signal_to_one_rank_stops_all_and_nothing_is_lost(nursery, undisturbed, tmp_path, number, who):
     arguments, run = config_of(undisturbed, tmp_path), tmp_path / "run"
@@ -42,7 +49,7 @@ def test_a_signal_to_one_rank_stops_all_and_nothing_is_lost(nursery, undisturbed
     until(lambda: last_step(run) >= 7, 30, "step")
     began = time.monotonic()
     stopped.send(who, number)
-    assert stopped.wait(STOPS_WITHIN) == [0, 0], stopped.output()
+    assert_stops(stopped)
     print(f"stopped in {time.monotonic() - began:.2f} s")
     step = newest(run)
     assert 7 <= step < 15 and step == last_step(run)
@@ -63,14 +70,14 @@ def test_a_signal_in_an_evaluation_is_obeyed_at_once_and_the_evaluation_made_up_
         stopped = nursery.start(arguments, 2, [{"name": "slow_steps", "seconds": 0.01}])
         until(lambda: rows(run, "test"), 60, "evaluation")
         stopped.send(0, signal.SIGTERM)
-        assert stopped.wait(STOPS_WITHIN) == [0, 0]
+        assert_stops(stopped)
         assert 20 < last_step(run) < step
     for _ in range(2 if step < STEPS else 1):
         stopped = nursery.start(arguments, 2, [{"name": "slow_evaluation", "seconds": 0.3}])
         until(lambda run=stopped: "evaluating" in run.output(1), 60, "evaluation")
         began = time.monotonic()
         stopped.send(1, signal.SIGTERM)
-        assert stopped.wait(STOPS_WITHIN) == [0, 0], stopped.output()
+        assert_stops(stopped)
         print(f"stopped in {time.monotonic() - began:.2f} s")
         assert newest(run) == last_step(run) == step
         assert f"stopped by a signal to another rank after step {step}; go on with --resume auto" in stopped.output(0)
@@ -90,7 +97,8 @@ def test_under_a_real_launcher(launch, undisturbed, tmp_path, launcher):
     until(lambda: last_step(run) >= 3, 60, "step")
     os.kill(pid, signal.SIGUSR1 if launcher == "torchrun" else signal.SIGTERM)
     began = time.monotonic()
-    assert first.wait(STOPS_WITHIN + 10) == 0, first.output()
+    until(lambda: "stopped by" in first.output(), STOPS_WITHIN + 10, "word of the stop")
+    assert first.wait(ENDS_WITHIN) == 0, first.output()
     print(f"stopped in {time.monotonic() - began:.2f} s")
     step = newest(run)
     assert f"stopped by a signal to another rank after step {step}; go on with --resume auto" in first.output()
