@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from jepa_scale.breakdown import plot_breakdown
+from jepa_scale.breakdown_plots import plot_breakdown
 from jepa_scale.picture import COLOURS, new_picture, save_picture
 from jepa_scale.telemetry.metrics import STEP_PARTS, STEP_TIME, describe, in_report_order, step_part
 from jepa_scale.telemetry.records import FIT, Row, values_of

@@ -7,7 +7,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from jepa_scale.breakdown import mean_parts, stacked
+from jepa_scale.breakdown import mean_parts
+from jepa_scale.breakdown_plots import stacked
 from jepa_scale.comparison import Variant, projections, spectra
 from jepa_scale.comparison_plots import by_horizon, of_projection, of_spectrum
 

@@ -38,7 +38,6 @@ from jepa_scale.meter import Meter
 from jepa_scale.optim import lr_factor
 from jepa_scale.packing import PackedBatch, add_counts
 from jepa_scale.preemption import Stopped, StopRequest
-from jepa_scale.report import write_report
 from jepa_scale.say import say
 from jepa_scale.telemetry import FIT, RunLog, describe, package_versions, prepare_run_dir, quiet_libraries
 from jepa_scale.telemetry.records import read_rows
@@ -259,6 +258,8 @@ def conclude(config: Config, run_dir: Path, done: int, stopped: bool, stop: Stop
             flush=True,
         )
     elif config.log.report:
+        from jepa_scale.report import write_report  # draws: other ranks, and the start, need no matplotlib
+
         print(f"report: {write_report(run_dir)}", flush=True)
     if config.log.breakdown and (table := breakdown_table(read_rows(run_dir))):
         print(table, flush=True)

@@ -7,7 +7,8 @@ import matplotlib.image
 import pytest
 import torch
 
-from jepa_scale.breakdown import mean_parts, stacked
+from jepa_scale.breakdown import mean_parts
+from jepa_scale.breakdown_plots import stacked
 from jepa_scale.cli import main
 from jepa_scale.comparison import differences, final_metrics, load_runs, projections, spectra, variants
 from jepa_scale.comparison_page import write_comparison

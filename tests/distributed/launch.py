@@ -1,6 +1,6 @@
 """Run a test function on N real gloo ranks of this machine.
 
-Ranks are forked from a server that has imported torch and DeepSpeed once, so that starting them costs a fraction of a
+Ranks are forked from a server that has imported torch, DeepSpeed and the trainer once, so that starting them costs a fraction of a
 second instead of several seconds a rank.
 """
 
@@ -35,6 +35,11 @@ PRELOAD = [
     "deepspeed",
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "peft",
+    "jepa_scale.train",
+    "jepa_scale.engines.deepspeed",
+    "jepa_scale.engines.fsdp",
+    "jepa_scale.objectives.concept",
+    "jepa_scale.objectives.lm",
 ]
 
 

@@ -1,0 +1,19 @@
+"""What ranks start with."""
+
+from __future__ import annotations
+
+import sys
+
+from jepa_scale.distributed import Ranks
+from tests.distributed.launch import run_ranks
+
+
+def imported(ranks: Ranks) -> set[str]:
+    import jepa_scale.train  # noqa: F401
+
+    return {"torch", "jepa_scale.train", "matplotlib"} & set(sys.modules)
+
+
+def test_a_rank_does_not_import_what_draws():
+    """It takes half a second on each rank, and only rank 0 draws, at the end."""
+    assert run_ranks(imported, 2) == [{"torch", "jepa_scale.train"}] * 2
