@@ -1,7 +1,7 @@
 """Run a test function on N real gloo ranks of this machine.
 
-Ranks are forked from a server that has imported torch, DeepSpeed and the trainer once, so that starting them costs a fraction of a
-second instead of several seconds a rank.
+Ranks are forked from a server that has imported torch, DeepSpeed and the trainer once, so that starting them costs a
+fraction of a second instead of several seconds a rank.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ PRELOAD = [
     "jepa_scale.objectives.concept",
     "jepa_scale.objectives.lm",
 ]
+"""What ranks are forked with, here and by ``processes.Nursery``."""
 
 
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 300.0) -> list[Any]:

@@ -7,6 +7,7 @@ process of its own, with its own signal handlers and exit code, that runs the co
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import select
@@ -246,16 +247,11 @@ class Launched:
 def serve() -> int:
     """Fork as told on stdin, one order a line; tell on stdout who began and who ended. The exit code: a rank's, in a rank."""
     sys.path[:] = [str(REPOSITORY), *(p for p in sys.path if Path(p or ".").resolve() != Path(__file__).parent)]
-    import deepspeed  # noqa: F401
-    import torch
-    import torch._dynamo  # noqa: F401
-    import torch.distributed.fsdp  # noqa: F401
+    from tests.distributed.launch import PRELOAD
 
-    import jepa_scale.engines.deepspeed
-    import jepa_scale.engines.fsdp
-    import jepa_scale.objectives.concept
-    import jepa_scale.objectives.lm  # noqa: F401
-    from jepa_scale import train  # noqa: F401
+    for name in PRELOAD:
+        importlib.import_module(name)
+    import torch
 
     torch.set_num_threads(1)
     said, woken = os.dup(1), os.pipe2(os.O_NONBLOCK)

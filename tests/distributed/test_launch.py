@@ -15,5 +15,5 @@ def imported(ranks: Ranks) -> set[str]:
 
 
 def test_a_rank_does_not_import_what_draws():
-    """It takes half a second on each rank, and only rank 0 draws, at the end."""
+    """Only rank 0 draws, at the end."""
     assert run_ranks(imported, 2) == [{"torch", "jepa_scale.train"}] * 2
