@@ -30,6 +30,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 from benchmarks.rows import row, write  # noqa: E402
 from jepa_scale import distributed  # noqa: E402
@@ -46,20 +47,28 @@ from jepa_scale.train import global_totals  # noqa: E402
 TEXT = "configs/tiny_corpus.yaml"
 LM = "configs/tiny_corpus_lm.yaml"
 PLAIN = ["model.bridge_after=null"]
+TOKENS_OF_A_FACT = 3.25  # with 3,000 entities and 16,384 tokens a step; entities that several facts name are read once
+COMPILED = "engine.compile=true"
+ADAMW = "optim={lr: 1.0e-3, warmup_steps: 30}"
 RUNS: dict[str, tuple[str, list[str]]] = {
     "lm": (LM, PLAIN),
-    "lm_compiled": (LM, [*PLAIN, "engine.compile=true"]),
+    "lm_compiled": (LM, [*PLAIN, COMPILED]),
+    "lm_compiled_of_4": (LM, [*PLAIN, COMPILED]),
     "lm_zero1": (LM, [*PLAIN, "engine.name=deepspeed"]),
     "lm_selective": (LM, [*PLAIN, "engine.activation_checkpointing=selective"]),
     "lm_full": (LM, [*PLAIN, "engine.activation_checkpointing=full"]),
     "horizon": (TEXT, [*PLAIN]),
-    "horizon_compiled": (TEXT, [*PLAIN, "engine.compile=true"]),
+    "horizon_compiled": (TEXT, [*PLAIN, COMPILED]),
     "horizon_backbone_teacher": (TEXT, [*PLAIN, "objective.teacher=backbone"]),
-    "span": ("configs/span_tiny.yaml", []),
+    "span": ("configs/span_tiny.yaml", [ADAMW]),
+    "span_compiled": ("configs/span_tiny.yaml", [ADAMW, COMPILED]),
+    "span_muon": ("configs/span_tiny.yaml", []),
     "two_view": ("configs/nl_rx_synth.yaml", ["data.source=chat", "data.max_length=1024"]),
-    "concept": ("configs/reversal.yaml", []),
+    "two_view_compiled": ("configs/nl_rx_synth.yaml", ["data.source=chat", "data.max_length=1024", COMPILED]),
+    "concept": ("configs/reversal.yaml", ["data.entities_a=3000"]),
+    "concept_compiled": ("configs/reversal.yaml", ["data.entities_a=3000", COMPILED]),
 }
-"""Name → the config that is shipped, and what differs from it."""
+"""Name → the config that is shipped, and what differs from it; ``…_of_4`` has four micro-batches a step, the others one."""
 
 
 def main() -> None:
@@ -69,11 +78,12 @@ def main() -> None:
     parser.add_argument("--micro-tokens", type=int, default=16384, help="tokens in a step")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--minutes", type=float, default=8.5, help="no part is begun after so long")
+    parser.add_argument("--profile", type=Path, help="folder for a table of each run's kernels")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     began = time.monotonic()
     ranks = distributed.setup()
-    settings = {key: str(value) for key, value in vars(args).items() if key != "json"}
+    settings = {key: str(value) for key, value in vars(args).items() if key not in ("json", "profile")}
     machine = {**describe_environment(ranks, "fsdp", "bf16"), "settings": settings}
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -127,24 +137,30 @@ def ceilings() -> list[dict[str, Any]]:
 
 
 def attentions() -> list[dict[str, Any]]:
-    """Forward and backward of 8,192 packed tokens, 16 heads of 128, documents of a log-normal length (median 200)."""
+    """Forward and backward of 8,192 packed tokens, documents of a log-normal length (median 200): 16 heads of 128, and 32 of 64 that
+    share keys and values four at a time, as the decoder's do."""
     lengths: list[int] = []
     rng = np.random.default_rng(0)
     while sum(lengths) < 8192:
         lengths.append(min(max(8, int(rng.lognormal(np.log(200), 1.0))), 8192 - sum(lengths)))
     table = SegmentTable.from_lengths(lengths, "cuda")
-    q, k, v = (torch.randn(8192, 16, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-    work = 3.5 * sum(4 * n * n * 16 * 128 / 2 for n in lengths)
     rows = []
-    for backend in available_backends("cuda", torch.bfloat16):
+    for heads, shared, width in ((16, 16, 128), (32, 8, 64)):
+        q, k, v = (
+            torch.randn(8192, n, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+            for n in (heads, shared, shared)
+        )
+        work = 3.5 * sum(4 * n * n * heads * width / 2 for n in lengths)
+        for backend in available_backends("cuda", torch.bfloat16):
 
-        def step(backend: str = backend) -> None:
-            attention(q, k, v, table, backend=backend).sum().backward()
-            q.grad = k.grad = v.grad = None
+            def step(backend: str = backend, q: Tensor = q, k: Tensor = k, v: Tensor = v) -> None:
+                attention(q, k, v, table, backend=backend).sum().backward()
+                q.grad = k.grad = v.grad = None
 
-        times = timed(step)
-        rows.append(row(f"attention/{backend}", [1e3 * seconds for seconds in times], "ms"))
-        rows.append(row(f"attention/{backend}/rate", [work / seconds / 1e12 for seconds in times], "TFLOP/s"))
+            times = timed(step)
+            name = f"attention/{heads}x{width}/{backend}"
+            rows.append(row(name, [1e3 * seconds for seconds in times], "ms"))
+            rows.append(row(f"{name}/rate", [work / seconds / 1e12 for seconds in times], "TFLOP/s"))
     return rows
 
 
@@ -152,14 +168,17 @@ def measure(name: str, args: argparse.Namespace, folder: Path, ranks: distribute
     """Steps of one run."""
     file, overrides = RUNS[name]
     overrides = [f"model={args.model}", "engine.precision=bf16", "data.workers=0", *overrides]
-    if name == "concept":
-        overrides += [f"train.batch_size={args.micro_tokens // 16}", "train.batch_tokens=0", "train.micro_tokens=0"]
+    overrides += ["train.steps=1000"]
+    if name.startswith("concept"):
+        facts = int(args.micro_tokens / TOKENS_OF_A_FACT)
+        overrides += [f"train.batch_size={facts}", "train.batch_tokens=0", "train.micro_tokens=0"]
     else:
-        overrides += ["train.batch_size=0", f"train.batch_tokens={args.micro_tokens}"]
-        overrides += [f"train.micro_tokens={args.micro_tokens}", "train.epochs=0", "train.accumulation=1"]
-    if name == "two_view":
+        each = 4 if name.endswith("_of_4") else 1
+        overrides += ["train.batch_size=0", f"train.batch_tokens={each * args.micro_tokens}", "train.epochs=0"]
+        overrides += [f"train.micro_tokens={args.micro_tokens}", f"data.cache={folder / 'cache'}"]
+        overrides += ["train.accumulation=1"] if each == 1 else []
+    if name.startswith("two_view"):
         overrides += [f"data.path={conversations(folder)}"]
-    overrides += ["train.steps=1000", f"data.cache={folder / 'cache'}"] if name != "concept" else ["train.steps=1000"]
     if ranks.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     run = build(validate(load_config(file, overrides)), ranks)
@@ -171,6 +190,9 @@ def measure(name: str, args: argparse.Namespace, folder: Path, ranks: distribute
                 values.append(value)
         if len(times) == args.steps:
             break
+    if args.profile:
+        args.profile.mkdir(parents=True, exist_ok=True)
+        (args.profile / f"{name}.txt").write_text(kernels(steps, 2))
     steps.close()
     rows = [row(f"{name}/step", [1e3 * seconds for seconds in times], "ms")]
     rows.append(row(f"{name}/rate", [n / s for n, s in zip(tokens, times, strict=True)], "tokens/s"))
@@ -179,6 +201,18 @@ def measure(name: str, args: argparse.Namespace, folder: Path, ranks: distribute
         rows.append(row(f"{name}/mfu_decoder", [100 * n / s / peak for n, s in zip(decoder, times, strict=True)], "%"))
         rows.append(row(f"{name}/memory", [torch.cuda.max_memory_allocated() / 2**30], "GiB"))
     return rows
+
+
+def kernels(steps: Iterator[Any], count: int) -> str:
+    """Milliseconds and calls a step of each kernel, the longest first; the rest of a step the device waits."""
+    with torch.profiler.profile() as profile:
+        for _ in range(count):
+            next(steps)
+    found = [event for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
+    found.sort(key=lambda event: -event.self_device_time_total)
+    lines = [f"{e.self_device_time_total / 1e3 / count:9.3f} ms {e.count // count:6d} {e.key[:150]}" for e in found]
+    total = sum(event.self_device_time_total for event in found) / 1e3 / count
+    return "\n".join([f"{total:9.3f} ms of kernels a step", *lines]) + "\n"
 
 
 def run_steps(run: Run, device: torch.device) -> Iterator[tuple[float, int, int, int]]:

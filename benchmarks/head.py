@@ -6,7 +6,8 @@
 Forward and backward of the summed cross-entropy of random rows against a head of ``--vocabulary`` columns, fp32, on the CPU:
 
 * ``plain``: a linear layer and ``cross_entropy``;
-* ``pieces_M``: :mod:`jepa_scale.models.head` with M MiB of logits at a time;
+* ``pieces_M``: :mod:`jepa_scale.models.head` with M MiB of logits at a time; ``compiled_M``: the same with
+  ``engine.compile``;
 * ``torch_sum``, ``torch_none``: ``torch.nn.functional.linear_cross_entropy`` in chunks of as many rows as have 256 MiB of logits (its
   own choice of a chunk is smaller, and took ten times as long here); with ``reduction="sum"`` it makes the gradients in the forward
   pass, with ``"none"`` in the backward, as ours does.
@@ -42,9 +43,9 @@ from jepa_scale.table import text_table  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
 
 MIB = 2**20
-EVERY = ["plain", "pieces_16", "pieces_64", "pieces_256", "torch_sum", "torch_none"]
+EVERY = ["plain", "pieces_16", "pieces_64", "pieces_256", "compiled_256", "torch_sum", "torch_none"]
 TIMED = {"1024x512": EVERY}
-MEASURED = {"1024x512": EVERY, "4096x512": ["plain", "pieces_256", "torch_sum", "torch_none"]}
+MEASURED = {"1024x512": EVERY, "4096x512": ["plain", "pieces_256", "compiled_256", "torch_sum", "torch_none"]}
 
 
 def main() -> None:
@@ -104,7 +105,8 @@ class Case:
         kind, _, detail = way.partition("_")
         if kind == "plain":
             return F.cross_entropy(self.head(self.x).float(), self.labels, reduction="none").sum()
-        if kind == "pieces":
+        if kind in ("pieces", "compiled"):
+            self.head.compiles = kind == "compiled"
             lm_head.CHUNK_BYTES = int(detail) * MIB
             normalizers, chosen, _ = lm_head.measure(self.head, self.x, self.labels, None)
             return (normalizers - chosen).sum()

@@ -31,6 +31,7 @@ from jepa_scale.flop_budget import steps_within, whole_steps
 from jepa_scale.models import tensor_parallel
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.compiling import compile_blocks
+from jepa_scale.models.head import compile_head
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.models.recompute import recompute
@@ -242,6 +243,7 @@ def build(plan: Plan, ranks: Ranks, steps: int = 0) -> Run:
     blocks = [*backbone.layers, *objective.blocks]
     if config.engine.compile:
         compile_blocks(blocks)
+        compile_head(backbone.decoder.get_output_embeddings())
     recompute(blocks, config.engine.activation_checkpointing)
 
     engine = create_engine(

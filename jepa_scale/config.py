@@ -60,7 +60,9 @@ class EngineConfig(Section):
         description="What of a block is computed again in the backward pass: full = all; selective = all but matrix "
         "products and attention.",
     )
-    compile: bool = Field(False, description="torch.compile each block; its first steps take a minute or more.")
+    compile: bool = Field(
+        False, description="torch.compile each block, and the LM head's loss; its first steps take a minute or more."
+    )
     tf32: bool = Field(True, description="fp32 matrix products in TF32 on GPUs that have it; 3 digits instead of 7.")
     threads: int = Field(0, ge=0, description="CPU threads a rank; 0 = cores / ranks on this host (CPU runs only).")
 

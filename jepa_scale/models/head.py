@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -34,7 +34,13 @@ Shape = Callable[[Tensor], Tensor]
 
 
 class LMHead(nn.Linear):
-    """A linear layer that can be told to do something else with its input and weight than their product."""
+    """A linear layer that can be told to do something else with its input and weight than their product.
+
+    Attributes:
+        compiles: whether what is done to a piece's logits is compiled (:func:`compile_head`).
+    """
+
+    compiles = False
 
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x, self.weight, self.bias)
@@ -47,6 +53,13 @@ def adopt(head: nn.Module | None) -> None:
     """Have a linear layer be an :class:`LMHead`, in place; anything else stays what it is."""
     if type(head) is nn.Linear:
         head.__class__ = LMHead
+
+
+def compile_head(head: nn.Module | None) -> None:
+    """Have what is done to the logits of a piece be one kernel that reads them once, compiled when it is first called. As it is
+    written, each of its operations reads all of them and writes all of them."""
+    for part in [] if head is None else _parts(head):
+        part.compiles = True
 
 
 def can_measure(head: nn.Module) -> bool:
@@ -85,16 +98,16 @@ def measure(
     """
     parts, first, kept = _parts(head), 0, []
 
-    def run(targets: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def run(part: LMHead, targets: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if places is not None:
             with torch.no_grad():
                 some = F.linear(x[places], weight, bias)
                 kept.append((some if shape is None else shape(some)).float())
-        return _Measure.apply(x, weight, bias, targets, shape)
+        return _Measure.apply(x, weight, bias, targets, shape, part.compiles)
 
     with ExitStack() as stack:
         for part in parts:
-            stack.enter_context(_instead(part, partial(run, targets - first)))
+            stack.enter_context(_instead(part, partial(run, part, targets - first)))
             first += part.out_features
         found = head(rows)  # two numbers a part, where its logits would be
     normalizers, chosen = found.view(len(rows), len(parts), 2).unbind(dim=-1)
@@ -125,48 +138,54 @@ class _Measure(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, shape: Shape | None
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        shape: Shape | None,
+        compiles: bool,
     ) -> Tensor:
+        normalizers_ = _compiled(_normalizers_) if compiles else _normalizers_
         normalizers = x.new_full((len(x),), -torch.inf, dtype=torch.float32)
         chosen = torch.zeros_like(normalizers)
         for start, stop in _pieces(len(x), len(weight)):
             z = _product(x, weight, bias, start, stop)
-            z = (z if shape is None else shape(z)).float()
+            z = z if shape is None else shape(z)
             place, here = _places(targets, start, stop)
-            chosen += z.gather(1, place)[:, 0].where(here, 0)
-            highest = z.amax(dim=-1)
-            sums = z.sub_(highest[:, None]).exp_().sum(dim=-1)
-            normalizers = torch.logaddexp(normalizers, sums.log_().add_(highest))
+            chosen += z.gather(1, place)[:, 0].float().where(here, 0)
+            normalizers = torch.logaddexp(normalizers, normalizers_(z))
             del z  # before the next is made
         ctx.save_for_backward(x, weight, bias, targets, normalizers)
-        ctx.shape = shape
+        ctx.shape, ctx.compiles = shape, compiles
         return torch.stack([normalizers, chosen], dim=-1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, targets, normalizers = ctx.saved_tensors
+        probabilities_ = _compiled(_probabilities_) if ctx.compiles else _probabilities_
         to_normalizer, to_chosen = grads[0].unbind(dim=-1)
         of_x = torch.zeros_like(x, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         of_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         of_bias = torch.empty_like(bias) if ctx.needs_input_grad[2] else None
         for start, stop in _pieces(len(x), len(weight)):
             product = _product(x, weight, bias, start, stop)
-            if ctx.shape is None:
-                z = product.float()
-            else:
+            shaped = product
+            if ctx.shape is not None:
                 with torch.enable_grad():
-                    shaped = ctx.shape(product.requires_grad_()).float()
-                z = shaped.detach().clone()
-            z.sub_(normalizers[:, None]).exp_().mul_(to_normalizer[:, None])
+                    shaped = ctx.shape(product.requires_grad_())
             place, here = _places(targets, start, stop)
-            z.scatter_add_(1, place, (to_chosen * here)[:, None])
-            if ctx.shape is None:
-                grad = z.to(product.dtype)
-            else:
-                (grad,) = torch.autograd.grad(shaped, product, z)
-                del shaped
-            del product, z
+            of_label = (shaped.detach().gather(1, place)[:, 0].float() - normalizers).exp_() * to_normalizer
+            of_label += to_chosen * here
+            grad = shaped.detach()
+            grad = probabilities_(grad if ctx.shape is None else grad.clone(), normalizers, to_normalizer)
+            grad.scatter_(
+                1, place, of_label.to(grad.dtype)[:, None]
+            )  # what is there already, where the label is elsewhere
+            if ctx.shape is not None:
+                (grad,) = torch.autograd.grad(shaped, product, grad)
+            del product, shaped
             if of_x is not None:
                 of_x += grad @ weight[start:stop]
             if of_weight is not None:
@@ -174,7 +193,24 @@ class _Measure(torch.autograd.Function):
             if of_bias is not None:
                 of_bias[start:stop] = grad.sum(dim=0)
             del grad
-        return None if of_x is None else of_x.to(x.dtype), of_weight, of_bias, None, None
+        return None if of_x is None else of_x.to(x.dtype), of_weight, of_bias, None, None, None
+
+
+def _normalizers_(z: Tensor) -> Tensor:
+    """(n, v) → (n,) fp32, log Σ e^z; fp32 logits are overwritten."""
+    z = z.float()
+    highest = z.amax(dim=-1)
+    return z.sub_(highest[:, None]).exp_().sum(dim=-1).log_().add_(highest)
+
+
+def _probabilities_(z: Tensor, normalizers: Tensor, factors: Tensor) -> Tensor:
+    """(n, v), (n,) and (n,) fp32 → (n, v) in the dtype of ``z``, e^(z − normalizer) · factor; fp32 logits are overwritten."""
+    return z.float().sub_(normalizers[:, None]).exp_().mul_(factors[:, None]).to(z.dtype)
+
+
+@cache
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(function, dynamic=True)
 
 
 def _pieces(rows: int, vocabulary: int) -> list[tuple[int, int]]:

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from jepa_scale.models import head as lm_head
-from jepa_scale.models.head import LMHead, can_measure, columns, measure, statistics
+from jepa_scale.models.head import LMHead, can_measure, columns, compile_head, measure, statistics
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
 
@@ -168,6 +168,24 @@ def test_every_family_has_the_same_losses_in_pieces(family, small_chunks):
     got, gradients = outcome(backbone, *data())
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(gradients, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["tied", "gemma"])
+def test_compiled_pieces_have_the_same_losses(family, small_chunks):
+    """By the compiler that runs in training; other numbers of rows and columns are no reason to compile again."""
+    backbone, (rows, labels) = build(family), data()
+    expected = [outcome(backbone, rows[:n], labels[:n]) for n in (11, 9, 7)]
+    compile_head(backbone.decoder.get_output_embeddings())
+    torch._dynamo.utils.counters.clear()
+    torch._dynamo.reset()
+    small_chunks(4 * 11 * 5)
+    graphs = []
+    for n, (losses, gradients) in zip((11, 9, 7), expected, strict=True):
+        found, of_them = outcome(backbone, rows[:n], labels[:n])
+        torch.testing.assert_close(found, losses, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(of_them, gradients, atol=1e-5, rtol=1e-5)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0 and len(set(graphs)) == 1
 
 
 @pytest.mark.parametrize("tied", [False, True])
