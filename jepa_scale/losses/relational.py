@@ -13,7 +13,7 @@ def relation_distances(first: Tensor, second: Tensor, normalize: bool) -> Tensor
     """(p, d), (p, d), the two objects of each pair → (p,) fp32.
 
     Args:
-        normalize: False: the squared distance, as in the seed. It grows with width and scale, and was four times InfoNCE at the
+        normalize: False: the squared distance, as GridJEPA has it. It grows with width and scale, and was four times InfoNCE at the
             start there. True: half that of the unit vectors, i.e. 1 − cosine: 0 for the same direction, 1 for objects that have
             nothing to do with each other, whatever width and scale. (Its factor is
             :func:`relation_scale`.)

@@ -67,7 +67,7 @@ class GridOptions(Section):
 
     relational: Literal["normalized", "raw"] = Field(
         "normalized",
-        description="Distance of adjacent objects: of unit vectors, in units of InfoNCE's chance, or squared, as in the seed.",
+        description="Distance of adjacent objects: of unit vectors, in units of InfoNCE's chance, or squared, as GridJEPA has it.",
     )
     relational_weight: float = Field(
         0.02, ge=0, description="Weight of the distance of the last grid's objects to the target's that are adjacent."
