@@ -46,8 +46,10 @@ def assert_same_run(
     return b
 
 
-def resumed_bitwise(files: dict[str, str], folder: Path, step: int) -> dict[str, dict[str, torch.Tensor]]:
-    """Train runs on two ranks, then each again from ``step`` in new processes: rows, weights, moments and whatever else the last
+def resumed_bitwise(
+    files: dict[str, str], folder: Path, step: int, ranks: int = 2
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Train runs, then each again from ``step`` in new processes: rows, weights, moments and whatever else the last
     checkpoint holds are equal to the bit.
 
     Args:
@@ -56,7 +58,7 @@ def resumed_bitwise(files: dict[str, str], folder: Path, step: int) -> dict[str,
     Returns:
         Name → what its newest checkpoint holds.
     """
-    run_ranks(train_runs, 2, [(file, None) for file in files.values()], timeout=300)
+    run_ranks(train_runs, ranks, [(file, None) for file in files.values()], timeout=300)
     again = []
     for case, file in files.items():
         values = yaml.safe_load(Path(file).read_text())
@@ -65,7 +67,7 @@ def resumed_bitwise(files: dict[str, str], folder: Path, step: int) -> dict[str,
         copy.with_suffix(".yaml").write_text(yaml.safe_dump(values))
         shutil.copytree(folder / case, copy)
         again.append((str(copy.with_suffix(".yaml")), str(copy / f"checkpoints/step_{step:08d}")))
-    run_ranks(train_runs, 2, again, timeout=300)
+    run_ranks(train_runs, ranks, again, timeout=300)
     found = {}
     for case in files:
         whole, resumed = folder / case, folder / f"{case}-again"

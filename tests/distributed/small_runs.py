@@ -1,4 +1,4 @@
-"""What the tests of faults compare of two runs, and what must hold of a run's checkpoints at any time."""
+"""Small runs: how one is asked for, what tests compare of two, and what must hold of a run's checkpoints at any time."""
 
 from __future__ import annotations
 
@@ -7,11 +7,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from jepa_scale.checkpoint import complete, store, verify
 from jepa_scale.checkpoint.retention import NAME
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 TIMING = {"tokens_per_second", "seconds", "data_wait"}
+
+
+def run_file(folder: Path, name: str, engine: str, /, **sections: dict[str, Any]) -> str:
+    """Write the config of run ``name`` in ``folder``, and say where.
+
+    Args:
+        engine: ``"fsdp"``, or ``"zero0"`` … ``"zero3"``.
+        sections: of the config; their keys go before the few that every small run has.
+    """
+    stage = int(engine[-1]) if engine.startswith("zero") else 1
+    values: dict[str, dict[str, Any]] = {
+        "run": {"name": name, "dir": str(folder), "seed": 3},
+        "engine": {
+            "name": "fsdp" if engine == "fsdp" else "deepspeed",
+            "deepspeed": str(REPOSITORY / f"configs/ds/zero{stage}.json"),
+            "threads": 1,
+        },
+        "train": {"log_every": 1},
+        "log": {"progress": False, "report": False},
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(values | {key: values.get(key, {}) | keys for key, keys in sections.items()}))
+    return str(path)
 
 
 def rows(run: Path, split: str | None = None) -> list[dict[str, Any]]:

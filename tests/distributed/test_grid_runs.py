@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from jepa_scale.data.grid_rules import frames
 from tests.distributed.launch import run_ranks
 from tests.distributed.same_runs import ENGINES, assert_same_run, resumed_bitwise
-from tests.distributed.test_runs import REPOSITORY, rows, train_runs
+from tests.distributed.small_runs import run_file
+from tests.distributed.test_runs import rows, train_runs
 
 OBJECTS: dict[str, Any] = {"name": "grid", "dim": 32, "object_layers": 1, "object_heads": 2, "vq_codes": 32}
 OBJECTS |= {"slots": 4, "queue": 40, "sigreg_slices": 16, "vq_refresh_every": 4, "vq_window": 4}
@@ -36,33 +36,24 @@ def corpus(tmp_path_factory):
 
 
 def config_file(folder: Path, name: str, corpus: Path, objective: str, engine: str, **changes: Any) -> str:
-    stage = int(engine[-1]) if engine.startswith("zero") else 1
-    train = {"steps": STEPS, "batch_size": 16, "log_every": 1, "eval_every": 3} | changes.pop("train", {})
-    values = {
-        "run": {"name": name, "dir": str(folder), "seed": 3},
-        "engine": {
-            "name": "fsdp" if engine == "fsdp" else "deepspeed",
-            "deepspeed": str(REPOSITORY / f"configs/ds/zero{stage}.json"),
-            "threads": 1,
-        },
-        "model": MODEL,
-        "data": {
+    return run_file(
+        folder,
+        name,
+        engine,
+        model=MODEL,
+        data={
             "source": "grids",
             "path": str(corpus / "train.jsonl"),
             "valid_path": str(corpus / "valid.jsonl"),
             "cache": str(corpus / "cache"),
             "max_length": 1024,
         },
-        "objective": OBJECTIVES[objective],
-        "optim": {"lr": 3e-3, "warmup_steps": 2, "clip_norm": 1.0},
-        "train": train,
-        "checkpoint": {"every": changes.pop("every", 0)},
-        "eval": {"micro_tokens": 4096},
-        "log": {"progress": False, "report": False},
-    }
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return str(path)
+        objective=OBJECTIVES[objective],
+        optim={"lr": 3e-3, "warmup_steps": 2, "clip_norm": 1.0},
+        train={"steps": STEPS, "batch_size": 16, "eval_every": 3} | changes.get("train", {}),
+        checkpoint={"every": changes.get("every", 0)},
+        eval={"micro_tokens": 4096},
+    )
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from tests.data.corpus import write_text
 from tests.distributed.launch import run_ranks
 from tests.distributed.same_runs import ENGINES, assert_same_run, resumed_bitwise
-from tests.distributed.test_runs import REPOSITORY, rows, train_runs
+from tests.distributed.small_runs import run_file
+from tests.distributed.test_runs import rows, train_runs
 
 HORIZON = {
     "name": "horizon",
@@ -61,35 +61,19 @@ def corpus(tmp_path_factory):
     return folder
 
 
-def config_file(folder: Path, name: str, corpus: Path, objective: str, engine: str, **changes: Any) -> str:
-    stage = int(engine[-1]) if engine.startswith("zero") else 1
-    changes.setdefault("checkpoint", {"every": 0})
-    values = {
-        "run": {"name": name, "dir": str(folder), "seed": 3},
-        "engine": {
-            "name": "fsdp" if engine == "fsdp" else "deepspeed",
-            "deepspeed": str(REPOSITORY / f"configs/ds/zero{stage}.json"),
-            "precision": changes.pop("precision", "fp32"),
-            "threads": 1,
-        },
-        "model": changes.pop("model", MODEL),
+def config_file(
+    folder: Path, name: str, corpus: Path, objective: str, engine: str, /, **changes: dict[str, Any]
+) -> str:
+    sections: dict[str, dict[str, Any]] = {
+        "model": MODEL,
         "data": {"source": "text", "path": str(corpus), "max_length": 24, "shuffle_window": 16},
         "objective": OBJECTIVES[objective],
         "optim": {"lr": 3e-3, "lr_head": 5e-3, "warmup_steps": 3, "clip_norm": 0.3},
-        "train": {
-            "epochs": 1,
-            "batch_tokens": 240,
-            "micro_tokens": 60,
-            "log_every": 1,
-            "eval_every": 4,
-        },
+        "train": {"epochs": 1, "batch_tokens": 240, "micro_tokens": 60, "eval_every": 4},
+        "checkpoint": {"every": 0},
         "eval": {"micro_tokens": 50},
-        "log": {"progress": False, "report": False},
-        **changes,
     }
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return str(path)
+    return run_file(folder, name, engine, **(sections | changes))
 
 
 @pytest.fixture(scope="module")
@@ -146,8 +130,10 @@ def test_resume_continues_bitwise_and_elsewhere(corpus, tmp_path, precision):
     and world size within rounding."""
     engines = ENGINES if precision == "fp32" else ("fsdp", "zero1", "zero3")
     files = {
-        engine: config_file(tmp_path, engine, corpus, "vicreg", engine, precision=precision, checkpoint={"every": 4})
-        for engine in engines
+        name: config_file(
+            tmp_path, name, corpus, "vicreg", name, engine={"precision": precision}, checkpoint={"every": 4}
+        )
+        for name in engines
     }
     for held in resumed_bitwise(files, tmp_path, 4).values():
         assert any(name.startswith("teacher/backbone") for name in held)

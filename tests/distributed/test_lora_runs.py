@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +25,8 @@ from jepa_scale.packing import Segment, pack_stream
 from jepa_scale.teacher import Teacher, TeacherModel, TeacherOptions
 from tests.data.corpus import VOCABULARY, write_text
 from tests.distributed.launch import run_ranks
-from tests.distributed.small_runs import assert_same, checkpoint, newest, rows, tensors
+from tests.distributed.same_runs import resumed_bitwise
+from tests.distributed.small_runs import checkpoint, newest, rows, tensors
 from tests.distributed.test_horizon_runs import config_file
 from tests.distributed.test_runs import train_runs
 from tests.distributed.toy import ENGINES, sharded
@@ -191,20 +191,12 @@ def test_whole_runs_resume_bitwise(corpus, tmp_path):
     they were, and have no moments."""
     how: dict[str, Any] = {"model": model(tmp_path, rank=2, dropout=0.1), "checkpoint": {"every": 2, "keep_last": 9}}
     cases = {"fsdp": ("fsdp", "bf16"), "zero1": ("zero1", "bf16"), "zero3": ("zero3", "fp32")}
-    files = {n: config_file(tmp_path, n, corpus, "vicreg", e, precision=p, **how) for n, (e, p) in cases.items()}
-    run_ranks(train_runs, 2, [(file, None) for file in files.values()])
-    again = []
-    for name, file in files.items():
-        shutil.copytree(tmp_path / name, tmp_path / f"{name}-again")
-        run = yaml.safe_load(Path(file).read_text())["run"]
-        copied = shutil.copy(file, tmp_path / f"{name}-again.yaml")
-        again.append((edit(str(copied), run={**run, "name": f"{name}-again"}), str(checkpoint(tmp_path / name, 2))))
-    run_ranks(train_runs, 2, again)
-    for name in files:
-        last = newest(tmp_path / name)
-        assert last > 4
-        assert_same(tmp_path / f"{name}-again", tmp_path / name, last)
-        held = tensors(checkpoint(tmp_path / name, last))
+    files = {
+        name: config_file(tmp_path, name, corpus, "vicreg", engine, engine={"precision": precision}, **how)
+        for name, (engine, precision) in cases.items()
+    }
+    for name, held in resumed_bitwise(files, tmp_path, 2).items():
+        assert newest(tmp_path / name) > 4
         frozen = {n.partition("/")[2] for n in held if n.startswith("model/") and "exp_avg/" + n[6:] not in held}
         assert frozen and all(".lora_" not in n and ".new_rows." not in n and "objective" not in n for n in frozen)
         assert any(n.startswith("teacher/backbone") and "lora_B" in n for n in held)

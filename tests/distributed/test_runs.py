@@ -14,9 +14,9 @@ import yaml
 
 from jepa_scale.distributed import Ranks
 from tests.distributed.launch import run_ranks
+from tests.distributed.small_runs import run_file
 
 STEPS = 20
-REPOSITORY = Path(__file__).resolve().parents[2]
 CONCEPT = {"name": "concept", "tap_layer": 1, "say_fraction": 0.6, "scale_init": 5.0, "bridge_width": 16}
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "lm": {"name": "lm"},
@@ -41,27 +41,22 @@ def config_file(folder: Path, objective: str, engine: str, accumulation: int = 1
     backbone = train.pop("backbone", "native")
     precision = train.pop("precision", "fp32")
     checkpoint = train.pop("checkpoint", {})
-    name, stage = ("fsdp", 1) if engine == "fsdp" else ("deepspeed", int(engine[-1]))
-    values = {
-        "run": {"name": train.pop("name", "run"), "dir": str(folder), "seed": 3},
-        "engine": {
-            "name": name,
-            "deepspeed": str(REPOSITORY / f"configs/ds/zero{stage}.json"),
-            "precision": precision,
-            "threads": 1,
-        },
-        "model": BACKBONES[backbone],
-        "data": {"source": "reversal", "entities_a": 50, "comb": 5, "relations": 2},
-        "objective": OBJECTIVES[objective],
-        "optim": {"lr": 3e-3, "lr_head": 5e-3, "weight_decay": 0.02, "warmup_steps": 3, "clip_norm": 0.5},
-        "train": {"steps": STEPS, "batch_size": 16, "accumulation": accumulation, "log_every": 1, **train},
-        "checkpoint": checkpoint,
-        "eval": {"max_facts": 11, "rank_facts": 5, "batch_size": 4},
-        "log": {"progress": False, "report": False},
-    }
-    path = folder / f"{values['run']['name']}.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return path
+    name = train.pop("name", "run")
+    return Path(
+        run_file(
+            folder,
+            name,
+            engine,
+            engine={"precision": precision},
+            model=BACKBONES[backbone],
+            data={"source": "reversal", "entities_a": 50, "comb": 5, "relations": 2},
+            objective=OBJECTIVES[objective],
+            optim={"lr": 3e-3, "lr_head": 5e-3, "weight_decay": 0.02, "warmup_steps": 3, "clip_norm": 0.5},
+            train={"steps": STEPS, "batch_size": 16, "accumulation": accumulation, **train},
+            checkpoint=checkpoint,
+            eval={"max_facts": 11, "rank_facts": 5, "batch_size": 4},
+        )
+    )
 
 
 def train_runs(ranks: Ranks, cases: list[tuple[str, str | None]]) -> None:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from tests.data.corpus import write_text
 from tests.distributed.launch import run_ranks
 from tests.distributed.same_runs import ENGINES, assert_same_run, resumed_bitwise
-from tests.distributed.test_runs import REPOSITORY, rows, train_runs
+from tests.distributed.small_runs import run_file
+from tests.distributed.test_runs import rows, train_runs
 
 SPAN = {"name": "span", "global_views": 2, "local_views": 2, "sigreg_slices": 16, "predictor_layers": 1}
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -32,27 +32,18 @@ def corpus(tmp_path_factory):
 
 
 def config_file(folder: Path, name: str, corpus: Path, objective: str, engine: str, **changes: Any) -> str:
-    stage = int(engine[-1]) if engine.startswith("zero") else 1
-    train = {"steps": STEPS, "batch_size": 16, "log_every": 1, "eval_every": 3} | changes.pop("train", {})
-    values = {
-        "run": {"name": name, "dir": str(folder), "seed": 3},
-        "engine": {
-            "name": "fsdp" if engine == "fsdp" else "deepspeed",
-            "deepspeed": str(REPOSITORY / f"configs/ds/zero{stage}.json"),
-            "threads": 1,
-        },
-        "model": MODEL,
-        "data": {"source": "text", "path": str(corpus), "max_length": 24, "shuffle_window": 16},
-        "objective": OBJECTIVES[objective],
-        "optim": {"method": "muon", "lr": 3e-3, "lr_muon": 1e-2, "warmup_steps": 3, "clip_norm": 0.3},
-        "train": train,
-        "checkpoint": {"every": changes.pop("every", 0)},
-        "eval": {"micro_tokens": 200},
-        "log": {"progress": False, "report": False},
-    }
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return str(path)
+    return run_file(
+        folder,
+        name,
+        engine,
+        model=MODEL,
+        data={"source": "text", "path": str(corpus), "max_length": 24, "shuffle_window": 16},
+        objective=OBJECTIVES[objective],
+        optim={"method": "muon", "lr": 3e-3, "lr_muon": 1e-2, "warmup_steps": 3, "clip_norm": 0.3},
+        train={"steps": STEPS, "batch_size": 16, "eval_every": 3} | changes.get("train", {}),
+        checkpoint={"every": changes.get("every", 0)},
+        eval={"micro_tokens": 200},
+    )
 
 
 @pytest.fixture(scope="module")

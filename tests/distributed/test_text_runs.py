@@ -8,36 +8,28 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from tests.data.corpus import write_text
 from tests.distributed.launch import run_ranks
-from tests.distributed.test_runs import BACKBONES, REPOSITORY, rows, train_runs
+from tests.distributed.small_runs import run_file
+from tests.distributed.test_runs import BACKBONES, rows, train_runs
 
 EPOCHS = 2
 
 
 def config_file(folder: Path, name: str, engine: str, data: Path, **changes: Any) -> str:
-    stage = int(engine[-1]) if engine.startswith("zero") else 1
-    train = {"epochs": EPOCHS, "batch_tokens": 240, "micro_tokens": 60, "log_every": 1} | changes.pop("train", {})
-    values = {
-        "run": {"name": name, "dir": str(folder), "seed": 3},
-        "engine": {
-            "name": "fsdp" if engine == "fsdp" else "deepspeed",
-            "deepspeed": str(REPOSITORY / f"configs/ds/zero{stage}.json"),
-            "threads": 1,
-        },
-        "model": BACKBONES["native"],
-        "data": {"source": "text", "path": str(data), "max_length": 24, "shuffle_window": 16, **changes},
-        "objective": {"name": "lm"},
-        "optim": {"lr": 3e-3, "warmup_steps": 3, "clip_norm": 0.5},
-        "train": train,
-        "eval": {"micro_tokens": 50},
-        "log": {"progress": False, "report": False},
-    }
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return str(path)
+    train = {"epochs": EPOCHS, "batch_tokens": 240, "micro_tokens": 60} | changes.pop("train", {})
+    return run_file(
+        folder,
+        name,
+        engine,
+        model=BACKBONES["native"],
+        data={"source": "text", "path": str(data), "max_length": 24, "shuffle_window": 16, **changes},
+        objective={"name": "lm"},
+        optim={"lr": 3e-3, "warmup_steps": 3, "clip_norm": 0.5},
+        train=train,
+        eval={"micro_tokens": 50},
+    )
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from tests.distributed.launch import run_ranks
-from tests.distributed.test_runs import REPOSITORY, rows, train_runs
+from tests.distributed.small_runs import run_file
+from tests.distributed.test_runs import rows, train_runs
 from tests.objectives.chats import CONFIGS, conversations, tokenizer, write_rows
 
 STEPS = 8
@@ -30,14 +30,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 def config_file(
     folder: Path, data: Path, name: str, objective: str, engine: str, accumulation: int = 1, **changes: Any
 ) -> str:
-    stage = int(engine[-1]) if engine.startswith("zero") else 1
-    values = {
-        "run": {"name": name, "dir": str(folder), "seed": 3},
-        "engine": {
-            "name": "fsdp" if engine == "fsdp" else "deepspeed",
-            "deepspeed": str(REPOSITORY / f"configs/ds/zero{stage}.json"),
-            "threads": 1,
-        },
+    sections: dict[str, dict[str, Any]] = {
         "model": {"family": "huggingface", "config": CONFIGS["llama"]},
         "data": {
             "source": "chat",
@@ -49,14 +42,10 @@ def config_file(
         },
         "objective": {"name": "two_view", **OBJECTIVES[objective]},
         "optim": {"lr": 3e-3, "warmup_steps": 3, "clip_norm": 0.5},
-        "train": {"steps": STEPS, "batch_size": 8, "accumulation": accumulation, "log_every": 1},
+        "train": {"steps": STEPS, "batch_size": 8, "accumulation": accumulation},
         "eval": {"micro_tokens": 150},  # the views of one or two conversations
-        "log": {"progress": False, "report": False},
-        **changes,
     }
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return str(path)
+    return run_file(folder, name, engine, **(sections | changes))
 
 
 @pytest.fixture(scope="module")
