@@ -19,6 +19,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,8 @@ class Forked:
         """A rank that has ended already gets nothing."""
         with self._ended:
             if rank not in self.codes:
-                os.kill(self.pids[rank], number)
+                with suppress(ProcessLookupError):  # it has just ended, and its code is on the way
+                    os.kill(self.pids[rank], number)
 
     def kill(self) -> None:
         for rank in range(len(self.pids)):
