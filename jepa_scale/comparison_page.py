@@ -10,8 +10,8 @@ from jepa_scale.comparison import Variant, differences, final_metrics, load_runs
 from jepa_scale.comparison_plots import overlaid
 from jepa_scale.files import write_atomic
 from jepa_scale.picture import COLOURS
-from jepa_scale.report import html_page
-from jepa_scale.report_pictures import plots, shared_sections
+from jepa_scale.report import headlines, html_page
+from jepa_scale.report_pictures import folded, plots, shared_sections
 from jepa_scale.table import format_flops, format_number
 from jepa_scale.telemetry.metrics import describe
 from jepa_scale.telemetry.records import FIT, last_counts
@@ -20,7 +20,6 @@ COMPARISON_FILE = "comparison.html"
 _MORE_CSS = """
 .key { display: inline-block; width: .8em; height: .8em; border-radius: 50%; margin-right: .4em; }
 .nowrap td { white-space: nowrap; }
-details > summary { cursor: pointer; font-weight: 600; margin: 1rem 0 .5rem; }
 """
 
 
@@ -45,13 +44,14 @@ def comparison_page(of: Sequence[Variant]) -> str:
         [
             "<h2>Runs</h2>",
             _runs(of),
-            "<h2>What differs between them</h2>",
-            _differences(of),
             "<h2>Final values</h2>",
-            _final(of),
+            *_final(of),
             *plots("Evaluations", {f"{s}: {m}": png for (s, m), png in evaluated.items()}),
             *shared_sections(of),
-            *plots("Training", {m: png for (_, m), png in trained.items()}, folded=True),
+            "<h2>What differs between their configs</h2>",
+            _differences(of),
+            *_final(of, rest=True),
+            *plots("Training", {m: png for (_, m), png in trained.items()}, fold=True),
         ],
         _MORE_CSS,
     )
@@ -91,19 +91,23 @@ def _differences(of: Sequence[Variant]) -> str:
     return f'<div class="wide"><table class="text">{_head(of)}<tbody>{"".join(rows)}</tbody></table></div>'
 
 
-def _final(of: Sequence[Variant]) -> str:
+def _final(of: Sequence[Variant], rest: bool = False) -> list[str]:
+    """A row a metric and split, a column a variant: the headlines; or the ``rest``, folded, if there is any."""
+    found = final_metrics(of)
+    chosen = set(headlines(list(dict.fromkeys(metric for _, metric in found)), rest))
     rows = []
-    for split, metric in final_metrics(of):
-        cells = "".join(f"<td>{escape(variant.shown(split, metric))}</td>" for variant in of)
-        rows.append(f"<tr><th>{escape(split)}: {escape(describe(metric).label)}</th>{cells}</tr>")
+    for split, metric in found:
+        if metric in chosen:
+            cells = "".join(f"<td>{escape(variant.shown(split, metric))}</td>" for variant in of)
+            rows.append(f"<tr><th>{escape(split)}: {escape(describe(metric).label)}</th>{cells}</tr>")
+    table = f'<div class="wide"><table class="nowrap">{_head(of)}<tbody>{"".join(rows)}</tbody></table></div>'
+    if rest:
+        return folded("Everything else that was measured", table) if rows else []
     if not rows:
-        return "<p>Nothing was logged.</p>"
+        return ["<p>Nothing was logged.</p>"]
     several = any(len(variant.runs) > 1 for variant in of)
     note = "Of several seeds: mean ± standard deviation (least to greatest). " if several else ""
-    return (
-        f'<div class="wide"><table class="nowrap">{_head(of)}<tbody>{"".join(rows)}</tbody></table></div>'
-        f'<p class="faint">{note}“{escape(FIT)}” is the running training.</p>'
-    )
+    return [table, f'<p class="faint">{note}“{escape(FIT)}” is the running training.</p>']
 
 
 def _head(of: Sequence[Variant]) -> str:

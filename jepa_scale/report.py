@@ -11,7 +11,7 @@ from typing import Any
 from jepa_scale.comparison import Variant
 from jepa_scale.files import write_atomic
 from jepa_scale.plots import Curve, curves, plot_all
-from jepa_scale.report_pictures import figure, shared_sections
+from jepa_scale.report_pictures import figure, folded, shared_sections
 from jepa_scale.table import format_flops, format_number, text_table
 from jepa_scale.telemetry.metrics import describe, in_report_order
 from jepa_scale.telemetry.records import FIT, RunRecord, load_run
@@ -45,6 +45,7 @@ small { display: block; }
 figure { margin: 0; }
 figcaption { font-weight: 600; font-size: .95rem; }
 img { display: block; width: 100%; height: auto; }
+details > summary { cursor: pointer; font-weight: 600; margin: 1rem 0 .5rem; }
 pre { overflow-x: auto; font-size: .85rem; line-height: 1.35; }
 """
 
@@ -73,12 +74,13 @@ def report_page(record: RunRecord, plots: Mapping[str, bytes]) -> str:
             f"<p class='faint'>{_facts(record.summary)}</p>",
             *_warnings(curves(record.rows)),
             "<h2>Results</h2>",
-            _results(record.summary),
+            *_results(record.summary),
             "<h2>Curves</h2>",
             '<div class="plots">',
             *(figure(metric, png) for metric, png in plots.items()),
             "</div>",
             *shared_sections([Variant(record.name, [record])]),
+            *_results(record.summary, rest=True),
             "<h2>Environment</h2>",
             _environment(record.summary.get("environment", {})),
             "<h2>Configuration</h2>",
@@ -134,20 +136,25 @@ def _warnings(by_metric: Mapping[str, list[Curve]]) -> list[str]:
     return lines
 
 
-def _results(summary: Mapping[str, Any]) -> str:
-    """Rows = metrics, columns = splits; the best value is added where it differs from the last."""
+def _results(summary: Mapping[str, Any], rest: bool = False) -> list[str]:
+    """Rows = metrics, columns = splits; the best value is added where it differs from the last. The headlines; or with ``rest`` the
+    other metrics, folded, if there are any."""
     final, best = summary.get("final", {}), summary.get("best", {})
     if not final:
-        return "<p>Nothing was logged.</p>"
+        return [] if rest else ["<p>Nothing was logged.</p>"]
     splits = sorted(final, key=lambda s: s != FIT)
     head = "".join(f"<th>{escape(s)}</th>" for s in splits)
     rows = []
-    for metric in in_report_order({m for values in final.values() for m in values}):
+    for metric in headlines(in_report_order({m for values in final.values() for m in values}), rest):
         cells = "".join(_cell(final[s].get(metric), best.get(s, {}).get(metric)) for s in splits)
         rows.append(f"<tr><th>{escape(describe(metric).label)}</th>{cells}</tr>")
-    table = f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    table = (
+        f'<div class="wide"><table><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    )
+    if rest:
+        return folded("Everything else that was measured", table) if rows else []
     note = f"Last values. “{escape(FIT)}” is the running training, the other columns are evaluations."
-    return f'<div class="wide">{table}</div><p class="faint">{note}</p>'
+    return [table, f'<p class="faint">{note}</p>']
 
 
 def _cell(value: float | None, best: Mapping[str, Any] | None) -> str:
@@ -178,6 +185,7 @@ _HEADLINES = (
     "effective_rank",
     "loss",
 )
+"""What a run is judged by: metrics that are told first."""
 _COUNTS = ("steps", "tokens", "flops", "tokens_per_second")
 
 
@@ -199,6 +207,12 @@ def compare_table(
     chosen = columns if columns is not None else {c: c for c in headline_columns(runs)}
     rows = [[r.name, *(_shown(c, _lookup(r, c, which)) for c in chosen.values())] for r in runs]
     return text_table(["run", *chosen], rows)
+
+
+def headlines(metrics: Sequence[str], rest: bool = False) -> list[str]:
+    """Those of ``metrics`` that are told first, all if none of them is one; or the ``rest``."""
+    first = [metric for metric in metrics if metric in _HEADLINES] or list(metrics)
+    return [metric for metric in metrics if metric not in first] if rest else first
 
 
 def headline_columns(runs: Sequence[RunRecord]) -> list[str]:

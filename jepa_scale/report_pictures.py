@@ -22,12 +22,17 @@ def figure(name: str, png: bytes) -> str:
     )
 
 
-def plots(title: str, images: Mapping[str, bytes], folded: bool = False) -> list[str]:
+def plots(title: str, images: Mapping[str, bytes], fold: bool = False) -> list[str]:
     """A section of pictures, by their captions; nothing where there are none."""
     if not images:
         return []
     inside = f'<div class="plots">{"".join(figure(name, png) for name, png in images.items())}</div>'
-    return [f"<details><summary>{title}</summary>{inside}</details>" if folded else f"<h2>{title}</h2>{inside}"]
+    return folded(title, inside) if fold else [f"<h2>{title}</h2>{inside}"]
+
+
+def folded(title: str, inside: str) -> list[str]:
+    """A section that is opened by a click."""
+    return [f"<details><summary>{title}</summary>{inside}</details>"]
 
 
 def shared_sections(of: Sequence[Variant]) -> list[str]:

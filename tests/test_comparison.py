@@ -17,7 +17,7 @@ from jepa_scale.config import LogConfig
 from jepa_scale.distributed import Ranks
 from jepa_scale.errors import InputError
 from jepa_scale.evaluate.snapshot import save_snapshot
-from jepa_scale.report import write_report
+from jepa_scale.report import headlines, write_report
 from jepa_scale.telemetry import RunLog
 from tests.test_report import Page
 
@@ -111,6 +111,21 @@ def test_the_page_of_one_run_has_the_same_pictures(runs):
         assert expected in said, said
     plain = " ".join(Page(write_report(runs[0]).read_text(encoding="utf-8")).words)
     assert "Representations" not in plain and "parts of a step" not in plain
+
+
+def test_what_a_run_is_judged_by_comes_before_the_pictures_and_the_rest_after(runs, tmp_path):
+    of_several = write_comparison(runs, tmp_path / "page.html").read_text(encoding="utf-8")
+    of_one = write_report(runs[1]).read_text(encoding="utf-8")
+    for text, folded in ((of_several, {"retrieval_top1_h8"}), (of_one, {"retrieval_top1_h8", "time_data"})):
+        above, _, below = text.partition("<img")
+        below = below.rpartition("Everything else that was measured")[2].partition("</details>")[0]
+        told = {
+            where: re.findall(r"<tr><th>(?:\w+: )?(\w+)", html) for where, html in (("above", above), ("below", below))
+        }
+        assert {"loss", "ppl"} <= set(told["above"]) and not {"loss", "ppl"} & set(told["below"])
+        assert folded <= set(told["below"]) and not folded & set(told["above"])
+    assert headlines(["lr", "ppl", "loss"]) == ["ppl", "loss"] and headlines(["lr", "ppl"], rest=True) == ["lr"]
+    assert headlines(["lr"]) == ["lr"] and headlines(["lr"], rest=True) == []
 
 
 def test_parts_of_a_step_are_bars_with_their_shares(runs):
