@@ -27,6 +27,7 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 
 from jepa_scale.attention_meta import attention_meta
@@ -41,6 +42,10 @@ VARIABLE = "JEPA_SCALE_ATTENTION"
 
 BACKENDS = ("flash", "torch", "sdpa")
 """Every backend, fastest first."""
+
+SHORT = 128
+"""Keys of a segment up to which a CPU computes bf16 attention in fp32: PyTorch's kernel for bf16 needs up to six times as long
+(benchmarks/results/attention_bf16.json)."""
 
 _MAX_WIDTH = 256  # widest head that the flash kernels take
 _WIDTH_STEP = 8  # they read heads in vectors of 8 half-precision numbers
@@ -224,18 +229,40 @@ def _by_segment(
         hides = causal and run.q > 1 or window is not None and window < run.k
         plain = causal and run.q == run.k and (window is None or window >= run.k)
         mask = _band(run.q, run.k, causal, window, q.device) if hides and not plain else None
-        y = F.scaled_dot_product_attention(
-            _batched(q_i, run.n),
-            _batched(k_i, run.n),
-            _batched(v_i, run.n),
-            attn_mask=mask,
-            dropout_p=dropout,
-            is_causal=plain,
-            scale=scale,
-            enable_gqa=shared > 1,
-        )
+        options: dict[str, Any] = {
+            "attn_mask": mask,
+            "dropout_p": dropout,
+            "is_causal": plain,
+            "scale": scale,
+            "enable_gqa": shared > 1,
+        }
+        rows = (_batched(q_i, run.n), _batched(k_i, run.n), _batched(v_i, run.n))
+        if q.device.type == "cpu" and q.dtype.itemsize == 2 and run.k <= SHORT and not dropout:
+            y = _InFp32.apply(options, *rows)
+        else:
+            y = F.scaled_dot_product_attention(*rows, **options)
         out.append(y.transpose(1, 2).flatten(0, 1))
     return out[0] if len(out) == 1 else torch.cat(out)
+
+
+class _InFp32(torch.autograd.Function):
+    """Attention of bf16 tensors, computed in fp32, and once more in the backward pass, so that no fp32 tensor is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, options: dict[str, Any], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ctx.options = options
+        ctx.save_for_backward(q, k, v)
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options).to(v.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.enable_grad():
+            inputs = [x.detach().float().requires_grad_() for x in ctx.saved_tensors]
+            q, k, v = inputs
+            out = F.scaled_dot_product_attention(q, k, v, **ctx.options)
+        found = torch.autograd.grad(out, inputs, grads[0].float())
+        return None, *(grad.to(grads[0].dtype) for grad in found)
 
 
 def _batched(x: Tensor, count: int) -> Tensor:

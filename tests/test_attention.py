@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from jepa_scale.attention import BACKENDS, _square, attention, available_backends, packed_attention
+from jepa_scale.attention import BACKENDS, SHORT, _square, attention, available_backends, packed_attention
 from jepa_scale.errors import InputError
 from jepa_scale.packing import KeyRows, SegmentTable
 
@@ -96,6 +96,20 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_sdpa_matches_the_dense_mask(name):
     check(**CASES[name])
+
+
+@pytest.mark.parametrize("longest", [9, SHORT, SHORT + 1])
+@pytest.mark.parametrize("options", [{}, {"kv_heads": 2}, {"window": 3}, {"causal": False}], ids=str)
+def test_bf16_on_a_cpu_matches_the_dense_mask(longest, options):
+    check((5, longest, 1, 5), **options, dtype=torch.bfloat16, tolerance=2e-2)
+
+
+def test_short_segments_in_bf16_keep_no_fp32():
+    saved = []
+    x = [torch.randn(12, 2, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.dtype) or t, lambda t: t):
+        out = attention(*x, table([5, 7]))
+    assert out.dtype == torch.bfloat16 and set(saved) == {torch.bfloat16}
 
 
 @gpu
