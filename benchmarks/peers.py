@@ -18,7 +18,8 @@ The others: ``trainer_padded``, ``trainer_padded_512`` and ``trainer_packed``, t
 longest of the batch, padded to 512, and with ``DataCollatorWithFlattening``; ``plain``, a loop with padded rows and a dense mask;
 ``fsdp_loop``, FSDP2 on full rows without borders; ``lit_jepa`` and ``lit_jepa_eager``, padded rows of the horizon objective with
 fused and with spelled-out attention. ``ours_bf16`` is ours under ``engine.precision=bf16``, which is other work (its loss is held to
-1 % of that in fp32) and what a user may choose; it is left out where the CPU has no instructions for it. ``ratio/<comparison>/<other>``
+1 % of that in fp32) and what a user may choose; it is left out where the CPU has no instructions for it. Each new number of tokens
+costs it time once, as oneDNN makes kernels for each shape: ``--warm`` shows what comes later. ``ratio/<comparison>/<other>``
 is how many times as many real tokens a second ours does, the median over the rounds; ``ratio_bf16/…`` the same of ``ours_bf16``. The
 step of LLM-JEPA has a benchmark of its own, ``benchmarks/two_view.py``.
 """
@@ -125,10 +126,15 @@ def check(programs: dict[str, Program], steps: int = 2) -> None:
                     sys.exit(f"{name}, step {step}: {what} {other:.6f}, ours {ours:.6f}; not the same work")
 
 
-def measure(programs: dict[str, Program], tokens: dict[str, Callable[[int], int]], rounds: int, steps: int) -> Any:
+def measure(
+    programs: dict[str, Program], tokens: dict[str, Callable[[int], int]], rounds: int, steps: int, warm: int
+) -> Any:
     """Real tokens a second of each program, one value a round: the tokens of a round over its seconds."""
     rates: dict[str, list[float]] = {name: [] for name in programs}
-    done = dict.fromkeys(programs, 0)
+    done = {name: warm if name.startswith("ours") else 0 for name in programs}
+    for name, count in done.items():
+        if count:
+            programs[name].steps(count)
     names = list(programs)
     for turn in range(rounds + 1):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
@@ -156,7 +162,7 @@ def compare(name: str, args: argparse.Namespace, ranks: Any, scratch: Path) -> l
     if isinstance(loop := programs.get("fsdp_loop"), FsdpLoop):
         tokens["fsdp_loop"] = lambda step: loop.rows * loop.width
     check(programs)
-    rates = measure(programs, tokens, args.rounds, args.steps)
+    rates = measure(programs, tokens, args.rounds, args.steps, args.warm)
     for program in both.values():
         program.close()
     rows = [row(f"throughput/{name}/{of}", values, "tokens/s") for of, values in rates.items()]
@@ -185,6 +191,7 @@ def main() -> None:
     parser.add_argument("--horizon-batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=1, help="steps of a program in a round")
+    parser.add_argument("--warm", type=int, default=0, help="steps of ours before the rounds")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
