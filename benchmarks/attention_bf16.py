@@ -19,10 +19,9 @@ sys.path.insert(0, str(REPOSITORY))
 
 import torch  # noqa: E402
 
-from benchmarks.rows import row, write  # noqa: E402
+from benchmarks.rows import as_table, row, write  # noqa: E402
 from jepa_scale import attention, distributed  # noqa: E402
 from jepa_scale.packing import SegmentTable  # noqa: E402
-from jepa_scale.table import text_table  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
 
 TOKENS = 2048
@@ -42,12 +41,7 @@ def main() -> None:
     for heads, width in ((8, 32), (4, 64)):
         for length in args.lengths:
             rows += compare(heads, width, length, args.rounds)
-    print(
-        text_table(
-            ["", "median", "min", "max", ""],
-            [[r["name"], *(f"{r[k]:.3g}" for k in ("value", "min", "max")), r["unit"]] for r in rows],
-        )
-    )
+    print(as_table(rows))
     if args.json:
         machine = describe_environment(distributed.setup(), "none", "bf16")
         write(args.json, {**machine, "settings": {"threads": args.threads, "tokens": TOKENS}}, rows)

@@ -32,7 +32,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from benchmarks.rows import row, write  # noqa: E402
+from benchmarks.rows import as_table, row, write  # noqa: E402
 from jepa_scale import distributed  # noqa: E402
 from jepa_scale.attention import attention, available_backends  # noqa: E402
 from jepa_scale.build import Run, build, validate  # noqa: E402
@@ -40,7 +40,6 @@ from jepa_scale.config import load_config  # noqa: E402
 from jepa_scale.flops import peak_of  # noqa: E402
 from jepa_scale.objectives.base import Objective  # noqa: E402
 from jepa_scale.packing import SegmentTable  # noqa: E402
-from jepa_scale.table import text_table  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
 from jepa_scale.train import global_totals  # noqa: E402
 
@@ -75,7 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="configs/models/jepa_1b.yaml")
     parser.add_argument("--runs", nargs="*", default=list(RUNS), choices=list(RUNS))
-    parser.add_argument("--micro-tokens", type=int, default=16384, help="tokens in a step")
+    parser.add_argument("--micro-tokens", type=int, default=16384, help="tokens in a micro-batch")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--minutes", type=float, default=8.5, help="no part is begun after so long")
     parser.add_argument("--profile", type=Path, help="folder for a table of each run's kernels")
@@ -106,11 +105,7 @@ def main() -> None:
             print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
             if args.json:
                 write(args.json, machine, rows)
-    print(text_table(["", "median", "min", "max", ""], [shown(found) for found in rows]))
-
-
-def shown(found: dict[str, Any]) -> list[str]:
-    return [found["name"], *(f"{found[key]:.4g}" for key in ("value", "min", "max")), found["unit"]]
+    print(as_table(rows))
 
 
 def timed(work: Callable[[], Any], repeats: int = 10, warm: int = 3) -> list[float]:

@@ -36,10 +36,9 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from benchmarks.rows import row, write  # noqa: E402
+from benchmarks.rows import as_table, row, write  # noqa: E402
 from jepa_scale import distributed  # noqa: E402
 from jepa_scale.models import head as lm_head  # noqa: E402
-from jepa_scale.table import text_table  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
 
 MIB = 2**20
@@ -70,17 +69,13 @@ def main() -> None:
                 rows.append(row(f"time/{shape}/{way}", values, "s"))
                 ratios = [value / plain for value, plain in zip(values, times["plain"], strict=True)]
                 rows.append(row(f"ratio/{shape}/{way}", ratios, "× plain"))
-    print(text_table(["", "median", "min", "max", ""], [shown(found) for found in rows]))
+    print(as_table(rows))
     if args.json:
         new = {found["name"] for found in rows}
         old = json.loads(args.json.read_text())["rows"] if args.json.exists() else []
         settings = {"vocabulary": args.vocabulary, "threads": args.threads}
         machine = {**describe_environment(distributed.setup(), "none", "fp32"), "settings": settings}
         write(args.json, machine, [found for found in old if found["name"] not in new] + rows)
-
-
-def shown(found: dict[str, Any]) -> list[str]:
-    return [found["name"], *(f"{found[key]:.4g}" for key in ("value", "min", "max")), found["unit"]]
 
 
 def alone(function: Callable[..., Any], *args: Any) -> Any:

@@ -31,7 +31,7 @@ sys.path.insert(0, str(REPOSITORY))
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-from benchmarks.rows import row, write  # noqa: E402
+from benchmarks.rows import as_table, row, write  # noqa: E402
 from jepa_scale import distributed  # noqa: E402
 from jepa_scale.models import tensor_parallel  # noqa: E402
 from jepa_scale.models.loading import build_backbone  # noqa: E402
@@ -39,7 +39,6 @@ from jepa_scale.models.options import ModelOptions  # noqa: E402
 from jepa_scale.models.recompute import recompute  # noqa: E402
 from jepa_scale.models.team import Team  # noqa: E402
 from jepa_scale.packing import Segment, pack_stream  # noqa: E402
-from jepa_scale.table import text_table  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
 
 MODEL = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4}
@@ -60,15 +59,11 @@ def main() -> None:
                 for name, unit in (("kept", "MiB"), ("weights", "MiB"), ("sent", "MiB"), ("step", "s")):
                     values = [value for of_rank in found for value in of_rank[name]]
                     rows.append(row(f"{name}/team_{size}/{how}", values, unit))
-    print(text_table(["", "median", "min", "max", ""], [shown(found) for found in rows]))
+    print(as_table(rows))
     if args.json:
         settings = {"model": str(MODEL), "vocab": VOCAB, "tokens": args.tokens}
         machine = {**describe_environment(distributed.setup(), "none", "fp32"), "settings": settings}
         write(args.json, machine, rows)
-
-
-def shown(found: dict[str, Any]) -> list[str]:
-    return [found["name"], *(f"{found[key]:.4g}" for key in ("value", "min", "max")), found["unit"]]
 
 
 def in_team(size: int, how: str, tokens: int, store: str) -> list[dict[str, list[float]]]:

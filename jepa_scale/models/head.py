@@ -178,14 +178,13 @@ class _Measure(torch.autograd.Function):
             place, here = _places(targets, start, stop)
             of_label = (shaped.detach().gather(1, place)[:, 0].float() - normalizers).exp_() * to_normalizer
             of_label += to_chosen * here
-            grad = shaped.detach()
-            grad = probabilities_(grad if ctx.shape is None else grad.clone(), normalizers, to_normalizer)
-            grad.scatter_(
-                1, place, of_label.to(grad.dtype)[:, None]
-            )  # what is there already, where the label is elsewhere
+            z = shaped.detach() if ctx.shape is None else shaped.detach().clone()
+            grad = probabilities_(z, normalizers, to_normalizer)
+            # where the label is elsewhere, this is what is there already
+            grad.scatter_(1, place, of_label.to(grad.dtype)[:, None])
             if ctx.shape is not None:
                 (grad,) = torch.autograd.grad(shaped, product, grad)
-            del product, shaped
+            del product, shaped, z
             if of_x is not None:
                 of_x += grad @ weight[start:stop]
             if of_weight is not None:

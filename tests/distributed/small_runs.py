@@ -11,8 +11,8 @@ import yaml
 
 from jepa_scale.checkpoint import complete, store, verify
 from jepa_scale.checkpoint.retention import NAME
+from tests.distributed.processes import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 TIMING = {"tokens_per_second", "seconds", "data_wait"}
 
 

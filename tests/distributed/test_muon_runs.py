@@ -9,10 +9,8 @@ import torch
 import yaml
 
 from tests.distributed.launch import run_ranks
-from tests.distributed.small_runs import checkpoint, tensors
+from tests.distributed.small_runs import TIMING, checkpoint, tensors
 from tests.distributed.test_runs import ENGINES, STEPS, config_file, curve, rows, train_runs
-
-TIMING = {"tokens_per_second", "seconds", "data_wait"}
 
 
 def muon(folder: Path, name: str, engine: str, **train: Any) -> Path:

@@ -12,9 +12,9 @@ from jepa_scale.build import build, validate
 from jepa_scale.config import load_config
 from jepa_scale.plan.planner import Request, make_plan
 from tests.distributed.launch import run_ranks
+from tests.distributed.processes import REPOSITORY
 from tests.text_runs import NATIVE, config_file
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 TEACHER = {"name": "horizon", "horizons": [1, 2], "horizon_probs": [0.5, 0.5], "tap_layer": 1, "teacher": "backbone"}
 ENGINES = ("fsdp", "zero0", "zero1", "zero2", "zero3")
 KINDS = ("parameters", "optimizer", "teacher")

@@ -17,8 +17,9 @@ from jepa_scale.cli import main
 from jepa_scale.distributed import Ranks
 from tests.data.corpus import write_text
 from tests.distributed.launch import run_ranks
+from tests.distributed.processes import REPOSITORY
 from tests.distributed.same_runs import resumed_bitwise
-from tests.distributed.small_runs import REPOSITORY, tensors
+from tests.distributed.small_runs import tensors
 from tests.distributed.test_horizon_runs import config_file as horizon_file
 from tests.distributed.test_runs import rows, train_runs
 
