@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jepa_scale import __version__
+from jepa_scale.allocator import start_with_tcmalloc
 from jepa_scale.errors import InputError
 
 PARSERS = {
@@ -23,9 +24,15 @@ PARSERS = {
 }
 """Commands whose flags need modules that the others do without → where their ``parser`` is."""
 
+COMPUTE = ("train", "eval", "encode", "generate")
+"""Commands that run a model."""
+
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        argv = sys.argv[1:]
+        if argv[:1] and argv[0] in COMPUTE:
+            start_with_tcmalloc()
     if argv[:1] == ["train"]:  # has a parser of its own, shared with `python jepa_scale/train.py`
         from jepa_scale import train
 

@@ -18,11 +18,14 @@ from pathlib import Path
 
 if __name__ == "__main__":  # run as a file: this folder is first on sys.path and would shadow packages of the same name
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    from jepa_scale.allocator import start_with_tcmalloc
+
+    start_with_tcmalloc()
 
 import torch
 from torch import Tensor
 
-from jepa_scale import checkpoint, distributed
+from jepa_scale import allocator, checkpoint, distributed
 from jepa_scale.breakdown import breakdown_table
 from jepa_scale.build import Run, build, validate
 from jepa_scale.checkpoint import Saver
@@ -208,6 +211,8 @@ def run_training(args: argparse.Namespace) -> None:
     plan = validate(config)
     quiet_libraries()
     ranks = distributed.setup()
+    if ranks.is_main:
+        allocator.advise(ranks.device)
     run_dir = run_dir_of(config)
     prepare_run_dir(run_dir, resume=args.resume is not None)
     found = checkpoint.find(run_dir, args.resume, config.checkpoint.verify) if args.resume else None

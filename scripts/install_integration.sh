@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Installs what tests/integration needs on Debian or Ubuntu: SLURM, munge, an ssh server, pdsh, network namespaces, a browser.
+# Installs what tests/integration needs on Debian or Ubuntu: SLURM, munge, an ssh server, pdsh, network namespaces, a browser, tcmalloc.
 # No service is started: the tests run daemons of their own, on ports and in folders of their own.
 # Ends with 0 and says why when it cannot install (no root, no apt, no network); the tests then skip with the reason.
 set -uo pipefail
 
-packages=(slurm-wlm munge openssh-server openssh-client pdsh iproute2 chromium fonts-dejavu-core)
+packages=(slurm-wlm munge openssh-server openssh-client pdsh iproute2 chromium fonts-dejavu-core libtcmalloc-minimal4)
 programs=(slurmctld slurmd sbatch munged sshd ssh pdsh ip unshare chromium)
 
 export PATH="$PATH:/usr/sbin:/sbin"
@@ -15,6 +15,7 @@ missing=()
 for program in "${programs[@]}"; do
   command -v "$program" >/dev/null || missing+=("$program")
 done
+ldconfig -p | grep -q libtcmalloc_minimal.so || missing+=(libtcmalloc_minimal)
 [ ${#missing[@]} -gt 0 ] || exit 0
 
 skip() { echo "integration tests: ${missing[*]} not installed: $1"; exit 0; }

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from jepa_scale import __version__
+from jepa_scale import __version__, allocator
 from jepa_scale.config import REPOSITORY
 from jepa_scale.distributed import Ranks
 
@@ -26,6 +26,7 @@ def describe_environment(ranks: Ranks, engine: str, precision: str) -> dict[str,
         "cpu": _cpu_name(),
         "cpu_instructions": torch.backends.cpu.get_cpu_capability(),  # the widest that torch's kernels use
         "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "malloc": allocator.in_use(),
         "engine": engine,
         "precision": precision,
         "launcher": ranks.launcher,

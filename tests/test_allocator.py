@@ -1,0 +1,100 @@
+"""A run on a CPU starts itself again with tcmalloc where it is installed, and computes the same with it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from text_runs import config_file
+
+from jepa_scale import allocator
+from jepa_scale.config import REPOSITORY
+from jepa_scale.errors import InputError
+from jepa_scale.telemetry.records import read_rows
+
+here = pytest.mark.skipif(allocator.installed() is None, reason="tcmalloc is not installed")
+
+
+@pytest.fixture
+def library(tmp_path, monkeypatch):
+    """What Debian and Ubuntu install, under a root of the test's own."""
+    folder = tmp_path / "lib" / "x86_64-linux-gnu"
+    folder.mkdir(parents=True)
+    for name in ("libtcmalloc_minimal.so.4.5.10", "libtcmalloc_minimal.so.4", "libtcmalloc_minimal_debug.so.4"):
+        (folder / name).touch()
+    monkeypatch.setattr(allocator, "FOLDERS", (str(tmp_path / "none"), str(tmp_path / "lib")))
+    return folder / "libtcmalloc_minimal.so.4"
+
+
+@pytest.mark.parametrize(
+    ("environment", "gpu", "taken"),
+    [
+        ({}, False, True),
+        ({}, True, False),
+        ({"LD_PRELOAD": "/opt/libnuma.so"}, False, True),
+        ({"LD_PRELOAD": "/opt/libjemalloc.so.2"}, False, False),
+        ({"LD_PRELOAD": "/usr/lib/libtcmalloc_minimal.so.4"}, False, False),  # as the process that it starts has it
+        ({allocator.VARIABLE: "system"}, False, False),
+        ({allocator.VARIABLE: "tcmalloc"}, False, True),
+        ({allocator.VARIABLE: "tcmalloc"}, True, True),
+    ],
+)
+def test_it_is_taken_on_a_cpu_unless_another_was_chosen(library, environment, gpu, taken):
+    assert allocator.wanted(environment, gpu) == (library if taken else None)
+
+
+def test_without_it_a_run_goes_on_unless_it_was_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(allocator, "FOLDERS", (str(tmp_path),))
+    assert allocator.wanted({}, False) is None
+    with pytest.raises(InputError, match=f"{allocator.VARIABLE}: no tcmalloc in {tmp_path}; install it"):
+        allocator.wanted({allocator.VARIABLE: "tcmalloc"}, False)
+
+
+@pytest.mark.parametrize("visible", ["", "-1"])
+def test_no_gpu_may_be_seen(visible):
+    assert not allocator.has_gpu({"CUDA_VISIBLE_DEVICES": visible})
+
+
+def start(*command: str, **environment: str) -> subprocess.CompletedProcess:
+    inherited = {key: value for key, value in os.environ.items() if key not in ("LD_PRELOAD", allocator.VARIABLE)}
+    return subprocess.run(
+        [sys.executable, *command],
+        env={**inherited, "CUDA_VISIBLE_DEVICES": "", **environment},
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize("command", [("jepa_scale/train.py", "--config", "x"), ("-m", "jepa_scale.cli", "eval", "x")])
+def test_an_unknown_malloc_is_refused_in_a_line(command):
+    ended = start(*command, **{allocator.VARIABLE: "other"})
+    assert ended.returncode == 2
+    assert ended.stderr == f"jepa-scale: {allocator.VARIABLE}: unknown malloc 'other'; choose from system, tcmalloc\n"
+
+
+@here
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["jepa_scale/train.py"],
+        ["-m", "jepa_scale.cli", "train"],
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "jepa_scale/train.py"],
+    ],
+    ids=["file", "cli", "torchrun"],
+)
+def test_a_run_has_it_and_computes_the_same(tmp_path, launcher):
+    found = {}
+    for malloc in ("tcmalloc", "system"):
+        file = config_file(tmp_path, malloc, train={"steps": 4, "log_every": 1, "batch_size": 8})
+        ended = start(
+            *launcher, "--config", str(file), **({allocator.VARIABLE: "system"} if malloc == "system" else {})
+        )
+        assert ended.returncode == 0, ended.stderr
+        assert "memory: steps on a CPU" not in ended.stderr
+        summary = json.loads((tmp_path / malloc / "summary.json").read_text())
+        assert summary["environment"]["malloc"] == malloc
+        found[malloc] = [(row["loss"], row["grad_norm"]) for row in read_rows(tmp_path / malloc) if "grad_norm" in row]
+    assert len(found["tcmalloc"]) == 4 and found["tcmalloc"] == found["system"]
