@@ -2,8 +2,9 @@
 
     python benchmarks/peers.py --threads 2 --json benchmarks/results/peers.json
 
-Each comparison is two programs or more in one process, fp32, that take turns, in another order each round; the first round
-does not count. A step is the whole of it as a user gets it: samples made into a batch, forward, backward, clipping, fused
+Each comparison is two programs or more, fp32, that take turns, in another order each round; the first round does not count.
+Ours has a process as ``jepa_scale/train.py`` starts it, with tcmalloc where it is installed (:mod:`jepa_scale.allocator`), all
+others (and ``ours_system``) one as Python starts it; with ``--one-process`` they share this one, and its ``malloc``, whichever it was started with. A step is the whole of it as a user gets it: samples made into a batch, forward, backward, clipping, fused
 AdamW, and whatever each logs at its default interval. Before anything is timed the loss and the gradient norm of two steps
 are compared (``fsdp_loop``, which knows no borders of documents, computes another loss and is left out of that).
 
@@ -27,6 +28,7 @@ step of LLM-JEPA has a benchmark of its own, ``benchmarks/two_view.py``.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -38,12 +40,13 @@ sys.path.insert(0, str(REPOSITORY))
 
 import torch  # noqa: E402
 
+from benchmarks.peer_programs.apart import Apart  # noqa: E402
 from benchmarks.peer_programs.lit_jepa import PaddedHorizon  # noqa: E402
-from benchmarks.peer_programs.ours import Ours, Program, Samples  # noqa: E402
+from benchmarks.peer_programs.ours import Found, Ours, Program, Samples  # noqa: E402
 from benchmarks.peer_programs.plain import FsdpLoop, PlainLoop  # noqa: E402
 from benchmarks.peer_programs.trainer import HuggingFaceTrainer  # noqa: E402
 from benchmarks.rows import row, write  # noqa: E402
-from jepa_scale import distributed  # noqa: E402
+from jepa_scale import allocator, distributed  # noqa: E402
 from jepa_scale.config import Config, load_config  # noqa: E402
 from jepa_scale.engines.precision import has_bf16  # noqa: E402
 from jepa_scale.table import text_table  # noqa: E402
@@ -109,14 +112,65 @@ def config_of(name: str, threads: int, batch_size: int, chat: str, horizon_data:
     return config
 
 
-def check(programs: dict[str, Program], steps: int = 2) -> None:
+class Side:
+    """Programs of one comparison that share a process: ours, or all others.
+
+    Args:
+        who: ``ours``, ``others``, ``all`` of these, or ``ours_system``, ours in a process that is not started with tcmalloc.
+    """
+
+    def __init__(self, name: str, who: str, args: argparse.Namespace, scratch: Path) -> None:
+        quiet_libraries()
+        torch.set_num_threads(args.threads)
+        torch.set_float32_matmul_precision("highest")
+        ranks = distributed.setup()
+        batch_size = {"chat": args.chat_batch, "text": args.text_batch, "horizon": args.horizon_batch}[name]
+        config = config_of(name, args.threads, batch_size, args.chat, args.horizon_data, LLAMA)
+        ours = Ours(config, ranks, scratch)
+        self.open, self.samples = [ours], ours.samples
+        self.programs: dict[str, Program] = {}
+        if who == "ours_system":
+            self.programs[who] = ours
+        elif who != "others":
+            self.programs["ours"] = ours
+            if has_bf16(ranks.device):
+                in_bf16 = config.model_copy(deep=True)
+                in_bf16.engine.precision = "bf16"
+                self.open.append(Ours(in_bf16, ranks, scratch))
+                self.programs["ours_bf16"] = self.open[-1]
+        if who in ("others", "all"):
+            self.programs |= {other: make(ours.samples, scratch) for other, make in OTHERS[name].items()}
+
+    def names(self) -> list[str]:
+        return list(self.programs)
+
+    def malloc(self) -> str:
+        return allocator.in_use()
+
+    def look(self, name: str, step: int) -> Found:
+        return self.programs[name].look(step)
+
+    def steps(self, name: str, count: int) -> list[float]:
+        return self.programs[name].steps(count)
+
+    def tokens(self, name: str, step: int) -> int:
+        program = self.programs[name]
+        return program.rows * program.width if isinstance(program, FsdpLoop) else self.samples.tokens(step)
+
+    def close(self) -> None:
+        for ours in self.open:
+            ours.close()
+        distributed.teardown()
+
+
+def check(sides: dict[str, Side | Apart], steps: int = 2) -> None:
     """All compute the same: else nothing is timed.
 
     Raises:
         SystemExit: naming the program, the step and both values.
     """
     for step in range(steps):
-        found = {name: program.look(step) for name, program in programs.items() if name != "fsdp_loop"}
+        found = {name: side.look(name, step) for name, side in sides.items() if name != "fsdp_loop"}
         half, ours = found.pop("ours_bf16", None), found["ours"]
         if half and not abs(half.loss - ours.loss) <= BF16_TOLERANCE * abs(ours.loss):
             sys.exit(f"ours_bf16, step {step}: loss {half.loss:.6f}, in fp32 {ours.loss:.6f}")
@@ -126,51 +180,49 @@ def check(programs: dict[str, Program], steps: int = 2) -> None:
                     sys.exit(f"{name}, step {step}: {what} {other:.6f}, ours {ours:.6f}; not the same work")
 
 
-def measure(
-    programs: dict[str, Program], tokens: dict[str, Callable[[int], int]], rounds: int, steps: int, warm: int
-) -> Any:
+def measure(sides: dict[str, Side | Apart], rounds: int, steps: int, warm: int) -> dict[str, list[float]]:
     """Real tokens a second of each program, one value a round: the tokens of a round over its seconds."""
-    rates: dict[str, list[float]] = {name: [] for name in programs}
-    done = {name: warm if name.startswith("ours") else 0 for name in programs}
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    done = {name: warm if name.startswith("ours") else 0 for name in sides}
     for name, count in done.items():
         if count:
-            programs[name].steps(count)
-    names = list(programs)
+            sides[name].steps(name, count)
+    names = list(sides)
     for turn in range(rounds + 1):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             count = 1 if name in SLOW else steps
-            seconds = sum(programs[name].steps(count))
-            real = sum(tokens[name](step) for step in range(done[name], done[name] + count))
+            seconds = sum(sides[name].steps(name, count))
+            real = sum(sides[name].tokens(name, step) for step in range(done[name], done[name] + count))
             done[name] += count
             if turn:
                 rates[name].append(real / seconds)
     return rates
 
 
-def compare(name: str, args: argparse.Namespace, ranks: Any, scratch: Path) -> list[dict[str, Any]]:
-    batch_size = {"chat": args.chat_batch, "text": args.text_batch, "horizon": args.horizon_batch}[name]
-    config = config_of(name, args.threads, batch_size, args.chat, args.horizon_data, LLAMA)
-    ours = Ours(config, ranks, scratch)
-    both = {"ours": ours}
-    if has_bf16(ranks.device):
-        in_bf16 = config.model_copy(deep=True)
-        in_bf16.engine.precision = "bf16"
-        both["ours_bf16"] = Ours(in_bf16, ranks, scratch)
-    programs: dict[str, Program] = dict(both)
-    programs |= {other: make(ours.samples, scratch) for other, make in OTHERS[name].items()}
-    tokens: dict[str, Callable[[int], int]] = dict.fromkeys(programs, ours.samples.tokens)
-    if isinstance(loop := programs.get("fsdp_loop"), FsdpLoop):
-        tokens["fsdp_loop"] = lambda step: loop.rows * loop.width
-    check(programs)
-    rates = measure(programs, tokens, args.rounds, args.steps, args.warm)
-    for program in both.values():
-        program.close()
+def compare(name: str, args: argparse.Namespace, scratch: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """The rows, and which malloc either side had."""
+    opened: dict[str, Side | Apart]
+    if args.one_process:
+        opened = {"all": Side(name, "all", args, scratch)}
+    else:
+        library = allocator.wanted(os.environ, gpu=False)
+        ours = {"LD_PRELOAD": str(library), **allocator.QUIET} if library else {}
+        opened = {"ours": Apart(ours, Side, name, "ours", args, scratch / name / "ours")}
+        for who in ("others", "ours_system") if library else ("others",):
+            opened[who] = Apart({}, Side, name, who, args, scratch / name / who)
+    sides = {program: side for side in opened.values() for program in side.names()}
+    check(sides)
+    rates = measure(sides, args.rounds, args.steps, args.warm)
+    real = [float(sides["ours"].tokens("ours", step)) for step in range(5)]
+    mallocs = {who: side.malloc() for who, side in opened.items()}
+    for side in opened.values():
+        side.close()
     rows = [row(f"throughput/{name}/{of}", values, "tokens/s") for of, values in rates.items()]
-    for of, label in zip(both, ("ratio", "ratio_bf16"), strict=False):
-        for other in (o for o in rates if o != of and (of == "ours" or o != "ours")):
+    for of, label in (("ours", "ratio"), ("ours_bf16", "ratio_bf16")):
+        for other in (o for o in rates if of in rates and o != of and (of == "ours" or o != "ours")):
             ratios = [a / b for a, b in zip(rates[of], rates[other], strict=True)]
             rows.append(row(f"{label}/{name}/{other}", ratios, ""))
-    rows.append(row(f"tokens/{name}", [float(ours.samples.tokens(step)) for step in range(5)], "tokens/step"))
+    rows.append(row(f"tokens/{name}", real, "tokens/step"))
     print(
         text_table(
             [name, "median", "min", "max", ""],
@@ -178,7 +230,7 @@ def compare(name: str, args: argparse.Namespace, ranks: Any, scratch: Path) -> l
         ),
         flush=True,
     )
-    return rows
+    return rows, mallocs
 
 
 def main() -> None:
@@ -193,22 +245,24 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1, help="steps of a program in a round")
     parser.add_argument("--warm", type=int, default=0, help="steps of ours before the rounds")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--one-process", action="store_true", help="all with the malloc of this process")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
-    quiet_libraries()
-    torch.set_num_threads(args.threads)
-    torch.set_float32_matmul_precision("highest")
-    ranks = distributed.setup()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         for name in args.only:
-            rows += compare(name, args, ranks, Path(scratch))
+            found, mallocs = compare(name, args, Path(scratch))
+            rows += found
             if args.json:  # after each, as all of them take minutes
-                settings = {key: str(value) for key, value in vars(args).items() if key != "json"}
+                settings = {key: str(value) for key, value in vars(args).items() if key != "json"} | {
+                    "malloc": str(mallocs)
+                }
                 settings |= {key: Path(settings[key]).name for key in ("chat", "horizon_data")}  # not where they lie
-                write(args.json, {**describe_environment(ranks, "fsdp", "fp32"), "settings": settings}, rows)
-    distributed.teardown()
+                machine = describe_environment(distributed.setup(), "fsdp", "fp32")
+                distributed.teardown()
+                del machine["malloc"]  # of this process
+                write(args.json, {**machine, "settings": settings}, rows)
 
 
 if __name__ == "__main__":

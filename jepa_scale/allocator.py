@@ -29,7 +29,7 @@ FOLDERS = (f"{sys.prefix}/lib", "/usr/local/lib", "/usr/lib", "/usr/lib64")
 PACKAGES = "Debian, Ubuntu: libtcmalloc-minimal4; Fedora: gperftools-libs; conda: gperftools"
 NAMES = ("libtcmalloc_minimal.so*", "libtcmalloc.so*")
 
-_QUIET = {"TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD": str(1 << 62)}
+QUIET = {"TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD": str(1 << 62)}
 """Otherwise it tells of every tensor of a GiB."""
 
 
@@ -46,7 +46,7 @@ def start_with_tcmalloc() -> None:
     if library and sys.executable:
         others = os.environ.get("LD_PRELOAD", "")
         os.environ["LD_PRELOAD"] = f"{library}:{others}" if others else str(library)
-        for name, value in _QUIET.items():
+        for name, value in QUIET.items():
             os.environ.setdefault(name, value)
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 

@@ -211,8 +211,6 @@ def run_training(args: argparse.Namespace) -> None:
     plan = validate(config)
     quiet_libraries()
     ranks = distributed.setup()
-    if ranks.is_main:
-        allocator.advise(ranks.device)
     run_dir = run_dir_of(config)
     prepare_run_dir(run_dir, resume=args.resume is not None)
     found = checkpoint.find(run_dir, args.resume, config.checkpoint.verify) if args.resume else None
@@ -240,6 +238,8 @@ def run_training(args: argparse.Namespace) -> None:
         budget=config.train.flops,
     )
     saver = Saver(run_dir / "checkpoints", policy_of(config), config.checkpoint.asynchronous, tell=told_of_save)
+    if ranks.is_main:
+        allocator.advise(ranks.device)
     with log, StopRequest(ranks.device) as stop, Watchdog(run_dir, ranks, 60 * config.train.hang_minutes) as watchdog:
         try:
             done, stopped = fit(run, log, ranks, start, saver, watchdog, stop, criteria)

@@ -6,12 +6,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from text_runs import config_file
 
 from jepa_scale import allocator
-from jepa_scale.config import REPOSITORY
 from jepa_scale.errors import InputError
 from jepa_scale.telemetry.records import read_rows
+from tests.distributed.processes import REPOSITORY
 
 here = pytest.mark.skipif(allocator.installed() is None, reason="tcmalloc is not installed")
 
@@ -54,6 +55,23 @@ def test_without_it_a_run_goes_on_unless_it_was_asked_for(tmp_path, monkeypatch)
 @pytest.mark.parametrize("visible", ["", "-1"])
 def test_no_gpu_may_be_seen(visible):
     assert not allocator.has_gpu({"CUDA_VISIBLE_DEVICES": visible})
+
+
+@pytest.mark.parametrize(
+    ("malloc", "device", "chosen", "told"),
+    [
+        ("system", "cpu", "", True),
+        ("system", "cpu", "system", False),
+        ("tcmalloc", "cpu", "", False),
+        ("system", "cuda", "", False),
+    ],
+)
+def test_a_run_without_it_tells_how_to_get_it(monkeypatch, capfd, malloc, device, chosen, told):
+    monkeypatch.setattr(allocator, "in_use", lambda: malloc)
+    monkeypatch.setenv(allocator.VARIABLE, chosen)
+    allocator.advise(torch.device(device))
+    said = capfd.readouterr().err
+    assert said.startswith("memory: steps on a CPU are faster with tcmalloc (Debian") if told else not said
 
 
 def start(*command: str, **environment: str) -> subprocess.CompletedProcess:
