@@ -1,7 +1,7 @@
 """Which ``malloc`` a run on a CPU has: tcmalloc, where it is installed.
 
-glibc hands a large tensor back to the kernel when it is freed, so that the next one pays for its pages again: a fault and 4 KiB
-of zeros at a time, up to two fifths of a step (docs/performance.md). tcmalloc (gperftools) keeps them. A process has the ``malloc``
+glibc hands a large tensor back to the kernel when it is freed, so that the next one pays for its pages again, a fault and 4 KiB
+of zeros at a time (docs/performance.md). tcmalloc (gperftools) keeps them. A process has the ``malloc``
 that it was started with, so ours starts itself again, before it imports anything large. Only standard modules are imported here.
 """
 
