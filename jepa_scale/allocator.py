@@ -95,7 +95,8 @@ def in_use() -> str:
 
 
 def advise(device: torch.device) -> None:
-    """Tell, once a run, what a run on a CPU goes without."""
-    missing = sys.platform == "linux" and device.type == "cpu" and in_use() == "system"
+    """Tell, once a run, what a run on a CPU goes without; nothing where it is installed, and a program called
+    us that was started without it."""
+    missing = sys.platform == "linux" and device.type == "cpu" and in_use() == "system" and installed() is None
     if missing and not os.environ.get(VARIABLE):
         say(f"memory: steps on a CPU are faster with tcmalloc ({PACKAGES}); {VARIABLE}=system says no more")

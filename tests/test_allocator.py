@@ -67,6 +67,7 @@ def test_no_gpu_may_be_seen(visible):
     ],
 )
 def test_a_run_without_it_tells_how_to_get_it(monkeypatch, capfd, malloc, device, chosen, told):
+    monkeypatch.setattr(allocator, "FOLDERS", ())
     monkeypatch.setattr(allocator, "in_use", lambda: malloc)
     monkeypatch.setenv(allocator.VARIABLE, chosen)
     allocator.advise(torch.device(device))

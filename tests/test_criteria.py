@@ -8,7 +8,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from jepa_scale import train
+from jepa_scale import allocator, train
 from jepa_scale.config import TrainConfig
 from jepa_scale.criteria import Criteria
 from jepa_scale.data.reversal import generate
@@ -154,7 +154,8 @@ def test_a_run_that_stops_early_is_done_and_goes_on_if_it_is_to_be_more_patient(
     assert last_steps(tmp_path) == (10, ["step_00000006", "step_00000010"])
 
 
-def test_a_run_that_is_aborted_has_saved_and_ends_with_an_error(config, tmp_path, capfd):
+def test_a_run_that_is_aborted_has_saved_and_ends_with_an_error(config, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv(allocator.VARIABLE, "system")  # which else may be spoken of
     rule = "train.abort=[{metric: fit/lm_loss, above: 0.5, after_epochs: 1}]"
     assert train.main(["--config", str(config), rule]) == 1
     told = capfd.readouterr().err
