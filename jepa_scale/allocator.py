@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,9 @@ FOLDERS = (f"{sys.prefix}/lib", "/usr/local/lib", "/usr/lib", "/usr/lib64")
 
 PACKAGES = "Debian, Ubuntu: libtcmalloc-minimal4; Fedora: gperftools-libs; conda: gperftools"
 NAMES = ("libtcmalloc_minimal.so*", "libtcmalloc.so*")
+
+DEVICES = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg")
+"""Of the drivers of GPUs: NVIDIA's, AMD's, and either's under Windows."""
 
 QUIET = {"TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD": str(1 << 62)}
 """Otherwise it tells of every tensor of a GiB."""
@@ -73,8 +77,8 @@ def wanted(environment: Mapping[str, str], gpu: bool) -> Path | None:
 def installed() -> Path | None:
     for name in NAMES:
         for folder in map(Path, FOLDERS):
-            for found in sorted([*folder.glob(name), *folder.glob(f"*-linux-gnu/{name}")], key=lambda p: len(p.name)):
-                return found
+            if found := [*folder.glob(name), *folder.glob(f"*-linux-gnu/{name}")]:
+                return min(found, key=lambda path: len(path.name))  # libx.so.4 rather than libx.so.4.5.10
     return None
 
 
@@ -82,7 +86,7 @@ def has_gpu(environment: Mapping[str, str]) -> bool:
     """Whether the driver of a GPU has devices that this process may see; torch, which knows for sure, takes seconds to import."""
     if environment.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return False
-    return any(Path("/dev").glob("nvidia[0-9]*")) or any(Path("/dev", name).exists() for name in ("kfd", "dxg"))
+    return any(map(glob, DEVICES))
 
 
 def in_use() -> str:
@@ -95,8 +99,7 @@ def in_use() -> str:
 
 
 def advise(device: torch.device) -> None:
-    """Tell, once a run, what a run on a CPU goes without; nothing where it is installed, and a program called
-    us that was started without it."""
+    """Tell what a run on a CPU goes without, unless it is installed: then a program of somebody's was started without it, and called us."""
     missing = sys.platform == "linux" and device.type == "cpu" and in_use() == "system" and installed() is None
     if missing and not os.environ.get(VARIABLE):
         say(f"memory: steps on a CPU are faster with tcmalloc ({PACKAGES}); {VARIABLE}=system says no more")

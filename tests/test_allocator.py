@@ -52,9 +52,21 @@ def test_without_it_a_run_goes_on_unless_it_was_asked_for(tmp_path, monkeypatch)
         allocator.wanted({allocator.VARIABLE: "tcmalloc"}, False)
 
 
-@pytest.mark.parametrize("visible", ["", "-1"])
-def test_no_gpu_may_be_seen(visible):
-    assert not allocator.has_gpu({"CUDA_VISIBLE_DEVICES": visible})
+@pytest.mark.parametrize(
+    ("environment", "seen"),
+    [
+        ({}, True),
+        ({"CUDA_VISIBLE_DEVICES": "0"}, True),
+        ({"CUDA_VISIBLE_DEVICES": ""}, False),
+        ({"CUDA_VISIBLE_DEVICES": "-1"}, False),
+    ],
+)
+def test_a_gpu_is_told_by_its_device_unless_it_is_hidden(tmp_path, monkeypatch, environment, seen):
+    monkeypatch.setattr(allocator, "DEVICES", (str(tmp_path / "nvidia[0-9]*"), str(tmp_path / "kfd")))
+    (tmp_path / "nvidiactl").touch()
+    assert not allocator.has_gpu(environment)
+    (tmp_path / "nvidia0").touch()
+    assert allocator.has_gpu(environment) == seen
 
 
 @pytest.mark.parametrize(
