@@ -6,6 +6,7 @@ fraction of a second instead of several seconds a rank.
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import multiprocessing
 import os
@@ -103,6 +104,7 @@ def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
 def _rank_main(pipe: Connection, job: bytes) -> None:
     path, name, args, rank, world_size, store, timeout = pickle.loads(job)
     multiprocessing.current_process()._config["daemon"] = False  # a rank may have loader workers
+    gc.freeze()  # what was imported: half a million objects, which every full collection would visit and copy
     try:
         result = (True, _run(path, name, args, rank, world_size, store, timeout))
         message = pickle.dumps(result)

@@ -7,6 +7,7 @@ process of its own, with its own signal handlers and exit code, that runs the co
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -307,6 +308,7 @@ def read_line() -> bytes:
 
 def be_rank(rank: int, order: dict[str, Any]) -> int:
     """Become a rank of a run, as if started by a launcher (by plain ``python`` if it is the only one)."""
+    gc.freeze()  # as in launch.py
     log = os.open(order["logs"][rank], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for descriptor, number in ((nothing, 0), (log, 1), (log, 2)):
