@@ -24,6 +24,8 @@ from tests.distributed.test_horizon_runs import config_file as horizon_file
 from tests.distributed.test_runs import rows, train_runs
 
 STEPS = 20
+SMALL = 60
+"""Tokens of a micro-batch where four data ranks have one each; elsewhere it is 120, and there are two a step."""
 ENGINES = ("fsdp", "zero0", "zero1", "zero2", "zero3")
 MODELS: dict[str, dict[str, Any]] = {
     "native": {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "bridge_after": -2},
@@ -50,9 +52,11 @@ def corpus(tmp_path_factory):
     return folder
 
 
-def config_file(folder: Path, name: str, corpus: Path, model: str, engine: str, **options: Any) -> str:
-    """Four micro-batches a step, over however many data ranks."""
-    train = {"steps": STEPS, "batch_tokens": 240, "micro_tokens": 60, "eval_every": 10}
+def config_file(
+    folder: Path, name: str, corpus: Path, model: str, engine: str, micro_tokens: int = 120, **options: Any
+) -> str:
+    """The micro-batches of a step are the same over however many data ranks."""
+    train = {"steps": STEPS, "batch_tokens": 240, "micro_tokens": micro_tokens, "eval_every": 10}
     return horizon_file(
         folder,
         name,
@@ -69,7 +73,9 @@ def config_file(folder: Path, name: str, corpus: Path, model: str, engine: str, 
 @pytest.fixture(scope="module")
 def reference(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reference")
-    run_ranks(train_runs, 1, [(config_file(folder, name, corpus, name, "fsdp"), None) for name in MODELS])
+    files = [config_file(folder, name, corpus, name, "fsdp") for name in MODELS]
+    files += [config_file(folder, f"{name}-small", corpus, name, "fsdp", SMALL) for name in ("native", "qwen3")]
+    run_ranks(train_runs, 1, [(file, None) for file in files])
     return folder
 
 
@@ -106,10 +112,10 @@ def test_a_team_trains_in_bf16_on_every_engine(reference, corpus, tmp_path):
 def test_curves_do_not_depend_on_replicas(reference, corpus, tmp_path):
     """HSDP: two copies, each sharded over two ranks; and two copies of a team of two."""
     cases = {"hybrid": {"replicas": 2}, "hybrid-team": {"replicas": 2, "tp": 2}, "copies": {"replicas": 4}}
-    files = [config_file(tmp_path, name, corpus, "native", "fsdp", **case) for name, case in cases.items()]
+    files = [config_file(tmp_path, name, corpus, "native", "fsdp", SMALL, **case) for name, case in cases.items()]
     run_ranks(train_runs, 4, [(file, None) for file in files], timeout=300)
     for name in cases:
-        assert_same_run(tmp_path / name, reference / "native")
+        assert_same_run(tmp_path / name, reference / "native-small")
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +146,7 @@ def test_a_run_goes_on_with_another_degree(reference, team, corpus, tmp_path, en
 
 def test_resume_of_a_team_continues_bitwise(corpus, tmp_path):
     cases = ("fsdp", "zero2", "zero3")
-    files = {engine: config_file(tmp_path, engine, corpus, "native", engine, tp=2) for engine in cases}
+    files = {engine: config_file(tmp_path, engine, corpus, "native", engine, SMALL, tp=2) for engine in cases}
     for held in resumed_bitwise(files, tmp_path, 10, ranks=4).values():
         assert any(name.startswith("exp_avg/") for name in held)
 
@@ -286,14 +292,14 @@ def test_where_zero_keeps_things_changes_nothing(reference, corpus, tmp_path):
                 continue
             (tmp_path / f"{name}-{tp}.json").write_text(json.dumps(shipped))
             model = "qwen3" if "offload" in name else "native"
-            file = config_file(tmp_path, f"{name}-{tp}", corpus, model, "zero3", tp=tp)
+            file = config_file(tmp_path, f"{name}-{tp}", corpus, model, "zero3", SMALL, tp=tp)
             values = yaml.safe_load(Path(file).read_text())
             values["engine"]["deepspeed"] = str(tmp_path / f"{name}-{tp}.json")
             Path(file).write_text(yaml.safe_dump(values))
             files.append((file, model))
     run_ranks(train_runs, 4, [(file, None) for file, _ in files], timeout=400)
     for file, model in files:
-        assert_same_run(Path(file).with_suffix(""), reference / model)
+        assert_same_run(Path(file).with_suffix(""), reference / f"{model}-small")
     file, model = files[1]
     shutil.move(tmp_path / "zero2_offload-1", tmp_path / "before")
     run_ranks(train_runs, 4, [(file, str(tmp_path / "before/checkpoints/step_00000010"))])
