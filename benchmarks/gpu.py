@@ -82,6 +82,8 @@ def main() -> None:
     args = parser.parse_args()
     began = time.monotonic()
     ranks = distributed.setup()
+    if ranks.device.type != "cuda" and args.model == parser.get_default("model"):
+        parser.error("there is no GPU here, and a CPU takes minutes for a step of that decoder; give a small --model")
     settings = {key: str(value) for key, value in vars(args).items() if key not in ("json", "profile")}
     machine = {**describe_environment(ranks, "fsdp", "bf16"), "settings": settings}
     rows: list[dict[str, Any]] = []

@@ -33,8 +33,9 @@ if [ -n "$endpoint" ]; then
   settings=(--rdzv-conf "is_host=$here")
 fi
 
-# Otherwise all rounds share one store, where a rank that starts early finds the addresses of ranks that have ended
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+# Otherwise all rounds share one store, where a rank that starts early finds the addresses of ranks that have ended. Where there is one
+# round alone, sharing is better: the launcher holds the ranks' port, which anybody could take before rank 0 has begun to listen.
+if [ "$nodes" != 1 ] || [ "$restarts" != 0 ]; then export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1; fi
 needs torchrun "run scripts/test.sh or scripts/quickstart.sh once, which make .venv"
 check_config "$@"
 exec torchrun --nnodes "$nodes" --nproc-per-node "${NPROC_PER_NODE:-auto}" --max-restarts "$restarts" \
