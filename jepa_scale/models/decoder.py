@@ -163,15 +163,14 @@ class JepaAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """(B, T, d) → (B, T, d) and, from the eager implementation, the weights (B, H, T, T_k).
 
-        With ``readout`` (S,), the places of the last token of each segment of a packed stream: → (1, S, d), what
-        attention gives there. ``rows`` (M,) are any places: → (B, M, d); attention is spared nothing, its output matrix is.
+        With ``readout`` (S,), the places of the last token of each segment of a packed stream, and ``packed_queries``, S segments
+        of one query: → (1, S, d), what attention gives there. ``rows`` (M,) are any places: → (B, M, d); attention is spared
+        nothing, its output matrix is.
         """
         heads = (*x.shape[:2], -1, self.head_dim)
         asking, angles = x, rotary
         if readout is not None:
             asking, angles = x[:, readout], (rotary[0][:, readout], rotary[1][:, readout])
-            ones = torch.arange(len(readout) + 1, dtype=torch.int32, device=x.device)  # made there: no copy to wait for
-            kwargs["packed_queries"] = SegmentTable(ones, (1,) * len(readout))
         q = self.q_proj(asking).view(*asking.shape[:2], -1, self.head_dim)
         k = self.k_proj(x).view(heads)
         q, k = (rotate(q, angles), rotate(k, rotary)) if self.pope is None else self.pope(q, k, angles, rotary)
@@ -367,10 +366,11 @@ class JepaDecoderModel(JepaDecoderPreTrainedModel):
         )
         rotary = position_table(self.config, position_ids, x.dtype)  # type: ignore[arg-type]
         kept = self._kept(x, kwargs.get("packed"), segment_seeds)
+        last = {} if readout is None else {"readout": readout, "packed_queries": _one_each(len(readout), x.device)}
         for number, layer in enumerate(self.layers, 1):
             x = layer(
                 x,
-                readout=readout if number == len(self.layers) else None,
+                **(last if number == len(self.layers) else {}),
                 kept=None if kept is None else kept[number - 1],
                 rotary=rotary,
                 attention_mask=mask,
@@ -395,6 +395,12 @@ class JepaDecoderModel(JepaDecoderPreTrainedModel):
             return rows_kept(len(x), rate, blocks, x.device)
         assert seeds is not None, "DropPath in a packed stream needs its segments' seeds"
         return segments_kept(seeds, packed, rate, blocks)
+
+
+def _one_each(count: int, device: torch.device) -> SegmentTable:
+    """Not in a block: compiled there, each ``count`` would be a new program."""
+    ends = torch.arange(count + 1, dtype=torch.int32, device=device)  # made there: no copy to wait for
+    return SegmentTable(ends, (1,) * count)
 
 
 class JepaDecoderForCausalLM(JepaDecoderPreTrainedModel, GenerationMixin):

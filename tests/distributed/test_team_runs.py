@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import yaml
 from jepa_scale.cli import main
 from jepa_scale.distributed import Ranks
 from tests.data.corpus import write_text
+from tests.distributed.compiled import train_compiled
 from tests.distributed.launch import run_ranks
 from tests.distributed.processes import REPOSITORY
 from tests.distributed.same_runs import resumed_bitwise
@@ -214,34 +214,6 @@ def test_recomputing_changes_nothing(reference, corpus, tmp_path):
     run_ranks(train_runs, 2, [(file, None) for file in files], timeout=400)
     for name in cases:
         assert_same_run(tmp_path / name, reference / "native")
-
-
-def train_compiled(ranks: Ranks, files: list[str]) -> dict[str, list[int]]:
-    """Run → how many graphs were compiled before each step."""
-    from jepa_scale import build, train
-    from jepa_scale.models.compiling import compile_blocks
-
-    compiled: list[Any] = []
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        compiled.append(graph)
-        return graph.forward
-
-    build.compile_blocks = partial(compile_blocks, backend=backend)
-    totals, found = train.global_totals, {}
-    for file in files:
-        compiled.clear()
-        torch._dynamo.reset()  # a process has one run
-        before: list[int] = []
-
-        def noted(*args: Any, before: list[int] = before, **kwargs: Any) -> Any:
-            before.append(len(compiled))
-            return totals(*args, **kwargs)
-
-        train.global_totals = noted
-        train_runs(ranks, [(file, None)])
-        found[Path(file).stem] = before
-    return found
 
 
 def test_compiling_changes_nothing_and_is_done_once(corpus, tmp_path):

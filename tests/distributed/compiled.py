@@ -1,0 +1,40 @@
+"""Runs with ``engine.compile`` in one process, and what they compile when."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jepa_scale.distributed import Ranks
+from tests.distributed.test_runs import train_runs
+
+
+def train_compiled(ranks: Ranks, files: list[str]) -> dict[str, list[int]]:
+    """Run → how many graphs were compiled before each step."""
+    from jepa_scale import build, train
+    from jepa_scale.models.compiling import compile_blocks
+
+    compiled: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    build.compile_blocks = partial(compile_blocks, backend=backend)
+    totals, found = train.global_totals, {}
+    for file in files:
+        compiled.clear()
+        torch._dynamo.reset()  # a process has one run
+        before: list[int] = []
+
+        def noted(*args: Any, before: list[int] = before, **kwargs: Any) -> Any:
+            before.append(len(compiled))
+            return totals(*args, **kwargs)
+
+        train.global_totals = noted
+        train_runs(ranks, [(file, None)])
+        found[Path(file).stem] = before
+    return found

@@ -1,0 +1,72 @@
+"""Whole runs of every objective with ``engine.compile``: the same curve, and nothing is compiled after three steps, though no batch
+has the lengths of another."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from jepa_scale.data.grid_rules import frames
+from tests.data.corpus import write_text
+from tests.distributed.compiled import train_compiled
+from tests.distributed.launch import run_ranks
+from tests.distributed.test_grid_runs import OBJECTIVES as GRID
+from tests.distributed.test_grid_runs import config_file as grid_file
+from tests.distributed.test_horizon_runs import OBJECTIVES as HORIZON
+from tests.distributed.test_horizon_runs import config_file as horizon_file
+from tests.distributed.test_runs import config_file as facts_file
+from tests.distributed.test_runs import rows, train_runs
+from tests.distributed.test_span_runs import OBJECTIVES as SPAN
+from tests.distributed.test_span_runs import config_file as span_file
+
+STEPS = 9
+CASES = ["lm", "two_view", "concept", "gpt2", "vicreg", "ema", "objects", "decoder"]
+"""Of ``lm``, ``two_view`` and ``concept``, of ``concept`` on another family, of ``horizon``, of ``span``, and two of ``grid``."""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_text(folder / "text", [30, 1, 40, 8], valid=18)
+    (folder / "grids").mkdir()
+    for split, seed, count in (("train", 0, 20), ("valid", 1, 8)):
+        lines = [json.dumps({"frames": [grid.tolist() for grid in frames(seed, n, 6)]}) for n in range(count)]
+        (folder / "grids" / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def case_file(folder: Path, data: Path, case: str, compiled: bool) -> str:
+    """No evaluation but the one at the end, which has graphs of its own; micro-batches are large enough not to be of one token."""
+    name = f"{case}-{'compiled' if compiled else 'plain'}"
+    if case in HORIZON:
+        file = horizon_file(folder, name, data / "text", case, "fsdp")
+    elif case in SPAN:
+        file = span_file(folder, name, data / "text", case, "fsdp")
+    elif case in GRID:
+        file = grid_file(folder, name, data / "grids", case, "fsdp")
+    else:
+        backbone, objective = ("gpt2", "concept") if case == "gpt2" else ("native", case)
+        file = str(facts_file(folder, objective, "fsdp", name=name, backbone=backbone))
+    values: dict[str, Any] = yaml.safe_load(Path(file).read_text())
+    values["train"] |= {"steps": STEPS, "epochs": 0, "eval_every": 0}
+    if case in HORIZON:
+        values["train"] |= {"micro_tokens": 120, "batch_tokens": 240}
+    values["engine"]["compile"] = compiled
+    Path(file).write_text(yaml.safe_dump(values))
+    return file
+
+
+def test_nothing_is_compiled_after_three_steps(data, tmp_path):
+    plain, compiled = ([case_file(tmp_path, data, case, how) for case in CASES] for how in (False, True))
+    run_ranks(train_runs, 1, [(file, None) for file in plain])
+    (graphs,) = run_ranks(train_compiled, 1, compiled, timeout=500)
+    for case in CASES:
+        counts = graphs[f"{case}-compiled"]
+        assert len(counts) == STEPS and counts[3] > 0, f"{case}: nothing was compiled"
+        assert len(set(counts[3:])) == 1, f"{case}: graphs before each step: {counts}"
+        for a, b in zip(rows(tmp_path, f"{case}-plain"), rows(tmp_path, f"{case}-compiled"), strict=True):
+            assert b["loss"] == pytest.approx(a["loss"], rel=1e-4, abs=1e-4), f"{case}, step {a['step']}"
