@@ -3,19 +3,18 @@ first evaluation, though no batch has the lengths of another."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from jepa_scale.data.grid_rules import frames
 from tests.data.corpus import write_text
 from tests.distributed.compiled import train_compiled
 from tests.distributed.launch import run_ranks
 from tests.distributed.test_grid_runs import OBJECTIVES as GRID
 from tests.distributed.test_grid_runs import config_file as grid_file
+from tests.distributed.test_grid_runs import write_grids
 from tests.distributed.test_horizon_runs import OBJECTIVES as HORIZON
 from tests.distributed.test_horizon_runs import config_file as horizon_file
 from tests.distributed.test_runs import config_file as facts_file
@@ -32,10 +31,7 @@ CASES = ["lm", "two_view", "concept", "gpt2", "vicreg", "ema", "objects", "decod
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     write_text(folder / "text", [30, 1, 40, 8], valid=18)
-    (folder / "grids").mkdir()
-    for split, seed, count in (("train", 0, 20), ("valid", 1, 8)):
-        lines = [json.dumps({"frames": [grid.tolist() for grid in frames(seed, n, 6)]}) for n in range(count)]
-        (folder / "grids" / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    write_grids(folder / "grids")
     return folder
 
 

@@ -26,12 +26,17 @@ STEPS = 6
 MODEL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
+def write_grids(folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
     for split, seed, count in (("train", 0, 20), ("valid", 1, 8)):
         lines = [json.dumps({"frames": [grid.tolist() for grid in frames(seed, n, 6)]}) for n in range(count)]
         (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    write_grids(folder)
     return folder
 
 
