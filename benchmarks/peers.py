@@ -5,8 +5,9 @@
 Each comparison is two programs or more, fp32, that take turns, in another order each round; the first round does not count.
 Ours has a process as ``jepa_scale/train.py`` starts it, with tcmalloc where it is installed (:mod:`jepa_scale.allocator`), all
 others (and ``ours_system``) one as Python starts it; with ``--one-process`` they share this one, and its ``malloc``, whichever it
-was started with. A step is the whole of it as a user gets it: samples made into a batch, forward, backward, clipping, fused AdamW, and whatever each logs at its default interval. Before anything is timed the loss and the gradient norm of two steps
-are compared (``fsdp_loop``, which knows no borders of documents, computes another loss and is left out of that).
+was started with. A step is the whole of it as a user gets it: samples made into a batch, forward, backward, clipping, fused
+AdamW, and whatever each logs at its default interval. Before anything is timed the loss and the gradient norm of two steps are
+compared (``fsdp_loop``, which knows no borders of documents, computes another loss and is left out of that).
 
 * ``chat``: conversations of NL-RX-SYNTH with labels on the answers (``--chat`` = a JSONL file of ``messages``; the
   LLM-JEPA repository has synth_train.jsonl), a Llama of 5 blocks of 256 with a vocabulary of 32,000;

@@ -25,7 +25,7 @@ from tests.distributed.test_runs import rows, train_runs
 
 STEPS = 20
 SMALL = 60
-"""Tokens of a micro-batch where four data ranks have one each; elsewhere it is 120, and there are two a step."""
+"""Tokens of a micro-batch where four are needed for a step, on four data ranks or two on each of two; elsewhere 120, two a step."""
 ENGINES = ("fsdp", "zero0", "zero1", "zero2", "zero3")
 MODELS: dict[str, dict[str, Any]] = {
     "native": {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "bridge_after": -2},
