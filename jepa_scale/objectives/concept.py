@@ -104,15 +104,20 @@ def _spoken(batch: PackedBatch) -> int:
 
 
 class LogScale(nn.Module):
-    """A learned inverse temperature, bounded above (a scale that runs away fits the batch and nothing else)."""
+    """A learned inverse temperature, bounded above (a scale that runs away fits the batch and nothing else).
+
+    The bound is the engine's to keep (:meth:`Concept.bounds`): after each update the parameter is put back below it. A clamp
+    in the forward would have no gradient beyond the bound, and the scale would stay there once it is carried over it.
+    """
 
     def __init__(self, init: float, limit: float):
         super().__init__()
         self.log_scale = nn.Parameter(torch.full((1,), math.log(min(init, limit))))
-        self.limit = limit
+        self.bounds = (-math.inf, math.log(limit))
 
     def forward(self) -> Tensor:
-        return self.log_scale.float().exp().clamp(max=self.limit)[0]
+        """0-d fp32."""
+        return self.log_scale.float().exp()[0]
 
 
 class Concept(Objective):
@@ -141,6 +146,10 @@ class Concept(Objective):
         needs_projection = not options.memory and options.concept_dim is not None
         self.project = nn.Linear(backbone.hidden_size, dim, bias=False) if needs_projection else nn.Identity()
         self.streams = ("say",) if options.memory else ("names", "say")
+
+    @property
+    def bounds(self) -> dict[str, tuple[float, float]]:
+        return {"objective.scale.log_scale": self.scale.bounds}
 
     def view_maker(self) -> ConceptViews:
         slots = {name: i for i, name in enumerate(self.known)} if self.memory is not None else None

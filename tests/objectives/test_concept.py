@@ -1,11 +1,14 @@
 """`concept` against a plain reference, and what must not leak into what."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from jepa_scale.errors import InputError
-from jepa_scale.objectives.concept import Concept, ConceptOptions, LogScale
+from jepa_scale.objectives.base import JepaModel
+from jepa_scale.objectives.concept import Concept, ConceptOptions
 from jepa_scale.packing import Segment, pack_stream
 from tests.objectives.helpers import DATA, alone, backbone, batch_of
 
@@ -107,12 +110,24 @@ def test_a_name_is_encoded_once_a_micro_batch():
     assert len(batch.streams["names"].table.lengths) == len(names)
 
 
-def test_scale_is_bounded():
-    scale = LogScale(init=10.0, limit=20.0)
-    assert abs(scale().item() - 10) < 1e-4
-    with torch.no_grad():
-        scale.log_scale += 5
-    assert scale().item() == 20.0
+def test_the_scale_is_bounded_by_the_engine_and_has_a_gradient_at_its_bound_and_beyond():
+    """As the temperature of ``grid``: clamped in the forward, a scale that an update has carried over its bound would never
+    come back. Wrong predictions ask for a smaller scale, hence for a gradient that is positive."""
+    model = backbone()
+    for start, over in ((10.0, 0.0), (20.0, 0.0), (20.0, 1e-3), (30.0, 0.0)):
+        objective = make(model, scale_init=start, lm_weight=0.0)
+        assert objective.scale().item() == pytest.approx(min(start, 20.0))
+        ((name, (low, high)),) = objective.bounds.items()
+        assert name == "objective.scale.log_scale" and (low, high) == (-math.inf, math.log(20.0))
+        with torch.no_grad():
+            objective.scale.log_scale += over
+        objective.loss(model, batch_of(objective, FACTS), [], 0).total.backward()
+        assert objective.scale.log_scale.grad > 1e-2, (start, over)
+
+
+def test_the_scales_parameter_has_the_name_that_checkpoints_know():
+    names = dict(JepaModel(model := backbone(), make(model)).named_parameters())
+    assert set(make(model).bounds) <= names.keys()
 
 
 def test_values_of_a_memory_are_the_concepts():
