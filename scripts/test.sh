@@ -1,9 +1,27 @@
 #!/usr/bin/env bash
-# Sets up .venv if need be and, as root on Debian, what tests/integration needs; then lints, type-checks and runs the tests. Arguments go to pytest.
+# Tests the project in two stages; sets up .venv if need be.
+#
+#   scripts/test.sh              lint, types, and a test of every rule
+#   scripts/test.sh --matrix     what is exhaustive by nature: every engine x world size x objective, real schedulers, random
+#                                kills, whole examples. As root on Debian, installs the programs that this needs
+#   scripts/test.sh ARGUMENTS    neither: the tests that pytest's arguments name, of both stages
+#
+# Each stage ends with the files that took longest. GPU tests run where there is a GPU.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-ruff check --quiet
-ruff format --check --quiet
-mypy
-scripts/install_integration.sh || true  # what is missing is skipped, with the reason
-[ $# -gt 0 ] || set -- --numprocesses 2 --dist loadfile  # all of them: most wait for processes, not for a core
-exec python -m pytest "$@"
+stage=(--numprocesses 2 --dist loadfile)  # two: most tests wait for processes of their own, not for a core
+case "${1:-}" in
+  "")
+    ruff check --quiet
+    ruff format --check --quiet
+    mypy
+    exec python -m pytest "${stage[@]}" -m "not matrix"
+    ;;
+  --matrix)
+    shift
+    scripts/install_integration.sh || true  # what is missing is skipped, with the reason
+    exec python -m pytest "${stage[@]}" -m matrix "$@"
+    ;;
+  *)
+    exec python -m pytest "$@"
+    ;;
+esac

@@ -1,13 +1,16 @@
-"""Shared by all tests: few threads, GPU tests skipped where there is no GPU."""
+"""Shared by all tests: few threads, examples of properties that are the same every time, GPU tests skipped where there is no
+GPU, and at the end the files that took longest."""
 
 import os
 import signal
+from collections import Counter
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+import hypothesis
 import pytest
 import torch
 
@@ -17,6 +20,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 if torch.cuda.is_available():
     os.environ["DS_ACCELERATOR"] = "cuda"
 
+hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("explore", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("fixed")  # pytest --hypothesis-profile explore draws new examples
+
+SLOWEST = 10
+_seconds: Counter[str] = Counter()
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
@@ -24,3 +34,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    _seconds[report.nodeid.partition("::")[0]] += report.duration
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if len(_seconds) > SLOWEST:
+        terminalreporter.section(f"the {SLOWEST} slowest of {len(_seconds)} files")
+        for file, seconds in _seconds.most_common(SLOWEST):
+            terminalreporter.write_line(f"{seconds:7.1f} s  {seconds / _seconds.total():6.1%}  {file}")

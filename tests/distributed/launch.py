@@ -1,22 +1,25 @@
 """Run a test function on N real gloo ranks of this machine.
 
-Ranks are forked from a server that has imported torch, DeepSpeed and the trainer once, so that starting them costs a
-fraction of a second instead of several seconds a rank.
+The ranks live: each is a process that was forked once, with torch, DeepSpeed and the trainer imported, and that runs one
+function after another, each in a process group of its own. A call costs milliseconds where new processes cost seconds.
 """
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib.util
 import multiprocessing
 import os
 import pickle
+import random
 import sys
 import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -43,44 +46,90 @@ PRELOAD = [
     "jepa_scale.objectives.lm",
 ]
 """What ranks are forked with, here and by ``processes.Nursery``."""
+HANG = 1200.0
+"""Seconds after which a call that has not returned is taken for one that never will. It ends a hang and decides nothing else."""
 
 
-def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 300.0) -> list[Any]:
-    """Call ``fn(ranks, *args)`` on every rank of a fresh process group; returns what each rank returned, by rank.
+def run_ranks(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = HANG, fresh: bool = False
+) -> list[Any]:
+    """Call ``fn(ranks, *args)`` on every rank of a new process group; returns what each rank returned, by rank.
 
-    ``fn`` is a function at the top of a file; its arguments and results are plain values and tensors.
+    ``fn`` is a function at the top of a file; its arguments and results are plain values and tensors. The processes have
+    run other functions before: ``fn`` undoes what it changes of the process (attributes of modules, global settings).
+
+    Args:
+        fresh: fork processes for this call alone, which end with it.
 
     Raises:
-        AssertionError: a rank failed (with its traceback) or the timeout passed. The other ranks are ended first.
+        AssertionError: a rank failed (with its traceback) or the timeout passed. The ranks are ended first, and the next
+            call has new ones.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
     path, name = Path(fn.__code__.co_filename), fn.__qualname__
     assert "<locals>" not in name, f"{name} must be at the top of its file"
-    saved = {key: os.environ.get(key) for key in ENVIRONMENT}
-    os.environ.update(ENVIRONMENT)  # the server inherits them, and deepspeed reads them as it is imported
+    ranks = [_Rank() for _ in range(world_size)] if fresh else _pool(world_size)
+    done = False
     try:
         with tempfile.TemporaryDirectory() as folder:
-            pipes, processes = [], []
-            for rank in range(world_size):
-                mine, theirs = context.Pipe(duplex=False)
-                job = (str(path), name, args, rank, world_size, f"{folder}/store", timeout)
-                process = context.Process(target=_rank_main, args=(theirs, pickle.dumps(job)), daemon=True)
-                process.start()
-                theirs.close()
-                pipes.append(mine)
-                processes.append(process)
-            try:
-                return _collect(pipes, time.monotonic() + timeout)
-            finally:
-                for process in processes:
-                    process.join(timeout=0.5)
-                    if process.is_alive():
-                        process.kill()
-                        process.join()
+            for number, rank in enumerate(ranks):
+                rank.send(pickle.dumps((str(path), name, args, number, world_size, f"{folder}/store", timeout)))
+            results = _collect([rank.results for rank in ranks], time.monotonic() + timeout)
+        done = True
     finally:
-        for key, value in saved.items():
-            os.environ.pop(key) if value is None else os.environ.update({key: value})
+        if fresh or not done:
+            end_ranks(ranks)
+    return results
+
+
+class _Rank:
+    """A process that waits for functions to run."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
+        saved = {key: os.environ.get(key) for key in ENVIRONMENT}
+        os.environ.update(ENVIRONMENT)  # the server inherits them, and deepspeed reads them as it is imported
+        try:
+            jobs, self._jobs = context.Pipe(duplex=False)
+            self.results, results = context.Pipe(duplex=False)
+            self.process = context.Process(target=_rank_main, args=(jobs, results), daemon=True)
+            self.process.start()
+            jobs.close()
+            results.close()
+        finally:
+            for key, value in saved.items():
+                os.environ.pop(key) if value is None else os.environ.update({key: value})
+
+    def send(self, job: bytes) -> None:
+        with suppress(BrokenPipeError):  # it is dead, which its silent pipe of results will show
+            self._jobs.send_bytes(job)
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self._jobs.close()
+        self.results.close()
+
+
+_living: list[_Rank] = []
+
+
+def _pool(world_size: int) -> list[_Rank]:
+    """The first ranks that live; those that are missing are forked."""
+    while len(_living) < world_size:
+        _living.append(_Rank())
+    return _living[:world_size]
+
+
+def end_ranks(ranks: Sequence[_Rank] | None = None) -> None:
+    """End these processes, or all that live."""
+    for rank in list(_living if ranks is None else ranks):
+        rank.end()
+        if rank in _living:
+            _living.remove(rank)
+
+
+atexit.register(end_ranks)
 
 
 def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
@@ -91,9 +140,9 @@ def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
         missing = sorted(set(range(len(pipes))) - set(results))
         assert ready, f"timeout: ranks {missing} have not finished"
         for pipe in ready:
-            rank = pipes.index(pipe)
+            rank = pipes.index(pipe)  # type: ignore[arg-type]
             try:
-                ok, value = pickle.loads(pipe.recv_bytes())
+                ok, value = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
             except EOFError:
                 ok, value = False, "the process died without a word"
             assert ok, f"rank {rank} of {len(pipes)} failed:\n{value}"
@@ -101,22 +150,56 @@ def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
     return [results[rank] for rank in range(len(pipes))]
 
 
-def _rank_main(pipe: Connection, job: bytes) -> None:
-    path, name, args, rank, world_size, store, timeout = pickle.loads(job)
-    multiprocessing.current_process()._config["daemon"] = False  # a rank may have loader workers
+# -- in a rank --------------------------------------------------------------------------------------------------------
+
+
+def _rank_main(jobs: Connection, results: Connection) -> None:
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # it may have loader workers
     gc.freeze()  # what was imported: half a million objects, which every full collection would visit and copy
-    try:
-        result = (True, _run(path, name, args, rank, world_size, store, timeout))
-        message = pickle.dumps(result)
-    except BaseException:
-        message = pickle.dumps((False, traceback.format_exc()))
-    pipe.send_bytes(message)
-    pipe.close()
-    sys.stdout.flush()
-    os._exit(0)  # a rank whose peers have failed would wait for them in its exit handlers
+    environment, folder = dict(os.environ), os.getcwd()
+    while True:
+        try:
+            job = pickle.loads(jobs.recv_bytes())
+        except EOFError:  # the tests are over
+            os._exit(0)
+        try:
+            message = pickle.dumps((True, _run(*job)))
+        except BaseException:
+            message = pickle.dumps((False, traceback.format_exc()))
+        results.send_bytes(message)
+        sys.stdout.flush()
+        _forget(environment, folder)
+
+
+def _forget(environment: dict[str, str], folder: str) -> None:
+    """Leave nothing of a case to the next one: process groups, what is cached of them, settings of the process."""
+    import torch
+    from deepspeed.comm import comm
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.partition_parameters import Init
+    from deepspeed.utils import groups
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+    from jepa_scale import distributed
+
+    distributed.teardown()
+    groups._release_process_group_references()
+    comm.cdb = None
+    # ZeRO-3 numbers parameters and modules as they come, and all ranks of a group must have the same numbers
+    Init.param_id = 0
+    DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
+    _clear_sharding_prop_cache()  # its entries hold meshes of groups that are no more
+    torch.set_default_dtype(torch.float32)
+    torch.set_grad_enabled(True)
+    torch.set_float32_matmul_precision("highest")
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    gc.collect()
 
 
 def _run(path: str, name: str, args: tuple, rank: int, world_size: int, store: str, timeout: float) -> Any:
+    import numpy as np
     import torch
     import torch.distributed as dist
 
@@ -125,6 +208,8 @@ def _run(path: str, name: str, args: tuple, rank: int, world_size: int, store: s
     warnings.simplefilter("ignore", FutureWarning)  # torch's and DeepSpeed's, of collectives that they call themselves
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
     for key, value in {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank}.items():
         os.environ[key] = str(value)
     dist.init_process_group(
@@ -141,11 +226,12 @@ def _run(path: str, name: str, args: tuple, rank: int, world_size: int, store: s
 
 
 def _load(path: str) -> Any:
-    module = sys.modules.get("rank_function_file")
-    if module is None:
-        spec = importlib.util.spec_from_file_location("rank_function_file", path)
+    """The file as a module; a rank reads it once."""
+    name = f"rank_functions:{path}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
         assert spec and spec.loader
         module = importlib.util.module_from_spec(spec)
-        sys.modules["rank_function_file"] = module
+        sys.modules[name] = module
         spec.loader.exec_module(module)
-    return module
+    return sys.modules[name]
