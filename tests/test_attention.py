@@ -128,7 +128,7 @@ def test_fp32_on_cuda_matches_the_dense_mask(name):
     check(**CASES[name], backend=None, device="cuda")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     pairs=st.lists(st.tuples(st.integers(1, 6), st.integers(0, 4)), min_size=1, max_size=8),
     causal=st.booleans(),
@@ -141,7 +141,7 @@ def test_any_layout_matches_the_dense_mask(pairs, causal, window, kv_heads):
     check(lengths_q, lengths_k, causal=causal, window=window, kv_heads=kv_heads)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(lengths=st.lists(st.integers(1, 7), min_size=2, max_size=6), data=st.data(), causal=st.booleans())
 def test_segments_do_not_see_each_other(lengths, data, causal):
     """Changing one segment leaves every bit of the others' output alone."""

@@ -94,7 +94,7 @@ def test_a_folder_of_text_end_to_end(tmp_path: Path) -> None:
     program += ["--processes", "2", "--vocab-size", "300", "--cache", str(tmp_path / "cache")]
 
     def run(*more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*program, *more], cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ)
+        return subprocess.run([*program, *more], cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ)
 
     stopped = run()
     assert stopped.returncode == 2

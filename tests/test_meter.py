@@ -1,5 +1,5 @@
 import math
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -76,19 +76,24 @@ def test_efficiency_and_skipped_samples_are_told_where_there_are_any():
     assert values["skipped_samples"] == 3
 
 
-def test_waiting_for_data_is_a_share_of_waiting_and_working():
+def test_waiting_for_data_is_a_share_of_waiting_and_working(monkeypatch):
+    """By a clock that the test moves. Steps 0 and 1 wait 1 s and work 3 s each, steps 2 and 3 wait 2 s each."""
+    now = 0.0
+    monkeypatch.setattr("jepa_scale.meter.time", SimpleNamespace(perf_counter=lambda: now))
+
     def slow():
+        nonlocal now
         for step in range(4):
-            time.sleep(0.05)
+            now += 1.0 + step // 2
             yield batch(1, step)
 
     meter = Meter(torch.device("cpu"))
     shares = []
     for made in meter.waiting(slow()):
-        time.sleep(0.05)
+        now += 3.0
         meter.add(loss(1.0), made)
         meter.step_done(made.step, FINITE)
         if made.step % 2:
             shares.append(meter.read()[0]["data_wait"])
-            time.sleep(0.3)  # an evaluation: neither waiting nor working
-    assert shares == pytest.approx([0.5, 0.5], abs=0.12)
+            now += 50.0  # an evaluation: neither waiting nor working
+    assert shares == pytest.approx([1 / 4, 2 / 5], abs=1e-12)

@@ -43,7 +43,7 @@ def written(segment):
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(segments(), min_size=1, max_size=8))
 def test_a_stream_holds_its_segments_in_the_order_given(given_segments):
     stream = pack_stream(given_segments)
@@ -55,7 +55,7 @@ def test_a_stream_holds_its_segments_in_the_order_given(given_segments):
     assert stream.input_ids[stream.last].tolist() == [s.tokens[-1] for s in given_segments]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.lists(segments(), max_size=4), min_size=1, max_size=4))
 def test_packing_loses_nothing_and_knows_whose_each_segment_is(samples):
     batch = pack([Views(s) for s in samples])
@@ -78,7 +78,7 @@ def test_packing_loses_nothing_and_knows_whose_each_segment_is(samples):
         assert batch.num_tokens == batch.counts["tokens"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.lists(st.tuples(st.sampled_from(ROLES), st.integers(0, 3)), max_size=5), min_size=1, max_size=5))
 def test_segments_with_one_key_are_packed_once_and_shared(samples):
     """Keyed by role and key; a key's tokens say which it is, so that a mix-up shows."""
@@ -176,7 +176,7 @@ def marked_samples(draw):
     return samples
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(marked_samples())
 def test_places_are_the_tokens_that_segments_marked_in_the_order_of_the_samples(samples):
     batch = pack([Views(sample) for sample in samples], streams=("main", "names"))
@@ -190,7 +190,7 @@ def test_places_are_the_tokens_that_segments_marked_in_the_order_of_the_samples(
         assert found == [tokens[offset] for tokens, offsets in marks for offset in offsets]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.lists(st.floats(-9, 9, width=32), max_size=4), min_size=1, max_size=5))
 def test_rows_are_laid_end_to_end_and_keep_their_type(rows):
     def views(row):
@@ -282,7 +282,7 @@ def seen_through_attention(stream, window):
     return out[:, 0] > 0
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(branched_samples(), st.none() | st.integers(1, 6))
 def test_every_token_sees_its_prefix_and_what_comes_before_it_in_its_segment(samples, window):
     batch = pack([Views(sample) for sample in samples], streams=("main", "names"))
@@ -306,7 +306,7 @@ def test_every_token_sees_its_prefix_and_what_comes_before_it_in_its_segment(sam
         assert torch.equal(seen_through_attention(stream, window), expected)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(branched_samples())
 def test_branches_are_found_and_counted_like_other_segments(samples):
     batch = pack([Views(sample) for sample in samples], streams=("main", "names"))
@@ -396,7 +396,7 @@ def test_key_rows_move_and_are_pickled_with_their_stream():
 # -- seeds of segments ------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.lists(segments(), max_size=4), min_size=1, max_size=5), st.randoms())
 def test_a_segment_has_the_same_seed_wherever_it_is_packed(samples, random):
     """Alone, in any company and in any order; and no two segments have the same one."""

@@ -118,7 +118,7 @@ def test_an_api_key_is_in_no_file_of_a_run_and_in_no_line(tmp_path):
     secrets = {"WANDB_API_KEY": key, "HF_TOKEN": f"hf_{key}", "WANDB_MODE": "offline"}
     environment = {**os.environ, **secrets, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "jepa_scale.train", "--config", str(config)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=200)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr.decode()
     assert key.encode() not in done.stdout + done.stderr
     files = [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -64,7 +64,7 @@ def test_of_a_run_that_has_ended(tmp_path, terminal):
     command = [sys.executable, "-m", "jepa_scale.cli", "watch", str(run)]
     environment = {**os.environ, **ENVIRONMENT}
     if not terminal:
-        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0 and done.stdout.count("\n") == 1 and "\x1b" not in done.stdout, done
         assert "step 20 of 20" in done.stdout and "ended" in done.stdout
         return
@@ -83,7 +83,7 @@ def test_of_a_run_that_has_ended(tmp_path, terminal):
 
     reader = threading.Thread(target=read)
     reader.start()
-    assert process.wait(60) == 0
-    reader.join(10)
+    assert process.wait(300) == 0
+    reader.join(300)
     os.close(controller)
     assert "█" * 24 + " 100%  step 20 of 20  ended" in said.decode()

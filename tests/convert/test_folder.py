@@ -79,7 +79,7 @@ def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_bytes(run, proce
         out = tmp_path / str(number)
         process = processes.Process(target=dies_at, args=(number, run / "run", out))
         process.start()
-        process.join(60)
+        process.join(300)
         if process.exitcode == 0:
             break
         assert process.exitcode == -signal.SIGKILL
@@ -93,7 +93,7 @@ def test_killed_again_and_again(run, processes, tmp_path):
     for number in range(200):
         process = processes.Process(target=dies_at, args=(number, run / "run", tmp_path / "out"))
         process.start()
-        process.join(60)
+        process.join(300)
         if process.exitcode == 0:
             break
     assert number > 5
@@ -107,7 +107,7 @@ def test_killed_at_random_times(run, processes, tmp_path):
         process.start()
         time.sleep(rng.uniform(0.02, 0.25))
         process.kill()
-        process.join(60)
+        process.join(300)
     export(run / "run", tmp_path / "out", OPTIONS)
     assert contents(tmp_path / "out") == contents(run / "undisturbed")
 

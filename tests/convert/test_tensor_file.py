@@ -20,7 +20,7 @@ SHAPES = st.lists(st.integers(0, 4), max_size=3).map(tuple)
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(SHAPES, DTYPES), min_size=1, max_size=6), st.integers(1, 9))
 def test_the_library_reads_what_was_written(kinds, slab):
     kinds = sorted(kinds, key=lambda kind: -kind[1].itemsize)

@@ -98,7 +98,7 @@ lives = st.tuples(st.integers(1, 8), st.integers(1, 2), st.just(0), st.integers(
 documents = st.lists(st.lists(st.integers(2, 14), min_size=1, max_size=6), min_size=1, max_size=17)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(lengths=documents, plan=st.lists(lives, max_size=3), batching=st.sampled_from(["samples", "tokens"]))
 def test_every_sample_comes_once_an_epoch_through_kills_and_other_world_sizes(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[list[int]], plan: list[Any], batching: str

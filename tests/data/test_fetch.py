@@ -1,10 +1,11 @@
 """A real HTTP server on the loopback, a real cache, real processes."""
 
+import fcntl
 import hashlib
 import multiprocessing
 import os
+import socket
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
@@ -28,6 +29,8 @@ class Handler(SimpleHTTPRequestHandler):
 
     orders: dict[str, list[str]]
     seen: list[str]
+    asked: threading.Semaphore
+    go: threading.Event
 
     def do_GET(self) -> None:
         path, _, query = self.path.partition("?")
@@ -36,8 +39,9 @@ class Handler(SimpleHTTPRequestHandler):
         order = self.orders[name].pop(0) if self.orders.get(name) else ""
         if order.isdigit():
             return self.send_error(int(order))
-        if order == "slow":
-            time.sleep(0.3)
+        if order == "held":  # until the test says so, or is over
+            self.asked.release()
+            self.go.wait()
         if order in ("cut", "short"):
             data = Path(self.translate_path(self.path)).read_bytes()
             self.send_response(200)
@@ -60,13 +64,15 @@ class Server:
         self.folder = folder
         self.orders: dict[str, list[str]] = {}
         self.seen: list[str] = []
-        handler = type("OfThisServer", (Handler,), {"orders": self.orders, "seen": self.seen})
+        self.asked, self.go = threading.Semaphore(0), threading.Event()
+        handler = type("OfThisServer", (Handler,), {**vars(self)})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(folder)))
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         self.thread.start()
 
     def close(self) -> None:
+        self.go.set()
         self.server.shutdown()
         self.server.server_close()
         self.thread.join()
@@ -221,15 +227,16 @@ def test_another_file_than_the_index_says(server, change, message):
 
 
 def test_a_server_that_is_not_there(server, tmp_path):
-    url = server.url
-    server.close()
-    with pytest.raises(InputError, match=rf"{url}/data/index\.json: cannot connect: .*refused.*\(tried 3 times\)"):
-        locate(f"{url}/data", tmp_path)
+    with socket.socket() as nobody:  # has the port, so that no other process can take it, and does not listen
+        nobody.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+        with pytest.raises(InputError, match=rf"{url}/data/index\.json: cannot connect: .*refused.*\(tried 3 times\)"):
+            locate(f"{url}/data", tmp_path)
 
 
 def test_a_server_that_says_nothing(server, monkeypatch):
     monkeypatch.setattr(fetch, "TIMEOUT", 0.1)
-    server.orders["index.json"] = ["slow"] * 3
+    server.orders["index.json"] = ["held"] * 3
     with pytest.raises(InputError, match=r"timed out \(tried 3 times\)"):
         found(server)
 
@@ -259,7 +266,9 @@ def test_the_least_recently_used_shards_go(server):
         return {path.name for path in folder.glob("*.tar")}
 
     def use(number: int) -> None:
-        time.sleep(0.02)  # file times of the kernel are as coarse as its clock ticks
+        for path in folder.rglob("*"):  # what was used before is older, however coarse the kernel's clock is
+            before = path.stat().st_mtime - 1
+            os.utime(path, (before, before))
         data._file.cache_clear()
         data._document.cache_clear()
         assert data[number * 3].tokens.tolist() == wanted[number * 3]
@@ -311,14 +320,22 @@ def test_a_shard_that_vanishes_between_fetch_and_open_is_fetched_again(server, m
     assert len(data[0].tokens) == 5 and server.seen.count(SHARDS[0]) == 2
 
 
-def get(remote: Remote, name: str, sha256: str, size: int, barrier: Any) -> bytes:
-    barrier.wait()
+def get(remote: Remote, name: str, sha256: str, size: int, here: Any) -> bytes:
+    """Fetch, and say so just before waiting for the others."""
+    flock = fcntl.flock
+
+    def told(file: Any, how: int) -> None:
+        if how == fcntl.LOCK_EX:
+            here.release()
+        flock(file, how)
+
+    fetch.fcntl.flock = told  # in a process of its own
     return remote.fetch(name, name, sha256, size).read_bytes()
 
 
 def test_processes_that_want_the_same_file_at_once_download_it_once(server):
     path = server.folder / "data" / SHARDS[0]
-    server.orders[SHARDS[0]] = ["slow"]
+    server.orders[SHARDS[0]] = ["held"]
     remote = Remote(f"{server.url}/data/{{}}", server.folder.parent / "cache/shards/x", 10**9)
     remote.folder.mkdir(parents=True)
     dead = remote.folder / f"{SHARDS[0]}.host-1.partial"
@@ -326,21 +343,27 @@ def test_processes_that_want_the_same_file_at_once_download_it_once(server):
     context = multiprocessing.get_context("fork")
     content = path.read_bytes()
     with context.Manager() as manager, context.Pool(3) as pool:
-        arguments = (remote, SHARDS[0], hashlib.sha256(content).hexdigest(), len(content), manager.Barrier(3))
-        assert pool.starmap(get, [arguments] * 3) == [content] * 3
+        here = manager.Semaphore(0)
+        arguments = (remote, SHARDS[0], hashlib.sha256(content).hexdigest(), len(content), here)
+        fetched = pool.starmap_async(get, [arguments] * 3, chunksize=1)
+        for _ in range(3):
+            assert here.acquire(timeout=300)
+        server.go.set()  # all three want it by now
+        assert fetched.get(300) == [content] * 3
     assert server.seen == [SHARDS[0]] and not dead.exists()
 
 
 def test_a_killed_download_leaves_nothing_that_could_be_taken_for_the_file(server):
     located = found(server)
-    server.orders[SHARDS[0]] = ["slow"]
+    server.orders[SHARDS[0]] = ["held"]
     child = os.fork()
     if child == 0:
         located.fetch(SHARDS[0])
         os._exit(0)
-    time.sleep(0.15)
+    assert server.asked.acquire(timeout=300)
     os.kill(child, 9)
     os.waitpid(child, 0)
+    server.go.set()
     assert not located.path(SHARDS[0]).exists()
     assert located.fetch(SHARDS[0]).read_bytes() == (server.folder / "data" / SHARDS[0]).read_bytes()
 

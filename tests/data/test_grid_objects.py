@@ -15,7 +15,7 @@ GRIDS = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 3)).flatm
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(GRIDS, min_size=1, max_size=5))
 def test_objects_are_those_of_a_flood_fill(grids):
     objects = find_objects(grids, slots=10**6)
@@ -63,7 +63,7 @@ def test_a_spiral_and_a_comb_are_one_object():
         )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(GRIDS, min_size=1, max_size=4), st.integers(1, 5))
 def test_the_largest_are_kept(grids, slots):
     all_of_them, kept = find_objects(grids, 10**6), find_objects(grids, slots)

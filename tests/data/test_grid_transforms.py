@@ -14,7 +14,7 @@ GRIDS = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(GRIDS, st.integers(0, 1000))
 def test_one_permutation_of_colours_for_all_grids(grids, seed):
     changed = recolour(grids, np.random.default_rng(seed))
@@ -23,7 +23,7 @@ def test_one_permutation_of_colours_for_all_grids(grids, seed):
     assert all((a == 0) == (b == 0) and 0 <= b <= 9 for a, b in pairs)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(GRIDS, st.integers(0, 1000))
 def test_one_turn_for_all_grids(grids, seed):
     changed = turn(grids, np.random.default_rng(seed))
@@ -43,7 +43,7 @@ def test_all_seven_turns_come():
     assert len(seen) == 7
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(GRIDS, st.integers(0, 1000))
 def test_a_shift_moves_everything_alike_and_loses_nothing(grids, seed):
     grids = [np.pad(grid, ((0, 2), (1, 0))) for grid in grids]

@@ -245,7 +245,7 @@ def test_a_trainer_that_fails_takes_its_workers_along(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": paths},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 3, done.stderr
     pids = [int(p) for p in done.stdout.split()]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from jepa_scale.data.order import MIXTURE_BLOCK, Mixed, Permuted, Windowed, sequential, shuffled
 from jepa_scale.errors import InputError
 
-some = settings(max_examples=80, deadline=None)
+some = settings(max_examples=80)
 shards = st.lists(st.integers(0, 9), min_size=1, max_size=17).filter(sum)
 
 
@@ -80,7 +80,7 @@ def test_sequential_is_as_it_lies() -> None:
     assert pairs(Permuted(2, lambda e: np.array([1, 0])).take(0, 3)) == [(0, 1), (0, 0), (1, 1)]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     lengths=st.lists(st.integers(1, 50), min_size=1, max_size=4),
     data=st.data(),

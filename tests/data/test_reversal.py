@@ -9,7 +9,7 @@ from jepa_scale.data.reversal import KINDS, Facts, Names, ReversalData, generate
 from jepa_scale.errors import InputError
 from jepa_scale.packing import IGNORE
 
-few = settings(max_examples=25, deadline=None)
+few = settings(max_examples=25)
 
 
 @st.composite

@@ -53,7 +53,7 @@ def examples(located: Located, split: str = "train", **changes: Any) -> ShardExa
 # --- what the examples are ------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lengths=st.lists(st.lists(st.integers(0, 70), min_size=1, max_size=6), min_size=1, max_size=4),
     max_length=st.integers(1, 30),

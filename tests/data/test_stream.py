@@ -10,7 +10,7 @@ from jepa_scale.data.order import Mixed, Permuted, Windowed, sequential, shuffle
 from jepa_scale.data.stream import WINDOW_BINS, Dealt, SampleStream, TokenStream
 from jepa_scale.errors import InputError
 
-some = settings(max_examples=60, deadline=None)
+some = settings(max_examples=60)
 
 
 def uniform(n: int, seed: int) -> Permuted:
@@ -172,7 +172,7 @@ def test_steps_are_the_same_at_any_world_size(data: tuple[list[int], int], world
     assert one == other
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(data=sizes_and_budget, stops=st.lists(st.integers(0, 6), min_size=1, max_size=3), choices=st.data())
 def test_resuming_again_and_again_with_other_ranks_and_budgets_delivers_every_sample_once(
     data: tuple[list[int], int], stops: list[int], choices: st.DataObject

@@ -19,7 +19,7 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 8), st.integers(8, 30), st.floats(1e-3, 1e3), st.floats(-100, 100), st.integers(0, 1000))
 def test_k_equal_orthogonal_directions_have_rank_k(k, d, scale, shift, seed):
     rotation, _ = torch.linalg.qr(randn(d, d, seed=seed).double())
@@ -29,7 +29,7 @@ def test_k_equal_orthogonal_directions_have_rank_k(k, d, scale, shift, seed):
     assert float(effective_rank(rows.repeat(6, 1))) == pytest.approx(k, rel=1e-6)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(2, 40), st.integers(1, 40), st.integers(0, 1000))
 def test_effective_rank_equals_that_of_singular_values(n, d, seed):
     rows = randn(n, d, seed=seed) * torch.logspace(0, -3, d) + 1
@@ -105,7 +105,7 @@ def by_group(result):
 ROWS = st.lists(st.tuples(st.integers(0, 6), st.sampled_from([2, 8, 32])), min_size=1, max_size=25)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(ROWS, st.integers(0, 1000), st.integers(1, 9))
 def test_retrieval_equals_a_plain_reference_whatever_the_chunk_and_the_order(rows, seed, chunk):
     keys, groups = [k for k, _ in rows], [g for _, g in rows]

@@ -31,7 +31,7 @@ def plain(a: torch.Tensor, b: torch.Tensor, eps: float = 1e-5) -> tuple[float, f
     return align / d, off_diagonal / d
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(2, 30), st.integers(1, 5), st.integers(0, 1000))
 def test_values_equal_a_plain_reference(n, d, seed):
     a, b = randn(n, d, seed=seed), randn(n, d, seed=seed + 1) * 2 + 1
@@ -39,7 +39,7 @@ def test_values_equal_a_plain_reference(n, d, seed):
     assert [float(x) for x in got] == pytest.approx(plain(a, b), rel=1e-4, abs=1e-5)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(2, 6), st.integers(10, 40), st.integers(0, 1000))
 def test_identical_whitened_rows_cost_nothing(d, n, seed):
     rows = whitened(n, d, seed).float()
@@ -58,7 +58,7 @@ def test_copies_of_one_feature_are_wholly_redundant():
     assert float(off_diagonal) == pytest.approx(4, rel=1e-4)  # d (d − 1) / d
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.lists(st.floats(0.5, 100), min_size=3, max_size=3),
     st.lists(st.floats(-50, 50), min_size=3, max_size=3),

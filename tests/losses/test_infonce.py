@@ -24,7 +24,7 @@ def plain(queries, wanted, table, entities):
     return torch.stack(losses)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=12), st.integers(0, 100))
 def test_repeated_entities_count_once(entities, seed):
     table = unit(7, 5, seed=seed)
@@ -55,7 +55,7 @@ def test_padding_of_a_gather_is_no_candidate():
     assert places_of(torch.tensor([3, 5]), ordered, order).tolist() == [0, 3]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 1000))
 def test_micro_batches_change_neither_loss_nor_gradient(micros, per_micro, seed):
     """The sum over micro-batches equals one large batch, in value and in every gradient."""

@@ -13,7 +13,7 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 9), st.integers(1, 7), st.integers(1, 5), st.integers(0, 100))
 def test_nearest_and_assigned_are_what_a_loop_finds(n, codes, dim, seed):
     rows, codebook = randn(n, dim, seed=seed), randn(codes, dim, seed=seed + 1)
@@ -47,7 +47,7 @@ def test_the_gradient_goes_through_to_the_rows_and_the_commitment_pulls_them():
     assert codes.grad is None
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.floats(0.2, 0.999), st.lists(st.integers(0, 3), min_size=1, max_size=30), st.integers(0, 100))
 def test_codes_are_the_ratio_of_two_moving_averages(decay, steps, seed):
     """Against the usual form, sums and counts averaged apart and divided, in fp64, for the codes that were used."""

@@ -84,7 +84,7 @@ def test_collapsed_rows_in_closed_form(options, tolerance):
 # -- against the definition -------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     n=st.integers(1, 40),
     d=st.integers(1, 9),

@@ -59,7 +59,7 @@ def test_a_contribution_has_the_whole_gradient_and_a_part_of_the_number():
     assert as_contribution(x.square(), torch.tensor(0.0)).item() == 0
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 20), st.integers(1, 6), st.integers(1, 6), st.integers(0, 1000))
 def test_moments_are_those_of_plain_fp64(n, d, e, seed):
     a, b = randn(n, d, seed=seed) + 5, randn(n, e, seed=seed + 1) * 3

@@ -22,7 +22,7 @@ def plain(a: torch.Tensor, b: torch.Tensor, gamma: float = 1.0, eps: float = 1e-
     return torch.stack([invariance, variance, covariances[beside].square().sum() / d])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(2, 30), st.integers(1, 5), st.floats(0.1, 3), st.integers(0, 1000))
 def test_values_equal_a_plain_reference(n, d, gamma, seed):
     a, b = randn(n, d, seed=seed) + 2, randn(n, d, seed=seed + 1)
@@ -54,7 +54,7 @@ def test_orthogonal_features_of_enough_spread_cost_nothing():
     assert float(vicreg(both, both, torch.tensor(4))[2]) == pytest.approx(2 * 16 / 9)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.floats(-100, 100), min_size=3, max_size=3), st.integers(0, 1000))
 def test_a_common_shift_changes_nothing(shift, seed):
     a, b, shift = randn(20, 3, seed=seed), randn(20, 3, seed=seed + 1), torch.tensor(shift)

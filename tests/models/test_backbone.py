@@ -207,7 +207,7 @@ def test_until_must_name_a_block(until):
         make().hidden(stream(), until=until)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.lists(st.integers(1, 6), min_size=2, max_size=5), st.data(), st.sampled_from(["native", "gpt2", "gemma3"]))
 def test_segments_do_not_see_each_other(lengths, data, name):
     backbone, packed = make(name), stream(lengths)

@@ -18,7 +18,7 @@ def test_top_slot_of_a_known_name_is_its_own():
     assert (queries @ keys.T).argmax(dim=-1).tolist() == list(range(len(names)))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(0, 30), min_size=2, max_size=4, unique=True), st.integers(0, 1000))
 def test_order_of_a_names_tokens_matters(tokens, seed):
     torch.manual_seed(seed)

@@ -32,7 +32,7 @@ def mixed(z):
     return z ^ (z >> 31)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=4),
     st.integers(1, 4),

@@ -80,7 +80,7 @@ def test_states_and_gradients_are_those_of_a_dense_mask(name):
         torch.testing.assert_close(own[key], grad, atol=1e-5, rtol=1e-4, msg=lambda m, k=key: f"{k}: {m}")
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.lists(st.integers(1, 10), min_size=1, max_size=4), st.integers(0, 99), st.sampled_from(["rope", "pope"]))
 def test_whatever_is_left_out(lengths, seed, name):
     got, expected = both(make(name), random_texts(lengths, seed))

@@ -40,7 +40,7 @@ def make(**options):
     return model
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 4), st.sampled_from([1, 2]), st.sampled_from([2, 6, 8]), st.integers(0, 99))
 def test_the_product_of_wide_queries_and_keys_is_the_sum_over_channels(heads_kv, shared, width, seed):
     torch.manual_seed(seed)
@@ -56,7 +56,7 @@ def test_the_product_of_wide_queries_and_keys_is_the_sum_over_channels(heads_kv,
     torch.testing.assert_close(got.double(), expected, atol=2e-5, rtol=2e-5)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 400), st.integers(0, 400), st.integers(0, 400))
 def test_scores_depend_on_the_distance_alone(a, b, shift):
     q, k = torch.randn(2, 1, 1, 1, 8).unbind()

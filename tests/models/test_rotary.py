@@ -18,7 +18,7 @@ def test_rotation_is_multiplication_by_a_unit_complex_number():
     torch.testing.assert_close(rotate(x, (cos.double(), sin.double())), expected, atol=2e-4, rtol=0)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 500), st.integers(0, 500), st.integers(0, 500))
 def test_scores_depend_on_the_distance_alone(a, b, shift):
     q, k = torch.randn(2, 1, 1, 1, 16).unbind()

@@ -122,7 +122,7 @@ def test_masked_places_are_filled_in_as_by_a_plain_stack(kind, layers):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=8), min_size=1, max_size=5),
     st.sampled_from(sorted(KINDS)),

@@ -28,7 +28,7 @@ def text(n, seed=0, end=True):
 # -- the sampler ------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     st.lists(st.booleans(), min_size=1, max_size=60).filter(any),
     st.floats(0, 0.999),
@@ -45,7 +45,7 @@ def test_as_many_tokens_are_masked_as_the_ratio_says_and_none_that_is_not_eligib
     assert (eligible & ~masked).any()  # at least one token is left
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.booleans(), max_size=80))
 def test_free_runs_are_the_maximal_runs(values):
     values = np.array(values, dtype=bool)
@@ -96,7 +96,7 @@ def test_no_span_crosses_what_is_not_eligible():
 # -- views ------------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 50), st.booleans(), st.booleans(), st.integers(0, 100))
 def test_views_are_the_text_without_its_masked_tokens(n, predicts, teaches, sample):
     example, make = text(n, sample), maker(predicts, teaches)

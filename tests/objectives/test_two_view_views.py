@@ -146,7 +146,7 @@ def test_equal_answers_have_one_key_in_every_process(family):
     assert keys == [int(views(example, Draw(1, 2, 3, 4)).rows["key"][0]) for example in data.train]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.tuples(st.sampled_from(["user", "assistant", "system", "tool"]), st.integers(0, 5)), min_size=1, max_size=6

@@ -36,7 +36,6 @@ def test_the_quintic_is_applied_to_the_singular_values(shape, steps):
     st.lists(st.floats(0.01, 1.0), min_size=12, max_size=12),
     st.integers(0, 10**6),
 )
-@settings(deadline=None)
 def test_singular_values_come_into_the_band(rows, cols, values, seed):
     """Those of at least 0.0015 of the norm; here all are at least 1/300 of it."""
     u, s, vt = torch.linalg.svd(random(rows, cols, seed=seed), full_matrices=False)
@@ -46,7 +45,7 @@ def test_singular_values_come_into_the_band(rows, cols, values, seed):
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.floats(1e-3, 1e6), st.integers(0, 10**6))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_transposed_and_scaled(rows, cols, factor, seed):
     matrix = random(1, rows, cols, seed=seed)
     got = orthogonalize(matrix)

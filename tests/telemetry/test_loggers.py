@@ -143,7 +143,7 @@ def test_wandb_logs_offline_without_asking_and_a_resume_keeps_its_id(tmp_path):
             env=environment | more,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
             stdin=subprocess.DEVNULL,
         )
 

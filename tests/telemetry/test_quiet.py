@@ -24,7 +24,7 @@ warnings.warn_explicit("mine", UserWarning, "f.py", 1, module="deepspeedy")
 
 
 def test_libraries_are_silent_and_errors_and_other_voices_are_not():
-    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "a real error\n"
     assert "chatter" not in done.stderr

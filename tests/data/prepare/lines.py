@@ -45,7 +45,7 @@ class LineReader:
 
 @dataclass(frozen=True)
 class WordEncoder:
-    """Takes ``delay`` seconds a record, a thousand times as long for ``slow``, and writes its name into ``log``."""
+    """Takes ``delay`` seconds a record, hours for ``slow`` if any at all, and writes its name into ``log``."""
 
     delay: float = 0.0
     log: Path | None = None
@@ -57,7 +57,7 @@ class WordEncoder:
         return {"eos": 0}
 
     def __call__(self, record: Record) -> list[Sample]:
-        time.sleep(self.delay * (1000 if record.value == "slow" else 1))
+        time.sleep(self.delay * (1e6 if record.value == "slow" else 1))
         if self.log:
             with open(self.log, "a") as file:
                 file.write(f"{record.where}\n")

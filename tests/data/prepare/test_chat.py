@@ -159,7 +159,7 @@ WORDS = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     contents=st.lists(WORDS.map("".join), min_size=2, max_size=5), template=st.sampled_from([CHATML, LLAMA3, MERGED])
 )
@@ -177,7 +177,7 @@ def test_turns_against_a_plain_reference(tokenizer, contents, template):
         assert not turn.removesuffix(expected).strip()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     contents=st.lists(st.sampled_from(["a", "<|im_end|>", "b</s>", "<|im_start|>user\nx", "é"]), min_size=2, max_size=4)
 )

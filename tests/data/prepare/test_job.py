@@ -86,11 +86,30 @@ def alive(pid: int) -> bool:
         return False
 
 
-def until(true: Callable[[], Any], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
+def until(true: Callable[[], Any]) -> None:
+    """Wait for something to happen; the bound only ends a hang."""
+    end = time.monotonic() + 300
     while not true():
         assert time.monotonic() < end
         time.sleep(0.002)
+
+
+def finished(folder: Path) -> int:
+    """Shards that are there with their records."""
+    return len(list(folder.glob("*.done.json")))
+
+
+def kill(process: subprocess.Popen, group: bool) -> None:
+    """The command line alone, or with its workers; returns when all of them are gone."""
+    workers = children(process.pid)
+    assert len(workers) >= 2
+    (os.killpg if group else os.kill)(process.pid, signal.SIGKILL)
+    process.communicate()
+    try:
+        until(lambda: not any(map(alive, workers)))
+    finally:
+        for pid in filter(alive, workers):
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_what_is_prepared(tmp_path: Path) -> None:
@@ -118,10 +137,9 @@ def test_bytes_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
     train[34] = "unreadable"
     raw = source(tmp_path / "raw", train, valid=text(9, seed=1))
     options = PrepareOptions(shard_samples=7, on_error="skip")
-    for processes in (1, 2, 3):
+    for processes in (1, 3):
         prepare(raw, tmp_path / str(processes), options, processes=processes, progress=False)
-    one, two, three = (content(tmp_path / str(n)) for n in (1, 2, 3))
-    assert one == two == three
+    assert content(tmp_path / "1") == content(tmp_path / "3")
     assert Index.read(tmp_path / "1").skipped == {"empty document": 2, "unreadable": 1}
 
 
@@ -183,27 +201,38 @@ def test_finished_shards_stay_unless_they_are_damaged(tmp_path: Path, monkeypatc
     assert content(out) == content(tmp_path / "undisturbed")
 
 
-def test_killed_with_all_its_processes_again_and_again(tmp_path: Path) -> None:
-    raw = source(tmp_path / "raw", [*text(110), "slow", "w1", *["slow"] * 10])
+def test_killed_with_all_its_processes_and_then_alone(tmp_path: Path) -> None:
+    """First among quick shards, then when only those are left that take hours: no orphan goes on with them."""
+    raw = source(tmp_path / "raw", [*text(7 * 8), *["slow"] * 14])
     prepare(raw, tmp_path / "undisturbed", OPTIONS, processes=1, progress=False)
-    out, rng = tmp_path / "out", random.Random(time.time_ns())
+    out = tmp_path / "out"
     args = (str(raw), "--out", str(out), "--shard-samples", "7", "--processes", "2")
-    for kill_all in (True, False):
+    for shards, group in ((2, True), (8, False)):
         process = start(*args, LINES_DELAY="0.01")
-        there = len(list(out.glob("*.done.json")))
-        until(lambda there=there: len(list(out.glob("*.done.json"))) > there)
-        time.sleep(rng.random() * 0.15 if kill_all else 1)  # the last ones are slow
-        workers = children(process.pid)
-        assert len(workers) >= 2
-        (os.killpg if kill_all else os.kill)(process.pid, signal.SIGKILL)
-        process.communicate()
-        until(lambda pids=workers: not any(map(alive, pids)), 5)  # no orphan finishes its shard
+        until(lambda shards=shards: finished(out) >= shards)
+        kill(process, group)
         assert not (out / "index.json").exists()
+    assert finished(out) == 8
     process = start(*args[:-1], "1")
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=300)
     assert (process.returncode, stderr) == (0, "")
     assert "goes on where it was stopped" in stdout
     assert "of them were there already" in stdout
+    assert content(out) == content(tmp_path / "undisturbed")
+
+
+@pytest.mark.matrix
+def test_killed_at_random_moments(tmp_path: Path) -> None:
+    raw, out, rng = source(tmp_path / "raw", text(300)), tmp_path / "out", random.Random(0)
+    prepare(raw, tmp_path / "undisturbed", OPTIONS, processes=1, progress=False)
+    args = (str(raw), "--out", str(out), "--shard-samples", "7", "--processes", "2")
+    for _ in range(4):
+        process, there = start(*args, LINES_DELAY="0.01"), finished(out)
+        until(lambda there=there: finished(out) > there)
+        time.sleep(rng.random() * 0.15)
+        kill(process, group=True)
+    process = start(*args[:-1], "1")
+    assert process.communicate(timeout=300)[1] == ""
     assert content(out) == content(tmp_path / "undisturbed")
 
 
@@ -211,9 +240,9 @@ def test_killed_with_all_its_processes_again_and_again(tmp_path: Path) -> None:
 def test_a_signal_ends_it_in_one_line(tmp_path: Path, number: signal.Signals, code: int) -> None:
     raw, out = source(tmp_path / "raw", [*text(20), *["slow"] * 100]), tmp_path / "out"
     process = start(str(raw), "--out", str(out), "--shard-samples", "7", "--processes", "2", LINES_DELAY="0.01")
-    until(lambda: len(list(out.glob("*.done.json"))) > 1)
+    until(lambda: finished(out) > 1)
     os.killpg(process.pid, number)
-    _, stderr = process.communicate(timeout=10)
+    _, stderr = process.communicate(timeout=300)
     assert process.returncode == code
     assert stderr == "jepa-scale: stopped; what is finished stays: start the same command again to go on\n"
     assert not list(out.glob("*.partial")) and not (out / "job.lock").exists()
@@ -340,11 +369,13 @@ def test_a_full_disk_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.Mon
 def test_one_job_at_a_time_in_a_folder(tmp_path: Path) -> None:
     raw, out = source(tmp_path / "raw", text(30)), tmp_path / "out"
     ready, go = os.pipe()
+    end, open_as_long_as_we_live = os.pipe()
 
     def hold() -> None:
+        os.close(open_as_long_as_we_live)
         with job.locked(out, wait=False):
             os.write(go, b"x")
-            time.sleep(30)
+            os.read(end, 1)
 
     out.mkdir()
     pid = in_child(hold)
@@ -432,30 +463,30 @@ def test_blocks_are_bounded_in_records_and_bytes(monkeypatch: pytest.MonkeyPatch
 
 
 def test_few_blocks_are_held_and_a_killed_worker_is_told(tmp_path: Path) -> None:
-    """The reader is never further ahead of the results than the bound says."""
-    raw = source(tmp_path / "raw", text(300))
+    """The reader is never further ahead of the shards than the bound says."""
+    raw, out = source(tmp_path / "raw", text(300)), tmp_path / "out"
     read = told = most = 0
 
     def counted() -> Any:
-        nonlocal read
+        nonlocal read, most
         for block in blocks.cut(lines.LineReader(raw).records("train"), "train", 10):
             read += 1
+            most = max(most, read - finished(out))
             yield block
 
-    (tmp_path / "out").mkdir()
-    maker = blocks.ShardMaker(tmp_path / "out", lines.WordEncoder(delay=0.002), "stop")
+    out.mkdir()
+    maker = blocks.ShardMaker(out, lines.WordEncoder(delay=0.002), "stop")
     before = set(children(os.getpid()))
     with pytest.raises(InputError, match="a worker process was ended from outside"), workers.Workers(maker, 2) as pool:
         for _ in pool.finish(counted()):
-            most = max(most, read - told)
             told += 1
             if told == 25:
                 servers = [p.pid for p in multiprocessing.active_children() if p.name.startswith("prepare-")]
                 assert len(servers) == 2 and not set(servers) & before
                 os.kill(servers[0], signal.SIGKILL)
     assert 25 <= told < 30
-    # held are the one just read and 2 · AHEAD; a block that is finished before the one ahead of it is none any more
-    assert 2 < most < 15
+    # the one just read, and the others that are not finished; a shard may be finished before the one ahead of it
+    assert 2 < most <= 2 * workers.AHEAD
     assert not any(map(alive, servers))
 
 
@@ -485,7 +516,7 @@ def test_a_script_without_a_guard_can_prepare(tmp_path: Path) -> None:
             env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
         )
         assert done.stdout == "20\n", done.stderr
         shutil.rmtree(tmp_path / "out")

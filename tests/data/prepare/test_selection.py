@@ -2,7 +2,7 @@ import pickle
 from functools import partial
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jepa_scale.data.prepare.base import BadRecord, PrepareOptions, Record
@@ -25,7 +25,6 @@ def wheres(s: Source, split: str) -> list[str]:
     return [item.where for item in s.records(split)]
 
 
-@settings(deadline=None)
 @given(st.integers(0, 200), st.floats(0.01, 0.99), st.integers(0, 3))
 def test_a_fraction_is_held_out_and_nothing_is_lost(n, fraction, seed):
     chosen = select(source(train=n), PrepareOptions(valid_fraction=fraction, split_seed=seed))

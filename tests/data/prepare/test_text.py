@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jepa_scale.data.prepare.base import BadRecord, Record
@@ -105,7 +105,6 @@ def test_a_missing_file_is_the_users_error(tmp_path):
             list(read_text(tmp_path / "none.txt", documents))
 
 
-@settings(deadline=None)
 @given(st.text("ab \n", min_size=1), st.floats(0.01, 0.99))
 def test_a_cut_loses_nothing_and_lies_at_a_line_end_where_there_is_one(tmp_path_factory, text, fraction):
     file = tmp_path_factory.mktemp("cut") / "a.txt"

@@ -67,7 +67,7 @@ def test_special_tokens_and_template(trained):
     assert text == "<|system|>s<|end|><|user|>u<|end|><|assistant|>a<|end|><|user|>t<|end|><|assistant|>"
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))
 def test_any_text_comes_back(trained, text):
     ids = trained(text, add_special_tokens=False, split_special_tokens=True).input_ids
