@@ -106,8 +106,11 @@ def test_logits_are_ours_where_jepa_scale_is_not_installed(exported, name):
     [
         ({}, True),
         ({"drop_path": 0.3, "hidden_dropout": 0.1}, True),  # they matter to training alone
+        ({"tie_word_embeddings": True}, False),  # they have a logit_scale
+        ({"output_bias": True}, False),
         ({"position_embedding": "pope"}, False),
         ({"embedding_norm": True}, False),
+        ({"bridge_after": 2}, False),
     ],
 )
 def test_it_leaves_as_a_llama_where_a_llama_computes_the_same(keys, llama):

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from jepa_scale.config import parse_section
 from jepa_scale.errors import InputError
 from jepa_scale.models.loading import build_backbone
-from jepa_scale.models.options import ModelOptions
+from jepa_scale.models.options import LoraOptions, ModelOptions
 from jepa_scale.packing import Segment, pack_stream
 
 LLAMA = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
@@ -257,3 +257,12 @@ def test_loading_options_that_do_not_apply(keys, message):
     with pytest.raises(InputError) as error:
         build(**keys)
     assert str(error.value).startswith(message)
+
+
+def test_an_update_counts_twice_unless_alpha_says_otherwise(base):
+    """α = 2r where none is given; the scale is α / r, whatever the rank."""
+    assert [LoraOptions(rank=rank).scale for rank in (1, 3, 16)] == [2.0, 2.0, 2.0]
+    assert LoraOptions(rank=4, alpha=6).scale == 1.5
+    ours = build(**pretrained(base, lora={"rank": 3}))
+    scales = {scale for m in ours.modules() if hasattr(m, "lora_A") for scale in m.scaling.values()}
+    assert scales == {2.0}

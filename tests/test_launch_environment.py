@@ -1,0 +1,58 @@
+"""What a rank begins with: its own number on its host, and modules of ours that shadow nobody's."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SRUN = """#!/usr/bin/env bash
+# Two nodes with two tasks each, as SLURM numbers them; its options come before the command.
+while [[ $1 == --* ]]; do shift; done
+for task in 0 1 2 3; do
+  SLURM_PROCID=$task SLURM_LOCALID=$((task % 2)) SLURM_NTASKS=4 "$@"
+done
+"""
+PYTHON = """#!/usr/bin/env bash
+[ "$1" = jepa_scale/train.py ] || exit 0
+echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT $*"
+"""
+
+
+def test_a_task_of_slurm_is_a_rank_with_its_number_on_its_node(tmp_path):
+    """The batch script with a stand-in for ``srun``: on one task a node, as in the tests on a real SLURM, every local number is 0."""
+    programs = {"srun": SRUN, "python": PYTHON, "scontrol": "#!/usr/bin/env bash\nprintf 'node7\\nnode8\\n'\n"}
+    for name, text in programs.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    scripts = tmp_path / "submitted" / "scripts"
+    scripts.mkdir(parents=True)
+    for name in ("launch_slurm.sbatch", "launch_common.sh"):
+        shutil.copy(REPOSITORY / "scripts" / name, scripts)
+    environment = {
+        "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+        "SLURM_SUBMIT_DIR": str(scripts.parent),
+        "SLURM_JOB_NODELIST": "node[7-8]",
+        "SLURM_JOB_ID": "31234",
+    }
+    command = ["bash", str(scripts / "launch_slurm.sbatch"), "--config", "x.yaml", "train.steps=3"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ranks = [line.split(maxsplit=5) for line in done.stdout.splitlines()]
+    assert [rank[:3] for rank in ranks] == [["0", "0", "4"], ["1", "1", "4"], ["2", "0", "4"], ["3", "1", "4"]]
+    for rank in ranks:
+        assert rank[3:5] == ["node7", "21234"]
+        assert rank[5] == "jepa_scale/train.py --resume auto --config x.yaml train.steps=3"
+
+
+def test_a_script_of_the_package_does_not_put_its_folder_first(tmp_path):
+    """``deepspeed jepa_scale/train.py`` would have ``import table``, of whatever package, find a module of ours."""
+    (tmp_path / "sitecustomize.py").write_text("import atexit, sys\natexit.register(lambda: print(sys.path[0]))\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "jepa_scale/train.py", "--config", "there_is_none.yaml"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "there_is_none.yaml" in done.stderr
+    assert done.stdout.splitlines()[-1] == str(REPOSITORY)
