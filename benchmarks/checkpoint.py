@@ -40,10 +40,11 @@ sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.rows import row, write  # noqa: E402
 from jepa_scale import checkpoint  # noqa: E402
-from jepa_scale.build import Run, build, validate  # noqa: E402
+from jepa_scale.build import Run, build  # noqa: E402
 from jepa_scale.checkpoint import Manifest, Policy, Saver  # noqa: E402
 from jepa_scale.config import load_config  # noqa: E402
 from jepa_scale.distributed import Ranks, all_reduce_sum  # noqa: E402
+from jepa_scale.experiment import validate  # noqa: E402
 from jepa_scale.table import text_table  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
 from jepa_scale.train import global_totals  # noqa: E402

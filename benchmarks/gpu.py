@@ -35,8 +35,9 @@ from torch import Tensor  # noqa: E402
 from benchmarks.rows import as_table, row, write  # noqa: E402
 from jepa_scale import distributed  # noqa: E402
 from jepa_scale.attention import attention, available_backends  # noqa: E402
-from jepa_scale.build import Run, build, validate  # noqa: E402
+from jepa_scale.build import Run, build  # noqa: E402
 from jepa_scale.config import load_config  # noqa: E402
+from jepa_scale.experiment import validate  # noqa: E402
 from jepa_scale.flops import peak_of  # noqa: E402
 from jepa_scale.objectives.base import Objective  # noqa: E402
 from jepa_scale.packing import SegmentTable  # noqa: E402

@@ -80,8 +80,9 @@ def write_untrained(target: Path) -> None:
     import torch
 
     from jepa_scale import checkpoint, distributed
-    from jepa_scale.build import build, validate
+    from jepa_scale.build import build
     from jepa_scale.config import load_config
+    from jepa_scale.experiment import validate
 
     config = load_config(target / "config.yaml", ["engine.threads=1"])
     run_of = build(validate(config), distributed.setup())

@@ -32,8 +32,9 @@ import torch  # noqa: E402
 
 from benchmarks.rows import row, write  # noqa: E402
 from jepa_scale import distributed  # noqa: E402
-from jepa_scale.build import Run, build, validate  # noqa: E402
+from jepa_scale.build import Run, build  # noqa: E402
 from jepa_scale.config import load_config  # noqa: E402
+from jepa_scale.experiment import validate  # noqa: E402
 from jepa_scale.table import text_table  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
 from jepa_scale.train import global_totals  # noqa: E402

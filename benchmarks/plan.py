@@ -44,9 +44,10 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.rows import row, write  # noqa: E402
-from jepa_scale.build import Run, build, validate  # noqa: E402
+from jepa_scale.build import Run, build  # noqa: E402
 from jepa_scale.config import load_config  # noqa: E402
 from jepa_scale.distributed import Ranks  # noqa: E402
+from jepa_scale.experiment import validate  # noqa: E402
 from jepa_scale.plan.hardware import find_gpu  # noqa: E402
 from jepa_scale.plan.planner import Request, make_plan  # noqa: E402
 from jepa_scale.table import text_table  # noqa: E402

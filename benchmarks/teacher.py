@@ -47,7 +47,8 @@ from jepa_scale.models.options import ModelOptions  # noqa: E402
 from jepa_scale.optim import parameter_groups  # noqa: E402
 from jepa_scale.packing import PackedStream, Segment, pack_stream  # noqa: E402
 from jepa_scale.table import text_table  # noqa: E402
-from jepa_scale.teacher import Teacher, TeacherModel, TeacherOptions  # noqa: E402
+from jepa_scale.teacher import Teacher, TeacherModel  # noqa: E402
+from jepa_scale.teacher_options import TeacherOptions  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
 
 MODEL = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,8 +13,8 @@ import torch
 
 from jepa_scale.checkpoint.boxes import Stateful
 from jepa_scale.checkpoint.split_state import SplitState
-from jepa_scale.config import Config, Section, parse_section
-from jepa_scale.data import DataOptions, load_data, parse_data
+from jepa_scale.config import Config
+from jepa_scale.data import load_data
 from jepa_scale.data.loader import Loader
 from jepa_scale.data.stream import Dealt, SampleStream, Stream, TokenStream
 from jepa_scale.distributed import Ranks, form_teams, team_group
@@ -26,14 +24,14 @@ from jepa_scale.engines.precision import settle_precision
 from jepa_scale.engines.weights import Weights, built_by_rank_0
 from jepa_scale.errors import InputError
 from jepa_scale.evaluate.chat import Place
-from jepa_scale.evaluation import OPTIONS, Results, chat_test, device_call, evaluate
+from jepa_scale.evaluation import Results, chat_test, device_call, evaluate
+from jepa_scale.experiment import Plan
 from jepa_scale.flop_budget import steps_within, whole_steps
 from jepa_scale.models import tensor_parallel
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.compiling import compile_blocks
 from jepa_scale.models.head import compile_head
 from jepa_scale.models.loading import build_backbone
-from jepa_scale.models.options import ModelOptions
 from jepa_scale.models.recompute import recompute
 from jepa_scale.models.team import Split, Team
 from jepa_scale.objectives.base import JepaModel, Objective
@@ -41,28 +39,6 @@ from jepa_scale.objectives.costs import StepFlops
 from jepa_scale.optim import parameter_groups
 from jepa_scale.probing import probe_test
 from jepa_scale.teacher import Teacher, TeacherModel
-
-OBJECTIVES = {
-    "lm": "jepa_scale.objectives.lm:LanguageModeling",
-    "two_view": "jepa_scale.objectives.two_view:TwoView",
-    "concept": "jepa_scale.objectives.concept:Concept",
-    "horizon": "jepa_scale.objectives.horizon:Horizon",
-    "stp": "jepa_scale.objectives.stp:Stp",
-    "span": "jepa_scale.objectives.span:Span",
-    "grid": "jepa_scale.objectives.grid:Grid",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """A config whose every section has been validated; nothing has been built yet."""
-
-    config: Config
-    data: DataOptions
-    model: ModelOptions
-    objective_class: type[Objective]
-    objective: Section
-    evaluation: Section
 
 
 @dataclass(slots=True)
@@ -89,50 +65,6 @@ class Run:
         """What a checkpoint keeps."""
         parts: list[Stateful] = [self.engine, *([self.teacher] if self.teacher else [])]
         return [SplitState(part, self.splits) for part in parts] if self.splits else parts
-
-
-def objective_class(name: str) -> type[Objective]:
-    """The objective of a name in ``OBJECTIVES``, or of ``module:Class`` for one that lives outside of this package.
-
-    Raises:
-        InputError: there is no such name, module or class, or the class is no :class:`Objective`.
-    """
-    if name not in OBJECTIVES and ":" not in name:
-        near = difflib.get_close_matches(name, OBJECTIVES, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(OBJECTIVES)}, or module:Class of your own"
-        raise InputError(f"objective.name: unknown objective {name!r}; {hint}")
-    module, _, attribute = OBJECTIVES.get(name, name).partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        if name in OBJECTIVES:
-            raise
-        raise InputError(
-            f"objective.name: {name!r} cannot be imported ({error}); is its folder in PYTHONPATH?"
-        ) from error
-    if not (isinstance(found, type) and issubclass(found, Objective)):
-        raise InputError(f"objective.name: {name!r} is no subclass of jepa_scale.objectives.base.Objective")
-    return found
-
-
-def validate(config: Config) -> Plan:
-    """Check every section and write its defaults back into the config, so that the saved config is complete.
-
-    Raises:
-        InputError: names the key.
-    """
-    options = dict(config.objective)
-    name = options.pop("name", None)
-    if not isinstance(name, str):
-        raise InputError(f"objective.name: required key is missing; one of {', '.join(OBJECTIVES)}")
-    cls = objective_class(name)
-    objective = parse_section(cls.Options, options, "objective")
-    data = parse_data(config.data)
-    model = parse_section(ModelOptions, config.model, "model")
-    evaluation = parse_section(OPTIONS[data.evaluation], config.eval, "eval")
-    config.objective = {"name": name, **objective.resolved()}
-    config.data, config.model, config.eval = data.resolved(), model.resolved(), evaluation.resolved()
-    return Plan(config, data, model, cls, objective, evaluation)
 
 
 def set_threads(config: Config, ranks: Ranks) -> None:

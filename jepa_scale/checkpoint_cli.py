@@ -6,8 +6,7 @@ import argparse
 import shutil
 from pathlib import Path
 
-from jepa_scale.checkpoint import Found, Policy, complete, prune, verify
-from jepa_scale.checkpoint.retention import NAME
+from jepa_scale.checkpoint.retention import NAME, Found, Policy, complete, prune
 from jepa_scale.errors import InputError
 from jepa_scale.table import text_table
 
@@ -74,7 +73,7 @@ def verify_checkpoints(args: argparse.Namespace) -> int:
     found = complete(folder)
     wrong = [f"{path}: not complete" for path in broken(folder, found)]
     for f in found:
-        lines = verify(f.path)
+        lines = f.manifest.damage(f.path)
         print(f"{f.path.name}: {'damaged' if lines else 'whole'}")
         wrong += lines
     if wrong:

@@ -34,6 +34,9 @@ def main(argv: list[str] | None = None) -> int:
         if argv[:1] and argv[0] in COMPUTE:
             start_with_tcmalloc()
     if argv[:1] == ["train"]:  # has a parser of its own, shared with `python jepa_scale/train.py`
+        from jepa_scale.train_cli import refuse_early
+
+        refuse_early(argv[1:])
         from jepa_scale import train
 
         return train.main(argv[1:])
@@ -97,6 +100,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def evaluate_run(args: argparse.Namespace) -> int:
+    from jepa_scale.train_cli import refuse_evaluation
+
+    refuse_evaluation(args.run, args.overrides)
     from jepa_scale.train import evaluate_checkpoint, guarded
 
     return guarded(evaluate_checkpoint, args)
@@ -119,9 +125,9 @@ def print_config(args: argparse.Namespace) -> int:
 
         print(reference(), end="")
         return 0
-    from jepa_scale.build import validate
     from jepa_scale.config import load_config
     from jepa_scale.config_origins import annotate
+    from jepa_scale.experiment import validate
 
     config = load_config(args.config, args.overrides)
     validate(config)
@@ -130,11 +136,11 @@ def print_config(args: argparse.Namespace) -> int:
 
 
 def report_runs(args: argparse.Namespace) -> int:
-    from jepa_scale.report import runs_table, write_report
-
     for run in args.runs:
         if not (run / "metrics.jsonl").is_file():
             raise InputError(f"{run}: not a run directory (no metrics.jsonl)")
+    from jepa_scale.report import runs_table, write_report  # draws, which takes matplotlib
+
     for run in args.runs:
         write_report(run)
     print(runs_table(args.runs))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jepa_scale.evaluate.snapshot import read_snapshots
+from jepa_scale.evaluate.snapshot_files import read_snapshots
 from jepa_scale.table import format_number
 from jepa_scale.telemetry.metrics import in_report_order
 from jepa_scale.telemetry.records import FIT, RunRecord, load_run

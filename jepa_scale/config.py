@@ -26,7 +26,8 @@ SHIPPED = REPOSITORY if (REPOSITORY / "configs").is_dir() else Path(__file__).re
 class Section(BaseModel):
     """A group of keys. Unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+    # what checks a section is built when it is first used: of the many sections an experiment has a few
+    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=(), defer_build=True)
 
     def resolved(self) -> dict[str, Any]:
         """All keys that mean something, defaults filled in, as plain YAML values; they load again as the same section."""
@@ -313,7 +314,7 @@ def _explain(cls: type[Section], error: ValidationError, prefix: str) -> str:
     if first["type"] == "value_error":  # of a validator of ours, which knows what to say
         said = str(first["ctx"]["error"])
         key = said.partition(":")[0]
-        return f"{prefix}.{said}" if not path and key in cls.model_fields else f"{name}: {said}"
+        return ".".join(filter(None, [prefix, said])) if not path and key in cls.model_fields else f"{name}: {said}"
     return f"{name}: {first['msg'][0].lower() + first['msg'][1:]}, got {first['input']!r}"
 
 

@@ -55,7 +55,7 @@ def reference() -> str:
 
 def _of_sources(evaluation: str) -> str:
     """The heading of what evaluates the data of some sources alike."""
-    sources = [f"`{name}`" for name, (options, _) in SOURCES.items() if options.evaluation == evaluation]
+    sources = [f"`{name}`" for name, options in SOURCES.items() if options.evaluation == evaluation]
     return f"With `data.source` {' or '.join(sources)}"
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
-from jepa_scale.build import OBJECTIVES, objective_class
 from jepa_scale.config import Config, Section
 from jepa_scale.data import SOURCES
-from jepa_scale.evaluation import OPTIONS
+from jepa_scale.evaluate.options import OPTIONS
+from jepa_scale.experiment import OBJECTIVES, objective_options
 from jepa_scale.models.options import ModelOptions
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
@@ -20,8 +20,8 @@ def kinds() -> dict[str, dict[str, type[Section]]]:
     """Sections whose keys depend on one of them → its values → the keys with each; ``model`` and ``eval`` have no such key."""
     return {
         "model": {"": ModelOptions},
-        "data": {name: options for name, (options, _) in SOURCES.items()},
-        "objective": {name: objective_class(name).Options for name in OBJECTIVES},
+        "data": dict(SOURCES),
+        "objective": {name: objective_options(name) for name in OBJECTIVES},
         "eval": dict(OPTIONS),
     }
 

@@ -96,7 +96,10 @@ def size(text: str) -> int:
 
 def export_run(args: argparse.Namespace) -> int:
     from jepa_scale.telemetry import quiet_libraries
+    from jepa_scale.telemetry.records import config_of
 
+    config_of(args.source)
+    shard_bytes = None if args.shard_size is None else size(args.shard_size)
     quiet_libraries()
     from jepa_scale.convert.to_hf import ExportOptions, export
 
@@ -105,8 +108,8 @@ def export_run(args: argparse.Namespace) -> int:
         for name in ("checkpoint", "dtype", "heads", "adapter", "tokenizer")
         if getattr(args, name) is not None
     }
-    if args.shard_size is not None:
-        chosen["shard_bytes"] = size(args.shard_size)
+    if shard_bytes is not None:
+        chosen["shard_bytes"] = shard_bytes
     options = ExportOptions(**chosen, verify=not args.no_verify, progress=not args.no_progress)
     before = signal.signal(signal.SIGTERM, _stop)
     begin = time.monotonic()
@@ -135,11 +138,17 @@ def import_model(args: argparse.Namespace) -> int:
     from jepa_scale.telemetry import quiet_libraries
 
     quiet_libraries()
+    from jepa_scale.config import load_config, to_yaml
+    from jepa_scale.experiment import validate
+
+    config = load_config(args.config, args.overrides)
+    config.run.dir, config.run.name = str(args.out.parent), args.out.name
+    plan = validate(config)
+
     import torch
     from transformers.utils import logging
 
-    from jepa_scale.build import create_stream, validate
-    from jepa_scale.config import load_config, to_yaml
+    from jepa_scale.build import create_stream
     from jepa_scale.convert.from_hf import load_decoder, load_heads, write_checkpoint
     from jepa_scale.data import load_data
     from jepa_scale.distributed import Ranks
@@ -151,9 +160,6 @@ def import_model(args: argparse.Namespace) -> int:
 
     if args.no_progress:
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    config = load_config(args.config, args.overrides)
-    config.run.dir, config.run.name = str(args.out.parent), args.out.name
-    plan = validate(config)
     data = load_data(config.data)
     torch.manual_seed(config.run.seed)  # as a run is built, so that heads without a file start as they would there
     backbone = build_backbone(plan.model, data.vocab_size)

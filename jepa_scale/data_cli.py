@@ -9,14 +9,16 @@ import sys
 import time
 from pathlib import Path
 from types import FrameType, UnionType
-from typing import Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from jepa_scale.config import parse_section
 from jepa_scale.data.prepare.base import PrepareOptions
-from jepa_scale.data.prepare.sections import SectionOptions, passages
-from jepa_scale.data.shard_format import Index
+from jepa_scale.data.prepare.section_options import SectionOptions
 from jepa_scale.errors import InputError
 from jepa_scale.table import text_table
+
+if TYPE_CHECKING:
+    from jepa_scale.data.shard_format import Index
 
 STOPPED = "stopped; what is finished stays: start the same command again to go on"
 
@@ -107,11 +109,11 @@ def chosen_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def prepare_data(args: argparse.Namespace) -> int:
-    from jepa_scale.data.prepare.job import prepare
-
     options = parse_section(PrepareOptions, chosen_options(args), "")
     if args.processes is not None and args.processes < 1:
         raise InputError(f"--processes {args.processes}: must be at least 1")
+    from jepa_scale.data.prepare.job import prepare
+
     before = signal.signal(signal.SIGTERM, _stop)
     begin = time.monotonic()
     try:
@@ -136,6 +138,7 @@ def prepare_data(args: argparse.Namespace) -> int:
 
 def verify_data(args: argparse.Namespace) -> int:
     from jepa_scale.data.prepare.verify import verify
+    from jepa_scale.data.shard_format import Index
 
     damage = verify(args.folder, not args.no_progress)
     for line in damage:
@@ -159,11 +162,12 @@ def write_reversal(args: argparse.Namespace) -> int:
 
 
 def write_sections(args: argparse.Namespace) -> int:
-    from jepa_scale.files import write_atomic
-
     options = parse_section(SectionOptions, chosen_options(args), "")
     if not args.out.parent.is_dir():
         raise InputError(f"--out {args.out}: there is no folder {args.out.parent}; make it first")
+    from jepa_scale.data.prepare.sections import passages
+    from jepa_scale.files import write_atomic
+
     made = passages(args.source, options)
     try:
         write_atomic(args.out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made.rows))

@@ -40,8 +40,16 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def encode_file(args: argparse.Namespace) -> int:
+    out: Path = args.out
+    if out.suffix != ".npy":
+        raise InputError(f"--out {out}: must end with .npy")
+    if not out.parent.is_dir():
+        raise InputError(f"--out {out}: there is no folder {out.parent}; make it first")
+    begin = time.monotonic()
     from jepa_scale.telemetry import quiet_libraries
+    from jepa_scale.telemetry.records import config_of
 
+    config_of(args.run.expanduser())
     quiet_libraries()
     import numpy as np
 
@@ -49,12 +57,6 @@ def encode_file(args: argparse.Namespace) -> int:
     from jepa_scale.files import write_atomic
     from jepa_scale.inference import load
 
-    out: Path = args.out
-    if out.suffix != ".npy":
-        raise InputError(f"--out {out}: must end with .npy")
-    if not out.parent.is_dir():
-        raise InputError(f"--out {out}: there is no folder {out.parent}; make it first")
-    begin = time.monotonic()
     found = read_texts(args.input)
     run = load(args.run, args.checkpoint, args.device)
     hint = "" if args.truncate else "shorten it, or have it cut with --truncate"

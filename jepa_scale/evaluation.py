@@ -14,6 +14,7 @@ from jepa_scale.distributed import Ranks
 from jepa_scale.encoding import Call, text_batches
 from jepa_scale.errors import InputError
 from jepa_scale.evaluate import chat, perplexity, reversal
+from jepa_scale.evaluate.options import ChatEvalOptions
 from jepa_scale.evaluate.snapshot import save_snapshot
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.objectives.base import Objective
@@ -23,13 +24,6 @@ from jepa_scale.probing import SPLIT, ProbeTest
 
 Results = dict[str, dict[str, float]]
 
-OPTIONS: dict[str, type[Section]] = {
-    "answers": reversal.EvalOptions,
-    "perplexity": perplexity.PerplexityOptions,
-    "chat": chat.ChatEvalOptions,
-}
-"""Name of an evaluation (``DataOptions.evaluation``) → the keys of its ``eval:``."""
-
 
 def chat_test(options: Section, data: Any, backbone: Backbone, predicts_tokens: bool = True) -> chat.ChatTest | None:
     """What generation will ask; None if the evaluation generates nothing. Reads the rows of every split.
@@ -38,7 +32,7 @@ def chat_test(options: Section, data: Any, backbone: Backbone, predicts_tokens: 
         InputError: naming the key: the objective trains no model that could answer, the data have no tokenizer, or a row's
             database is not there.
     """
-    if not isinstance(options, chat.ChatEvalOptions) or not options.metrics:
+    if not isinstance(options, ChatEvalOptions) or not options.metrics:
         return None
     if not predicts_tokens:
         raise InputError("eval.metrics: the objective does not train next-token prediction, which answers; remove it")

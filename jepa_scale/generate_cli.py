@@ -27,15 +27,17 @@ def parser() -> argparse.ArgumentParser:
 
 
 def generate_texts(args: argparse.Namespace) -> int:
+    for name in ("max_new_tokens", "batch_size"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     from jepa_scale.telemetry import quiet_libraries
+    from jepa_scale.telemetry.records import config_of
 
+    config_of(args.run.expanduser())
     quiet_libraries()
     from jepa_scale.data.texts import read_texts
     from jepa_scale.inference import load
 
-    for name in ("max_new_tokens", "batch_size"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     prompts = args.prompts or [found.text for found in read_texts("-")]
     run = load(args.run, args.checkpoint, args.device)
     for prompt, said in zip(prompts, run.generate(prompts, args.max_new_tokens, args.batch_size), strict=True):

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from jepa_scale.build import validate
 from jepa_scale.checkpoint import Manifest, complete, store
 from jepa_scale.checkpoint.boxes import Boxes
 from jepa_scale.checkpoint.manifest import FILE, TENSORS
@@ -29,10 +28,11 @@ from jepa_scale.distributed import Ranks
 from jepa_scale.encoding import EncodedTexts, encode_texts
 from jepa_scale.errors import InputError
 from jepa_scale.evaluate.generation import answer, rounds
+from jepa_scale.experiment import validate
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.objectives.base import JepaModel
 from jepa_scale.say import say
-from jepa_scale.telemetry.records import CONFIG_FILE
+from jepa_scale.telemetry.records import config_of
 
 
 @dataclass(slots=True)
@@ -208,10 +208,9 @@ def load(run_dir: str | Path, checkpoint: str | Path = "auto", device: str | tor
             model.
     """
     run = Path(run_dir).expanduser()
-    if not (run / CONFIG_FILE).is_file():
-        raise InputError(f"{run}: not a run directory (no {CONFIG_FILE})")
+    file = config_of(run)
     where = _device(device)
-    config = load_config((run / CONFIG_FILE).absolute())
+    config = load_config(file.absolute())
     plan = validate(config)
     found = find_checkpoint(run, checkpoint, config.checkpoint.verify)
     data: Any = open_data(config.data)

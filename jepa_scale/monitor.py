@@ -10,11 +10,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from jepa_scale.checkpoint import complete
+from jepa_scale.checkpoint.retention import complete
 from jepa_scale.config import read_yaml
-from jepa_scale.errors import InputError
 from jepa_scale.table import format_number
-from jepa_scale.telemetry.records import CONFIG_FILE, FIT, METRICS_FILE, SUMMARY_FILE, Row, read_rows
+from jepa_scale.telemetry.records import CONFIG_FILE, FIT, METRICS_FILE, SUMMARY_FILE, Row, config_of, read_rows
 
 RECENT = 20
 """Rows of training from which the time of a step is taken."""
@@ -76,9 +75,7 @@ def look(run: Path, stall: float, now: float | None = None) -> Status:
     Raises:
         InputError: it is not a run directory.
     """
-    if not (run / CONFIG_FILE).is_file():
-        raise InputError(f"{run}: not a run directory (no {CONFIG_FILE})")
-    config = read_yaml(run / CONFIG_FILE)
+    config = read_yaml(config_of(run))
     every = read_rows(run)
     rows = [row for row in every if row["split"] == FIT]
     last: Row = rows[-1] if rows else {"step": 0}

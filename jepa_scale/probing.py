@@ -17,7 +17,7 @@ from jepa_scale.distributed import Ranks, all_reduce_sum, broadcast_object, rank
 from jepa_scale.encoding import Call, encode_texts
 from jepa_scale.errors import InputError
 from jepa_scale.evaluate.geometry import uniformity
-from jepa_scale.evaluate.perplexity import PerplexityOptions
+from jepa_scale.evaluate.options import PerplexityOptions
 from jepa_scale.evaluate.probe import Labelled, accuracy, linear_probe, majority, neighbour_predictions
 from jepa_scale.evaluate.representation import effective_rank
 from jepa_scale.models.backbone import Backbone

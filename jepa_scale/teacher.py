@@ -8,29 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from jepa_scale.checkpoint.boxes import Boxes
-from jepa_scale.config import Section
 from jepa_scale.engines.base import Engine
+from jepa_scale.teacher_options import TeacherOptions
 
 TEACHER = "teacher/"
 """Of the teacher's tensors in a checkpoint."""
-
-
-class TeacherOptions(Section):
-    momentum: float = Field(0.99, ge=0, le=1, description="EMA momentum m at the first update.")
-    final_momentum: float | None = Field(
-        0.9998, ge=0, le=1, description="m at the end of a linear or cosine schedule; null = momentum."
-    )
-    schedule: Literal["constant", "linear", "cosine"] = Field(
-        "cosine", description="How m goes from the first to the final one; constant = it stays the first."
-    )
-    steps: int = Field(0, ge=0, description="Updates until the final momentum; 0 = the whole run.")
 
 
 def momentum_at(step: int, options: TeacherOptions, total_steps: int) -> float:

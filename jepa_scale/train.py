@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 import traceback
 from dataclasses import replace
 from functools import partial
@@ -21,20 +20,24 @@ if __name__ == "__main__":  # run as a file: this folder is first on sys.path an
     from jepa_scale.allocator import start_with_tcmalloc
 
     start_with_tcmalloc()
+    from jepa_scale.train_cli import refuse_early
+
+    refuse_early(sys.argv[1:])
 
 import torch
 from torch import Tensor
 
 from jepa_scale import allocator, checkpoint, distributed
 from jepa_scale.breakdown import breakdown_table
-from jepa_scale.build import Run, build, validate
+from jepa_scale.build import Run, build
 from jepa_scale.checkpoint import Saver
 from jepa_scale.config import Config, load_config, to_yaml
 from jepa_scale.criteria import Aborted, Criteria
 from jepa_scale.distributed import Ranks
-from jepa_scale.errors import DataError, InputError
+from jepa_scale.errors import InputError
 from jepa_scale.evaluate.chat import generations_file
 from jepa_scale.evaluation import Results
+from jepa_scale.experiment import validate
 from jepa_scale.flops import peak_of
 from jepa_scale.loss_guard import LossGuard
 from jepa_scale.meter import Meter
@@ -43,7 +46,8 @@ from jepa_scale.packing import PackedBatch, add_counts
 from jepa_scale.preemption import Stopped, StopRequest
 from jepa_scale.say import say
 from jepa_scale.telemetry import FIT, RunLog, describe, package_versions, prepare_run_dir, quiet_libraries
-from jepa_scale.telemetry.records import read_rows
+from jepa_scale.telemetry.records import config_of, read_rows
+from jepa_scale.train_cli import parser, refusal
 from jepa_scale.watchdog import Watchdog
 
 
@@ -301,10 +305,7 @@ def told_of_save(report: checkpoint.Report) -> None:
 
 def evaluate_checkpoint(args: argparse.Namespace) -> None:
     """Evaluate a run's checkpoint once more, perhaps with other ``eval`` options, and print the metrics."""
-    file = args.run / "config.yaml"
-    if not file.is_file():
-        raise InputError(f"{args.run}: not a run directory (no config.yaml)")
-    config = load_config(file, args.overrides)
+    config = load_config(config_of(args.run), args.overrides)
     quiet_libraries()
     ranks = distributed.setup()
     found = checkpoint.find(args.run, args.checkpoint, config.checkpoint.verify)
@@ -324,14 +325,7 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="jepa-scale train", description="Train one run from a config.")
-    parser.add_argument("--config", required=True, help="YAML file of the experiment")
-    parser.add_argument(
-        "--resume", metavar="auto|PATH", help="continue: from the run's newest checkpoint, or from PATH"
-    )
-    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override keys of the config")
-    return guarded(run_training, parser.parse_intermixed_args(argv))
+    return guarded(run_training, parser().parse_intermixed_args(argv))
 
 
 def guarded(command, args: argparse.Namespace) -> int:
@@ -340,11 +334,7 @@ def guarded(command, args: argparse.Namespace) -> int:
         command(args)
         return 0
     except InputError as error:
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, DataError):  # else every rank found the same
-            print(f"jepa-scale: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(2)  # a launcher ends all ranks when the first one goes: let rank 0 speak
-        return 2
+        return refusal(error)
     except Aborted as aborted:
         if os.environ.get("RANK", "0") == "0":
             print(f"jepa-scale: {aborted}", file=sys.stderr, flush=True)

@@ -7,9 +7,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jepa_scale.build import validate
 from jepa_scale.config import load_config
 from jepa_scale.config_origins import annotate
+from jepa_scale.experiment import validate
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 EXPERIMENT = """\

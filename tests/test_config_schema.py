@@ -7,11 +7,11 @@ import jsonschema
 import pytest
 import yaml
 
-from jepa_scale.build import OBJECTIVES, validate
 from jepa_scale.cli import main
 from jepa_scale.config import load_config
 from jepa_scale.config_reference import reference
 from jepa_scale.config_schema import config_schema, kinds
+from jepa_scale.experiment import OBJECTIVES, validate
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 EXPERIMENTS = sorted((REPOSITORY / "configs").glob("*.yaml"))

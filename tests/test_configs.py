@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from jepa_scale.build import validate
 from jepa_scale.config import load_config, to_yaml
+from jepa_scale.experiment import validate
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 EXPERIMENTS = sorted(CONFIGS.glob("*.yaml"))

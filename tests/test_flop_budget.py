@@ -11,7 +11,8 @@ from jepa_scale.data.loader import Loader
 from jepa_scale.data.stream import Dealt
 from jepa_scale.errors import InputError
 from jepa_scale.flop_budget import steps_within, whole_steps
-from jepa_scale.objectives.lm import LanguageModeling, LmOptions
+from jepa_scale.objectives.lm import LanguageModeling
+from jepa_scale.objectives.lm_options import LmOptions
 from jepa_scale.objectives.two_view import TwoView, TwoViewOptions
 from tests.objectives import chats
 

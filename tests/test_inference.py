@@ -16,12 +16,13 @@ from transformers import AutoModelForCausalLM
 
 import jepa_scale
 from jepa_scale import checkpoint
-from jepa_scale.build import build, validate
+from jepa_scale.build import build
 from jepa_scale.config import load_config
 from jepa_scale.data.draw import Draw
 from jepa_scale.data.examples import Document
 from jepa_scale.distributed import Ranks
 from jepa_scale.errors import InputError
+from jepa_scale.experiment import validate
 from jepa_scale.inference import LoadedRun
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions

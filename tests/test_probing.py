@@ -10,19 +10,21 @@ import numpy as np
 import pytest
 import torch
 
-from jepa_scale.build import build, validate
+from jepa_scale.build import build
 from jepa_scale.config import load_config
 from jepa_scale.data import load_data
 from jepa_scale.data.draw import Draw
 from jepa_scale.distributed import Ranks
 from jepa_scale.errors import InputError
-from jepa_scale.evaluate.chat import ChatEvalOptions
 from jepa_scale.evaluate.geometry import uniformity
+from jepa_scale.evaluate.options import ChatEvalOptions
 from jepa_scale.evaluate.probe import Labelled, linear_probe, neighbour_predictions
 from jepa_scale.evaluate.representation import effective_rank
 from jepa_scale.evaluation import chat_test, evaluate
+from jepa_scale.experiment import validate
 from jepa_scale.models.loading import build_backbone
-from jepa_scale.objectives.lm import LanguageModeling, LmOptions
+from jepa_scale.objectives.lm import LanguageModeling
+from jepa_scale.objectives.lm_options import LmOptions
 from jepa_scale.packing import Segment, Views, pack_stream
 from jepa_scale.probing import probe_test
 from tests.distributed.launch import run_ranks

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from jepa_scale.build import objective_class, validate
 from jepa_scale.config import load_config
 from jepa_scale.data import load_data
 from jepa_scale.data.loader import Loader
 from jepa_scale.data.stream import SampleStream
+from jepa_scale.experiment import objective_class, validate
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.packing import IGNORE
 

@@ -9,7 +9,8 @@ from torch import nn
 
 from jepa_scale.config import parse_section
 from jepa_scale.errors import InputError
-from jepa_scale.teacher import TeacherModel, TeacherOptions, momentum_at
+from jepa_scale.teacher import TeacherModel, momentum_at
+from jepa_scale.teacher_options import TeacherOptions
 
 SCHEDULES = ("constant", "linear", "cosine")
 UNIT = st.floats(0, 1)

@@ -15,11 +15,12 @@ import numpy as np
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from jepa_scale.build import Plan, Run, build, model_of, validate
+from jepa_scale.build import Run, build, model_of
 from jepa_scale.checkpoint import Saver
 from jepa_scale.config import Config, to_yaml
 from jepa_scale.criteria import Criteria
 from jepa_scale.distributed import Ranks
+from jepa_scale.experiment import Plan, validate
 from jepa_scale.objectives.base import JepaModel
 from jepa_scale.packing import IGNORE
 from jepa_scale.preemption import StopRequest

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jepa_scale.checkpoint.store import describe
 from jepa_scale.errors import InputError
 from jepa_scale.files import write_atomic
 
@@ -91,3 +91,15 @@ class Manifest:
 def _sha256(values: dict[str, Any]) -> str:
     """Of what a manifest says, however it is laid out in the file."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def describe(files: list[Path]) -> dict[str, Any]:
+    """Name → ``bytes`` and ``sha256`` of files, read once each, several at a time."""
+    with ThreadPoolExecutor(4) as pool:
+        digests = list(pool.map(_sha256_of_file, files))
+    return {f.name: {"bytes": f.stat().st_size, "sha256": d} for f, d in zip(files, digests, strict=True)}
+
+
+def _sha256_of_file(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from jepa_scale.checkpoint import store
 from jepa_scale.checkpoint.boxes import Boxes, Stateful, state_of
 from jepa_scale.checkpoint.generators import rng_state
-from jepa_scale.checkpoint.manifest import TENSORS, Manifest
+from jepa_scale.checkpoint.manifest import TENSORS, Manifest, describe
 from jepa_scale.checkpoint.retention import Policy, prune, sweep
 from jepa_scale.distributed import barrier, rank, world_size
 from jepa_scale.files import sync_folder, write_atomic
@@ -176,7 +176,7 @@ class Saver:
             try:
                 generators = partial / f"rng_rank{rank():05d}.pt"
                 _write(generators, job.generators)
-                files |= store.describe([generators])
+                files |= describe([generators])
             except Exception as error:  # whatever it is, the other ranks wait for the answer
                 problem = _plain(error)
         everyone = self._gather((problem, files))

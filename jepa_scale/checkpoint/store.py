@@ -1,11 +1,9 @@
-"""Tensors in a folder: a distributed checkpoint, checksums of its files, and reading it without trusting it."""
+"""Tensors in a folder: a distributed checkpoint, and reading it without trusting it."""
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, Def
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from jepa_scale.checkpoint.boxes import Boxes
+from jepa_scale.checkpoint.manifest import describe
 from jepa_scale.errors import InputError
 
 METADATA_FILE = ".metadata"
@@ -210,15 +209,3 @@ def _load(folder: Path, tensors: dict[str, Any], **how: Any) -> None:
         dcp.load(tensors, storage_reader=SafeReader(folder), planner=_load_planner(), **how)
     except CheckpointException as error:
         raise InputError(f"{folder}: cannot be read: {_reason(error)}") from error
-
-
-def describe(files: list[Path]) -> dict[str, Any]:
-    """Name → ``bytes`` and ``sha256`` of files, read once each, several at a time."""
-    with ThreadPoolExecutor(4) as pool:
-        digests = list(pool.map(_sha256, files))
-    return {f.name: {"bytes": f.stat().st_size, "sha256": d} for f, d in zip(files, digests, strict=True)}
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from jepa_scale.errors import InputError
-from jepa_scale.models.lora import ADAPTER, BASE_OF, NEW_OF, LoraOptions
+from jepa_scale.models.lora import ADAPTER, BASE_OF, NEW_OF
+from jepa_scale.models.options import LoraOptions
 
 Shapes = Mapping[str, tuple[torch.Size, torch.dtype]]
 A, B = f".lora_A.{ADAPTER}.weight", f".lora_B.{ADAPTER}.weight"

@@ -36,7 +36,7 @@ from jepa_scale.convert.tokenizer import Tokenizer, find_tokenizer
 from jepa_scale.data.prepare.lock import locked
 from jepa_scale.errors import InputError
 from jepa_scale.models.options import ModelOptions
-from jepa_scale.telemetry.records import CONFIG_FILE, FIT, SUMMARY_FILE, read_rows, summarize
+from jepa_scale.telemetry.records import FIT, SUMMARY_FILE, config_of, read_rows, summarize
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INDEX_FILE = "model.safetensors.index.json"
@@ -91,9 +91,7 @@ def export(
     Raises:
         InputError: the run or its checkpoint can't be used, or the folder holds something else.
     """
-    if not (run / CONFIG_FILE).is_file():
-        raise InputError(f"{run}: not a run directory (no {CONFIG_FILE})")
-    config = load_config(run / CONFIG_FILE)
+    config = load_config(config_of(run))
     begun = read_journal(out)
     model_options = parse_section(ModelOptions, config.model, "model")
     if options.adapter:

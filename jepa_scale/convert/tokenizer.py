@@ -10,8 +10,9 @@ from typing import Any
 
 from jepa_scale.data import parse_data
 from jepa_scale.data.fetch import cache_dir
+from jepa_scale.data.options import ShardOptions
 from jepa_scale.data.prepare.tokenizer import load_tokenizer, special_ids
-from jepa_scale.data.shard_source import ShardOptions, open_shards
+from jepa_scale.data.shard_source import open_shards
 from jepa_scale.errors import InputError
 
 

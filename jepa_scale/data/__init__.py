@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
 from typing import Any
 
 from jepa_scale.config import parse_section
-from jepa_scale.data import mixture, reversal_source, shard_source
+from jepa_scale.data import options
 from jepa_scale.data.base import DataOptions, Dataset
 from jepa_scale.errors import InputError
 
-SOURCES: dict[str, tuple[type[DataOptions], Callable[[Any], Dataset]]] = {
-    "reversal": (reversal_source.ReversalOptions, reversal_source.load),
-    "text": (shard_source.TextOptions, shard_source.load),
-    "chat": (shard_source.ChatOptions, shard_source.load),
-    "grids": (shard_source.GridOptions, shard_source.load),
-    "mixture": (mixture.MixtureOptions, lambda options: mixture.load(options, load_data)),
+SOURCES: dict[str, type[DataOptions]] = {
+    "reversal": options.ReversalOptions,
+    "text": options.TextOptions,
+    "chat": options.ChatOptions,
+    "grids": options.GridOptions,
+    "mixture": options.MixtureOptions,
 }
-"""Name of a source → its options and what builds its data set from them."""
+"""Name of a source → its keys."""
 
 
 def parse_data(values: dict[str, Any], prefix: str = "data") -> DataOptions:
@@ -28,13 +27,17 @@ def parse_data(values: dict[str, Any], prefix: str = "data") -> DataOptions:
         InputError: naming the key.
     """
     name = values.get("source") if isinstance(values, dict) else None
-    if name not in SOURCES:
+    if not isinstance(name, str) or name not in SOURCES:
         if name is None:
             raise InputError(f"{prefix}.source: required key is missing; sources: {', '.join(sorted(SOURCES))}")
         near = difflib.get_close_matches(str(name), SOURCES, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"sources: {', '.join(sorted(SOURCES))}"
         raise InputError(f"{prefix}.source: unknown source {name!r}; {hint}")
-    return parse_section(SOURCES[name][0], values, prefix)
+    given = parse_section(SOURCES[name], values, prefix)
+    if isinstance(given, options.MixtureOptions):
+        for number, part in enumerate(given.parts):
+            parse_data({key: part[key] for key in part if key not in options.OF_A_PART}, f"{prefix}.parts.{number}")
+    return given
 
 
 def load_data(values: dict[str, Any], prefix: str = "data") -> Dataset:
@@ -43,8 +46,20 @@ def load_data(values: dict[str, Any], prefix: str = "data") -> Dataset:
     Raises:
         InputError: naming the key, file or row.
     """
-    options = parse_data(values, prefix)
-    return SOURCES[options.source][1](options)
+    given = parse_data(values, prefix)
+    # a source is imported when it is read: to check its keys takes neither numpy nor webdataset
+    if isinstance(given, options.ReversalOptions):
+        from jepa_scale.data import reversal_source
+
+        return reversal_source.load(given)
+    if isinstance(given, options.MixtureOptions):
+        from jepa_scale.data import mixture
+
+        return mixture.load(given, load_data)
+    from jepa_scale.data import shard_source
+
+    assert isinstance(given, options.ShardOptions), given
+    return shard_source.load(given)
 
 
 __all__ = ["SOURCES", "DataOptions", "Dataset", "load_data", "parse_data"]

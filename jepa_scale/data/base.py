@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-import numpy as np
 from pydantic import Field
 
 from jepa_scale.config import Section
-from jepa_scale.data.order import Order
+
+if TYPE_CHECKING:  # options are checked before anything that takes time is imported
+    import numpy as np
+
+    from jepa_scale.data.order import Order
 
 
 class DataOptions(Section):

@@ -5,26 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
-from pydantic import Field
 
-from jepa_scale.data.base import DataOptions
+from jepa_scale.data.options import MixtureOptions
 from jepa_scale.data.order import Mixed
 from jepa_scale.errors import InputError
-
-
-class MixtureOptions(DataOptions):
-    """Keys of ``data:`` with ``source: mixture``. A part has the keys of its own source, and two more: ``weight``, and
-    ``name``, which its splits are called by."""
-
-    evaluation: ClassVar[str] = "perplexity"
-
-    source: Literal["mixture"] = Field("mixture", description="Several sources, interleaved.")
-    parts: list[dict[str, Any]] = Field(
-        description="Each a source with its keys, weight (share of the tokens) and name."
-    )
 
 
 @dataclass(frozen=True)

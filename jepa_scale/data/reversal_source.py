@@ -3,44 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
-
-from pydantic import Field
 
 from jepa_scale.config import find_file
-from jepa_scale.data.base import DataOptions
 from jepa_scale.data.fetch import cache_dir
 from jepa_scale.data.locate import locate
+from jepa_scale.data.options import GENERATOR_KEYS, ReversalOptions
 from jepa_scale.data.reversal import ReversalData, generate
 from jepa_scale.data.reversal_files import read, read_shards
 from jepa_scale.errors import InputError
-
-GENERATOR_KEYS = {"entities_a", "comb", "relations", "seed"}
-
-
-class ReversalOptions(DataOptions):
-    """Keys of ``data:`` with ``source: reversal``."""
-
-    source: Literal["reversal"] = Field("reversal", description="Facts and their reverses (GPT2WithJEPA).")
-    entities_a: int = Field(50_000, description="Entities seen in both directions; B has 0.6 times as many.")
-    comb: int = Field(10, description="Entities that share a first (and a last) name.")
-    relations: int = Field(6, description="Relations, each with an inverse.")
-    seed: int = Field(0, ge=0, description="Seed of the generated facts.")
-    atomic_repeats: int = Field(1, ge=1, description="Times an epoch that a fact known in one direction only is met.")
-    order: Literal["shuffled", "by_name"] = Field(
-        "shuffled", description="by_name: facts whose entities share a name token come together, as hard negatives."
-    )
-    path: str | None = Field(
-        None, description="Folder of train.json, valid.json, vocab.json, or their prepared shards, read instead."
-    )
-    first_relation_token_id: int | None = Field(
-        None, ge=0, description="With path: finds inverses by parity from this id, whatever vocab.json names."
-    )
-
-    def resolved(self) -> dict[str, Any]:
-        """Without the generator's keys when the facts are read from files."""
-        values = super().resolved()
-        return values if self.path is None else {k: v for k, v in values.items() if k not in GENERATOR_KEYS}
 
 
 def load(options: ReversalOptions) -> ReversalData:

@@ -5,57 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
-from pydantic import Field
-
-from jepa_scale.data.base import DataOptions
 from jepa_scale.data.fetch import cache_dir
 from jepa_scale.data.locate import Located, check, locate
+from jepa_scale.data.options import ChatOptions, ShardOptions
 from jepa_scale.data.order import Windowed
 from jepa_scale.data.prepare.base import PrepareOptions, RecordOptions
 from jepa_scale.data.shards import ShardExamples
 from jepa_scale.errors import InputError
-
-
-class ShardOptions(RecordOptions, DataOptions):
-    """Keys of ``data:`` that text, chat and grids share."""
-
-    evaluation: ClassVar[str] = "perplexity"
-
-    path: str | list[str] = Field(
-        description="Alias, file, folder, glob or Hugging Face name; or prepared shards: folder, pattern, URL."
-    )
-    max_length: int = Field(512, ge=1, description="Tokens in a sample, at most (its last one is only predicted).")
-    long: Literal["split", "drop", "truncate", "error"] = Field(
-        "drop", description="What becomes of a longer one; whatever it is, it is counted."
-    )
-    shuffle_window: int = Field(
-        16384, ge=1, description="Samples that are shuffled together, in shards that come in random order."
-    )
-    train_fraction: float = Field(1.0, gt=0, le=1, description="Share of the training samples to use, from the start.")
-    cache: str | None = Field(
-        None, description="Folder for prepared and downloaded shards; null = $JEPA_SCALE_CACHE or ~/.cache/jepa_scale."
-    )
-    cache_gb: float = Field(100.0, gt=0, description="Downloaded shards to keep; the least recently used go first.")
-
-
-class TextOptions(ShardOptions):
-    source: Literal["text"] = Field("text", description="Documents, predicted token by token.")
-    long: Literal["split", "drop", "truncate", "error"] = Field(
-        "split", description="What becomes of a longer document; whatever it is, it is counted."
-    )
-
-
-class ChatOptions(ShardOptions):
-    evaluation: ClassVar[str] = "chat"
-
-    source: Literal["chat"] = Field("chat", description="Conversations; what the assistant says is predicted.")
-    train_all: bool = Field(False, description="Predict every token, not the assistant's alone.")
-
-
-class GridOptions(ShardOptions):
-    source: Literal["grids"] = Field("grids", description="Sequences of grids of colours.")
 
 
 @dataclass(frozen=True)

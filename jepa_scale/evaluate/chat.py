@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import sys
@@ -13,58 +12,15 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 import numpy as np
-from pydantic import Field, model_validator
 from tqdm import tqdm
 
 from jepa_scale.distributed import Ranks, all_gather_object
 from jepa_scale.errors import DataError, InputError
 from jepa_scale.evaluate.generation import Answer, answer, rounds
-from jepa_scale.evaluate.perplexity import PerplexityOptions
+from jepa_scale.evaluate.options import DATABASE, ChatEvalOptions
 from jepa_scale.evaluate.text_match import METRICS, Wanted
 from jepa_scale.files import write_atomic
 from jepa_scale.say import say
-
-DATABASE = "{db_id}"
-
-
-class ChatEvalOptions(PerplexityOptions):
-    """Keys of ``eval:`` for chat."""
-
-    metrics: list[str] = Field(
-        default_factory=list, description=f"Of generated answers: {', '.join(METRICS)}; empty = generate none."
-    )
-    max_new_tokens: int = Field(128, ge=1, description="Tokens of an answer, at most, its closing one included.")
-    max_generations: int = Field(0, ge=0, description="Rows of a split to answer, evenly spread; 0 = all.")
-    generation_batch: int = Field(64, ge=1, description="Answers generated together on a rank.")
-    choices: list[str] = Field(default_factory=list, description="multiple_choice: the labels, e.g. [A, B, C, D].")
-    database: str | None = Field(
-        None, description="sql_execution: SQLite file; {db_id} in it is the name found by database_id."
-    )
-    database_id: str = Field(
-        r"For db_id:\[([^\]/\\]+)\]",
-        description="sql_execution: regular expression; its one group finds the database in what the user says.",
-    )
-
-    @model_validator(mode="after")
-    def _complete(self) -> ChatEvalOptions:
-        for name in self.metrics:
-            if name not in METRICS:
-                near = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.5)
-                hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(METRICS)}"
-                raise ValueError(f"metrics: unknown metric {name!r}; {hint}")
-        if "multiple_choice" in self.metrics and not self.choices:
-            raise ValueError("choices: multiple_choice needs the labels, e.g. [A, B, C, D]")
-        if len(set(self.choices)) < len(self.choices) or not all(label.strip() for label in self.choices):
-            raise ValueError(f"choices: must be labels that differ, got {self.choices}")
-        if "sql_execution" in self.metrics and not self.database:
-            raise ValueError(f"database: sql_execution needs an SQLite file, e.g. databases/{DATABASE}.sqlite")
-        try:
-            groups = re.compile(self.database_id).groups
-        except re.error as error:
-            raise ValueError(f"database_id: no regular expression: {error}") from None
-        if groups != 1:
-            raise ValueError(f"database_id: must have one group, the database's name; it has {groups}")
-        return self
 
 
 class _Turn(Protocol):

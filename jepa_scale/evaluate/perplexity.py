@@ -7,24 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from pydantic import Field
 
-from jepa_scale.config import Section
 from jepa_scale.distributed import all_reduce_sum
-
-
-class PerplexityOptions(Section):
-    """Keys of ``eval:`` for text and chat."""
-
-    micro_tokens: int = Field(8192, ge=1, description="Tokens in one forward on a rank.")
-    max_samples: int = Field(0, ge=0, description="Samples of a split to evaluate, evenly spread; 0 = all.")
-    probe: str | None = Field(
-        None, description="JSONL of text and label, perhaps split (train, test): labels that are read off the states."
-    )
-    probe_test_fraction: float = Field(
-        0.3, gt=0, lt=1, description="Share of each label's texts that test, where the rows have no split."
-    )
-    probe_neighbours: int = Field(10, ge=1, description="Nearest training texts that vote on a test text's label.")
 
 
 def evaluate(

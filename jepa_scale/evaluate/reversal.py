@@ -10,19 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
 
-from jepa_scale.config import Section
 from jepa_scale.distributed import all_reduce_sum, data_rank, data_size
 from jepa_scale.evaluate.answers import Answerer
-
-
-class EvalOptions(Section):
-    """Keys of ``eval:``."""
-
-    max_facts: int = Field(3000, ge=0, description="Facts of a split to evaluate, a fixed random choice; 0 = all.")
-    rank_facts: int = Field(512, ge=0, description="Of these, facts ranked against all entities; 0 = all.")
-    batch_size: int = Field(512, ge=1, description="Questions in one forward on a rank.")
+from jepa_scale.evaluate.options import EvalOptions
 
 
 def evaluate(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jepa_scale.evaluate.snapshot_files import snapshot_file
 from jepa_scale.files import write_atomic
 
 ROWS = 1000
@@ -55,23 +56,6 @@ def save_snapshot(rows: Mapping[str, Tensor], run_dir: Path, step: int, split: s
     path.parent.mkdir(parents=True, exist_ok=True)
     counts = {name: len(x) for name, x in rows.items()}
     write_atomic(path, json.dumps({"step": step, "rows": counts, **snapshot(rows)}, allow_nan=False) + "\n")
-
-
-def snapshot_file(run_dir: Path, split: str) -> Path:
-    return run_dir / "representations" / f"{split}.json"
-
-
-def read_snapshots(run_dir: Path) -> dict[str, dict[str, Any]]:
-    """Split → what :func:`save_snapshot` wrote; a damaged file is as none."""
-    found = {}
-    for path in sorted((run_dir / "representations").glob("*.json")):
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            continue
-        if isinstance(values, dict) and {"step", "spectra", "projections", "explained"} <= values.keys():
-            found[path.stem] = values
-    return found
 
 
 def _some(rows: Tensor, count: int) -> Tensor:

@@ -8,10 +8,33 @@ from pydantic import Field
 
 from jepa_scale.config import Section
 from jepa_scale.errors import InputError
-from jepa_scale.models.lora import LoraOptions
 
 SHARED_KEYS = {"family", "vocab_size", "lora"}
 HUGGINGFACE_KEYS = {"config", "pretrained", "random_init", "cache_dir", "trust_remote_code"}
+
+
+class LoraOptions(Section):
+    """The keys of ``model.lora:``."""
+
+    rank: int = Field(16, ge=1, description="Rank r of the update B·A of each matrix.")
+    alpha: float | None = Field(None, gt=0, description="The update is scaled by alpha / rank; null = 2 * rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of what A is applied to.")
+    targets: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="Endings of the names of the linear layers to adapt, e.g. [q_proj, v_proj]; null = all in the blocks.",
+    )
+    new_ids_from: int | None = Field(
+        None,
+        ge=1,
+        description="Ids from this one on are new: their rows of the embedding and the LM head train. null = those that "
+        "the checkpoint lacks. Set it where the checkpoint has spare rows that no token has used.",
+    )
+
+    @property
+    def scale(self) -> float:
+        """Of B·A."""
+        return (2 * self.rank if self.alpha is None else self.alpha) / self.rank
 
 
 class ModelOptions(Section):

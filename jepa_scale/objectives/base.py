@@ -18,7 +18,8 @@ from jepa_scale.flops import DecoderFlops
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.objectives.costs import StepFlops
 from jepa_scale.packing import PackedBatch, Segment, Views
-from jepa_scale.teacher import Teacher, TeacherOptions
+from jepa_scale.teacher import Teacher
+from jepa_scale.teacher_options import TeacherOptions
 
 
 class Loss(NamedTuple):  # a tuple, because the engines look for tensors in what the root module returns
@@ -255,8 +256,3 @@ def resolve_tap(tap: int, num_layers: int, key: str) -> int:
     if tap == 0 or not 1 <= resolved <= num_layers:
         raise InputError(f"{key}: {tap} is outside the decoder's {num_layers} blocks")
     return resolved
-
-
-def ramp(steps: int, length: int) -> float:
-    """0 before step 0, then linear up to 1 at step ``length``."""
-    return 0.0 if steps < 0 else 1.0 if steps >= length else steps / length

@@ -43,7 +43,7 @@ from jepa_scale.objectives.grid_diagnostics import GridDiagnostics
 from jepa_scale.objectives.grid_options import GridOptions
 from jepa_scale.objectives.grid_views import TARGETS, GridViews
 from jepa_scale.packing import PackedBatch
-from jepa_scale.teacher import TeacherOptions
+from jepa_scale.teacher_options import TeacherOptions
 
 
 class Grid(Objective):

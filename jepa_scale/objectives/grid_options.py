@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from jepa_scale.config import Section
-from jepa_scale.teacher import TeacherOptions
+from jepa_scale.teacher_options import TeacherOptions
 
 Kind = Literal["colour", "translation", "symmetry"]
 KINDS: tuple[Kind, ...] = ("colour", "translation", "symmetry")

@@ -22,13 +22,15 @@ from jepa_scale.losses.future import FutureKL, future_kl
 from jepa_scale.losses.statistics import as_contribution, rows_of_step
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.mlp import Mlp
-from jepa_scale.objectives.base import JepaModel, Loss, Objective, lm_loss, ramp, resolve_tap, share
+from jepa_scale.objectives.base import JepaModel, Loss, Objective, lm_loss, resolve_tap, share
 from jepa_scale.objectives.costs import StepFlops, moments_flops
 from jepa_scale.objectives.horizon_diagnostics import HorizonDiagnostics
 from jepa_scale.objectives.horizon_losses import distance, is_statistic, statistic
-from jepa_scale.objectives.horizon_pairs import HorizonOptions, HorizonViews, check_horizons
+from jepa_scale.objectives.horizon_options import HorizonOptions
+from jepa_scale.objectives.horizon_pairs import HorizonViews, check_horizons
+from jepa_scale.objectives.ramp import ramp
 from jepa_scale.packing import PackedBatch
-from jepa_scale.teacher import TeacherOptions
+from jepa_scale.teacher_options import TeacherOptions
 
 Terms = dict[str, Tensor]
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from jepa_scale.distributed import all_gather_object
 from jepa_scale.evaluate.representation import effective_rank, retrieval, standardized, std_gap
 from jepa_scale.objectives.horizon_losses import distance, is_statistic, statistic
-from jepa_scale.objectives.horizon_pairs import HorizonOptions, HorizonViews
+from jepa_scale.objectives.horizon_options import HorizonOptions
+from jepa_scale.objectives.horizon_pairs import HorizonViews
 from jepa_scale.packing import PackedBatch
 
 

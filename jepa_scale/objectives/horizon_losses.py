@@ -7,7 +7,7 @@ from torch import Tensor
 from jepa_scale.losses.barlow import barlow
 from jepa_scale.losses.distance import cosine, smooth_l1
 from jepa_scale.losses.vicreg import vicreg
-from jepa_scale.objectives.horizon_pairs import HorizonOptions
+from jepa_scale.objectives.horizon_options import HorizonOptions
 
 
 def is_statistic(options: HorizonOptions) -> bool:

@@ -7,15 +7,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from jepa_scale.config import Section
 from jepa_scale.data.draw import Draw, ViewMaker
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.objectives.base import Loss, Objective, lm_loss
+from jepa_scale.objectives.lm_options import LmOptions
 from jepa_scale.packing import PackedBatch, Segment, Views
-
-
-class LmOptions(Section):
-    """``lm`` has no options of its own."""
 
 
 def lm_views(example: Any, draw: Draw) -> Views:

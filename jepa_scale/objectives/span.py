@@ -29,7 +29,7 @@ from jepa_scale.objectives.span_diagnostics import SpanDiagnostics
 from jepa_scale.objectives.span_options import SpanOptions
 from jepa_scale.objectives.span_views import PREDICTOR, TARGETS, SpanViews
 from jepa_scale.packing import PackedBatch
-from jepa_scale.teacher import TeacherOptions
+from jepa_scale.teacher_options import TeacherOptions
 
 FEWEST = 16
 """Texts in a batch below which the empirical characteristic function says nothing."""

@@ -13,56 +13,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
-from jepa_scale.config import Section
 from jepa_scale.data.draw import Draw, ViewMaker
 from jepa_scale.data.examples import Conversation
 from jepa_scale.distributed import all_gather_object
 from jepa_scale.evaluate.representation import effective_rank
 from jepa_scale.models.backbone import Backbone
-from jepa_scale.objectives.base import Loss, Objective, lm_loss, ramp, resolve_tap, share
+from jepa_scale.objectives.base import Loss, Objective, lm_loss, resolve_tap, share
+from jepa_scale.objectives.ramp import ramp
+from jepa_scale.objectives.stp_options import Form, StpOptions
 from jepa_scale.packing import PackedBatch, Segment, Views
 
-Form = Literal["triple", "span"]
 SHORTEST = 1e-3
 """A change of less than this share of the state has no direction: it is rounding, as between the states of equal tokens at
 the start of a text. The cosine's gradient is one over the change, which would drown all others."""
 EVAL_SPANS_OF_A_SAMPLE = 4
-
-
-class StpOptions(Section):
-    """Options of ``stp``; those of the paper's code in brackets."""
-
-    form: Form = Field(
-        "triple",
-        description="triple: h_t − h_r against h_r − h_s at places s < r < t, as in the paper; span: the change over a span "
-        "against that over the rest of the path, as in its code [random_span].",
-    )
-    jepa_weight: float = Field(0.02, ge=0, description="Weight of 1 − cos [lbd].")
-    lm_weight: float = Field(1.0, ge=0, description="Weight of next-token prediction [gamma].")
-    jepa_start: int = Field(0, ge=0, description="Steps for which jepa_weight is zero.")
-    jepa_ramp: int = Field(0, ge=0, description="Steps for which it then rises linearly; 0 = at once.")
-    spans: int = Field(1, ge=1, description="Triples or spans of a sample [random_span_times].")
-    max_span: int = Field(
-        0, ge=0, description="Tokens from s to t, or from start to end, at most; 0 = any [random_span_max_length]."
-    )
-    tap_layer: int | None = Field(
-        None,
-        description="States after this block (negative = from the end); null = after the final norm [random_span_layer].",
-    )
-    eval_spans: int = Field(1024, ge=0, description="Triples of a split that an evaluation looks at; 0 = none.")
-
-    @model_validator(mode="after")
-    def _room(self) -> StpOptions:
-        if self.form == "triple" and self.max_span == 1:
-            raise ValueError("max_span: a triple takes 2 tokens at least; raise it, or use 0 for any")
-        return self
 
 
 def draw_triples(length: int, count: int, longest: int, rng: np.random.Generator) -> np.ndarray:

@@ -32,7 +32,7 @@ from jepa_scale.objectives.two_view_options import TwoViewOptions
 from jepa_scale.objectives.two_view_views import ChatViews, FactViews, Frame, paired_at
 from jepa_scale.packing import PackedBatch
 from jepa_scale.say import say
-from jepa_scale.teacher import TeacherOptions
+from jepa_scale.teacher_options import TeacherOptions
 
 COVARIANCE = 0.04
 """Weight of VICReg's covariance beside its variance: 1 to 25, as in the paper."""

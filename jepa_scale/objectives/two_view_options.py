@@ -7,8 +7,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from jepa_scale.config import Section
-from jepa_scale.objectives.base import ramp
-from jepa_scale.teacher import TeacherOptions
+from jepa_scale.objectives.ramp import ramp
+from jepa_scale.teacher_options import TeacherOptions
 
 
 class TwoViewOptions(Section):

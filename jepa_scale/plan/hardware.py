@@ -8,10 +8,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 
-import torch
-
 from jepa_scale.errors import InputError
-from jepa_scale.flops import peak_flops
 
 GIB = 2**30
 
@@ -35,6 +32,10 @@ class Gpu:
 
     def flops(self, precision: str, tf32: bool) -> float:
         """FLOP/s of dense matrix products."""
+        import torch
+
+        from jepa_scale.flops import peak_flops  # a name that is unknown is told of without them
+
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         peak = peak_flops(self.name, dtype, tf32)
         assert peak is not None, self.name

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jepa_scale.build import Plan
+from jepa_scale.experiment import Plan
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.objectives.base import JepaModel, Objective

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from jepa_scale.build import Plan, validate
 from jepa_scale.config import Config
 from jepa_scale.errors import InputError
+from jepa_scale.experiment import Plan, validate
 from jepa_scale.plan.communication import Traffic, traffic_of
 from jepa_scale.plan.hardware import GIB, RESERVED, Gpu
 from jepa_scale.plan.layout import Layout, layout_of

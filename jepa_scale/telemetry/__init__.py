@@ -1,10 +1,16 @@
 """What a run leaves behind: rows of metrics, a summary, and the loggers that people watch."""
 
-from jepa_scale.telemetry.environment import package_versions
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from jepa_scale.telemetry.metrics import Metric, describe
 from jepa_scale.telemetry.quiet import quiet_libraries
-from jepa_scale.telemetry.records import FIT, RunRecord, load_run, prepare_run_dir, summarize
-from jepa_scale.telemetry.run_log import RunLog
+from jepa_scale.telemetry.records import FIT, RunRecord, load_run, summarize
+
+if TYPE_CHECKING:
+    from jepa_scale.telemetry.environment import package_versions
+    from jepa_scale.telemetry.run_dir import prepare_run_dir
+    from jepa_scale.telemetry.run_log import RunLog
 
 __all__ = [
     "FIT",
@@ -18,3 +24,13 @@ __all__ = [
     "quiet_libraries",
     "summarize",
 ]
+
+_OF_RUNS = {"RunLog": "run_log", "package_versions": "environment", "prepare_run_dir": "run_dir"}
+"""What needs torch → its module: imported when it is asked for, as who reads a run's records goes without."""
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name in _OF_RUNS:
+            return getattr(import_module(f"{__name__}.{_OF_RUNS[name]}"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,7 +17,6 @@ from typing import Any
 
 import yaml
 
-from jepa_scale import distributed
 from jepa_scale.errors import InputError
 from jepa_scale.files import write_atomic
 from jepa_scale.telemetry.metrics import FIT, describe
@@ -55,34 +54,15 @@ class RunRecord:
         return value.get("value") if isinstance(value, dict) else value
 
 
-def prepare_run_dir(run_dir: Path, resume: bool) -> None:
-    """Make the run directory, and refuse one that already holds a run unless that run is to be resumed.
-
-    Collective: rank 0 looks, every rank raises.
+def config_of(run_dir: Path) -> Path:
+    """The resolved config that a run has saved.
 
     Raises:
-        InputError: the directory holds a run and ``resume`` is false, or it cannot be made.
+        InputError: there is none.
     """
-    problem = _prepare(run_dir, resume) if distributed.rank() == 0 else None
-    problem = distributed.broadcast_object(problem)
-    if problem:
-        raise InputError(problem)
-
-
-def _prepare(run_dir: Path, resume: bool) -> str | None:
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        checkpoints = run_dir / "checkpoints"
-        used = checkpoints.is_dir() and any(checkpoints.iterdir())
-    except OSError as error:
-        return f"run.dir: cannot use {str(run_dir)!r} as a run directory: {error.strerror}"
-    used = used or any((run_dir / f).exists() for f in (METRICS_FILE, SUMMARY_FILE))
-    if used and not resume:
-        return (
-            f"run directory {str(run_dir)!r} already holds a run: continue it with --resume auto, "
-            "choose another run.name, or remove it"
-        )
-    return None
+    if not (run_dir / CONFIG_FILE).is_file():
+        raise InputError(f"{run_dir}: not a run directory (no {CONFIG_FILE})")
+    return run_dir / CONFIG_FILE
 
 
 def clean(value: Any) -> float | int | None:

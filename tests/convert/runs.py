@@ -15,11 +15,11 @@ import torch
 import yaml
 from torch import Tensor
 
-from jepa_scale.build import validate
 from jepa_scale.checkpoint import Manifest, store
 from jepa_scale.checkpoint.boxes import Boxes
 from jepa_scale.config import load_config, to_yaml
 from jepa_scale.data import load_data
+from jepa_scale.experiment import validate
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.objectives.base import JepaModel

@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from jepa_scale import train
-from jepa_scale.build import validate
 from jepa_scale.checkpoint import Manifest, store
 from jepa_scale.config import load_config
 from jepa_scale.convert.to_hf import ExportOptions, export
 from jepa_scale.convert_cli import import_model, parser
 from jepa_scale.data import load_data
 from jepa_scale.errors import InputError
+from jepa_scale.experiment import validate
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.objectives.base import JepaModel
 from tests.convert.runs import MODELS, NATIVE, config_file, make_run

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from jepa_scale.checkpoint.boxes import Boxes
 from jepa_scale.distributed import Ranks
 from jepa_scale.engines.base import Engine
-from jepa_scale.teacher import Teacher, TeacherModel, TeacherOptions, momentum_at
+from jepa_scale.teacher import Teacher, TeacherModel, momentum_at
+from jepa_scale.teacher_options import TeacherOptions
 from tests.distributed.toy import DIM, OPTIM, VOCAB, Block, sharded
 
 BATCH, LENGTH, MICRO = 8, 5, 2

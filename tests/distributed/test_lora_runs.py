@@ -22,7 +22,8 @@ from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.optim import parameter_groups
 from jepa_scale.packing import Segment, pack_stream
-from jepa_scale.teacher import Teacher, TeacherModel, TeacherOptions
+from jepa_scale.teacher import Teacher, TeacherModel
+from jepa_scale.teacher_options import TeacherOptions
 from tests.data.corpus import VOCABULARY, write_text
 from tests.distributed.launch import run_ranks
 from tests.distributed.same_runs import resumed_bitwise

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from jepa_scale.build import build, validate
+from jepa_scale.build import build
 from jepa_scale.config import load_config
+from jepa_scale.experiment import validate
 from jepa_scale.plan.planner import Request, make_plan
 from tests.distributed.launch import run_ranks
 from tests.distributed.processes import REPOSITORY

@@ -17,7 +17,8 @@ from jepa_scale.checkpoint import store
 from jepa_scale.checkpoint.boxes import state_of
 from jepa_scale.distributed import Ranks
 from jepa_scale.engines.base import Engine
-from jepa_scale.teacher import Teacher, TeacherModel, TeacherOptions
+from jepa_scale.teacher import Teacher, TeacherModel
+from jepa_scale.teacher_options import TeacherOptions
 from tests.distributed.launch import run_ranks
 from tests.distributed.teacher_toy import (
     FROZEN,

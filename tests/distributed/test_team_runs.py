@@ -162,9 +162,10 @@ def test_a_teams_checkpoint_becomes_a_hugging_face_model(team, tmp_path):
 
 
 def refused(ranks: Ranks, file: str) -> str:
-    from jepa_scale.build import build, validate
+    from jepa_scale.build import build
     from jepa_scale.config import load_config
     from jepa_scale.errors import InputError
+    from jepa_scale.experiment import validate
 
     try:
         build(validate(load_config(file)), ranks)

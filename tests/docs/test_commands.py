@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from jepa_scale.build import validate
 from jepa_scale.cli import main
 from jepa_scale.config import load_config
+from jepa_scale.experiment import validate
 from tests.docs.commands import PAGES, REPOSITORY, VARIABLE, Command, alternatives, commands_of
 
 COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands_of(page)))

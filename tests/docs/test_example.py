@@ -8,9 +8,9 @@ import pytest
 import torch
 from text_runs import config_file
 
-from jepa_scale.build import objective_class
 from jepa_scale.distributed import Ranks
 from jepa_scale.errors import InputError
+from jepa_scale.experiment import objective_class
 from tests.distributed.launch import run_ranks
 from tests.distributed.small_runs import rows
 

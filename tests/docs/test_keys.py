@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from jepa_scale.build import OBJECTIVES, objective_class
 from jepa_scale.config import CheckpointConfig, EngineConfig, LogConfig, OptimConfig, RunConfig, Section, TrainConfig
 from jepa_scale.data import parse_data
 from jepa_scale.data.base import DataOptions
-from jepa_scale.evaluation import OPTIONS
+from jepa_scale.evaluate.options import OPTIONS
+from jepa_scale.experiment import OBJECTIVES, objective_class
 from jepa_scale.models.options import ModelOptions
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"

@@ -22,22 +22,14 @@ from jepa_scale.data.examples import Conversation, Turn
 from jepa_scale.data.sample_decode import truncate
 from jepa_scale.distributed import Ranks
 from jepa_scale.errors import InputError
-from jepa_scale.evaluate.chat import (
-    ChatEvalOptions,
-    ChatTest,
-    Counter,
-    Place,
-    chosen,
-    generations_file,
-    question,
-    save,
-    summary,
-)
+from jepa_scale.evaluate.chat import ChatTest, Counter, Place, chosen, generations_file, question, save, summary
 from jepa_scale.evaluate.generation import Generated, Prompts
+from jepa_scale.evaluate.options import ChatEvalOptions
 from jepa_scale.evaluation import chat_test
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
-from jepa_scale.objectives.lm import LanguageModeling, LmOptions
+from jepa_scale.objectives.lm import LanguageModeling
+from jepa_scale.objectives.lm_options import LmOptions
 from jepa_scale.telemetry import describe
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"), "python")

@@ -14,7 +14,8 @@ from jepa_scale.distributed import Ranks
 from jepa_scale.evaluate.generation import Prompts, Round, answer, greedy, rounds
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
-from jepa_scale.objectives.lm import LanguageModeling, LmOptions
+from jepa_scale.objectives.lm import LanguageModeling
+from jepa_scale.objectives.lm_options import LmOptions
 from jepa_scale.packing import Segment, pack_stream
 
 VOCABULARY = 40

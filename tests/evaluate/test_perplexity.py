@@ -13,11 +13,12 @@ from torch.nn import functional as F
 from jepa_scale.data import load_data
 from jepa_scale.distributed import Ranks
 from jepa_scale.encoding import text_batches
-from jepa_scale.evaluate.perplexity import PerplexityOptions
+from jepa_scale.evaluate.options import PerplexityOptions
 from jepa_scale.evaluation import evaluate
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
-from jepa_scale.objectives.lm import LanguageModeling, LmOptions, lm_views
+from jepa_scale.objectives.lm import LanguageModeling, lm_views
+from jepa_scale.objectives.lm_options import LmOptions
 from jepa_scale.packing import Segment, pack_stream
 from tests.data.corpus import VOCABULARY, write_text
 from tests.distributed.launch import run_ranks

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from jepa_scale.evaluate.reversal import EvalOptions, evaluate
+from jepa_scale.evaluate.options import EvalOptions
+from jepa_scale.evaluate.reversal import evaluate
 from tests.objectives.helpers import DATA
 
 

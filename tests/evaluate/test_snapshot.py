@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from jepa_scale.evaluate.snapshot import POINTS, ROWS, VALUES, read_snapshots, save_snapshot, snapshot
+from jepa_scale.evaluate.snapshot import POINTS, ROWS, VALUES, save_snapshot, snapshot
+from jepa_scale.evaluate.snapshot_files import read_snapshots
 
 
 def rows(n, d, seed=0):
@@ -18,7 +19,6 @@ def distances_of(points):
     return (points[:, None] - points).norm(dim=-1)
 
 
-@settings(deadline=None)
 @given(st.integers(2, 40), st.integers(2, 40), st.integers(0, 5))
 def test_a_spectrum_is_that_of_the_centred_rows(n, d, seed):
     x = rows(n, d, seed)

@@ -17,7 +17,7 @@ from jepa_scale.data.examples import Conversation, Document, Turn
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.objectives.horizon import Horizon
-from jepa_scale.objectives.horizon_pairs import HorizonOptions
+from jepa_scale.objectives.horizon_options import HorizonOptions
 from jepa_scale.packing import IGNORE, PackedBatch, add_counts, pack
 from tests.objectives.helpers import alone
 

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from jepa_scale.errors import InputError
 from jepa_scale.objectives.base import JepaModel
-from jepa_scale.objectives.concept import Concept, ConceptOptions
+from jepa_scale.objectives.concept import Concept
+from jepa_scale.objectives.concept_options import ConceptOptions
 from jepa_scale.packing import Segment, pack_stream
 from tests.objectives.helpers import DATA, alone, backbone, batch_of
 

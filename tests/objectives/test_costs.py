@@ -11,9 +11,12 @@ from jepa_scale.config import parse_section
 from jepa_scale.data.draw import Draw
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
-from jepa_scale.objectives.concept import Concept, ConceptOptions
-from jepa_scale.objectives.lm import LanguageModeling, LmOptions
-from jepa_scale.objectives.stp import Stp, StpOptions
+from jepa_scale.objectives.concept import Concept
+from jepa_scale.objectives.concept_options import ConceptOptions
+from jepa_scale.objectives.lm import LanguageModeling
+from jepa_scale.objectives.lm_options import LmOptions
+from jepa_scale.objectives.stp import Stp
+from jepa_scale.objectives.stp_options import StpOptions
 from jepa_scale.objectives.two_view import TwoView, TwoViewOptions
 from jepa_scale.packing import add_counts, pack
 from tests.objectives import chats, horizon_reference

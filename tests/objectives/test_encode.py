@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from jepa_scale.data.draw import Draw
-from jepa_scale.objectives.lm import LanguageModeling, LmOptions
+from jepa_scale.objectives.lm import LanguageModeling
+from jepa_scale.objectives.lm_options import LmOptions
 from jepa_scale.packing import pack
 from tests.objectives.helpers import DATA, alone, backbone
 

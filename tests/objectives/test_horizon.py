@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from jepa_scale.errors import InputError
-from jepa_scale.objectives.base import JepaModel, ramp
+from jepa_scale.objectives.base import JepaModel
 from jepa_scale.objectives.horizon import Horizon, target_rows
-from jepa_scale.objectives.horizon_pairs import HorizonOptions
+from jepa_scale.objectives.horizon_options import HorizonOptions
+from jepa_scale.objectives.ramp import ramp
 from jepa_scale.optim import OptimConfig, parameter_groups
 from tests.objectives.horizon_reference import (
     LONGEST,

@@ -16,7 +16,8 @@ from jepa_scale.data.loader import Loader
 from jepa_scale.data.order import Permuted
 from jepa_scale.data.stream import ALONE, SampleStream
 from jepa_scale.errors import InputError
-from jepa_scale.objectives.horizon_pairs import POSITIONS, HorizonOptions, HorizonViews, check_horizons, sample_pairs
+from jepa_scale.objectives.horizon_options import HorizonOptions
+from jepa_scale.objectives.horizon_pairs import POSITIONS, HorizonViews, check_horizons, sample_pairs
 from jepa_scale.packing import pack
 
 
@@ -33,7 +34,7 @@ def document(n, seed=0):
 some_horizons = st.lists(st.integers(1, 30), min_size=1, max_size=5, unique=True)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.integers(1, 40), some_horizons, st.data(), st.integers(0, 40), st.integers(0, 1000))
 def test_every_pair_lies_in_the_sequence_and_is_as_far_as_its_horizon(length, horizons, data, count, seed):
     weights = st.floats(0.1, 5) | st.just(0.0)
@@ -97,7 +98,7 @@ def test_a_document_is_one_segment_with_its_pairs_as_places():
     assert views.rows["horizon"].dtype == views.rows["key"].dtype == np.int64
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(2, 20), min_size=1, max_size=6), st.integers(0, 99))
 def test_pairs_of_packed_documents_never_cross(lengths, seed):
     """Documents of other tokens: both ends of a pair are in its sample's."""

@@ -3,7 +3,8 @@
 import torch
 import torch.nn.functional as F
 
-from jepa_scale.objectives.lm import LanguageModeling, LmOptions
+from jepa_scale.objectives.lm import LanguageModeling
+from jepa_scale.objectives.lm_options import LmOptions
 from tests.objectives.helpers import DATA, alone, backbone, batch_of
 
 FACTS = [DATA.train[i] for i in range(0, 40, 5)]

@@ -13,14 +13,15 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jepa_scale.build import objective_class
 from jepa_scale.config import parse_section
 from jepa_scale.data.draw import Draw, generator
 from jepa_scale.data.examples import Conversation, Document, Turn
 from jepa_scale.errors import InputError
+from jepa_scale.experiment import objective_class
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
-from jepa_scale.objectives.stp import Stp, StpOptions, StpViews, changes, cosines, draw_spans, draw_triples, path_of
+from jepa_scale.objectives.stp import Stp, StpViews, changes, cosines, draw_spans, draw_triples, path_of
+from jepa_scale.objectives.stp_options import StpOptions
 from jepa_scale.packing import IGNORE, add_counts, pack
 from tests.objectives.helpers import alone
 
@@ -66,7 +67,7 @@ def make(backbone, **options):
 # -- drawing ----------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.integers(0, 50), st.integers(1, 6), st.integers(0, 60).filter(lambda x: x != 1), st.integers(0, 1000))
 def test_triples_are_rising_and_no_longer_than_they_may_be(length, count, longest, seed):
     found = draw_triples(length, count, longest, generator(f"t/{seed}"))
@@ -76,7 +77,7 @@ def test_triples_are_rising_and_no_longer_than_they_may_be(length, count, longes
     assert not longest or (t - s <= longest).all()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.integers(0, 50), st.integers(1, 6), st.integers(0, 60), st.integers(0, 1000))
 def test_spans_are_rising_and_never_the_whole(length, count, longest, seed):
     found = draw_spans(length, count, longest, generator(f"s/{seed}"))
@@ -128,7 +129,7 @@ turns = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(turns, min_size=1, max_size=4), st.sampled_from(["triple", "span"]), st.integers(1, 3), st.integers(0, 99)
 )

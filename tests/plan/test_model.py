@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from jepa_scale.build import objective_class, validate
+from jepa_scale.experiment import objective_class, validate
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.objectives.base import JepaModel
 from jepa_scale.plan.stand_in import stand_in

@@ -10,14 +10,8 @@ from hypothesis import strategies as st
 from jepa_scale.errors import InputError
 from jepa_scale.files import write_atomic
 from jepa_scale.telemetry.metrics import describe, in_report_order
-from jepa_scale.telemetry.records import (
-    clean,
-    load_run,
-    prepare_run_dir,
-    read_rows,
-    summarize,
-    truncate_rows,
-)
+from jepa_scale.telemetry.records import clean, load_run, read_rows, summarize, truncate_rows
+from jepa_scale.telemetry.run_dir import prepare_run_dir
 
 
 def write_rows(directory, rows, tail=""):

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import Field
 
 from jepa_scale.config import Section
-from jepa_scale.data.shard_format import Sample
+
+if TYPE_CHECKING:  # options are checked before anything that takes time is imported
+    from jepa_scale.data.shard_format import Sample
 
 
 class RecordOptions(Section):

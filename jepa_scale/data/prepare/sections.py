@@ -9,40 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from pydantic import Field, model_validator
 
-from jepa_scale.config import Section
 from jepa_scale.data.draw import generator
 from jepa_scale.data.prepare.aliases import ALIASES
 from jepa_scale.data.prepare.base import BadRecord, PrepareOptions
 from jepa_scale.data.prepare.files import expand, find
+from jepa_scale.data.prepare.section_options import SHARED, SectionOptions
 from jepa_scale.data.prepare.source import Items, relative
 from jepa_scale.data.prepare.text import is_title, read_text
 from jepa_scale.errors import InputError
 
-SHARED = 12
-"""Words in a row that two passages never share."""
 _WORD = re.compile(r"\S+")
 _HEADING = re.compile(r"\s*= .* =\s*")
 _RULE = re.compile(r"\s*([=*~^\"#+\-`'.:_])\1{2,}\s*")
 _SENTENCE_END = re.compile(r".*[.!?][\"')\]]*")
 _FACTOR = 0x9E3779B97F4A7C15  # odd, so that no word's part in a hash is lost
-
-
-class SectionOptions(Section):
-    """What becomes a passage, and how many of them are taken."""
-
-    min_words: int = Field(30, ge=SHARED, description="Words of a passage, at least.")
-    max_words: int = Field(80, ge=SHARED, description="Words of a passage, at most; it ends with a sentence if it can.")
-    max_classes: int = Field(40, ge=2, description="Sections, at most; chosen by seed.")
-    per_class: int = Field(30, ge=2, description="Passages of each section; sections with fewer are left out.")
-    seed: int = Field(0, ge=0, description="Of the choice.")
-
-    @model_validator(mode="after")
-    def _complete(self) -> SectionOptions:
-        if self.max_words < self.min_words:
-            raise ValueError(f"max_words: {self.max_words} is less than min_words={self.min_words}")
-        return self
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,100 @@
+"""Finding a checkpoint that is whole, and loading it."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from jepa_scale.checkpoint import store
+from jepa_scale.checkpoint.boxes import Stateful, state_of
+from jepa_scale.checkpoint.generators import set_rng_state
+from jepa_scale.checkpoint.manifest import FILE, TENSORS, Manifest
+from jepa_scale.checkpoint.retention import NAME
+from jepa_scale.distributed import all_ranks_objects, rank, world_size
+from jepa_scale.errors import InputError
+
+
+def verify(path: Path, hashes: bool = True) -> list[str]:
+    """What is wrong with a checkpoint, one line each. Collective where there are ranks: they share the files.
+
+    Args:
+        hashes: read everything; otherwise sizes alone.
+    """
+    try:
+        manifest = Manifest.read(path)
+    except InputError as error:
+        return [str(error)]
+    found = manifest.damage(path, rank(), world_size(), hashes)
+    return [line for lines in all_ranks_objects(found) for line in lines]
+
+
+def find(run_dir: Path, which: str | Path, hashes: bool = True) -> Path | None:
+    """The checkpoint that ``--resume`` means, verified. Collective.
+
+    Args:
+        which: ``"auto"`` for the newest one of the run that is whole (None if there is none at all), or a path: a
+            checkpoint, a folder of checkpoints or a run directory.
+
+    Raises:
+        InputError: there is no checkpoint at that path, or those that are there are damaged.
+    """
+    if str(which) == "auto":
+        return _newest_whole(run_dir / "checkpoints", hashes)
+    path = Path(which)
+    if (path / FILE).is_file():
+        if wrong := verify(path, hashes):
+            raise InputError(f"--resume: {wrong[0]} ({len(wrong)} in all); give another checkpoint, or auto")
+        return path
+    found = _newest_whole(path, hashes) or _newest_whole(path / "checkpoints", hashes)
+    if found is None:
+        raise InputError(f"--resume: no checkpoint at {path}; give a folder step_…, a run directory, or auto")
+    return found
+
+
+def _newest_whole(directory: Path, hashes: bool) -> Path | None:
+    """Raises InputError when there are checkpoints and none is whole: starting anew would throw them away."""
+    named = (path for path in directory.glob("step_*") if NAME.fullmatch(path.name))
+    damaged = []
+    for path in sorted(named, key=lambda path: int(path.name.partition("_")[2]), reverse=True):
+        wrong = verify(path, hashes)
+        if not wrong:
+            return path
+        damaged.append(path)
+        if rank() == 0:
+            print(f"jepa-scale: {path} is damaged and left out: {wrong[0]}", flush=True)
+    if damaged:
+        raise InputError(f"{directory}: all {len(damaged)} checkpoints are damaged; restore one, or remove the folder")
+    return None
+
+
+def load(path: Path, parts: Sequence[Stateful]) -> Manifest:
+    """Restore the parts (the engine first), whoever saved them. Collective. At the world size that it was saved with, this
+    rank's random number generators are restored, too.
+
+    Raises:
+        InputError: the checkpoint is of another model or objective, or a file cannot be read.
+    """
+    manifest = Manifest.read(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # DCP speaks of its internals
+        store.read(path / TENSORS, state_of(parts))
+    for part in parts:
+        part.loaded(manifest.updates)
+    if manifest.world_size == world_size():
+        problems = all_ranks_objects(_load_generators(path / f"rng_rank{rank():05d}.pt"))
+        if problem := next(filter(None, problems), ""):
+            raise InputError(problem)
+    return manifest
+
+
+def _load_generators(file: Path) -> str:
+    """What is wrong with the file, empty if nothing."""
+    try:
+        set_rng_state(torch.load(file, weights_only=True))
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        return f"{file}: cannot be read: {str(error).splitlines()[0]}"
+    return ""

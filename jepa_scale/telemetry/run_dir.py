@@ -1,0 +1,39 @@
+"""The run directory before a run: it is made, or refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jepa_scale import distributed
+from jepa_scale.errors import InputError
+from jepa_scale.telemetry.records import METRICS_FILE, SUMMARY_FILE
+
+
+def prepare_run_dir(run_dir: Path, resume: bool) -> None:
+    """Make the run directory, and refuse one that already holds a run unless that run is to be resumed.
+
+    Collective: rank 0 looks, every rank raises.
+
+    Raises:
+        InputError: the directory holds a run and ``resume`` is false, or it cannot be made.
+    """
+    problem = _prepare(run_dir, resume) if distributed.rank() == 0 else None
+    problem = distributed.broadcast_object(problem)
+    if problem:
+        raise InputError(problem)
+
+
+def _prepare(run_dir: Path, resume: bool) -> str | None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        checkpoints = run_dir / "checkpoints"
+        used = checkpoints.is_dir() and any(checkpoints.iterdir())
+    except OSError as error:
+        return f"run.dir: cannot use {str(run_dir)!r} as a run directory: {error.strerror}"
+    used = used or any((run_dir / f).exists() for f in (METRICS_FILE, SUMMARY_FILE))
+    if used and not resume:
+        return (
+            f"run directory {str(run_dir)!r} already holds a run: continue it with --resume auto, "
+            "choose another run.name, or remove it"
+        )
+    return None

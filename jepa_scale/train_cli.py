@@ -1,0 +1,56 @@
+"""The command line of training, and a bad config's refusal: before torch is imported, which takes seconds."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from jepa_scale.config import load_config
+from jepa_scale.errors import DataError, InputError
+from jepa_scale.experiment import validate
+from jepa_scale.telemetry.records import config_of
+
+
+def parser() -> argparse.ArgumentParser:
+    train = argparse.ArgumentParser(prog="jepa-scale train", description="Train one run from a config.")
+    train.add_argument("--config", required=True, help="YAML file of the experiment")
+    train.add_argument("--resume", metavar="auto|PATH", help="continue: from the run's newest checkpoint, or from PATH")
+    train.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
+    train.add_argument("overrides", nargs="*", metavar="section.key=value", help="override keys of the config")
+    return train
+
+
+def refuse_early(argv: Sequence[str]) -> None:
+    """End a process that was started to train, if its command line or its config is wrong."""
+    args = parser().parse_intermixed_args(argv)
+    refuse_config(args.config, args.overrides)
+
+
+def refuse_config(config: str | Path, overrides: Sequence[str]) -> None:
+    """End this process if the config is wrong."""
+    try:
+        validate(load_config(config, list(overrides)))
+    except InputError as error:
+        sys.exit(refusal(error))
+
+
+def refuse_evaluation(run: Path, overrides: Sequence[str]) -> None:
+    """End a process that was started to evaluate a run, if there is no such run or its config with the overrides is wrong."""
+    try:
+        file = config_of(run)
+    except InputError as error:
+        sys.exit(refusal(error))
+    refuse_config(file, overrides)
+
+
+def refusal(error: InputError) -> int:
+    """Tell what is wrong, one line; the exit code. Of several ranks the first one speaks, as all have found the same."""
+    if os.environ.get("RANK", "0") == "0" or isinstance(error, DataError):
+        print(f"jepa-scale: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(2)  # a launcher ends all ranks when the first one goes: let rank 0 speak
+    return 2
