@@ -1,8 +1,7 @@
-"""A small reader and encoder: a line is a record, a word is a token. Run as a program it is the command line with them."""
+"""A small reader and encoder: a line is a record, a word is a token."""
 
 import hashlib
 import os
-import sys
 import time
 import zlib
 from collections.abc import Iterator
@@ -12,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from jepa_scale.data.prepare import job
 from jepa_scale.data.prepare.base import BadRecord, PrepareOptions, Record
 from jepa_scale.data.shard_format import Sample
 from jepa_scale.errors import InputError
@@ -83,11 +81,3 @@ def make_encoder(reader: LineReader, options: PrepareOptions, cache: Path) -> Wo
         Path(log) if log else None,
         tokenizer_fingerprint=options.tokenizer,
     )
-
-
-if __name__ == "__main__":
-    from jepa_scale.cli import main
-    from tests.data.prepare import lines  # by its name: workers cannot find the classes of a program
-
-    job.open_reader, job.make_encoder = lines.open_reader, lines.make_encoder
-    sys.exit(main(sys.argv[1:]))

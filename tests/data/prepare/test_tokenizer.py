@@ -107,7 +107,7 @@ def test_two_processes_may_train_at_once(tmp_path):
     for process in processes:
         process.start()
     start.set()
-    assert len({answers.get(timeout=60) for _ in processes}) == 1
+    assert len({answers.get(timeout=300) for _ in processes}) == 1
     for process in processes:
         process.join()
         assert process.exitcode == 0
