@@ -29,7 +29,7 @@ def imports(path: Path) -> set[str]:
 
 
 GRAPH = {name: imports(path) for name, path in SOURCES.items()}
-TOP = ("jepa_scale.cli", "jepa_scale.train", "jepa_scale.build")
+TOP = ("jepa_scale.cli", "jepa_scale.train", "jepa_scale.train_cli", "jepa_scale.build", "jepa_scale.experiment")
 
 
 def under(name: str, *prefixes: str) -> bool:
