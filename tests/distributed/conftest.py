@@ -7,14 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.processes import Launched, Nursery
+from tests.distributed.processes import Launched, Nursery, shared_nursery
 
 
 @pytest.fixture(scope="session")
-def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
-    yield nursery
-    nursery.close()
+def nursery() -> Nursery:
+    return shared_nursery()
 
 
 @pytest.fixture

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import resource
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -46,60 +49,117 @@ def nan_loss(rank: int, who: int, steps: list[int]) -> None:
     )
 
 
-def hangs(rank: int, who: int, step: int, seconds: float = 600.0) -> None:
-    """Rank ``who`` sleeps in the forward of a step."""
+def holds_in_step(rank: int, who: int, step: int, gate: str) -> None:
+    """Rank ``who`` waits at a gate of the test in the forward of a step; the steps of this process from 1."""
 
     def maybe(now: int, loss: Any) -> Any:
         if rank == who and now == step:
-            time.sleep(seconds)
+            hold(gate)
         return loss
 
     after_loss(maybe)
 
 
-def hangs_saving(rank: int, who: int, seconds: float = 600.0) -> None:
-    """Rank ``who`` sleeps as it begins to save."""
+def holds_evaluating(rank: int, who: int, gate: str, evaluation: int = 1, forward: int = 1) -> None:
+    """Rank ``who`` waits at a gate of the test in one of the forwards of one of the evaluations of this process."""
+
+    def maybe(*now: int) -> None:
+        if rank == who and now == (evaluation, forward):
+            hold(gate)
+
+    in_evaluations(maybe)
+
+
+def hangs(rank: int, who: int, step: int, mark: str) -> None:
+    """Rank ``who`` hangs in the forward of a step. As it begins to, it makes the file ``mark``."""
+
+    def maybe(now: int, loss: Any) -> Any:
+        if rank == who and now == step:
+            hang(mark)
+        return loss
+
+    after_loss(maybe)
+
+
+def hangs_saving(rank: int, who: int, mark: str) -> None:
+    """Rank ``who`` hangs as it begins to save."""
     from jepa_scale.checkpoint import saver
 
     generators = saver.rng_state
 
     def slow() -> Any:
-        time.sleep(seconds if rank == who else 0)
+        if rank == who:
+            hang(mark)
         return generators()
 
     saver.rng_state = slow
 
 
-def hangs_evaluating(rank: int, who: int, seconds: float = 600.0) -> None:
-    """Rank ``who`` sleeps before the first forward of an evaluation."""
-    slow_evaluation(rank, seconds if rank == who else 0.0)
+def hangs_evaluating(rank: int, who: int, mark: str) -> None:
+    """Rank ``who`` hangs before the first forward of an evaluation."""
+
+    def slow(evaluation: int, forward: int) -> None:
+        if rank == who:
+            hang(mark)
+
+    in_evaluations(slow)
 
 
-def slow_steps(rank: int, seconds: float) -> None:
-    def pause(step: int, loss: Any) -> Any:
-        time.sleep(seconds)
-        return loss
+def hang_begins(rank: int, mark: str, speakers: list[int]) -> None:
+    """The watchdog's clock stands still until the file ``mark`` is there, and its verdict waits until each of the
+    ``speakers`` has told where it is: no rank is taken for one that hangs because the machine is slow."""
+    from jepa_scale import watchdog
 
-    after_loss(pause)
+    began = 0.0
+    verdict = watchdog.Watchdog._verdict
+
+    def clock() -> float:
+        nonlocal began
+        if not began and os.path.exists(mark):
+            began = time.monotonic()
+        return time.monotonic() - began if began else 0.0
+
+    def has_told(file: Path) -> bool:
+        try:
+            _, _, _, place, _ = json.loads(file.read_text())
+        except (OSError, ValueError):
+            return False
+        return bool(place)
+
+    def patient(self: Any) -> str:
+        while not all(has_told(self._file(speaker)) for speaker in speakers):
+            time.sleep(0.01)
+        return verdict(self)
+
+    watchdog.time = SimpleNamespace(time=clock, sleep=time.sleep)
+    watchdog.Watchdog._verdict = patient
 
 
-def slow_evaluation(rank: int, seconds: float) -> None:
-    """Every forward of an evaluation takes so long. "evaluating" is printed as the first one begins."""
-    from jepa_scale import build
+def evaluates_long(rank: int, limit: float, forwards: int = 4) -> None:
+    """By the watchdog's clock each of the first ``forwards`` of an evaluation takes most of the ``limit``, and ends when the
+    watchdog has looked at it. The clock stands still otherwise."""
+    from jepa_scale import watchdog
 
-    real = build.device_call
+    now, looks = 0.0, threading.Semaphore(0)
 
-    def device_call(*args: Any) -> Any:
-        call = real(*args)
-        print("evaluating", flush=True)
+    def clock() -> float:
+        if threading.current_thread().name == "watchdog":
+            looks.release()
+        return now
 
-        def slow(*args: Any) -> Any:
-            time.sleep(seconds)
-            return call(*args)
+    def slow(evaluation: int, forward: int) -> None:
+        nonlocal now
+        if forward <= forwards:
+            now += 0.9 * limit
+            while looks.acquire(blocking=False):
+                pass
+            for _ in range(3):  # it asks for the time once a look, and may have been in the middle of one
+                looks.acquire()
+        elif forward == forwards + 1:
+            print(f"evaluating for {now / limit:.1f} times the limit", flush=True)
 
-        return slow
-
-    build.device_call = device_call
+    watchdog.time = SimpleNamespace(time=clock, sleep=time.sleep)
+    in_evaluations(slow)
 
 
 def impatient(rank: int) -> None:
@@ -152,6 +212,41 @@ def after_loss(change: Any) -> None:
         return change(step, real(self, *args))
 
     LanguageModeling.loss = loss
+
+
+def in_evaluations(before: Any) -> None:
+    """``before(evaluation, forward)`` right before each forward of an evaluation; both are numbered from 1 in this process."""
+    from jepa_scale import build
+
+    real, evaluations = build.device_call, 0
+
+    def device_call(*args: Any) -> Any:
+        nonlocal evaluations
+        evaluations += 1
+        evaluation, forwards, call = evaluations, 0, real(*args)
+
+        def counted(*args: Any) -> Any:
+            nonlocal forwards
+            forwards += 1
+            before(evaluation, forwards)
+            return call(*args)
+
+        return counted
+
+    build.device_call = device_call
+
+
+def hold(gate: str) -> None:
+    """Wait at a gate of the test."""
+    Path(f"{gate}.reached").touch()
+    while not os.path.exists(f"{gate}.open"):
+        time.sleep(0.01)
+
+
+def hang(mark: str) -> None:
+    Path(mark).touch()
+    while True:
+        time.sleep(600)
 
 
 def path_through(pid: int, path: Path) -> Path:

@@ -2,25 +2,31 @@
 
 ``Nursery`` imports everything once and forks the ranks of a run, which then start in a fraction of a second: each is a
 process of its own, with its own signal handlers and exit code, that runs the command line of ``jepa_scale/train.py``.
-``Launched`` is a run under a real launcher. Both end whatever they started, and nothing else.
+``Launched`` is a run under a real launcher. Both end whatever they started, and nothing else. A test that must act at a
+certain moment of a run puts a ``Gate`` there: the run waits at it, however fast or slow the machine is.
 """
 
 from __future__ import annotations
 
+import atexit
+import functools
 import gc
 import importlib
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +45,11 @@ Fault = dict[str, Any]
 """Name of a function of ``faults.py`` under ``"name"``, and its arguments."""
 
 
-def until(condition: Callable[[], Any], timeout: float, what: str = "it") -> Any:
+HANG = 1200.0
+"""Seconds after which what has not come is taken for something that never will. It ends a hang and decides nothing else."""
+
+
+def until(condition: Callable[[], Any], what: str = "it", timeout: float = HANG) -> Any:
     """Wait for a value that is true, and return it.
 
     Raises:
@@ -48,8 +58,27 @@ def until(condition: Callable[[], Any], timeout: float, what: str = "it") -> Any
     deadline = time.monotonic() + timeout
     while not (value := condition()):
         assert time.monotonic() < deadline, f"no {what} after {timeout} s"
-        time.sleep(0.002)
+        time.sleep(0.01)
     return value
+
+
+class Gate:
+    """A point of a run at which a rank waits until the test has acted.
+
+    Where it stands, a fault says that is given its ``path`` (``holds_in_step``, ``holds_evaluating``, …).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def reached(self, run: Forked) -> None:
+        """Wait for the rank to come to it."""
+        arrived = Path(f"{self.path}.reached")
+        until(lambda: arrived.exists() or run.codes, f"rank at {self.path.name}")
+        assert arrived.exists(), f"a rank ended before {self.path.name}:\n{run.output()}"
+
+    def open(self) -> None:
+        Path(f"{self.path}.open").touch()
 
 
 class Forked:
@@ -74,7 +103,7 @@ class Forked:
         for rank in range(len(self.pids)):
             self.send(rank, signal.SIGKILL)
 
-    def wait(self, timeout: float) -> list[int]:
+    def wait(self, timeout: float = HANG) -> list[int]:
         """The exit codes of all ranks, by rank."""
         with self._ended:
             done = self._ended.wait_for(lambda: len(self.codes) == len(self.pids), timeout)
@@ -113,22 +142,28 @@ class Nursery:
         self._reader = threading.Thread(target=self._listen, daemon=True)
         self._reader.start()
 
-    def start(self, arguments: Sequence[str], world_size: int = 1, faults: Sequence[Fault] = ()) -> Forked:
-        """Start a run: the ranks call ``train.main(arguments)`` after each of the ``faults`` has been put in place."""
+    def start(
+        self,
+        arguments: Sequence[str],
+        world_size: int = 1,
+        faults: Sequence[Fault] = (),
+        program: str = "jepa_scale.train",
+    ) -> Forked:
+        """Start a run: the ranks call ``main(arguments)`` of the program after each of the ``faults`` has been put in place."""
         self._runs += 1
         logs = [self._folder / f"output_{self._runs}_{rank}.txt" for rank in range(world_size)]
         order = {
             "arguments": list(arguments),
             "logs": list(map(str, logs)),
             "faults": list(faults),
-            "port": free_port(),
+            "program": program,
         }
         assert self.process.stdin
         with self._ended:
             self._pids = None
             self.process.stdin.write(json.dumps(order) + "\n")
             self.process.stdin.flush()
-            assert self._ended.wait_for(lambda: self._pids, 120), "the nursery does not answer"
+            assert self._ended.wait_for(lambda: self._pids, HANG), "the nursery does not answer"
             assert self._pids
             run = Forked(self._pids, logs, self._ended)
             self._by_pid.update({pid: (run, rank) for rank, pid in enumerate(self._pids)})
@@ -136,11 +171,15 @@ class Nursery:
         return run
 
     def run(
-        self, arguments: Sequence[str], world_size: int = 1, faults: Sequence[Fault] = (), timeout: float = 60
+        self,
+        arguments: Sequence[str],
+        world_size: int = 1,
+        faults: Sequence[Fault] = (),
+        program: str = "jepa_scale.train",
     ) -> Forked:
         """A run that must end well."""
-        run = self.start(arguments, world_size, faults)
-        assert run.wait(timeout) == [0] * world_size, run.output()
+        run = self.start(arguments, world_size, faults, program)
+        assert run.wait() == [0] * world_size, run.output()
         return run
 
     def close(self) -> None:
@@ -148,7 +187,7 @@ class Nursery:
         assert self.process.stdin
         self.process.stdin.close()
         try:
-            self.process.wait(20)
+            self.process.wait(HANG)
         finally:
             self.process.kill()
 
@@ -167,10 +206,26 @@ class Nursery:
                     self._ended.notify_all()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+@functools.cache
+def shared_nursery() -> Nursery:
+    """The one of all tests of this process; what it imports takes some seconds."""
+    folder = Path(tempfile.mkdtemp(prefix="nursery_"))
+    nursery = Nursery(folder)
+    atexit.register(lambda: (nursery.close(), shutil.rmtree(folder, ignore_errors=True)))
+    return nursery
+
+
+@contextmanager
+def held_port() -> Iterator[int]:
+    """A port that a program can be told to listen on, and that nobody else gets meanwhile.
+
+    It is bound here and not listened on: the kernel gives it to nobody who asks for a free port, and lets it be shared by
+    who names it with ``SO_REUSEADDR``, as servers do.
+    """
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("", 0))
+        yield holder.getsockname()[1]
 
 
 class Launched:
@@ -214,15 +269,17 @@ class Launched:
                     found[int(entry.name)] = environment
         return found
 
-    def rank(self, number: int, timeout: float = 60) -> int:
+    def rank(self, number: int) -> int:
         """The pid of a rank."""
 
         def found() -> list[int]:
             return [pid for pid, environment in self.marked().items() if environment.get("RANK") == str(number)]
 
-        return until(found, timeout, f"rank {number}")[0]
+        pids = until(lambda: found() or ([0] if self.process.poll() is not None else []), f"rank {number}")
+        assert pids != [0], f"ended before there was a rank {number}:\n{self.output()}"
+        return pids[0]
 
-    def wait(self, timeout: float) -> int:
+    def wait(self, timeout: float = HANG) -> int:
         try:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -280,6 +337,8 @@ def serve() -> int:
                 return 0
             order = json.loads(line)
             pids = []
+            # listens before there is a rank: nobody can take its port, and who connects early waits
+            listener = socket.create_server(("127.0.0.1", 0))
             for rank in range(len(order["logs"])):
                 pid = os.fork()
                 if not pid:
@@ -287,8 +346,9 @@ def serve() -> int:
                     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                     for descriptor in (said, *woken):
                         os.close(descriptor)
-                    return be_rank(rank, order)
+                    return be_rank(rank, order, listener)
                 pids.append(pid)
+            listener.close()
             children.update(pids)
             tell(said, {"pids": pids})
 
@@ -306,24 +366,41 @@ def read_line() -> bytes:
     return line
 
 
-def be_rank(rank: int, order: dict[str, Any]) -> int:
+def be_rank(rank: int, order: dict[str, Any], listener: socket.socket) -> int:
     """Become a rank of a run, as if started by a launcher (by plain ``python`` if it is the only one)."""
     gc.freeze()  # as in launch.py
     log = os.open(order["logs"][rank], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for descriptor, number in ((nothing, 0), (log, 1), (log, 2)):
         os.dup2(descriptor, number)
-    world_size = len(order["logs"])
+    world_size, port = len(order["logs"]), listener.getsockname()[1]
     if world_size > 1:
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": order["port"]}
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
         os.environ.update({key: str(value) for key, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"})
+        # the ranks find their store there, and make none; as torchrun's agent has one, rank 0 has it here
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    if world_size > 1 and rank == 0:
+        from torch.distributed import TCPStore
 
-    from jepa_scale import train
+        descriptor, limit = listener.detach(), timedelta(seconds=HANG)
+        store = TCPStore("127.0.0.1", port, None, True, limit, wait_for_workers=False, master_listen_fd=descriptor)
+        assert store.port == port
+    else:
+        listener.close()
+
     from tests.distributed import faults
 
     for fault in order["faults"]:
         getattr(faults, fault["name"])(rank, **{key: value for key, value in fault.items() if key != "name"})
-    return train.main(order["arguments"])
+    code = importlib.import_module(order["program"]).main(order["arguments"])
+    if code == 0:
+        # nothing of ours is left to do: taking half a million objects down costs as much as a small run
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+    return code
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import argparse
 import json
 import shutil
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import yaml
 
 from jepa_scale.distributed import Ranks
 from tests.distributed.launch import run_ranks
-from tests.distributed.processes import until
+from tests.distributed.processes import Gate
 from tests.distributed.small_runs import rows
 from tests.distributed.test_runs import train_runs
 from tests.distributed.toy import small_buckets
@@ -145,16 +144,14 @@ def test_a_signal_between_batches_ends_the_evaluation(folder, tmp_path, nursery)
         "--config",
         str(config_file(folder, tmp_path, eval={"generation_batch": 1, "metrics": ["exact_match"]})),
     ]
-    run = tmp_path / "run"
-    stopped = nursery.start(
-        [*arguments, "train.eval_every=0", "train.steps=4"], 2, [{"name": "slow_evaluation", "seconds": 1.0}]
-    )
-    until(lambda: "evaluating" in stopped.output(1), 60, "evaluation")
-    time.sleep(1.8)  # one forward of the perplexity, then the answers
+    run, gate = tmp_path / "run", Gate(tmp_path / "answers")
+    # one forward of the perplexity, then the answers
+    fault = {"name": "holds_evaluating", "who": 1, "gate": str(gate.path), "forward": 2}
+    stopped = nursery.start([*arguments, "train.eval_every=0", "train.steps=4"], 2, [fault])
+    gate.reached(stopped)
     stopped.send(1, signal.SIGTERM)
-    began = time.monotonic()
-    assert stopped.wait(30) == [0, 0], stopped.output()
-    assert time.monotonic() - began < 10
+    gate.open()
+    assert stopped.wait() == [0, 0], stopped.output()
     assert "after step 4; go on with --resume auto" in stopped.output(0)
     assert not (run / "generations").exists() and not rows(run, "valid")
     nursery.run([*arguments, "train.eval_every=4", "train.steps=4", "--resume", "auto"], 2)
