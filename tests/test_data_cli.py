@@ -81,8 +81,8 @@ def test_help_shows_meaning_and_default(capsys: pytest.CaptureFixture[str], monk
     assert "(default: None)" not in shown and "(default: {})" not in shown
 
 
-def test_a_folder_of_text_end_to_end(tmp_path: Path) -> None:
-    """With the readers and tokenizers of the house, as a program, without a terminal."""
+def test_a_folder_of_text_end_to_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """With the readers and tokenizers of the house; where it does its work as a program, without a terminal."""
     raw, out = tmp_path / "raw", tmp_path / "out"
     raw.mkdir()
     for number in range(5):
@@ -90,22 +90,20 @@ def test_a_folder_of_text_end_to_end(tmp_path: Path) -> None:
             "".join(f"the {n} of {number} is said to be {n * number}. " for n in range(60))
         )
     (raw / "5.txt").write_text("")
-    program = [sys.executable, "scripts/prepare_data.py", str(raw), "--out", str(out), "--shard-samples", "3"]
-    program += ["--processes", "2", "--vocab-size", "300", "--cache", str(tmp_path / "cache")]
-
-    def run(*more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*program, *more], cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ)
-
-    stopped = run()
-    assert stopped.returncode == 2
-    assert stopped.stderr.startswith("jepa-scale: ") and stopped.stderr.count("\n") == 1
-    assert "5.txt" in stopped.stderr and "on_error=skip" in stopped.stderr
-    done = run("--on-error", "skip")
+    arguments = [str(raw), "--out", str(out), "--shard-samples", "3", "--vocab-size", "300"]
+    arguments += ["--cache", str(tmp_path / "cache")]
+    assert main(["data", "prepare", *arguments, "--processes", "1"]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("jepa-scale: ") and error.count("\n") == 1
+    assert "5.txt" in error and "on_error=skip" in error
+    arguments += ["--on-error", "skip", "--processes", "2"]
+    program = [sys.executable, "scripts/prepare_data.py", *arguments]
+    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ)
     assert (done.returncode, done.stderr) == (0, "")
     index = Index.read(out)
     assert (index.kind, len(index.splits["train"]), sum(index.skipped.values())) == ("text", 2, 1)
     assert f"{out}: text, vocabulary {index.vocab_size:,}" in done.stdout
     assert "skipped 1 of 6 records:" in done.stdout and "5.txt" in done.stdout
-    again = run("--on-error", "skip")
-    assert again.returncode == 0 and "nothing to do" in again.stdout
+    assert main(["data", "prepare", *arguments]) == 0
+    assert "nothing to do" in capfd.readouterr().out
     assert main(["data", "verify", str(out)]) == 0
