@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import resource
 import signal
 import sys
@@ -20,12 +21,12 @@ WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 1, 2
 
 
-def dies_writing(rank: int, who: list[int], event: int) -> None:
+def dies_writing(rank: int, who: list[int], event: int, save: int = 1) -> None:
     """SIGKILL right before the ``event``-th operation that changes something in ``checkpoints/``, from the beginning of the
-    first save, which is number 0: its folder is made."""
+    ``save``-th save of this process, whose operation number 0 is to make its folder. What it was about to do is printed."""
     if rank not in who:
         return
-    seen = -1
+    seen, saves = -1, set[str]()
 
     def hook(name: str, args: tuple[Any, ...]) -> None:
         nonlocal seen
@@ -34,9 +35,12 @@ def dies_writing(rank: int, who: list[int], event: int) -> None:
         else:
             changes = name in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
         if changes and "/checkpoints/" in f"{args[0]}/":
-            if seen >= 0 or (name == "os.mkdir" and "partial" in str(args[0])):
+            if name == "os.mkdir" and (folder := re.search(r"step_\d+\.partial", str(args[0]))):
+                saves.add(folder[0])
+            if len(saves) >= save:
                 seen += 1
             if seen == event:
+                os.write(1, f"killed before {name} {args[0]}\n".encode())
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)

@@ -16,4 +16,4 @@ def imported(ranks: Ranks) -> set[str]:
 
 def test_a_rank_does_not_import_what_draws():
     """Only rank 0 draws, at the end."""
-    assert run_ranks(imported, 2) == [{"torch", "jepa_scale.train"}] * 2
+    assert run_ranks(imported, 2, fresh=True) == [{"torch", "jepa_scale.train"}] * 2
