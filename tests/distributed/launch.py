@@ -188,6 +188,7 @@ def _forget(environment: dict[str, str], folder: str) -> None:
     # ZeRO-3 numbers parameters and modules as they come, and all ranks of a group must have the same numbers
     Init.param_id = 0
     DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
+    torch.nn.functional.linear = torch._C._nn.linear  # ZeRO-3 leaves its own there: other sums, hooks in another order
     _clear_sharding_prop_cache()  # its entries hold meshes of groups that are no more
     torch.set_default_dtype(torch.float32)
     torch.set_grad_enabled(True)
