@@ -282,7 +282,7 @@ def seen_through_attention(stream, window):
     return out[:, 0] > 0
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(branched_samples(), st.none() | st.integers(1, 6))
 def test_every_token_sees_its_prefix_and_what_comes_before_it_in_its_segment(samples, window):
     batch = pack([Views(sample) for sample in samples], streams=("main", "names"))

@@ -100,6 +100,7 @@ def test_killed_again_and_again(run, processes, tmp_path):
     assert contents(tmp_path / "out") == contents(run / "undisturbed")
 
 
+@pytest.mark.matrix
 def test_killed_at_random_times(run, processes, tmp_path):
     rng = random.Random(0)
     for _ in range(5):

@@ -21,7 +21,7 @@ def plainly(sizes: list[int], budget: int) -> list[list[int]]:
     return [sorted(b) for b in bins]
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(data=st.data(), budget=st.integers(1, 60))
 def test_bins_are_those_of_the_plain_algorithm(data: st.DataObject, budget: int) -> None:
     sizes = data.draw(st.lists(st.integers(0, budget), max_size=60))

@@ -15,7 +15,7 @@ GRIDS = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 3)).flatm
 )
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(st.lists(GRIDS, min_size=1, max_size=5))
 def test_objects_are_those_of_a_flood_fill(grids):
     objects = find_objects(grids, slots=10**6)

@@ -48,7 +48,7 @@ def small_chunks(monkeypatch):
     return lambda size: monkeypatch.setattr(lm_head, "CHUNK_BYTES", size)
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(
     rows=st.integers(0, 9),
     vocabulary=st.integers(1, 70),

@@ -34,7 +34,7 @@ def document(n, seed=0):
 some_horizons = st.lists(st.integers(1, 30), min_size=1, max_size=5, unique=True)
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(st.integers(1, 40), some_horizons, st.data(), st.integers(0, 40), st.integers(0, 1000))
 def test_every_pair_lies_in_the_sequence_and_is_as_far_as_its_horizon(length, horizons, data, count, seed):
     weights = st.floats(0.1, 5) | st.just(0.0)

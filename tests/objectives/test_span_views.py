@@ -28,7 +28,7 @@ def text(n, seed=0, end=True):
 # -- the sampler ------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=400)
+@settings(max_examples=100)
 @given(
     st.lists(st.booleans(), min_size=1, max_size=60).filter(any),
     st.floats(0, 0.999),
@@ -45,7 +45,7 @@ def test_as_many_tokens_are_masked_as_the_ratio_says_and_none_that_is_not_eligib
     assert (eligible & ~masked).any()  # at least one token is left
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(st.lists(st.booleans(), max_size=80))
 def test_free_runs_are_the_maximal_runs(values):
     values = np.array(values, dtype=bool)

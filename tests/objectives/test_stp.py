@@ -67,7 +67,7 @@ def make(backbone, **options):
 # -- drawing ----------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(st.integers(0, 50), st.integers(1, 6), st.integers(0, 60).filter(lambda x: x != 1), st.integers(0, 1000))
 def test_triples_are_rising_and_no_longer_than_they_may_be(length, count, longest, seed):
     found = draw_triples(length, count, longest, generator(f"t/{seed}"))
@@ -77,7 +77,7 @@ def test_triples_are_rising_and_no_longer_than_they_may_be(length, count, longes
     assert not longest or (t - s <= longest).all()
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(st.integers(0, 50), st.integers(1, 6), st.integers(0, 60), st.integers(0, 1000))
 def test_spans_are_rising_and_never_the_whole(length, count, longest, seed):
     found = draw_spans(length, count, longest, generator(f"s/{seed}"))
@@ -129,7 +129,7 @@ turns = st.lists(
 )
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(
     st.lists(turns, min_size=1, max_size=4), st.sampled_from(["triple", "span"]), st.integers(1, 3), st.integers(0, 99)
 )

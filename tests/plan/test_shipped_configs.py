@@ -11,8 +11,15 @@ from jepa_scale.plan.planner import Request, make_plan
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
-@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
-@pytest.mark.parametrize(("name", "gpus", "billions"), [("jepa_1b", 8, 1.2), ("jepa_8b", 64, 8.0)])
+@pytest.mark.parametrize(
+    ("name", "gpus", "billions", "engine"),
+    [
+        ("jepa_1b", 8, 1.2, "deepspeed"),
+        ("jepa_8b", 64, 8.0, "fsdp"),
+        pytest.param("jepa_1b", 8, 1.2, "fsdp", marks=pytest.mark.matrix),
+        pytest.param("jepa_8b", 64, 8.0, "deepspeed", marks=pytest.mark.matrix),
+    ],
+)
 def test_fits_on_gpus_with_80_gb(name, gpus, billions, engine):
     config = load_config(CONFIGS / f"{name}.yaml", [f"engine.name={engine}"])
     plan = make_plan(config, Request(gpus, find_gpu("h100"), search=False))
