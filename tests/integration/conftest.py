@@ -27,7 +27,7 @@ def launch(tmp_path: Path) -> Iterator[Callable[..., Launched]]:
         launched.close()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def short_folder() -> Iterator[Path]:
     """A folder whose path leaves room for sockets in it (107 characters in all)."""
     folder = Path(tempfile.mkdtemp(prefix="jepa_", dir="/tmp"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 
+from tests.distributed.processes import HANG
 from tests.integration.daemons import SBIN
 
 PREFIX = 24
@@ -12,7 +13,7 @@ PREFIX = 24
 
 def ip(*arguments: str) -> str:
     done = subprocess.run(
-        ["ip", *arguments], env={**os.environ, "PATH": SBIN}, capture_output=True, text=True, timeout=20
+        ["ip", *arguments], env={**os.environ, "PATH": SBIN}, capture_output=True, text=True, timeout=HANG
     )
     assert done.returncode == 0, f"ip {' '.join(arguments)}: {done.stderr}"
     return done.stdout

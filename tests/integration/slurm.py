@@ -6,9 +6,10 @@ import os
 import secrets
 import socket
 import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 
-from tests.distributed.processes import free_port, until
+from tests.distributed.processes import HANG, held_port, until
 from tests.integration.daemons import SBIN, Daemons
 
 NODES = ("n1", "n2")
@@ -25,6 +26,7 @@ class Slurm:
         self.folder = folder
         self.environment = {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": SBIN}
         self._daemons = Daemons(folder)
+        self._ports = ExitStack()
 
     def __enter__(self) -> Slurm:
         for name in ("state", *NODES):
@@ -47,7 +49,7 @@ class Slurm:
         lines = [
             "ClusterName=test",
             f"SlurmctldHost={host}(127.0.0.1)",
-            f"SlurmctldPort={free_port()}",
+            f"SlurmctldPort={self._port()}",
             "SlurmUser=root",
             "AuthType=auth/munge",
             # a job that is put back is not started before its credential has expired: 2 minutes if not told otherwise
@@ -71,7 +73,7 @@ class Slurm:
         ]
         for name in NODES:
             lines.append(
-                f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs=1 State=UNKNOWN"
+                f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={self._port()} CPUs=1 State=UNKNOWN"
             )
         lines.append(f"PartitionName=all Nodes={','.join(NODES)} Default=YES MaxTime=INFINITE State=UP")
         (folder / "slurm.conf").write_text("\n".join(lines) + "\n")
@@ -79,12 +81,15 @@ class Slurm:
         plugin = "disabled" if version >= (23, 11) else "cgroup/v1"  # loaded, and not used by anything
         (folder / "cgroup.conf").write_text(f"CgroupPlugin={plugin}\n")
 
+    def _port(self) -> int:
+        return self._ports.enter_context(held_port())
+
     def _start(self) -> None:
         folder, daemons = self.folder, self._daemons
         files = {"socket": "socket", "key-file": "key", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
         options = [f"--{option}={folder}/munge.{ending}" for option, ending in files.items()]
         daemons.start("munged", ["munged", "--foreground", "--force", *options])
-        until(lambda: (folder / "munge.socket").exists(), 20, "socket of munged")
+        until(lambda: (folder / "munge.socket").exists(), "socket of munged")
         configuration = ["-f", str(folder / "slurm.conf")]
         daemons.start("slurmctld", ["slurmctld", "-D", "-i", *configuration])
         for name in NODES:
@@ -95,14 +100,14 @@ class Slurm:
             return self.run("sinfo", "-h", "-o", "%t %D", check=False) == "idle 2\n"
 
         try:
-            until(idle, 60, "idle nodes")
+            until(idle, "idle nodes")
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.run('sinfo', '-N', '-l', check=False)}\n{daemons.output()}") from None
 
     def run(self, *command: str, check: bool = True) -> str:
         """What a client of SLURM prints."""
         done = subprocess.run(
-            command, env={**os.environ, **self.environment}, capture_output=True, text=True, timeout=60
+            command, env={**os.environ, **self.environment}, capture_output=True, text=True, timeout=HANG
         )
         assert not check or done.returncode == 0, f"{' '.join(command)}: {done.stderr}\n{self._daemons.output()}"
         return done.stdout
@@ -116,3 +121,4 @@ class Slurm:
         self.run("scancel", "--user=root", "--signal=KILL", "--full", check=False)
         self.run("scancel", "--user=root", check=False)
         self._daemons.__exit__()
+        self._ports.close()

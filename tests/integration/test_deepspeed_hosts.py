@@ -11,25 +11,41 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.processes import ENVIRONMENT, MARK, REPOSITORY, free_port, until
+from tests.distributed.processes import ENVIRONMENT, HANG, MARK, REPOSITORY, held_port, until
 from tests.distributed.small_runs import assert_same, check_checkpoints, newest
 from tests.distributed.test_runs import config_file
 from tests.integration.daemons import Daemons, needs, program
 
 LAUNCHER = str(REPOSITORY / "scripts/launch_deepspeed.sh")
 STEPS = 6
-pytestmark = needs("sshd", "ssh", "ssh-keygen", "pdsh")
+with_sshd = needs("sshd", "ssh", "ssh-keygen", "pdsh")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def hosts(short_folder: Path) -> Iterator[dict[str, str]]:
     """An sshd that answers as ``first`` and ``second``, and on whose port nothing answers as ``third``.
 
     Gives the environment in which ``ssh`` knows them: a wrapper that names our own configuration.
     """
-    folder, port = short_folder, free_port()
+    folder = short_folder
     for key in ("host_key", "user_key"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / key)], check=True)
+    with held_port() as port, Daemons(folder) as daemons:
+        wrapper = configured(folder, port)
+        daemons.start("sshd", ["sshd", "-D", "-e", "-f", str(folder / "sshd_config")])
+
+        def answers() -> bool:
+            daemons.check()
+            return subprocess.run([str(wrapper), "second", "true"], capture_output=True).returncode == 0
+
+        until(lambda: answers() or "account is locked" in daemons.output(), "answer of sshd")
+        if "account is locked" in daemons.output():
+            pytest.skip(f"sshd lets nobody in as {getpass.getuser()}: the account is locked")
+        yield {"PATH": os.pathsep.join([str(wrapper.parent), str(Path(sys.executable).parent), os.environ["PATH"]])}
+
+
+def configured(folder: Path, port: int) -> Path:
+    """Write what sshd and ssh read; the wrapper."""
     (folder / "authorized_keys").write_text((folder / "user_key.pub").read_text())
     host_key = (folder / "host_key.pub").read_text().rsplit(maxsplit=1)[0]
     (folder / "known_hosts").write_text("".join(f"[127.0.0.{n}]:{port} {host_key}\n" for n in (1, 2, 3)))
@@ -47,21 +63,7 @@ def hosts(short_folder: Path) -> Iterator[dict[str, str]]:
     wrapper.parent.mkdir()
     wrapper.write_text(f'#!/bin/sh\nexec {program("ssh")} -F {folder}/ssh_config "$@"\n')
     wrapper.chmod(0o755)
-    path = os.pathsep.join([str(wrapper.parent), str(Path(sys.executable).parent), os.environ["PATH"]])
-    with Daemons(folder) as daemons:
-        daemons.start("sshd", ["sshd", "-D", "-e", "-f", str(folder / "sshd_config")])
-
-        def answers() -> bool:
-            daemons.check()
-            return subprocess.run([str(wrapper), "second", "true"], capture_output=True).returncode == 0
-
-        try:
-            until(answers, 20, "answer of sshd")
-        except AssertionError as error:
-            if "account is locked" in daemons.output():
-                pytest.skip(f"sshd lets nobody in as {getpass.getuser()}: the account is locked")
-            pytest.fail(f"{error}\n{daemons.output()}")
-        yield {"PATH": path}
+    return wrapper
 
 
 def hostfile(folder: Path, text: str) -> str:
@@ -70,22 +72,21 @@ def hostfile(folder: Path, text: str) -> str:
     return str(path)
 
 
+@pytest.mark.matrix
+@with_sshd
 def test_two_hosts_train_as_two_ranks_of_one_do(nursery, launch, hosts, tmp_path):
-    """Stopped by nobody, started twice: the second start goes on from the first one's checkpoint."""
+    """Six steps: warm-up is over at the third, and the checkpoints of two saves are replaced by later ones."""
     config = config_file(tmp_path, "lm", "zero2", name="run", steps=STEPS, checkpoint={"every": 2})
-    nursery.run(["--config", str(config), f"run.dir={tmp_path}/expected"], 2, timeout=240)
+    nursery.run(["--config", str(config), f"run.dir={tmp_path}/expected"], 2)
     mark = f"hosts_{os.getpid()}_{tmp_path.name}"
     variables = {**ENVIRONMENT, MARK: mark}
     (tmp_path / "variables").write_text("".join(f"{name}={value}\n" for name, value in variables.items()))
-    environment = {
-        **hosts,
-        "DS_ENV_FILE": str(tmp_path / "variables"),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
     file = hostfile(tmp_path, "# two hosts\nfirst slots=1\n\nsecond slots=1\n")
-    run = launch(LAUNCHER, file, "--config", str(config), environment=environment, mark=mark)
-    assert run.wait(300) == 0, run.output()
+    with held_port() as port:
+        environment = {**hosts, "DS_ENV_FILE": str(tmp_path / "variables"), "MASTER_ADDR": "127.0.0.1"}
+        environment |= {"MASTER_PORT": str(port)}
+        run = launch(LAUNCHER, file, "--config", str(config), environment=environment, mark=mark)
+        assert run.wait() == 0, run.output()
     assert "first: " in run.output() and "second: " in run.output()  # pdsh names whose line it is
     check_checkpoints(tmp_path / "run")
     assert newest(tmp_path / "run") == STEPS
@@ -95,13 +96,15 @@ def test_two_hosts_train_as_two_ranks_of_one_do(nursery, launch, hosts, tmp_path
 def refused(hosts: dict[str, str], *arguments: str) -> str:
     """What the launcher says, in one line, when it starts nothing."""
     done = subprocess.run(
-        [LAUNCHER, *arguments], env={**os.environ, **ENVIRONMENT, **hosts}, capture_output=True, text=True, timeout=60
+        [LAUNCHER, *arguments], env={**os.environ, **ENVIRONMENT, **hosts}, capture_output=True, text=True, timeout=HANG
     )
     assert done.returncode == 2, done
     assert done.stdout == "" and done.stderr.count("\n") == 1, done
     return done.stderr
 
 
+@pytest.mark.matrix
+@with_sshd
 def test_a_host_that_does_not_answer_is_refused_by_name(hosts, tmp_path):
     file = hostfile(tmp_path, "first slots=1\nthird slots=1\nsecond slots=1\n")
     said = refused(hosts, file, "--config", "configs/reversal.yaml", f"run.dir={tmp_path}/runs")
@@ -110,6 +113,8 @@ def test_a_host_that_does_not_answer_is_refused_by_name(hosts, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.matrix
+@with_sshd
 def test_every_host_that_does_not_answer_is_named(hosts, tmp_path):
     file = hostfile(tmp_path, "third slots=8\nfirst slots=8\nno-such-host.invalid slots=8\n")
     said = refused(hosts, file, "--config", "configs/reversal.yaml")
@@ -125,10 +130,10 @@ def test_every_host_that_does_not_answer_is_named(hosts, tmp_path):
         ("# nobody\n\n", "names no host"),
     ],
 )
-def test_a_damaged_hostfile_is_refused_with_its_line(hosts, tmp_path, text, says):
-    assert says in refused(hosts, hostfile(tmp_path, text), "--config", "configs/reversal.yaml")
+def test_a_damaged_hostfile_is_refused_with_its_line(tmp_path, text, says):
+    assert says in refused({}, hostfile(tmp_path, text), "--config", "configs/reversal.yaml")
 
 
-def test_no_hostfile(hosts, tmp_path):
-    assert "no such hostfile" in refused(hosts, str(tmp_path / "none"), "--config", "configs/reversal.yaml")
-    assert "usage" in refused(hosts, str(tmp_path / "none"))
+def test_no_hostfile(tmp_path):
+    assert "no such hostfile" in refused({}, str(tmp_path / "none"), "--config", "configs/reversal.yaml")
+    assert "usage" in refused({}, str(tmp_path / "none"))

@@ -12,11 +12,13 @@ import pytest
 from jepa_scale.comparison_page import write_comparison
 from jepa_scale.report import write_report
 from tests import test_comparison, test_report
+from tests.distributed.processes import HANG
 from tests.integration.daemons import needs, program
 
 PHONE = 360
 OPTIONS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
 THEMES = {"dark": 0, "light": 1}
+pytestmark = [pytest.mark.matrix, needs("chromium")]
 
 
 def browser(folder, *arguments):
@@ -25,7 +27,7 @@ def browser(folder, *arguments):
         [program("chromium"), *OPTIONS, f"--user-data-dir={folder / 'profile'}", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -39,7 +41,6 @@ def page(request, tmp_path):
     return write_comparison([test_comparison.make_run(tmp_path, "lm"), *jepa], tmp_path / "comparison.html")
 
 
-@needs("chromium")
 @pytest.mark.parametrize("theme", THEMES)
 def test_it_is_drawn_in_the_readers_colours(page, theme, tmp_path):
     picture = tmp_path / f"{theme}.png"
@@ -58,7 +59,6 @@ def test_it_is_drawn_in_the_readers_colours(page, theme, tmp_path):
     assert marks[:1200].any(axis=1).mean() > 0.3, "the first screen is nearly empty"
 
 
-@needs("chromium")
 def test_on_a_phone_nothing_is_wider_than_the_screen(page, tmp_path):
     """In a frame as wide as a phone: a window of the browser's cannot be so narrow."""
     frame = html.escape(page.read_text(encoding="utf-8"), quote=True)
