@@ -12,9 +12,14 @@ from text_runs import config_file
 from jepa_scale import allocator
 from jepa_scale.errors import InputError
 from jepa_scale.telemetry.records import read_rows
-from tests.distributed.processes import REPOSITORY
+from tests.distributed.processes import HANG, REPOSITORY, Nursery, shared_nursery
 
 here = pytest.mark.skipif(allocator.installed() is None, reason="tcmalloc is not installed")
+
+
+@pytest.fixture
+def nursery() -> Nursery:
+    return shared_nursery()
 
 
 @pytest.fixture
@@ -95,7 +100,7 @@ def start(*command: str, **environment: str) -> subprocess.CompletedProcess:
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANG,
     )
 
 
@@ -106,25 +111,27 @@ def test_an_unknown_malloc_is_refused_in_a_line(command):
     assert ended.stderr == f"jepa-scale: {allocator.VARIABLE}: unknown malloc 'other'; choose from system, tcmalloc\n"
 
 
+@pytest.mark.matrix
 @here
 @pytest.mark.parametrize(
-    "launcher",
+    ("launcher", "world_size"),
     [
-        ["jepa_scale/train.py"],
-        ["-m", "jepa_scale.cli", "train"],
-        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "jepa_scale/train.py"],
+        (["jepa_scale/train.py"], 1),
+        (["-m", "jepa_scale.cli", "train"], 1),
+        (["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "jepa_scale/train.py"], 2),
     ],
     ids=["file", "cli", "torchrun"],
 )
-def test_a_run_has_it_and_computes_the_same(tmp_path, launcher):
+def test_a_run_has_it_and_computes_the_same(nursery, tmp_path, launcher, world_size):
+    """As ranks that were forked without it."""
+    train = {"steps": 4, "log_every": 1, "batch_size": 8}  # two with the full learning rate
+    files = {malloc: str(config_file(tmp_path, malloc, train=train)) for malloc in ("tcmalloc", "system")}
+    ended = start(*launcher, "--config", files["tcmalloc"])
+    assert ended.returncode == 0, ended.stderr
+    assert "memory: steps on a CPU" not in ended.stderr
+    nursery.run(["--config", files["system"]], world_size)
     found = {}
-    for malloc in ("tcmalloc", "system"):
-        file = config_file(tmp_path, malloc, train={"steps": 4, "log_every": 1, "batch_size": 8})
-        ended = start(
-            *launcher, "--config", str(file), **({allocator.VARIABLE: "system"} if malloc == "system" else {})
-        )
-        assert ended.returncode == 0, ended.stderr
-        assert "memory: steps on a CPU" not in ended.stderr
+    for malloc in files:
         summary = json.loads((tmp_path / malloc / "summary.json").read_text())
         assert summary["environment"]["malloc"] == malloc
         found[malloc] = [(row["loss"], row["grad_norm"]) for row in read_rows(tmp_path / malloc) if "grad_norm" in row]

@@ -8,15 +8,18 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed.processes import HANG
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 GALLERY = REPOSITORY / "scripts" / "gallery"
+pytestmark = pytest.mark.matrix
 
 
 def run(tmp_path, *command, **variables):
     """What it printed; run elsewhere, as a user may, with nothing of ours in the environment but the cache."""
     environment = {**os.environ, "JEPA_SCALE_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1", **variables}
     done = subprocess.run(
-        [*map(str, command)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
+        [*map(str, command)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=HANG
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     return done.stdout

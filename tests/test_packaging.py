@@ -16,6 +16,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.distributed.processes import HANG
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 TOP = ("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "README.md")
 TOP += ("constraints.txt", "pyproject.toml", "setup.py")
@@ -24,7 +26,7 @@ PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
 
 def run(*command, cwd, **variables):
     environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
-    done = subprocess.run([*map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -68,6 +70,7 @@ def test_the_wheel_has_the_package_and_the_configs(wheel):
     assert "License-Expression: Apache-2.0" in about
 
 
+@pytest.mark.matrix
 def test_an_installed_wheel_trains_with_a_shipped_config(wheel, tmp_path):
     site, work = tmp_path / "site", tmp_path / "work"
     work.mkdir()

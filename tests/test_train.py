@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from jepa_scale.data.reversal import generate
 from jepa_scale.data.reversal_files import write
 from jepa_scale.engines import precision
 from tests.data.corpus import write_text
+from tests.distributed.processes import Nursery, held_port, shared_nursery
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -35,6 +37,11 @@ def config(tmp_path):
     path = tmp_path / "small.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
+
+
+@pytest.fixture
+def nursery() -> Nursery:
+    return shared_nursery()
 
 
 def run(config, *arguments):
@@ -204,7 +211,8 @@ def test_eval_config_report_and_data_commands(config, tmp_path, capsys):
     assert (facts / "train.json").is_file()
     assert cli.main(["data", "reversal", "--out", str(facts), "--entities-a", "50", "--comb", "5"]) == 2
     assert cli.main(["report", str(tmp_path)]) == 2
-    assert cli.main(["eval", str(tmp_path)]) == 2
+    with pytest.raises(SystemExit, match="^2$"):  # the process ends before it imports what trains
+        cli.main(["eval", str(tmp_path)])
 
 
 def test_files_train_as_the_generated_facts_do(config, tmp_path):
@@ -217,7 +225,11 @@ def test_files_train_as_the_generated_facts_do(config, tmp_path):
     assert json.loads((tmp_path / "runs/small/summary.json").read_text())["final"]["fit"]["loss"] > 0
 
 
-@pytest.mark.parametrize("command", [["jepa_scale/train.py"], ["-m", "jepa_scale.cli", "train"]])
+@pytest.mark.parametrize(
+    "command",
+    [["jepa_scale/train.py"], pytest.param(["-m", "jepa_scale.cli", "train"], marks=pytest.mark.matrix)],
+    ids=["file", "cli"],
+)
 def test_as_a_process_of_its_own(config, tmp_path, command):
     """`python jepa_scale/train.py` puts the package's own folder on sys.path, where it must not shadow anything."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
@@ -238,20 +250,31 @@ def launch(*command: str) -> subprocess.CompletedProcess:
     return subprocess.run([*command], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
 
 
-LAUNCHERS = {
-    "deepspeed": ["deepspeed", "--num_gpus", "2", "--master_port", "29617"],
-    "torchrun": ["torchrun", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"],
-}
+@pytest.fixture(params=["deepspeed", "torchrun"])
+def launcher(request) -> Iterator[list[str]]:
+    with held_port() as port:
+        yield {
+            "deepspeed": ["deepspeed", "--num_gpus", "2", "--master_port", str(port)],
+            "torchrun": [
+                "torchrun",
+                "--nproc-per-node",
+                "2",
+                "--rdzv-backend",
+                "c10d",
+                "--rdzv-endpoint",
+                "localhost:0",
+            ],
+        }[request.param]
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.matrix
 def test_real_launchers(config, tmp_path, launcher):
     """The engine follows the launcher; the run is the same; bad input ends every rank with exit code 2."""
-    command = [*LAUNCHERS[launcher], "jepa_scale/train.py", "--config", str(config), "log.report=false"]
+    command = [*launcher, "jepa_scale/train.py", "--config", str(config), "log.report=false"]
     done = launch(*command)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "runs/small/summary.json").read_text())
-    expected = {"deepspeed": "ZeRO-1 fp32", "torchrun": "FSDP2 fp32"}[launcher]
+    expected = {"deepspeed": "ZeRO-1 fp32", "torchrun": "FSDP2 fp32"}[launcher[0]]
     assert summary["environment"]["engine"] == expected
     assert summary["environment"]["world_size"] == 2
     assert run(config, "run.name=alone", "log.report=false") == 0
@@ -262,24 +285,30 @@ def test_real_launchers(config, tmp_path, launcher):
     assert again.stderr.count("already holds a run") + again.stdout.count("already holds a run") == 1
 
 
-def test_eval_takes_the_engine_that_wrote_the_checkpoint(config, tmp_path):
+def test_a_used_run_directory_is_refused_by_every_rank(nursery, config, tmp_path):
+    arguments = ["--config", str(config), "log.report=false", "train.steps=2"]
+    nursery.run(arguments, 2)
+    refused = nursery.start(arguments, 2)
+    assert refused.wait() == [2, 2], refused.output()
+    assert refused.output().count("already holds a run") == 1
+
+
+def test_eval_takes_the_engine_that_wrote_the_checkpoint(nursery, config, tmp_path):
     """Trained by DeepSpeed, evaluated from a shell, where `auto` would mean FSDP2."""
-    train_file = [sys.executable, "jepa_scale/train.py", "--config", str(config)]
-    done = launch(*train_file, "engine.name=deepspeed", "log.report=false", "train.steps=2")
-    assert done.returncode == 0, done.stderr
+    nursery.run(["--config", str(config), "engine.name=deepspeed", "log.report=false", "train.steps=2"])
     runs = tmp_path / "runs" / "small"
     resolved = yaml.safe_load((runs / "config.yaml").read_text())
     resolved["engine"]["name"] = "auto"
     (runs / "config.yaml").write_text(yaml.safe_dump(resolved))
-    done = launch(sys.executable, "-m", "jepa_scale.cli", "eval", str(runs))
-    assert done.returncode == 0, done.stderr
+    done = nursery.run(["eval", str(runs)], program="jepa_scale.cli")
     row = json.loads((runs / "metrics.jsonl").read_text().splitlines()[-1])
-    assert f"test     exact_match {row['exact_match']:.4f}  mrr {row['mrr']:.4f}" in done.stdout
+    assert f"test     exact_match {row['exact_match']:.4f}  mrr {row['mrr']:.4f}" in done.output()
 
 
 HORIZON = {"name": "horizon", "tap_layer": 1, "horizons": [1, 2], "horizon_probs": [2, 1], "teacher": "backbone"}
 
 
+@pytest.mark.matrix
 def test_compiled_blocks_give_the_same_losses(config, tmp_path):
     """In training and in an evaluation, whose batches have other sizes."""
     values = yaml.safe_load(config.read_text())

@@ -17,6 +17,7 @@ import pytest
 from jepa_scale.cli import main
 from jepa_scale.config import load_config
 from jepa_scale.experiment import validate
+from tests.distributed.processes import HANG
 from tests.docs.commands import PAGES, REPOSITORY, VARIABLE, Command, alternatives, commands_of
 
 COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands_of(page)))
@@ -278,6 +279,7 @@ def jobs() -> list[list[str]]:
     return [*first, *(job for _, job in sorted(found, key=lambda pair: pair[0]))]
 
 
+@pytest.mark.matrix
 def test_commands_run(workplace):
     """All in one process, one rank, two steps a run."""
     todo = []
@@ -303,7 +305,7 @@ def test_commands_run(workplace):
         input=json.dumps(todo),
         text=True,
         capture_output=True,
-        timeout=550,
+        timeout=HANG,
     )
     results = [json.loads(line) for line in result.read_text().splitlines()]
     failed = [f"jepa-scale {' '.join(r['argv'])}\n  → {r['code']}: {r['said'][-600:]}" for r in results if r["code"]]

@@ -22,9 +22,12 @@ def train_runs(ranks: Ranks, configs: list[str]) -> None:
     from jepa_scale import train
 
     sys.path.insert(0, str(EXAMPLES))
-    for config in configs:
-        torch.manual_seed(0)
-        train.run_training(argparse.Namespace(config=config, resume=None, overrides=[]))
+    try:
+        for config in configs:
+            torch.manual_seed(0)
+            train.run_training(argparse.Namespace(config=config, resume=None, overrides=[]))
+    finally:
+        sys.path.remove(str(EXAMPLES))
 
 
 def write(folder: Path, name: str, accumulation: int = 1, engine: dict[str, str] | None = None) -> str:
