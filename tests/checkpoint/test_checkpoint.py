@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import random
 import threading
-import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from jepa_scale.distributed import Ranks
 from jepa_scale.engines.base import Engine
 from jepa_scale.errors import InputError
 from tests.distributed import toy
-from tests.distributed.launch import run_ranks
+from tests.distributed.launch import HANG, run_ranks
 from tests.distributed.toy import ENGINES, make_engine
 
 STATE = {"position": 40, "fingerprint": "abc", "tokens": 123}
@@ -47,32 +47,36 @@ def save_continue_load_continue(ranks: Ranks, folder: str, cases: list[dict[str,
         engine = make_engine(ranks=ranks, **case)
         saver = Saver(directory, Policy(last=5), asynchronous=bool(i % 2))
         saver.save([engine], manifest(engine, 0))
-        first = toy.train(engine, range(5))
+        first = toy.train(engine, range(2))
         torch.manual_seed(ranks.rank)
         np.random.seed(ranks.rank)
         random.seed(ranks.rank)
         numbers()  # leaves NumPy with half of a pair of normals
-        saver.save([engine], manifest(engine, 5))
-        expected = (numbers(), toy.train(engine, range(5, 10)), engine.full_state())  # while it is being written
+        saver.save([engine], manifest(engine, 2))
+        expected = (numbers(), toy.train(engine, range(2, 4)), engine.full_state())  # while it is being written
         saver.close()
 
         again = make_engine(ranks=ranks, **case)
         toy.evaluate(again)  # leaves FSDP2's root gathered
         found = checkpoint.find(Path("elsewhere"), directory)
-        assert found == directory / "step_00000005"
+        assert found == directory / "step_00000002"
         state = checkpoint.load(found, [again]).state
-        got = (numbers(), toy.train(again, range(5, 10)), again.full_state())
+        got = (numbers(), toy.train(again, range(2, 4)), again.full_state())
 
         from_start = make_engine(ranks=ranks, **case)
         checkpoint.load(directory / "step_00000000", [from_start])
-        same = toy.train(from_start, range(5)) == first
+        same = toy.train(from_start, range(2)) == first
         results.append({"state": state, "expected": expected, "got": got, "same": same})
     return results
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_training_continues_bitwise(tmp_path, precision):
-    cases = [{"name": e, "accumulation": 2, "precision": precision, "tied": True} for e in ENGINES]
+def test_training_continues_bitwise(tmp_path):
+    """Every engine, with synchronous and asynchronous saves, in both precisions; all pairs of an engine and a precision:
+    tests/distributed/test_engine_state.py."""
+    cases = [
+        {"name": e, "accumulation": 2, "precision": precision, "tied": True}
+        for e, precision in zip(ENGINES, ("fp32", "fp32", "bf16", "bf16", "bf16"), strict=True)
+    ]
     for rank, results in enumerate(run_ranks(save_continue_load_continue, 2, str(tmp_path), cases)):
         for case, result in zip(cases, results, strict=True):
             assert result["state"] == STATE
@@ -186,7 +190,6 @@ def save_on_a_full_disk(ranks: Ranks, folder: str) -> list[Any]:
     """Rank 1's disk is full for the second save, and for the first try of the third."""
     from jepa_scale.checkpoint import saver as module
 
-    module.PATIENCE = (0.0,)
     engine = make_engine("fsdp", ranks)
     told: list[checkpoint.Report] = []
     saver = Saver(Path(folder), Policy(last=5), tell=told.append)
@@ -195,24 +198,20 @@ def save_on_a_full_disk(ranks: Ranks, folder: str) -> list[Any]:
     def failing(*args: Any) -> Any:
         if ranks.rank == 1 and fails[0]:
             fails[0] -= 1
-            real = store.dcp.FileSystemWriter.write_data
 
             def full(self: Any, *args: Any) -> Any:
                 raise OSError(errno.ENOSPC, "No space left on device", str(self.path))
 
-            store.dcp.FileSystemWriter.write_data = full
-            try:
+            with patch.object(store.dcp.FileSystemWriter, "write_data", full):
                 return write(*args)
-            finally:
-                store.dcp.FileSystemWriter.write_data = real
         return write(*args)
 
-    store.write = failing
-    for step, failures in ((1, 0), (2, 2), (3, 1)):
-        fails[0] = failures
-        saver.save([engine], manifest(engine, step))
-        saver.wait()
-    saver.close()
+    with patch.object(module, "PATIENCE", (0.0,)), patch.object(store, "write", failing):
+        for step, failures in ((1, 0), (2, 2), (3, 1)):
+            fails[0] = failures
+            saver.save([engine], manifest(engine, step))
+            saver.wait()
+        saver.close()
     return [(r.step, r.path is not None, r.problem) for r in told]
 
 
@@ -226,26 +225,23 @@ def test_a_full_disk_costs_one_checkpoint_and_leaves_the_others(tmp_path):
 
 
 def train_while_saving(ranks: Ranks, folder: str) -> tuple[bool, bool]:
-    """The writing is held up: training goes on meanwhile, and what is saved is the state of before."""
+    """The writing is held up until training has gone on; what is saved is the state of before."""
     engine = make_engine("zero2", ranks)
     toy.train(engine, range(2))
-    go, write = threading.Event(), store.write
+    go, write, waited = threading.Event(), store.write, []
 
     def held(*args: Any) -> Any:
-        go.wait(60)
+        waited.append(go.wait(HANG))
         return write(*args)
 
-    store.write = held
-    before = engine.full_state()
-    saver = Saver(Path(folder), Policy())
-    began = time.monotonic()
-    saver.save([engine], manifest(engine, 2))
-    toy.train(engine, range(2, 5))
-    went_on = not go.is_set() and time.monotonic() - began < 50
-    go.set()
-    saver.close()
+    before, saver = engine.full_state(), Saver(Path(folder), Policy())
+    with patch.object(store, "write", held):
+        saver.save([engine], manifest(engine, 2))
+        toy.train(engine, range(2, 4))
+        go.set()
+        saver.close()
     saved = store.read_whole(Path(folder) / "step_00000002" / "tensors", [f"model/{name}" for name in before])
-    return went_on, all(torch.equal(saved[f"model/{name}"], before[name]) for name in before)
+    return waited == [True], all(torch.equal(saved[f"model/{name}"], before[name]) for name in before)
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):

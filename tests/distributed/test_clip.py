@@ -20,7 +20,9 @@ from tests.distributed import toy
 from tests.distributed.launch import run_ranks
 from tests.distributed.toy import ENGINES, HEADS, OPTIM, Output, Toy
 
-STEPS, CLIP = 8, 2.0
+STEPS, CLIP = 7, 2.0
+"""By then each factor below has been there, all three groups have been clipped in one step, and weights are apart from
+those of a joint clipping."""
 FACTORS = (1.0, 20.0, 0.05, 3.0, 0.3)
 """Of the loss in each step: one step is clipped, the next is not, and Adam does not take that for a smaller gradient."""
 LONE = (1e-3, 1e-3, 50.0)
@@ -156,7 +158,7 @@ def rows(norms: list[dict[str, float]]) -> Tensor:
     return torch.tensor([list(of_step.values()) for of_step in norms])
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [2, *(pytest.param(n, marks=pytest.mark.matrix) for n in (1, 4))])
 def test_fp32_equals_torchs_clipping_of_each_group(world_size):
     """Losses, group norms and weights; some steps clip one group, some two, some none. A layer is used in some
     micro-batches only and one in none."""
@@ -202,7 +204,7 @@ def first_step(ranks: Ranks, cases: list[dict[str, Any]]) -> list[Any]:
     for case in cases:
         engine = build(ranks, **case)
         result = one_step(engine, 1), clipped_gradients(engine)
-        results.append((*result, [one_step(engine, step)[2] for step in range(2, STEPS)], engine.updates))
+        results.append((*result, [one_step(engine, step)[2] for step in (2, 3)], engine.updates))
     return results
 
 
@@ -225,7 +227,7 @@ def test_bf16_clips_each_group():
         limit = case.get("clip", CLIP) or math.inf
         expected = {group: min(norm, limit * norm / (norm + 1e-6)) for group, norm in norms.items()}
         assert got == pytest.approx(expected, rel=2e-5), case
-        assert updates == STEPS - 1 and all(0 < norm < 1e3 for norm in later), case
+        assert updates == 3 and all(0 < norm < 1e3 for norm in later), case
 
 
 def skip(ranks: Ranks, cases: list[tuple[tuple[float, ...], dict[str, Any]]]) -> list[list[str]]:

@@ -19,7 +19,9 @@ from tests.distributed.launch import run_ranks
 from tests.host_syncs import HostSyncs
 from tests.objectives.chats import conversations, tokenizer, write_rows
 
-STEPS = 4
+STEPS = 3
+"""What waits is counted in all but the first, which makes what is made once: in a second step, and in one more, whose forward
+finds what the second has left behind."""
 
 
 def test_the_count_finds_what_waits():
@@ -81,6 +83,7 @@ def count(ranks: Ranks, cases: list[str]) -> list[dict[str, dict[str, int]]]:
             train.run_training(argparse.Namespace(config=config, resume=None, overrides=[]))
         finally:
             train.Meter.step_done = done  # type: ignore[method-assign]
+            found.__exit__()  # if the run has failed
         of = {package: found.of(package) for package in ("jepa_scale", "deepspeed")}
         results.append({package: {" ".join(key): n for key, n in of[package].items()} for package in of})
     return results
@@ -132,10 +135,13 @@ def test_no_objective_waits(corpora, tmp_path):
         assert of == {"jepa_scale": {}, "deepspeed": {}}, objective
 
 
+@pytest.mark.parametrize(
+    "objectives", [["horizon"], pytest.param(["lm", "two_view", "span"], marks=pytest.mark.matrix)], ids="-".join
+)
 @pytest.mark.parametrize("engine", ["fsdp", "zero0", "zero1", "zero2", "zero3"])
-def test_no_engine_waits_but_in_deepspeed(corpora, tmp_path, engine):
-    """What DeepSpeed does by itself is known (``Engine.step``): in fp32 nothing but in stage 3."""
-    objectives = ["lm", "horizon", "two_view", "span"]
+def test_no_engine_waits_but_in_deepspeed(corpora, tmp_path, engine, objectives):
+    """What DeepSpeed does by itself is known (``Engine.step``): in fp32 nothing but in stage 3. The horizon objective has
+    a teacher, statistics over the ranks and two heads."""
     for found in run_ranks(count, 2, configs(tmp_path, corpora, engine, objectives)):
         for objective, of in zip(objectives, found, strict=True):
             assert of["jepa_scale"] == {}, objective

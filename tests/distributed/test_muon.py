@@ -16,10 +16,11 @@ from jepa_scale.distributed import Ranks
 from jepa_scale.optim import parameter_groups
 from tests.distributed import toy
 from tests.distributed.launch import run_ranks
-from tests.distributed.test_engine_state import changed
-from tests.distributed.toy import ENGINES, HEADS, MUON, make_engine
+from tests.distributed.toy import ENGINES, HEADS, MUON, changed, make_engine
 
-STEPS, CLIP = 10, 2.0
+STEPS, CLIP = 5, 2.0
+"""One matrix is in some micro-batches of steps 1, 2 and 4 and in none of steps 0 and 3, where its momentum alone moves it;
+evaluations come after steps 1 and 4. A momentum that is one step old is off by more than the tolerance at once."""
 VARIANTS = [
     {"name": "zero2", "zero": {"round_robin_gradients": True, "overlap_comm": False}},
     {"name": "zero3", "zero": {"stage3_param_persistence_threshold": 30, "sub_group_size": 200}},
@@ -119,9 +120,9 @@ def add(path: Path, zero: dict[str, Any]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [2, *(pytest.param(n, marks=pytest.mark.matrix) for n in (1, 4))])
 def test_equals_the_plain_reference(world_size):
-    """Ten clipped steps with decay, matrices of odd shapes, one of which is not in every micro-batch and one without a
+    """Clipped steps with decay, matrices of odd shapes, one of which is not in every micro-batch and one without a
     gradient. Tied, the LM head is an embedding, and AdamW's; with two micro-batches, two groups are clipped."""
     accumulations = {1: (1,), 2: (1, 2), 4: (2,)}[world_size]
     cases: list[dict[str, Any]] = [

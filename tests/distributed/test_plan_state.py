@@ -62,7 +62,7 @@ def sizes_of_engines(ranks: Any, files: list[str]) -> list[dict[str, int]]:
     return found
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.matrix), 2])
 def test_a_rank_keeps_what_is_planned(world_size, tmp_path):
     cases = [(engine, precision) for engine in ENGINES for precision in ("fp32", "bf16")]
     files = [config_of(tmp_path, *case) for case in cases]

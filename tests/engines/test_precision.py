@@ -1,5 +1,7 @@
 """What `engine.precision` comes to."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 
@@ -45,8 +47,8 @@ def test_what_is_asked_for_is_done_and_auto_is_what_is_there(monkeypatch, capsys
 
 
 def settled_where_rank_1_lacks_it(ranks):
-    precision.has_bf16 = lambda device: ranks.rank != 1
-    return settle_precision("auto", ranks)
+    with patch.object(precision, "has_bf16", lambda device: ranks.rank != 1):
+        return settle_precision("auto", ranks)
 
 
 def test_all_ranks_compute_alike():

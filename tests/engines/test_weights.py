@@ -81,7 +81,11 @@ def initial(ranks: Ranks, cases: list[tuple[str, str]]) -> list[dict[str, Tensor
     return found
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+ONE_OR_MORE = pytest.mark.parametrize("world_size", [2, *(pytest.param(n, marks=pytest.mark.matrix) for n in (1, 4))])
+MORE = pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.matrix)])
+
+
+@ONE_OR_MORE
 def test_every_engine_begins_as_one_process_would(world_size):
     cases = [(name, precision) for name in ENGINES for precision in ("fp32", "bf16")]
     by_rank = run_ranks(initial, world_size, cases)
@@ -107,7 +111,7 @@ def taken(ranks: Ranks) -> tuple[int, int, int]:
     return live.most, live.now, len(weights._values)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@MORE
 def test_ranks_have_one_whole_parameter_at_a_time(world_size):
     one = 4 * WIDTH * WIDTH
     for most, left, held in run_ranks(taken, world_size)[1:]:
@@ -126,7 +130,7 @@ def start_of(ranks: Ranks, names: list[str]) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@MORE
 def test_no_rank_has_the_model_whole_while_an_engine_is_built(world_size):
     """Parameters, gradients and two moments of its shards (ZeRO-3 has masters and a second set of parameters), and whole ones one at
     a time; ZeRO-3 copies its partitions once when it puts them side by side."""
