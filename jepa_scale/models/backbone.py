@@ -66,6 +66,15 @@ class Backbone(nn.Module):
         """The final norm."""
         return self.decoder.get_submodule(self._norm_at)
 
+    def normed(self, rows: Tensor) -> Tensor:
+        """The final norm of an objective's own rows (n, d), which all ranks that share the decoder's layers have alike.
+
+        Within the decoder each of them norms its own tokens, so that the weight's gradients add up; those of these rows are
+        whole on every rank.
+        """
+        with nullcontext() if self.team is None else self.team.whole_tokens():
+            return self.norm(rows)
+
     @property
     def norm_name(self) -> str:
         """Its dotted name within this module."""

@@ -31,7 +31,8 @@ class Team:
     """A team of ``size`` ranks, of which this is number ``rank``.
 
     Attributes:
-        splits_tokens: whether each rank has its own tokens between the blocks. In generation, a token at a time, all have all.
+        splits_tokens: whether each rank has its own tokens between the blocks. In generation, a token at a time, all have all,
+            and so they do of what an objective puts through a module of the decoder.
         splits_vocabulary: whether the LM head gives this rank's part of the vocabulary alone.
     """
 

@@ -183,8 +183,13 @@ def _reading(name: str, read: Callable[[Any, Tensor], Tensor]) -> property:
 
 @cache
 def _added_up(names: tuple[str, ...]) -> type:
-    """A whole parameter that each rank uses for its own tokens or heads: the gradients add up."""
-    return type("_AddedUp", (_Reading,), {name: _reading(name, Team.enter) for name in names})
+    """A whole parameter that each rank uses for its own tokens or heads: the gradients add up. Where all use it for the same
+    tokens, each has the whole gradient."""
+
+    def read(team: Team, parameter: Tensor) -> Tensor:
+        return team.enter(parameter) if team.splits_tokens else parameter
+
+    return type("_AddedUp", (_Reading,), {name: _reading(name, read) for name in names})
 
 
 @cache

@@ -138,10 +138,10 @@ class Span(Objective):
         pooled = torch.cat([self._of_texts(hidden[last[batch.segments[role]]], n) for role, n in self._roles], dim=1)
         first = self._of_texts(raw[last[batch.segments["global"]]], self.options.global_views)
         if self.options.target == "ema":
-            _, chosen = self._targets(raw, first, batch, ("chosen",), backbone.norm)
+            _, chosen = self._targets(raw, first, batch, ("chosen",), backbone.normed)
             center, spans = self._targets_of_teacher(backbone, batch)
         else:
-            center, chosen, spans = self._targets(raw, first, batch, ("chosen", "span"), backbone.norm)
+            center, chosen, spans = self._targets(raw, first, batch, ("chosen", "span"), backbone.normed)
             if self.options.target == "stop_gradient":
                 center, spans = center.detach(), spans.detach()
         predicted = self._predicted(hidden, batch) if predict and self.predictor is not None else spans

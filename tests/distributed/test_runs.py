@@ -68,9 +68,10 @@ def train_runs(ranks: Ranks, cases: list[tuple[str, str | None]]) -> None:
         train.run_training(argparse.Namespace(config=config, resume=resume, overrides=[]))
 
 
-def rows(folder: Path, name: str, split: str = "fit") -> list[dict[str, Any]]:
+def rows(folder: Path, name: str, split: str | None = "fit") -> list[dict[str, Any]]:
+    """Of ``metrics.jsonl``; None = of all splits."""
     lines = (folder / name / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if row["split"] == split]
+    return [row for row in map(json.loads, lines) if split in (None, row["split"])]
 
 
 def curve(folder: Path, name: str, column: str = "loss") -> torch.Tensor:

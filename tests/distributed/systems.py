@@ -1,0 +1,146 @@
+"""The small systems that whole runs are made of: an objective in one of its forms, a decoder, data, an optimizer.
+
+Each has one config, whatever the engine, the ranks and the accumulation; what its runs then have in common is what tests hold.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.data.corpus import write_text
+from tests.distributed import (
+    test_grid_runs,
+    test_horizon_runs,
+    test_runs,
+    test_span_runs,
+    test_text_runs,
+    test_two_view_runs,
+)
+from tests.distributed.same_runs import Tolerance
+from tests.objectives.chats import conversations, tokenizer, write_rows
+
+STEPS = 5
+"""Warm-up is over at step 1, so four updates at the full rate have been seen by the last loss: a weight that is one update old
+moves it by far more than the tolerance."""
+WARMUP = 1
+
+
+@dataclass(frozen=True)
+class System:
+    """An objective's form on a decoder.
+
+    Attributes:
+        objective: its name. form: of the objective, as the file with its runs calls it. family: of the decoder.
+        optimizer: ``"adamw"`` or ``"muon"``.
+    """
+
+    objective: str
+    form: str
+    family: str = "native"
+    optimizer: str = "adamw"
+
+
+SYSTEMS: dict[str, System] = {
+    "lm": System("lm", "lm"),
+    "lm_budget": System("lm", "text", optimizer="muon"),
+    "lm_gpt2": System("lm", "lm", "huggingface"),
+    "stp": System("stp", "stp", "huggingface"),
+    "stp_native": System("stp", "stp", "native", "muon"),
+    "pairs": System("two_view", "two_view"),
+    "pairs_infonce": System("two_view", "two_view_infonce", "native", "muon"),
+    "chat": System("two_view", "upstream", "huggingface"),
+    "chat_teacher": System("two_view", "all_of_it", "huggingface"),
+    "chat_sigreg": System("two_view", "sigreg", "huggingface"),
+    "concept": System("concept", "concept"),
+    "concept_memory": System("concept", "concept_memory", "native", "muon"),
+    "concept_linear": System("concept", "concept_linear"),
+    "concept_gpt2": System("concept", "concept", "huggingface"),
+    "barlow": System("horizon", "barlow"),
+    "vicreg": System("horizon", "vicreg"),
+    "cosine": System("horizon", "cosine", "native", "muon"),
+    "smooth_l1": System("horizon", "smooth_l1"),
+    "tied": System("horizon", "vicreg"),
+    "qwen3": System("horizon", "vicreg", "huggingface"),
+    "span": System("span", "span", "native", "muon"),
+    "span_teacher": System("span", "ema"),
+    "grid_objects": System("grid", "objects"),
+    "grid_decoder": System("grid", "decoder", "native", "muon"),
+}
+
+
+def write_data(folder: Path) -> None:
+    """What the systems read, below ``folder``."""
+    write_text(folder / "text", [30, 1, 40, 8], valid=18)
+    test_grid_runs.write_grids(folder / "grids")
+    (folder / "chat").mkdir()
+    write_rows(folder / "chat", conversations(40))
+    tokenizer(folder / "chat", "llama")
+
+
+def config_file(
+    folder: Path,
+    data: Path,
+    name: str,
+    system: str,
+    engine: str,
+    accumulation: int = 1,
+    /,
+    steps: int = STEPS,
+    **sections: dict[str, Any],
+) -> str:
+    """The config of run ``name`` of a system in ``folder``; ``sections`` hold further keys."""
+    of = SYSTEMS[system]
+    text = data / "text"
+    train: dict[str, Any] = {"steps": steps, "accumulation": accumulation, "eval_every": 0}
+    if of.form == "text":  # a budget of tokens: the micro-batches are the same over however many ranks
+        file = test_text_runs.config_file(folder, name, engine, text)
+        train = {"steps": steps, "epochs": 0, "eval_every": 0}
+    elif of.objective == "horizon":
+        model = test_horizon_runs.MODELS.get(system, test_horizon_runs.MODEL)
+        file = test_horizon_runs.config_file(folder, name, text, of.form, engine, model=model)
+        train |= {"batch_size": 16, "batch_tokens": 0, "micro_tokens": 0, "epochs": 0}
+    elif of.objective == "span":
+        file = test_span_runs.config_file(folder, name, text, of.form, engine)
+    elif of.objective == "grid":
+        file = test_grid_runs.config_file(folder, name, data / "grids", of.form, engine)
+    elif of.form in (*test_two_view_runs.OBJECTIVES, "stp"):
+        form = "upstream" if of.form == "stp" else of.form
+        file = test_two_view_runs.config_file(folder, data / "chat", name, form, engine)
+    else:
+        family = "gpt2" if of.family == "huggingface" else "native"
+        file = str(test_runs.config_file(folder, of.form, engine, name=name, backbone=family))
+    values = yaml.safe_load(Path(file).read_text())
+    values["train"] |= train
+    values["optim"] |= {"warmup_steps": WARMUP, "method": of.optimizer}
+    values["optim"] |= {"lr_muon": 1e-2} if of.optimizer == "muon" else {}
+    if of.optimizer == "adamw":
+        values["optim"].pop("lr_muon", None)
+    if of.form == "stp":
+        values["objective"] = {"name": "stp"}
+        if of.family == "native":
+            values["model"] = test_runs.BACKBONES["native"]
+    for section, keys in sections.items():
+        values[section] = values.get(section, {}) | keys
+    Path(file).write_text(yaml.safe_dump(values))
+    return file
+
+
+def fact_tolerance(metric: str) -> tuple[None, float]:
+    """Of an evaluation on 11 facts: one answer may tip over."""
+    return None, 0.1 if metric == "exact_match" else 2e-2
+
+
+def tolerances(system: str) -> tuple[Tolerance, Tolerance]:
+    """Of the rows of training and of an evaluation: a metric's name → relative and absolute tolerance."""
+    of = SYSTEMS[system]
+    module = {"grid": test_grid_runs, "span": test_span_runs}.get(of.objective, test_horizon_runs)
+    return module.fit_tolerance, fact_tolerance if of.form in test_runs.OBJECTIVES else module.valid_tolerance
+
+
+def same_tokens(system: str) -> bool:
+    """Whether the tokens of a step do not depend on its micro-batches; a concept's name is there once in each of them."""
+    return SYSTEMS[system].objective != "concept"

@@ -1,0 +1,59 @@
+"""Every pair of engine, ranks, objective, optimizer, accumulation, precision, tensor parallelism and recomputing, in runs of a
+few steps: each has the curve of one process with one micro-batch."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import covering
+from tests.distributed.covering import CASES, Case
+from tests.distributed.launch import run_ranks
+from tests.distributed.same_runs import MACHINE, assert_same_run, rows, train_runs
+from tests.distributed.systems import STEPS, SYSTEMS, config_file, same_tokens, tolerances, write_data
+
+
+def test_every_pair_that_is_possible_is_covered():
+    options = [SYSTEMS, *(covering.FACTORS[name] for name in Case._fields[1:])]
+    wanted = set().union(*(covering.pairs(case) for case in product(*options) if covering.possible(case)))
+    covered = set().union(*map(covering.pairs, CASES))
+    assert all(map(covering.possible, CASES)) and covered == wanted
+    assert {case.system for case in CASES} == set(SYSTEMS)
+    assert {level for _, level in set().union(*wanted)} == {x for of in covering.FACTORS.values() for x in of}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_data(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(data, tmp_path_factory):
+    """One process and, but for a budget of tokens, one micro-batch a step; FSDP2 on a mesh of one, fp32."""
+    folder = tmp_path_factory.mktemp("reference")
+    files = [config_file(folder, data, system, system, "fsdp") for system in SYSTEMS]
+    run_ranks(train_runs, 1, [(file, None) for file in files])
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_curve_is_that_of_one_process(reference, data, tmp_path: Path, case: Case):
+    options = {"precision": case.precision, "tp": case.tp, "activation_checkpointing": case.recompute}
+    file = config_file(tmp_path, data, case.name, case.system, case.engine, case.accumulation, engine=options)
+    run_ranks(train_runs, case.ranks, [(file, None)])
+    if case.precision == "fp32":
+        of = (STEPS, *tolerances(case.system), same_tokens(case.system))
+        assert_same_run(tmp_path, case.name, reference, case.system, *of)
+        return
+    expected, got = rows(reference, case.system), rows(tmp_path, case.name)
+    assert len(got) == len(expected) == STEPS
+    for a, b in zip(expected, got, strict=True):
+        assert a.keys() - MACHINE == b.keys() - MACHINE
+        assert b["tokens"] == a["tokens"] or not same_tokens(case.system)
+        assert b["loss"] == pytest.approx(a["loss"], rel=0.1), f"step {a['step']}"
+        if "lm_loss" in a:
+            assert b["lm_loss"] == pytest.approx(a["lm_loss"], rel=0.02), f"step {a['step']}"
