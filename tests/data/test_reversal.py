@@ -140,6 +140,14 @@ def test_a_fact_as_a_question_and_as_a_sequence() -> None:
     assert [labels[t] for t in range(3, 5)] == tokens[4:]
 
 
+def test_a_relation_is_the_inverse_of_its_inverse() -> None:
+    """r_0, r_0_inv, r_1, …: one after an even place, one before an odd one, counted from the first relation."""
+    data = generate(50, comb=2, relations=3)
+    inverse = {fact.relation: fact.inverse for fact in data.train}
+    first = data.special["relations"][0]
+    assert inverse == {first + n: first + m for n, m in ((0, 1), (1, 0), (2, 3), (3, 2), (4, 5), (5, 4))}
+
+
 def test_facts_and_names_are_sequences() -> None:
     data: ReversalData = generate(50, comb=2)
     facts = data.train

@@ -43,6 +43,19 @@ def test_metrics_are_means_over_facts(batch_size, limit):
     assert results["test"] == {"exact_match": pytest.approx(expected), "mrr": 0.5, "joint_nll": 0.25}
 
 
+class Unequal(Knows):
+    """Ranks the right name first or fourth, in turn."""
+
+    def ranks(self, questions):
+        return np.where(np.arange(len(questions)) % 2, 4.0, 1.0)
+
+
+def test_the_mean_is_of_reciprocal_ranks():
+    options = EvalOptions(max_facts=8, rank_facts=4, batch_size=8)
+    results = evaluate(Unequal(), {"test": DATA.splits["test"]}, list(DATA.names), options, torch.device("cpu"))
+    assert results["test"]["mrr"] == pytest.approx((1 + 1 / 4) / 2)
+
+
 def test_a_split_without_facts_has_no_metrics():
     splits = {"test": DATA.splits["test"], "train": DATA.splits["train"][:0]}
     results = evaluate(Knows(), splits, list(DATA.names), EvalOptions(), torch.device("cpu"))

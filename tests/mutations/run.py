@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import compileall
+import gc
 import importlib
 import json
 import multiprocessing
@@ -97,6 +98,7 @@ class _Listener:
 def _run_here(tree: Path, tests: Sequence[str], first_failure: bool, answer: Path) -> None:
     """In a forked process: run tests of a tree, and write down what became of them."""
     os.setsid()  # so that all that it starts can be ended with it
+    gc.freeze()  # what was imported before the fork: every full collection would visit and copy it
     log = os.open(answer.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1), os.dup2(log, 2)
     listener = _Listener()
@@ -110,7 +112,9 @@ def _run_here(tree: Path, tests: Sequence[str], first_failure: bool, answer: Pat
         assert "jepa_scale" not in sys.modules, "this process has imported the package already"
         importlib.invalidate_caches()
         import pytest
+        from hypothesis.internal.conjecture import engine
 
+        engine.MAX_SHRINKS = 0  # a failure is enough: to make it small takes minutes
         options = ["-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short", *(["-x"] if first_failure else [])]
         # an empty -m: named tests run whatever their marks
         code = pytest.main([*options, "-m", "", *tests], plugins=[listener])
@@ -240,6 +244,8 @@ def _unharmed(tests: Sequence[str], trees: Sequence[Path], quiet: bool) -> dict[
         [test for test in tests if files.index(test.partition("::")[0]) % len(trees) == number]
         for number in range(len(trees))
     ]
+    if not quiet:
+        print(f"{len(tests)} tests without a mutation …", flush=True)
     runs = [(share, _Run(tree, share, first_failure=False)) for tree, share in zip(trees, shares, strict=True) if share]
     seconds = 0.0
     for share, run in runs:

@@ -105,6 +105,12 @@ def test_noise_belongs_to_the_sample_not_to_the_batch():
     assert abs(whole["noise"].std() / objective.options.say_noise - 1) < 0.2
 
 
+def test_noise_is_as_large_as_the_option_says():
+    one, three = (batch_of(make(backbone(), say_noise=size), FACTS).values["noise"] for size in (1.0, 3.0))
+    assert one.abs().sum() > 0
+    torch.testing.assert_close(three, 3 * one)
+
+
 def test_a_name_is_encoded_once_a_micro_batch():
     batch = batch_of(make(backbone()), FACTS + FACTS)
     names = {name for fact in FACTS for name in (fact.subject, fact.object)}

@@ -50,6 +50,7 @@ DEFAULTS: list[tuple[type[Objective], dict[str, object]]] = [
         {
             "context_length": 3,
             "slots": 16,
+            "reach": 1,
             "vq_commitment": 0.15,
             "vq_decay": 0.95,
             "vq_refresh_every": 3000,
