@@ -34,9 +34,10 @@ def main(argv: list[str] | None = None) -> int:
         if argv[:1] and argv[0] in COMPUTE:
             start_with_tcmalloc()
     if argv[:1] == ["train"]:  # has a parser of its own, shared with `python jepa_scale/train.py`
-        from jepa_scale.train_cli import refuse_early
+        from jepa_scale.train_cli import refused
 
-        refuse_early(argv[1:])
+        if code := refused(argv[1:]):
+            return code
         from jepa_scale import train
 
         return train.main(argv[1:])
@@ -100,9 +101,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def evaluate_run(args: argparse.Namespace) -> int:
-    from jepa_scale.train_cli import refuse_evaluation
+    from jepa_scale.train_cli import refused_evaluation
 
-    refuse_evaluation(args.run, args.overrides)
+    if code := refused_evaluation(args.run, args.overrides):
+        return code
     from jepa_scale.train import evaluate_checkpoint, guarded
 
     return guarded(evaluate_checkpoint, args)

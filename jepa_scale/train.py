@@ -20,9 +20,10 @@ if __name__ == "__main__":  # run as a file: this folder is first on sys.path an
     from jepa_scale.allocator import start_with_tcmalloc
 
     start_with_tcmalloc()
-    from jepa_scale.train_cli import refuse_early
+    from jepa_scale.train_cli import refused
 
-    refuse_early(sys.argv[1:])
+    if code := refused(sys.argv[1:]):
+        sys.exit(code)
 
 import torch
 from torch import Tensor

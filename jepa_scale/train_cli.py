@@ -24,27 +24,23 @@ def parser() -> argparse.ArgumentParser:
     return train
 
 
-def refuse_early(argv: Sequence[str]) -> None:
-    """End a process that was started to train, if its command line or its config is wrong."""
+def refused(argv: Sequence[str]) -> int:
+    """The exit code of a process that was started to train, if its config is wrong, which has been told then; 0 if it is right."""
     args = parser().parse_intermixed_args(argv)
-    refuse_config(args.config, args.overrides)
-
-
-def refuse_config(config: str | Path, overrides: Sequence[str]) -> None:
-    """End this process if the config is wrong."""
     try:
-        validate(load_config(config, list(overrides)))
+        validate(load_config(args.config, args.overrides))
     except InputError as error:
-        sys.exit(refusal(error))
+        return refusal(error)
+    return 0
 
 
-def refuse_evaluation(run: Path, overrides: Sequence[str]) -> None:
-    """End a process that was started to evaluate a run, if there is no such run or its config with the overrides is wrong."""
+def refused_evaluation(run: Path, overrides: Sequence[str]) -> int:
+    """The same of one that was started to evaluate a run: there is none, or its config with the overrides is wrong."""
     try:
-        file = config_of(run)
+        validate(load_config(config_of(run), list(overrides)))
     except InputError as error:
-        sys.exit(refusal(error))
-    refuse_config(file, overrides)
+        return refusal(error)
+    return 0
 
 
 def refusal(error: InputError) -> int:
