@@ -56,7 +56,8 @@ def test_your_own_model_and_conversations_are_taken_instead(tuned):
 
 
 def test_a_span_encoder_is_trained_and_probed(tmp_path):
-    said = run(tmp_path, sys.executable, GALLERY / "span_probe.py", "--small", "--out", "made")
+    less = ["model.hidden_size=32", "model.num_hidden_layers=1", "data.vocab_size=512", "log.report=false"]
+    said = run(tmp_path, sys.executable, GALLERY / "span_probe.py", "--small", "--out", "made", *less)
     for name in ("untrained", "lm", "span"):
         assert "probe" in splits(tmp_path / "made" / name)
     assert "probe/knn_accuracy" in said and "the nearest passage:" in said

@@ -61,7 +61,7 @@ def config_of(run_dir: Path) -> Path:
         InputError: there is none.
     """
     if not (run_dir / CONFIG_FILE).is_file():
-        raise InputError(f"{run_dir}: not a run directory (no {CONFIG_FILE})")
+        raise InputError(f"{run_dir}: not a run directory (no config.yaml)")
     return run_dir / CONFIG_FILE
 
 
