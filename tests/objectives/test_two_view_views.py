@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 from jepa_scale.data.draw import Draw
 from jepa_scale.data.examples import Conversation, Document, Turn
 from jepa_scale.errors import InputError
+from jepa_scale.objectives import two_view_views
 from jepa_scale.objectives.two_view_options import TwoViewOptions
 from jepa_scale.objectives.two_view_views import FILLER, ChatViews, Frame, last_exchange
 from jepa_scale.packing import IGNORE
@@ -146,7 +147,12 @@ def test_equal_answers_have_one_key_in_every_process(family):
     assert keys == [int(views(example, Draw(1, 2, 3, 4)).rows["key"][0]) for example in data.train]
 
 
-@settings(max_examples=60)
+def test_a_key_does_not_depend_on_the_process():
+    """Python hashes strings with a seed of each process's own; ranks compare keys with each other's."""
+    assert two_view_views._key(np.array([3, 1, 4])) == 4285124526802128420
+
+
+@settings(max_examples=40)
 @given(
     st.lists(
         st.tuples(st.sampled_from(["user", "assistant", "system", "tool"]), st.integers(0, 5)), min_size=1, max_size=6
