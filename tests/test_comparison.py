@@ -45,12 +45,20 @@ def make_run(folder, name, seed=0, objective="lm", lr=0.1, ppl=10.0):
     return directory
 
 
-@pytest.fixture
-def runs(tmp_path):
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
     return [
-        make_run(tmp_path, "lm"),
-        *(make_run(tmp_path, f"jepa_seed{seed}", seed, "horizon", ppl=6.0 + 6 * seed) for seed in range(3)),
+        make_run(folder, "lm"),
+        *(make_run(folder, f"jepa_seed{seed}", seed, "horizon", ppl=6.0 + 6 * seed) for seed in range(3)),
     ]
+
+
+@pytest.fixture(scope="module")
+def pages(runs):
+    """Of all of them, and of one: pictures take seconds."""
+    several, one = write_comparison(runs, runs[0].parent / "page.html"), write_report(runs[1])
+    return several.read_text(encoding="utf-8"), one.read_text(encoding="utf-8")
 
 
 def test_runs_that_differ_by_seed_alone_belong_together(runs, tmp_path):
@@ -89,8 +97,8 @@ def test_pictures(runs):
         assert png.startswith(b"\x89PNG")
 
 
-def test_the_page_fetches_nothing_and_says_it_all(runs, tmp_path):
-    text = write_comparison(runs, tmp_path / "page.html").read_text(encoding="utf-8")
+def test_the_page_fetches_nothing_and_says_it_all(pages):
+    text, _ = pages
     page = Page(text)
     assert not re.search(r"https?:|url\(", text) and "script" not in page.tags
     assert page.sources and all(source.startswith("data:image/png;base64,") for source in page.sources)
@@ -100,8 +108,8 @@ def test_the_page_fetches_nothing_and_says_it_all(runs, tmp_path):
     assert "parts of a step, mean" in said
 
 
-def test_the_page_of_one_run_has_the_same_pictures(runs):
-    said = " ".join(Page(write_report(runs[1]).read_text(encoding="utf-8")).words)
+def test_the_page_of_one_run_has_the_same_pictures(runs, pages):
+    said = " ".join(Page(pages[1]).words)
     for expected in (
         "valid: retrieval_top1 by horizon",
         "valid: target, spectrum",
@@ -113,9 +121,8 @@ def test_the_page_of_one_run_has_the_same_pictures(runs):
     assert "Representations" not in plain and "parts of a step" not in plain
 
 
-def test_what_a_run_is_judged_by_comes_before_the_pictures_and_the_rest_after(runs, tmp_path):
-    of_several = write_comparison(runs, tmp_path / "page.html").read_text(encoding="utf-8")
-    of_one = write_report(runs[1]).read_text(encoding="utf-8")
+def test_what_a_run_is_judged_by_comes_before_the_pictures_and_the_rest_after(pages):
+    of_several, of_one = pages
     for text, folded in ((of_several, {"retrieval_top1_h8"}), (of_one, {"retrieval_top1_h8", "time_data"})):
         above, _, below = text.partition("<img")
         below = below.rpartition("Everything else that was measured")[2].partition("</details>")[0]
@@ -139,11 +146,12 @@ def test_parts_of_a_step_are_bars_with_their_shares(runs):
     assert [width for width, _ in sizes] == [800, 800] and sizes[0][1] < sizes[1][1]
 
 
-def test_the_command(runs, tmp_path, capsys):
+def test_the_command(tmp_path, capsys):
+    runs = [make_run(tmp_path, "a"), make_run(tmp_path, "b", lr=0.2)]
     assert main(["report", *map(str, runs), "--out", str(tmp_path / "a/b.html")]) == 0
     assert f"side by side: {tmp_path}/a/b.html" in capsys.readouterr().out
     assert (tmp_path / "a/b.html").is_file() and (runs[0] / "report.html").is_file()
-    assert main(["report", *map(str, runs[1:3])]) == 0
+    assert main(["report", *map(str, runs)]) == 0
     assert (tmp_path / "comparison.html").is_file()
 
 
