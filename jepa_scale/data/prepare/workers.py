@@ -34,7 +34,8 @@ class Workers:
 
     They are spawned, not forked: the caller may hold a CUDA context, and the threads of ``tokenizers`` and ``datasets``
     do not survive a fork. Pipes, not an executor's queues: those can hang when a worker dies while a large block is on
-    its way. A process is started when a block finds no other one idle.
+    its way. A process is started when a block finds no other one idle; a block that is the only one is made in this
+    process: starting another takes seconds.
     """
 
     def __init__(self, make: ShardMaker, processes: int) -> None:
@@ -86,6 +87,8 @@ class Workers:
                 yield self._tell(told)
                 told += 1
             failed = any(isinstance(result, Exception) for result, _ in self._results.values())
+        if self._waiting and not self._started:
+            self._make_here(*self._waiting.popleft())
         while told < given:
             while told not in self._results:
                 self._collect(None)
@@ -100,17 +103,22 @@ class Workers:
 
     def _give(self, number: int, block: Block) -> None:
         if self._processes == 1:
-            try:
-                self._results[number] = (self._make(block), False)
-            except Exception as error:
-                self._results[number] = (error, False)
+            self._make_here(number, block)
             return
         self._waiting.append((number, block))
         self._collect(0)
-        if self._waiting and len(self._started) < self._processes:
-            self._busy.append(self._spawn())  # until it says that it is ready
+        if self._started or len(self._waiting) > 1:  # else it may be the only one
+            for _ in range(1 if self._started else 2):
+                if self._waiting and len(self._started) < self._processes:
+                    self._busy.append(self._spawn())  # until it says that it is ready
         while len(self._waiting) + len(self._busy) >= AHEAD * self._processes:
             self._collect(None)
+
+    def _make_here(self, number: int, block: Block) -> None:
+        try:
+            self._results[number] = (self._make(block), False)
+        except Exception as error:
+            self._results[number] = (error, False)
 
     def _collect(self, timeout: float | None) -> None:
         """Take what the workers have to say and give them what waits; without a timeout, until one has spoken."""

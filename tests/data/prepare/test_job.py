@@ -154,6 +154,17 @@ def test_bytes_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
     assert Index.read(tmp_path / "1").skipped == {"empty document": 2, "unreadable": 1}
 
 
+def test_what_is_one_shard_is_made_without_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starting one takes seconds, and a corpus for a first try is small. What fails is told as ever."""
+    monkeypatch.setattr(workers.Workers, "_spawn", lambda self: pytest.fail("a process is started"))
+    raw = source(tmp_path / "raw", text(7))
+    for processes in (1, 2):
+        prepare(raw, tmp_path / str(processes), OPTIONS, processes=processes, progress=False)
+    assert content(tmp_path / "1") == content(tmp_path / "2")
+    with pytest.raises(InputError, match="train.txt:1: empty document"):
+        prepare(source(tmp_path / "bad", [""]), tmp_path / "out", OPTIONS, processes=2, progress=False)
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_killed_at_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
     """Every file appears by os.replace: the process ends there without another word, then starts again. No more than
@@ -510,15 +521,15 @@ def test_the_record_of_a_shard_is_written_after_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["file", pytest.param("stdin", marks=pytest.mark.matrix)])
 def test_a_script_without_a_guard_can_prepare(tmp_path: Path, how: str) -> None:
-    """Spawned workers would run it again, from its first line. One block, and so one worker, of tokens."""
+    """Spawned workers would run it again, from its first line."""
     np.save(tmp_path / "shard_0.npy", np.full((20, 3), 5, dtype=np.int32))
     facts = {"vocab_size": 9, "max_seq_len": 3, "eos_id": 0, "pad_id": 1, "mask_id": 2}
     (tmp_path / "metadata.json").write_text(json.dumps(facts))
     script = (
         "from jepa_scale.data.prepare.base import PrepareOptions\n"
         "from jepa_scale.data.prepare.job import prepare\n"
-        f"index = prepare({str(tmp_path)!r}, {str(tmp_path) + '_out'!r}, PrepareOptions(shard_samples=20), 2, False)\n"
-        "print(index.splits['train'][0].samples)\n"
+        f"index = prepare({str(tmp_path)!r}, {str(tmp_path) + '_out'!r}, PrepareOptions(shard_samples=10), 2, False)\n"
+        "print(sum(shard.samples for shard in index.splits['train']))\n"
     )
     file = tmp_path / "script.py"
     file.write_text(script)
