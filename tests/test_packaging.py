@@ -52,6 +52,7 @@ def wheel(sdist, tmp_path_factory):
     return next(out.glob("*.whl"))
 
 
+@pytest.mark.matrix
 def test_the_source_distribution_has_what_a_cluster_needs(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
@@ -59,6 +60,7 @@ def test_the_source_distribution_has_what_a_cluster_needs(sdist):
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]
 
 
+@pytest.mark.matrix
 def test_the_wheel_has_the_package_and_the_configs(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())

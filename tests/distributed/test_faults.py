@@ -214,7 +214,7 @@ def killed(undisturbed, killed_once, tmp_path) -> tuple[list[str], Path]:
     return config_of(undisturbed, tmp_path), tmp_path / "run"
 
 
-@pytest.mark.parametrize("file", ["tensors/__1_0.distcp", "manifest.json"])
+@pytest.mark.parametrize("file", ["tensors/__1_0.distcp", pytest.param("manifest.json", marks=pytest.mark.matrix)])
 def test_a_flipped_byte_in_the_newest_checkpoint(nursery, killed, undisturbed, file):
     arguments, run = killed
     bad = checkpoint(run, newest(run)) / file

@@ -14,7 +14,10 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 TOOLS = ("sphinx", "myst_parser", "furo")
 missing = [tool for tool in TOOLS if importlib.util.find_spec(tool) is None]
-pytestmark = pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)} (extra docs)")
+pytestmark = [
+    pytest.mark.matrix,
+    pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)} (extra docs)"),
+]
 
 
 class Page(HTMLParser):
