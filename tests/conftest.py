@@ -2,6 +2,7 @@
 GPU, and at the end the files that took longest."""
 
 import os
+import random
 import signal
 from collections import Counter
 
@@ -11,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 
@@ -34,6 +36,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """What a test draws without a seed does not depend on those before it."""
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -108,7 +109,21 @@ def test_a_signal_stops_it_and_the_next_start_goes_on(tmp_path, monkeypatch, cap
     assert "in 7 files, 2 of them there already" in capsys.readouterr().out
 
 
-def test_script_converts_and_shows_its_progress(tmp_path):
+def test_script_converts_and_shows_its_progress(tmp_path, monkeypatch, capsys):
+    make_run(tmp_path, "run", NATIVE)
+    script = str(REPOSITORY / "scripts" / "convert_to_hf.py")
+    monkeypatch.setattr(sys, "argv", [script, str(tmp_path / "run"), "--out", str(tmp_path / "hf")])
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the script puts itself first
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(script, run_name="__main__")
+    assert not left.value.code
+    error = capsys.readouterr().err
+    assert "convert: 100%" in error and "Warning" not in error
+    assert (tmp_path / "hf" / "model.safetensors").is_file()
+
+
+@pytest.mark.matrix
+def test_script_as_a_program_of_its_own(tmp_path):
     make_run(tmp_path, "run", NATIVE)
     script = [sys.executable, str(REPOSITORY / "scripts" / "convert_to_hf.py")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

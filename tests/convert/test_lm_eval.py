@@ -36,6 +36,7 @@ print(json.dumps({"metrics": results["results"]["colours"], "scores": scores}))
 """
 
 
+@pytest.mark.matrix  # logits and tokens as transformers gives them: test_to_hf.py; here the harness as a whole
 @pytest.mark.parametrize("name", ["native", "native_tied"])
 def test_harness_gives_the_model_s_own_log_likelihoods(tmp_path, name):
     rows = [
