@@ -13,7 +13,7 @@ from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.packing import Segment, pack_stream
 
-LENGTHS = [(5, 3), (4, 4, 9), (2, 7, 3), (11, 6), (6, 6, 10), (13, 2, 8)]
+LENGTHS = [(5, 3), (4, 4, 9), (2, 7, 3), (11, 6)]
 """Of the segments in each stream: no two have the same, nor as many tokens."""
 
 
@@ -26,7 +26,7 @@ def from_anew():
 
 def test_lengths_of_segments_are_no_new_program():
     torch.manual_seed(0)
-    options = ModelOptions(hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+    options = ModelOptions(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     plain, compiled = (build_backbone(options, 20) for _ in range(2))
     compiled.load_state_dict(plain.state_dict())
     programs: list[Any] = []
@@ -43,5 +43,5 @@ def test_lengths_of_segments_are_no_new_program():
         torch.testing.assert_close(states, plain.hidden(stream))
         states.sum().backward()
         counts.append(len(programs))
-    # two blocks of one class; the input of the first is a view, which is a graph of its own
+    # the first stream's sizes are taken for constants, the second shows which are open
     assert counts[0] > 0 and len(set(counts[1:])) == 1, counts
