@@ -24,7 +24,7 @@ from jepa_scale.models.loading import build_backbone
 from tests.convert.runs import make_run, write_checkpoint
 
 folder, shard, rows, width = Path(sys.argv[1]), *map(int, sys.argv[2:5])
-model = {"hidden_size": width, "intermediate_size": 2048, "num_hidden_layers": 5, "num_attention_heads": 8}
+model = {"hidden_size": width, "intermediate_size": 2048, "num_hidden_layers": 2, "num_attention_heads": 8}
 
 
 def memory(key):
@@ -57,7 +57,7 @@ total = sum(t.nbytes for t in tensors.values())
 write_checkpoint(folder / "run", 2, {**tensors, **{n.replace("model/", "exp_avg/", 1): t for n, t in list(tensors.items())[:9]}})
 del tensors
 path = folder / "run" / "checkpoints" / "step_00000002" / "tensors"
-name = "model/backbone.decoder.model.layers.3.self_attn.q_proj.weight"
+name = "model/backbone.decoder.model.layers.1.self_attn.q_proj.weight"
 one = grown(lambda: store.read_whole(path, [name]))
 found = {"total": total, "one": one}
 for dtype in ("float32", "bfloat16"):
@@ -81,9 +81,9 @@ def test_peak_is_under_two_files_and_a_tensor(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     print(found)
-    assert found["total"] > 250e6
+    assert found["total"] > 150e6  # three times as much as may be held at a time, below
     assert found["one"] < 2.5 * 4 * WIDTH * WIDTH  # DCP reads what was asked for, not the file it lies in
-    for dtype, files in (("float32", 11), ("bfloat16", 6)):
+    for dtype, files in (("float32", 6), ("bfloat16", 3)):
         assert len(list((tmp_path / dtype).glob("*.safetensors"))) >= files
         largest = 4 * ROWS * WIDTH
         assert found[dtype] < 2 * SHARD + largest
