@@ -3,7 +3,10 @@ many pieces; in a team, with tied weights, and with a head in two layers of whic
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -64,29 +67,40 @@ def batch(step: int, rank: int, ranks: int) -> Tensor:
     return ids[:cut] if rank == 0 else ids[cut:]
 
 
+@contextmanager
+def pieces_of(chunk_bytes: int) -> Iterator[list[int]]:
+    """In here a piece of the logits has at most so many bytes; what is given gets an entry for each piece."""
+    calls: list[int] = []
+    measure = lm_head.measure
+
+    def counted(*args: Any, **more: Any) -> Any:
+        calls.append(0)
+        return measure(*args, **more)
+
+    with patch.object(lm_head, "CHUNK_BYTES", chunk_bytes), patch.object(lm_head, "measure", counted):
+        yield calls
+
+
 def train_all(ranks: Ranks, models: dict[str, dict[str, Any]], engines: list[str], pieces: bool) -> Any:
     """(model, engine) → losses and gradient norms. With ``pieces``: of 7 columns or so on one rank, and of another number,
     none included, on the other."""
-    if pieces:
-        lm_head.CHUNK_BYTES = 4 * 30 * (7 if ranks.rank == 0 else 20)
-    calls, measure = [], lm_head.measure
-    lm_head.measure = lambda *args, **more: calls.append(0) or measure(*args, **more)
     found: dict[str, list[tuple[float, float]]] = {}
-    for name, options in models.items():
-        for engine_name in engines:
-            root = Root(ModelOptions(**options))
-            recompute(root.backbone.layers, "full" if name == "tied" else "none")
-            blocks = root.backbone.layers
-            engine = sharded(engine_name, root, blocks, ["objective"], ranks, OPTIM, clip_norm=OPTIM.clip_norm)
-            seen = found[f"{name}-{engine_name}"] = []
-            for step in range(STEPS):
-                loss = engine.forward(batch(step, ranks.rank, ranks.world_size)).total
-                engine.backward(loss)
-                seen.append((float(loss.detach()), float(engine.step())))
-                engine.eval()
-                with torch.no_grad():
-                    engine.forward(batch(99, ranks.rank, ranks.world_size))
-                engine.train()
+    with pieces_of(4 * 30 * (7 if ranks.rank == 0 else 20) if pieces else lm_head.CHUNK_BYTES) as calls:
+        for name, options in models.items():
+            for engine_name in engines:
+                root = Root(ModelOptions(**options))
+                recompute(root.backbone.layers, "full" if name == "tied" else "none")
+                blocks = root.backbone.layers
+                engine = sharded(engine_name, root, blocks, ["objective"], ranks, OPTIM, clip_norm=OPTIM.clip_norm)
+                seen = found[f"{name}-{engine_name}"] = []
+                for step in range(STEPS):
+                    loss = engine.forward(batch(step, ranks.rank, ranks.world_size)).total
+                    engine.backward(loss)
+                    seen.append((float(loss.detach()), float(engine.step())))
+                    engine.eval()
+                    with torch.no_grad():
+                        engine.forward(batch(99, ranks.rank, ranks.world_size))
+                    engine.train()
     assert bool(calls) is pieces
     return found
 
@@ -114,13 +128,12 @@ def test_every_engine_trains_as_with_all_logits_at_once(models):
 
 
 def train_runs_in_pieces(ranks: Ranks, cases: list[tuple[str, str | None]]) -> None:
-    lm_head.CHUNK_BYTES = 4 * 90 * (5 if ranks.rank == 0 else 11)
-    calls, measure = [], lm_head.measure
-    lm_head.measure = lambda *args, **more: calls.append(0) or measure(*args, **more)
-    train_runs(ranks, cases)
+    with pieces_of(4 * 90 * (5 if ranks.rank == 0 else 11)) as calls:
+        train_runs(ranks, cases)
     assert calls
 
 
+@pytest.mark.matrix
 def test_whole_runs_are_those_of_all_logits_at_once(tmp_path):
     """Of ``horizon``, whose future KL takes logits out of the pieces; evaluated, at the end of which nothing has a gradient."""
     write_text(tmp_path / "corpus", [10, 1, 50, 8], valid=9)
@@ -134,6 +147,6 @@ def test_whole_runs_are_those_of_all_logits_at_once(tmp_path):
         "qwen3-zero1-team": ("qwen3", "zero1", 2),
     }
     files = [config_file(tmp_path, name, tmp_path / "corpus", m, e, tp=tp) for name, (m, e, tp) in cases.items()]
-    run_ranks(train_runs_in_pieces, 2, [(file, None) for file in files], timeout=400)
+    run_ranks(train_runs_in_pieces, 2, [(file, None) for file in files])
     for name, (model, _, _) in cases.items():
         assert_same_run(tmp_path / name, tmp_path / model)
