@@ -1,0 +1,28 @@
+"""What a manifest says is what was written, or it is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from jepa_scale.checkpoint.manifest import FILE, Manifest
+from jepa_scale.errors import InputError
+
+TOLD = Manifest(3, "fsdp", "FSDP2 fp32", 2, 3, state={"position": 40}, files={"a": {"bytes": 1, "sha256": "0"}})
+
+
+def test_what_is_written_is_read(tmp_path):
+    TOLD.write(tmp_path)
+    assert Manifest.read(tmp_path) == TOLD
+
+
+@pytest.mark.parametrize(("key", "value"), [("step", 4), ("state", {"position": 41}), ("files", {})])
+def test_a_manifest_that_was_changed_is_refused(tmp_path, key, value):
+    """It is valid JSON still, so that the checksum alone tells."""
+    TOLD.write(tmp_path)
+    values = json.loads((tmp_path / FILE).read_text())
+    assert values[key] != value
+    (tmp_path / FILE).write_text(json.dumps(values | {key: value}))
+    with pytest.raises(InputError, match="its checksum is wrong"):
+        Manifest.read(tmp_path)
