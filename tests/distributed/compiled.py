@@ -23,18 +23,22 @@ def train_compiled(ranks: Ranks, files: list[str]) -> dict[str, list[int]]:
         compiled.append(graph)
         return graph.forward
 
+    plain, totals, found = build.compile_blocks, train.global_totals, {}
     build.compile_blocks = partial(compile_blocks, backend=backend)
-    totals, found = train.global_totals, {}
-    for file in files:
-        compiled.clear()
-        torch._dynamo.reset()  # a process has one run
-        before: list[int] = []
+    try:
+        for file in files:
+            compiled.clear()
+            torch._dynamo.reset()  # a process has one run
+            before: list[int] = []
 
-        def noted(*args: Any, before: list[int] = before, **kwargs: Any) -> Any:
-            before.append(len(compiled))
-            return totals(*args, **kwargs)
+            def noted(*args: Any, before: list[int] = before, **kwargs: Any) -> Any:
+                before.append(len(compiled))
+                return totals(*args, **kwargs)
 
-        train.global_totals = noted
-        train_runs(ranks, [(file, None)])
-        found[Path(file).stem] = before
+            train.global_totals = noted
+            train_runs(ranks, [(file, None)])
+            found[Path(file).stem] = before
+    finally:
+        build.compile_blocks, train.global_totals = plain, totals
+        torch._dynamo.reset()
     return found

@@ -5,6 +5,7 @@ Each has one config, whatever the engine, the ranks and the accumulation; what i
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from tests.distributed import (
     test_text_runs,
     test_two_view_runs,
 )
+from tests.distributed.launch import run_ranks
 from tests.distributed.same_runs import Tolerance
+from tests.distributed.same_runs import assert_same_run as same_run
 from tests.objectives.chats import conversations, tokenizer, write_rows
 
 STEPS = 5
@@ -139,6 +142,18 @@ def tolerances(system: str) -> tuple[Tolerance, Tolerance]:
     of = SYSTEMS[system]
     module = {"grid": test_grid_runs, "span": test_span_runs}.get(of.objective, test_horizon_runs)
     return module.fit_tolerance, fact_tolerance if of.form in test_runs.OBJECTIVES else module.valid_tolerance
+
+
+def train_references(folder: Path, data: Path, systems: Iterable[str] = tuple(SYSTEMS), steps: int = STEPS) -> Path:
+    """One process and, but for a budget of tokens, one micro-batch a step, FSDP2 on a mesh of one, fp32. Returns the folder."""
+    files = [config_file(folder, data, system, system, "fsdp", steps=steps) for system in systems]
+    run_ranks(test_runs.train_runs, 1, [(file, None) for file in files])
+    return folder
+
+
+def assert_as_reference(folder: Path, name: str, reference: Path, system: str, steps: int = STEPS) -> None:
+    """All that run ``name`` in ``folder`` logs in training and evaluation is what the system's reference logs."""
+    same_run(folder, name, reference, system, steps, *tolerances(system), same_tokens(system))
 
 
 def same_tokens(system: str) -> bool:

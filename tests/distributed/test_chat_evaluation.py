@@ -104,7 +104,7 @@ def test_training_saves_and_scores_what_it_says(folder):
     assert len({r["generated"] for r in records}) > 2
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.matrix), 2])
 def test_the_same_answers_on_any_engine_and_number_of_ranks(folder, tmp_path, world_size):
     cases: list[tuple[str, list[str]]] = []
     for engine in ENGINES:
@@ -124,6 +124,7 @@ def test_the_same_answers_on_any_engine_and_number_of_ranks(folder, tmp_path, wo
         assert not list((tmp_path / engine).rglob("*.partial"))
 
 
+@pytest.mark.matrix
 def test_bf16_generates_on_every_engine(folder, tmp_path):
     cases = []
     for engine in ENGINES:

@@ -23,8 +23,10 @@ from tests.distributed.test_span_runs import OBJECTIVES as SPAN
 from tests.distributed.test_span_runs import config_file as span_file
 
 STEPS, EVALUATED = 10, 5
-CASES = ["lm", "two_view", "concept", "gpt2", "vicreg", "ema", "objects", "decoder"]
-"""Of ``lm``, ``two_view`` and ``concept``, of ``concept`` on another family, of ``horizon``, of ``span``, and two of ``grid``."""
+CASES = ["concept", "vicreg"]
+"""Of ``concept``, which reads last tokens of as many segments as there happen to be, and of ``horizon`` with its teacher."""
+OTHERS = ["lm", "two_view", "gpt2", "ema", "objects", "decoder"]
+"""Of ``lm`` and ``two_view``, of ``concept`` on another family, of ``span``, and two of ``grid``."""
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +58,12 @@ def case_file(folder: Path, data: Path, case: str, compiled: bool) -> str:
     return file
 
 
-def test_nothing_is_compiled_after_three_steps(data, tmp_path):
-    plain, compiled = ([case_file(tmp_path, data, case, how) for case in CASES] for how in (False, True))
+@pytest.mark.parametrize("cases", [CASES, pytest.param(OTHERS, marks=pytest.mark.matrix)], ids=["two", "others"])
+def test_nothing_is_compiled_after_three_steps(data, tmp_path, cases):
+    plain, compiled = ([case_file(tmp_path, data, case, how) for case in cases] for how in (False, True))
     run_ranks(train_runs, 1, [(file, None) for file in plain])
-    (graphs,) = run_ranks(train_compiled, 1, compiled, timeout=500)
-    for case in CASES:
+    (graphs,) = run_ranks(train_compiled, 1, compiled)
+    for case in cases:
         counts = graphs[f"{case}-compiled"]
         assert len(counts) == STEPS and counts[3] > 0, f"{case}: nothing was compiled"
         first, second = counts[3:EVALUATED], counts[EVALUATED:]  # the evaluation between them has graphs of its own

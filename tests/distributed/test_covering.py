@@ -11,8 +11,17 @@ import pytest
 from tests.distributed import covering
 from tests.distributed.covering import CASES, Case
 from tests.distributed.launch import run_ranks
-from tests.distributed.same_runs import MACHINE, assert_same_run, rows, train_runs
-from tests.distributed.systems import STEPS, SYSTEMS, config_file, same_tokens, tolerances, write_data
+from tests.distributed.same_runs import MACHINE
+from tests.distributed.systems import (
+    STEPS,
+    SYSTEMS,
+    assert_as_reference,
+    config_file,
+    same_tokens,
+    train_references,
+    write_data,
+)
+from tests.distributed.test_runs import rows, train_runs
 
 
 def test_every_pair_that_is_possible_is_covered():
@@ -21,7 +30,7 @@ def test_every_pair_that_is_possible_is_covered():
     covered = set().union(*map(covering.pairs, CASES))
     assert all(map(covering.possible, CASES)) and covered == wanted
     assert {case.system for case in CASES} == set(SYSTEMS)
-    assert {level for _, level in set().union(*wanted)} == {x for of in covering.FACTORS.values() for x in of}
+    assert {level for pair in wanted for _, level in pair} == {x for of in covering.FACTORS.values() for x in of}
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +42,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference(data, tmp_path_factory):
-    """One process and, but for a budget of tokens, one micro-batch a step; FSDP2 on a mesh of one, fp32."""
-    folder = tmp_path_factory.mktemp("reference")
-    files = [config_file(folder, data, system, system, "fsdp") for system in SYSTEMS]
-    run_ranks(train_runs, 1, [(file, None) for file in files])
-    return folder
+    return train_references(tmp_path_factory.mktemp("reference"), data)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -46,8 +51,7 @@ def test_the_curve_is_that_of_one_process(reference, data, tmp_path: Path, case:
     file = config_file(tmp_path, data, case.name, case.system, case.engine, case.accumulation, engine=options)
     run_ranks(train_runs, case.ranks, [(file, None)])
     if case.precision == "fp32":
-        of = (STEPS, *tolerances(case.system), same_tokens(case.system))
-        assert_same_run(tmp_path, case.name, reference, case.system, *of)
+        assert_as_reference(tmp_path, case.name, reference, case.system)
         return
     expected, got = rows(reference, case.system), rows(tmp_path, case.name)
     assert len(got) == len(expected) == STEPS

@@ -50,7 +50,7 @@ def baseline(data, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.matrix), 2])
 def test_runs_of_the_same_flops(baseline, data, tmp_path, world_size):
     same = {"same_flops_as": str(baseline / "lm")}
     budget = summary(baseline, "lm")["flops"]

@@ -134,7 +134,11 @@ def train_all(ranks: Ranks, folder: str, cases: list[tuple[str, str]]) -> list[d
     return results
 
 
-@pytest.mark.parametrize(("config", "world_size"), [(LLAMA, 1), (QWEN3, 2)], ids=["untied-1", "tied-2"])
+@pytest.mark.parametrize(
+    ("config", "world_size"),
+    [pytest.param(LLAMA, 1, marks=pytest.mark.matrix), (QWEN3, 2)],
+    ids=["untied-1", "tied-2"],
+)
 def test_every_engine_trains_what_a_plain_loop_trains(tmp_path, config, world_size):
     """Clipping by group, new rows, an average of a part; in bf16 within its rounding."""
     folder = pretrained(tmp_path / "base", config, KNOWN)
@@ -186,6 +190,7 @@ def model(folder: Path, **lora: Any) -> dict[str, Any]:
     return {"family": "huggingface", "pretrained": pretrained(folder / "base", LLAMA, known), "lora": lora or None}
 
 
+@pytest.mark.matrix
 def test_whole_runs_resume_bitwise(corpus, tmp_path):
     """``horizon`` with a teacher of the lower blocks, clipping by part and dropout in the adapters. From step 2 on in new
     processes the rows, the weights, the moments and the teacher are the same to the bit. The frozen weights stay what
@@ -207,6 +212,7 @@ def test_whole_runs_resume_bitwise(corpus, tmp_path):
         assert not any(torch.equal(held[n], start[n]) for n in moved if "lora" in n or "new_rows" in n)
 
 
+@pytest.mark.matrix
 def test_a_run_goes_on_with_fewer_ranks_and_leaves_as_what_it_was(corpus, tmp_path):
     """Two ranks of ZeRO-3, then one of FSDP2, against FSDP2 on one rank all the way. The merged model then scores what the
     run's evaluation said."""

@@ -23,7 +23,8 @@ from tests.distributed.small_runs import tensors
 from tests.distributed.test_horizon_runs import config_file as horizon_file
 from tests.distributed.test_runs import rows, train_runs
 
-STEPS = 20
+STEPS, SAVED = 8, 4
+"""Warm-up is over at step 3: before and after the step that is saved there are updates that a stale or doubled part would show in."""
 SMALL = 60
 """Tokens of a micro-batch where four are needed for a step, on four data ranks or two on each of two; elsewhere 120, two a step."""
 ENGINES = ("fsdp", "zero0", "zero1", "zero2", "zero3")
@@ -56,7 +57,7 @@ def config_file(
     folder: Path, name: str, corpus: Path, model: str, engine: str, micro_tokens: int = 120, **options: Any
 ) -> str:
     """The micro-batches of a step are the same over however many data ranks."""
-    train = {"steps": STEPS, "batch_tokens": 240, "micro_tokens": micro_tokens, "eval_every": 10}
+    train = {"steps": STEPS, "batch_tokens": 240, "micro_tokens": micro_tokens, "eval_every": SAVED}
     return horizon_file(
         folder,
         name,
@@ -65,7 +66,7 @@ def config_file(
         engine,
         model=MODELS[model],
         train=train,
-        checkpoint={"every": 10},
+        checkpoint={"every": SAVED},
         engine=options,
     )
 
@@ -91,29 +92,33 @@ def assert_same_run(got: Path, expected: Path, start: int = 0) -> None:
                 assert b[key] == pytest.approx(a[key], abs=allowed, rel=allowed), (got.name, a["step"], key)
 
 
-@pytest.mark.parametrize(("ranks", "tp"), [(2, 2), (4, 2)])
+@pytest.mark.parametrize(("ranks", "tp"), [(2, 2), pytest.param(4, 2, marks=pytest.mark.matrix)])
 def test_curves_do_not_depend_on_the_degree(reference, corpus, tmp_path, ranks, tp):
+    """Clipped in two groups, whose norms count each part of a weight once, and each whole weight once."""
     cases = {f"native-{engine}": ("native", engine) for engine in ENGINES}
-    cases |= {f"{model}-{engine}": (model, engine) for model in ("tied", "qwen3") for engine in ("fsdp", "zero3")}
+    others = ("fsdp", "zero3") if ranks > 2 else ("zero3",)
+    cases |= {f"{model}-{engine}": (model, engine) for model in ("tied", "qwen3") for engine in others}
     files = [config_file(tmp_path, name, corpus, model, engine, tp=tp) for name, (model, engine) in cases.items()]
-    run_ranks(train_runs, ranks, [(file, None) for file in files], timeout=500)
+    run_ranks(train_runs, ranks, [(file, None) for file in files])
     for name, (model, _) in cases.items():
         assert_same_run(tmp_path / name, reference / model)
 
 
+@pytest.mark.matrix
 def test_a_team_trains_in_bf16_on_every_engine(reference, corpus, tmp_path):
     files = [config_file(tmp_path, engine, corpus, "native", engine, tp=2, precision="bf16") for engine in ENGINES]
-    run_ranks(train_runs, 2, [(file, None) for file in files], timeout=400)
+    run_ranks(train_runs, 2, [(file, None) for file in files])
     expected = [row["lm_loss"] for row in rows(reference, "native")]
     for engine in ENGINES:
         assert [row["lm_loss"] for row in rows(tmp_path, engine)] == pytest.approx(expected, rel=0.02), engine
 
 
+@pytest.mark.matrix
 def test_curves_do_not_depend_on_replicas(reference, corpus, tmp_path):
     """HSDP: two copies, each sharded over two ranks; and two copies of a team of two."""
     cases = {"hybrid": {"replicas": 2}, "hybrid-team": {"replicas": 2, "tp": 2}, "copies": {"replicas": 4}}
     files = [config_file(tmp_path, name, corpus, "native", "fsdp", SMALL, **case) for name, case in cases.items()]
-    run_ranks(train_runs, 4, [(file, None) for file in files], timeout=300)
+    run_ranks(train_runs, 4, [(file, None) for file in files])
     for name in cases:
         assert_same_run(tmp_path / name, reference / "native-small")
 
@@ -127,7 +132,7 @@ def team(corpus, tmp_path_factory):
 
 
 def test_a_teams_checkpoint_is_one_like_any_other(reference, team):
-    a, b = (tensors(run / "checkpoints/step_00000010") for run in (team, reference / "qwen3"))
+    a, b = (tensors(run / "checkpoints/step_00000004") for run in (team, reference / "qwen3"))
     assert a.keys() == b.keys() and any(name.startswith("teacher/backbone") for name in a)
     for name in a:
         torch.testing.assert_close(a[name], b[name], atol=2e-4, rtol=1e-3, msg=name)
@@ -135,19 +140,24 @@ def test_a_teams_checkpoint_is_one_like_any_other(reference, team):
 
 @pytest.mark.parametrize(
     ("engine", "ranks", "tp", "by_team"),
-    [("fsdp", 1, 1, True), ("zero3", 2, 1, True), ("zero1", 4, 2, True), ("fsdp", 2, 2, False)],
+    [
+        ("zero3", 2, 1, True),
+        *(pytest.param(*case, marks=pytest.mark.matrix) for case in [("fsdp", 1, 1, True), ("zero1", 4, 2, True)]),
+        ("fsdp", 2, 2, False),
+    ],
 )
 def test_a_run_goes_on_with_another_degree(reference, team, corpus, tmp_path, engine, ranks, tp, by_team):
-    start = (team if by_team else reference / "qwen3") / "checkpoints/step_00000010"
+    start = (team if by_team else reference / "qwen3") / "checkpoints/step_00000004"
     file = config_file(tmp_path, "goes-on", corpus, "qwen3", engine, tp=tp)
     run_ranks(train_runs, ranks, [(file, str(start))])
-    assert_same_run(tmp_path / "goes-on", reference / "qwen3", start=10)
+    assert_same_run(tmp_path / "goes-on", reference / "qwen3", start=SAVED)
 
 
+@pytest.mark.matrix
 def test_resume_of_a_team_continues_bitwise(corpus, tmp_path):
     cases = ("fsdp", "zero2", "zero3")
     files = {engine: config_file(tmp_path, engine, corpus, "native", engine, SMALL, tp=2) for engine in cases}
-    for held in resumed_bitwise(files, tmp_path, 10, ranks=4).values():
+    for held in resumed_bitwise(files, tmp_path, SAVED, ranks=4).values():
         assert any(name.startswith("exp_avg/") for name in held)
 
 
@@ -156,7 +166,7 @@ def test_a_teams_checkpoint_becomes_a_hugging_face_model(team, tmp_path):
 
     assert main(["convert", str(team), "--to", "hf", "--out", str(tmp_path / "hf")]) == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
-    trained = tensors(team / "checkpoints/step_00000020")
+    trained = tensors(team / "checkpoints/step_00000008")
     for name, value in model.state_dict().items():
         assert torch.equal(value, trained[f"model/backbone.decoder.{name}"].to(value.dtype)), name
 
@@ -202,6 +212,7 @@ def test_muon_is_refused_in_a_team(corpus, tmp_path):
     assert all("engine.tp: Muon needs whole matrices" in said for said in run_ranks(refused, 2, file))
 
 
+@pytest.mark.matrix
 def test_recomputing_changes_nothing(reference, corpus, tmp_path):
     """Activation checkpointing on every engine, in a team too."""
     cases: dict[str, tuple[str, dict[str, Any]]] = {
@@ -212,11 +223,12 @@ def test_recomputing_changes_nothing(reference, corpus, tmp_path):
     cases["full-team"] = ("fsdp", {"activation_checkpointing": "full", "tp": 2})
     cases["selective-team"] = ("zero3", {"activation_checkpointing": "selective", "tp": 2})
     files = [config_file(tmp_path, name, corpus, "native", engine, **more) for name, (engine, more) in cases.items()]
-    run_ranks(train_runs, 2, [(file, None) for file in files], timeout=400)
+    run_ranks(train_runs, 2, [(file, None) for file in files])
     for name in cases:
         assert_same_run(tmp_path / name, reference / "native")
 
 
+@pytest.mark.matrix
 def test_compiling_changes_nothing_and_is_done_once(corpus, tmp_path):
     """Graphs of blocks on FSDP2 and ZeRO, with and without recomputing, in a team too: all that there will be are there after
     three steps, though no batch has the documents of another. (Micro-batches are large enough not to be of one token, which is a
@@ -238,7 +250,7 @@ def test_compiling_changes_nothing_and_is_done_once(corpus, tmp_path):
     files = [larger(name, model, engine, compile=True, **more) for name, (model, engine, more) in cases.items()]
     twins = [(larger(f"{model}-plain", model, "fsdp"), None) for model in ("native", "qwen3")]
     run_ranks(train_runs, 2, twins)
-    for found in run_ranks(train_compiled, 2, files, timeout=400):
+    for found in run_ranks(train_compiled, 2, files):
         for name in cases:
             first, second = found[name][3:6], found[name][6:]  # an evaluation between them, which has graphs of its own
             assert first[0] > 0, f"{name}: nothing was compiled"
@@ -254,6 +266,7 @@ SHARDED = {
 }
 
 
+@pytest.mark.matrix
 def test_where_zero_keeps_things_changes_nothing(reference, corpus, tmp_path):
     """Secondary shards within a node (hpZ), and masters, moments and parameters in host memory; with a team, and resumed."""
     files = []
@@ -270,10 +283,10 @@ def test_where_zero_keeps_things_changes_nothing(reference, corpus, tmp_path):
             values["engine"]["deepspeed"] = str(tmp_path / f"{name}-{tp}.json")
             Path(file).write_text(yaml.safe_dump(values))
             files.append((file, model))
-    run_ranks(train_runs, 4, [(file, None) for file, _ in files], timeout=400)
+    run_ranks(train_runs, 4, [(file, None) for file, _ in files])
     for file, model in files:
         assert_same_run(Path(file).with_suffix(""), reference / f"{model}-small")
     file, model = files[1]
     shutil.move(tmp_path / "zero2_offload-1", tmp_path / "before")
-    run_ranks(train_runs, 4, [(file, str(tmp_path / "before/checkpoints/step_00000010"))])
-    assert_same_run(tmp_path / "zero2_offload-1", tmp_path / "before", start=10)
+    run_ranks(train_runs, 4, [(file, str(tmp_path / "before/checkpoints/step_00000004"))])
+    assert_same_run(tmp_path / "zero2_offload-1", tmp_path / "before", start=SAVED)
