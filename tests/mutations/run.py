@@ -125,7 +125,8 @@ def _run_here(tree: Path, tests: Sequence[str], first_failure: bool, answer: Pat
             listener.problem = f"the tests have imported {module.__file__}, which is not the copy"
     except BaseException:
         listener.problem = traceback.format_exc()
-    answer.write_text(json.dumps({"of": listener.of, "problem": listener.problem}))
+    seconds = sum(os.times()[:4])
+    answer.write_text(json.dumps({"of": listener.of, "problem": listener.problem, "seconds": seconds}))
     os._exit(0)
 
 
@@ -146,22 +147,24 @@ class _Run:
 
     def end(self) -> Verdicts:
         """What it said; what is left of it is ended."""
-        seconds = _seconds_of(self.process.pid or 0)
+        seconds = _seconds_of_others(self.process.pid or 0)
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid or 0, signal.SIGKILL)
         self.process.join()
         if not self.answer.exists():
             return Verdicts({}, f"no answer within {HANG:.0f} s" if self.hangs else "the process died", seconds)
-        return Verdicts(**json.loads(self.answer.read_text()), seconds=seconds)
+        verdicts = Verdicts(**json.loads(self.answer.read_text()))
+        verdicts.seconds += seconds
+        return verdicts
 
 
-def _seconds_of(session: int) -> float:
-    """CPU time of a session's processes, ranks and other children that nobody has waited for included; 0 where Linux doesn't tell."""
+def _seconds_of_others(session: int) -> float:
+    """CPU time of ranks and other processes of a session that nobody has waited for; 0 where Linux doesn't tell."""
     ticks = 0
     for file in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it may have ended meanwhile
             fields = file.read_text().rpartition(")")[2].split()  # from the state on
-            if int(fields[3]) == session:
+            if int(fields[3]) == session and file.parent.name != str(session):
                 ticks += sum(map(int, fields[11:15]))
     return ticks / os.sysconf("SC_CLK_TCK")
 
