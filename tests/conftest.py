@@ -1,6 +1,7 @@
 """Shared by all tests: few threads, examples of properties that are the same every time, GPU tests skipped where there is no
 GPU, and at the end the files that took longest."""
 
+import gc
 import os
 import random
 import signal
@@ -36,6 +37,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: a million objects, which every full garbage collection would visit."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

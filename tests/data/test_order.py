@@ -80,7 +80,7 @@ def test_sequential_is_as_it_lies() -> None:
     assert pairs(Permuted(2, lambda e: np.array([1, 0])).take(0, 3)) == [(0, 1), (0, 0), (1, 1)]
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)  # of three blocks each
 @given(
     lengths=st.lists(st.integers(1, 50), min_size=1, max_size=4),
     data=st.data(),

@@ -41,8 +41,16 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def reference(data, tmp_path_factory):
-    return train_references(tmp_path_factory.mktemp("reference"), data)
+def references(tmp_path_factory):
+    return tmp_path_factory.mktemp("references")
+
+
+@pytest.fixture
+def reference(data, references, case):
+    """Where the run of the case's system on one rank is; trained when the first of its cases asks for it."""
+    if not (references / case.system).exists():
+        train_references(references, data, [case.system])
+    return references
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -111,7 +111,7 @@ def test_a_full_disk_costs_checkpoints_and_nothing_else(small_disk, undisturbed,
     assert names == ["latest", f"step_{STEPS - 4:08d}", f"step_{STEPS:08d}"]
 
 
-@pytest.mark.parametrize("before", ["tensors", "generators"])
+@pytest.mark.parametrize("before", ["tensors", pytest.param("generators", marks=pytest.mark.matrix)])
 def test_no_room_for_one_of_the_files(nursery, undisturbed, tmp_path, before):
     """A quota on rank 1's files while the save of step 4 is tried three times, and once in that of step 8."""
     limit = {"name": "no_room", "who": 1, "before": before, "tries": 4}

@@ -145,7 +145,7 @@ def test_every_engine_trains_what_a_plain_loop_trains(tmp_path, config, world_si
     losses, model, average = reference(folder)
     cases = [(engine, "fp32") for engine in ENGINES]
     if world_size == 2:
-        cases += [(engine, "bf16") for engine in ("fsdp", "zero1", "zero3")]
+        cases += [("zero1", "bf16")]
     by_rank = run_ranks(train_all, world_size, folder, cases)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     start = dict(make_root(folder).named_parameters())

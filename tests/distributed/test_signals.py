@@ -71,7 +71,10 @@ def test_a_signal_in_an_evaluation_is_obeyed_at_once_and_the_evaluation_made_up_
     assert_same(run, undisturbed / "run", STEPS)
 
 
-@pytest.mark.parametrize(("launcher", "engine"), [("torchrun", "fsdp"), ("deepspeed", "deepspeed")])
+@pytest.mark.parametrize(
+    ("launcher", "engine"),
+    [pytest.param("torchrun", "fsdp", marks=pytest.mark.matrix), ("deepspeed", "deepspeed")],
+)
 def test_under_a_real_launcher(launch, undisturbed, tmp_path, launcher, engine):
     """The engine follows the launcher. A signal to one rank's process, as a scheduler's would come, ends the launcher with
     0, too."""

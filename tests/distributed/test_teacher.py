@@ -279,7 +279,7 @@ def make_shift(steps: int) -> Tensor:
     return shift
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.matrix)])
 def test_a_teacher_is_resumed_bitwise_and_moves_to_other_layouts(tmp_path, precision):
     cases = [{"name": name, "precision": precision} for name in ENGINES]
     written = run_ranks(save, 2, str(tmp_path), cases)

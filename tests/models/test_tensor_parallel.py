@@ -64,7 +64,9 @@ def step(backbone: Any, packed: PackedStream) -> dict[str, torch.Tensor]:
     last = backbone.last_hidden(packed, until=2)
     logits = backbone.logits(hidden[packed.last])
     frozen = backbone.logits(tapped[packed.last], frozen=True)
+    normed = backbone.normed(tapped[packed.last])
     found = {"hidden": hidden, "tapped": tapped, "losses": losses, "last": last, "logits": logits, "frozen": frozen}
+    found["normed"] = normed
     weights = torch.Generator().manual_seed(2)
     sum((x * torch.randn(x.shape, generator=weights)).sum() for x in found.values()).backward()
     return {name: value.detach() for name, value in found.items()}

@@ -643,6 +643,15 @@ ROWS: tuple[Row, ...] = (
         "what every rank of a tensor-parallel team has whole counts once in the gradient's norm",
     ),
     _row(
+        "rows-normed-by-all",
+        "clipping",
+        f"{MODELS}/tensor_parallel.py",
+        "return team.enter(parameter) if team.splits_tokens else parameter",
+        "return team.enter(parameter)",
+        f"{T}/models/test_tensor_parallel.py::test_a_team_computes_what_one_rank_does",
+        "the gradient of a norm that all ranks of a tensor-parallel team apply to the same rows is whole on each of them",
+    ),
+    _row(
         "norm-of-the-rank",
         "clipping",
         f"{ENGINES}/clip.py",
