@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from jepa_scale.data.reversal import generate
 from jepa_scale.data.reversal_files import write
 from jepa_scale.engines import precision
 from tests.data.corpus import write_text
-from tests.distributed.processes import Nursery, held_port, shared_nursery
+from tests.distributed.processes import Nursery, shared_nursery
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -247,41 +246,6 @@ def launch(*command: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run([*command], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
-
-
-@pytest.fixture(params=["deepspeed", "torchrun"])
-def launcher(request) -> Iterator[list[str]]:
-    with held_port() as port:
-        yield {
-            "deepspeed": ["deepspeed", "--num_gpus", "2", "--master_port", str(port)],
-            "torchrun": [
-                "torchrun",
-                "--nproc-per-node",
-                "2",
-                "--rdzv-backend",
-                "c10d",
-                "--rdzv-endpoint",
-                "localhost:0",
-            ],
-        }[request.param]
-
-
-@pytest.mark.matrix
-def test_real_launchers(config, tmp_path, launcher):
-    """The engine follows the launcher; the run is the same; bad input ends every rank with exit code 2."""
-    command = [*launcher, "jepa_scale/train.py", "--config", str(config), "log.report=false"]
-    done = launch(*command)
-    assert done.returncode == 0, done.stderr
-    summary = json.loads((tmp_path / "runs/small/summary.json").read_text())
-    expected = {"deepspeed": "ZeRO-1 fp32", "torchrun": "FSDP2 fp32"}[launcher[0]]
-    assert summary["environment"]["engine"] == expected
-    assert summary["environment"]["world_size"] == 2
-    assert run(config, "run.name=alone", "log.report=false") == 0
-    alone = json.loads((tmp_path / "runs/alone/summary.json").read_text())
-    assert abs(alone["final"]["fit"]["loss"] - summary["final"]["fit"]["loss"]) < 1e-4
-    again = launch(*command)
-    assert again.returncode != 0
-    assert again.stderr.count("already holds a run") + again.stdout.count("already holds a run") == 1
 
 
 def test_a_used_run_directory_is_refused_by_every_rank(nursery, config, tmp_path):
