@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def refused(argv: Sequence[str]) -> int:
-    """The exit code of a process that was started to train, if its config is wrong, which has been told then; 0 if it is right."""
+    """Check the config of a training process. Returns the exit code: 0, or 2 after printing what is wrong."""
     args = parser().parse_intermixed_args(argv)
     try:
         validate(load_config(args.config, args.overrides))
@@ -35,7 +35,7 @@ def refused(argv: Sequence[str]) -> int:
 
 
 def refused_evaluation(run: Path, overrides: Sequence[str]) -> int:
-    """The same of one that was started to evaluate a run: there is none, or its config with the overrides is wrong."""
+    """Check the config, with the overrides, of the run that a process is to evaluate. Returns the exit code, as above."""
     try:
         validate(load_config(config_of(run), list(overrides)))
     except InputError as error:
@@ -44,9 +44,9 @@ def refused_evaluation(run: Path, overrides: Sequence[str]) -> int:
 
 
 def refusal(error: InputError) -> int:
-    """Tell what is wrong, one line; the exit code. Of several ranks the first one speaks, as all have found the same."""
+    """Print what is wrong in one line, on rank 0 alone as all ranks have found the same, and return the exit code."""
     if os.environ.get("RANK", "0") == "0" or isinstance(error, DataError):
         print(f"jepa-scale: {error}", file=sys.stderr, flush=True)
     else:
-        time.sleep(2)  # a launcher ends all ranks when the first one goes: let rank 0 speak
+        time.sleep(2)  # a launcher ends all ranks when the first one goes: rank 0 must have printed by then
     return 2

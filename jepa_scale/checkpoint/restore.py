@@ -72,8 +72,9 @@ def _newest_whole(directory: Path, hashes: bool) -> Path | None:
 
 
 def load(path: Path, parts: Sequence[Stateful]) -> Manifest:
-    """Restore the parts (the engine first), whoever saved them. Collective. At the world size that it was saved with, this
-    rank's random number generators are restored, too.
+    """Restore the parts (the engine first) from a checkpoint of any engine and world size. Collective.
+
+    At the world size of the checkpoint this rank's random number generators are restored, too.
 
     Raises:
         InputError: the checkpoint is of another model or objective, or a file cannot be read.

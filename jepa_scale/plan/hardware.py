@@ -34,7 +34,7 @@ class Gpu:
         """FLOP/s of dense matrix products."""
         import torch
 
-        from jepa_scale.flops import peak_flops  # a name that is unknown is told of without them
+        from jepa_scale.flops import peak_flops  # here: an unknown name is refused without torch
 
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         peak = peak_flops(self.name, dtype, tf32)

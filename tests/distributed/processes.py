@@ -170,16 +170,10 @@ class Nursery:
             self._ended.notify_all()
         return run
 
-    def run(
-        self,
-        arguments: Sequence[str],
-        world_size: int = 1,
-        faults: Sequence[Fault] = (),
-        program: str = "jepa_scale.train",
-    ) -> Forked:
-        """A run that must end well."""
-        run = self.start(arguments, world_size, faults, program)
-        assert run.wait() == [0] * world_size, run.output()
+    def run(self, arguments: Sequence[str], *more: Any, **options: Any) -> Forked:
+        """Start a run as :meth:`start` does, and wait for it to end well on every rank."""
+        run = self.start(arguments, *more, **options)
+        assert not any(run.wait()), run.output()
         return run
 
     def close(self) -> None:
