@@ -30,10 +30,10 @@ from benchmarks import peers, scaling  # noqa: E402
 from benchmarks.peer_programs.apart import Apart  # noqa: E402
 from benchmarks.peer_programs.ours import Ours  # noqa: E402
 from benchmarks.rows import as_table, row, write  # noqa: E402
-from jepa_scale import distributed  # noqa: E402
-from jepa_scale.allocator import QUIET  # noqa: E402
+from jepa_scale.distributed import comm  # noqa: E402
 from jepa_scale.telemetry import quiet_libraries  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
+from jepa_scale.utils.allocator import QUIET  # noqa: E402
 
 BATCHES = {"chat": 16, "text": 8, "horizon": 32}
 VIEWS = 32
@@ -66,7 +66,7 @@ class Measured:
     def __init__(self, what: str, threads: int, scratch: Path) -> None:
         quiet_libraries()
         torch.set_num_threads(threads)
-        ranks = distributed.setup()
+        ranks = comm.setup()
         scratch.mkdir(parents=True)
         if what == "views":
             self.ours = scaling.program(scaling.config_file(scratch, what, VIEWS, threads), ranks, scratch)
@@ -87,7 +87,7 @@ class Measured:
 
     def close(self) -> None:
         self.ours.close()
-        distributed.teardown()
+        comm.teardown()
 
 
 UNITS = {"seconds": "s", "kernel": "s", "faults": "pages", "peak": "GiB"}
@@ -125,8 +125,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    machine = describe_environment(distributed.setup(), "fsdp", "fp32")
-    distributed.teardown()
+    machine = describe_environment(comm.setup(), "fsdp", "fp32")
+    comm.teardown()
     del machine["malloc"]
     with tempfile.TemporaryDirectory() as scratch:
         for what in args.only:

@@ -20,7 +20,8 @@ sys.path.insert(0, str(REPOSITORY))
 import torch  # noqa: E402
 
 from benchmarks.rows import as_table, row, write  # noqa: E402
-from jepa_scale import attention, distributed  # noqa: E402
+from jepa_scale.distributed import comm  # noqa: E402
+from jepa_scale.models import attention  # noqa: E402
 from jepa_scale.packing import SegmentTable  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
 
@@ -43,7 +44,7 @@ def main() -> None:
             rows += compare(heads, width, length, args.rounds)
     print(as_table(rows))
     if args.json:
-        machine = describe_environment(distributed.setup(), "none", "bf16")
+        machine = describe_environment(comm.setup(), "none", "bf16")
         write(args.json, {**machine, "settings": {"threads": args.threads, "tokens": TOKENS}}, rows)
 
 

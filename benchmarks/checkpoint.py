@@ -40,14 +40,14 @@ sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.rows import row, write  # noqa: E402
 from jepa_scale import checkpoint  # noqa: E402
-from jepa_scale.build import Run, build  # noqa: E402
 from jepa_scale.checkpoint import Manifest, Policy, Saver  # noqa: E402
-from jepa_scale.config import load_config  # noqa: E402
-from jepa_scale.distributed import Ranks, all_reduce_sum  # noqa: E402
+from jepa_scale.config.schema import load_config  # noqa: E402
+from jepa_scale.distributed.comm import Ranks, all_reduce_sum  # noqa: E402
 from jepa_scale.experiment import validate  # noqa: E402
-from jepa_scale.table import text_table  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
-from jepa_scale.train import global_totals  # noqa: E402
+from jepa_scale.training.build import Run, build  # noqa: E402
+from jepa_scale.training.trainer import global_totals  # noqa: E402
+from jepa_scale.utils.format import text_table  # noqa: E402
 
 CONFIG = {
     "engine": {"name": "fsdp", "threads": 1},

@@ -14,7 +14,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.rows import row, write  # noqa: E402
-from jepa_scale.plots import curves, plot  # noqa: E402
+from jepa_scale.report.plots import curves, plot  # noqa: E402
 from jepa_scale.telemetry import FIT, load_run  # noqa: E402
 from jepa_scale.telemetry.records import values_of  # noqa: E402
 

@@ -30,17 +30,17 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.rows import row, write  # noqa: E402
-from jepa_scale.config import load_config  # noqa: E402
+from jepa_scale.config.schema import load_config  # noqa: E402
 from jepa_scale.data import load_data  # noqa: E402
 from jepa_scale.data.examples import Conversation, Document, Turn  # noqa: E402
-from jepa_scale.data.loader import Loader  # noqa: E402
-from jepa_scale.data.stream import WINDOW_BINS, TokenStream  # noqa: E402
-from jepa_scale.distributed import Ranks  # noqa: E402
+from jepa_scale.data.sampling.batches import WINDOW_BINS, TokenStream  # noqa: E402
+from jepa_scale.data.sampling.loader import Loader  # noqa: E402
+from jepa_scale.distributed.comm import Ranks  # noqa: E402
 from jepa_scale.objectives.lm import lm_views  # noqa: E402
 from jepa_scale.packing import IGNORE  # noqa: E402
-from jepa_scale.table import text_table  # noqa: E402
 from jepa_scale.telemetry import load_run  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
+from jepa_scale.utils.format import text_table  # noqa: E402
 
 MICRO_TOKENS = 8192
 BUFFER = 1000

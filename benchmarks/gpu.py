@@ -33,16 +33,16 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from benchmarks.rows import as_table, row, write  # noqa: E402
-from jepa_scale import distributed  # noqa: E402
-from jepa_scale.attention import attention, available_backends  # noqa: E402
-from jepa_scale.build import Run, build  # noqa: E402
-from jepa_scale.config import load_config  # noqa: E402
+from jepa_scale.config.schema import load_config  # noqa: E402
+from jepa_scale.distributed import comm  # noqa: E402
 from jepa_scale.experiment import validate  # noqa: E402
-from jepa_scale.flops import peak_of  # noqa: E402
+from jepa_scale.models.attention import attention, available_backends  # noqa: E402
+from jepa_scale.models.flops import peak_of  # noqa: E402
 from jepa_scale.objectives.base import Objective  # noqa: E402
 from jepa_scale.packing import SegmentTable  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
-from jepa_scale.train import global_totals  # noqa: E402
+from jepa_scale.training.build import Run, build  # noqa: E402
+from jepa_scale.training.trainer import global_totals  # noqa: E402
 
 TEXT = "configs/tiny_corpus.yaml"
 LM = "configs/tiny_corpus_lm.yaml"
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     began = time.monotonic()
-    ranks = distributed.setup()
+    ranks = comm.setup()
     if ranks.device.type != "cuda" and args.model == parser.get_default("model"):
         parser.error("there is no GPU here, and a CPU takes minutes for a step of that decoder; give a small --model")
     settings = {key: str(value) for key, value in vars(args).items() if key not in ("json", "profile")}
@@ -162,7 +162,7 @@ def attentions() -> list[dict[str, Any]]:
     return rows
 
 
-def measure(name: str, args: argparse.Namespace, folder: Path, ranks: distributed.Ranks) -> list[dict[str, Any]]:
+def measure(name: str, args: argparse.Namespace, folder: Path, ranks: comm.Ranks) -> list[dict[str, Any]]:
     """Steps of one run."""
     file, overrides = RUNS[name]
     overrides = [f"model={args.model}", "engine.precision=bf16", "data.workers=0", *overrides]

@@ -29,8 +29,8 @@ sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.rows import row, write  # noqa: E402
 from benchmarks.study import train_all  # noqa: E402
-from jepa_scale.table import text_table  # noqa: E402
 from jepa_scale.telemetry import FIT, RunRecord, load_run  # noqa: E402
+from jepa_scale.utils.format import text_table  # noqa: E402
 
 CASES: dict[str, list[str]] = {
     "diagnostic": [],  # attention, gentle codes, temperature 0.05 to 0.2: all that GridJEPA settled on

@@ -24,13 +24,13 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.rows import row, write  # noqa: E402
-from jepa_scale.data.grid_objects import find_objects  # noqa: E402
-from jepa_scale.data.grid_rules import frames  # noqa: E402
+from jepa_scale.data.grids.objects import find_objects  # noqa: E402
+from jepa_scale.data.grids.rules import frames  # noqa: E402
 from jepa_scale.data.prepare.places import data_places  # noqa: E402
-from jepa_scale.distributed import Ranks  # noqa: E402
-from jepa_scale.table import text_table  # noqa: E402
+from jepa_scale.distributed.comm import Ranks  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
-from tests.data.flood_fill import flood_fill  # noqa: E402
+from jepa_scale.utils.format import text_table  # noqa: E402
+from tests.data.grids.flood_fill import flood_fill  # noqa: E402
 
 Grids = list[np.ndarray]
 

@@ -37,7 +37,7 @@ import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from benchmarks.rows import as_table, row, write  # noqa: E402
-from jepa_scale import distributed  # noqa: E402
+from jepa_scale.distributed import comm  # noqa: E402
 from jepa_scale.models import head as lm_head  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
 
@@ -74,7 +74,7 @@ def main() -> None:
         new = {found["name"] for found in rows}
         old = json.loads(args.json.read_text())["rows"] if args.json.exists() else []
         settings = {"vocabulary": args.vocabulary, "threads": args.threads}
-        machine = {**describe_environment(distributed.setup(), "none", "fp32"), "settings": settings}
+        machine = {**describe_environment(comm.setup(), "none", "fp32"), "settings": settings}
         write(args.json, machine, [found for found in old if found["name"] not in new] + rows)
 
 

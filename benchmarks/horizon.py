@@ -27,8 +27,8 @@ sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.rows import row, write  # noqa: E402
 from benchmarks.study import train_all  # noqa: E402
-from jepa_scale.table import text_table  # noqa: E402
 from jepa_scale.telemetry import load_run  # noqa: E402
+from jepa_scale.utils.format import text_table  # noqa: E402
 
 SHORT = [
     "model=configs/models/horizon_tiny.yaml",
@@ -79,13 +79,14 @@ def with_fresh_predictor(target: Path) -> dict[str, float]:
 def write_untrained(target: Path) -> None:
     import torch
 
-    from jepa_scale import checkpoint, distributed
-    from jepa_scale.build import build
-    from jepa_scale.config import load_config
+    from jepa_scale import checkpoint
+    from jepa_scale.config.schema import load_config
+    from jepa_scale.distributed import comm
     from jepa_scale.experiment import validate
+    from jepa_scale.training.build import build
 
     config = load_config(target / "config.yaml", ["engine.threads=1"])
-    run_of = build(validate(config), distributed.setup())
+    run_of = build(validate(config), comm.setup())
     fresh = {name: box.copy() for name, box in run_of.engine.state().items() if _is_predictor(name)}
     found = checkpoint.find(target, "auto", True)
     assert found is not None
@@ -98,7 +99,7 @@ def write_untrained(target: Path) -> None:
     run_of.engine.loaded(run_of.engine.updates)
     metrics = run_of.evaluate()["valid"]
     (target / "untrained.json").write_text(json.dumps(metrics))
-    distributed.teardown()
+    comm.teardown()
 
 
 def _is_predictor(name: str) -> bool:

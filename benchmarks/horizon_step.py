@@ -31,13 +31,13 @@ sys.path.insert(0, str(REPOSITORY))
 import torch  # noqa: E402
 
 from benchmarks.rows import row, write  # noqa: E402
-from jepa_scale import distributed  # noqa: E402
-from jepa_scale.build import Run, build  # noqa: E402
-from jepa_scale.config import load_config  # noqa: E402
+from jepa_scale.config.schema import load_config  # noqa: E402
+from jepa_scale.distributed import comm  # noqa: E402
 from jepa_scale.experiment import validate  # noqa: E402
-from jepa_scale.table import text_table  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
-from jepa_scale.train import global_totals  # noqa: E402
+from jepa_scale.training.build import Run, build  # noqa: E402
+from jepa_scale.training.trainer import global_totals  # noqa: E402
+from jepa_scale.utils.format import text_table  # noqa: E402
 
 HORIZON = "configs/tiny_corpus.yaml"
 LM = "configs/tiny_corpus_lm.yaml"
@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
-    ranks = distributed.setup()
+    ranks = comm.setup()
     iterators: dict[str, Iterator[float]] = {}
     for name, (config, overrides) in VARIANTS.items():
         sizes = [

@@ -3,7 +3,7 @@
     python benchmarks/peers.py --threads 2 --json benchmarks/results/peers.json
 
 Each comparison is two programs or more, fp32, that take turns, in another order each round; the first round does not count.
-Ours has a process as ``jepa_scale/train.py`` starts it, with tcmalloc where it is installed (:mod:`jepa_scale.allocator`), all
+Ours has a process as ``jepa_scale/train.py`` starts it, with tcmalloc where it is installed (:mod:`jepa_scale.utils.allocator`), all
 others (and ``ours_system``) one as Python starts it; with ``--one-process`` they share this one, and its ``malloc``, whichever it
 was started with. A step is the whole of it as a user gets it: samples made into a batch, forward, backward, clipping, fused
 AdamW, and whatever each logs at its default interval. Before anything is timed the loss and the gradient norm of two steps are
@@ -47,12 +47,13 @@ from benchmarks.peer_programs.ours import Found, Ours, Program, Samples  # noqa:
 from benchmarks.peer_programs.plain import FsdpLoop, PlainLoop  # noqa: E402
 from benchmarks.peer_programs.trainer import HuggingFaceTrainer  # noqa: E402
 from benchmarks.rows import row, write  # noqa: E402
-from jepa_scale import allocator, distributed  # noqa: E402
-from jepa_scale.config import Config, load_config  # noqa: E402
+from jepa_scale.config.schema import Config, load_config  # noqa: E402
+from jepa_scale.distributed import comm  # noqa: E402
 from jepa_scale.engines.precision import has_bf16  # noqa: E402
-from jepa_scale.table import text_table  # noqa: E402
 from jepa_scale.telemetry import quiet_libraries  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
+from jepa_scale.utils import allocator  # noqa: E402
+from jepa_scale.utils.format import text_table  # noqa: E402
 
 TOLERANCE = 1e-4
 BF16_TOLERANCE = 1e-2
@@ -124,7 +125,7 @@ class Side:
         quiet_libraries()
         torch.set_num_threads(args.threads)
         torch.set_float32_matmul_precision("highest")
-        ranks = distributed.setup()
+        ranks = comm.setup()
         batch_size = {"chat": args.chat_batch, "text": args.text_batch, "horizon": args.horizon_batch}[name]
         config = config_of(name, args.threads, batch_size, args.chat, args.horizon_data, LLAMA)
         ours = Ours(config, ranks, scratch)
@@ -161,7 +162,7 @@ class Side:
     def close(self) -> None:
         for ours in self.open:
             ours.close()
-        distributed.teardown()
+        comm.teardown()
 
 
 def check(sides: dict[str, Side | Apart], steps: int = 2) -> None:
@@ -260,8 +261,8 @@ def main() -> None:
                     "malloc": str(mallocs)
                 }
                 settings |= {key: Path(settings[key]).name for key in ("chat", "horizon_data")}  # not where they lie
-                machine = describe_environment(distributed.setup(), "fsdp", "fp32")
-                distributed.teardown()
+                machine = describe_environment(comm.setup(), "fsdp", "fp32")
+                comm.teardown()
                 del machine["malloc"]  # of this process
                 write(args.json, {**machine, "settings": settings}, rows)
 

@@ -44,15 +44,15 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.rows import row, write  # noqa: E402
-from jepa_scale.build import Run, build  # noqa: E402
-from jepa_scale.config import load_config  # noqa: E402
-from jepa_scale.distributed import Ranks  # noqa: E402
+from jepa_scale.config.schema import load_config  # noqa: E402
+from jepa_scale.distributed.comm import Ranks  # noqa: E402
 from jepa_scale.experiment import validate  # noqa: E402
 from jepa_scale.plan.hardware import find_gpu  # noqa: E402
 from jepa_scale.plan.planner import Request, make_plan  # noqa: E402
-from jepa_scale.table import text_table  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
-from jepa_scale.train import global_totals  # noqa: E402
+from jepa_scale.training.build import Run, build  # noqa: E402
+from jepa_scale.training.trainer import global_totals  # noqa: E402
+from jepa_scale.utils.format import text_table  # noqa: E402
 
 ENGINES = ("fsdp", "zero0", "zero1", "zero2", "zero3")
 STEPS = 3
@@ -180,7 +180,7 @@ def settle(ranks: Ranks) -> None:
 
 
 def train(run: Run, ranks: Ranks, meter: Meter) -> None:
-    """The loop of :func:`jepa_scale.train.fit`, without what is around it."""
+    """The loop of :func:`jepa_scale.training.trainer.fit`, without what is around it."""
     run.engine.train()
     meter.mark("step 0")
     for step, batches in enumerate(run.batches(0, STEPS)):

@@ -18,7 +18,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from jepa_scale.config import load_config  # noqa: E402
+from jepa_scale.config.schema import load_config  # noqa: E402
 from jepa_scale.plan.hardware import GIB, find_gpu  # noqa: E402
 from jepa_scale.plan.planner import Request, RunPlan, make_plan  # noqa: E402
 from jepa_scale.telemetry import quiet_libraries  # noqa: E402

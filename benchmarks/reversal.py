@@ -19,8 +19,8 @@ sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.rows import row, write  # noqa: E402
 from benchmarks.study import train  # noqa: E402
-from jepa_scale.table import text_table  # noqa: E402
 from jepa_scale.telemetry import load_run  # noqa: E402
+from jepa_scale.utils.format import text_table  # noqa: E402
 
 GPT2 = "model=configs/models/reversal_gpt2.yaml"
 CASES: dict[str, tuple[list[str], int | None]] = {  # name → (arguments, seeds at the most)

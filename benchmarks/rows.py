@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from jepa_scale.table import text_table
+from jepa_scale.utils.format import text_table
 
 
 def row(name: str, values: list[float], unit: str, value: float | None = None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ Whole steps of the loop (data, forward, backward, clipping, AdamW), fp32, of run
 * ``ranks``: 4,096 tokens a step, shared by 1, 2 and 4 ranks under torchrun and gloo, FSDP2 over all of them, a thread each.
 
 ``seconds/<what>/<size>`` is the median of ``--rounds``. ``flops/<what>/<size>`` is what the run counts for the step
-(:mod:`jepa_scale.flops`). ``exponent/<what>`` is the slope of log(seconds) over log(size), by least squares, and
+(:mod:`jepa_scale.models.flops`). ``exponent/<what>`` is the slope of log(seconds) over log(size), by least squares, and
 ``expected/<what>`` that of the FLOPs; of ``ranks``, that of 1 / min(ranks, cores).
 """
 
@@ -33,12 +33,12 @@ import numpy as np  # noqa: E402
 from benchmarks.figures import COLOURS, panels  # noqa: E402
 from benchmarks.peer_programs.ours import Ours  # noqa: E402
 from benchmarks.rows import row, write  # noqa: E402
-from jepa_scale import distributed  # noqa: E402
-from jepa_scale.config import load_config  # noqa: E402
-from jepa_scale.distributed import Ranks  # noqa: E402
-from jepa_scale.table import text_table  # noqa: E402
+from jepa_scale.config.schema import load_config  # noqa: E402
+from jepa_scale.distributed import comm  # noqa: E402
+from jepa_scale.distributed.comm import Ranks  # noqa: E402
 from jepa_scale.telemetry import quiet_libraries  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
+from jepa_scale.utils.format import text_table  # noqa: E402
 
 SIZES = {
     "length": (256, 512, 1024, 2048, 4096, 8192),
@@ -132,7 +132,7 @@ def under_torchrun(folder: Path, rounds: int) -> dict[int, tuple[list[float], in
 
 def worker(file: Path, out: Path, rounds: int) -> None:
     """A rank of ``ranks``."""
-    ranks = distributed.setup()
+    ranks = comm.setup()
     ours = program(file, ranks, out.with_suffix(""))  # of this job alone
     flops = step_flops(ours)
     ours.steps(1)
@@ -140,7 +140,7 @@ def worker(file: Path, out: Path, rounds: int) -> None:
     ours.close()
     if ranks.rank == 0:
         out.write_text(json.dumps({"seconds": seconds, "flops": flops * ranks.world_size}))
-    distributed.teardown()
+    comm.teardown()
 
 
 def slope(sizes: list[int], values: list[float]) -> float:
@@ -189,7 +189,7 @@ def main() -> None:
     shown = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        ranks = distributed.setup()
+        ranks = comm.setup()
         for what in args.only:
             if what == "ranks":
                 found = under_torchrun(folder, args.rounds)
@@ -208,7 +208,7 @@ def main() -> None:
         settings = {key: str(value) for key, value in vars(args).items() if key not in ("json", "plot", "worker")}
         if args.json:
             write(args.json, {**describe_environment(ranks, "fsdp", "fp32"), "settings": settings}, rows)
-        distributed.teardown()
+        comm.teardown()
     if args.plot:
         draw(shown, args.plot)
     print(

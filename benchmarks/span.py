@@ -31,12 +31,12 @@ import torch  # noqa: E402
 import jepa_scale  # noqa: E402
 from benchmarks.rows import row, write  # noqa: E402
 from benchmarks.study import train_all  # noqa: E402
-from jepa_scale.cli import main as command  # noqa: E402
-from jepa_scale.data.prepare.table import read_jsonl  # noqa: E402
-from jepa_scale.evaluate.probe import Labelled, accuracy, linear_probe, majority, neighbour_predictions  # noqa: E402
-from jepa_scale.evaluate.representation import effective_rank  # noqa: E402
-from jepa_scale.table import text_table  # noqa: E402
+from jepa_scale.cli.main import main as command  # noqa: E402
+from jepa_scale.data.prepare.formats.table import read_jsonl  # noqa: E402
+from jepa_scale.metrics.probe import Labelled, accuracy, linear_probe, majority, neighbour_predictions  # noqa: E402
+from jepa_scale.metrics.representation import effective_rank  # noqa: E402
 from jepa_scale.telemetry import load_run  # noqa: E402
+from jepa_scale.utils.format import text_table  # noqa: E402
 
 SPAN_JEPA = ["objective.local_ratio=[0.40,0.45]", "objective.global_ratio=[0.25,0.30]"]  # views of SpanJEPA
 HARD = ["objective.local_ratio=[0.8,0.9]", "objective.global_ratio=[0.5,0.6]"]  # views that have less in common

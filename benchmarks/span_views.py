@@ -30,22 +30,22 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from benchmarks.rows import row, write  # noqa: E402
-from jepa_scale.config import OptimConfig  # noqa: E402
-from jepa_scale.data.draw import Draw  # noqa: E402
+from jepa_scale.config.schema import OptimConfig  # noqa: E402
 from jepa_scale.data.examples import Document  # noqa: E402
-from jepa_scale.distributed import Ranks  # noqa: E402
+from jepa_scale.data.sampling.rng import Draw  # noqa: E402
+from jepa_scale.distributed.comm import Ranks  # noqa: E402
 from jepa_scale.models.decoder import position_table  # noqa: E402
 from jepa_scale.models.loading import build_backbone  # noqa: E402
 from jepa_scale.models.options import ModelOptions  # noqa: E402
 from jepa_scale.objectives.base import JepaModel, lm_loss  # noqa: E402
 from jepa_scale.objectives.lm import lm_views  # noqa: E402
-from jepa_scale.objectives.span import Encoded, Span  # noqa: E402
-from jepa_scale.objectives.span_options import SpanOptions  # noqa: E402
+from jepa_scale.objectives.span.config import SpanOptions  # noqa: E402
+from jepa_scale.objectives.span.objective import Encoded, Span  # noqa: E402
 from jepa_scale.optim import build_optimizer, parameter_groups  # noqa: E402
 from jepa_scale.packing import PackedBatch, pack  # noqa: E402
-from jepa_scale.table import text_table  # noqa: E402
 from jepa_scale.telemetry import quiet_libraries  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
+from jepa_scale.utils.format import text_table  # noqa: E402
 
 VOCABULARY = 2048
 TOLERANCE = 1e-3

@@ -25,21 +25,21 @@ CONFIG = "configs/reversal.yaml"
 TYPO = "train.stepz=3"
 COMMANDS = {
     "start": ["-c", "pass"],
-    "help": ["-m", "jepa_scale.cli", "--help"],
-    "config": ["-m", "jepa_scale.cli", "config", CONFIG],
-    "config_list": ["-m", "jepa_scale.cli", "config", "--list"],
-    "config_schema": ["-m", "jepa_scale.cli", "config", "--schema"],
-    "config_reference": ["-m", "jepa_scale.cli", "config", "--reference"],
-    "data_help": ["-m", "jepa_scale.cli", "data", "--help"],
-    "checkpoint_ls": ["-m", "jepa_scale.cli", "checkpoint", "ls", "{run}"],
-    "watch": ["-m", "jepa_scale.cli", "watch", "{run}", "--once"],
-    "report": ["-m", "jepa_scale.cli", "report", "{run}"],
-    "refused_config": ["-m", "jepa_scale.cli", "config", CONFIG, TYPO],
-    "refused_train": ["-m", "jepa_scale.cli", "train", "--config", CONFIG, TYPO],
+    "help": ["-m", "jepa_scale", "--help"],
+    "config": ["-m", "jepa_scale", "config", CONFIG],
+    "config_list": ["-m", "jepa_scale", "config", "--list"],
+    "config_schema": ["-m", "jepa_scale", "config", "--schema"],
+    "config_reference": ["-m", "jepa_scale", "config", "--reference"],
+    "data_help": ["-m", "jepa_scale", "data", "--help"],
+    "checkpoint_ls": ["-m", "jepa_scale", "checkpoint", "ls", "{run}"],
+    "watch": ["-m", "jepa_scale", "watch", "{run}", "--once"],
+    "report": ["-m", "jepa_scale", "report", "{run}"],
+    "refused_config": ["-m", "jepa_scale", "config", CONFIG, TYPO],
+    "refused_train": ["-m", "jepa_scale", "train", "--config", CONFIG, TYPO],
     "refused_rank": ["jepa_scale/train.py", "--config", CONFIG, TYPO],
-    "refused_plan": ["-m", "jepa_scale.cli", "plan", "--config", CONFIG, "--world-size", "2", "--set", TYPO],
-    "refused_eval": ["-m", "jepa_scale.cli", "eval", "{run}", "eval.max_factz=3"],
-    "refused_run": ["-m", "jepa_scale.cli", "generate", "{run}/none", "hello"],
+    "refused_plan": ["-m", "jepa_scale", "plan", "--config", CONFIG, "--world-size", "2", "--set", TYPO],
+    "refused_eval": ["-m", "jepa_scale", "eval", "{run}", "eval.max_factz=3"],
+    "refused_run": ["-m", "jepa_scale", "generate", "{run}/none", "hello"],
 }
 
 
@@ -69,7 +69,7 @@ def main() -> None:
     if args.json:
         import torch  # only now: a process that is started is as large as this one, for a moment
 
-        from jepa_scale.distributed import Ranks
+        from jepa_scale.distributed.comm import Ranks
         from jepa_scale.telemetry.environment import describe_environment
 
         machine = describe_environment(Ranks(0, 1, 0, torch.device("cpu"), "python"), "", "")

@@ -37,19 +37,19 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.rows import row, write  # noqa: E402
-from jepa_scale.config import OptimConfig  # noqa: E402
-from jepa_scale.distributed import Ranks  # noqa: E402
+from jepa_scale.config.ema import TeacherOptions  # noqa: E402
+from jepa_scale.config.schema import OptimConfig  # noqa: E402
+from jepa_scale.distributed.comm import Ranks  # noqa: E402
 from jepa_scale.engines import create_engine  # noqa: E402
 from jepa_scale.engines.base import EngineOptions, ShardedCopy  # noqa: E402
+from jepa_scale.engines.ema import Teacher, TeacherModel  # noqa: E402
 from jepa_scale.models.backbone import Backbone  # noqa: E402
 from jepa_scale.models.loading import build_backbone  # noqa: E402
 from jepa_scale.models.options import ModelOptions  # noqa: E402
 from jepa_scale.optim import parameter_groups  # noqa: E402
 from jepa_scale.packing import PackedStream, Segment, pack_stream  # noqa: E402
-from jepa_scale.table import text_table  # noqa: E402
-from jepa_scale.teacher import Teacher, TeacherModel  # noqa: E402
-from jepa_scale.teacher_options import TeacherOptions  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
+from jepa_scale.utils.format import text_table  # noqa: E402
 
 MODEL = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4}
 VOCAB, LENGTH = 4096, 128

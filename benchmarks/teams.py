@@ -32,12 +32,12 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from benchmarks.rows import as_table, row, write  # noqa: E402
-from jepa_scale import distributed  # noqa: E402
+from jepa_scale.distributed import comm  # noqa: E402
+from jepa_scale.distributed.tp_group import Team  # noqa: E402
 from jepa_scale.models import tensor_parallel  # noqa: E402
 from jepa_scale.models.loading import build_backbone  # noqa: E402
 from jepa_scale.models.options import ModelOptions  # noqa: E402
 from jepa_scale.models.recompute import recompute  # noqa: E402
-from jepa_scale.models.team import Team  # noqa: E402
 from jepa_scale.packing import Segment, pack_stream  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
 
@@ -62,7 +62,7 @@ def main() -> None:
     print(as_table(rows))
     if args.json:
         settings = {"model": str(MODEL), "vocab": VOCAB, "tokens": args.tokens}
-        machine = {**describe_environment(distributed.setup(), "none", "fp32"), "settings": settings}
+        machine = {**describe_environment(comm.setup(), "none", "fp32"), "settings": settings}
         write(args.json, machine, rows)
 
 
@@ -78,8 +78,8 @@ def of_rank(rank: int, size: int, how: str, tokens: int, store: str) -> dict[str
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     torch.manual_seed(0)
     backbone = build_backbone(ModelOptions(**MODEL, max_position_embeddings=tokens), VOCAB)
-    ranks = distributed.form_teams(distributed.Ranks(rank, size, rank, torch.device("cpu"), "python"), size)
-    if (group := distributed.team_group()) is not None:
+    ranks = comm.form_teams(comm.Ranks(rank, size, rank, torch.device("cpu"), "python"), size)
+    if (group := comm.team_group()) is not None:
         tensor_parallel.split(backbone, Team(group, rank, ranks.team))
     recompute(backbone.layers, how)
     ids = torch.randint(0, VOCAB, (tokens + 1,), generator=torch.Generator().manual_seed(1)).tolist()

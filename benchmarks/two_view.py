@@ -48,20 +48,20 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from benchmarks.rows import row, write  # noqa: E402
-from jepa_scale.config import OptimConfig  # noqa: E402
+from jepa_scale.config.schema import OptimConfig  # noqa: E402
 from jepa_scale.data import load_data  # noqa: E402
-from jepa_scale.data.draw import Draw  # noqa: E402
-from jepa_scale.distributed import Ranks  # noqa: E402
+from jepa_scale.data.sampling.rng import Draw  # noqa: E402
+from jepa_scale.distributed.comm import Ranks  # noqa: E402
 from jepa_scale.losses.distance import cosine  # noqa: E402
 from jepa_scale.models.loading import build_backbone  # noqa: E402
 from jepa_scale.models.options import ModelOptions  # noqa: E402
 from jepa_scale.objectives.base import JepaModel  # noqa: E402
-from jepa_scale.objectives.two_view import TwoView, TwoViewOptions  # noqa: E402
+from jepa_scale.objectives.two_view.objective import TwoView, TwoViewOptions  # noqa: E402
 from jepa_scale.optim import build_optimizer, parameter_groups  # noqa: E402
 from jepa_scale.packing import IGNORE, Segment, pack  # noqa: E402
-from jepa_scale.table import text_table  # noqa: E402
 from jepa_scale.telemetry import quiet_libraries  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
+from jepa_scale.utils.format import text_table  # noqa: E402
 
 WIDTH = 512
 """What upstream pads to unless told otherwise."""

@@ -11,23 +11,32 @@ import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from jepa_scale.config import Config, Section, parse_section
+from jepa_scale.config.schema import Config, Section, parse_section
 from jepa_scale.data import DataOptions, parse_data
-from jepa_scale.errors import InputError
-from jepa_scale.evaluate.options import OPTIONS
+from jepa_scale.evaluation.options import OPTIONS
 from jepa_scale.models.options import ModelOptions
+from jepa_scale.utils.errors import InputError
 
 if TYPE_CHECKING:
     from jepa_scale.objectives.base import Objective
 
 OBJECTIVES = {
     "lm": ("jepa_scale.objectives.lm:LanguageModeling", "jepa_scale.objectives.lm_options:LmOptions"),
-    "two_view": ("jepa_scale.objectives.two_view:TwoView", "jepa_scale.objectives.two_view_options:TwoViewOptions"),
-    "concept": ("jepa_scale.objectives.concept:Concept", "jepa_scale.objectives.concept_options:ConceptOptions"),
-    "horizon": ("jepa_scale.objectives.horizon:Horizon", "jepa_scale.objectives.horizon_options:HorizonOptions"),
+    "two_view": (
+        "jepa_scale.objectives.two_view.objective:TwoView",
+        "jepa_scale.objectives.two_view.config:TwoViewOptions",
+    ),
+    "concept": (
+        "jepa_scale.objectives.concept.objective:Concept",
+        "jepa_scale.objectives.concept.config:ConceptOptions",
+    ),
+    "horizon": (
+        "jepa_scale.objectives.horizon.objective:Horizon",
+        "jepa_scale.objectives.horizon.config:HorizonOptions",
+    ),
     "stp": ("jepa_scale.objectives.stp:Stp", "jepa_scale.objectives.stp_options:StpOptions"),
-    "span": ("jepa_scale.objectives.span:Span", "jepa_scale.objectives.span_options:SpanOptions"),
-    "grid": ("jepa_scale.objectives.grid:Grid", "jepa_scale.objectives.grid_options:GridOptions"),
+    "span": ("jepa_scale.objectives.span.objective:Span", "jepa_scale.objectives.span.config:SpanOptions"),
+    "grid": ("jepa_scale.objectives.grid.objective:Grid", "jepa_scale.objectives.grid.config:GridOptions"),
 }
 """Name of an objective → where its class is, and where that class's ``Options`` are declared."""
 

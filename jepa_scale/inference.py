@@ -16,23 +16,23 @@ from tqdm import tqdm
 from jepa_scale.checkpoint import Manifest, complete, store
 from jepa_scale.checkpoint.boxes import Boxes
 from jepa_scale.checkpoint.manifest import FILE, TENSORS
-from jepa_scale.config import Config, load_config
+from jepa_scale.config.schema import Config, load_config
 from jepa_scale.convert.from_hf import state_tensors
 from jepa_scale.data import load_data
 from jepa_scale.data.base import Dataset
 from jepa_scale.data.prepare.base import BadRecord, Record
-from jepa_scale.data.prepare.chat_tokens import bos_prefix, encode_text
-from jepa_scale.data.prepare.encode import ChatEncoder
+from jepa_scale.data.prepare.encoders.chat_tokens import bos_prefix, encode_text
+from jepa_scale.data.prepare.encoders.encode import ChatEncoder
 from jepa_scale.data.texts import Text, Texts, tokenize
-from jepa_scale.distributed import Ranks
-from jepa_scale.encoding import EncodedTexts, encode_texts
-from jepa_scale.errors import InputError
-from jepa_scale.evaluate.generation import answer, rounds
+from jepa_scale.distributed.comm import Ranks
+from jepa_scale.evaluation.encode import EncodedTexts, encode_texts
 from jepa_scale.experiment import validate
+from jepa_scale.models.generation import answer, rounds
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.objectives.base import JepaModel
-from jepa_scale.say import say
 from jepa_scale.telemetry.records import config_of
+from jepa_scale.utils.errors import InputError
+from jepa_scale.utils.logging import say
 
 
 @dataclass(slots=True)

@@ -28,5 +28,5 @@ check_config() {
     esac
   done
   [ -n "$config" ] || refuse "--config: is missing; give the YAML file of the experiment"
-  python -m jepa_scale.cli config "$config" ${overrides[@]+"${overrides[@]}"} >/dev/null || exit $?
+  python -m jepa_scale config "$config" ${overrides[@]+"${overrides[@]}"} >/dev/null || exit $?
 }

@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from jepa_scale.cli import main  # noqa: E402
+from jepa_scale.cli.main import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main(["watch", *sys.argv[1:]]))

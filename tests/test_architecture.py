@@ -1,12 +1,45 @@
-"""The floors of the house: who may import whom, read off the source."""
+"""Who may import whom, read off the source: downwards only, in however many steps."""
+
+from __future__ import annotations
 
 import ast
-import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "jepa_scale"
+
+LAYERS = (
+    ("__main__",),
+    ("cli", "train"),
+    ("training", "inference", "plan"),
+    ("experiment", "report"),
+    ("evaluation", "convert"),
+    ("objectives",),
+    ("models", "metrics", "telemetry", "engines"),
+    ("data", "losses", "optim", "checkpoint"),
+    ("distributed", "config", "packing"),
+    ("utils",),
+)
+"""Packages and modules of ``jepa_scale``, the highest first. A layer imports those below it; within one, what ``BESIDE`` says."""
+BESIDE = {
+    "train": {"cli"},  # the parser and a bad config's refusal
+    "cli": {"train"},  # jepa-scale train is that script
+}
+LAYER_OF = {name: number for number, layer in enumerate(LAYERS) for name in layer}
+"""``jepa_scale/__init__.py`` holds the version, which everyone may import, and loads a run when it is asked to."""
+NEVER = {
+    "engines": {"objectives", "models", "data", "telemetry"},
+    "telemetry": {"objectives", "models", "data", "engines"},
+    "checkpoint": {"objectives", "models", "data", "engines", "telemetry", "optim"},
+    "optim": {"objectives", "models", "data", "engines", "checkpoint"},
+    "objectives": {"engines", "telemetry", "checkpoint", "optim"},
+    "losses": {"models", "data", "config", "packing"},
+    "data": {"models", "losses", "engines"},
+}
+"""A package → what it reaches in no number of imports, though some of it lies on a lower layer."""
+ENTRY, TYPES = "jepa_scale", "TYPE_CHECKING"
 
 
 def module_name(path: Path) -> str:
@@ -18,73 +51,92 @@ SOURCES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def imports(path: Path) -> set[str]:
-    """Our own modules that a file imports, lazily or not."""
+    """Our own modules that a file imports, at its top or within a function; not those that only a type checker reads."""
+    tree = ast.parse(path.read_text())
+    for_types = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == TYPES
+        for inner in ast.walk(node)
+    }
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree):
+        if node in for_types:
+            continue
         if isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= names | ({node.module} if names - SOURCES.keys() else set())
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
     return found & SOURCES.keys()
 
 
 GRAPH = {name: imports(path) for name, path in SOURCES.items()}
-TOP = ("jepa_scale.cli", "jepa_scale.train", "jepa_scale.train_cli", "jepa_scale.build", "jepa_scale.experiment")
 
 
-def under(name: str, *prefixes: str) -> bool:
-    return any(name == f"jepa_scale.{p}" or name.startswith(f"jepa_scale.{p}.") for p in prefixes)
+def part(module: str) -> str:
+    """The package, or the module at the top, that a module belongs to."""
+    return module.split(".")[1] if module != ENTRY else ENTRY
+
+
+@cache
+def reached(module: str) -> frozenset[str]:
+    """Everything that a module imports, and what that imports, and so on; not by way of the top of the package."""
+    found: set[str] = set()
+    waiting = [module]
+    while waiting:
+        for other in GRAPH[waiting.pop()] - found - {ENTRY}:
+            found.add(other)
+            waiting.append(other)
+    return frozenset(found)
+
+
+def test_every_part_has_its_layer():
+    assert {part(module) for module in SOURCES} - {ENTRY} == LAYER_OF.keys()
 
 
 def test_nothing_imports_in_a_circle():
-    done: set[str] = set()
-
-    def visit(name: str, trail: tuple[str, ...]) -> None:
-        assert name not in trail, " → ".join([*trail, name])
-        if name not in done:
-            for other in GRAPH[name] - {name}:
-                if not name.startswith(f"{other}."):  # a package's own __init__
-                    visit(other, (*trail, name))
-            done.add(name)
-
-    for name in GRAPH:
-        visit(name, ())
+    for module in SOURCES:
+        own = {other for other in reached(module) if module in reached(other)}
+        assert not own, f"{module} and {sorted(own)} import each other"
 
 
-@pytest.mark.parametrize(
-    ("floor", "above"),
-    [
-        (
-            ("losses", "packing", "config", "optim", "attention"),
-            ("objectives", "models", "data", "engines", "evaluate"),
-        ),
-        (("engines", "evaluate", "telemetry", "checkpoint"), ("objectives", "models", "data")),
-        (("data", "models"), ("objectives", "engines", "evaluate", "telemetry", "checkpoint")),
-        (("objectives",), ("engines", "telemetry", "checkpoint")),
-    ],
-)
-def test_no_floor_imports_a_higher_one(floor, above):
-    for name, imported in GRAPH.items():
-        if under(name, *floor):
-            wrong = {other for other in imported if under(other, *above) or other in TOP}
-            assert not wrong, f"{name} imports {wrong}"
+def test_imports_lead_downwards():
+    wrong = [
+        f"{module} imports {other}"
+        for module, imported in GRAPH.items()
+        for other in imported - {ENTRY}
+        if module != ENTRY and part(module) != part(other) and part(other) not in BESIDE.get(part(module), ())
+        if LAYER_OF[part(other)] <= LAYER_OF[part(module)]
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("name", NEVER)
+def test_what_a_package_never_reaches(name):
+    for module in SOURCES:
+        if part(module) == name:
+            wrong = {other for other in reached(module) if part(other) in NEVER[name]}
+            assert not wrong, f"{module} reaches {sorted(wrong)}"
 
 
 def test_loop_and_checkpoint_know_the_engines_protocol_alone():
-    for name in ("jepa_scale.train", "jepa_scale.checkpoint", "jepa_scale.meter"):
-        assert not {o for o in GRAPH[name] if under(o, "engines")} - {"jepa_scale.engines", "jepa_scale.engines.base"}
-        assert not {o for o in GRAPH[name] if under(o, "objectives")} - {
-            "jepa_scale.objectives",
-            "jepa_scale.objectives.base",
-        }
+    """The loop names no engine and no objective: those are chosen where a run is built."""
+    for module in ("jepa_scale.training.trainer", "jepa_scale.training.metrics"):
+        assert {other for other in GRAPH[module] if part(other) == "engines"} <= {"jepa_scale.engines.base"}
+        assert {other for other in GRAPH[module] if part(other) == "objectives"} <= {"jepa_scale.objectives.base"}
 
 
-def test_no_module_shadows_a_package():
-    """`deepspeed jepa_scale/train.py` puts this folder first on sys.path of the worker processes that it may start."""
-    names = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
-    packages = {"torch", "deepspeed", "transformers", "datasets", "tokenizers", "webdataset", "wandb", "tensorboard"}
-    packages |= {"numpy", "pydantic", "yaml", "tqdm", "matplotlib", "flash_attn", "safetensors", "peft", "hjson"}
-    assert not names & (packages | set(sys.stdlib_module_names))
+def test_a_command_line_has_no_other_way_in():
+    """Whoever imports the package imports no command."""
+    assert {module for module in SOURCES if "jepa_scale.cli.main" in GRAPH[module]} == {"jepa_scale.__main__"}
+
+
+def test_the_top_is_small_and_no_folder_is_full():
+    files = [path for path in PACKAGE.iterdir() if path.suffix == ".py"]
+    assert len(files) <= 6, sorted(path.name for path in files)
+    for folder in {path.parent for path in PACKAGE.rglob("*.py")}:
+        assert len(list(folder.glob("*.py"))) <= 17, folder
 
 
 def test_files_are_short():

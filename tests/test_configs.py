@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from jepa_scale.config import load_config, to_yaml
+from jepa_scale.config.schema import load_config, to_yaml
 from jepa_scale.experiment import validate
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"

@@ -16,17 +16,17 @@ from transformers import AutoModelForCausalLM
 
 import jepa_scale
 from jepa_scale import checkpoint
-from jepa_scale.build import build
-from jepa_scale.config import load_config
-from jepa_scale.data.draw import Draw
+from jepa_scale.config.schema import load_config
 from jepa_scale.data.examples import Document
-from jepa_scale.distributed import Ranks
-from jepa_scale.errors import InputError
+from jepa_scale.data.sampling.rng import Draw
+from jepa_scale.distributed.comm import Ranks
 from jepa_scale.experiment import validate
 from jepa_scale.inference import LoadedRun
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.packing import pack
+from jepa_scale.training.build import build
+from jepa_scale.utils.errors import InputError
 from tests.convert.runs import GPT2, huggingface, make_run
 from tests.distributed.launch import run_ranks
 from tests.distributed.small_runs import checkpoint as checkpoint_of

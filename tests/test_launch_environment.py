@@ -49,7 +49,7 @@ def test_a_task_of_slurm_is_a_rank_with_its_number_on_its_node(tmp_path):
 
 
 def test_a_script_of_the_package_does_not_put_its_folder_first(tmp_path):
-    """``deepspeed jepa_scale/train.py`` would have ``import table``, of whatever package, find a module of ours."""
+    """``deepspeed jepa_scale/train.py`` would have ``import config``, in whatever package, find ours."""
     (tmp_path / "sitecustomize.py").write_text("import atexit, sys\natexit.register(lambda: print(sys.path[0]))\n")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "jepa_scale/train.py", "--config", "there_is_none.yaml"]

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jepa_scale.attention import attention
-from jepa_scale.data.loader import _Pickler
+from jepa_scale.data.sampling.loader import _Pickler
+from jepa_scale.models.attention import attention
 from jepa_scale.packing import IGNORE, PackedBatch, Segment, SegmentTable, Views, add_counts, pack, pack_stream
 
 ROLES = ("forward", "reverse")

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jepa_scale import cli, train
+from jepa_scale import train
 from jepa_scale.checkpoint import complete
-from jepa_scale.data.reversal import generate
-from jepa_scale.data.reversal_files import write
+from jepa_scale.cli import main as cli
+from jepa_scale.data.reversal.facts import generate
+from jepa_scale.data.reversal.files import write
 from jepa_scale.engines import precision
 from tests.data.corpus import write_text
 from tests.distributed.processes import Nursery, shared_nursery
@@ -225,7 +226,7 @@ def test_files_train_as_the_generated_facts_do(config, tmp_path):
 
 @pytest.mark.parametrize(
     "command",
-    [["jepa_scale/train.py"], pytest.param(["-m", "jepa_scale.cli", "train"], marks=pytest.mark.matrix)],
+    [["jepa_scale/train.py"], pytest.param(["-m", "jepa_scale", "train"], marks=pytest.mark.matrix)],
     ids=["file", "cli"],
 )
 def test_as_a_process_of_its_own(config, tmp_path, command):
@@ -263,7 +264,7 @@ def test_eval_takes_the_engine_that_wrote_the_checkpoint(nursery, config, tmp_pa
     resolved = yaml.safe_load((runs / "config.yaml").read_text())
     resolved["engine"]["name"] = "auto"
     (runs / "config.yaml").write_text(yaml.safe_dump(resolved))
-    done = nursery.run(["eval", str(runs)], program="jepa_scale.cli")
+    done = nursery.run(["eval", str(runs)], program="jepa_scale.cli.main")
     row = json.loads((runs / "metrics.jsonl").read_text().splitlines()[-1])
     assert f"test     exact_match {row['exact_match']:.4f}  mrr {row['mrr']:.4f}" in done.output()
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from benchmarks.peer_programs.loop import Loop
 from benchmarks.peer_programs.ours import Samples
-from jepa_scale.data.draw import Draw
+from jepa_scale.data.sampling.rng import Draw
+from jepa_scale.engines.ema import momentum_at
 from jepa_scale.packing import IGNORE
-from jepa_scale.teacher import momentum_at
 
 
 class PaddedHorizon(Loop):

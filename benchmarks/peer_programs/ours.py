@@ -15,18 +15,18 @@ import numpy as np
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from jepa_scale.build import Run, build, model_of
 from jepa_scale.checkpoint import Saver
-from jepa_scale.config import Config, to_yaml
-from jepa_scale.criteria import Criteria
-from jepa_scale.distributed import Ranks
+from jepa_scale.config.schema import Config, to_yaml
+from jepa_scale.distributed.comm import Ranks
 from jepa_scale.experiment import Plan, validate
 from jepa_scale.objectives.base import JepaModel
 from jepa_scale.packing import IGNORE
-from jepa_scale.preemption import StopRequest
 from jepa_scale.telemetry import RunLog, prepare_run_dir
-from jepa_scale.train import fit, global_totals, policy_of
-from jepa_scale.watchdog import Watchdog
+from jepa_scale.training.build import Run, build, model_of
+from jepa_scale.training.preemption import StopRequest
+from jepa_scale.training.stopping import Criteria
+from jepa_scale.training.trainer import fit, global_totals, policy_of
+from jepa_scale.training.watchdog import Watchdog
 
 STEPS = 100_000
 """Of the runs: more than any measurement takes, so that the end of one, which saves and evaluates, is never reached."""
@@ -94,7 +94,7 @@ class Samples:
 
 
 class Ours:
-    """``jepa_scale.train.fit`` on a run, stopped after so many steps and gone on with."""
+    """``jepa_scale.training.trainer.fit`` on a run, stopped after so many steps and gone on with."""
 
     def __init__(self, config: Config, ranks: Ranks, scratch: Path) -> None:
         config.run.dir, config.run.name = str(scratch), f"run{next(_numbers)}"

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from jepa_scale.config import Section
-from jepa_scale.data.draw import Draw, ViewMaker
+from jepa_scale.config.schema import Section
+from jepa_scale.data.sampling.rng import Draw, ViewMaker
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.objectives.base import Loss, Objective, lm_loss, share
 from jepa_scale.packing import PackedBatch, Segment, Views

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jepa_scale.errors import InputError
-from jepa_scale.files import write_atomic
+from jepa_scale.utils.errors import InputError
+from jepa_scale.utils.io import write_atomic
 
 FILE = "manifest.json"
 TENSORS = "tensors"

@@ -14,8 +14,8 @@ from jepa_scale.checkpoint.boxes import Stateful, state_of
 from jepa_scale.checkpoint.generators import set_rng_state
 from jepa_scale.checkpoint.manifest import FILE, TENSORS, Manifest
 from jepa_scale.checkpoint.retention import NAME
-from jepa_scale.distributed import all_ranks_objects, rank, world_size
-from jepa_scale.errors import InputError
+from jepa_scale.distributed.comm import all_ranks_objects, rank, world_size
+from jepa_scale.utils.errors import InputError
 
 
 def verify(path: Path, hashes: bool = True) -> list[str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jepa_scale.checkpoint.manifest import FILE, Manifest
-from jepa_scale.errors import InputError
+from jepa_scale.utils.errors import InputError
 
 NAME = re.compile(r"step_(\d{8,})")
 

@@ -27,8 +27,8 @@ from jepa_scale.checkpoint.boxes import Boxes, Stateful, state_of
 from jepa_scale.checkpoint.generators import rng_state
 from jepa_scale.checkpoint.manifest import TENSORS, Manifest, describe
 from jepa_scale.checkpoint.retention import Policy, prune, sweep
-from jepa_scale.distributed import barrier, rank, world_size
-from jepa_scale.files import sync_folder, write_atomic
+from jepa_scale.distributed.comm import barrier, rank, world_size
+from jepa_scale.utils.io import sync_folder, write_atomic
 
 PATIENCE = (1.0, 5.0)
 """Seconds before each further try of a save that failed."""

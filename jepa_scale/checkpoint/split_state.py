@@ -16,7 +16,7 @@ class SplitState:
 
     Args:
         splits: name of a parameter in the root module → where this rank's lies: it has ``[start, …)`` of the ``size`` of
-            dimension ``dim`` (:class:`jepa_scale.models.team.Split`).
+            dimension ``dim`` (:class:`jepa_scale.distributed.tp_group.Split`).
     """
 
     def __init__(self, part: Stateful, splits: Mapping[str, tuple[int, int, int]]) -> None:

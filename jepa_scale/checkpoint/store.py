@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 
 from jepa_scale.checkpoint.boxes import Boxes
 from jepa_scale.checkpoint.manifest import describe
-from jepa_scale.errors import InputError
+from jepa_scale.utils.errors import InputError
 
 METADATA_FILE = ".metadata"
 _TRUSTED = {

@@ -14,9 +14,9 @@ from jepa_scale.convert.merge import Shapes, Source
 from jepa_scale.convert.plan import MODEL, Plan, Unit, heads_of
 from jepa_scale.convert.skeleton import PREFIX
 from jepa_scale.convert.tensor_file import Entry
-from jepa_scale.errors import InputError
 from jepa_scale.models.head import LMHead
 from jepa_scale.models.options import ModelOptions
+from jepa_scale.utils.errors import InputError
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _OF_PEFT = "base_model.model."

@@ -10,9 +10,9 @@ from typing import Any
 import yaml
 
 from jepa_scale.checkpoint.manifest import Manifest
-from jepa_scale.data.fetch import is_url, shown
-from jepa_scale.table import format_number
+from jepa_scale.data.shards.cache import is_url, shown
 from jepa_scale.telemetry.metrics import describe
+from jepa_scale.utils.format import format_number
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from jepa_scale.checkpoint.store import describe
-from jepa_scale.errors import InputError
-from jepa_scale.files import write_atomic
+from jepa_scale.utils.errors import InputError
+from jepa_scale.utils.io import write_atomic
 
 JOURNAL = "conversion.json"
 FORMAT = 1

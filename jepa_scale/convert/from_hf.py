@@ -18,18 +18,18 @@ from jepa_scale.checkpoint import store
 from jepa_scale.checkpoint.boxes import Boxes
 from jepa_scale.checkpoint.generators import rng_state
 from jepa_scale.checkpoint.manifest import TENSORS, Manifest
-from jepa_scale.config import OptimConfig
+from jepa_scale.config.schema import OptimConfig
 from jepa_scale.convert.plan import HEADS_FILE, MODEL
 from jepa_scale.convert.skeleton import llama_config
-from jepa_scale.errors import InputError
-from jepa_scale.files import sync_folder
+from jepa_scale.engines.ema import TEACHER, TeacherModel
 from jepa_scale.models.decoder import JepaDecoderConfig
 from jepa_scale.models.lora import copy_plain
 from jepa_scale.objectives.base import JepaModel
 from jepa_scale.optim import parameter_groups
 from jepa_scale.optim.groups import MOMENTS
-from jepa_scale.teacher import TEACHER, TeacherModel
 from jepa_scale.telemetry import package_versions
+from jepa_scale.utils.errors import InputError
+from jepa_scale.utils.io import sync_folder
 
 _OTHER = {  # keys that change no output of the model in evaluation, or that the weights' shapes tell of
     "_name_or_path",

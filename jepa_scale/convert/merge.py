@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jepa_scale.errors import InputError
 from jepa_scale.models.lora import ADAPTER, BASE_OF, NEW_OF
 from jepa_scale.models.options import LoraOptions
+from jepa_scale.utils.errors import InputError
 
 Shapes = Mapping[str, tuple[torch.Size, torch.dtype]]
 A, B = f".lora_A.{ADAPTER}.weight", f".lora_B.{ADAPTER}.weight"

@@ -20,10 +20,10 @@ from transformers import (
 )
 
 from jepa_scale.convert.standalone import auto_map, modelling_source
-from jepa_scale.errors import InputError
 from jepa_scale.models.decoder import JepaDecoderConfig, JepaDecoderForCausalLM
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
+from jepa_scale.utils.errors import InputError
 
 PREFIX = "backbone.decoder."
 """Of the decoder's parameters in the root module."""

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jepa_scale.errors import InputError
-from jepa_scale.files import sync_folder
+from jepa_scale.utils.errors import InputError
+from jepa_scale.utils.io import sync_folder
 
 _NAMES = {
     torch.float64: "F64",

@@ -23,7 +23,7 @@ from jepa_scale import __version__
 from jepa_scale.checkpoint import store
 from jepa_scale.checkpoint.manifest import FILE, TENSORS, Manifest
 from jepa_scale.checkpoint.retention import complete
-from jepa_scale.config import Config, load_config, parse_section
+from jepa_scale.config.schema import Config, load_config, parse_section
 from jepa_scale.convert.adapter import CONFIG_FILE as ADAPTER_CONFIG
 from jepa_scale.convert.adapter import adapter_config, adapter_plan, check_adapter
 from jepa_scale.convert.card import Card
@@ -34,9 +34,9 @@ from jepa_scale.convert.skeleton import PREFIX, Skeleton, make_skeleton
 from jepa_scale.convert.tensor_file import Entry, write_tensors
 from jepa_scale.convert.tokenizer import Tokenizer, find_tokenizer
 from jepa_scale.data.prepare.lock import locked
-from jepa_scale.errors import InputError
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.telemetry.records import FIT, SUMMARY_FILE, config_of, read_rows, summarize
+from jepa_scale.utils.errors import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INDEX_FILE = "model.safetensors.index.json"

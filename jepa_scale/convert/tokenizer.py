@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from jepa_scale.data import parse_data
-from jepa_scale.data.fetch import cache_dir
 from jepa_scale.data.options import ShardOptions
-from jepa_scale.data.prepare.tokenizer import load_tokenizer, special_ids
-from jepa_scale.data.shard_source import open_shards
-from jepa_scale.errors import InputError
+from jepa_scale.data.prepare.encoders.tokenizer import load_tokenizer, special_ids
+from jepa_scale.data.shards.cache import cache_dir
+from jepa_scale.data.shards.source import open_shards
+from jepa_scale.utils.errors import InputError
 
 
 @dataclass(frozen=True, slots=True)

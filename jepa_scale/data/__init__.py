@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from jepa_scale.config import parse_section
+from jepa_scale.config.schema import parse_section
 from jepa_scale.data import options
 from jepa_scale.data.base import DataOptions, Dataset
-from jepa_scale.errors import InputError
+from jepa_scale.utils.errors import InputError
 
 SOURCES: dict[str, type[DataOptions]] = {
     "reversal": options.ReversalOptions,
@@ -49,14 +49,14 @@ def load_data(values: dict[str, Any], prefix: str = "data") -> Dataset:
     given = parse_data(values, prefix)
     # a source is imported when it is read: to check its keys takes neither numpy nor webdataset
     if isinstance(given, options.ReversalOptions):
-        from jepa_scale.data import reversal_source
+        from jepa_scale.data.reversal import source as reversal_source
 
         return reversal_source.load(given)
     if isinstance(given, options.MixtureOptions):
-        from jepa_scale.data import mixture
+        from jepa_scale.data.sampling import mixture
 
         return mixture.load(given, load_data)
-    from jepa_scale.data import shard_source
+    from jepa_scale.data.shards import source as shard_source
 
     assert isinstance(given, options.ShardOptions), given
     return shard_source.load(given)

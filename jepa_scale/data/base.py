@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from pydantic import Field
 
-from jepa_scale.config import Section
+from jepa_scale.config.schema import Section
 
 if TYPE_CHECKING:  # options are checked before anything that takes time is imported
     import numpy as np
 
-    from jepa_scale.data.order import Order
+    from jepa_scale.data.sampling.order import Order
 
 
 class DataOptions(Section):

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from jepa_scale.data.draw import generator
 from jepa_scale.data.prepare.base import BadRecord
-from jepa_scale.data.prepare.table import read_jsonl
-from jepa_scale.errors import InputError
+from jepa_scale.data.prepare.formats.table import read_jsonl
+from jepa_scale.data.sampling.rng import generator
+from jepa_scale.utils.errors import InputError
 
 
 @dataclass(frozen=True, slots=True)

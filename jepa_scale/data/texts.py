@@ -13,9 +13,9 @@ import numpy as np
 
 from jepa_scale.data.examples import Document
 from jepa_scale.data.prepare.base import BadRecord
-from jepa_scale.data.prepare.chat_tokens import bos_prefix, encode_text
-from jepa_scale.data.prepare.table import read_jsonl
-from jepa_scale.errors import InputError
+from jepa_scale.data.prepare.encoders.chat_tokens import bos_prefix, encode_text
+from jepa_scale.data.prepare.formats.table import read_jsonl
+from jepa_scale.utils.errors import InputError
 
 Text = str | Sequence[int] | np.ndarray
 """A string, or token ids that are taken as they are."""

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from jepa_scale.config import Config, OptimConfig
-from jepa_scale.distributed import Ranks
+from jepa_scale.config.schema import Config, OptimConfig
+from jepa_scale.distributed.comm import Ranks
 from jepa_scale.engines.base import Engine, EngineOptions
 from jepa_scale.engines.weights import Weights
-from jepa_scale.errors import InputError
+from jepa_scale.utils.errors import InputError
 
 NAMES = ("deepspeed", "fsdp")
 
@@ -38,7 +38,7 @@ def check_engine(name: str, config: Config, ranks: Ranks) -> None:
     """
     options = config.engine
     if name == "deepspeed":
-        from jepa_scale.engines.deepspeed import validate_deepspeed_config
+        from jepa_scale.engines.deepspeed.engine import validate_deepspeed_config
 
         zero = validate_deepspeed_config(options.deepspeed)["zero_optimization"]
         if options.tp > 1 and zero.get("zero_hpz_partition_size", 1) > 1:
@@ -92,9 +92,9 @@ def create_engine(
     """
     weights = weights or Weights(module, ranks)
     if name == "deepspeed":
-        from jepa_scale.engines.deepspeed import DeepSpeedEngine
+        from jepa_scale.engines.deepspeed.engine import DeepSpeedEngine
 
         return DeepSpeedEngine(module, groups, optim_options, engine_options, ranks, weights)
-    from jepa_scale.engines.fsdp import FSDPEngine
+    from jepa_scale.engines.fsdp.engine import FSDPEngine
 
     return FSDPEngine(module, shard, groups, optim_options, engine_options, ranks, weights)

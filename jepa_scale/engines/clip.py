@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from jepa_scale.distributed import world_size
+from jepa_scale.distributed.comm import world_size
 
 T = TypeVar("T")
 

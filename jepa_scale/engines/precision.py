@@ -6,8 +6,8 @@ from typing import Literal
 
 import torch
 
-from jepa_scale.distributed import Ranks, all_ranks_objects
-from jepa_scale.say import say
+from jepa_scale.distributed.comm import Ranks, all_ranks_objects
+from jepa_scale.utils.logging import say
 
 
 def compute_dtype(precision: str) -> torch.dtype:

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from jepa_scale.distributed import Ranks, broadcast_object
-from jepa_scale.errors import InputError
+from jepa_scale.distributed.comm import Ranks, broadcast_object
+from jepa_scale.utils.errors import InputError
 
 T = TypeVar("T")
 Split = tuple[int, int, int]

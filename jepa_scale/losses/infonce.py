@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jepa_scale.distributed import all_gather_rows, all_gather_rows_with_grad, pad_rows
+from jepa_scale.distributed.comm import all_gather_rows, all_gather_rows_with_grad, pad_rows
 from jepa_scale.losses.precision import without_autocast
 
 NO_KEY = -1

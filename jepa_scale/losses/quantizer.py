@@ -1,5 +1,5 @@
 """Vector quantisation with a codebook that follows by exponential moving averages (van den Oord et al., arXiv 1711.00937,
-appendix A.1). Pure functions; the state that they update is :class:`jepa_scale.models.quantizer.Quantizer`'s.
+appendix A.1). Pure functions; the state that they update is :class:`jepa_scale.objectives.grid.quantizer.Quantizer`'s.
 
 A code is the moving average of what was assigned to it, and its size the moving average of how much that was. Kept as a mean
 and not as a ratio of two averages, a code that nothing is assigned to stays where it is, bit for bit, however small its size

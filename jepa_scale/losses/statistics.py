@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from jepa_scale.distributed import all_reduce_sum, data_size
+from jepa_scale.distributed.comm import all_reduce_sum, data_size
 from jepa_scale.losses.precision import without_autocast
 
 

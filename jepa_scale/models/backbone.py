@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from jepa_scale import attention
-from jepa_scale.errors import InputError
+from jepa_scale.distributed.tp_group import Team
+from jepa_scale.models import attention
 from jepa_scale.models import head as lm_head
 from jepa_scale.models.decoder import JepaDecoderForCausalLM
-from jepa_scale.models.team import Team
 from jepa_scale.packing import PackedStream
+from jepa_scale.utils.errors import InputError
 
 _PIECE = 16_384  # rows of the embedding that are looked up together
 

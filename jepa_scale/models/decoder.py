@@ -25,11 +25,11 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from jepa_scale.models.bridge import Bridge
-from jepa_scale.models.drop_path import DropPath, drop_rate, rows_kept, segments_kept
 from jepa_scale.models.head import LMHead
-from jepa_scale.models.pope import PolarEmbedding
-from jepa_scale.models.rotary import rotary_table, rotate
+from jepa_scale.models.layers.bridge import Bridge
+from jepa_scale.models.layers.drop_path import DropPath, drop_rate, rows_kept, segments_kept
+from jepa_scale.models.layers.pope import PolarEmbedding
+from jepa_scale.models.layers.rotary import rotary_table, rotate
 from jepa_scale.packing import SegmentTable
 
 
@@ -42,13 +42,13 @@ class JepaDecoderConfig(PreTrainedConfig):
         intermediate_size: inner width of the SwiGLU; ``None`` = 4 · hidden_size.
         output_bias: whether the LM head has a bias.
         embedding_init_std: standard deviation of the initial embeddings; ``None`` = initializer_range.
-        position_embedding: ``"rope"``, or ``"pope"`` (:mod:`jepa_scale.models.pope`), which has ``rope_theta`` as its base.
+        position_embedding: ``"rope"``, or ``"pope"`` (:mod:`jepa_scale.models.layers.pope`), which has ``rope_theta`` as its base.
         embedding_norm: an RMSNorm on what enters the first block, ids' embeddings or ``inputs_embeds``; its gain starts at
             embedding_init_std, so that the embeddings' scale is the usual one.
         hidden_dropout: dropout on the output of each attention and MLP branch.
-        drop_path: probability with which the last block leaves out a branch (:mod:`jepa_scale.models.drop_path`).
+        drop_path: probability with which the last block leaves out a branch (:mod:`jepa_scale.models.layers.drop_path`).
         bridge_after: the block (from 1; negative: from the end) whose output x goes on as x + σ(g)·B(x), see
-            :class:`jepa_scale.models.bridge.Bridge`; ``None`` = no bridge.
+            :class:`jepa_scale.models.layers.bridge.Bridge`; ``None`` = no bridge.
         bridge_intermediate_size: inner width of B; ``None`` = hidden_size. bridge_dropout: in it. bridge_gate_init: g.
         bridge_grad_barrier: no gradient from the upper blocks reaches the lower ones.
     """
@@ -240,7 +240,7 @@ class JepaDecoderLayer(GradientCheckpointingLayer):
     ) -> Tensor:
         """(B, T, d) → (B, T, d), or with ``readout`` (S,) or ``rows`` (M,) only the rows of those places.
 
-        ``kept`` (2, B, T) or (2, B, 1) bool: where the branches are, see :mod:`jepa_scale.models.drop_path`.
+        ``kept`` (2, B, T) or (2, B, 1) bool: where the branches are, see :mod:`jepa_scale.models.layers.drop_path`.
         """
         branch, _ = self.self_attn(self.input_layernorm(x), readout=readout, rows=rows, **kwargs)
         wanted = rows if readout is None else readout

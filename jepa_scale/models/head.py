@@ -8,7 +8,7 @@ number a row, is kept between the two, as in FlashAttention (Dao et al., arXiv 2
 
 Pieces are columns and not rows because then each row of the weight's gradient is made whole by one product, rounded once and
 written where it stays; because the pieces of a vocabulary that lies in two layers (:class:`jepa_scale.models.lora.GrownHead`) or
-on several ranks (:mod:`jepa_scale.models.team`) come together as any others; and because ranks with unlike numbers of pieces still
+on several ranks (:mod:`jepa_scale.distributed.tp_group`) come together as any others; and because ranks with unlike numbers of pieces still
 call the same modules and collectives. Gradients are made in the backward pass and not in the forward, since a row may have any
 weight in the loss and the sum over a team's ranks is not known before. That costs one product more: four where there are three.
 """

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from jepa_scale.errors import InputError
 from jepa_scale.models.options import LoraOptions
+from jepa_scale.utils.errors import InputError
 
 M = TypeVar("M", bound=nn.Module)
 ADAPTER = "default"

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from jepa_scale.config import Section
-from jepa_scale.errors import InputError
+from jepa_scale.config.schema import Section
+from jepa_scale.utils.errors import InputError
 
 SHARED_KEYS = {"family", "vocab_size", "lora"}
 HUGGINGFACE_KEYS = {"config", "pretrained", "random_init", "cache_dir", "trust_remote_code"}

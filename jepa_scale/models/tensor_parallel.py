@@ -2,7 +2,7 @@
 
 Each rank keeps its part of a weight as an ordinary parameter, under the name of the whole, and the modules that need others'
 parts become sub-classes of themselves that ask for them. So engines shard and step what a rank has without knowing of teams,
-and only a checkpoint has to be told where in the whole it lies (:class:`jepa_scale.models.team.Split`).
+and only a checkpoint has to be told where in the whole it lies (:class:`jepa_scale.distributed.tp_group.Split`).
 
 * embedding and LM head: by vocabulary; the loss is made without ever having all logits in one place;
 * attention by heads, MLP by inner channels; norms and whatever else is between them by tokens;
@@ -19,11 +19,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from jepa_scale.errors import InputError
+from jepa_scale.distributed.tp_group import Split, Team
 from jepa_scale.models.backbone import Backbone
-from jepa_scale.models.team import Split, Team
 from jepa_scale.models.tp_plan import plan_of
 from jepa_scale.packing import SegmentTable
+from jepa_scale.utils.errors import InputError
 
 
 def check(backbone: Backbone, size: int) -> None:

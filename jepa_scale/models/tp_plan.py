@@ -18,8 +18,8 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from jepa_scale.errors import InputError
 from jepa_scale.models.decoder import JepaDecoderForCausalLM
+from jepa_scale.utils.errors import InputError
 
 NATIVE = {
     "layers.*.self_attn.q_proj": "colwise",

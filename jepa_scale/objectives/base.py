@@ -9,17 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from jepa_scale.config import Section
-from jepa_scale.data.draw import Draw, ViewMaker
-from jepa_scale.errors import InputError
-from jepa_scale.evaluate.answers import Answerer, LanguageModelAnswerer
-from jepa_scale.evaluate.generation import Generated, Prompts, greedy
-from jepa_scale.flops import DecoderFlops
+from jepa_scale.config.ema import TeacherOptions
+from jepa_scale.config.schema import Section
+from jepa_scale.data.sampling.rng import Draw, ViewMaker
 from jepa_scale.models.backbone import Backbone
+from jepa_scale.models.flops import DecoderFlops
+from jepa_scale.models.generation import Generated, Prompts, greedy
+from jepa_scale.objectives.answers import Answerer, LanguageModelAnswerer
 from jepa_scale.objectives.costs import StepFlops
 from jepa_scale.packing import PackedBatch, Segment, Views
-from jepa_scale.teacher import Teacher
-from jepa_scale.teacher_options import TeacherOptions
+from jepa_scale.utils.errors import InputError
 
 
 class Loss(NamedTuple):  # a tuple, because the engines look for tensors in what the root module returns
@@ -60,6 +59,16 @@ class Diagnostics(Protocol):
         """Metrics of one split from its micro-batches on this rank. Collective; the same on every rank."""
 
 
+class TargetEncoder(Protocol):
+    """An exponential moving average of parts of the model, as an objective sees it; :class:`jepa_scale.engines.ema.Teacher`."""
+
+    def forward(self, path: str, *args: Any, **kwargs: Any) -> Any:
+        """Run the average of the sub-module at ``path`` of :class:`JepaModel`, without gradient."""
+
+    def momentum(self, step: int) -> float:
+        """Momentum of the update after optimizer step ``step``, counted from 0."""
+
+
 class Objective(nn.Module):
     """Base of every objective.
 
@@ -81,7 +90,7 @@ class Objective(nn.Module):
     """Number of the block after which the objective reads the decoder's states; 0 = it reads the last ones alone."""
     least_samples: int = 1
     """Fewer samples in an optimizer step, over all ranks, say nothing to the loss."""
-    teacher: Teacher
+    teacher: TargetEncoder
     """The EMA teacher, set before the first forward if :meth:`teacher_copies` gives something to teach with."""
 
     @property
@@ -140,7 +149,7 @@ class Objective(nn.Module):
         teacher and products within the loss are an objective's own to add.
 
         Args:
-            square: as for :meth:`jepa_scale.flops.DecoderFlops.forward`.
+            square: as for :meth:`jepa_scale.models.flops.DecoderFlops.forward`.
         """
         decoder, names, collects = DecoderFlops.of(backbone), self.streams, self.collects
 
@@ -213,7 +222,7 @@ class Objective(nn.Module):
         return -backbone.label_losses(backbone.hidden(stream)[stream.labelled], stream.labels[stream.labelled])
 
     def generate(self, backbone: Backbone, prompts: Prompts, stop: tuple[int, ...], new_tokens: int) -> Generated:
-        """Greedy answers of the decoder, of ``new_tokens`` tokens at most; see :func:`jepa_scale.evaluate.generation.greedy`."""
+        """Greedy answers of the decoder, of ``new_tokens`` tokens at most; see :func:`jepa_scale.models.generation.greedy`."""
         with backbone.unpacked() as decoder:
             return greedy(decoder, prompts, stop, new_tokens)
 

@@ -1,4 +1,4 @@
-"""FLOPs of what the losses do with rows, where it is a product of matrices. Counted as :mod:`jepa_scale.flops` counts.
+"""FLOPs of what the losses do with rows, where it is a product of matrices. Counted as :mod:`jepa_scale.models.flops` counts.
 
 Everything is told for one rank and one optimizer step of k micro-batches, and includes the backward.
 """

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from jepa_scale.data.draw import Draw, ViewMaker
+from jepa_scale.data.sampling.rng import Draw, ViewMaker
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.objectives.base import Loss, Objective, lm_loss
 from jepa_scale.objectives.lm_options import LmOptions

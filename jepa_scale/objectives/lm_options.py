@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jepa_scale.config import Section
+from jepa_scale.config.schema import Section
 
 
 class LmOptions(Section):

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jepa_scale.data.draw import Draw, ViewMaker
 from jepa_scale.data.examples import Conversation
-from jepa_scale.distributed import all_gather_object
-from jepa_scale.evaluate.representation import effective_rank
+from jepa_scale.data.sampling.rng import Draw, ViewMaker
+from jepa_scale.distributed.comm import all_gather_object
+from jepa_scale.metrics.representation import effective_rank
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.objectives.base import Loss, Objective, lm_loss, resolve_tap, share
 from jepa_scale.objectives.ramp import ramp

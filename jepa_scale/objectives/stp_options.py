@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from jepa_scale.config import Section
+from jepa_scale.config.schema import Section
 
 Form = Literal["triple", "span"]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from jepa_scale.config import OptimConfig
+from jepa_scale.config.schema import OptimConfig
 from jepa_scale.optim.exchange import Part
 from jepa_scale.optim.groups import parameter_groups
 from jepa_scale.optim.muon import MatrixOptimizer

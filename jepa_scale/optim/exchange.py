@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from jepa_scale.distributed import all_gather_object, data_group, data_rank, data_size
+from jepa_scale.distributed.comm import all_gather_object, data_group, data_rank, data_size
 from jepa_scale.optim.matrices import Matrix
 
 BATCH_ELEMENTS = 1 << 24

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from jepa_scale.config import GroupOverride, OptimConfig
-from jepa_scale.errors import InputError
+from jepa_scale.config.schema import GroupOverride, OptimConfig
 from jepa_scale.optim.matrices import Matrix, linear_weights
+from jepa_scale.utils.errors import InputError
 
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}
 """Method → the tensors of a parameter's shape that it keeps."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from jepa_scale.config import OptimConfig
+from jepa_scale.config.schema import OptimConfig
 
 
 def lr_factor(step: int, options: OptimConfig, total_steps: int) -> float:

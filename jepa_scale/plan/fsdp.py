@@ -1,4 +1,4 @@
-"""What FSDP2 (:class:`jepa_scale.engines.fsdp.FSDPEngine`) keeps and moves on a rank.
+"""What FSDP2 (:class:`jepa_scale.engines.fsdp.engine.FSDPEngine`) keeps and moves on a rank.
 
 Parameters, gradients and moments are fp32 shards along the first dimension, cut to ⌈rows / shards⌉; rank 0, which this is, never
 has fewer than another. A unit (a block; the rest is the root's) is gathered for its forward and again for its backward, in the
@@ -184,7 +184,7 @@ class Gathering:
 
 
 class FsdpCopyModel(EngineModel):
-    """The teacher's copy (:class:`jepa_scale.engines.fsdp_copy.FSDPCopy`): fp32 shards, gathered as the engine's are."""
+    """The teacher's copy (:class:`jepa_scale.engines.fsdp.ema.FSDPCopy`): fp32 shards, gathered as the engine's are."""
 
     def __init__(self, module: nn.Module, modules: list[nn.Module], layout: Layout, ledger: Ledger) -> None:
         self.layout, self.ledger, self.module = layout, ledger, module

@@ -1,6 +1,6 @@
 """GPUs that can be planned for: memory, memory bandwidth and links, as their vendors state them.
 
-FLOP/s are those of :func:`jepa_scale.flops.peak_flops`, found by the name that the driver gives the GPU.
+FLOP/s are those of :func:`jepa_scale.models.flops.peak_flops`, found by the name that the driver gives the GPU.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 
-from jepa_scale.errors import InputError
+from jepa_scale.utils.errors import InputError
 
 GIB = 2**30
 
@@ -34,7 +34,7 @@ class Gpu:
         """FLOP/s of dense matrix products."""
         import torch
 
-        from jepa_scale.flops import peak_flops  # here: an unknown name is refused without torch
+        from jepa_scale.models.flops import peak_flops  # here: an unknown name is refused without torch
 
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         peak = peak_flops(self.name, dtype, tf32)

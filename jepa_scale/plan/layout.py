@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from jepa_scale.config import Config
+from jepa_scale.config.schema import Config
 from jepa_scale.engines.precision import compute_dtype
-from jepa_scale.errors import InputError
+from jepa_scale.utils.errors import InputError
 
 CHECKPOINTING = ("none", "full", "selective")
 
@@ -91,7 +91,7 @@ def layout_of(
     engine = "fsdp" if section.name == "auto" else section.name
     more: dict[str, Any] = {"stage": 3}
     if engine == "deepspeed":
-        from jepa_scale.engines.deepspeed import validate_deepspeed_config
+        from jepa_scale.engines.deepspeed.engine import validate_deepspeed_config
 
         if replicas > 1:
             raise InputError("--replicas: is for FSDP2; give engine.name=fsdp, or leave it out")

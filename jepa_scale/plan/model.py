@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from jepa_scale.engines.ema import TeacherModel
 from jepa_scale.experiment import Plan
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.loading import build_backbone
@@ -18,7 +19,6 @@ from jepa_scale.optim import parameter_groups
 from jepa_scale.optim.groups import MOMENTS
 from jepa_scale.plan.layout import Layout
 from jepa_scale.plan.tensor_parallel import cut_for_rank
-from jepa_scale.teacher import TeacherModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class Modelled:
 
 
 def model_on_meta(plan: Plan, data: Any, layout: Layout) -> Modelled:
-    """Build what :func:`jepa_scale.build.build` would, as rank 0 of each group has it.
+    """Build what :func:`jepa_scale.training.build.build` would, as rank 0 of each group has it.
 
     Raises:
         InputError: the model, the objective or the layout does not fit the others.

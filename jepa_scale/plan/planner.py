@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jepa_scale.config import Config
-from jepa_scale.errors import InputError
+from jepa_scale.config.schema import Config
 from jepa_scale.experiment import Plan, validate
 from jepa_scale.plan.communication import Traffic, traffic_of
 from jepa_scale.plan.hardware import GIB, RESERVED, Gpu
@@ -18,6 +17,7 @@ from jepa_scale.plan.model import Modelled, model_on_meta
 from jepa_scale.plan.roofline import Estimate, estimate
 from jepa_scale.plan.simulate import Simulated, fake_ranks, simulate
 from jepa_scale.plan.stand_in import StandIn, micro_batch, on_meta, stand_in
+from jepa_scale.utils.errors import InputError
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
 
+from jepa_scale.engines.ema import Teacher, momentum_at
 from jepa_scale.models.recompute import recompute
 from jepa_scale.packing import PackedBatch
 from jepa_scale.plan.fsdp import FsdpCopyModel, FsdpModel
@@ -21,7 +22,6 @@ from jepa_scale.plan.ledger import Ledger, OpCost, Watch
 from jepa_scale.plan.model import Modelled, fuse_norms
 from jepa_scale.plan.units import EngineModel
 from jepa_scale.plan.zero import Zero3Model, ZeroCopyModel, ZeroModel
-from jepa_scale.teacher import Teacher, momentum_at
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 
 from jepa_scale.data import load_data
-from jepa_scale.data.draw import Draw, views_of
 from jepa_scale.data.examples import GRID_VOCABULARY, Conversation, Document, GridSequence, Turn
 from jepa_scale.data.options import ShardOptions
-from jepa_scale.errors import DataError, InputError
+from jepa_scale.data.sampling.rng import Draw, views_of
 from jepa_scale.experiment import Plan
 from jepa_scale.objectives.base import Objective
 from jepa_scale.packing import PackedBatch, pack
+from jepa_scale.utils.errors import DataError, InputError
 
 SPECIAL = {"bos": 0, "eos": 1, "pad": 2, "end": 3}
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from jepa_scale.distributed.tp_group import Team
 from jepa_scale.models import tensor_parallel
 from jepa_scale.models.backbone import Backbone
-from jepa_scale.models.team import Team
 
 
 class _Alone(Team):

@@ -1,4 +1,4 @@
-"""What DeepSpeed's ZeRO keeps and moves on a rank, as :class:`jepa_scale.engines.deepspeed.DeepSpeedEngine` runs it.
+"""What DeepSpeed's ZeRO keeps and moves on a rank, as :class:`jepa_scale.engines.deepspeed.engine.DeepSpeedEngine` runs it.
 
 P parameters, N ranks, w bytes of the compute dtype; Rajbhandari et al. (arXiv 1910.02054), section 3, and what DeepSpeed 0.19 does
 beyond it (measured by ``benchmarks/plan.py``):
@@ -266,7 +266,7 @@ def module_units(root: nn.Module, threshold: int) -> list[Unit]:
 
 class ZeroCopyModel(EngineModel):
     """The teacher's copy beside ZeRO: whole in the compute dtype, and this rank's averages in fp32 (stages 0 to 2:
-    :class:`jepa_scale.engines.deepspeed_copy.ReplicatedCopy`), or partitioned (stage 3). A rank averages what it has the masters
+    :class:`jepa_scale.engines.deepspeed.ema.ReplicatedCopy`), or partitioned (stage 3). A rank averages what it has the masters
     of: in stages 1 and 2, where they are cut out of one long row, some ranks have more of the copy than others."""
 
     def __init__(self, module: nn.Module, parameters: Mapping[str, Sizes], layout: Layout, ledger: Ledger) -> None:

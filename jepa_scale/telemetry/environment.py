@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from jepa_scale import __version__, allocator
-from jepa_scale.config import REPOSITORY
-from jepa_scale.distributed import Ranks
+from jepa_scale import __version__
+from jepa_scale.config.schema import REPOSITORY
+from jepa_scale.distributed.comm import Ranks
+from jepa_scale.utils import allocator
 
 
 def describe_environment(ranks: Ranks, engine: str, precision: str) -> dict[str, Any]:

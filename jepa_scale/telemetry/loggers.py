@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 import yaml
 
-from jepa_scale.config import LogConfig
-from jepa_scale.say import say
+from jepa_scale.config.schema import LogConfig
+from jepa_scale.utils.logging import say
 
 WANDB_ID_FILE = "wandb_id.txt"
 _ONLINE_SECONDS = 30.0  # how long W&B may take to connect, to log in or to finish its uploads

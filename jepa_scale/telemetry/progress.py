@@ -8,8 +8,8 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from jepa_scale.say import say
-from jepa_scale.table import format_number
+from jepa_scale.utils.format import format_number
+from jepa_scale.utils.logging import say
 
 
 class Progress:

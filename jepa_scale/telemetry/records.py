@@ -17,9 +17,9 @@ from typing import Any
 
 import yaml
 
-from jepa_scale.errors import InputError
-from jepa_scale.files import write_atomic
 from jepa_scale.telemetry.metrics import FIT, describe
+from jepa_scale.utils.errors import InputError
+from jepa_scale.utils.io import write_atomic
 
 METRICS_FILE, SUMMARY_FILE, CONFIG_FILE = "metrics.jsonl", "summary.json", "config.yaml"
 _NOT_VALUES = ("step", "split", "tokens", "flops")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from jepa_scale.say import say
+from jepa_scale.utils.logging import say
 
 
 class RowFile:

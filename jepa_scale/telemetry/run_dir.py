@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jepa_scale import distributed
-from jepa_scale.errors import InputError
+from jepa_scale.distributed import comm
 from jepa_scale.telemetry.records import METRICS_FILE, SUMMARY_FILE
+from jepa_scale.utils.errors import InputError
 
 
 def prepare_run_dir(run_dir: Path, resume: bool) -> None:
@@ -17,8 +17,8 @@ def prepare_run_dir(run_dir: Path, resume: bool) -> None:
     Raises:
         InputError: the directory holds a run and ``resume`` is false, or it cannot be made.
     """
-    problem = _prepare(run_dir, resume) if distributed.rank() == 0 else None
-    problem = distributed.broadcast_object(problem)
+    problem = _prepare(run_dir, resume) if comm.rank() == 0 else None
+    problem = comm.broadcast_object(problem)
     if problem:
         raise InputError(problem)
 

@@ -13,10 +13,8 @@ from typing import Any
 
 import yaml
 
-from jepa_scale.config import LogConfig
-from jepa_scale.distributed import Ranks, broadcast_object
-from jepa_scale.files import write_atomic
-from jepa_scale.table import format_number
+from jepa_scale.config.schema import LogConfig
+from jepa_scale.distributed.comm import Ranks, broadcast_object
 from jepa_scale.telemetry import records
 from jepa_scale.telemetry.environment import describe_environment
 from jepa_scale.telemetry.loggers import Loggers, start_loggers
@@ -24,6 +22,8 @@ from jepa_scale.telemetry.metrics import chart
 from jepa_scale.telemetry.progress import Progress
 from jepa_scale.telemetry.records import FIT
 from jepa_scale.telemetry.row_file import RowFile
+from jepa_scale.utils.format import format_number
+from jepa_scale.utils.io import write_atomic
 
 
 class Stopwatch:

@@ -3,7 +3,7 @@
 import shlex
 import sys
 
-from jepa_scale.cli import main
+from jepa_scale.cli.main import main
 
 
 def show(*words: object) -> None:

@@ -9,7 +9,7 @@ from benchmarks.peer_programs.ours import Ours
 from benchmarks.peer_programs.plain import PlainLoop
 from benchmarks.peer_programs.trainer import HuggingFaceTrainer
 from benchmarks.peers import config_of
-from jepa_scale import distributed
+from jepa_scale.distributed import comm
 
 TINY = {
     "model_type": "llama",
@@ -29,8 +29,8 @@ MAKERS = {
 
 @pytest.fixture(scope="module")
 def ranks():
-    yield distributed.setup()
-    distributed.teardown()
+    yield comm.setup()
+    comm.teardown()
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from jepa_scale import checkpoint, checkpoint_cli
+from jepa_scale import checkpoint
 from jepa_scale.checkpoint import Manifest, Policy, Saver, store
 from jepa_scale.checkpoint.boxes import Boxes
-from jepa_scale.distributed import Ranks
+from jepa_scale.cli import checkpoint as checkpoint_cli
+from jepa_scale.distributed.comm import Ranks
 from jepa_scale.engines.base import Engine
-from jepa_scale.errors import InputError
+from jepa_scale.utils.errors import InputError
 from tests.distributed import toy
 from tests.distributed.launch import HANG, run_ranks
 from tests.distributed.toy import ENGINES, make_engine

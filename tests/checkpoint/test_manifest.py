@@ -7,7 +7,7 @@ import json
 import pytest
 
 from jepa_scale.checkpoint.manifest import FILE, Manifest
-from jepa_scale.errors import InputError
+from jepa_scale.utils.errors import InputError
 
 TOLD = Manifest(3, "fsdp", "FSDP2 fp32", 2, 3, state={"position": 40}, files={"a": {"bytes": 1, "sha256": "0"}})
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from jepa_scale.checkpoint import store
 from jepa_scale.checkpoint.boxes import Boxes
-from jepa_scale.distributed import Ranks
-from jepa_scale.errors import InputError
+from jepa_scale.distributed.comm import Ranks
+from jepa_scale.utils.errors import InputError
 from tests.distributed.launch import run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

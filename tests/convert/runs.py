@@ -17,7 +17,7 @@ from torch import Tensor
 
 from jepa_scale.checkpoint import Manifest, store
 from jepa_scale.checkpoint.boxes import Boxes
-from jepa_scale.config import load_config, to_yaml
+from jepa_scale.config.schema import load_config, to_yaml
 from jepa_scale.data import load_data
 from jepa_scale.experiment import validate
 from jepa_scale.models.backbone import Backbone

@@ -17,7 +17,7 @@ from jepa_scale.convert import tensor_file
 from jepa_scale.convert.folder import JOURNAL, Folder, Journal, read_journal
 from jepa_scale.convert.to_hf import ExportOptions, export
 from jepa_scale.data.prepare.lock import locked
-from jepa_scale.errors import InputError
+from jepa_scale.utils.errors import InputError
 from tests.convert.runs import MODELS, NATIVE, make_run, write_checkpoint
 
 CONCEPT = {"name": "concept", "tap_layer": 1, "memory": True, "concept_dim": 8}

@@ -14,14 +14,14 @@ from transformers import AutoModelForCausalLM
 
 from jepa_scale import train
 from jepa_scale.checkpoint import Manifest, store
-from jepa_scale.config import load_config
+from jepa_scale.cli.convert import import_model, parser
+from jepa_scale.config.schema import load_config
 from jepa_scale.convert.to_hf import ExportOptions, export
-from jepa_scale.convert_cli import import_model, parser
 from jepa_scale.data import load_data
-from jepa_scale.errors import InputError
 from jepa_scale.experiment import validate
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.objectives.base import JepaModel
+from jepa_scale.utils.errors import InputError
 from tests.convert.runs import MODELS, NATIVE, config_file, make_run
 
 CONCEPT = {"name": "concept", "tap_layer": 1, "memory": True, "concept_dim": 8}
@@ -107,7 +107,7 @@ def test_training_goes_on_from_it(tmp_path, monkeypatch, name):
     make_run(tmp_path, "run", MODELS[name])
     export(tmp_path / "run", tmp_path / "hf", ExportOptions(progress=False))
     bring(tmp_path / "hf", tmp_path / "run.yaml", tmp_path / "back")
-    monkeypatch.setattr("jepa_scale.train.quiet_libraries", lambda: None)
+    monkeypatch.setattr("jepa_scale.training.trainer.quiet_libraries", lambda: None)
     assert train.main(["--config", str(tmp_path / "back" / "config.yaml"), "--resume", "auto"]) == 0
     rows = [json.loads(line) for line in (tmp_path / "back" / "metrics.jsonl").read_text().splitlines()]
     fit = [row for row in rows if row["split"] == "fit"]

@@ -9,7 +9,7 @@ import torch
 
 from jepa_scale.convert.to_hf import ExportOptions, export
 from jepa_scale.data import load_data
-from jepa_scale.data.prepare.tokenizer import load_tokenizer
+from jepa_scale.data.prepare.encoders.tokenizer import load_tokenizer
 from tests.convert.runs import MODELS, logits, make_run, without_jepa_scale
 
 pytest.importorskip("lm_eval")

@@ -12,16 +12,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from jepa_scale import cli
 from jepa_scale.checkpoint import store
 from jepa_scale.checkpoint.boxes import Boxes
+from jepa_scale.cli import main as cli
 from jepa_scale.convert import to_hf
 from jepa_scale.convert.from_hf import state_tensors
 from jepa_scale.convert.to_hf import ExportOptions, export
 from jepa_scale.data import load_data
-from jepa_scale.errors import InputError
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
+from jepa_scale.utils.errors import InputError
 from tests.convert.runs import GPT2, NATIVE, REVERSAL, config_file, huggingface, logits, make_run, write_checkpoint
 
 QUIET = ExportOptions(progress=False)

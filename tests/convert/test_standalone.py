@@ -11,7 +11,8 @@ import sys
 import torch
 
 from jepa_scale.convert.standalone import FILE, auto_map, modelling_source
-from jepa_scale.models import bridge, decoder, drop_path, pope, rotary
+from jepa_scale.models import decoder
+from jepa_scale.models.layers import bridge, drop_path, pope, rotary
 
 
 def names(tree: ast.AST) -> set[str]:

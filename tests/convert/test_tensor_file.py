@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from jepa_scale.convert import tensor_file
 from jepa_scale.convert.tensor_file import Entry, write_tensors
-from jepa_scale.errors import InputError
+from jepa_scale.utils.errors import InputError
 
 SHAPES = st.lists(st.integers(0, 4), max_size=3).map(tuple)
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool])

@@ -16,9 +16,9 @@ from jepa_scale.checkpoint import Manifest
 from jepa_scale.convert.skeleton import llama_config
 from jepa_scale.convert.to_hf import ExportOptions, export, metrics_at
 from jepa_scale.data import load_data
-from jepa_scale.errors import InputError
 from jepa_scale.models.decoder import JepaDecoderConfig
-from jepa_scale.table import format_number
+from jepa_scale.utils.errors import InputError
+from jepa_scale.utils.format import format_number
 from tests.convert.runs import GPT2, MODELS, NATIVE, config_file, logits, make_run, without_jepa_scale, write_checkpoint
 from tests.data.corpus import write_text
 
@@ -160,7 +160,7 @@ def test_a_trained_run_scores_in_transformers_what_its_own_evaluation_says(tmp_p
     file = config_file(
         tmp_path, "run", MODELS["native_tied"], data=data, train=steps, optim={"lr": 1e-2, "warmup_steps": 2}
     )
-    monkeypatch.setattr("jepa_scale.train.quiet_libraries", lambda: None)
+    monkeypatch.setattr("jepa_scale.training.trainer.quiet_libraries", lambda: None)
     assert train.main(["--config", str(file)]) == 0
     made = export(tmp_path / "run", tmp_path / "hf", QUIET)
     assert made.checkpoint.name == "step_00000012"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jepa_scale.data.shard_format import Index, Sample, ShardInfo, write_shard
+from jepa_scale.data.shards.format import Index, Sample, ShardInfo, write_shard
 
 VOCABULARY = 40
 

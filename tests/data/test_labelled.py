@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jepa_scale.data.labelled import _split, read_labelled
-from jepa_scale.errors import InputError
+from jepa_scale.utils.errors import InputError
 
 
 def write(path: Path, rows: list[Any]) -> Path:

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from jepa_scale.distributed import Ranks
+from jepa_scale.distributed.comm import Ranks
 from tests.distributed.test_runs import train_runs
 
 
 def train_compiled(ranks: Ranks, files: list[str]) -> dict[str, list[int]]:
     """Run → how many graphs were compiled before each step."""
-    from jepa_scale import build, train
     from jepa_scale.models.compiling import compile_blocks
+    from jepa_scale.training import build, trainer
 
     compiled: list[Any] = []
 
@@ -23,7 +23,7 @@ def train_compiled(ranks: Ranks, files: list[str]) -> dict[str, list[int]]:
         compiled.append(graph)
         return graph.forward
 
-    plain, totals, found = build.compile_blocks, train.global_totals, {}
+    plain, totals, found = build.compile_blocks, trainer.global_totals, {}
     build.compile_blocks = partial(compile_blocks, backend=backend)
     try:
         for file in files:
@@ -35,10 +35,10 @@ def train_compiled(ranks: Ranks, files: list[str]) -> dict[str, list[int]]:
                 before.append(len(compiled))
                 return totals(*args, **kwargs)
 
-            train.global_totals = noted
+            trainer.global_totals = noted
             train_runs(ranks, [(file, None)])
             found[Path(file).stem] = before
     finally:
-        build.compile_blocks, train.global_totals = plain, totals
+        build.compile_blocks, trainer.global_totals = plain, totals
         torch._dynamo.reset()
     return found

@@ -112,7 +112,7 @@ def hangs_evaluating(rank: int, who: int, mark: str) -> None:
 def hang_begins(rank: int, mark: str, speakers: list[int]) -> None:
     """The watchdog's clock stands still until the file ``mark`` is there, and its verdict waits until each of the
     ``speakers`` has told where it is: no rank is taken for one that hangs because the machine is slow."""
-    from jepa_scale import watchdog
+    from jepa_scale.training import watchdog
 
     began = 0.0
     verdict = watchdog.Watchdog._verdict
@@ -142,7 +142,7 @@ def hang_begins(rank: int, mark: str, speakers: list[int]) -> None:
 def evaluates_long(rank: int, limit: float, forwards: int = 4) -> None:
     """By the watchdog's clock each of the first ``forwards`` of an evaluation takes most of the ``limit``, and ends when the
     watchdog has looked at it. The clock stands still otherwise."""
-    from jepa_scale import watchdog
+    from jepa_scale.training import watchdog
 
     now, looks = 0.0, threading.Semaphore(0)
 
@@ -220,7 +220,7 @@ def after_loss(change: Any) -> None:
 
 def in_evaluations(before: Any) -> None:
     """``before(evaluation, forward)`` right before each forward of an evaluation; both are numbered from 1 in this process."""
-    from jepa_scale import build
+    from jepa_scale.training import build
 
     real, evaluations = build.device_call, 0
 

@@ -40,9 +40,9 @@ PRELOAD = [
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "peft",
     "jepa_scale.train",
-    "jepa_scale.engines.deepspeed",
-    "jepa_scale.engines.fsdp",
-    "jepa_scale.objectives.concept",
+    "jepa_scale.engines.deepspeed.engine",
+    "jepa_scale.engines.fsdp.engine",
+    "jepa_scale.objectives.concept.objective",
     "jepa_scale.objectives.lm",
 ]
 """What ranks are forked with, here and by ``processes.Nursery``."""
@@ -180,9 +180,9 @@ def _forget(environment: dict[str, str], folder: str) -> None:
     from deepspeed.utils import groups
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
-    from jepa_scale import distributed
+    from jepa_scale.distributed.comm import teardown
 
-    distributed.teardown()
+    teardown()
     groups._release_process_group_references()
     comm.cdb = None
     # ZeRO-3 numbers parameters and modules as they come, and all ranks of a group must have the same numbers
@@ -204,7 +204,7 @@ def _run(path: str, name: str, args: tuple, rank: int, world_size: int, store: s
     import torch
     import torch.distributed as dist
 
-    from jepa_scale.distributed import Ranks
+    from jepa_scale.distributed.comm import Ranks
 
     warnings.simplefilter("ignore", FutureWarning)  # torch's and DeepSpeed's, of collectives that they call themselves
     torch.set_num_threads(1)

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa_scale.checkpoint.boxes import Boxes
-from jepa_scale.distributed import Ranks
+from jepa_scale.config.ema import TeacherOptions
+from jepa_scale.distributed.comm import Ranks
 from jepa_scale.engines.base import Engine
-from jepa_scale.teacher import Teacher, TeacherModel, momentum_at
-from jepa_scale.teacher_options import TeacherOptions
+from jepa_scale.engines.ema import Teacher, TeacherModel, momentum_at
 from tests.distributed.toy import DIM, OPTIM, VOCAB, Block, sharded
 
 BATCH, LENGTH, MICRO = 8, 5, 2

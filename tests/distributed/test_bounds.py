@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from jepa_scale.distributed import Ranks
+from jepa_scale.distributed.comm import Ranks
 from jepa_scale.optim import build_optimizer, parameter_groups
 from tests.distributed.launch import run_ranks
 from tests.distributed.toy import ENGINES, HEADS, OPTIM, batches, make_engine, make_toy

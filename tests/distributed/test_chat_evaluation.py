@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from jepa_scale.distributed import Ranks
+from jepa_scale.distributed.comm import Ranks
 from tests.distributed.launch import run_ranks
 from tests.distributed.processes import Gate
 from tests.distributed.small_runs import rows
@@ -68,10 +68,10 @@ def config_file(folder: Path, into: Path, **changes: Any) -> Path:
 
 def evaluate_runs(ranks: Ranks, cases: list[tuple[str, list[str]]]) -> None:
     """As ``jepa-scale eval RUN overrides …``, one after another."""
-    from jepa_scale import train
+    from jepa_scale.training import trainer
 
     for run, overrides in cases:
-        train.evaluate_checkpoint(argparse.Namespace(run=Path(run), checkpoint="auto", overrides=overrides))
+        trainer.evaluate_checkpoint(argparse.Namespace(run=Path(run), checkpoint="auto", overrides=overrides))
 
 
 def generations(run: Path, step: int = STEPS, split: str = "valid") -> list[dict[str, Any]]:

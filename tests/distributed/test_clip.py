@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from jepa_scale.distributed import Ranks
+from jepa_scale.distributed.comm import Ranks
 from jepa_scale.engines import create_engine
 from jepa_scale.engines.base import Engine, EngineOptions
 from jepa_scale.optim import build_optimizer, parameter_groups

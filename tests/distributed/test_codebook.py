@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from jepa_scale.distributed import Ranks
-from jepa_scale.models.quantizer import Quantizer
-from jepa_scale.models.standardize import Standardize
-from jepa_scale.models.target_queue import TargetQueue
+from jepa_scale.distributed.comm import Ranks
+from jepa_scale.models.layers.standardize import Standardize
+from jepa_scale.objectives.grid.quantizer import Quantizer
+from jepa_scale.objectives.grid.queue import TargetQueue
 from tests.distributed.launch import run_ranks
 
 SLICES, ROWS, STEPS = 4, 6, 9

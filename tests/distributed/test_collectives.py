@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from jepa_scale.distributed import Ranks, all_gather_rows_with_grad, form_teams
+from jepa_scale.distributed.comm import Ranks, all_gather_rows_with_grad, form_teams
 from jepa_scale.engines.clip import Clipping
 from jepa_scale.packing import Segment, Views, pack
-from jepa_scale.preemption import Stopped, StopRequest
-from jepa_scale.train import global_totals
+from jepa_scale.training.preemption import Stopped, StopRequest
+from jepa_scale.training.trainer import global_totals
 from tests.distributed.launch import run_ranks
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from jepa_scale.checkpoint import store
 from jepa_scale.checkpoint.boxes import Boxes
-from jepa_scale.distributed import Ranks
+from jepa_scale.distributed.comm import Ranks
 from jepa_scale.engines.base import Engine
 from tests.distributed import toy
 from tests.distributed.launch import run_ranks

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from jepa_scale.distributed import Ranks
+from jepa_scale.distributed.comm import Ranks
 from tests.distributed import toy
 from tests.distributed.launch import run_ranks
 from tests.distributed.toy import ENGINES, make_engine

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-from jepa_scale import report
 from jepa_scale.checkpoint import Manifest
-from jepa_scale.config import load_config
-from jepa_scale.train import steps_of
+from jepa_scale.config.schema import load_config
+from jepa_scale.report import page as report
+from jepa_scale.training.trainer import steps_of
 from tests.distributed.launch import run_ranks
 from tests.distributed.test_runs import rows, train_runs
 from tests.distributed.test_two_view_runs import config_file

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from jepa_scale.data.grid_rules import frames
+from jepa_scale.data.grids.rules import frames
 from tests.distributed.launch import run_ranks
 from tests.distributed.small_runs import run_file
 from tests.distributed.test_runs import rows, train_runs

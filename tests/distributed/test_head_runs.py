@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jepa_scale.config import OptimConfig
-from jepa_scale.distributed import Ranks
+from jepa_scale.config.schema import OptimConfig
+from jepa_scale.distributed.comm import Ranks
 from jepa_scale.models import head as lm_head
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions

@@ -11,8 +11,8 @@ import pytest
 import torch
 import yaml
 
-from jepa_scale.data.grid_rules import frames
-from jepa_scale.distributed import Ranks
+from jepa_scale.data.grids.rules import frames
+from jepa_scale.distributed.comm import Ranks
 from tests.data.corpus import write_text
 from tests.distributed import test_grid_runs, test_horizon_runs, test_runs, test_span_runs, test_two_view_runs
 from tests.distributed.launch import run_ranks
@@ -64,10 +64,10 @@ def _noted(run: Any) -> int:
 
 def count(ranks: Ranks, cases: list[str]) -> list[dict[str, dict[str, int]]]:
     """Of each run: package → what waited and where → how often, from the end of the first step to that of the last one."""
-    from jepa_scale import train
+    from jepa_scale.training import trainer
 
     results = []
-    done = train.Meter.step_done
+    done = trainer.Meter.step_done
     for config in cases:
         found = HostSyncs()
 
@@ -78,11 +78,11 @@ def count(ranks: Ranks, cases: list[str]) -> list[dict[str, dict[str, int]]]:
             elif step == STEPS:
                 found.__exit__()
 
-        train.Meter.step_done = step_done  # type: ignore[method-assign]
+        trainer.Meter.step_done = step_done  # type: ignore[method-assign]
         try:
-            train.run_training(argparse.Namespace(config=config, resume=None, overrides=[]))
+            trainer.run_training(argparse.Namespace(config=config, resume=None, overrides=[]))
         finally:
-            train.Meter.step_done = done  # type: ignore[method-assign]
+            trainer.Meter.step_done = done  # type: ignore[method-assign]
             found.__exit__()  # if the run has failed
         of = {package: found.of(package) for package in ("jepa_scale", "deepspeed")}
         results.append({package: {" ".join(key): n for key, n in of[package].items()} for package in of})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from jepa_scale.distributed import Ranks
+from jepa_scale.distributed.comm import Ranks
 from tests.distributed.launch import run_ranks
 
 

@@ -13,17 +13,17 @@ import yaml
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from jepa_scale.config import OptimConfig
+from jepa_scale.config.ema import TeacherOptions
+from jepa_scale.config.schema import OptimConfig
 from jepa_scale.convert.to_hf import ExportOptions, export
 from jepa_scale.data import load_data
-from jepa_scale.distributed import Ranks
+from jepa_scale.distributed.comm import Ranks
+from jepa_scale.engines.ema import Teacher, TeacherModel
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.optim import parameter_groups
 from jepa_scale.packing import Segment, pack_stream
-from jepa_scale.teacher import Teacher, TeacherModel
-from jepa_scale.teacher_options import TeacherOptions
 from tests.data.corpus import VOCABULARY, write_text
 from tests.distributed.launch import run_ranks
 from tests.distributed.same_runs import resumed_bitwise

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jepa_scale.distributed import Ranks
+from jepa_scale.distributed.comm import Ranks
 from jepa_scale.optim import parameter_groups
 from tests.distributed import toy
 from tests.distributed.launch import run_ranks

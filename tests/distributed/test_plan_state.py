@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from jepa_scale.build import build
-from jepa_scale.config import load_config
+from jepa_scale.config.schema import load_config
 from jepa_scale.experiment import validate
 from jepa_scale.plan.planner import Request, make_plan
+from jepa_scale.training.build import build
 from tests.distributed.launch import run_ranks
 from tests.distributed.processes import REPOSITORY
 from tests.text_runs import NATIVE, config_file

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jepa_scale.distributed import Ranks
-from jepa_scale.errors import InputError
+from jepa_scale.distributed.comm import Ranks
 from jepa_scale.telemetry import prepare_run_dir
+from jepa_scale.utils.errors import InputError
 from tests.distributed.launch import run_ranks
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from jepa_scale.distributed import Ranks
+from jepa_scale.distributed.comm import Ranks
 from tests.distributed.launch import run_ranks
 from tests.distributed.small_runs import run_file
 
@@ -61,11 +61,11 @@ def config_file(folder: Path, objective: str, engine: str, accumulation: int = 1
 
 def train_runs(ranks: Ranks, cases: list[tuple[str, str | None]]) -> None:
     """Train each (config file, --resume value) in turn, in this process group."""
-    from jepa_scale import train
+    from jepa_scale.training import trainer
 
     for config, resume in cases:
         torch.manual_seed(0)
-        train.run_training(argparse.Namespace(config=config, resume=resume, overrides=[]))
+        trainer.run_training(argparse.Namespace(config=config, resume=resume, overrides=[]))
 
 
 def rows(folder: Path, name: str, split: str | None = "fit") -> list[dict[str, Any]]:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jepa_scale import distributed
-from jepa_scale.distributed import Ranks
+from jepa_scale.distributed import comm
+from jepa_scale.distributed.comm import Ranks
 from jepa_scale.losses import statistics
 from jepa_scale.losses.barlow import barlow
 from jepa_scale.losses.sigreg import directions, sigreg
@@ -128,13 +128,13 @@ def laws(ranks: Ranks) -> dict[str, Any]:
     both = global_sum(own)
     both.square().sum().backward()
     calls = []
-    statistics.all_reduce_sum = lambda t: calls.append(t.numel()) or distributed.all_reduce_sum(t)
+    statistics.all_reduce_sum = lambda t: calls.append(t.numel()) or comm.all_reduce_sum(t)
     try:
         barlow(torch.randn(3, D), torch.randn(3, D), torch.tensor(3.0 * ranks.world_size))
         vicreg(torch.randn(3, D), torch.randn(3, D), torch.tensor(3.0 * ranks.world_size))
         on_one_view(torch.randn(3, D), torch.randn(3, D), torch.tensor(3.0 * ranks.world_size))
     finally:
-        statistics.all_reduce_sum = distributed.all_reduce_sum
+        statistics.all_reduce_sum = comm.all_reduce_sum
     return {"total": total.detach(), "both": both.detach(), "own_grad": own.grad, "calls": calls}
 
 

@@ -11,7 +11,7 @@ from unittest.mock import patch
 import pytest
 import yaml
 
-from jepa_scale.distributed import Ranks
+from jepa_scale.distributed.comm import Ranks
 from jepa_scale.telemetry.metrics import step_part
 from tests.distributed.launch import run_ranks
 from tests.distributed.test_runs import config_file, rows, train_runs
@@ -26,12 +26,13 @@ PARTS = {"data": 1.5, "other": 1.0, "collect": 8.0, "forward": 6.0, "backward": 
 
 def train_by_hand(ranks: Ranks, cases: list[tuple[str, str | None]]) -> None:
     """Train by a clock that moves only where it is moved: in the data, the engine's calls, and the counting of the batch."""
-    from jepa_scale import meter, train
-    from jepa_scale.step_clock import StepClock
     from jepa_scale.telemetry import run_log
+    from jepa_scale.training import metrics as meter
+    from jepa_scale.training import trainer
+    from jepa_scale.training.timer import StepClock
 
     now = 0.0
-    real_build, real_totals = train.build, train.global_totals
+    real_build, real_totals = trainer.build, trainer.global_totals
 
     def takes(seconds: float | Callable[[Any], float], call: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -60,8 +61,8 @@ def train_by_hand(ranks: Ranks, cases: list[tuple[str, str | None]]) -> None:
 
     clock = SimpleNamespace(perf_counter=lambda: now)
     with (
-        patch.object(train, "build", build),
-        patch.object(train, "global_totals", takes(OTHER[ranks.rank], real_totals)),
+        patch.object(trainer, "build", build),
+        patch.object(trainer, "global_totals", takes(OTHER[ranks.rank], real_totals)),
         patch.object(StepClock.__init__, "__defaults__", (True, lambda: now)),
         patch.object(meter, "time", clock),
         patch.object(run_log, "time", clock),

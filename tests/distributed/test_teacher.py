@@ -15,10 +15,10 @@ from torch.distributed.tensor import DTensor
 
 from jepa_scale.checkpoint import store
 from jepa_scale.checkpoint.boxes import state_of
-from jepa_scale.distributed import Ranks
+from jepa_scale.config.ema import TeacherOptions
+from jepa_scale.distributed.comm import Ranks
 from jepa_scale.engines.base import Engine
-from jepa_scale.teacher import Teacher, TeacherModel
-from jepa_scale.teacher_options import TeacherOptions
+from jepa_scale.engines.ema import Teacher, TeacherModel
 from tests.distributed.launch import run_ranks
 from tests.distributed.teacher_toy import (
     FROZEN,

@@ -12,8 +12,8 @@ import pytest
 import torch
 import yaml
 
-from jepa_scale.cli import main
-from jepa_scale.distributed import Ranks
+from jepa_scale.cli.main import main
+from jepa_scale.distributed.comm import Ranks
 from tests.data.corpus import write_text
 from tests.distributed.compiled import train_compiled
 from tests.distributed.launch import run_ranks
@@ -177,10 +177,10 @@ def test_a_teams_checkpoint_becomes_a_hugging_face_model(team, tmp_path):
 
 
 def refused(ranks: Ranks, file: str) -> str:
-    from jepa_scale.build import build
-    from jepa_scale.config import load_config
-    from jepa_scale.errors import InputError
+    from jepa_scale.config.schema import load_config
     from jepa_scale.experiment import validate
+    from jepa_scale.training.build import build
+    from jepa_scale.utils.errors import InputError
 
     try:
         build(validate(load_config(file)), ranks)

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jepa_scale.config import OptimConfig
-from jepa_scale.distributed import Ranks
+from jepa_scale.config.schema import OptimConfig
+from jepa_scale.distributed.comm import Ranks
 from jepa_scale.engines import create_engine
 from jepa_scale.engines.base import Engine, EngineOptions
 from jepa_scale.engines.weights import Weights

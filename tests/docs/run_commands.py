@@ -7,7 +7,7 @@ import json
 import sys
 import traceback
 
-from jepa_scale import cli
+from jepa_scale.cli import main as cli
 
 
 def main() -> None:

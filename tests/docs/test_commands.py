@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from jepa_scale.cli import main
-from jepa_scale.config import load_config
+from jepa_scale.cli.main import main
+from jepa_scale.config.schema import load_config
 from jepa_scale.experiment import validate
 from tests.distributed.processes import HANG
 from tests.docs.commands import PAGES, REPOSITORY, VARIABLE, Command, alternatives, commands_of

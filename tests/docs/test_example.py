@@ -8,9 +8,9 @@ import pytest
 import torch
 from text_runs import config_file
 
-from jepa_scale.distributed import Ranks
-from jepa_scale.errors import InputError
+from jepa_scale.distributed.comm import Ranks
 from jepa_scale.experiment import objective_class
+from jepa_scale.utils.errors import InputError
 from tests.distributed.launch import run_ranks
 from tests.distributed.small_runs import rows
 
@@ -19,13 +19,13 @@ EXAMPLES = DOCS / "examples"
 
 
 def train_runs(ranks: Ranks, configs: list[str]) -> None:
-    from jepa_scale import train
+    from jepa_scale.training import trainer
 
     sys.path.insert(0, str(EXAMPLES))
     try:
         for config in configs:
             torch.manual_seed(0)
-            train.run_training(argparse.Namespace(config=config, resume=None, overrides=[]))
+            trainer.run_training(argparse.Namespace(config=config, resume=None, overrides=[]))
     finally:
         sys.path.remove(str(EXAMPLES))
 

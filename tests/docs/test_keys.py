@@ -5,10 +5,18 @@ from pathlib import Path
 
 import pytest
 
-from jepa_scale.config import CheckpointConfig, EngineConfig, LogConfig, OptimConfig, RunConfig, Section, TrainConfig
+from jepa_scale.config.schema import (
+    CheckpointConfig,
+    EngineConfig,
+    LogConfig,
+    OptimConfig,
+    RunConfig,
+    Section,
+    TrainConfig,
+)
 from jepa_scale.data import parse_data
 from jepa_scale.data.base import DataOptions
-from jepa_scale.evaluate.options import OPTIONS
+from jepa_scale.evaluation.options import OPTIONS
 from jepa_scale.experiment import OBJECTIVES, objective_class
 from jepa_scale.models.options import ModelOptions
 

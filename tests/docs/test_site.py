@@ -95,8 +95,8 @@ def test_the_reference_has_what_users_build_on(site):
         "jepa_scale.objectives.base.Objective.loss",
         "jepa_scale.engines.base.Engine.forward",
         "jepa_scale.data.base.Dataset",
-        "jepa_scale.teacher.Teacher",
+        "jepa_scale.engines.ema.Teacher",
         "jepa_scale.packing.Segment",
-        "jepa_scale.attention.attention",
+        "jepa_scale.models.attention.attention",
     ):
         assert name in anchors, name

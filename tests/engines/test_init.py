@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from jepa_scale.distributed import Ranks
+from jepa_scale.distributed.comm import Ranks
 from jepa_scale.engines import resolve
-from jepa_scale.errors import InputError
+from jepa_scale.utils.errors import InputError
 
 
 @pytest.mark.parametrize(

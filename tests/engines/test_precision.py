@@ -5,7 +5,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from jepa_scale.distributed import Ranks
+from jepa_scale.distributed.comm import Ranks
 from jepa_scale.engines import precision
 from jepa_scale.engines.precision import compute_dtype, has_bf16, settle_precision
 from tests.distributed.launch import run_ranks

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from jepa_scale.config import OptimConfig
-from jepa_scale.distributed import Ranks
+from jepa_scale.config.schema import OptimConfig
+from jepa_scale.distributed.comm import Ranks
 from jepa_scale.engines.weights import Weights, built_by_rank_0
-from jepa_scale.errors import InputError
+from jepa_scale.utils.errors import InputError
 from tests.distributed.launch import run_ranks
 from tests.distributed.toy import ENGINES, sharded
 

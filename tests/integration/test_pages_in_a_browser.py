@@ -9,11 +9,12 @@ import subprocess
 import matplotlib.image
 import pytest
 
-from jepa_scale.comparison_page import write_comparison
-from jepa_scale.report import write_report
-from tests import test_comparison, test_report
+from jepa_scale.report.compare_page import write_comparison
+from jepa_scale.report.page import write_report
 from tests.distributed.processes import HANG
 from tests.integration.daemons import needs, program
+from tests.report import test_compare as test_comparison
+from tests.report import test_page as test_report
 
 PHONE = 360
 OPTIONS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]

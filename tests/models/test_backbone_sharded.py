@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from jepa_scale.config import OptimConfig
+from jepa_scale.config.schema import OptimConfig
 from jepa_scale.engines import create_engine
 from jepa_scale.engines.base import EngineOptions
 from jepa_scale.models.loading import build_backbone

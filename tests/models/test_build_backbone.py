@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from jepa_scale.config import parse_section
-from jepa_scale.errors import InputError
+from jepa_scale.config.schema import parse_section
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.packing import Segment, pack_stream
+from jepa_scale.utils.errors import InputError
 
 NATIVE = dict(hidden_size=32, num_hidden_layers=2)
 LLAMA = dict(model_type="llama", hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)

@@ -4,12 +4,12 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
-from jepa_scale.errors import InputError
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.decoder import JepaDecoderConfig, JepaDecoderForCausalLM, JepaDecoderModel
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.packing import Segment, pack_stream
+from jepa_scale.utils.errors import InputError
 
 SHAPE = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=50)
 GATE = "model.bridge.gate"

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from jepa_scale.config import parse_section
-from jepa_scale.errors import InputError
+from jepa_scale.config.schema import parse_section
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import LoraOptions, ModelOptions
 from jepa_scale.packing import Segment, pack_stream
+from jepa_scale.utils.errors import InputError
 
 LLAMA = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 FAMILIES = {

@@ -9,15 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from jepa_scale.distributed import Ranks, form_teams, team_group
-from jepa_scale.errors import InputError
-from jepa_scale.evaluate.generation import Prompts, greedy
+from jepa_scale.distributed.comm import Ranks, form_teams, team_group
+from jepa_scale.distributed.tp_group import Team
 from jepa_scale.models import tensor_parallel
+from jepa_scale.models.generation import Prompts, greedy
 from jepa_scale.models.head import statistics
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
-from jepa_scale.models.team import Team
 from jepa_scale.packing import PackedStream, Segment, pack_stream
+from jepa_scale.utils.errors import InputError
 from tests.distributed.launch import run_ranks
 
 VOCABULARY = 37  # no multiple of the team

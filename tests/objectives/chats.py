@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from jepa_scale.data import load_data
-from jepa_scale.data.draw import Draw
-from jepa_scale.data.prepare.tokenizer import train_bpe
+from jepa_scale.data.prepare.encoders.tokenizer import train_bpe
+from jepa_scale.data.sampling.rng import Draw
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.objectives.base import Objective

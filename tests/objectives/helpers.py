@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from jepa_scale.data.draw import Draw
-from jepa_scale.data.reversal import generate
+from jepa_scale.data.reversal.facts import generate
+from jepa_scale.data.sampling.rng import Draw
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.objectives.base import Objective

@@ -7,21 +7,22 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from jepa_scale.config import parse_section
-from jepa_scale.data.draw import Draw
+from jepa_scale.config.schema import parse_section
+from jepa_scale.data.sampling.rng import Draw
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
-from jepa_scale.objectives.concept import Concept
-from jepa_scale.objectives.concept_options import ConceptOptions
+from jepa_scale.objectives.concept.config import ConceptOptions
+from jepa_scale.objectives.concept.objective import Concept
 from jepa_scale.objectives.lm import LanguageModeling
 from jepa_scale.objectives.lm_options import LmOptions
 from jepa_scale.objectives.stp import Stp
 from jepa_scale.objectives.stp_options import StpOptions
-from jepa_scale.objectives.two_view import TwoView, TwoViewOptions
+from jepa_scale.objectives.two_view.objective import TwoView, TwoViewOptions
 from jepa_scale.packing import add_counts, pack
-from tests.objectives import chats, horizon_reference
+from tests.objectives import chats
 from tests.objectives.helpers import DATA, backbone
-from tests.objectives.horizon_reference import Copies
+from tests.objectives.horizon import reference as horizon_reference
+from tests.objectives.horizon.reference import Copies
 
 ROWS = chats.conversations(8)
 FACTS = [*(DATA.splits["train"][i] for i in range(0, 60, 10)), *(DATA.splits["atomic"][i] for i in range(4))]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from jepa_scale.objectives.base import Objective
-from jepa_scale.objectives.concept import Concept
-from jepa_scale.objectives.grid import Grid
-from jepa_scale.objectives.horizon import Horizon
-from jepa_scale.objectives.span import Span
-from jepa_scale.objectives.two_view import TwoView
+from jepa_scale.objectives.concept.objective import Concept
+from jepa_scale.objectives.grid.objective import Grid
+from jepa_scale.objectives.horizon.objective import Horizon
+from jepa_scale.objectives.span.objective import Span
+from jepa_scale.objectives.two_view.objective import TwoView
 
 DEFAULTS: list[tuple[type[Objective], dict[str, object]]] = [
     (

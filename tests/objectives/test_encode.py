@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from jepa_scale.data.draw import Draw
+from jepa_scale.data.sampling.rng import Draw
 from jepa_scale.objectives.lm import LanguageModeling
 from jepa_scale.objectives.lm_options import LmOptions
 from jepa_scale.packing import pack

@@ -13,16 +13,16 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jepa_scale.config import parse_section
-from jepa_scale.data.draw import Draw, generator
+from jepa_scale.config.schema import parse_section
 from jepa_scale.data.examples import Conversation, Document, Turn
-from jepa_scale.errors import InputError
+from jepa_scale.data.sampling.rng import Draw, generator
 from jepa_scale.experiment import objective_class
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.objectives.stp import Stp, StpViews, changes, cosines, draw_spans, draw_triples, path_of
 from jepa_scale.objectives.stp_options import StpOptions
 from jepa_scale.packing import IGNORE, add_counts, pack
+from jepa_scale.utils.errors import InputError
 from tests.objectives.helpers import alone
 
 VOCABULARY = 40

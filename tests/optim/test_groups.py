@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from jepa_scale.config import GroupOverride, OptimConfig, parse_section
-from jepa_scale.errors import InputError
+from jepa_scale.config.schema import GroupOverride, OptimConfig, parse_section
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.optim import build_optimizer, parameter_groups
 from jepa_scale.optim.matrices import Matrix
+from jepa_scale.utils.errors import InputError
 
 
 class Model(nn.Module):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from jepa_scale.config import GroupOverride, OptimConfig
+from jepa_scale.config.schema import GroupOverride, OptimConfig
 from jepa_scale.optim import MatrixOptimizer, Part, build_optimizer, parameter_groups
 
 OPTIM = OptimConfig(method="muon", lr=0.05, lr_head=0.02, weight_decay=0.3)

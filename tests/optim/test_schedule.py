@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jepa_scale.config import OptimConfig
+from jepa_scale.config.schema import OptimConfig
 from jepa_scale.optim import lr_factor
 
 

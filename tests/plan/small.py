@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jepa_scale.config import Config, parse_section
+from jepa_scale.config.schema import Config, parse_section
 from jepa_scale.experiment import validate
 from jepa_scale.plan.layout import Layout, layout_of
 from jepa_scale.plan.model import Modelled, model_on_meta

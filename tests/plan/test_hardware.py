@@ -2,8 +2,8 @@
 
 import pytest
 
-from jepa_scale.errors import InputError
 from jepa_scale.plan.hardware import GPUS, find_gpu
+from jepa_scale.utils.errors import InputError
 
 
 @pytest.mark.parametrize("name", GPUS)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from jepa_scale.errors import InputError
 from jepa_scale.plan.layout import layout_of
+from jepa_scale.utils.errors import InputError
 from tests.plan.small import config, zero
 
 

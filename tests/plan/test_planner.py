@@ -2,9 +2,9 @@
 
 import pytest
 
-from jepa_scale.errors import InputError
 from jepa_scale.plan.hardware import GIB, Gpu
 from jepa_scale.plan.planner import largest_within
+from jepa_scale.utils.errors import InputError
 from tests.plan.small import MODEL, config, planned
 
 BIG = {

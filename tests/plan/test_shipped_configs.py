@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from jepa_scale.config import load_config
+from jepa_scale.config.schema import load_config
 from jepa_scale.plan.hardware import find_gpu
 from jepa_scale.plan.planner import Request, make_plan
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jepa_scale.config import load_config
-from jepa_scale.errors import InputError
+from jepa_scale.config.schema import load_config
 from jepa_scale.experiment import validate
 from jepa_scale.plan.planner import Request, make_plan
 from jepa_scale.plan.stand_in import micro_batch, stand_in
+from jepa_scale.utils.errors import InputError
 from tests.plan.small import MODEL, config, modelled
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

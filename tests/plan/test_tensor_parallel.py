@@ -2,7 +2,7 @@
 
 import pytest
 
-from jepa_scale.errors import InputError
+from jepa_scale.utils.errors import InputError
 from tests.plan.small import MODEL, config, modelled, planned
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from jepa_scale.config import LogConfig
-from jepa_scale.distributed import Ranks
+from jepa_scale.config.schema import LogConfig
+from jepa_scale.distributed.comm import Ranks
 from jepa_scale.telemetry import RunLog, load_run
 from jepa_scale.telemetry.loggers import Loggers
 

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jepa_scale.errors import InputError
-from jepa_scale.files import write_atomic
 from jepa_scale.telemetry.metrics import describe, in_report_order
 from jepa_scale.telemetry.records import clean, load_run, read_rows, summarize, truncate_rows
 from jepa_scale.telemetry.run_dir import prepare_run_dir
+from jepa_scale.utils.errors import InputError
+from jepa_scale.utils.io import write_atomic
 
 
 def write_rows(directory, rows, tail=""):

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from jepa_scale.config import LogConfig
-from jepa_scale.distributed import Ranks
+from jepa_scale.config.schema import LogConfig
+from jepa_scale.distributed.comm import Ranks
 from jepa_scale.telemetry import RunLog, prepare_run_dir
 from jepa_scale.telemetry.records import read_rows
 from jepa_scale.telemetry.run_log import Stopwatch

@@ -9,16 +9,16 @@ from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 
-from jepa_scale.data.fetch import cache_dir
 from jepa_scale.data.prepare.base import PrepareOptions, Record
-from jepa_scale.data.prepare.grid_sources import arc, generated
-from jepa_scale.data.prepare.hub import hub_rows, identify_hub
+from jepa_scale.data.prepare.formats.grid_sources import arc, generated
+from jepa_scale.data.prepare.formats.hub import hub_rows, identify_hub
+from jepa_scale.data.prepare.formats.rows import Schema, expanded
+from jepa_scale.data.prepare.formats.source import Items, Part, Source, identify_files, identity, read_each
+from jepa_scale.data.prepare.formats.table import read_jsonl
+from jepa_scale.data.prepare.formats.text import cut_at_line, read_piece, read_text, split_documents
 from jepa_scale.data.prepare.places import data_places
-from jepa_scale.data.prepare.rows import Schema, expanded
-from jepa_scale.data.prepare.source import Items, Part, Source, identify_files, identity, read_each
-from jepa_scale.data.prepare.table import read_jsonl
-from jepa_scale.data.prepare.text import cut_at_line, read_piece, read_text, split_documents
-from jepa_scale.errors import InputError
+from jepa_scale.data.shards.cache import cache_dir
+from jepa_scale.utils.errors import InputError
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_NAMES = ("tiny_shakespeare.txt", "tiny_shakespeare/input.txt")

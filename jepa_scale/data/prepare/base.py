@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import Field
 
-from jepa_scale.config import Section
+from jepa_scale.config.schema import Section
 
 if TYPE_CHECKING:  # options are checked before anything that takes time is imported
-    from jepa_scale.data.shard_format import Sample
+    from jepa_scale.data.shards.format import Sample
 
 
 class RecordOptions(Section):

@@ -13,9 +13,9 @@ from typing import Any, Literal
 import numpy as np
 
 from jepa_scale.data.prepare.base import BadRecord, Encoder, Record
-from jepa_scale.data.shard_format import Sample, ShardInfo, index_name, write_shard
-from jepa_scale.errors import InputError
-from jepa_scale.files import write_atomic
+from jepa_scale.data.shards.format import Sample, ShardInfo, index_name, write_shard
+from jepa_scale.utils.errors import InputError
+from jepa_scale.utils.io import write_atomic
 
 BLOCK_BYTES = 64 * 2**20
 """A block is closed when its raw values reach this size (:func:`raw_size`), however few its records are."""

@@ -19,16 +19,16 @@ from typing import Any
 
 from tqdm import tqdm
 
-from jepa_scale.data.fetch import cache_dir
 from jepa_scale.data.prepare.base import Encoder, PrepareOptions, Reader
 from jepa_scale.data.prepare.blocks import BLOCK_BYTES, DONE_SUFFIX, EXAMPLES, ShardMaker, cannot_write, cut
-from jepa_scale.data.prepare.encode import make_encoder
+from jepa_scale.data.prepare.encoders.encode import make_encoder
 from jepa_scale.data.prepare.lock import LOCK_FILE, locked
 from jepa_scale.data.prepare.readers import open_reader
 from jepa_scale.data.prepare.workers import Workers, cores
-from jepa_scale.data.shard_format import FORMAT, INDEX_FILE, Index, ShardInfo, index_name
-from jepa_scale.errors import InputError
-from jepa_scale.files import write_atomic
+from jepa_scale.data.shards.cache import cache_dir
+from jepa_scale.data.shards.format import FORMAT, INDEX_FILE, Index, ShardInfo, index_name
+from jepa_scale.utils.errors import InputError
+from jepa_scale.utils.io import write_atomic
 
 JOB_FILE = "job.json"
 TOKENIZER = "tokenizer"

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from jepa_scale.errors import InputError
+from jepa_scale.utils.errors import InputError
 
 LOCK_FILE = "job.lock"
 

@@ -8,18 +8,18 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from jepa_scale.data.prepare import arrays, facts, hub
 from jepa_scale.data.prepare.aliases import ALIASES, cut_text
 from jepa_scale.data.prepare.base import PrepareOptions
-from jepa_scale.data.prepare.files import Found, expand, find
-from jepa_scale.data.prepare.rows import expanded, find_schema
+from jepa_scale.data.prepare.formats import arrays, facts, hub
+from jepa_scale.data.prepare.formats.files import Found, expand, find
+from jepa_scale.data.prepare.formats.rows import expanded, find_schema
+from jepa_scale.data.prepare.formats.source import Items, Part, Source, identify_files, read_each
+from jepa_scale.data.prepare.formats.table import count_parquet, read_json, read_jsonl, read_parquet
+from jepa_scale.data.prepare.formats.tar import read_tar
+from jepa_scale.data.prepare.formats.text import read_text
 from jepa_scale.data.prepare.selection import select
-from jepa_scale.data.prepare.source import Items, Part, Source, identify_files, read_each
-from jepa_scale.data.prepare.table import count_parquet, read_json, read_jsonl, read_parquet
-from jepa_scale.data.prepare.tar import read_tar
-from jepa_scale.data.prepare.text import read_text
-from jepa_scale.data.shard_format import INDEX_FILE
-from jepa_scale.errors import InputError
+from jepa_scale.data.shards.format import INDEX_FILE
+from jepa_scale.utils.errors import InputError
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|pipe:")
 _READ: dict[str, Callable[[Path], Items]] = {
@@ -37,7 +37,7 @@ def open_reader(path: str, options: PrepareOptions) -> Source:
         path: an alias (``tiny_shakespeare``, ``wikitext2``, ``python_docs`` …), a file, a folder, a glob, a brace pattern,
             or a Hugging Face dataset's name where nothing local is called so. Understood are plain text, JSON lines,
             JSON, parquet, saved Hugging Face datasets, ARC tasks, webdataset shards, folders of facts
-            (:mod:`~jepa_scale.data.prepare.facts`) and of token ids (:mod:`~jepa_scale.data.prepare.arrays`).
+            (:mod:`~jepa_scale.data.prepare.formats.facts`) and of token ids (:mod:`~jepa_scale.data.prepare.formats.arrays`).
 
     Raises:
         InputError: nothing of that name, or its files cannot be what ``options`` say.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from jepa_scale.config import Section
+from jepa_scale.config.schema import Section
 
 SHARED = 12
 """Words in a row that two passages never share."""

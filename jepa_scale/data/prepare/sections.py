@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from jepa_scale.data.draw import generator
 from jepa_scale.data.prepare.aliases import ALIASES
 from jepa_scale.data.prepare.base import BadRecord, PrepareOptions
-from jepa_scale.data.prepare.files import expand, find
+from jepa_scale.data.prepare.formats.files import expand, find
+from jepa_scale.data.prepare.formats.source import Items, relative
+from jepa_scale.data.prepare.formats.text import is_title, read_text
 from jepa_scale.data.prepare.section_options import SHARED, SectionOptions
-from jepa_scale.data.prepare.source import Items, relative
-from jepa_scale.data.prepare.text import is_title, read_text
-from jepa_scale.errors import InputError
+from jepa_scale.data.sampling.rng import generator
+from jepa_scale.utils.errors import InputError
 
 _WORD = re.compile(r"\S+")
 _HEADING = re.compile(r"\s*= .* =\s*")

@@ -9,8 +9,8 @@ from functools import partial
 from itertools import islice
 
 from jepa_scale.data.prepare.base import PrepareOptions
-from jepa_scale.data.prepare.source import Items, Part, Source, identity
-from jepa_scale.errors import InputError
+from jepa_scale.data.prepare.formats.source import Items, Part, Source, identity
+from jepa_scale.utils.errors import InputError
 
 
 def held_out(number: int, seed: int, fraction: float) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from jepa_scale.data.shard_format import SAMPLE, Index, ShardInfo, index_name
+from jepa_scale.data.shards.format import SAMPLE, Index, ShardInfo, index_name
 
 THREADS = 8
 """Shards read at a time; hashing and CRC run without the interpreter's lock."""

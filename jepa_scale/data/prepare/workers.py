@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 
 from jepa_scale.data.prepare.blocks import Block, Done, ShardMaker, finished
-from jepa_scale.errors import InputError
+from jepa_scale.utils.errors import InputError
 
 AHEAD = 2
 """Blocks per process that are held at a time, those being worked on included."""

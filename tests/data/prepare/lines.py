@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from jepa_scale.data.prepare.base import BadRecord, PrepareOptions, Record
-from jepa_scale.data.shard_format import Sample
-from jepa_scale.errors import InputError
+from jepa_scale.data.shards.format import Sample
+from jepa_scale.utils.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import pytest
 from jepa_scale.data.prepare import aliases
 from jepa_scale.data.prepare.aliases import ALIASES, cache_dir
 from jepa_scale.data.prepare.base import PrepareOptions
-from jepa_scale.errors import InputError
+from jepa_scale.utils.errors import InputError
 
 TEXT = "".join(f"Line {n} of a play.\n" for n in range(100))
 

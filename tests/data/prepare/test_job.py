@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jepa_scale.cli import main
+from jepa_scale.cli.main import main
 from jepa_scale.data.prepare import blocks, job, workers
 from jepa_scale.data.prepare.base import BadRecord, PrepareOptions, Record
 from jepa_scale.data.prepare.job import prepare, prepared
-from jepa_scale.data.shard_format import Index
-from jepa_scale.errors import InputError
+from jepa_scale.data.shards.format import Index
+from jepa_scale.utils.errors import InputError
 from tests.data.prepare import lines
 
 OPTIONS = PrepareOptions(shard_samples=7)

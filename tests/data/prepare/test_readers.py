@@ -10,10 +10,11 @@ import pyarrow.parquet
 import pytest
 from webdataset import TarWriter
 
-from jepa_scale.data import reversal, reversal_files
 from jepa_scale.data.prepare.base import BadRecord, PrepareOptions, Record
 from jepa_scale.data.prepare.readers import open_reader
-from jepa_scale.errors import InputError
+from jepa_scale.data.reversal import facts as reversal
+from jepa_scale.data.reversal import files as reversal_files
+from jepa_scale.utils.errors import InputError
 
 CHAT = [
     {"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": f"a{n}"}]} for n in range(4)
@@ -267,7 +268,7 @@ def test_the_fingerprint_follows_content_and_options(tmp_path):
 def test_importing_readers_is_light():
     heavy = "{'transformers', 'datasets', 'pyarrow', 'tokenizers'}"
     code = (
-        "import sys; before = set(sys.modules); import jepa_scale.data.prepare.readers, jepa_scale.data.prepare.encode; "
+        "import sys; before = set(sys.modules); import jepa_scale.data.prepare.readers, jepa_scale.data.prepare.encoders.encode; "
         f"print(sorted((set(sys.modules) - before) & {heavy}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

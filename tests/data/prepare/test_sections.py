@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jepa_scale.cli import main
-from jepa_scale.config import parse_section
+from jepa_scale.cli.main import main
+from jepa_scale.config.schema import parse_section
 from jepa_scale.data.labelled import read_labelled
 from jepa_scale.data.prepare.section_options import SHARED, SectionOptions
 from jepa_scale.data.prepare.sections import _Body, _cut, passages
-from jepa_scale.errors import InputError
+from jepa_scale.utils.errors import InputError
 
 SMALL = SectionOptions(min_words=12, max_words=20, per_class=3)
 

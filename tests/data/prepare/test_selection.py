@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jepa_scale.data.prepare.base import BadRecord, PrepareOptions, Record
+from jepa_scale.data.prepare.formats.source import Part, Source, Vocabulary, identity
 from jepa_scale.data.prepare.selection import held_out, select
-from jepa_scale.data.prepare.source import Part, Source, Vocabulary, identity
-from jepa_scale.errors import InputError
+from jepa_scale.utils.errors import InputError
 
 
 def read(name: str, n: int):

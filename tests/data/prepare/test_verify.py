@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jepa_scale.cli import main
+from jepa_scale.cli.main import main
 from jepa_scale.data.prepare.verify import verify
-from jepa_scale.data.shard_format import Index, Sample, write_shard
-from jepa_scale.errors import InputError
+from jepa_scale.data.shards.format import Index, Sample, write_shard
+from jepa_scale.utils.errors import InputError
 
 
 @pytest.fixture

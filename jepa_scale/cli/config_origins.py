@@ -1,0 +1,83 @@
+"""Where each value of a resolved config comes from: a line of a file, the command line, or nobody said anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jepa_scale.config.schema import Config, Section, find_file, to_yaml
+
+FOLLOWS = "follows from other keys"
+
+
+def annotate(config: Config, path: str | Path, overrides: Sequence[str] = ()) -> str:
+    """The config as YAML, each value with its origin as a comment; it loads again as the same config.
+
+    Args:
+        config: what ``path`` and ``overrides`` were resolved to.
+    """
+    given = _given(find_file(path, "--config"), overrides)
+    text = to_yaml(config)
+    lines = text.splitlines()
+    comments: dict[int, str] = {}
+    for keys, line in _leaves(yaml.compose(text, yaml.SafeLoader)):
+        comments[line] = _origin(config, keys, given)
+    column = max(min(len(lines[line]), 48) for line in comments) + 2
+    return "".join(
+        f"{line:{column - 2}}  # {comments[number]}\n" if number in comments else f"{line}\n"
+        for number, line in enumerate(lines)
+    )
+
+
+def _given(file: Path, overrides: Sequence[str]) -> dict[tuple[str, ...], str]:
+    """Keys that somebody gave → where; of several the last one counts."""
+    given = _lines_of(file, ())
+    replaced = [override.partition("=")[2] for override in overrides if override.startswith("model=")]
+    root = yaml.safe_load(file.read_text(encoding="utf-8"))
+    model = yaml.safe_load(replaced[-1]) if replaced else root.get("model")
+    if isinstance(model, str):
+        given = {keys: where for keys, where in given.items() if keys[0] != "model"}
+        given |= _lines_of(find_file(model, "model", file.parent), ("model",))
+    for override in overrides:
+        keys = tuple(override.partition("=")[0].split("."))
+        if keys == ("model",) and isinstance(model, str):
+            continue  # its keys are that file's
+        given = {other: where for other, where in given.items() if other[: len(keys)] != keys}
+        given[keys] = "command line"
+    return given
+
+
+def _lines_of(file: Path, prefix: tuple[str, ...]) -> dict[tuple[str, ...], str]:
+    shown = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
+    root = yaml.compose(file.read_text(encoding="utf-8"), yaml.SafeLoader)
+    return {(*prefix, *keys): f"{shown}, line {line + 1}" for keys, line in _leaves(root, at_key=True)}
+
+
+def _leaves(node: yaml.Node, keys: tuple[str, ...] = (), at_key: bool = False) -> Iterator[tuple[tuple[str, ...], int]]:
+    """Path and line of each value that is no mapping of others: of its key, or the line that a comment may follow."""
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key, value in node.value:
+        path = (*keys, str(key.value))
+        if isinstance(value, yaml.MappingNode) and value.value:
+            yield from _leaves(value, path, at_key)
+        else:  # a list begins in the next line, a text may end lines later
+            ends = not at_key and not (isinstance(value, yaml.SequenceNode) and not value.flow_style)
+            yield path, (value.end_mark if ends else key.start_mark).line
+
+
+def _origin(config: Config, keys: tuple[str, ...], given: dict[tuple[str, ...], str]) -> str:
+    for length in range(len(keys), 0, -1):  # a list or mapping may have been given whole
+        if where := given.get(keys[:length]):
+            return where
+    if keys == ("run", "name"):
+        return "name of the file"
+    section: Any = getattr(config, keys[0])
+    if isinstance(section, Section) and len(keys) == 2:
+        default = type(section).model_fields[keys[1]].get_default(call_default_factory=True)
+        if getattr(section, keys[1]) != default:
+            return FOLLOWS
+    return "default"

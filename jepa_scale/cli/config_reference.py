@@ -1,0 +1,112 @@
+"""Every key of a config with its type, default and meaning, as one page of Markdown: docs/config.md."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from jepa_scale.cli.config_schema import CHOSEN_BY, Schema, kinds
+from jepa_scale.config.schema import Config
+from jepa_scale.data import SOURCES
+
+HEAD = """# Every key of a config
+
+An experiment is one YAML file of these sections. `jepa-scale config C` prints a file with every default filled in, and where
+each value is from; `section.key=value` after `--config C` overrides one. `jepa-scale config --schema > schema.json` writes a
+JSON Schema: with `# yaml-language-server: $schema=schema.json` as a config's first line an editor completes and checks it.
+A name in [brackets] is what the system that the objective comes from calls the key (`docs/from-*.md`).
+
+This page is written by `jepa-scale config --reference > docs/config.md`.
+"""
+COLUMNS = "| key | type | default | meaning |\n|---|---|---|---|\n"
+LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+
+
+def reference() -> str:
+    """The page."""
+    pages = [HEAD]
+    found = kinds()
+    for section, field in Config.model_fields.items():
+        pages.append(f"\n## {section}\n\n{field.description}\n")
+        if section not in found:
+            pages.append("\n")
+            schema = Config.model_json_schema()
+            own = schema["$defs"][schema["properties"][section]["$ref"].rpartition("/")[2]]
+            pages.append(_table(own, schema["$defs"]))
+            continue
+        by_name = found[section]
+        common = set.intersection(*(set(cls.model_fields) for cls in by_name.values())) if len(by_name) > 1 else set()
+        if common - {CHOSEN_BY.get(section)}:
+            one = next(iter(by_name.values())).model_json_schema()
+            pages.append(f"\nWith every {CHOSEN_BY.get(section, 'source of data')}:\n\n")
+            pages.append(_table(one, one.get("$defs", {}), only=common - {CHOSEN_BY.get(section)}))
+        for name, cls in by_name.items():
+            own = cls.model_json_schema()
+            rest = set(cls.model_fields) - common
+            if not name:
+                pages.append("\n")
+            else:
+                key = CHOSEN_BY.get(section)
+                pages.append(f"\n### {f'`{section}.{key}: {name}`' if key else _of_sources(name)}\n\n")
+            pages.append(_table(own, own.get("$defs", {}), only=rest) if rest else "No further keys.\n")
+    return "".join(pages)
+
+
+def _of_sources(evaluation: str) -> str:
+    """The heading of what evaluates the data of some sources alike."""
+    sources = [f"`{name}`" for name, options in SOURCES.items() if options.evaluation == evaluation]
+    return f"With `data.source` {' or '.join(sources)}"
+
+
+def _table(schema: Schema, definitions: Schema, only: set[str] | None = None) -> str:
+    return COLUMNS + "".join(_rows(schema, definitions, "", only))
+
+
+def _rows(schema: Schema, definitions: Schema, prefix: str, only: set[str] | None = None) -> Iterator[str]:
+    for key, value in schema.get("properties", {}).items():
+        if only is not None and key not in only:
+            continue
+        absent = "required" if key in schema.get("required", []) else "empty"
+        default = _code(value["default"]) if "default" in value else absent
+        section = _section(value, definitions)
+        if section and isinstance(value.get("default"), dict):
+            default = "as below"
+        kind = _type(value, definitions)
+        meaning = _cell(value.get("description", section.get("description", "") if section else ""))
+        yield f"| `{prefix}{key}` | {kind} | {default} | {meaning} |\n"
+        if section:
+            listed = "[]" if value.get("type") == "array" else ""
+            yield from _rows(section, definitions, f"{prefix}{key}{listed}.")
+
+
+def _section(value: Schema, definitions: Schema) -> Schema | None:
+    """The keys below a key that is a section, one or null, or a list of them."""
+    for choice in [value, value.get("items", {}), *value.get("anyOf", [])]:
+        if "$ref" in choice:
+            return definitions[choice["$ref"].rpartition("/")[2]]
+    return None
+
+
+def _type(value: Schema, definitions: Schema) -> str:
+    if "anyOf" in value:
+        return " or ".join(_type(choice, definitions) for choice in value["anyOf"])
+    if "$ref" in value:
+        return "keys below"
+    if "enum" in value or "const" in value:
+        return ", ".join(_code(choice) for choice in value.get("enum", [value.get("const")]))
+    kind = {"boolean": "true, false", "object": "mapping", "array": "list"}.get(
+        value.get("type", ""), value.get("type")
+    )
+    if kind == "list" and "items" in value:
+        kind = f"list of {_type(value['items'], definitions)}"
+    limits = [f"{sign} {value[name]:g}" for name, sign in LIMITS.items() if name in value]
+    return " ".join([kind or "anything", *([", ".join(limits)] if limits else [])])
+
+
+def _code(value: Any) -> str:
+    return f"`{_cell(json.dumps(value, ensure_ascii=False) if not isinstance(value, str) or not value else value)}`"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

@@ -1,0 +1,184 @@
+"""The sub-command ``jepa-scale convert``."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from jepa_scale.utils.errors import InputError
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_EXPORT_ONLY = ("checkpoint", "dtype", "shard_size", "heads", "adapter", "tokenizer", "no_verify")
+STOPPED = "stopped; what is finished stays: start the same command again to go on"
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGTERM, as an exception."""
+
+
+class _Intermixed(argparse.ArgumentParser):
+    """Overrides of the config may stand after flags, too."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        return self.parse_intermixed_args(args, namespace)
+
+
+def parser() -> argparse.ArgumentParser:
+    """``jepa-scale convert RUN --to hf --out DIR`` and ``jepa-scale convert DIR --from hf --config FILE --out RUN``."""
+    convert = _Intermixed(
+        prog="jepa-scale convert", description="A run's checkpoint to Hugging Face format, or such a model into a run."
+    )
+    convert.add_argument("source", type=Path, help="run directory (--to), or folder of a model (--from)")
+    way = convert.add_mutually_exclusive_group(required=True)
+    way.add_argument("--to", choices=["hf"], help="convert a run's checkpoint")
+    way.add_argument("--from", dest="origin", choices=["hf"], help="make a run that starts from a model")
+    convert.add_argument(
+        "--out", type=Path, required=True, help="folder to write into: new, or of a conversion that was stopped"
+    )
+    export = convert.add_argument_group("with --to")
+    export.add_argument("--checkpoint", metavar="PATH|auto", help="which one (default: auto, the newest whole one)")
+    export.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: float32)")
+    export.add_argument("--shard-size", metavar="SIZE", help="of a file at most, e.g. 500MB (default: 2GB)")
+    export.add_argument(
+        "--heads",
+        action="store_true",
+        default=None,
+        help="write the objective's own parameters, too, in their own file",
+    )
+    export.add_argument(
+        "--adapter",
+        action="store_true",
+        default=None,
+        help="of a LoRA run, write the adapters alone, as peft loads them (default: the merged model)",
+    )
+    export.add_argument("--tokenizer", metavar="DIR|none", help="folder or name of a tokenizer (default: the data's)")
+    export.add_argument(
+        "--no-verify", action="store_true", default=None, help="don't compare the checkpoint's checksums first"
+    )
+    convert.add_argument("--no-progress", action="store_true", help="no progress bar")
+    bring = convert.add_argument_group("with --from")
+    bring.add_argument("--config", help="YAML file of the experiment; its model: is the model's")
+    bring.add_argument("overrides", nargs="*", metavar="section.key=value", help="override keys of the config")
+    convert.set_defaults(command=convert_any)
+    return convert
+
+
+def convert_any(args: argparse.Namespace) -> int:
+    given = [name for name in _EXPORT_ONLY if getattr(args, name) is not None]
+    if args.to:
+        if args.config is not None or args.overrides:
+            raise InputError("--config and overrides belong to --from hf: a run has its config")
+        return export_run(args)
+    if given:
+        raise InputError(f"--{given[0].replace('_', '-')}: belongs to --to hf")
+    if args.config is None:
+        raise InputError("--from hf needs --config, the experiment that the model is to be trained in")
+    return import_model(args)
+
+
+def size(text: str) -> int:
+    """``2GB`` → bytes.
+
+    Raises:
+        InputError: it is no size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B|)", text.strip().upper())
+    if match is None or (count := int(float(match[1]) * _UNITS[match[2]])) < 1:
+        raise InputError(f"--shard-size {text}: must be a size such as 2GB, 500MB or 512MiB")
+    return count
+
+
+def export_run(args: argparse.Namespace) -> int:
+    from jepa_scale.telemetry import quiet_libraries
+    from jepa_scale.telemetry.records import config_of
+
+    config_of(args.source)
+    shard_bytes = None if args.shard_size is None else size(args.shard_size)
+    quiet_libraries()
+    from jepa_scale.convert.to_hf import ExportOptions, export
+
+    chosen: dict[str, Any] = {
+        name: getattr(args, name)
+        for name in ("checkpoint", "dtype", "heads", "adapter", "tokenizer")
+        if getattr(args, name) is not None
+    }
+    if shard_bytes is not None:
+        chosen["shard_bytes"] = shard_bytes
+    options = ExportOptions(**chosen, verify=not args.no_verify, progress=not args.no_progress)
+    before = signal.signal(signal.SIGTERM, _stop)
+    begin = time.monotonic()
+    try:
+        made = export(args.source, args.out, options, note=lambda line: print(line, file=sys.stderr, flush=True))
+    except KeyboardInterrupt as error:
+        print(f"jepa-scale: {STOPPED}", file=sys.stderr)
+        return 128 + (signal.SIGTERM if isinstance(error, Stopped) else signal.SIGINT)
+    except OSError as error:
+        raise InputError(
+            f"{error.filename or args.out}: {error.strerror}; start the same command again when that is mended"
+        ) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    seconds = time.monotonic() - begin
+    files = f"{made.files} file{'s' if made.files != 1 else ''}"
+    kept = f", {made.kept} of them there already" if made.kept else ""
+    what = f"LoRA adapters of {made.class_name}" if options.adapter else made.class_name
+    print(f"{made.checkpoint} → {args.out}: {what}, {made.nbytes:,} bytes in {files}{kept}, {seconds:,.1f} s")
+    if options.heads and not made.heads:
+        print("the objective has no parameters of its own: no file of heads")
+    return 0
+
+
+def import_model(args: argparse.Namespace) -> int:
+    from jepa_scale.telemetry import quiet_libraries
+
+    quiet_libraries()
+    from jepa_scale.config.schema import load_config, to_yaml
+    from jepa_scale.experiment import validate
+
+    config = load_config(args.config, args.overrides)
+    config.run.dir, config.run.name = str(args.out.parent), args.out.name
+    plan = validate(config)
+
+    import torch
+    from transformers.utils import logging
+
+    from jepa_scale.convert.from_hf import load_decoder, load_heads, write_checkpoint
+    from jepa_scale.data import load_data
+    from jepa_scale.distributed.comm import Ranks
+    from jepa_scale.models.loading import build_backbone
+    from jepa_scale.objectives.base import JepaModel
+    from jepa_scale.telemetry import prepare_run_dir
+    from jepa_scale.telemetry.records import CONFIG_FILE
+    from jepa_scale.training.build import create_stream
+    from jepa_scale.utils.io import write_atomic
+
+    if args.no_progress:
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    data = load_data(config.data)
+    torch.manual_seed(config.run.seed)  # as a run is built, so that heads without a file start as they would there
+    backbone = build_backbone(plan.model, data.vocab_size)
+    objective = plan.objective_class(plan.objective, backbone, data)
+    module = JepaModel(backbone, objective)
+    load_decoder(backbone.decoder, args.source)
+    heads = load_heads(module, args.source)
+
+    stream = create_stream(config, data, objective, Ranks(0, 1, 0, torch.device("cpu"), "python"))
+    prepare_run_dir(args.out, resume=False)
+    state = {"data": stream.state(0), "tokens": 0, "seconds": 0.0}
+    checkpoint = write_checkpoint(args.out / "checkpoints", module, state, config.model_dump(mode="json"))
+    write_atomic(args.out / CONFIG_FILE, to_yaml(config))
+    own = sum(1 for _ in objective.parameters())
+    told = "" if not own else ", the objective's parameters too" if heads else ", the objective freshly initialised"
+    print(f"{args.source} → {checkpoint}: {type(backbone.decoder).__name__}{told}")
+    print(f"go on with: jepa-scale train --config {args.out / CONFIG_FILE} --resume auto")
+    return 0
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise Stopped

@@ -1,0 +1,154 @@
+"""The console script ``jepa-scale``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from jepa_scale import __version__
+from jepa_scale.utils.allocator import start_with_tcmalloc
+from jepa_scale.utils.errors import InputError
+
+PARSERS = {
+    "data": "jepa_scale.cli.data",
+    "checkpoint": "jepa_scale.cli.checkpoint",
+    "convert": "jepa_scale.cli.convert",
+    "encode": "jepa_scale.cli.encode",
+    "generate": "jepa_scale.cli.generate",
+    "plan": "jepa_scale.cli.plan",
+    "watch": "jepa_scale.cli.watch",
+}
+"""Commands whose flags need modules that the others do without → where their ``parser`` is."""
+
+COMPUTE = ("train", "eval", "encode", "generate")
+"""Commands that run a model."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    if argv is None:
+        argv = sys.argv[1:]
+        if argv[:1] and argv[0] in COMPUTE:
+            start_with_tcmalloc()
+    if argv[:1] == ["train"]:  # has a parser of its own, shared with `python jepa_scale/train.py`
+        from jepa_scale.cli.train import refused
+
+        if code := refused(argv[1:]):
+            return code
+        from jepa_scale import train
+
+        return train.main(argv[1:])
+    if argv[:1] and argv[0] in PARSERS:
+        of_command: argparse.ArgumentParser = importlib.import_module(PARSERS[argv[0]]).parser()
+        args = of_command.parse_args(argv[1:])
+    else:
+        args = parser().parse_args(argv)
+    command: Callable[[argparse.Namespace], int] = args.command
+    try:
+        return command(args)
+    except InputError as error:
+        print(f"jepa-scale: {error}", file=sys.stderr)
+        return 2
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="jepa-scale", description="Train and evaluate JEPA-augmented decoders.")
+    top.add_argument("--version", action="version", version=f"jepa_scale {__version__}")
+    commands = top.add_subparsers(
+        required=True, metavar="train|eval|data|checkpoint|convert|encode|generate|plan|watch|config|report"
+    )
+    commands.add_parser("train", help="train one run (see jepa-scale train --help)")
+
+    evaluate = commands.add_parser("eval", help="evaluate a checkpoint of a run")
+    evaluate.add_argument("run", type=Path, help="run directory")
+    evaluate.add_argument("--checkpoint", default="auto", help="a checkpoint's path (default: the newest)")
+    evaluate.add_argument("overrides", nargs="*", metavar="eval.key=value", help="override keys of the run's config")
+    evaluate.set_defaults(command=evaluate_run)
+
+    commands.add_parser("data", help="prepare, verify or make data (see jepa-scale data --help)")
+    commands.add_parser("checkpoint", help="list, verify or prune checkpoints (see jepa-scale checkpoint --help)")
+    commands.add_parser("convert", help="to and from Hugging Face format (see jepa-scale convert --help)")
+    commands.add_parser("encode", help="texts to states of a run's model (see jepa-scale encode --help)")
+    commands.add_parser("generate", help="what a run's model says (see jepa-scale generate --help)")
+
+    commands.add_parser("plan", help="memory, communication and time of a run (see jepa-scale plan --help)")
+    commands.add_parser("watch", help="follow runs while they train (see jepa-scale watch --help)")
+
+    config = commands.add_parser(
+        "config", help="print a config with every default filled in, and where each value is from"
+    )
+    what = config.add_mutually_exclusive_group(required=True)
+    what.add_argument("config", nargs="?", help="YAML file")
+    what.add_argument("--list", action="store_true", help="list the configs that come with jepa_scale")
+    what.add_argument("--schema", action="store_true", help="print the JSON Schema of all configs, for editors")
+    what.add_argument("--reference", action="store_true", help="print all keys with their meanings, as Markdown")
+    config.add_argument("overrides", nargs="*", metavar="section.key=value")
+    config.set_defaults(command=print_config)
+
+    report = commands.add_parser("report", help="write report.html of runs, and one page on which they are compared")
+    report.add_argument("runs", nargs="+", type=Path, help="run directories")
+    report.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the page of several runs (default: comparison.html in the first one's parent)",
+    )
+    report.set_defaults(command=report_runs)
+    return top
+
+
+def evaluate_run(args: argparse.Namespace) -> int:
+    from jepa_scale.cli.train import refused_evaluation
+
+    if code := refused_evaluation(args.run, args.overrides):
+        return code
+    from jepa_scale.train import guarded
+    from jepa_scale.training.trainer import evaluate_checkpoint
+
+    return guarded(evaluate_checkpoint, args)
+
+
+def print_config(args: argparse.Namespace) -> int:
+    if args.list:
+        from jepa_scale.config.schema import shipped_configs
+
+        for name, about in shipped_configs():
+            print(f"{name:40s} {about}")
+        return 0
+    if args.schema:
+        from jepa_scale.cli.config_schema import config_schema
+
+        print(json.dumps(config_schema(), indent=2))
+        return 0
+    if args.reference:
+        from jepa_scale.cli.config_reference import reference
+
+        print(reference(), end="")
+        return 0
+    from jepa_scale.cli.config_origins import annotate
+    from jepa_scale.config.schema import load_config
+    from jepa_scale.experiment import validate
+
+    config = load_config(args.config, args.overrides)
+    validate(config)
+    print(annotate(config, args.config, args.overrides), end="")
+    return 0
+
+
+def report_runs(args: argparse.Namespace) -> int:
+    for run in args.runs:
+        if not (run / "metrics.jsonl").is_file():
+            raise InputError(f"{run}: not a run directory (no metrics.jsonl)")
+    from jepa_scale.report.page import runs_table, write_report  # draws, which takes matplotlib
+
+    for run in args.runs:
+        write_report(run)
+    print(runs_table(args.runs))
+    if len(args.runs) > 1:
+        from jepa_scale.report.compare_page import COMPARISON_FILE, write_comparison
+
+        print(f"side by side: {write_comparison(args.runs, args.out or args.runs[0].parent / COMPARISON_FILE)}")
+    return 0

@@ -1,0 +1,52 @@
+"""The command line of training, and a bad config's refusal: before torch is imported, which takes seconds."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from jepa_scale.config.schema import load_config
+from jepa_scale.experiment import validate
+from jepa_scale.telemetry.records import config_of
+from jepa_scale.utils.errors import DataError, InputError
+
+
+def parser() -> argparse.ArgumentParser:
+    train = argparse.ArgumentParser(prog="jepa-scale train", description="Train one run from a config.")
+    train.add_argument("--config", required=True, help="YAML file of the experiment")
+    train.add_argument("--resume", metavar="auto|PATH", help="continue: from the run's newest checkpoint, or from PATH")
+    train.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
+    train.add_argument("overrides", nargs="*", metavar="section.key=value", help="override keys of the config")
+    return train
+
+
+def refused(argv: Sequence[str]) -> int:
+    """Check the config of a training process. Returns the exit code: 0, or 2 after printing what is wrong."""
+    args = parser().parse_intermixed_args(argv)
+    try:
+        validate(load_config(args.config, args.overrides))
+    except InputError as error:
+        return refusal(error)
+    return 0
+
+
+def refused_evaluation(run: Path, overrides: Sequence[str]) -> int:
+    """Check the config, with the overrides, of the run that a process is to evaluate. Returns the exit code, as above."""
+    try:
+        validate(load_config(config_of(run), list(overrides)))
+    except InputError as error:
+        return refusal(error)
+    return 0
+
+
+def refusal(error: InputError) -> int:
+    """Print what is wrong in one line, on rank 0 alone as all ranks have found the same, and return the exit code."""
+    if os.environ.get("RANK", "0") == "0" or isinstance(error, DataError):
+        print(f"jepa-scale: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(2)  # a launcher ends all ranks when the first one goes: rank 0 must have printed by then
+    return 2

@@ -1,0 +1,398 @@
+"""Configuration: YAML file + dotted overrides → one typed, validated, fully resolved object.
+
+Sections are pydantic models: unknown keys and wrong types are errors that name the key, and every key's description
+travels with it. An objective's and a source's own options are declared beside their code as :class:`Section` classes
+and checked by :func:`parse_section` when they are built.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from jepa_scale.utils.errors import InputError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SHIPPED = REPOSITORY if (REPOSITORY / "configs").is_dir() else Path(__file__).resolve().parents[1]
+"""Where ``configs/`` lies: in the repository, or in the package if that was installed from a wheel."""
+
+
+class Section(BaseModel):
+    """A group of keys. Unknown keys are errors."""
+
+    # what checks a section is built when it is first used: of the many sections an experiment has a few
+    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=(), defer_build=True)
+
+    def resolved(self) -> dict[str, Any]:
+        """All keys that mean something, defaults filled in, as plain YAML values; they load again as the same section."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+
+class RunConfig(Section):
+    name: str = Field("", description="Name of the run; empty = the config's file name.")
+    dir: str = Field("runs", description="Folder that holds the run directories.")
+    seed: int = Field(0, ge=0, description="Seed of everything random: weights, data order, views.")
+
+
+class EngineConfig(Section):
+    name: Literal["auto", "deepspeed", "fsdp"] = Field(
+        "auto", description="auto = DeepSpeed under its own launcher, FSDP2 otherwise."
+    )
+    deepspeed: str = Field("configs/ds/zero1.json", description="DeepSpeed JSON; its stage is the ZeRO stage.")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "fp32",
+        description="Compute dtype; masters and moments stay fp32. auto = bf16 where every rank's device has instructions "
+        "for it, fp32 elsewhere.",
+    )
+    tp: int = Field(
+        1, ge=1, description="Degree of tensor parallelism: so many neighbouring ranks share each layer; 1 = none."
+    )
+    replicas: int = Field(
+        1, ge=1, description="FSDP2: copies of the model, each sharded over its own ranks (HSDP); 1 = over all ranks."
+    )
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="What of a block is computed again in the backward pass: full = all; selective = all but matrix "
+        "products and attention.",
+    )
+    compile: bool = Field(
+        False, description="torch.compile each block, and the LM head's loss; its first steps take a minute or more."
+    )
+    tf32: bool = Field(True, description="fp32 matrix products in TF32 on GPUs that have it; 3 digits instead of 7.")
+    threads: int = Field(0, ge=0, description="CPU threads a rank; 0 = cores / ranks on this host (CPU runs only).")
+
+
+class GroupOverride(Section):
+    lr: float | None = Field(None, gt=0, description="Peak learning rate of these parameters; null = as without.")
+    weight_decay: float | None = Field(
+        None, ge=0, description="Their weight decay, whatever their shape; null = as without."
+    )
+    method: Literal["adamw", "muon"] | None = Field(
+        None,
+        description="What steps them; muon = linear layers' weights, or the matrix named in full; null = as without.",
+    )
+
+
+class OptimConfig(Section):
+    method: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon = the weights of linear layers by Muon, everything else and the LM head by AdamW."
+    )
+    lr: float = Field(1e-3, gt=0, description="Peak learning rate of the backbone.")
+    lr_head: float | None = Field(
+        None, gt=0, description="Peak learning rate of the objective's heads and memory; null = lr."
+    )
+    lr_muon: float | None = Field(
+        None, gt=0, description="Peak learning rate of Muon's matrices, everywhere; null = lr, and lr_head in heads."
+    )
+    muon_momentum: float = Field(0.95, ge=0, lt=1, description="Muon's momentum (Nesterov's).")
+    muon_steps: int = Field(5, ge=1, le=20, description="Newton-Schulz iterations in an update by Muon.")
+    adjust_lr: Literal["match_rms_adamw", "original"] = Field(
+        "match_rms_adamw",
+        description="Muon's learning rate by shape: 0.2 sqrt(max(out, in)), so that AdamW's suits it, or sqrt(max(1, out / in)).",
+    )
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW betas.")
+    eps: float = Field(1e-8, gt=0, description="AdamW epsilon.")
+    weight_decay: float = Field(
+        0.1, ge=0, description="Decoupled weight decay, on parameters of two or more dimensions."
+    )
+    decay_embeddings: bool = Field(True, description="Whether weight decay applies to embeddings too.")
+    overrides: dict[str, GroupOverride] = Field(
+        default_factory=dict,
+        description="Parameters by the start of their dotted name, e.g. objective.memory; the longest match counts.",
+    )
+    clip_norm: float = Field(1.0, ge=0, description="Global gradient norm limit; 0 = no clipping.")
+    warmup_steps: int = Field(50, ge=0, description="Steps of linear warm-up.")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Shape after warm-up.")
+    final_lr: float = Field(0.0, ge=0, le=1, description="Learning rate at the last step, as a fraction of the peak.")
+
+    @property
+    def uses_muon(self) -> bool:
+        return self.method == "muon" or any(override.method == "muon" for override in self.overrides.values())
+
+    @model_validator(mode="after")
+    def _muons_keys_are_of_use(self) -> OptimConfig:
+        if self.uses_muon:
+            return self
+        for key in ("lr_muon", "muon_momentum", "muon_steps", "adjust_lr"):
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"{key}: is Muon's, and nothing is stepped by it; set method to muon, or remove the key"
+                )
+        return self
+
+
+class EarlyStopping(Section):
+    """End the run when an evaluation's metric gets no better. Better is what the metric's kind says: a loss is to fall."""
+
+    metric: str = Field(description="As split/metric, e.g. valid/ppl.", pattern=r"^[^/]+/[^/]+$")
+    patience: int = Field(10, ge=1, description="Evaluations in a row without an improvement after which the run ends.")
+    min_delta: float = Field(0.0, ge=0, description="What counts as an improvement is more than this.")
+
+
+class AbortRule(Section):
+    """End the run, with an error, when a metric is not as it should be. NaN and infinity never are."""
+
+    metric: str = Field(
+        description="As split/metric; the split fit is the training itself, looked at in its logged rows.",
+        pattern=r"^[^/]+/[^/]+$",
+    )
+    below: float | None = Field(None, description="The least value that it may have; null = any.")
+    above: float | None = Field(None, description="The greatest value that it may have; null = any.")
+    after_steps: int = Field(0, ge=0, description="Optimizer steps up to which nothing is said.")
+    after_epochs: float = Field(0, ge=0, description="Passes over the data before which nothing is said.")
+
+
+class TrainConfig(Section):
+    steps: int = Field(0, ge=0, description="Optimizer steps; 0 = as many as epochs take, or 1000.")
+    epochs: int = Field(
+        0, ge=0, description="Passes over the data, each sample once a pass; 0 = as many as steps need."
+    )
+    flops: float = Field(
+        0,
+        ge=0,
+        allow_inf_nan=False,
+        description="FLOPs to train with instead of steps or epochs; 0 = not counted in them.",
+    )
+    same_flops_as: str | None = Field(None, description="A run directory: train with the FLOPs that this run took.")
+    batch_size: int = Field(
+        0, ge=0, description="Samples in an optimizer step, over all ranks; 0 = as batch_tokens say, or 256."
+    )
+    accumulation: int = Field(1, ge=1, description="Micro-batches a rank and step; batch_size is divided by it.")
+    batch_tokens: int = Field(
+        0, ge=0, description="Tokens in an optimizer step, over all ranks, instead of batch_size: samples are packed."
+    )
+    micro_tokens: int = Field(
+        0, ge=0, description="With batch_tokens: tokens in a micro-batch of a rank; the accumulation follows from it."
+    )
+    log_every: int = Field(10, ge=1, description="Steps between rows of metrics.jsonl.")
+    eval_every: int = Field(0, ge=0, description="Steps between evaluations; 0 = at the end only.")
+    max_skipped_steps: int = Field(
+        10, ge=0, description="Steps in a row without a finite gradient, all skipped, after which the run stops."
+    )
+    spike_factor: float = Field(
+        0.0, ge=0, description="Tell of losses above this many times the median of the last 20 rows; 0 = don't look."
+    )
+    hang_minutes: float = Field(
+        30.0, ge=0, description="Without progress for so long a rank is taken to hang, and the run ends; 0 = never."
+    )
+
+    early_stopping: EarlyStopping | None = Field(
+        None, description="When the run has learned enough; null = at its last step."
+    )
+    abort: list[AbortRule] = Field(
+        default_factory=list, description="What must not happen; the run ends with an error."
+    )
+
+    @model_validator(mode="after")
+    def _complete(self) -> TrainConfig:
+        if (self.flops or self.same_flops_as) and (self.steps or self.epochs):
+            given = "flops" if self.flops else "same_flops_as"
+            raise ValueError(
+                f"{given}: says how long to train, and so does {'steps' if self.steps else 'epochs'}; remove one"
+            )
+        if self.same_flops_as:
+            self.flops = _flops_of(self.same_flops_as, self.flops)
+        if not self.steps and not self.epochs and not self.flops:
+            self.steps = 1000
+        if self.early_stopping and not self.eval_every:
+            raise ValueError("early_stopping: needs evaluations to look at; set eval_every")
+        if self.batch_size and self.batch_tokens:
+            raise ValueError("give one of batch_size (samples) and batch_tokens, and leave the other one 0")
+        if not self.batch_size and not self.batch_tokens:
+            self.batch_size = 256
+        if bool(self.batch_tokens) != bool(self.micro_tokens):
+            raise ValueError("batch_tokens and micro_tokens belong together")
+        if self.batch_tokens and self.accumulation != 1:
+            raise ValueError("with batch_tokens the accumulation follows from micro_tokens; leave it out")
+        return self
+
+
+def _flops_of(run: str, known: float) -> float:
+    """What a run took by its summary. A resolved config has it beside the run's name, and needs the run no more."""
+    problem, flops = "", None
+    try:
+        summary = json.loads((Path(run).expanduser() / "summary.json").read_text(encoding="utf-8"))
+        flops = summary.get("flops") if isinstance(summary, dict) else None
+    except OSError:
+        problem = f"{run!r} is no run directory with a summary.json; give one of a run that has ended"
+    except ValueError:
+        problem = f"the summary.json of {run!r} is damaged; give another run"
+    if not problem and not (isinstance(flops, int | float) and math.isfinite(flops) and flops > 0):
+        problem = f"the summary.json of {run!r} has no flops; train that run again, or give train.flops"
+    if not problem and known and flops != known:
+        problem = f"{run!r} took {flops:.4g} FLOPs, and train.flops is {known:.4g}; remove one"
+    if not problem:
+        assert flops is not None
+        return float(flops)
+    if known and flops is None:
+        return known
+    raise ValueError(f"same_flops_as: {problem}")
+
+
+class CheckpointConfig(Section):
+    every: int = Field(0, ge=0, description="Steps between checkpoints; 0 = at the end only.")
+    keep_last: int = Field(2, ge=1, description="Newest checkpoints to keep.")
+    keep_every: int = Field(0, ge=0, description="Keep those whose step is a multiple of this, too; 0 = none.")
+    keep_best: str | None = Field(
+        None, description="Keep the one that is best by this metric of an evaluation, as split/metric, too."
+    )
+    ephemeral_every: int = Field(
+        0, ge=0, description="Steps between further checkpoints of which only the newest is kept; 0 = none."
+    )
+    asynchronous: bool = Field(True, description="Write while training goes on; host memory holds a copy meanwhile.")
+    verify: bool = Field(True, description="Compare the checksums of a checkpoint before it is resumed from.")
+
+
+class LogConfig(Section):
+    wandb: bool = Field(False, description="Log to Weights & Biases (offline unless a key is set).")
+    wandb_project: str = Field("jepa_scale", description="W&B project.")
+    tensorboard: bool = Field(False, description="Write TensorBoard events into the run directory.")
+    progress: bool = Field(True, description="Progress bar on rank 0.")
+    report: bool = Field(True, description="Write report.html and plots/*.png at the end.")
+    breakdown: bool = Field(
+        False,
+        description="Seconds of each part of a step (data, forward, backward, optimizer …) in the rows of training.",
+    )
+
+
+class Config(Section):
+    """A whole experiment."""
+
+    run: RunConfig = Field(RunConfig(), description="Name, place and seed.")
+    engine: EngineConfig = Field(EngineConfig(), description="Who shards the model.")
+    model: dict[str, Any] = Field(description="Backbone: a file of configs/models or its keys (jepa_scale.models).")
+    data: dict[str, Any] = Field(description="Source and its options (jepa_scale.data).")
+    objective: dict[str, Any] = Field(description="Objective and its options (jepa_scale.objectives).")
+    optim: OptimConfig = Field(OptimConfig(), description="Optimizer and schedule.")
+    train: TrainConfig = Field(TrainConfig(), description="Length, batch size, intervals.")
+    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="When to save and what to keep.")
+    eval: dict[str, Any] = Field(default_factory=dict, description="Evaluation options (jepa_scale.evaluation).")
+    log: LogConfig = Field(LogConfig(), description="Where metrics go.")
+
+
+S = TypeVar("S", bound=Section)
+
+
+def parse_section(cls: type[S], values: Any, prefix: str) -> S:
+    """Validate ``values`` as ``cls``.
+
+    Raises:
+        InputError: one line naming ``prefix.key``, what is wrong with it and, for an unknown key, the nearest known one.
+    """
+    if not isinstance(values, dict):
+        raise InputError(f"{prefix or 'config'}: must be a mapping of keys, not {type(values).__name__}")
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        raise InputError(_explain(cls, error, prefix)) from None
+
+
+def _explain(cls: type[Section], error: ValidationError, prefix: str) -> str:
+    first = error.errors()[0]
+    path = [str(p) for p in first["loc"] if not str(p).startswith("function-")]
+    name = ".".join([prefix, *path] if prefix else path)
+    if first["type"] == "extra_forbidden":
+        owner: Any = cls
+        for part in path[:-1]:
+            annotation = owner.model_fields[part].annotation
+            kinds = [annotation, *get_args(annotation)]  # a section, or one or null
+            owner = next((k for k in kinds if isinstance(k, type) and issubclass(k, Section)), owner)
+        near = difflib.get_close_matches(path[-1], owner.model_fields, n=1, cutoff=0.5)
+        known = (
+            f"known keys: {', '.join(sorted(owner.model_fields))}" if owner.model_fields else "there are no keys here"
+        )
+        hint = f"did you mean {near[0]!r}?" if near else known
+        return f"{name}: unknown key; {hint}"
+    if first["type"] == "missing":
+        return f"{name}: required key is missing"
+    if first["type"] == "value_error":  # of a validator of ours, which knows what to say
+        said = str(first["ctx"]["error"])
+        key = said.partition(":")[0]
+        return ".".join(filter(None, [prefix, said])) if not path and key in cls.model_fields else f"{name}: {said}"
+    return f"{name}: {first['msg'][0].lower() + first['msg'][1:]}, got {first['input']!r}"
+
+
+def find_file(path: str | Path, key: str, beside: Path | None = None) -> Path:
+    """The file that ``path`` means: as given, beside the config that names it, or among those of jepa_scale (:data:`SHIPPED`).
+
+    Raises:
+        InputError: no such file in any of these places.
+    """
+    path = Path(path).expanduser()
+    places = [path] if path.is_absolute() else [Path.cwd() / path, *([beside / path] if beside else []), SHIPPED / path]
+    for place in places:
+        if place.is_file():
+            return place
+    raise InputError(f"{key}: no file {str(path)!r} (looked for {', '.join(str(p) for p in places)})")
+
+
+def shipped_configs() -> list[tuple[str, str]]:
+    """Names for ``--config``, and the first line of the comment that each begins with."""
+    files = sorted((SHIPPED / "configs").glob("*.yaml"))
+    return [
+        (f"configs/{file.name}", file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")) for file in files
+    ]
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping from a file, with the file and line in the error when it is damaged."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise InputError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: must hold a mapping of keys, not {type(values).__name__}")
+    return values
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set ``a.b=value`` in place; the value is read as YAML (``1e-3`` as a number too)."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"override {override!r}: must look like section.key=value")
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        child = values.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise InputError(f"override {override!r}: {parent!r} is not a section")
+        values = child
+    try:
+        values[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"override {override!r}: {text!r} is not a YAML value") from None
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read, override, validate.
+
+    ``model:`` may name a file of its own (``model: configs/models/tiny.yaml``); overrides such as ``model.hidden_size=64``
+    change that file's keys.
+
+    Raises:
+        InputError: with the key or file that is wrong and what to do.
+    """
+    file = find_file(path, "--config")
+    values = read_yaml(file)
+    if any(o.startswith("model=") for o in overrides):
+        apply_override(values, [o for o in overrides if o.startswith("model=")][-1])
+    if isinstance(values.get("model"), str):
+        values["model"] = read_yaml(find_file(values["model"], "model", file.parent))
+    for override in overrides:
+        if not override.startswith("model="):
+            apply_override(values, override)
+    config = parse_section(Config, values, "")
+    if not config.run.name:
+        config.run.name = file.stem
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100)

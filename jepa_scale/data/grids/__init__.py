@@ -1,0 +1,1 @@
+"""Grids of colours: their objects, their rules, their changes."""

@@ -1,0 +1,1 @@
+"""Raw data: a file a format, each of them a reader of records."""

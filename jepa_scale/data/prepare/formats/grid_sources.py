@@ -1,0 +1,82 @@
+"""Sequences of grids by name: generated ones, and chains of ARC's pairs (SPEC row G1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from jepa_scale.data.grids import rules as grid_rules
+from jepa_scale.data.prepare.base import BadRecord, PrepareOptions, Record
+from jepa_scale.data.prepare.formats.grids import pair, windows
+from jepa_scale.data.prepare.formats.source import Items, Part, Source, identify_files, identity
+from jepa_scale.data.prepare.formats.table import read_json
+from jepa_scale.data.prepare.places import data_places
+from jepa_scale.utils.errors import InputError
+
+FRAMES = 6
+"""Grids of a generated sequence: three windows."""
+SEQUENCES = {"train": 2000, "valid": 200}
+_SEEDS = {"train": 0, "valid": 1}
+
+
+def generated(options: PrepareOptions) -> Source:
+    """Windows over sequences of :mod:`jepa_scale.data.grids.rules`: 6,000 to train on and 600 of others as the split ``valid``."""
+    parts = {split: Part(partial(_generated, split), n * (FRAMES - 3)) for split, n in SEQUENCES.items()}
+    return Source("grids", parts, _identify_generated)
+
+
+def _generated(split: str) -> Items:
+    for number in range(SEQUENCES[split]):
+        frames = grid_rules.frames(_SEEDS[split], number, FRAMES)
+        yield from windows(f"grid_rules-{split}#{number}", [frame.tolist() for frame in frames])
+
+
+def _identify_generated() -> str:
+    """By what a few of them look like: whoever changes the rules changes the data."""
+    some = [[frame.tolist() for frame in grid_rules.frames(seed, 0, FRAMES)] for seed in _SEEDS.values()]
+    return identity("grid_rules", SEQUENCES, FRAMES, some)
+
+
+def arc(options: PrepareOptions) -> Source:
+    """ARC's training tasks (Chollet, arXiv 1911.01547) as chains: the input and the output of one demonstration and the input of
+    another lead to the latter's output, for every two demonstrations of a task. The split ``valid`` has the tasks' tests, each
+    led to by the task's last demonstration.
+
+    Raises:
+        InputError: the folder of task files is not there.
+    """
+    folders = [place / "arc" / "training" for place in data_places()]
+    for folder in folders:
+        files = tuple(sorted(folder.glob("*.json")))
+        if files:
+            parts = {split: Part(partial(_chains, files, split)) for split in ("train", "valid")}
+            return Source("grids", parts, partial(identify_files, {"all": files}, folder, "chains"))
+    raise InputError(
+        f"arc: no task files in {' or '.join(map(str, folders))}; take data/training of the ARC-AGI repository, or set "
+        "JEPA_SCALE_DATA to the folder that holds arc/training/"
+    )
+
+
+def _chains(files: tuple[Path, ...], split: str) -> Items:
+    for file in files:
+        shown: list[Record] = []
+        asked: list[Record] = []
+        for row in read_json(file):
+            if isinstance(row, BadRecord):
+                yield from [row] if split == "train" else []
+                continue
+            (asked if "#test[" in row.where else shown).append(row)
+        if len(shown) < 2 and split == "train":
+            yield BadRecord(str(file), "too few pairs", f"train holds {len(shown)}, a chain needs 2")
+        elif split == "train":
+            yield from _joined((first, second) for second in shown for first in shown if first is not second)
+        elif shown:
+            yield from _joined((shown[-1], second) for second in asked)
+
+
+def _joined(pairs: Iterator[tuple[Record, Record]]) -> Items:
+    for first, second in pairs:
+        where = f"{first.where}{second.where[second.where.rindex('#') :]}"
+        grids = [first.value.get("input"), first.value.get("output"), second.value.get("input")]
+        yield pair(where, grids, second.value.get("output"), ("context", "target"))

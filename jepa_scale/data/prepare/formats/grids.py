@@ -1,0 +1,74 @@
+"""Grids of colours: checked, and cut into contexts and targets (SPEC row G1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jepa_scale.data.prepare.base import BadRecord, Record
+from jepa_scale.data.prepare.formats.source import Items
+
+CONTEXT = 3
+"""Grids before the target, at most, in a sliding window over frames."""
+COLOURS = 10
+
+
+def grid_fault(grid: Any) -> tuple[str, str] | None:
+    """(reason, detail) of what is wrong with a grid, None when nothing is."""
+    if not isinstance(grid, list) or not all(isinstance(row, list) for row in grid):
+        return "not a grid", f"must be a list of rows of colours, got {str(grid)[:40]}"
+    if not grid or not grid[0]:
+        return "empty grid", f"{len(grid)}×0 cells"
+    for number, row in enumerate(grid):
+        if len(row) != len(grid[0]):
+            return "ragged grid", f"row {number} has {len(row)} cells, row 0 has {len(grid[0])}"
+        for colour in row:
+            if type(colour) is not int:
+                return "not an integer colour", f"row {number} holds {colour!r}"
+            if not 0 <= colour < COLOURS:
+                return "colour outside 0-9", f"row {number} holds {colour}"
+    return None
+
+
+def looks_like_grid(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(row, list) for row in value)
+
+
+def looks_like_grids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(looks_like_grid(grid) for grid in value)
+
+
+def windows(where: str, frames: Any, field: str = "frames") -> Items:
+    """Each grid after the first ``CONTEXT`` with these before it; fewer grids than that make one pair, the last with all
+    before it. A record is called ``where#frames[n]`` by its target."""
+    if not isinstance(frames, list):
+        yield BadRecord(where, "not a grid", f"{field} must be a list of grids")
+        return
+    if len(frames) < 2:
+        yield BadRecord(where, "too few frames", f"{field} holds {len(frames)}, a context and a target need 2")
+        return
+    fault = first_fault({f"{field}[{n}]": grid for n, grid in enumerate(frames)})
+    if fault:
+        yield BadRecord(where, *fault)
+        return
+    for target in range(min(CONTEXT, len(frames) - 1), len(frames)):
+        context = frames[max(0, target - CONTEXT) : target]
+        yield Record(f"{where}#{field}[{target}]", {"context": context, "target": frames[target]})
+
+
+def pair(where: str, context: Any, target: Any, names: tuple[str, str]) -> Record | BadRecord:
+    """A context (a list of grids) and what follows it."""
+    if not isinstance(context, list) or not context:
+        return BadRecord(where, "not a grid", f"{names[0]} must be a list of one or more grids")
+    many = names[0] == "context"
+    grids = {f"{names[0]}[{n}]" if many else names[0]: grid for n, grid in enumerate(context)}
+    fault = first_fault({**grids, names[1]: target})
+    return BadRecord(where, *fault) if fault else Record(where, {"context": context, "target": target})
+
+
+def first_fault(grids: Mapping[str, Any]) -> tuple[str, str] | None:
+    faults: Iterator[tuple[str, tuple[str, str] | None]] = ((name, grid_fault(grid)) for name, grid in grids.items())
+    for name, fault in faults:
+        if fault:
+            return fault[0], f"{name}: {fault[1]}"
+    return None

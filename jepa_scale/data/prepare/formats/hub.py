@@ -1,0 +1,133 @@
+"""Hugging Face datasets: by name from the hub, streamed, and as ``save_to_disk`` leaves them in a folder."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jepa_scale.data.prepare.base import PrepareOptions, Record
+from jepa_scale.data.prepare.formats.files import split_of
+from jepa_scale.data.prepare.formats.source import Items, Part, identity
+from jepa_scale.utils.errors import InputError
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def looks_like_name(path: str) -> bool:
+    """Whether ``path`` may be a dataset's name on the hub: ``owner/name``, or ``name`` without a suffix."""
+    return _NAME.fullmatch(path) is not None and ("/" in path or "." not in path)
+
+
+def is_saved(folder: Path) -> bool:
+    return (folder / "dataset_dict.json").is_file() or (
+        (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    )
+
+
+def choose_splits(names: list[str], train: str | None, what: str) -> dict[str, str]:
+    """Our name → theirs: the split to train on, and those that are named like an evaluation of it (``validation``, ``test``;
+    of ``train_sft``: ``test_sft``). Others are left alone.
+
+    Raises:
+        InputError: there is no split of this name.
+    """
+    wanted = train or ("train" if "train" in names or len(names) != 1 else names[0])
+    if wanted not in names:
+        raise InputError(f"{what}: has no split {wanted!r}, but {', '.join(names)}; set data.train_split")
+    chosen = {"train": wanted}
+    suffix = wanted.partition("_")[2]
+    for name in names:
+        split = split_of(name.partition("_")[0])
+        if name != wanted and split in ("valid", "test") and name.partition("_")[2] == suffix:
+            chosen.setdefault(split, name)
+    return chosen
+
+
+def saved_parts(folder: Path, options: PrepareOptions) -> dict[str, Part]:
+    """Parts of raw rows, called ``folder/split#n``.
+
+    Raises:
+        InputError: the folder cannot be read as a dataset, or has no such split.
+    """
+    content = _load_saved(folder)
+    if not isinstance(content, dict):
+        if options.train_split:
+            raise InputError(f"{folder}: is one dataset without splits; set data.train_split to null")
+        return {"train": Part(partial(_saved_rows, folder, None), content.num_rows)}
+    chosen = choose_splits(list(content), options.train_split, str(folder))
+    return {ours: Part(partial(_saved_rows, folder, name), content[name].num_rows) for ours, name in chosen.items()}
+
+
+def saved_files(folder: Path) -> tuple[Path, ...]:
+    """The dataset's own files; what the library has cached beside them is left out."""
+    return tuple(sorted(f for f in folder.rglob("*") if f.is_file() and not f.name.startswith(("cache-", "."))))
+
+
+def _load_saved(folder: Path) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_from_disk(str(folder))
+    except Exception as error:  # whatever the library raises about a damaged folder
+        raise InputError(f"{folder}: cannot be read as a saved dataset: {_first_line(error)}") from None
+
+
+def _saved_rows(folder: Path, split: str | None) -> Items:
+    content = _load_saved(folder)
+    rows = content if split is None else content[split]
+    for number, row in enumerate(rows):
+        yield Record(f"{folder}{f'/{split}' if split else ''}#{number}", row)
+
+
+def hub_parts(name: str, options: PrepareOptions) -> dict[str, Part]:
+    """Parts of raw rows, called ``name/split#n``, read from the hub while they are used.
+
+    Raises:
+        InputError: the dataset cannot be reached, or has no such split or configuration.
+    """
+    import datasets
+
+    try:
+        names = datasets.get_dataset_split_names(name, options.config_name)
+    except Exception as error:  # no network, no such dataset, gated, needs a configuration …
+        raise unreachable(name, error) from None
+    chosen = choose_splits(list(map(str, names)), options.train_split, f"dataset {name!r}")
+    return {ours: Part(partial(hub_rows, name, options.config_name, theirs)) for ours, theirs in chosen.items()}
+
+
+def hub_rows(name: str, config: str | None, split: str) -> Items:
+    """The rows of a split, streamed."""
+    import datasets
+
+    try:
+        for number, row in enumerate(datasets.load_dataset(name, config, split=split, streaming=True)):
+            yield Record(f"{name}/{split}#{number}", row)
+    except Exception as error:
+        raise unreachable(name, error) from None
+
+
+def unreachable(name: str, error: Exception) -> InputError:
+    return InputError(
+        f"dataset {name!r} cannot be read from the Hugging Face hub: {_first_line(error)}; check the name, "
+        f"data.config_name and the network, or give it as a local file or folder (JSONL, parquet, save_to_disk)"
+    )
+
+
+def identify_hub(name: str, *choices: Any) -> str:
+    """SHA-256 in hex of the name, the newest commit where the hub says it, and the options."""
+    return identity(name, _commit(name), *choices)
+
+
+def _commit(name: str) -> str | None:
+    try:
+        from huggingface_hub import HfApi
+
+        return HfApi().dataset_info(name, timeout=20).sha
+    except Exception:  # offline: a name and a configuration are all that is known
+        return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

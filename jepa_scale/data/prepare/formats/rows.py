@@ -1,0 +1,170 @@
+"""Rows with named columns: what they are, and what is taken from them (SPEC rows F4, G1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
+
+from jepa_scale.data.prepare.base import BadRecord, PrepareOptions, Record
+from jepa_scale.data.prepare.formats.grids import looks_like_grid, looks_like_grids, pair, windows
+from jepa_scale.data.prepare.formats.source import Items, Part
+from jepa_scale.utils.errors import InputError
+
+TEXT = ("text", "content", "document")
+MESSAGES = ("messages", "conversations")
+INPUT = ("question", "input", "instruction", "prompt")
+OUTPUT = ("response", "output", "completion", "answer")
+SYSTEM = ("system", "system_prompt")
+ROLES = ("text", "messages", "input", "output", "system")
+OPTIONAL = ("system", "more")
+_LOOK = 100  # rows at the start that may be damaged before nobody can say what the others are
+
+
+@dataclass(frozen=True, slots=True)
+class Schema:
+    """What rows are: their kind, the form they have it in, and role → column."""
+
+    kind: str
+    form: str
+    columns: Mapping[str, str]
+
+    def expand(self, item: Record | BadRecord) -> Items:
+        """The records of a row. A row without a needed field, or with another type in it, is a bad record."""
+        if isinstance(item, BadRecord):
+            yield item
+            return
+        row, names = item.value, self.columns
+        for role, name in names.items():
+            if role not in OPTIONAL and row.get(name) is None:
+                has = ", ".join(map(repr, row)) or "none"
+                yield BadRecord(item.where, f"no field {name!r}", f"the row has {has}")
+                return
+        if self.form == "frames":
+            yield from windows(item.where, row[names["frames"]], names["frames"])
+        elif self.form == "context":
+            yield pair(item.where, row[names["context"]], row[names["target"]], (names["context"], names["target"]))
+        elif self.form == "grids":
+            yield pair(item.where, [row[names["input"]]], row[names["output"]], (names["input"], names["output"]))
+        elif self.form == "messages":
+            yield Record(item.where, {"messages": row[names["messages"]]})
+        elif self.form == "pair":
+            yield self._conversation(item.where, row)
+        else:
+            yield self._text(item.where, row[names["text"]])
+
+    def _text(self, where: str, text: Any) -> Record | BadRecord:
+        fault = _text_fault(text)
+        if fault:
+            return BadRecord(where, fault, f"field {self.columns['text']!r}")
+        return Record(where, text) if text.strip() else BadRecord(where, "empty document")
+
+    def _conversation(self, where: str, row: Mapping[str, Any]) -> Record | BadRecord:
+        said = {}
+        for role in ("system", "input", "more", "output"):
+            value = row.get(self.columns.get(role, ""))
+            if value is None:
+                continue
+            value = str(value) if type(value) is int else value  # the answer to a sum
+            fault = _text_fault(value)
+            if fault:
+                return BadRecord(where, fault, f"field {self.columns[role]!r}")
+            said[role] = value
+        asked = "\n\n".join(x for x in (said["input"], said.get("more", "")) if x.strip())
+        messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": said["output"]}]
+        if said.get("system", "").strip():
+            messages.insert(0, {"role": "system", "content": said["system"]})
+        return Record(where, {"messages": messages})
+
+
+def _text_fault(value: Any) -> str | None:
+    if not isinstance(value, str):
+        return "not text"
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # "\ud800" is valid JSON and no character
+        return "invalid UTF-8"
+    return None
+
+
+def expanded(part: Part, schema: Schema) -> Part:
+    """A part of raw rows as the records that they are."""
+    one_each = schema.form != "frames"
+    return Part(partial(_expand, part, schema), part.count if one_each else None)
+
+
+def _expand(part: Part, schema: Schema) -> Items:
+    for item in part.read():
+        yield from schema.expand(item)
+
+
+def find_schema(rows: Iterator[Record | BadRecord], options: PrepareOptions, what: str) -> Schema:
+    """What rows are, told from the first one that has the needed columns.
+
+    Args:
+        rows: from the start of ``what``.
+
+    Raises:
+        InputError: there is no such row among the first.
+    """
+    unknown = sorted(set(options.columns) - set(ROLES))
+    if unknown:
+        raise InputError(f"data.columns.{unknown[0]}: unknown role; known roles: {', '.join(ROLES)}")
+    first: Record | BadRecord | None = None
+    for item in islice(rows, _LOOK):
+        if isinstance(item, Record):
+            schema = match(item.value, options)
+            if schema:
+                return schema
+        if first is None or (isinstance(first, BadRecord) and isinstance(item, Record)):
+            first = item
+    if first is None:
+        raise InputError(f"{what}: holds no rows")
+    if isinstance(first, BadRecord):
+        raise InputError(f"{what}: holds no readable row among the first; {first}")
+    has = ", ".join(map(repr, first.value)) or "no fields"
+    raise InputError(
+        f"{first.where}: cannot tell what the row is (kind {options.kind}); it has {has}; say which column is what with "
+        f"data.columns ({', '.join(ROLES)})"
+    )
+
+
+def match(row: Mapping[str, Any], options: PrepareOptions) -> Schema | None:
+    """What a row is; None when it lacks the columns of every kind that ``options`` allow."""
+    named = options.columns
+    primary = set(named) & {"text", "messages", "input", "output"}
+    if primary & {"input", "output"}:
+        primary |= {"input", "output"}
+
+    def column(role: str, names: tuple[str, ...]) -> str | None:
+        if role in named:
+            return named[role] if named[role] in row else None
+        if primary and role not in primary:
+            return None
+        return next((name for name in names if row.get(name) is not None), None)
+
+    def allowed(kind: str) -> bool:
+        return options.kind in ("auto", kind)
+
+    asked, answer = column("input", INPUT), column("output", OUTPUT)
+    if allowed("grids"):
+        if not primary and looks_like_grids(row.get("frames")):
+            return Schema("grids", "frames", {"frames": "frames"})
+        if not primary and looks_like_grids(row.get("context")) and looks_like_grid(row.get("target")):
+            return Schema("grids", "context", {"context": "context", "target": "target"})
+        if asked and answer and looks_like_grid(row[asked]) and looks_like_grid(row[answer]):
+            return Schema("grids", "grids", {"input": asked, "output": answer})
+    if allowed("chat"):
+        messages = column("messages", MESSAGES)
+        if messages:
+            return Schema("chat", "messages", {"messages": messages})
+        if asked and answer:
+            columns = {"input": asked, "output": answer}
+            columns["system"] = named.get("system") or next((name for name in SYSTEM if name in row), SYSTEM[0])
+            if "input" not in named and asked in ("input", "instruction") and "instruction" in row:
+                columns |= {"input": "instruction", "more": "input"}  # Alpaca's form: a task and what it is about
+            return Schema("chat", "pair", columns)
+    text = column("text", TEXT)
+    return Schema("text", "text", {"text": text}) if text and allowed("text") else None

@@ -1,0 +1,119 @@
+"""Files of rows: JSON lines, JSON, parquet. A record's value is a row as a ``dict``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jepa_scale.data.prepare.base import BadRecord, Record
+from jepa_scale.data.prepare.formats.source import Items
+from jepa_scale.utils.errors import InputError
+
+_BATCH = 1024  # rows of a parquet file that are Python objects at a time
+
+
+def read_jsonl(path: Path) -> Items:
+    """A row a line; blank lines are none. A row is called ``file:line``."""
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield parse_row(line, f"{path}:{number}")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def read_json(path: Path) -> Items:
+    """A JSON file of any of these: a list of rows (``file#n``, from 0), one row (``file``), JSON lines under the wrong name
+    (``file:line``), an ARC task, whose rows are its pairs (``file#train[n]``, ``file#test[n]``)."""
+    if _is_lines(path):
+        yield from read_jsonl(path)
+        return
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    content = parse(data, str(path))
+    if isinstance(content, BadRecord):
+        yield content
+    elif isinstance(content, list):
+        yield from (_row(row, f"{path}#{n}") for n, row in enumerate(content))
+    elif isinstance(content, dict) and isinstance(content.get("train", content.get("test")), list):
+        for part in ("train", "test"):
+            pairs = content.get(part, [])
+            if not isinstance(pairs, list):
+                yield BadRecord(f"{path}#{part}", "not a list of pairs")
+                continue
+            yield from (_row(pair, f"{path}#{part}[{n}]") for n, pair in enumerate(pairs))
+    else:
+        yield _row(content, str(path))
+
+
+def _is_lines(path: Path) -> bool:
+    """Whether the first line is a whole object and another line follows."""
+    try:
+        with open(path, "rb") as file:
+            lines = (line for line in file if line.strip())
+            first, second = next(lines, b""), next(lines, b"")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    return bool(second) and isinstance(parse(first, ""), dict)
+
+
+def parse(data: bytes, where: str) -> Any:
+    """A JSON value, or a BadRecord."""
+    try:
+        return json.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return BadRecord(where, "invalid UTF-8", f"byte {data[error.start]:#04x} at position {error.start}")
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
+        return BadRecord(where, "invalid JSON", f"{error.msg} at {place}")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
+        return BadRecord(where, "invalid JSON", str(error))
+
+
+def parse_row(data: bytes, where: str) -> Record | BadRecord:
+    value = parse(data, where)
+    return value if isinstance(value, BadRecord) else _row(value, where)
+
+
+def _row(value: Any, where: str) -> Record | BadRecord:
+    if isinstance(value, dict):
+        return Record(where, value)
+    return BadRecord(where, "not a row", f"must be an object with named fields, not {type(value).__name__}")
+
+
+def read_parquet(path: Path) -> Items:
+    """A row is called ``file#n``, from 0. What comes after a damaged place of a file is given up."""
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    row = 0
+    try:
+        with ParquetFile(path) as file:
+            for batch in file.iter_batches(_BATCH):
+                for value in _without_nulls(batch.to_pylist()):
+                    yield Record(f"{path}#{row}", value)
+                    row += 1
+    except (pyarrow.ArrowException, OSError) as error:
+        yield BadRecord(f"{path}#{row}", "damaged parquet", str(error).splitlines()[0])
+
+
+def _without_nulls(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for row in rows:
+        yield {name: value for name, value in row.items() if value is not None}
+
+
+def count_parquet(path: Path) -> int | None:
+    """Rows, by the file's footer; None when it is damaged."""
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(path) as file:
+            return file.metadata.num_rows
+    except (pyarrow.ArrowException, OSError):
+        return None

@@ -1,0 +1,109 @@
+"""Existing webdataset shards: a sample is the members of one name, a row by what its members hold."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jepa_scale.data.prepare.base import BadRecord, Record
+from jepa_scale.data.prepare.formats.source import Items
+from jepa_scale.data.prepare.formats.table import parse
+from jepa_scale.utils.errors import InputError
+
+_BLOCK = tarfile.BLOCKSIZE
+Member = tuple[str, str, bytes | BadRecord]
+"""Key, extension, content or what is wrong with it."""
+
+
+def read_tar(path: Path) -> Items:
+    """Samples as rows: the fields of the member ``json``, and the member ``txt`` as ``text``; other members are left alone.
+
+    A sample is called ``shard.tar:key``. Whatever is wrong in one of its members makes it a bad record. Where the archive
+    itself is damaged, the samples before that place are given and the rest of the shard is lost.
+
+    Raises:
+        InputError: a sample holds neither ``txt`` nor ``json``, but token ids as ``npy``.
+    """
+    key, members = "", dict[str, bytes]()
+    for new_key, extension, content in _members(path):
+        if new_key != key:
+            if members:
+                yield _sample(path, key, members)
+            key, members = new_key, {}
+        if isinstance(content, BadRecord):
+            members = {}  # the sample is not whole
+            yield content
+        else:
+            members[extension] = content
+    if members:
+        yield _sample(path, key, members)
+
+
+def _members(path: Path) -> Iterator[Member]:
+    """The members in order; what is damaged is the last one. Where nobody knows whose header is damaged, it counts as one of
+    the sample before: that one might have had another member."""
+    key, last = "", "start"
+
+    def lost(reason: str, detail: str) -> Member:
+        return key, "", BadRecord(f"{path}:after {last}", reason, detail)
+
+    try:
+        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            size = path.stat().st_size
+            while (member := archive.next()) is not None:
+                archive.members = []  # type: ignore[attr-defined]  # else it remembers every one
+                last = member.name
+                if not member.isfile():
+                    continue
+                folder, _, name = member.name.rpartition("/")
+                base, _, extension = name.partition(".")
+                key = f"{folder}/{base}".lstrip("/")
+                if member.offset_data + member.size > size:
+                    yield key, "", BadRecord(f"{path}:{member.name}", "truncated tar", _rest(size, member))
+                    return
+                content = archive.extractfile(member)
+                assert content is not None
+                yield key, extension.lower(), content.read()
+            # tarfile takes any block that is no header for the end: a whole archive ends with a block of zeros
+            file.seek(archive.offset)
+            block = file.read(_BLOCK)
+            if len(block) < _BLOCK:
+                yield lost("truncated tar", "the file stops before the archive's end")
+            elif any(block):
+                yield lost("corrupt member", "the next header is damaged, the rest is lost")
+    except tarfile.TarError as error:
+        end = any(word in str(error) for word in ("unexpected end", "truncated", "empty"))
+        yield lost("truncated tar" if end else "corrupt member", str(error))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _rest(size: int, member: tarfile.TarInfo) -> str:
+    return f"{max(size - member.offset_data, 0)} of {member.size} bytes are there, the rest of the shard is lost"
+
+
+def _sample(path: Path, key: str, members: dict[str, bytes]) -> Record | BadRecord:
+    row: dict[str, Any] = {}
+    if "json" in members:
+        value = parse(members["json"], f"{path}:{key}.json")
+        if isinstance(value, BadRecord):
+            return BadRecord(value.where, "corrupt member", f"{value.reason}: {value.detail}")
+        if not isinstance(value, dict):
+            return BadRecord(f"{path}:{key}.json", "not a row", f"must be an object, not {type(value).__name__}")
+        row.update(value)
+    if "txt" in members:
+        try:
+            row["text"] = members["txt"].decode("utf-8")
+        except UnicodeDecodeError as error:
+            detail = f"invalid UTF-8: byte {members['txt'][error.start]:#04x} at position {error.start}"
+            return BadRecord(f"{path}:{key}.txt", "corrupt member", detail)
+    if not row and "npy" in members:
+        raise InputError(
+            f"{path}:{key}.npy: token ids alone do not say which vocabulary they are of; shards need the member txt, or "
+            f"json with messages, text, or input and output (ids: put them as {'shard_*.npy'} beside a metadata.json)"
+        )
+    if not row:
+        return BadRecord(f"{path}:{key}", "no member txt or json", f"it has {', '.join(sorted(members))}")
+    return Record(f"{path}:{key}", row)

@@ -1,0 +1,104 @@
+"""Plain text as documents."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+
+from jepa_scale.data.prepare.base import BadRecord, Record
+from jepa_scale.data.prepare.formats.source import Items
+from jepa_scale.utils.errors import InputError
+
+_BOM = b"\xef\xbb\xbf"
+_TITLE = re.compile(rb"\s*= (?!= ).*(?<! =) =\s*")
+
+
+def read_text(path: Path, documents: str) -> Items:
+    """The documents of a file. By ``file`` a file is whole in memory, else one document is.
+
+    Args:
+        documents: ``file``; ``line``; ``paragraph``, which blank lines separate; ``heading``, from a line
+            ``= Title =`` (WikiText) to the next.
+    """
+    if documents == "file":
+        yield from read_piece(path, 0, None)
+        return
+    try:
+        with open(path, "rb") as file:
+            lines = (line if n else line.removeprefix(_BOM) for n, line in enumerate(file))
+            yield from split_documents(lines, documents, partial(_line_name, path))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _line_name(path: Path, number: int) -> str:
+    return f"{path}:{number}"
+
+
+def split_documents(lines: Iterable[bytes], documents: str, name: Callable[[int], str]) -> Items:
+    """Group lines (their ends included) by ``line``, ``paragraph`` or ``heading``.
+
+    Lines of white space between documents belong to none. Each document is called by its first line, and a byte that
+    is not UTF-8 by its own: ``name`` gives what a line is called, counted from 1.
+    """
+    group: list[bytes] = []
+    first = 1
+
+    def close() -> Record | BadRecord:
+        data = b"".join(group)
+        return document(data if documents == "heading" else data.rstrip(b"\r\n"), name(first), name, first)
+
+    for number, line in enumerate(lines, 1):
+        blank = not line.strip()
+        starts = (
+            documents == "line" or (documents == "paragraph" and blank) or (documents == "heading" and is_title(line))
+        )
+        if starts and group:
+            yield close()
+            group = []
+        if not group:
+            first = number
+        if not blank or (group and documents == "heading"):
+            group.append(line)
+    if group:
+        yield close()
+
+
+def is_title(line: bytes) -> bool:
+    """Whether a line is `` = Title = ``, as WikiText writes an article's; `` = = Section = = `` is not."""
+    return _TITLE.fullmatch(line) is not None
+
+
+def document(data: bytes, where: str, name: Callable[[int], str], first: int = 1) -> Record | BadRecord:
+    """A text that begins at line ``first``. One that is not UTF-8, or is white space alone, is a bad record."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = first + data.count(b"\n", 0, error.start)
+        return BadRecord(name(line), "invalid UTF-8", f"byte {data[error.start]:#04x}; save the file as UTF-8")
+    return Record(where, text) if text.strip() else BadRecord(where, "empty document")
+
+
+def read_piece(path: Path, start: int, stop: int | None) -> Items:
+    """Bytes [start, stop) of a file as one document."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    first = data.count(b"\n", 0, start) + 1
+    piece = data[start:stop] if start else data[:stop].removeprefix(_BOM)
+    yield document(piece, f"{path}:{first}" if start else str(path), partial(_line_name, path), first)
+
+
+def cut_at_line(path: Path, fraction: float) -> int:
+    """Where to cut a file so that about ``fraction`` of its bytes lie before: after the last line end up to there, else
+    the first one beyond, else (a single line) the last space up to there, else 0."""
+    data = path.read_bytes()
+    at = int(len(data) * fraction)
+    before = data.rfind(b"\n", 0, at) + 1
+    beyond = data.find(b"\n", at) + 1
+    if before or 0 < beyond < len(data):
+        return before or beyond
+    return data.rfind(b" ", 0, at) + 1

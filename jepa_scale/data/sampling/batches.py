@@ -1,0 +1,344 @@
+"""Which samples an optimizer step takes: pure functions of the seed and of how far the run has come.
+
+Two ways to cut the endless row of samples (:mod:`jepa_scale.data.sampling.order`) into micro-batches: so many samples
+(:class:`SampleStream`), or as many as fit a budget of tokens (:class:`TokenStream`). Micro-batch j of rank r is slice
+number j·world + r of the step either way: how many ranks there are decides who computes a sample, never which samples a
+step has.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from jepa_scale.data.sampling.order import Order
+from jepa_scale.data.sampling.packing_bins import first_fit_decreasing
+from jepa_scale.data.sampling.rng import generator
+from jepa_scale.utils.errors import InputError
+
+WINDOW_BINS = 256
+"""Micro-batches' worth of samples among which first-fit packs: the last bin of a window is the only one that stays
+partly empty, so this many lose at most 1/256, and on average half of that."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dealt:
+    """Who deals with what: micro-batches a rank has in a step, and which rank this is."""
+
+    accumulation: int = 1
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def parts(self) -> int:
+        """Micro-batches in a step, over all ranks."""
+        return self.accumulation * self.world_size
+
+    def part(self, micro: int) -> int:
+        return micro * self.world_size + self.rank
+
+
+ALONE = Dealt()
+
+
+class Stream(Protocol):
+    """What the loader and the checkpoint need of either stream.
+
+    Attributes:
+        steps: optimizer steps until the data end; None = they never do.
+        accumulation: micro-batches of a rank in a step.
+    """
+
+    @property
+    def steps(self) -> int | None: ...
+
+    @property
+    def accumulation(self) -> int: ...
+
+    def micro_batch(self, step: int, micro: int) -> tuple[np.ndarray, np.ndarray]:
+        """(m,) int64 epochs and (m,) int64 sample numbers of this rank's micro-batch; m = 0 once the data have ended."""
+
+    def max_samples(self, step: int) -> int:
+        """Samples in the largest micro-batch of the step, of any rank; at least 1."""
+
+    def budget(self) -> int:
+        """Tokens that a micro-batch may hold; 0 = as many as its samples have."""
+
+    def state(self, step: int) -> dict[str, Any]:
+        """Where the stream stands before ``step``, for a checkpoint: the same on every rank."""
+
+    def resume(self, state: dict[str, Any], accept_changes: bool = False) -> int:
+        """Stand where a :meth:`state` says, possibly one of another world size or accumulation; the step to go on with.
+
+        Raises:
+            InputError: the state is of other data, another seed or another way of batching.
+        """
+
+
+class _Stream:
+    """What both have: whose data and seed a state belongs to."""
+
+    kind: str
+
+    def __init__(self, order: Order, seed: int, dealt: Dealt, fingerprint: str, epochs: int) -> None:
+        assert 0 <= dealt.rank < dealt.world_size, dealt
+        if order.length == 0:
+            raise InputError("data: holds no examples to train on")
+        if epochs and order.length is None:
+            raise InputError("train.epochs: a mixture has no epochs; give train.steps instead")
+        self.order, self.seed, self.dealt, self.fingerprint = order, seed, dealt, fingerprint
+        self.end = epochs * order.length if epochs and order.length else None
+        self.first_step = 0
+
+    @property
+    def accumulation(self) -> int:
+        return self.dealt.accumulation
+
+    def _header(self, step: int) -> dict[str, Any]:
+        return {"step": step, "batching": self.kind, "seed": self.seed, "fingerprint": self.fingerprint}
+
+    def _check(self, state: dict[str, Any], accept_changes: bool) -> None:
+        if state["batching"] != self.kind:
+            raise InputError(
+                f"train: the checkpoint's batches were counted in {state['batching']}, these in {self.kind}; "
+                "resume with the same one of train.batch_size and train.batch_tokens"
+            )
+        if state["fingerprint"] != self.fingerprint and not accept_changes:
+            raise InputError(
+                "data: is not what the checkpoint was trained on (its fingerprint differs); use the same data, or "
+                "set data.accept_changes=true to go on at the same count in the new data"
+            )
+        if state["seed"] != self.seed:
+            raise InputError(f"run.seed: {self.seed} is not the checkpoint's; set it to {state['seed']}")
+
+
+class SampleStream(_Stream):
+    """So many samples a step: step s takes the positions [s·B, (s+1)·B); a step may cross from one epoch into the next.
+
+    Args:
+        order: position → sample. seed: the run's seed.
+        batch_size: B, samples in an optimizer step over all ranks and micro-batches.
+        fingerprint: of the data; a saved position means nothing for other data.
+        epochs: where the data end; 0 = never. The last step may be smaller.
+
+    Raises:
+        InputError: there is nothing to train on, or the batch cannot be dealt out evenly.
+    """
+
+    kind = "samples"
+
+    def __init__(
+        self,
+        order: Order,
+        seed: int,
+        batch_size: int,
+        dealt: Dealt = ALONE,
+        fingerprint: str = "",
+        epochs: int = 0,
+    ) -> None:
+        super().__init__(order, seed, dealt, fingerprint, epochs)
+        if batch_size < 1 or batch_size % dealt.parts:
+            raise InputError(
+                f"train.batch_size: {batch_size} samples cannot be dealt out evenly to "
+                f"train.accumulation={dealt.accumulation} micro-batches on each of {dealt.world_size} ranks; "
+                f"make it a multiple of {dealt.parts}"
+            )
+        self.batch_size = batch_size
+        self.first_position = 0
+
+    @property
+    def steps(self) -> int | None:
+        if self.end is None:
+            return None
+        return self.first_step + -(-max(0, self.end - self.first_position) // self.batch_size)
+
+    def _position(self, step: int) -> int:
+        return self.first_position + (step - self.first_step) * self.batch_size
+
+    def micro_batch(self, step: int, micro: int) -> tuple[np.ndarray, np.ndarray]:
+        m = self.batch_size // self.dealt.parts
+        start = self._position(step) + self.dealt.part(micro) * m
+        if self.end is not None:
+            m = max(0, min(m, self.end - start))
+        return self.order.take(start, m)
+
+    def max_samples(self, step: int) -> int:
+        return self.batch_size // self.dealt.parts
+
+    def budget(self) -> int:
+        return 0
+
+    def state(self, step: int) -> dict[str, Any]:
+        position = self._position(step)
+        return {**self._header(step), "position": position if self.end is None else min(position, self.end)}
+
+    def resume(self, state: dict[str, Any], accept_changes: bool = False) -> int:
+        self._check(state, accept_changes)
+        self.first_step, self.first_position = int(state["step"]), int(state["position"])
+        return self.first_step
+
+
+class TokenStream(_Stream):
+    """As many samples as a budget of tokens holds: windows of the order are packed into bins by first-fit decreasing,
+    the bins of a window are shuffled, and step s takes the next accumulation · world bins.
+
+    Which samples share a bin depends on the data, the seed and the budget alone. With the global batch kept (the
+    accumulation follows the world size), another world size gives the very same steps.
+
+    A state is the position where the current window begins, and how many of its bins are done. If the budget differs at
+    :meth:`resume`, that window is planned once more with the old one and what is left of it becomes the first window.
+
+    Args:
+        order: position → sample. seed: the run's seed.
+        sizes: sample numbers (m,) → (m,) tokens that each takes at most, once an objective has made its views.
+        budget: tokens in a micro-batch of a rank.
+        mean_size: of a sample; it fixes the samples in a window (``WINDOW_BINS`` bins' worth).
+        fingerprint, epochs: as for :class:`SampleStream`.
+    """
+
+    kind = "tokens"
+
+    def __init__(
+        self,
+        order: Order,
+        seed: int,
+        sizes: Callable[[np.ndarray], np.ndarray],
+        budget: int,
+        mean_size: float,
+        dealt: Dealt = ALONE,
+        fingerprint: str = "",
+        epochs: int = 0,
+    ) -> None:
+        super().__init__(order, seed, dealt, fingerprint, epochs)
+        self.sizes, self._budget = sizes, budget
+        self.window = max(1, round(WINDOW_BINS * budget / max(mean_size, 1.0)))
+        self._begin_at(0)
+
+    def _begin_at(self, position: int, skip: int = 0, left: np.ndarray | None = None) -> None:
+        """Windows go on from ``position``, whose first ``skip`` bins are done; the positions ``left`` come before all."""
+        self.position, self.skip, self.left = position, skip, left
+        self._starts = [0]  # bins before window i, as far as they have been counted
+        self._planned: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
+
+    # -- windows ------------------------------------------------------------------------------------------------------
+
+    def _positions(self, number: int) -> np.ndarray:
+        """Positions of window ``number``, ascending; empty beyond the end of the data."""
+        if self.left is not None:
+            if number == 0:
+                return self.left
+            number -= 1
+        start = self.position + number * self.window
+        stop = start + self.window if self.end is None else min(start + self.window, self.end)
+        return np.arange(start, max(start, stop), dtype=np.int64)
+
+    def _bins(self, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The bins of a window in the order in which they come: (epochs, samples) of each."""
+        if number not in self._planned:
+            positions = self._positions(number)
+            bins = []
+            if len(positions):
+                epochs, samples = self.order.take(int(positions[0]), int(positions[-1] - positions[0]) + 1)
+                chosen = positions - positions[0]
+                epochs, samples = epochs[chosen], samples[chosen]
+                bins = [(epochs[b], samples[b]) for b in self._pack(samples, int(positions[0]))]
+            while len(self._planned) >= 3:
+                self._planned.pop(next(iter(self._planned)))
+            self._planned[number] = bins
+        return self._planned[number]
+
+    def _pack(self, samples: np.ndarray, position: int) -> list[np.ndarray]:
+        packed = first_fit_decreasing(self.sizes(samples), self._budget)
+        shuffled = generator(f"bins/{self.seed}/{position}").permutation(len(packed))
+        return [packed[i] for i in shuffled]
+
+    def _find(self, number: int) -> tuple[int, int]:
+        """The window that bin ``number`` lies in, and its place there. Past the end: (-1, -1)."""
+        while self._starts[-1] <= number:
+            bins = self._bins(len(self._starts) - 1)
+            if not bins:
+                return -1, -1
+            self._starts.append(self._starts[-1] + len(bins))
+        window = bisect_right(self._starts, number) - 1
+        return window, number - self._starts[window]
+
+    def _first_bin(self, step: int) -> int:
+        return self.skip + (step - self.first_step) * self.dealt.parts
+
+    # -- the protocol -------------------------------------------------------------------------------------------------
+
+    @property
+    def steps(self) -> int | None:
+        """Plans all that is left: some milliseconds a million tokens."""
+        if self.end is None:
+            return None
+        while self._find(self._starts[-1])[0] >= 0:
+            pass
+        return self.first_step + -(-(self._starts[-1] - self.skip) // self.dealt.parts)
+
+    def micro_batch(self, step: int, micro: int) -> tuple[np.ndarray, np.ndarray]:
+        return self._bin(self._first_bin(step) + self.dealt.part(micro))
+
+    def _bin(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        window, place = self._find(number)
+        if window < 0:
+            return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+        return self._bins(window)[place]
+
+    def max_samples(self, step: int) -> int:
+        first = self._first_bin(step)
+        return max(1, *(len(self._bin(first + part)[0]) for part in range(self.dealt.parts)))
+
+    def budget(self) -> int:
+        return self._budget
+
+    def state(self, step: int) -> dict[str, Any]:
+        window, place = self._find(self._first_bin(step))
+        state = {**self._header(step), "budget": self._budget, "window": self.window, "left": None}
+        if window < 0:
+            return {**state, "position": self.end, "bins_done": 0, "tokens": 0}
+        positions = self._positions(window)
+        if window == 0 and self.left is not None:
+            state["left"] = positions.tolist()
+            begin = self.position
+        else:
+            begin = int(positions[0])
+        tokens = int(self.sizes(np.concatenate([samples for _, samples in self._bins(window)])).sum())
+        return {**state, "position": begin, "bins_done": place, "tokens": tokens}
+
+    def resume(self, state: dict[str, Any], accept_changes: bool = False) -> int:
+        self._check(state, accept_changes)
+        self.first_step = int(state["step"])
+        changed = state["fingerprint"] != self.fingerprint
+        left = None if state["left"] is None else np.asarray(state["left"], dtype=np.int64)
+        budget, window = self._budget, self.window
+        if changed or not state["bins_done"]:
+            self._begin_at(state["position"], left=left)
+            return self.first_step
+        # the window as it was planned when the state was saved
+        self._budget, self.window = state["budget"], state["window"]
+        self._begin_at(state["position"], state["bins_done"], left)
+        bins = self._bins(0)
+        tokens = int(self.sizes(np.concatenate([samples for _, samples in bins])).sum()) if bins else 0
+        if tokens != state["tokens"]:
+            raise InputError(
+                "objective: its views take other numbers of tokens than in the checkpoint, so the data cannot go on "
+                "where they stood; resume with the same objective options"
+            )
+        if (self._budget, self.window) != (budget, window):
+            rest = self._remaining(state["bins_done"])
+            after = state["position"] if left is not None else state["position"] + state["window"]
+            self._budget, self.window = budget, window
+            self._begin_at(after, left=rest)
+        return self.first_step
+
+    def _remaining(self, bins_done: int) -> np.ndarray:
+        """Positions of window 0 that are not in its first ``bins_done`` bins, ascending."""
+        positions = self._positions(0)
+        epochs, samples = self.order.take(int(positions[0]), int(positions[-1] - positions[0]) + 1)
+        packed = self._pack(samples[positions - positions[0]], int(positions[0]))
+        return positions[np.sort(np.concatenate(packed[bins_done:]))]

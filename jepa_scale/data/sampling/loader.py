@@ -1,0 +1,201 @@
+"""Views and packing, in the training process or in worker processes; the result is the same."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from jepa_scale.data.sampling.batches import Stream
+from jepa_scale.data.sampling.rng import Draw, ViewMaker, views_of
+from jepa_scale.packing import PackedBatch, Views, pack
+from jepa_scale.utils.errors import DataError, InputError
+from jepa_scale.utils.logging import say
+
+
+class Readable(Protocol):
+    """Examples by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Loader:
+    """Iterates the optimizer steps ``start_step`` … ``steps`` - 1; each gives this rank's micro-batches.
+
+    Attributes:
+        examples: the training examples, picked by number.
+        stream: which of them a step takes, and how many tokens they may have.
+        view_maker: example → its segments.
+        streams: names of the streams that the objective packs.
+        start_step: the step to begin with; beginning anywhere gives what an uninterrupted run has there.
+        steps: the step at which to stop (the run's length, not the number of steps still to go).
+        seed: the run's seed, for :class:`Draw` and the batches.
+        workers: processes that make micro-batches ahead of time; 0 = make them when they are asked for.
+        on_error: a damaged sample stops the run, or is left out, told of on stderr and counted (``skipped``).
+    """
+
+    examples: Readable
+    stream: Stream
+    view_maker: ViewMaker
+    streams: Sequence[str]
+    start_step: int
+    steps: int
+    seed: int
+    workers: int = 0
+    on_error: Literal["stop", "skip"] = "stop"
+
+    def __len__(self) -> int:
+        return max(0, self.steps - self.start_step)
+
+    def __iter__(self) -> Iterator[list[PackedBatch]]:
+        accumulation = range(self.stream.accumulation)
+        if self.workers:
+            ahead = self._ahead()
+            for _ in range(len(self)):
+                yield [next(ahead) for _ in accumulation]
+        else:
+            for step in range(self.start_step, self.steps):
+                yield [self.micro_batch(step, micro) for micro in accumulation]
+
+    def micro_batch(self, step: int, micro: int) -> PackedBatch:
+        """Micro-batch number ``micro`` of this rank in a step."""
+        epochs, samples = self.stream.micro_batch(step, micro)
+        examples, draws, faults = [], [], []
+        for epoch, sample in zip(epochs.tolist(), samples.tolist(), strict=True):
+            try:
+                examples.append(self.examples[sample])
+                draws.append(Draw(self.seed, epoch, step, sample))
+            except DataError as error:
+                faults.append(error)
+                self._skip(error)
+        views = []
+        for made, draw in zip(views_of(self.view_maker, examples, draws), draws, strict=True):
+            if isinstance(made, DataError):
+                faults.append(made)
+                self._skip(made)
+            else:
+                views.append(replace(made, seed=draw.number("model")))
+        batch = pack(
+            views,
+            self.streams,
+            step=step,
+            seed=self.seed,
+            max_samples=self.stream.max_samples(step),
+            like=None if views else self._any_views(step),
+        )
+        budget = self.stream.budget()
+        if budget and batch.num_tokens > budget and views:
+            raise InputError(
+                f"train.micro_tokens: {batch.num_tokens} tokens of views do not fit {budget}; the objective takes more "
+                "tokens of an example than it announced"
+            )
+        batch.counts.update(skipped=len(faults), budget=budget)
+        return batch
+
+    def _skip(self, error: DataError) -> None:
+        """Leave a damaged sample out and tell of it, or stop."""
+        if self.on_error == "stop":
+            raise error
+        say(f"jepa-scale: skipped: {error}")
+
+    def _views(self, epoch: int, step: int, sample: int) -> Views:
+        draw = Draw(self.seed, epoch, step, sample)
+        return replace(self.view_maker(self.examples[sample], draw), seed=draw.number("model"))
+
+    def _any_views(self, step: int) -> Views:
+        """Views to take the shapes of an empty micro-batch from: those of the first sample that can be read."""
+        for sample in range(len(self.examples)):
+            try:
+                return self._views(0, step, sample)
+            except DataError:
+                continue
+        raise InputError("data: none of the training examples can be read")
+
+    def _ahead(self) -> Iterator[PackedBatch]:
+        accumulation = self.stream.accumulation
+        fork = "fork" in multiprocessing.get_all_start_methods()  # examples are shared, not copied
+        loader = DataLoader(
+            _MicroBatches(self),
+            batch_size=None,
+            sampler=range(self.start_step * accumulation, self.steps * accumulation),
+            num_workers=self.workers,
+            collate_fn=_unchanged,
+            worker_init_fn=_outlive_signals,
+            multiprocessing_context="fork" if fork else None,
+            generator=torch.Generator(),  # not the global one, whose state belongs to the model
+        )
+        for sent in loader:
+            batch = pickle.loads(sent)
+            if isinstance(batch, InputError):
+                raise batch
+            yield batch
+
+
+class _MicroBatches(TorchDataset[Any]):
+    """Micro-batch number step · accumulation + j."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return self.loader.steps * self.loader.stream.accumulation
+
+    def __getitem__(self, number: int) -> bytes:
+        """The pickled micro-batch. An InputError is handed over as a value: torch would wrap it into a traceback of many
+        lines."""
+        batch: PackedBatch | InputError
+        try:
+            batch = self.loader.micro_batch(*divmod(number, self.loader.stream.accumulation))
+        except InputError as error:
+            batch = error
+        sent = io.BytesIO()
+        _Pickler(sent, protocol=5).dump(batch)
+        return sent.getvalue()
+
+
+class _Pickler(pickle.Pickler):
+    """Tensors as plain bytes. Torch would put each of the dozen small tensors of a batch into a shared memory file of its
+    own, which takes longer than to make the batch."""
+
+    def reducer_override(self, value: Any) -> Any:
+        return (_tensor, (value.numpy(),)) if isinstance(value, torch.Tensor) else NotImplemented
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(array)
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+def _outlive_signals(worker: int) -> None:
+    """A preemption sends SIGTERM (and Ctrl-C SIGINT) to all processes of a job, but it is the trainer who
+    decides when to stop: the workers must live on until it has finished its step. Only the trainer's own
+    SIGTERM ends a worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS cannot tell who sent it
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        trainer = os.getppid()
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()

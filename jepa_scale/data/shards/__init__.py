@@ -1,0 +1,1 @@
+"""Prepared shards: their format, where they are, how samples are read from them."""

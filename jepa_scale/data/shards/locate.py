@@ -1,0 +1,326 @@
+"""Where prepared shards are: a folder or a pattern, on this machine or behind URLs."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from braceexpand import braceexpand
+
+from jepa_scale.data.shards.cache import Refused, Remote, chunks, is_url, locked, persist, read_url, shown
+from jepa_scale.data.shards.format import INDEX_FILE, Index, ShardInfo, index_name
+from jepa_scale.utils.errors import InputError
+from jepa_scale.utils.io import write_atomic
+
+CACHE_BYTES = 64 << 30
+_TAR_NAME = re.compile(r"[^/\s'\"=]+\.tar(?![\w.])")
+_SAFE_NAME = re.compile(r"\w[\w.-]*")
+_TOKENIZER_FILES = (  # what the folder may hold: through a URL it cannot be listed
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+)
+
+
+@dataclass(frozen=True)
+class Located:
+    """Prepared shards that were found. Can be pickled; holds nothing open.
+
+    Attributes:
+        index: of the shards that were asked for.
+        where: for messages.
+        source: the local folder, or where to fetch files from.
+    """
+
+    index: Index
+    where: str
+    source: Path | Remote
+
+    @cached_property
+    def shards(self) -> dict[str, ShardInfo]:
+        """All shards of all splits, by name."""
+        return {shard.name: shard for shards in self.index.splits.values() for shard in shards}
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.source, Path)
+
+    def path(self, name: str) -> Path:
+        """Where the tar file of a shard is on this machine, or will be once it is fetched."""
+        return (self.source if isinstance(self.source, Path) else self.source.folder) / name
+
+    def fetch(self, name: str) -> Path:
+        """The tar file of a shard, on this machine. A local one may be missing.
+
+        Raises:
+            ShardError: the server doesn't have it, or not the one that the index knows.
+            InputError: it cannot be had now.
+        """
+        if isinstance(self.source, Path):
+            return self.source / name
+        return self.source.fetch(name, name, self.shards[name].sha256, self.shards[name].bytes)
+
+    def fetch_index(self, name: str) -> Path:
+        """The index file of a shard; as :meth:`fetch`."""
+        if isinstance(self.source, Path):
+            return self.source / index_name(name)
+        return self.source.fetch(index_name(name), name, self.shards[name].index_sha256)
+
+    def tokenizer(self) -> Path | None:
+        """The folder of the tokenizer, on this machine; None when the data have none.
+
+        Raises:
+            InputError: it is missing.
+        """
+        if self.index.tokenizer is None:
+            return None
+        if isinstance(self.source, Path):
+            folder = self.source / self.index.tokenizer
+            if not folder.is_dir():
+                raise InputError(f"{folder}: the tokenizer is missing; prepare the data again")
+            return folder
+        folder = self.source.folder / self.index.tokenizer
+        folder.mkdir(parents=True, exist_ok=True)
+        complete = folder / ".complete"
+        with locked(folder / ".lock"):
+            if not complete.exists():
+                urls = {name: self.source.url(f"{self.index.tokenizer}/{name}") for name in _TOKENIZER_FILES}
+                if not any([_fetch_if_there(url, folder / name) for name, url in urls.items()]):
+                    url = shown(urls[_TOKENIZER_FILES[0]])
+                    raise InputError(f"{url}: the tokenizer is missing; copy its folder beside the index")
+                complete.touch()
+        return folder
+
+    def without(self, names: Collection[str]) -> Located:
+        """The same without these shards. It has another fingerprint: a run cannot silently go on with fewer data.
+
+        Raises:
+            InputError: nothing is left to train on.
+        """
+        return replace(self, index=_only(self.index, lambda name: name not in names, self.where))
+
+
+def locate(path: str | list[str], cache: Path, cache_bytes: int = CACHE_BYTES) -> Located | None:
+    """Find prepared shards.
+
+    Args:
+        path: one of, or a list of which all lie in one folder:
+
+            - a folder, or its ``index.json``;
+            - tar files by name, brace pattern or wildcard (``DIR/train-{000000..000003}.tar``, ``DIR/*.tar``): of *every*
+              split only the shards that match;
+            - the same as URL: ``http://``, ``https://``, ``s3://``, ``gs://``, or another that webdataset opens. Wildcards
+              are matched with the names in the index. What follows ``?`` is sent with each file;
+            - ``pipe:COMMAND``, a shell command that writes a file to its standard output, with ``{}`` where the file's name
+              belongs (``pipe:ssh host cat /data/{}``), or, as webdataset has it, with the name or brace pattern of the
+              tar files in that place (``pipe:cat /data/train-{000000..000003}.tar``).
+        cache: folder whose subfolder ``shards`` keeps what was downloaded.
+        cache_bytes: room there; see :class:`jepa_scale.data.shards.cache.Remote`.
+
+    Returns:
+        None for a local path without an index: raw data, which must be prepared first.
+
+    Raises:
+        InputError: an index that cannot be had or read, a name that isn't in it, nothing left in the split ``train``,
+            files of several folders.
+    """
+    paths = [path] if isinstance(path, str) else list(path)
+    paths = [url2pathname(urlsplit(p).path) if p.startswith("file://") else p for p in paths]
+    if not paths:
+        raise InputError("data.path: is an empty list")
+    if all(map(is_url, paths)):
+        return _locate_urls(paths, cache / "shards", cache_bytes)
+    if any(map(is_url, paths)):
+        raise InputError("data.path: files of this machine and URLs cannot be mixed in one source; use one source each")
+    return _locate_files(paths)
+
+
+def check(located: Located, on_error: Literal["stop", "skip"] = "stop") -> list[ShardInfo]:
+    """Whether all shards are where they should be, by name and size alone. What is fetched by URL is checked when it
+    arrives.
+
+    Returns:
+        With ``skip``, the shards that are missing or have another size; leave them out by :meth:`Located.without`.
+
+    Raises:
+        InputError: with ``stop``, naming the first one.
+    """
+    if not isinstance(located.source, Path):
+        return []
+    damaged, first = [], ""
+    for shard in located.shards.values():
+        if fault := _fault(located.source, shard):
+            damaged.append(shard)
+            first = first or fault
+    if damaged and on_error == "stop":
+        raise InputError(
+            f"{first} ({len(damaged)} of {len(located.shards)} shards are missing or damaged); copy them again, prepare "
+            "the data again, or go on without them with data.on_error=skip"
+        )
+    return damaged
+
+
+def _fault(folder: Path, shard: ShardInfo) -> str:
+    path, index = folder / shard.name, folder / index_name(shard.name)
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        return f"{path}: {error.strerror}"
+    if size != shard.bytes:
+        return f"{path}: has {size:,} bytes, its index says {shard.bytes:,}"
+    return "" if index.is_file() else f"{index}: is missing, it belongs to {shard.name}"
+
+
+def _locate_files(paths: list[str]) -> Located | None:
+    folders: dict[Path, list[str] | None] = {}  # → names or patterns, None = everything
+    for path in paths:
+        for place in _expanded(os.path.expanduser(path)):
+            if os.path.isdir(place):
+                folders[Path(place)] = None
+                continue
+            parent, name = os.path.split(place)
+            if name == INDEX_FILE:
+                folders[Path(parent)] = None
+                continue
+            for match in glob.glob(parent) if glob.has_magic(parent) and not os.path.isdir(parent) else [parent]:
+                names = folders.setdefault(Path(match), [])
+                if names is not None:
+                    names.append(name)
+    prepared = [folder for folder in folders if (folder / INDEX_FILE).is_file()]
+    if not prepared or any(not name.endswith(".tar") for names in folders.values() for name in names or ()):
+        return None
+    if len(folders) > 1:
+        raise InputError(
+            f"data.path: lies in several folders ({', '.join(map(str, folders))}); each folder of shards is a source of its own"
+        )
+    ((folder, names),) = folders.items()
+    index = _safe(Index.read(folder), str(folder))
+    index, where = _matching(index, names, str(folder))
+    return Located(index, where, folder.absolute())
+
+
+def _locate_urls(paths: list[str], cache: Path, cache_bytes: int) -> Located:
+    found = [_template(url) for path in paths for url in _expanded(path)]
+    templates = {template for template, _ in found}
+    if len(templates) > 1:
+        raise InputError(
+            f"data.path: lies in several folders ({', '.join(map(shown, sorted(templates)))}); each folder of shards is a "
+            "source of its own"
+        )
+    (template,) = templates
+    remote = Remote(template, cache, cache_bytes)
+    url = remote.url(INDEX_FILE)
+    where = shown(url)
+    hint = f"by URL only prepared shards can be read, with their {INDEX_FILE} beside them: prepare raw data first"
+    try:
+        text = read_url(url).decode()
+    except Refused as error:
+        raise InputError(f"{where}: {error}; {hint}") from None
+    except InputError as error:
+        if url.startswith(("http://", "https://")):
+            raise
+        raise InputError(f"{error}; {hint}") from None  # a command fails alike without a network and without a file
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: not an index of shards ({error}); prepare the data again") from None
+    index = _safe(Index.from_json(text, where), where)
+    remote = replace(remote, folder=cache / index.fingerprint)
+    names = None if any(name is None for _, name in found) else [name for _, name in found if name is not None]
+    index, where = _matching(index, names, where.replace(INDEX_FILE, "") if "pipe:" not in where else where)
+    return Located(index, where, remote)
+
+
+def _expanded(path: str) -> list[str]:
+    """The paths that a brace pattern stands for; ``{}`` stays, and so does the name of a file that is there."""
+    if "{" not in path or "{}" in path or os.path.exists(path):
+        return [path]
+    try:
+        return list(braceexpand(path))
+    except ValueError as error:
+        raise InputError(f"data.path: {path!r} is not a brace pattern: {error}") from None
+
+
+def _template(url: str) -> tuple[str, str | None]:
+    """URL → the URL with ``{}`` in the place of a file's name, and which name or pattern was there."""
+    if "{}" in url:
+        return url, None
+    if url.startswith("pipe:"):
+        tars = list(_TAR_NAME.finditer(url))
+        if len(tars) != 1:
+            raise InputError(
+                f"data.path: {url!r} does not say where in the command a file's name belongs; write {{}} there, "
+                "as in pipe:ssh host cat /data/{}"
+            )
+        return url[: tars[0].start()] + "{}" + url[tars[0].end() :], tars[0].group()
+    base, mark, query = url.partition("?")
+    folder, _, name = base.rpartition("/")
+    if name.endswith(".tar"):
+        return f"{folder}/{{}}{mark}{query}", name
+    if name != INDEX_FILE:
+        folder = base.rstrip("/")
+    return f"{folder}/{{}}{mark}{query}", None
+
+
+def _matching(index: Index, names: list[str] | None, where: str) -> tuple[Index, str]:
+    """The index of the shards that one of the names or patterns matches, and how to call it."""
+    if names is None:
+        return index, where
+    known = {shard.name for shards in index.splits.values() for shard in shards}
+    patterns = [name for name in names if glob.has_magic(name)]
+    chosen = {name for name in known if any(fnmatchcase(name, pattern) for pattern in patterns)}
+    if unknown := [name for name in names if name not in known and name not in patterns]:
+        raise InputError(f"{where}: {unknown[0]} is not in its {INDEX_FILE}, which has {_some(known)}")
+    chosen |= set(names) & known
+    return _only(index, lambda name: name in chosen, where), f"{where} ({len(chosen)} of {len(known)} shards)"
+
+
+def _only(index: Index, keep: Callable[[str], bool], where: str) -> Index:
+    splits = {split: [shard for shard in shards if keep(shard.name)] for split, shards in index.splits.items()}
+    if not splits.get("train"):
+        names = [shard.name for shards in index.splits.values() for shard in shards]
+        raise InputError(f"{where}: none of the chosen shards are of the split train; there are {_some(names)}")
+    return replace(index, splits={split: shards for split, shards in splits.items() if shards})
+
+
+def _some(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names if len(names) <= 4 else [*names[:2], "…", names[-1]])
+
+
+def _safe(index: Index, where: str) -> Index:
+    """Names of files become parts of paths and of shell commands, and the index may come from elsewhere."""
+    names = [shard.name for shards in index.splits.values() for shard in shards]
+    for name in [*names, *([] if index.tokenizer is None else [index.tokenizer])]:
+        if not _SAFE_NAME.fullmatch(name):
+            raise InputError(f"{where}: the name {name!r} is not a plain file name; prepare the data again")
+    if len(set(names)) < len(names):
+        raise InputError(f"{where}: names a shard twice; prepare the data again")
+    return index
+
+
+def _fetch_if_there(url: str, path: Path) -> bool:
+    pipe = not url.startswith(("http://", "https://"))  # whose failure may as well mean that there is no such file
+    try:
+        write_atomic(path, persist(lambda: b"".join(chunks(url)), url, pauses=() if pipe else None))
+    except Refused:
+        return False
+    except InputError:
+        if not pipe:
+            raise
+        return False
+    return True

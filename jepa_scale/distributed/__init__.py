@@ -1,0 +1,1 @@
+"""Processes of one job: how they find each other, and what they send."""

@@ -1,0 +1,234 @@
+"""The process group: how it starts under each launcher, and the few collectives that losses and metrics need.
+
+With tensor parallelism of degree N, N neighbouring ranks have the same samples and share each layer's work. Losses and metrics
+add up over the *data ranks*, one of each such team; a checkpoint, a signal, a file concern every rank. (Neighbours, because
+a team talks in every layer, and neighbours are on one host.)
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from jepa_scale.utils.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """Who this process is. ``launcher`` is ``"deepspeed"``, ``"torchrun"`` or ``"python"``; ``team`` is the degree of tensor
+    parallelism."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    launcher: str
+    team: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        """Which of the ``data_size`` parts of the global batch is this rank's."""
+        return self.rank // self.team
+
+    @property
+    def data_size(self) -> int:
+        return self.world_size // self.team
+
+
+def launcher() -> str:
+    """Which launcher started this process, read off the environment that each of them sets."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return "torchrun"
+    if "CROSS_SIZE" in os.environ and "WORLD_SIZE" in os.environ:  # deepspeed/launcher/launch.py
+        return "deepspeed"
+    return "torchrun" if "WORLD_SIZE" in os.environ else "python"
+
+
+def setup(timeout_minutes: float = 30.0) -> Ranks:
+    """Join the process group (a group of one when no launcher started us) and pick this rank's device."""
+    how = launcher()
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        options: dict[str, Any] = {"timeout": timedelta(minutes=timeout_minutes)}
+        if on_gpu:
+            options["device_id"] = device
+        if how == "python":  # no rendezvous of anybody's: a private store, so that runs side by side never meet
+            options["store"] = dist.HashStore()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", rank=rank, world_size=world_size, **options)
+    return Ranks(rank, world_size, local_rank, device, how)
+
+
+def teardown() -> None:
+    global _groups
+    _groups = _Groups()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@dataclass(frozen=True, slots=True)
+class _Groups:
+    """``data``: the ranks that have the same place in their teams; None = all ranks. ``team``: this rank's."""
+
+    data: dist.ProcessGroup | None = None
+    team: dist.ProcessGroup | None = None
+    size: int = 1
+
+
+_groups = _Groups()
+
+
+def form_teams(ranks: Ranks, size: int) -> Ranks:
+    """From now on ``size`` neighbouring ranks have the same samples. Collective.
+
+    Raises:
+        InputError: the ranks cannot be divided so.
+    """
+    global _groups
+    if ranks.world_size % size:
+        raise InputError(
+            f"engine.tp: {size} does not divide the {ranks.world_size} ranks of this run; start a multiple of {size}"
+        )
+    if size != _groups.size:
+        teams = [list(range(first, first + size)) for first in range(0, ranks.world_size, size)]
+        columns = [list(range(place, ranks.world_size, size)) for place in range(size)]
+        team, data = (_own_group(members, ranks.rank) if size > 1 else None for members in (teams, columns))
+        _groups = _Groups(data, team, size)
+    return replace(ranks, team=size)
+
+
+def _own_group(partition: list[list[int]], rank: int) -> dist.ProcessGroup:
+    groups = [dist.new_group(members) for members in partition]  # all ranks make all of them
+    return next(group for group, members in zip(groups, partition, strict=True) if rank in members)
+
+
+def data_group() -> dist.ProcessGroup | None:
+    """The ranks with different samples, one of each team; None = all ranks."""
+    return _groups.data
+
+
+def team_group() -> dist.ProcessGroup | None:
+    """The ranks with this rank's samples, itself included; None = it is alone."""
+    return _groups.team
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def data_size() -> int:
+    """How many parts the global batch is in."""
+    return world_size() // _groups.size
+
+
+def data_rank() -> int:
+    """Which of them is this rank's."""
+    return rank() // _groups.size
+
+
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """Sum over the data ranks, returned as a new tensor. No gradient."""
+    y = x.detach().clone()
+    if data_size() > 1:
+        dist.all_reduce(y, group=_groups.data)
+    return y
+
+
+def total_of_ranks(x: Tensor) -> Tensor:
+    """Sum over all ranks, returned as a new tensor. No gradient."""
+    y = x.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(y)
+    return y
+
+
+def all_gather_rows(x: Tensor) -> Tensor:
+    """Concatenate (n, …) of every data rank, in rank order, to (ranks·n, …); n must be equal on all ranks. No gradient."""
+    if data_size() == 1:
+        return x.detach()
+    parts = [torch.empty_like(x) for _ in range(data_size())]
+    dist.all_gather(parts, x.detach().contiguous(), group=_groups.data)
+    return torch.cat(parts)
+
+
+class _GatherRows(torch.autograd.Function):
+    """All-gather whose gradient is summed over ranks. (PyTorch's own differentiable collectives are being renamed from
+    release to release, and gloo has no reduce-scatter.)"""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.rows = x.shape[0]
+        return all_gather_rows(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        grad = grads[0].contiguous()
+        if grad.is_cuda:
+            own = grad.new_empty((ctx.rows, *grad.shape[1:]))
+            dist.reduce_scatter_tensor(own, grad, group=_groups.data)
+            return own
+        dist.all_reduce(grad, group=_groups.data)
+        return grad[data_rank() * ctx.rows : (data_rank() + 1) * ctx.rows]
+
+
+def all_gather_rows_with_grad(x: Tensor) -> Tensor:
+    """As :func:`all_gather_rows`; the gradient of each rank's rows is summed over the ranks that used them."""
+    return x if data_size() == 1 else _GatherRows.apply(x)
+
+
+def pad_rows(x: Tensor, rows: int, value: float = 0) -> Tensor:
+    """(n, …) → (rows, …) filled up with ``value``, so that ranks with fewer rows can take part in a gather."""
+    missing = rows - x.shape[0]
+    assert missing >= 0, (x.shape, rows)
+    return x if missing == 0 else torch.cat([x, x.new_full((missing, *x.shape[1:]), value)])
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def all_gather_object(value: Any) -> list[Any]:
+    """Every data rank's value, in their order."""
+    if data_size() == 1:
+        return [value]
+    values: list[Any] = [None] * data_size()
+    dist.all_gather_object(values, value, group=_groups.data)
+    return values
+
+
+def all_ranks_objects(value: Any) -> list[Any]:
+    """Every rank's value, in the order of the ranks."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()

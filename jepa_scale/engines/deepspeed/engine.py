@@ -1,0 +1,366 @@
+"""DeepSpeed ZeRO 0, 1, 2 and 3.
+
+The package is imported when an engine is built or a config is checked, so that users of FSDP2 need not have it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from jepa_scale.checkpoint.boxes import Boxes
+from jepa_scale.config.schema import OptimConfig, find_file
+from jepa_scale.distributed.comm import Ranks
+from jepa_scale.engines.base import (
+    Engine,
+    EngineOptions,
+    ShardedCopy,
+    create_optimizer_state,
+    persistent_buffers,
+    skip_if_not_finite,
+    whole_state,
+)
+from jepa_scale.engines.clip import Range, cut, join
+from jepa_scale.engines.deepspeed.ema import PartitionedCopy, ReplicatedCopy, partition
+from jepa_scale.engines.deepspeed.state import StateView
+from jepa_scale.engines.deepspeed.topology import topology_of
+from jepa_scale.engines.precision import compute_dtype
+from jepa_scale.engines.weights import Weights, replace, strip_all
+from jepa_scale.optim import MatrixOptimizer, build_optimizer
+from jepa_scale.utils.errors import InputError
+
+OWNED = {
+    "train_batch_size": "train.batch_size",
+    "train_micro_batch_size_per_gpu": "train.batch_size and train.accumulation",
+    "gradient_accumulation_steps": "train.accumulation",
+    "managed_gradient_accumulation": "train.accumulation",
+    "optimizer": "the section optim",
+    "scheduler": "the section optim",
+    "zero_allow_untested_optimizer": "the section optim",
+    "zero_force_ds_cpu_optimizer": "the section optim",
+    "gradient_clipping": "optim.clip_norm",
+    "bf16": "engine.precision",
+    "bfloat16": "engine.precision",
+    "fp16": "engine.precision",
+    "amp": "engine.precision",
+    "torch_autocast": "engine.precision",
+    "prescale_gradients": "the engine, which sums gradients",
+    "gradient_predivide_factor": "the engine, which sums gradients",
+    "gradient_allreduce_op": "the engine, which sums gradients",
+    "steps_per_print": "train.log_every",
+}
+"""Keys of a DeepSpeed JSON that we fill in, and where the user sets what they mean."""
+
+
+def validate_deepspeed_config(path: str | Path) -> dict[str, Any]:
+    """Read a DeepSpeed JSON and check it, before anything is built.
+
+    Raises:
+        InputError: the file is missing or no JSON object, its ``zero_optimization`` is not one that DeepSpeed accepts, or
+            it sets a key that belongs to our config. One line with the file and the key.
+    """
+    file = find_file(path, "engine.deepspeed")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{file}, line {error.lineno}: not valid JSON: {error.msg}") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{file}: must hold a JSON object, not {type(config).__name__}")
+    for key in config:
+        if key in OWNED:
+            raise InputError(f"{file}: remove the key {key!r}; it is set by {OWNED[key]}")
+    zero = config.get("zero_optimization")
+    stage = zero.get("stage") if isinstance(zero, dict) else zero
+    if not isinstance(zero, dict) or type(stage) is not int or stage not in (0, 1, 2, 3):
+        raise InputError(f"{file}: zero_optimization.stage must be 0, 1, 2 or 3, not {json.dumps(stage)}")
+    _check_zero_section(file, zero)
+    _check_offload(file, zero)
+    return config
+
+
+def _check_offload(file: Path, zero: dict[str, Any]) -> None:
+    for part in ("cpu_offload", "cpu_offload_param", "zenflow"):
+        if zero.get(part):
+            raise InputError(
+                f"{file}: zero_optimization.{part}: is not supported; use offload_optimizer and offload_param"
+            )
+    for part, least in (("offload_optimizer", 2), ("offload_param", 3)):
+        target = (zero.get(part) or {}).get("device", "none")
+        if target == "none":
+            continue
+        if target != "cpu":
+            raise InputError(
+                f"{file}: zero_optimization.{part}.device: {target!r} is not supported, as what is swapped out is in no "
+                "checkpoint of ours; use cpu"
+            )
+        if zero["stage"] < least:
+            raise InputError(f"{file}: zero_optimization.{part}: needs stage {least}")
+        if zero[part].get("ratio", 1.0) != 1.0:
+            raise InputError(f"{file}: zero_optimization.{part}.ratio: must be 1; all of it is offloaded")
+
+
+def _check_zero_section(file: Path, zero: dict[str, Any]) -> None:
+    from pydantic import ValidationError
+
+    _import_deepspeed()
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        DeepSpeedZeroConfig(**{key: value for key, value in zero.items() if value != "auto"})
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(["zero_optimization", *map(str, first["loc"])])
+        raise InputError(f"{file}: {key}: {first['msg'][0].lower() + first['msg'][1:]}") from None
+
+
+def offloads(zero: Mapping[str, Any]) -> bool:
+    """Whether masters, moments and gradients are in host memory."""
+    return bool((zero.get("offload_optimizer") or {}).get("device", "none") != "none")
+
+
+def _import_deepspeed() -> Any:
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it looks for one, and warns
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise InputError(f"engine.name: deepspeed cannot be imported ({error}); install it or use fsdp") from None
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    if not any(f is _worth_reading for f in logger.filters):
+        logger.addFilter(_worth_reading)
+    return deepspeed
+
+
+def _worth_reading(record: logging.LogRecord) -> bool:
+    """Drops warnings of DeepSpeed about what is so by design here, torch's AdamW and packed batches as arguments, and of
+    skipped steps, which the trainer tells of, whatever the engine."""
+    text = str(record.msg)
+    return not any(part in text for part in ("untested optimizer", "unknown inputs or outputs type", "OVERFLOW!"))
+
+
+class DeepSpeedEngine(Engine):
+    """ZeRO by DeepSpeed, with an optimizer of :mod:`jepa_scale.optim` on its flat fp32 partitions."""
+
+    name = "deepspeed"
+
+    def __init__(
+        self,
+        module: nn.Module,
+        groups: Sequence[dict[str, Any]],
+        optim_options: OptimConfig,
+        options: EngineOptions,
+        ranks: Ranks,
+        weights: Weights,
+    ):
+        assert options.deepspeed is not None, "EngineOptions.deepspeed: the DeepSpeed engine needs a JSON"
+        super().__init__(module, options, ranks)
+        config = validate_deepspeed_config(options.deepspeed)
+        self._zero = config["zero_optimization"]
+        self.stage = self._zero["stage"]
+        self._offloads = offloads(self._zero)
+        self.layout = f"ZeRO-{self.stage} {options.precision}{' offloaded' if self._offloads else ''}"
+        self._bf16 = options.precision == "bf16"
+        self._dtype = compute_dtype(options.precision)
+
+        deepspeed = _import_deepspeed()
+        os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # it insists on it
+        if ranks.device.type == "cpu":
+            # It would compile an op for inference here, for more than a minute, if it finds ninja and a compiler: let it
+            # believe that no op can be built, which also spares the twenty processes that look for them.
+            deepspeed.ops.__compatible_ops__ = {}
+        if self.stage == 1 and self._bf16:
+            # Its optimizer for this case prints a dozen memory reports, each after a full garbage collection.
+            import deepspeed.runtime.bf16_optimizer as bf16_optimizer
+
+            bf16_optimizer.see_memory_usage = lambda *_, **__: None
+            # It takes a norm, to see whether it is finite, of what a team's later ranks do not share with the first, and fails
+            # on a rank where that is nothing. (What is clipped by is measured by us.)
+            for parameter in module.parameters():
+                parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+        filled, topology = self._filled(config), topology_of(ranks)
+
+        def fill(name: str, parameter: nn.Parameter) -> None:
+            replace(parameter, weights.take_part(name, parameter, self._dtype, options.split.get(name)))
+
+        if self.stage == 3:
+            partition(module, fill, filled, topology)
+        else:
+            for name, parameter in module.named_parameters():
+                fill(name, parameter)
+        self.optimizer = build_optimizer(groups, optim_options)
+        self._peak_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        # Stage 0 in bf16 takes a step with zero gradients while it is set up: let it do nothing.
+        skip_if_not_finite(self.optimizer, torch.full((), torch.inf, device=ranks.device))
+        self.ds, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=self.optimizer,
+            config=filled,
+            dist_init_required=False,
+            mpu=topology,
+        )
+        if self.stage == 3:
+            _hide_hooks(module)
+            self.ds.optimizer._set_fp32_optimizer_param_groups()  # they are empty but while it steps one of them
+        stepped = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        buffers = [parameter.grad for parameter in stepped]
+        create_optimizer_state(self.optimizer)
+        if self._offloads:  # where it puts the gradients
+            for parameter, buffer in zip(stepped, buffers, strict=True):
+                parameter.grad = buffer
+        if self.stage == 3:
+            self.ds.optimizer._clear_fp32_optimizer_param_groups()
+        self._view = StateView(module, self.ds.optimizer, self.optimizer, self.stage, self._offloads)
+        if isinstance(self.optimizer, MatrixOptimizer):
+            self.optimizer.bind(self._view.parts_of(self.optimizer.matrices), replicated=self.stage == 0)
+        self._ranges = self._clip_ranges()
+        parameters = dict(module.named_parameters())
+        pieces = [(limits, self._view.pieces[parameters[name]]) for name, limits in options.bounds.items()]
+        self._bounded = [(limits, piece) for limits, piece in pieces if piece]
+        # Where DeepSpeed has the fp32 gradient of what it steps next, the same in all stages.
+        self.optimizer.register_step_pre_hook(self._clip)
+        self.optimizer.register_step_post_hook(self._keep_in_bounds)  # before it copies them to where they are used
+
+    def _filled(self, user: dict[str, Any]) -> dict[str, Any]:
+        config = dict(user)
+        config["train_micro_batch_size_per_gpu"] = 1  # used in its reports only; our batches are packed
+        config["gradient_accumulation_steps"] = self.options.accumulation
+        config["gradient_clipping"] = 0.0  # it knows no groups
+        config["bf16"] = {"enabled": self._bf16}
+        config["zero_allow_untested_optimizer"] = True
+        config["zero_force_ds_cpu_optimizer"] = False
+        zero = config["zero_optimization"] = dict(config["zero_optimization"])
+        if self.stage == 1 and self.options.accumulation > 1:
+            # Overlapping, it reduces what the last micro-batch's hooks see: a parameter that only an earlier one used
+            # would lose its gradient.
+            zero["overlap_comm"] = False
+        if not self._offloads and (self.stage == 2 or (self.stage == 1 and not self._bf16)):
+            # The norm, with a host sync, only to skip what skip_if_not_finite skips. Elsewhere it can't be left out.
+            zero.setdefault("compute_grad_norm", False)
+        if self._bf16:
+            config.setdefault("communication_data_type", "fp32")
+            if self.stage > 0:
+                config.setdefault("data_types", {"grad_accum_dtype": "fp32"})
+        config.setdefault("timers", {"throughput": {"enabled": False}})  # it synchronises the device
+        return config
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.ds(*args, **kwargs)
+
+    def _backward(self, loss: Tensor, last: bool) -> None:
+        # Every stage averages over ranks and ZeRO-3 knows no other way; times the world size it is a sum again, exactly
+        # if that is a power of two. The division by the accumulation can be left out.
+        self.ds.backward(loss * self.ranks.data_size, scale_wrt_gas=False)
+        if not last:
+            self.ds.step()  # counts the micro-batch, so that the boundary falls on the last one
+
+    def _step(self) -> Tensor:
+        assert self.ds.is_gradient_accumulation_boundary()
+        pieces = (
+            piece
+            for stepped, fragments in self._view.gradients()
+            for piece in cut(fragments, self._ranges.get(stepped, []))
+        )
+        copies = self.ranks.data_size if self.stage == 0 else 1
+        norm = self._measure(self._clipping.sort(pieces), copies)
+        skip_if_not_finite(self.optimizer, norm)
+        self.ds.step()
+        if getattr(self.ds.optimizer, "overflow", False):
+            # it has looked by itself, and may have rounded a norm to infinity that is almost infinite
+            norm = norm.masked_fill(norm.isfinite(), torch.inf)
+        self._view.clear_gradients()  # else a parameter without a gradient in the next step would get this step's again
+        return norm
+
+    def _clip_ranges(self) -> dict[Tensor, list[Range]]:
+        """Which elements of each tensor that this rank steps are clipped together."""
+        ranges: dict[Tensor, list[Range]] = {}
+        for name, parameter in self.module.named_parameters():
+            if piece := self._view.pieces.get(parameter):
+                part = Range(self._clipping.group_of(name), piece.at, piece.at + piece.length)
+                ranges.setdefault(piece.stepped, []).append(part)
+        return {stepped: join(parts) for stepped, parts in ranges.items()}
+
+    @torch.no_grad()
+    def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Scales the gradients of what our optimizer is about to step: all, or one group or sub-group of ZeRO's."""
+        parts = (
+            (group, stepped.grad if end - begin == stepped.numel() else stepped.grad[begin:end])
+            for of_group in optimizer.param_groups
+            for stepped in of_group["params"]
+            if stepped.grad is not None
+            for group, begin, end in self._ranges.get(stepped, [])
+        )
+        self._clipping.scale(self._clipping.sort(parts))
+
+    @torch.no_grad()
+    def _keep_in_bounds(self, *_: Any) -> None:
+        """See :attr:`jepa_scale.engines.base.EngineOptions.bounds`; of this rank's part of the masters."""
+        for (low, high), piece in self._bounded:
+            piece.stepped.detach().view(-1)[piece.at : piece.at + piece.length].clamp_(low, high)
+
+    def _param_groups(self) -> list[dict[str, Any]]:
+        return self.ds.optimizer.param_groups
+
+    def _optimizer_states(self) -> list[dict[str, Any]]:
+        return list(self.optimizer.state.values())
+
+    @torch.no_grad()
+    def state(self) -> dict[str, Boxes]:
+        buffers = {f"model/{name}": Boxes.whole(buffer) for name, buffer in persistent_buffers(self.module)}
+        return buffers | self._view.boxes()
+
+    @torch.no_grad()
+    def loaded(self, updates: int) -> None:
+        self._set_updates(updates)
+        self._view.refresh()
+
+    @torch.no_grad()
+    def full_state(self) -> dict[str, Tensor]:
+        return whole_state(self.module, self._whole, keep=self.ranks.is_main)
+
+    @torch.no_grad()
+    def copy_of(self, module: nn.Module) -> ShardedCopy:
+        module = module.requires_grad_(False).eval()
+        strip_all(module)
+        module._apply(lambda x: x if x.is_meta else x.to(self.ranks.device))  # its buffers
+        if self.stage == 3:
+            return PartitionedCopy(module, self._view, self._dtype, self._zero, self.ranks)
+        return ReplicatedCopy(module, self._view, self._dtype, self.ranks.device)
+
+    def _whole(self, parameter: nn.Parameter) -> Tensor:
+        """One parameter, gathered from all ranks."""
+        if parameter.requires_grad:
+            return self._view.whole(parameter)
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
+            return parameter.detach().clone()
+
+
+def _hide_hooks(module: nn.Module) -> None:
+    """What ZeRO-3's hooks do with memory is not the same in each forward; a selective checkpoint, which compares the operators of
+    two of them, is not to see it."""
+    for block in module.modules():
+        if getattr(block, "recomputes_selectively", False):
+            for part in block.modules():
+                for hooks in (part._forward_pre_hooks, part._forward_hooks):
+                    for key, hook in hooks.items():
+                        if getattr(hook, "__module__", "").startswith("deepspeed"):
+                            hooks[key] = _hidden(hook)
+
+
+def _hidden(hook: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        with _disable_current_modes():
+            return hook(*args)
+
+    return run

@@ -1,0 +1,240 @@
+"""Where DeepSpeed keeps what training changes, and a view of it by parameter.
+
+The optimizer that we give to ``deepspeed.initialize`` does not step our parameters but tensors of DeepSpeed's:
+
+* stage 0: the parameters, whole; in bf16 an fp32 master of each;
+* stages 1 and 2: of each parameter group, this rank's part of the flattened fp32 masters. The parameters themselves are
+  views into the whole flat group, which is how we know where each of them lies (DeepSpeed's own ``_hp_mapping`` is wrong
+  under ``round_robin_gradients``);
+* stage 3: of each sub-group of parameters, the concatenation of this rank's part of each of them, padded to equal sizes.
+
+Moments have the layout of the tensor that is stepped. So everything follows from a list of pieces: these elements of that
+parameter are there in that tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from jepa_scale.checkpoint.boxes import Boxes
+from jepa_scale.distributed.comm import data_group
+from jepa_scale.optim import Part
+
+
+class Piece(NamedTuple):
+    """``length`` elements of the flattened ``parameter``, from ``start``, are in the flat ``stepped`` from ``at``; or all
+    of them, in the same shape."""
+
+    parameter: nn.Parameter
+    start: int
+    stepped: Tensor
+    at: int
+    length: int
+
+    def boxes(self, values: Tensor) -> Boxes:
+        """The same elements of a tensor of the layout of ``stepped``: itself or a moment."""
+        shape = true_shape(self.parameter)
+        if self.length == values.numel() and values.shape == shape:
+            return Boxes.whole(values.detach())
+        return Boxes.of_range(shape, self.start, values.detach()[self.at : self.at + self.length])
+
+
+def true_shape(parameter: nn.Parameter) -> torch.Size:
+    """Under stage 3 a parameter that is not gathered has no elements."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def shard(parameter: Any) -> tuple[int, int]:
+    """Stage 3: first element of this rank's part of a parameter, and its length without the padding of the last."""
+    each = parameter.ds_tensor.ds_numel
+    start = min(dist.get_rank(parameter.ds_process_group) * each, parameter.ds_numel)
+    return start, min(each, parameter.ds_numel - start)
+
+
+class StateView:
+    """Everything that training changes in a module under DeepSpeed, by name.
+
+    Args:
+        module: the root. wrapped: DeepSpeed's optimizer. optimizer: ours inside it, whose state exists.
+        stage: of ZeRO. offloaded: what is stepped is in host memory, and its gradient is with it.
+    """
+
+    def __init__(
+        self, module: nn.Module, wrapped: Any, optimizer: torch.optim.Optimizer, stage: int, offloaded: bool = False
+    ) -> None:
+        self.module, self.wrapped, self.optimizer, self.stage = module, wrapped, optimizer, stage
+        self.offloaded = offloaded
+        trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self.stepped = {parameter: stepped for parameters, stepped in self._tensors() for parameter in parameters}
+        """Of each trainable parameter the tensor that is stepped for it, in which this rank may have nothing of it."""
+        self.pieces: dict[nn.Parameter, Piece | None] = dict.fromkeys(trainable)
+        """Of each trainable parameter what this rank updates; None where that is nothing."""
+        for piece in self._pieces():
+            assert piece.parameter in self.pieces and self.pieces[piece.parameter] is None, "a parameter in two pieces"
+            self.pieces[piece.parameter] = piece
+        self._check()
+
+    def _tensors(self) -> Iterator[tuple[Sequence[nn.Parameter], Tensor]]:
+        """Each tensor that is stepped, and the parameters that it is stepped for; on all ranks in the same order."""
+        z = self.wrapped
+        if self.stage == 0:
+            lows = highs = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+            if z is not self.optimizer:  # bf16
+                lows = [low for group in z.fp16_groups for low in group]
+                highs = [high for group in z.fp32_groups for high in group]
+            yield from (([low], high) for low, high in zip(lows, highs, strict=True))
+        elif self.stage == 3:
+            yield from zip(z.fp16_groups, z.fp32_partitioned_groups_flat, strict=True)
+        elif hasattr(z, "bf16_groups"):
+            yield from zip(z.bf16_groups, z.fp32_groups_flat_partition, strict=True)
+        else:
+            yield from zip(z.bit16_groups, z.single_partition_of_fp32_groups, strict=True)
+
+    def _pieces(self) -> Iterator[Piece]:
+        if self.stage in (1, 2):
+            yield from self._pieces_of_flat_groups()
+            return
+        for parameters, stepped in self._tensors():
+            at = 0
+            for parameter in parameters:
+                start, count = shard(parameter) if self.stage == 3 else (0, parameter.numel())
+                if count > 0 or self.stage == 0:
+                    yield Piece(parameter, start, stepped, at, count)
+                at += parameter.ds_tensor.ds_numel if self.stage == 3 else count  # type: ignore[attr-defined]
+            assert at == stepped.numel(), (at, stepped.numel())
+
+    def _pieces_of_flat_groups(self) -> Iterator[Piece]:
+        z = self.wrapped
+        flats: Any = (
+            (z.bf16_groups_flat, z.bf16_partitioned_groups)
+            if hasattr(z, "bf16_groups")
+            else (z.bit16_groups_flat, z.parallel_partitioned_bit16_groups)
+        )
+        for (parameters, stepped), flat, partitions, group in zip(
+            self._tensors(), *flats, z.real_dp_process_group, strict=True
+        ):
+            begin = _offset(partitions[dist.get_rank(group)], flat)
+            end = begin + stepped.numel()
+            for parameter in filter(torch.numel, parameters):
+                first = _offset(parameter, flat)
+                left, right = max(first, begin), min(first + parameter.numel(), end)
+                if left < right:
+                    yield Piece(parameter, left - first, stepped, left - begin, right - left)
+
+    def gradients(self) -> Iterator[tuple[Tensor, Sequence[Tensor]]]:
+        """Each tensor that is stepped, and its gradient, between the last backward of a step and DeepSpeed's step.
+
+        The gradient is reduced over ranks and has not been clipped. It is in fragments, of the dtype that DeepSpeed
+        accumulates in, which one after the other have the layout of the tensor; where they end before it, it is zero.
+        """
+        z = self.wrapped
+        if self.offloaded:
+            for _, stepped in self._tensors():
+                yield stepped, [] if stepped.grad is None else [stepped.grad]
+        elif self.stage == 0:
+            for piece in self.pieces.values():
+                assert piece is not None
+                yield piece.stepped, [] if piece.parameter.grad is None else [piece.parameter.grad]
+        elif hasattr(z, "bf16_groups"):
+            for stepped, gradient in zip(
+                z.fp32_groups_flat_partition, z.fp32_groups_gradient_flat_partition, strict=True
+            ):
+                yield stepped, [gradient]
+        else:
+            groups = z.fp32_partitioned_groups_flat if self.stage == 3 else z.single_partition_of_fp32_groups
+            for i, stepped in enumerate(groups):
+                yield stepped, z.averaged_gradients[i]
+
+    def clear_gradients(self) -> None:
+        """Where gradients stay in place, set them to zero."""
+        if self.offloaded:
+            for _, stepped in self._tensors():
+                if stepped.grad is not None:
+                    stepped.grad.zero_()
+        if self.stage == 3:
+            self.wrapped.grad_partitions_flat_buffer.zero_()
+
+    def boxes(self) -> dict[str, Boxes]:
+        """:meth:`jepa_scale.engines.base.Engine.state` but for the buffers."""
+        boxes = {}
+        for name, parameter in self.module.named_parameters():
+            if parameter not in self.pieces:
+                boxes[f"model/{name}"] = self._frozen(parameter)
+                continue
+            piece, stepped = self.pieces[parameter], self.stepped[parameter]
+            for key, values in {"model": stepped, **self._moments(stepped)}.items():
+                nothing = Boxes(true_shape(parameter), torch.float32, [])
+                boxes[f"{key}/{name}"] = nothing if piece is None else piece.boxes(values)
+        return boxes
+
+    def _moments(self, stepped: Tensor) -> dict[str, Tensor]:
+        state = self.optimizer.state[stepped]
+        return {name: value for name, value in state.items() if torch.is_tensor(value) and value.shape == stepped.shape}
+
+    def parts_of(self, matrices: Iterable[str]) -> list[tuple[Tensor, list[Part]]]:
+        """Where these parameters are, for :meth:`jepa_scale.optim.MatrixOptimizer.bind`: the tensors that are stepped for them,
+        and what this rank has of each."""
+        parameters = dict(self.module.named_parameters())
+        parts: dict[Tensor, list[Part]] = {}
+        for name in matrices:
+            of_tensor = parts.setdefault(self.stepped[parameters[name]], [])
+            if piece := self.pieces[parameters[name]]:
+                of_tensor.append(Part(name, piece.start, piece.at, piece.length))
+        return list(parts.items())
+
+    def _frozen(self, parameter: nn.Parameter) -> Boxes:
+        if self.stage < 3:
+            return Boxes.whole(parameter.detach())
+        start, count = shard(parameter)
+        return Boxes.of_range(true_shape(parameter), start, parameter.ds_tensor.detach().view(-1)[:count])  # type: ignore[attr-defined]
+
+    def refresh(self) -> None:
+        """Renew the parameters from what is stepped. Collective."""
+        if self.stage == 0:
+            for piece in self._pieces():
+                piece.parameter.data.copy_(piece.stepped.data)
+        elif self.stage < 3:
+            self.wrapped.update_lp_params()
+        else:
+            self.wrapped.checkpoint_event_prologue()  # frees what is gathered
+            for group in range(len(self.wrapped.fp16_groups)):
+                self.wrapped._reassign_or_swap_out_partitioned_parameters(group)
+            self.wrapped.checkpoint_event_epilogue()  # gathers the parameters that stay gathered
+
+    def whole(self, parameter: nn.Parameter) -> Tensor:
+        """The fp32 master of a trainable parameter, whole on all ranks. Collective."""
+        piece = self.pieces[parameter]
+        if self.stage == 0:
+            assert piece is not None
+            return piece.stepped.detach()
+        whole = torch.zeros(true_shape(parameter), dtype=torch.float32, device=self.device)
+        if piece is not None:
+            mine = piece.stepped.detach()[piece.at : piece.at + piece.length]
+            whole.view(-1)[piece.start : piece.start + piece.length] = mine
+        dist.all_reduce(whole, group=data_group())
+        return whole
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.optimizer.state)).device
+
+    def _check(self) -> None:
+        """Every element of every trainable parameter is updated by exactly one rank (by all of them in stage 0)."""
+        counts = torch.tensor([piece.length if piece else 0 for piece in self.pieces.values()], device=self.device)
+        if self.stage > 0:
+            dist.all_reduce(counts, group=data_group())
+        expected = [true_shape(parameter).numel() for parameter in self.pieces]
+        assert counts.tolist() == expected, "the ranks' pieces of a parameter are not the parameter"
+        assert all(piece.stepped in self.optimizer.state for piece in self.pieces.values() if piece)
+
+
+def _offset(view: Tensor, flat: Tensor) -> int:
+    """Where in a flat tensor a view of it begins."""
+    apart = view.data_ptr() - flat.data_ptr()
+    assert 0 <= apart <= (flat.numel() - view.numel()) * flat.element_size(), "not a view into the flat group"
+    return apart // flat.element_size()

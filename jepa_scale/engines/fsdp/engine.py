@@ -1,0 +1,197 @@
+"""FSDP2 (``torch.distributed.fsdp.fully_shard``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from jepa_scale.checkpoint.boxes import Boxes
+from jepa_scale.config.schema import OptimConfig
+from jepa_scale.distributed.comm import Ranks
+from jepa_scale.engines.base import (
+    Engine,
+    EngineOptions,
+    ShardedCopy,
+    create_optimizer_state,
+    persistent_buffers,
+    skip_if_not_finite,
+    whole_state,
+)
+from jepa_scale.engines.fsdp.ema import FSDPCopy, allocate
+from jepa_scale.engines.precision import compute_dtype
+from jepa_scale.engines.weights import Weights, part_of
+from jepa_scale.optim import MatrixOptimizer, Part, build_optimizer
+
+
+class FSDPEngine(Engine):
+    """Parameters, gradients and moments sharded over all ranks as fp32 DTensors, or over those of each replica (HSDP).
+
+    In bf16 the gathered parameters are bf16 and gradients are reduced in fp32. Inputs are not cast, as they are not
+    under DeepSpeed, so that a model runs on both or on neither.
+    """
+
+    name = "fsdp"
+
+    def __init__(
+        self,
+        module: nn.Module,
+        shard: Sequence[nn.Module],
+        groups: Sequence[dict[str, Any]],
+        optim_options: OptimConfig,
+        options: EngineOptions,
+        ranks: Ranks,
+        weights: Weights,
+    ):
+        super().__init__(module, options, ranks)
+        self.layout = f"FSDP2 {options.precision}"
+        names = {parameter: name for name, parameter in module.named_parameters()}
+        group_names = [[names[p] for p in group["params"]] for group in groups]
+
+        mesh = _mesh(ranks, options.replicas)
+        half = options.precision != "fp32"
+        policy = MixedPrecisionPolicy(
+            param_dtype=compute_dtype(options.precision) if half else None,
+            reduce_dtype=torch.float32 if half else None,
+            cast_forward_inputs=False,
+        )
+        self._mesh, self._policy = mesh, policy
+        for part in [*shard, module]:
+            fully_shard(part, mesh=mesh, mp_policy=policy)
+        allocate(module, ranks.device)
+        for sharded_part in self._fsdp_modules():
+            if mesh.size() == 1:
+                sharded_part.set_custom_reduce_scatter(_NothingToReduce())  # type: ignore[arg-type]
+            else:  # both lines together: a plain sum over ranks, on gloo too
+                sharded_part.set_gradient_divide_factor(1.0)
+                sharded_part.set_force_sum_reduction_for_comms(True)
+
+        sharded = dict(module.named_parameters())  # fully_shard has put new parameters in the module
+        groups = [
+            {**group, "params": [sharded[name] for name in of_group]}
+            for group, of_group in zip(groups, group_names, strict=True)
+        ]
+        self._fill(sharded, weights)
+        self._trainable = {name: p for name, p in sharded.items() if p.requires_grad}
+        self.optimizer = build_optimizer(groups, optim_options)
+        self._peak_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        create_optimizer_state(self.optimizer)
+        if isinstance(self.optimizer, MatrixOptimizer):
+            self.optimizer.bind([(sharded[n], [_rows(n, sharded[n])]) for n in self.optimizer.matrices])
+
+    @torch.no_grad()
+    def _fill(self, sharded: Mapping[str, nn.Parameter], weights: Weights) -> None:
+        """Give each parameter its initial numbers; beside the shards a device has one whole parameter."""
+        for name, parameter in sharded.items():
+            boxes = Boxes.of_dtensor(cast(DTensor, parameter))
+            mine = part_of(weights.take(name), boxes.shape, self.options.split.get(name))
+            for offsets, box in boxes.parts:
+                box.copy_(mine[tuple(slice(at, at + n) for at, n in zip(offsets, box.shape, strict=True))])
+
+    def _fsdp_modules(self) -> list[FSDPModule]:
+        return [m for m in self.module.modules() if isinstance(m, FSDPModule)]
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+    def _backward(self, loss: Tensor, last: bool) -> None:
+        loss.backward()
+
+    @torch.no_grad()
+    def _step(self) -> Tensor:
+        for parameter in self._trainable.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        shards = self._clipping.sort(
+            (self._clipping.group_of(name), cast(DTensor, parameter.grad).to_local())
+            for name, parameter in self._trainable.items()
+        )
+        norm = self._measure(shards, copies=self.options.replicas)
+        self._clipping.scale(shards)
+        skip_if_not_finite(self.optimizer, norm)
+        self.optimizer.step()
+        for name, (low, high) in self.options.bounds.items():
+            cast(DTensor, self._trainable[name]).to_local().clamp_(low, high)
+        self.optimizer.zero_grad()
+        return norm
+
+    def _param_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    def _optimizer_states(self) -> list[dict[str, Any]]:
+        return list(self.optimizer.state.values())
+
+    @torch.no_grad()
+    def state(self) -> dict[str, Boxes]:
+        self._reshard()
+        boxes = {f"model/{name}": Boxes.whole(buffer) for name, buffer in persistent_buffers(self.module)}
+        for name, parameter in self.module.named_parameters():
+            boxes[f"model/{name}"] = Boxes.of_dtensor(cast(DTensor, parameter))
+            for moment, value in self.optimizer.state.get(parameter, {}).items():
+                if isinstance(value, DTensor) and value.shape == parameter.shape:
+                    boxes[f"{moment}/{name}"] = Boxes.of_dtensor(value)
+        return boxes
+
+    @torch.no_grad()
+    def loaded(self, updates: int) -> None:
+        self._reshard()
+        self._set_updates(updates)
+
+    @torch.no_grad()
+    def full_state(self) -> dict[str, Tensor]:
+        self._reshard()
+        return whole_state(self.module, lambda p: cast(DTensor, p).full_tensor(), keep=self.ranks.is_main)
+
+    @torch.no_grad()
+    def copy_of(self, module: nn.Module) -> ShardedCopy:
+        self._reshard()
+        return FSDPCopy(module, self.module, self._mesh, self._policy)
+
+    def _reshard(self) -> None:
+        """An evaluation leaves the root's parameters gathered; they would hide the shards, and be used once more."""
+        for part in self._fsdp_modules():
+            part.reshard()
+
+
+class _NothingToReduce:
+    """The reduce-scatter of a rank that is alone: its output is its input. FSDP2 asks for the two buffers one after the other,
+    and then copies the one into the other, which of the same tensor is nothing."""
+
+    def __init__(self) -> None:
+        self._input: Tensor | None = None
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        buffer, self._input = self._input, None
+        if buffer is None:
+            buffer = self._input = torch.empty(*size, dtype=dtype, device=device)
+        assert buffer.shape == torch.Size(size) and buffer.dtype == dtype
+        return buffer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        raise AssertionError("one rank, and something to reduce")
+
+
+def _mesh(ranks: Ranks, replicas: int) -> DeviceMesh:
+    """Of the ranks with different samples: one dimension, or replicas × shards. (A team has no part in it: to FSDP2, what a
+    rank has of a split parameter is a parameter.)"""
+    kind = ranks.device.type
+    if ranks.team == 1 and replicas == 1:
+        return init_device_mesh(kind, (ranks.world_size,), mesh_dim_names=("shard",))
+    shape = (replicas, ranks.data_size // replicas, ranks.team)
+    mesh = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard", "team"))
+    return mesh["shard"] if replicas == 1 else mesh["replicate", "shard"]
+
+
+def _rows(name: str, matrix: nn.Parameter) -> Part:
+    """This rank's rows of a matrix."""
+    tensor = cast(DTensor, matrix)
+    (rows, cols), (first, _) = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    return Part(name, first * cols, 0, rows * cols)

@@ -1,0 +1,259 @@
+"""Evaluation of conversations by what the model says: each last answer of the assistant generated, saved and scored."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+import numpy as np
+from tqdm import tqdm
+
+from jepa_scale.distributed.comm import Ranks, all_gather_object
+from jepa_scale.evaluation.options import DATABASE, ChatEvalOptions
+from jepa_scale.metrics.text_match import METRICS, Wanted
+from jepa_scale.models.generation import Answer, answer, rounds
+from jepa_scale.utils.errors import DataError, InputError
+from jepa_scale.utils.io import write_atomic
+from jepa_scale.utils.logging import say
+
+
+class _Turn(Protocol):
+    @property
+    def role(self) -> str: ...
+    @property
+    def start(self) -> int: ...
+
+
+class Conversation(Protocol):
+    """As :class:`jepa_scale.data.examples.Conversation`: turns belong to the messages, in order; a conversation that was
+    cut has fewer turns than messages."""
+
+    @property
+    def tokens(self) -> np.ndarray: ...
+    @property
+    def turns(self) -> Sequence[_Turn]: ...
+    @property
+    def messages(self) -> list[dict[str, Any]]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What a row of a split asks.
+
+    Attributes:
+        row: its number in the split.
+        prompt: (n,) token ids up to where the last answer begins, what the template opens it with included.
+        asked: what the user said last.
+        problem: why it cannot be asked; '' if it can.
+    """
+
+    row: int
+    prompt: np.ndarray
+    asked: str
+    wanted: Wanted
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where generations go, and whether to tell how far they are; None = they are not saved."""
+
+    run_dir: Path | None = None
+    step: int = 0
+    progress: bool = False
+
+
+def generations_file(run_dir: Path, step: int, split: str) -> Path:
+    """JSON Lines, a row of the split each: ``row``, ``prompt`` (what the user said last), ``wanted``, ``generated`` and
+    ``tokens``, its length (both null where nothing was), ``stopped`` (by a token that closes an answer, not by the limit),
+    ``values`` by metric, ``notes`` of the metrics, ``unscored`` (why it does not count, '' if it does)."""
+    return run_dir / "generations" / f"step_{step:08d}_{split}.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTest:
+    """The questions of every split, read before the training begins, and how they are answered and scored.
+
+    Attributes:
+        decode: token ids → text, special tokens left out.
+        stop: tokens that close an answer.
+        positions: that the decoder has; None = without limit.
+    """
+
+    options: ChatEvalOptions
+    questions: Mapping[str, Sequence[Question]]
+    decode: Callable[[list[int]], str]
+    stop: tuple[int, ...]
+    positions: int | None = None
+
+    def run(self, call: Callable[..., Any], ranks: Ranks, place: Place) -> dict[str, dict[str, float]]:
+        """Answer all questions. Collective; the same result on every rank.
+
+        Of each split the mean of every value of the metrics over the rows that can be scored by all of them,
+        ``generated`` (answers), ``stopped`` (share of the answers that ended by themselves) and ``unscored`` (rows that
+        are in no mean: nothing is wanted, or nothing could match it).
+        """
+        results = {}
+        for split, questions in self.questions.items():
+            if not questions:
+                continue
+            mine = list(self._answers(call, split, questions, ranks, place))
+            records = [record for of_rank in all_gather_object(mine) for record in of_rank]
+            records.sort(key=lambda record: record["row"])
+            results[split] = summary(records)
+            if ranks.is_main and place.run_dir is not None:
+                save(generations_file(place.run_dir, place.step, split), records)
+        return results
+
+    def _answers(
+        self, call: Callable[..., Any], split: str, questions: Sequence[Question], ranks: Ranks, place: Place
+    ) -> Iterator[dict[str, Any]]:
+        """This rank's records, as they come."""
+        asked = [q for q in questions if not q.problem]
+        prompts = [q.prompt for q in asked]
+        size = self.options.generation_batch * ranks.data_size
+        plan = rounds([len(p) for p in prompts], self.options.max_new_tokens, self.positions, size)
+        with Counter(f"generate {split}", len(asked), place.progress and ranks.is_main) as counter:
+            for part in plan:
+                for said in answer(call, prompts, part, self.stop, ranks):
+                    yield self._record(asked[said.number], said)
+                counter.add(len(part.prompts))
+        planned = {number for part in plan for number in part.prompts}
+        without_room = [q for number, q in enumerate(asked) if number not in planned]
+        without_prompt = [q for q in questions if q.problem]
+        for question in without_room[ranks.data_rank :: ranks.data_size]:
+            yield self._record(question, Answer(0, [], False))
+        for question in without_prompt[ranks.data_rank :: ranks.data_size]:
+            yield self._record(question, None)
+
+    def _record(self, question: Question, said: Answer | None) -> dict[str, Any]:
+        text = None if said is None else self.decode(said.tokens)
+        values: dict[str, float] = {}
+        notes: dict[str, str] = {}
+        problem = question.problem
+        if text is not None:
+            for name in self.options.metrics:
+                try:
+                    score = METRICS[name](text, question.wanted)
+                except DataError as error:
+                    problem = problem or str(error)
+                    continue
+                values |= score.values
+                notes |= {name: score.note} if score.note else {}
+        return {
+            "row": question.row,
+            "prompt": question.asked,
+            "wanted": question.wanted.answer,
+            "generated": text,
+            "tokens": None if said is None else len(said.tokens),
+            "stopped": said is not None and said.stopped,
+            "values": values,
+            "notes": notes,
+            "unscored": problem,
+        }
+
+
+def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Metrics of a split from the records of its rows; see :meth:`ChatTest.run`."""
+    scored = [r for r in records if not r["unscored"]]
+    said = [r for r in records if r["generated"] is not None]
+    names = list(scored[0]["values"]) if scored else []
+    found = {name: sum(r["values"][name] for r in scored) / len(scored) for name in names}
+    if said:
+        found["stopped"] = sum(r["stopped"] for r in said) / len(said)
+    return found | {"generated": float(len(said)), "unscored": float(len(records) - len(scored))}
+
+
+def save(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Write the records; a full disk is told of, and costs no run its evaluation."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    except OSError as error:
+        say(f"jepa-scale: {path} was not written: {error.strerror or error}; the metrics do not need it")
+
+
+# ---------------------------------------------------------------------------------------------- from rows to questions
+
+
+def chosen(total: int, wanted: int) -> list[int]:
+    """Numbers of ``wanted`` of ``total`` rows, evenly spread; 0 = all."""
+    some = min(total, wanted or total)
+    return [i * total // some for i in range(some)]
+
+
+def question(example: Conversation, row: int, split: str, options: ChatEvalOptions) -> Question:
+    """The last answer of the assistant, asked for.
+
+    Raises:
+        InputError: naming ``eval.database`` or ``eval.database_id`` and the row: its SQLite file is not there.
+    """
+    name = f"{split} row {row}"
+    last = max(n for n, message in enumerate(example.messages) if message["role"] == "assistant")
+    users = [message["content"] for message in example.messages[:last] if message["role"] == "user"]
+    asked = users[-1] if users else ""
+    database = _database(asked, name, options) if "sql_execution" in options.metrics else None
+    wanted = Wanted(example.messages[last]["content"], name, dict.fromkeys(options.choices, ""), database)
+    if last >= len(example.turns):
+        return Question(row, example.tokens[:0], asked, wanted, f"{name}: data.max_length cuts it before its answer")
+    prompt = example.tokens[: example.turns[last].start].copy()  # not a view: the whole conversation would stay
+    return Question(row, prompt, asked, wanted, "" if len(prompt) else f"{name}: there is nothing before its answer")
+
+
+def _database(asked: str, name: str, options: ChatEvalOptions) -> Path:
+    assert options.database
+    path = options.database
+    if DATABASE in path:
+        match = re.search(options.database_id, asked)
+        if match is None or not match[1] or Path(match[1]).name != match[1]:
+            raise InputError(f"eval.database_id: finds no database in {name}, which says {asked[:80]!r}")
+        path = path.replace(DATABASE, match[1])
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise InputError(f"eval.database: {name} needs {file}, which is not there")
+    return file
+
+
+# ---------------------------------------------------------------------------------------------- how far it is
+
+
+class Counter:
+    """How many of ``total`` answers there are: on a terminal a bar, elsewhere now and then a line, ``SECONDS`` apart."""
+
+    SECONDS = 30.0
+
+    def __init__(self, name: str, total: int, shown: bool, stream: TextIO | None = None) -> None:
+        self._name, self._total, self._shown = name, total, shown
+        self._stream = stream if stream is not None else sys.stderr
+        self._done, self._told = 0, time.monotonic()
+        self._bar: tqdm | None = None
+
+    def __enter__(self) -> Counter:
+        if self._shown and self._stream.isatty():
+            self._bar = tqdm(
+                total=self._total,
+                desc=self._name,
+                unit="answer",
+                file=self._stream,
+                dynamic_ncols=True,
+                leave=False,  # the run's own bar stays the last line
+            )
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def add(self, answers: int) -> None:
+        self._done += answers
+        if self._bar is not None:
+            self._bar.update(answers)
+        elif self._shown and time.monotonic() - self._told >= self.SECONDS:
+            self._told = time.monotonic()
+            say(f"{self._name}  {self._done}/{self._total}", self._stream)

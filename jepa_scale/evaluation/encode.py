@@ -1,0 +1,103 @@
+"""Texts through whatever runs an objective's tasks: micro-batches of a split, and the states of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from jepa_scale.data.sampling.batches import Dealt, TokenStream
+from jepa_scale.data.sampling.loader import Loader
+from jepa_scale.data.sampling.order import Permuted
+from jepa_scale.data.sampling.rng import Draw, ViewMaker
+from jepa_scale.data.texts import Texts
+from jepa_scale.distributed.comm import Ranks
+from jepa_scale.objectives.base import Objective
+from jepa_scale.packing import PackedBatch, Views
+
+Call = Callable[..., Any]
+"""``call(task, batch, …)`` runs a task of the objective without gradient, on all ranks together."""
+
+
+class EncodedTexts(NamedTuple):
+    """What a micro-batch of this rank gives of m texts, on the device.
+
+    Attributes:
+        numbers: (m,) int64 of the texts.
+        pooled: (m, d) fp32.
+        tokens: of each text (n_i, d) fp32, a view.
+    """
+
+    numbers: Tensor
+    pooled: Tensor
+    tokens: list[Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Numbered:
+    """An objective's views of a text, with the text's number."""
+
+    objective: Objective
+
+    def __call__(self, example: Any, draw: Draw) -> Views:
+        views = self.objective.text_views(example, draw)
+        assert [(s.role, s.stream) for s in views.segments] == [("text", "main")], "text_views gives one segment"
+        return replace(views, values={**views.values, "text_number": draw.sample})
+
+
+def encode_texts(
+    objective: Objective, call: Call, texts: Texts, micro_tokens: int, ranks: Ranks, pooling: str | None = None
+) -> Iterator[EncodedTexts]:
+    """The states of texts, each of them on one rank and once. Collective; ranks with less to do yield no texts now and then.
+
+    Args:
+        micro_tokens: tokens in one forward of a rank, or one text.
+        pooling: ``mean`` or ``last``; None = the objective's own.
+    """
+    for batch in text_batches(texts, Numbered(objective), 0, micro_tokens, ranks, tokens=lambda sizes: sizes):
+        states = call("encode", batch)
+        segments = batch.segments["text"]
+        ends = batch.streams["main"].table.cu_seqlens.tolist()  # on the host: the loader made it there
+        yield EncodedTexts(
+            batch.values["text_number"],
+            states[pooling or objective.pooling][segments.to(states["last"].device)],
+            [states["tokens"][ends[s] : ends[s + 1]] for s in segments.tolist()],
+        )
+
+
+def text_batches(
+    examples: Any,
+    views: ViewMaker,
+    samples: int,
+    micro_tokens: int,
+    ranks: Ranks,
+    streams: tuple[str, ...] = ("main",),
+    tokens: Callable[[np.ndarray], np.ndarray] = lambda sizes: sizes - 1,
+) -> Iterator[PackedBatch]:
+    """This rank's micro-batches of a split: each sample on one rank, and as many micro-batches on every rank.
+
+    Args:
+        samples: how many, evenly spread over the split; 0 = all.
+        tokens: (m,) tokens of examples → (m,) tokens that their views take at most.
+    """
+    n = len(examples)
+    if not n:
+        return
+    wanted = min(n, samples or n)
+    numbers = np.arange(wanted, dtype=np.int64) * n // wanted
+    stream = TokenStream(
+        Permuted(wanted, lambda epoch: numbers),
+        seed=0,
+        sizes=lambda samples: tokens(examples.sizes(samples)),
+        budget=max(micro_tokens, int(tokens(np.array([examples.max_size]))[0])),
+        mean_size=float(tokens(np.array([examples.mean_size]))[0]),
+        dealt=Dealt(rank=ranks.data_rank, world_size=ranks.data_size),
+        epochs=1,
+    )
+    steps = stream.steps
+    assert steps is not None
+    for batches in Loader(examples, stream, views, streams, start_step=0, steps=steps, seed=0):
+        yield from batches

@@ -1,0 +1,83 @@
+"""The keys of ``eval:``, which the data choose."""
+
+from __future__ import annotations
+
+import difflib
+import re
+
+from pydantic import Field, model_validator
+
+from jepa_scale.config.schema import Section
+from jepa_scale.metrics.text_match import METRICS
+
+DATABASE = "{db_id}"
+
+
+class EvalOptions(Section):
+    """Keys of ``eval:`` for facts."""
+
+    max_facts: int = Field(3000, ge=0, description="Facts of a split to evaluate, a fixed random choice; 0 = all.")
+    rank_facts: int = Field(512, ge=0, description="Of these, facts ranked against all entities; 0 = all.")
+    batch_size: int = Field(512, ge=1, description="Questions in one forward on a rank.")
+
+
+class PerplexityOptions(Section):
+    """Keys of ``eval:`` for text and chat."""
+
+    micro_tokens: int = Field(8192, ge=1, description="Tokens in one forward on a rank.")
+    max_samples: int = Field(0, ge=0, description="Samples of a split to evaluate, evenly spread; 0 = all.")
+    probe: str | None = Field(
+        None, description="JSONL of text and label, perhaps split (train, test): labels that are read off the states."
+    )
+    probe_test_fraction: float = Field(
+        0.3, gt=0, lt=1, description="Share of each label's texts that test, where the rows have no split."
+    )
+    probe_neighbours: int = Field(10, ge=1, description="Nearest training texts that vote on a test text's label.")
+
+
+class ChatEvalOptions(PerplexityOptions):
+    """Keys of ``eval:`` for chat."""
+
+    metrics: list[str] = Field(
+        default_factory=list, description=f"Of generated answers: {', '.join(METRICS)}; empty = generate none."
+    )
+    max_new_tokens: int = Field(128, ge=1, description="Tokens of an answer, at most, its closing one included.")
+    max_generations: int = Field(0, ge=0, description="Rows of a split to answer, evenly spread; 0 = all.")
+    generation_batch: int = Field(64, ge=1, description="Answers generated together on a rank.")
+    choices: list[str] = Field(default_factory=list, description="multiple_choice: the labels, e.g. [A, B, C, D].")
+    database: str | None = Field(
+        None, description="sql_execution: SQLite file; {db_id} in it is the name found by database_id."
+    )
+    database_id: str = Field(
+        r"For db_id:\[([^\]/\\]+)\]",
+        description="sql_execution: regular expression; its one group finds the database in what the user says.",
+    )
+
+    @model_validator(mode="after")
+    def _complete(self) -> ChatEvalOptions:
+        for name in self.metrics:
+            if name not in METRICS:
+                near = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(METRICS)}"
+                raise ValueError(f"metrics: unknown metric {name!r}; {hint}")
+        if "multiple_choice" in self.metrics and not self.choices:
+            raise ValueError("choices: multiple_choice needs the labels, e.g. [A, B, C, D]")
+        if len(set(self.choices)) < len(self.choices) or not all(label.strip() for label in self.choices):
+            raise ValueError(f"choices: must be labels that differ, got {self.choices}")
+        if "sql_execution" in self.metrics and not self.database:
+            raise ValueError(f"database: sql_execution needs an SQLite file, e.g. databases/{DATABASE}.sqlite")
+        try:
+            groups = re.compile(self.database_id).groups
+        except re.error as error:
+            raise ValueError(f"database_id: no regular expression: {error}") from None
+        if groups != 1:
+            raise ValueError(f"database_id: must have one group, the database's name; it has {groups}")
+        return self
+
+
+OPTIONS: dict[str, type[Section]] = {
+    "answers": EvalOptions,
+    "perplexity": PerplexityOptions,
+    "chat": ChatEvalOptions,
+}
+"""Name of an evaluation (``DataOptions.evaluation``) → the keys of its ``eval:``."""

@@ -1,0 +1,71 @@
+"""Evaluation on facts: does the model know them, and does it know their reverses?
+
+SPEC row V7: exact match of the whole name by generation, mean reciprocal rank against all entities, joint NLL, per split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from jepa_scale.distributed.comm import all_reduce_sum, data_rank, data_size
+from jepa_scale.evaluation.options import EvalOptions
+from jepa_scale.objectives.answers import Answerer
+
+
+def evaluate(
+    answerer: Answerer,
+    splits: Mapping[str, Sequence[Any]],
+    names: Sequence[tuple[int, ...]],
+    options: EvalOptions,
+    device: torch.device,
+) -> dict[str, dict[str, float]]:
+    """Metrics by split: ``exact_match``, ``mrr``, ``joint_nll`` (nats a name). Collective; the same result on every rank.
+
+    A spoken name is read as far as the right one is long. A split without facts has no metrics. The facts are dealt out
+    to the ranks; every rank makes the same number of calls, the last ones padded with a repeated fact of weight zero.
+    """
+    answerer.prepare(names)
+    length = max(len(name) for name in names)  # the same on every rank: each token spoken is a collective call
+    results: dict[str, dict[str, float]] = {}
+    for split, facts in splits.items():
+        if not len(facts):
+            continue
+        chosen = np.random.default_rng(0).permutation(len(facts))  # the same choice in every run
+        chosen = chosen[: options.max_facts] if options.max_facts else chosen
+        ranked = chosen[: options.rank_facts] if options.rank_facts else chosen
+        sums = np.zeros(5)
+        for questions, weight in _batches(facts, chosen, options.batch_size):
+            spoken = answerer.speak(questions, length)
+            right = [s[: len(q.answer)] == tuple(q.answer) for s, q in zip(spoken, questions, strict=True)]
+            sums[0] += (weight * np.array(right)).sum()
+            sums[1] += (weight * answerer.nll(questions)).sum()
+            sums[2] += weight.sum()
+        for questions, weight in _batches(facts, ranked, options.batch_size):
+            sums[3] += (weight / answerer.ranks(questions)).sum()
+            sums[4] += weight.sum()
+        total = all_reduce_sum(torch.from_numpy(sums).to(device)).cpu().numpy()
+        results[split] = {
+            "exact_match": float(total[0] / total[2]),
+            "mrr": float(total[3] / total[4]),
+            "joint_nll": float(total[1] / total[2]),
+        }
+    return results
+
+
+def _batches(facts: Sequence[Any], chosen: np.ndarray, size: int) -> list[tuple[list[Any], np.ndarray]]:
+    """This rank's questions, in batches, with weight 0 for those that only keep the ranks in step."""
+    mine = chosen[data_rank() :: data_size()]
+    longest = -(-len(chosen) // data_size())  # ceil: what the first rank has
+    batches = []
+    for start in range(0, longest, size):
+        n = min(size, longest - start)
+        part = mine[start : start + n]
+        weight = np.zeros(n)
+        weight[: len(part)] = 1
+        padded = np.concatenate([part, np.full(n - len(part), chosen[0])])
+        batches.append(([facts[int(i)] for i in padded], weight))
+    return batches

@@ -1,0 +1,110 @@
+"""Which evaluation belongs to which data: what ``eval:`` may say, and how a run's splits are evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from jepa_scale.config.schema import Section
+from jepa_scale.data.sampling.rng import ViewMaker
+from jepa_scale.distributed.comm import Ranks
+from jepa_scale.evaluation import chat, perplexity, reversal
+from jepa_scale.evaluation.encode import Call, text_batches
+from jepa_scale.evaluation.options import ChatEvalOptions
+from jepa_scale.evaluation.snapshot import save_snapshot
+from jepa_scale.evaluation.text_probe import SPLIT, ProbeTest
+from jepa_scale.models.backbone import Backbone
+from jepa_scale.objectives.base import Objective
+from jepa_scale.objectives.lm import lm_views
+from jepa_scale.packing import PackedBatch
+from jepa_scale.utils.errors import InputError
+
+Results = dict[str, dict[str, float]]
+
+
+def chat_test(options: Section, data: Any, backbone: Backbone, predicts_tokens: bool = True) -> chat.ChatTest | None:
+    """What generation will ask; None if the evaluation generates nothing. Reads the rows of every split.
+
+    Raises:
+        InputError: naming the key: the objective trains no model that could answer, the data have no tokenizer, or a row's
+            database is not there.
+    """
+    if not isinstance(options, ChatEvalOptions) or not options.metrics:
+        return None
+    if not predicts_tokens:
+        raise InputError("eval.metrics: the objective does not train next-token prediction, which answers; remove it")
+    if data.tokenizer is None:
+        raise InputError("eval.metrics: the data have no tokenizer to read generated answers with; prepare them again")
+    tokenizer = data.load_tokenizer()
+
+    def decode(tokens: list[int]) -> str:
+        text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+    questions = {
+        split: [
+            chat.question(examples[row], row, split, options)
+            for row in chat.chosen(len(examples), options.max_generations)
+        ]
+        for split, examples in data.splits.items()
+    }
+    stop = sorted({data.special[name] for name in ("end", "eos") if name in data.special})
+    positions = getattr(backbone.decoder.config, "max_position_embeddings", None)
+    return chat.ChatTest(options, questions, decode, tuple(stop), positions)
+
+
+def evaluate(
+    name: str,
+    objective: Objective,
+    call: Call,
+    data: Any,
+    options: Any,
+    ranks: Ranks,
+    test: chat.ChatTest | None = None,
+    place: chat.Place | None = None,
+    probe: ProbeTest | None = None,
+) -> Results:
+    """The metrics of every split, and of ``probe``. Collective; the same result on every rank.
+
+    Args:
+        test: of :func:`chat_test`. place: where its generations are saved.
+        probe: of :func:`jepa_scale.evaluation.text_probe.probe_test`.
+    """
+    if name == "answers":
+        return reversal.evaluate(objective.answerer(call), data.splits, data.names, options, ranks.device)
+
+    def batches(examples: Any, views: ViewMaker, samples: int, **more: Any) -> Iterator[PackedBatch]:
+        return text_batches(examples, views, samples, options.micro_tokens, ranks, **more)
+
+    results: Results = {split: {} for split, each in data.splits.items() if len(each)}
+    if objective.predicts_tokens:
+        whole: dict[str, Callable[[], Any]]
+        whole = {s: partial(batches, each, lm_views, options.max_samples) for s, each in data.splits.items()}
+        results = perplexity.evaluate(partial(call, "label_log_probs"), whole, ranks.device)
+    if diagnostics := objective.diagnostics(call):
+        for split in results:
+            more = {"streams": objective.streams, "tokens": diagnostics.view_tokens}
+            fixed = batches(data.splits[split], diagnostics.views, diagnostics.samples, **more)
+            results[split] |= (measured := diagnostics.measure(fixed))
+            if measured and place and place.run_dir and ranks.is_main:
+                save_snapshot(diagnostics.representations, place.run_dir, place.step, split)
+    if test is not None:
+        for split, values in test.run(call, ranks, place or chat.Place()).items():
+            results[split] = results.get(split, {}) | values
+    if probe is not None:
+        results[SPLIT] = probe.run(objective, call, ranks)
+    return {split: values for split, values in results.items() if values}
+
+
+def device_call(engine: Any, device: torch.device, between: Callable[[], None]) -> Call:
+    """:data:`Call` through an engine; ``between`` is called before each forward."""
+
+    def call(task: str, batch: Any, *args: Any) -> Any:
+        between()
+        return engine.forward(task, batch.to(device), *args)
+
+    return call

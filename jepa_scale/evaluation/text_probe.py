@@ -1,0 +1,128 @@
+"""Probes at every evaluation: what labels can be read off the states of texts that nobody trained on as such."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jepa_scale.config.schema import find_file
+from jepa_scale.data.labelled import LabelledTexts, read_labelled
+from jepa_scale.data.sampling.rng import Draw
+from jepa_scale.data.texts import Texts, tokenize
+from jepa_scale.distributed.comm import Ranks, all_reduce_sum, broadcast_object, rank
+from jepa_scale.evaluation.encode import Call, encode_texts
+from jepa_scale.evaluation.options import PerplexityOptions
+from jepa_scale.metrics.geometry import uniformity
+from jepa_scale.metrics.probe import Labelled, accuracy, linear_probe, majority, neighbour_predictions
+from jepa_scale.metrics.representation import effective_rank
+from jepa_scale.models.backbone import Backbone
+from jepa_scale.objectives.base import Objective
+from jepa_scale.utils.errors import InputError
+from jepa_scale.utils.logging import say
+
+SPLIT = "probe"
+"""Name of the metrics' split."""
+TOKENS = 4096
+"""Token states that are looked at, at most, evenly spread over all texts."""
+ROWS = 4096
+"""Texts among which pairs are compared, at most, evenly spread."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeTest:
+    """Labelled texts, read before the training begins.
+
+    Attributes:
+        starts: (n + 1,) int64, the number of each text's first state when the states of all texts are counted through.
+    """
+
+    labelled: LabelledTexts
+    texts: Texts
+    starts: np.ndarray
+    neighbours: int
+    micro_tokens: int
+
+    def run(self, objective: Objective, call: Call, ranks: Ranks) -> dict[str, float]:
+        """Encode all texts with the objective's own pooling, and probe them. Collective; the same result on every rank.
+
+        ``knn_accuracy`` and ``probe_accuracy`` (see :mod:`jepa_scale.metrics.probe`), ``chance`` (the majority's share),
+        ``effective_rank`` of the pooled states and ``effective_rank_tokens`` of token states, ``uniformity`` of the pooled
+        states, ``texts`` and ``classes``. What states that are not finite would give is NaN.
+        """
+        pooled, tokens = self.states(objective, call, ranks)
+        return broadcast_object(self.measure(pooled, tokens) if ranks.is_main else None)
+
+    def states(self, objective: Objective, call: Call, ranks: Ranks) -> tuple[Tensor, Tensor]:
+        """(n, d) pooled and (m, d) token states, fp32, whole on every rank. Collective."""
+        n, total = len(self.texts), int(self.starts[-1])
+        wanted = np.arange(min(TOKENS, total)) * total // min(TOKENS, total)  # states, counted through
+        firsts = np.searchsorted(wanted, self.starts)
+        pooled = tokens = torch.zeros(0)
+        for part in encode_texts(objective, call, self.texts, self.micro_tokens, ranks):
+            if not len(pooled):
+                pooled = part.pooled.new_zeros(n, part.pooled.shape[1])
+                tokens = part.pooled.new_zeros(len(wanted), part.pooled.shape[1])
+            pooled[part.numbers.to(pooled.device)] = part.pooled
+            for number, states in zip(part.numbers.tolist(), part.tokens, strict=True):
+                some = slice(firsts[number], firsts[number + 1])
+                tokens[some] = states[torch.from_numpy(wanted[some] - self.starts[number]).to(states.device)]
+        return all_reduce_sum(pooled), all_reduce_sum(tokens)  # each row is one rank's, and zero elsewhere
+
+    def measure(self, pooled: Tensor, tokens: Tensor) -> dict[str, float]:
+        """Metrics of (n, d) pooled and (m, d) token states."""
+        found = self.labelled
+        labels = torch.from_numpy(found.labels).to(pooled.device)
+        trains = torch.from_numpy(found.train).to(pooled.device)
+        train, test = (Labelled(pooled[which], labels[which]) for which in (trains, ~trains))
+        nearest = linear = spread = float("nan")
+        if bool(pooled.isfinite().all()):
+            nearest = accuracy(neighbour_predictions(train, test.rows, self.neighbours), test.labels)
+            linear = accuracy(linear_probe(train, len(found.classes)).predictions(test.rows), test.labels)
+            some = torch.arange(min(ROWS, len(pooled)), device=pooled.device) * len(pooled) // min(ROWS, len(pooled))
+            spread = float(uniformity(pooled[some]))
+        return {
+            "knn_accuracy": nearest,
+            "probe_accuracy": linear,
+            "chance": majority(train, test),
+            "effective_rank": float(effective_rank(pooled)),
+            "effective_rank_tokens": float(effective_rank(tokens)),
+            "uniformity": spread,
+            "texts": float(len(labels)),
+            "classes": float(len(found.classes)),
+        }
+
+
+def probe_test(options: Any, data: Any, backbone: Backbone, objective: Objective) -> ProbeTest | None:
+    """The texts of ``eval.probe``; None if there are none.
+
+    Raises:
+        InputError: naming the key or the row: there is no such file, a row cannot be used or is too long for the model, the
+            data have no tokenizer.
+    """
+    if not isinstance(options, PerplexityOptions) or options.probe is None:
+        return None
+    if getattr(data, "tokenizer", None) is None:
+        raise InputError("eval.probe: the data have no tokenizer to read texts with; prepare them again, or remove it")
+    if SPLIT in data.splits:
+        raise InputError(f"eval.probe: its metrics are called {SPLIT}, as a split of the data is; rename the split")
+    labelled = read_labelled(find_file(options.probe, "eval.probe"), options.probe_test_fraction)
+    texts = tokenize(
+        data.load_tokenizer(),
+        labelled.texts,
+        data.vocab_size,
+        objective.most_text_tokens(backbone),
+        lambda number: f"eval.probe: {labelled.where[number]}",
+        hint="shorten it",
+    )
+    if labelled.left_out and rank() == 0:
+        say(
+            f"eval.probe: {labelled.left_out} rows are left out: no other text of their label is left to test them with"
+        )
+    seen = [len(objective.text_views(texts[n], Draw(0, 0, 0, n)).segments[0].tokens) for n in range(len(texts))]
+    return ProbeTest(
+        labelled, texts, np.cumsum([0, *seen], dtype=np.int64), options.probe_neighbours, options.micro_tokens
+    )

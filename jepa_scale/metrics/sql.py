@@ -1,0 +1,304 @@
+"""Does a generated query give the rows that the reference query gives? Execution accuracy on an SQLite file.
+
+The file is never written: it is opened read-only, nothing but reading passes the authorizer (``sqlite3_set_authorizer``),
+and a query that takes too long or returns too much is stopped. Execution accuracy as for Spider (Yu et al., EMNLP 2018,
+arXiv 1809.08887; order as in Zhong et al., EMNLP 2020, arXiv 2010.02840: it counts where the reference sorts).
+
+What LLM-JEPA's published evaluation does instead (``spider_eval`` of evaluate.py, galilai-group/llm-jepa at 1dce9e7) is
+:func:`upstream_execution`: it gives each query to the ``sqlite3`` command and compares what that prints.
+
+===================================================  ==================================================================
+upstream                                             corrected, :func:`execution`
+===================================================  ==================================================================
+a query that fails prints nothing: it is right       wrong, with the error
+where the reference returns no rows
+so is an empty answer                                wrong
+so is everything, if the database is missing         DataError (``sqlite3`` makes an empty file of that name)
+so is everything, if the reference fails             DataError that names the row
+rows in another order are wrong                      a multiset, unless the reference sorts at its outermost level
+1 and 1.0 differ, NULL and '' don't                  numbers are numbers, NULL is NULL
+"DROP TABLE …" is run, on the data set itself        refused
+without end for a query without end                  limits of time, rows and bytes
+===================================================  ==================================================================
+
+What neither can tell: two different queries that both return no rows, or agree by chance on this one database; and of
+rows that tie in the reference's ORDER BY, which order is meant.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sqlite3
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from jepa_scale.utils.errors import DataError
+
+Cell = None | int | float | str | bytes
+Row = tuple[Cell, ...]
+
+TOLERANCE, NOTHING = 1e-9, 1e-12
+"""Relative and absolute difference up to which two numbers are the same: sums in another order differ by rounding."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one query may take.
+
+    Attributes:
+        seconds: wall-clock time. Looked at between steps of SQLite's machine, so that one step (a LIKE with many ``%``
+            on a long text) can overrun it.
+        rows: rows returned.
+        bytes: texts and blobs returned, together.
+    """
+
+    seconds: float = 5.0
+    rows: int = 100_000
+    bytes: int = 64 << 20
+
+
+class Outcome(NamedTuple):
+    """Whether the generated query is right; if it could not be run to its end, ``error`` says why, else it is ''."""
+
+    right: bool
+    error: str = ""
+
+
+class Table(NamedTuple):
+    """What a query returned. The names of the columns don't count; their number does, also without rows."""
+
+    columns: int
+    rows: list[Row]
+
+
+class _QueryError(Exception):
+    """A query that is refused, fails, or is stopped."""
+
+
+# ---------------------------------------------------------------------------------------------- what is compared
+
+
+def execution(
+    database: Path, generated: str, reference: str, *, row: str = "reference", limits: Limits | None = None
+) -> Outcome:
+    """Run both queries on ``database`` and compare what they return.
+
+    The order of the columns counts. The order of the rows counts if :func:`sorts` says so of the reference.
+
+    Args:
+        row: what to call this row of the data in an error.
+
+    Raises:
+        DataError: the database or the reference query is broken, or exceeds the limits.
+    """
+    limits = limits or Limits()
+    try:
+        wanted = _fetch(database, reference, limits)
+    except _QueryError as error:
+        raise DataError(f"{row}: the reference query does not run on {database}: {error}") from None
+    try:
+        found = _fetch(database, generated, limits)
+    except _QueryError as error:
+        return Outcome(False, str(error))
+    return Outcome(same(found, wanted, ordered=sorts(reference)))
+
+
+def same(a: Table, b: Table, ordered: bool) -> bool:
+    """Equal tables: as lists of rows, or as multisets. Fractions within ``TOLERANCE``; 1 = 1.0, but 1 ≠ '1' and NULL = NULL."""
+    if a.columns != b.columns or len(a.rows) != len(b.rows):
+        return False
+    if ordered:
+        return _close(a.rows, b.rows)
+    if Counter(a.rows) == Counter(b.rows):  # exact, and the common case
+        return True
+    # Line both up. Columns with fractions come last in the key and are rounded there: their last digits may differ.
+    both = [*a.rows, *b.rows]
+    fractions = {i for i in range(a.columns) if any(isinstance(row[i], float) for row in both)}
+    order = [i for i in range(a.columns) if i not in fractions] + sorted(fractions)
+
+    def key(row: Row) -> list[tuple[int, Cell]]:
+        return [_key(row[i], i in fractions) for i in order]
+
+    return _close(sorted(a.rows, key=key), sorted(b.rows, key=key))
+
+
+def _key(cell: Cell, rounded: bool) -> tuple[int, Cell]:
+    if cell is None:
+        return 0, 0
+    if isinstance(cell, int | float):
+        return 1, (float(f"{cell:.8g}") if abs(cell) > NOTHING else 0.0) if rounded else cell
+    return (2, cell) if isinstance(cell, str) else (3, cell)
+
+
+def _close(a: Sequence[Row], b: Sequence[Row]) -> bool:
+    return all(_close_cells(x, y) for r, s in zip(a, b, strict=True) for x, y in zip(r, s, strict=True))
+
+
+def _close_cells(x: Cell, y: Cell) -> bool:
+    if isinstance(x, float) and isinstance(y, int | float) or isinstance(y, float) and isinstance(x, int):
+        return math.isclose(x, y, rel_tol=TOLERANCE, abs_tol=NOTHING)
+    return x == y
+
+
+# ---------------------------------------------------------------------------------------------- reading SQL
+
+TOKEN = re.compile(
+    r"(?P<space>\s+|--[^\n]*|/\*.*?(?:\*/|\Z))"  # an open comment reaches to the end
+    r"|(?P<quoted>'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`(?:[^`]|``)*`|\[[^\]]*\])"
+    r"|(?P<word>[^\W\d][\w$]*)"
+    r"|(?P<other>.)",
+    re.DOTALL,
+)
+
+
+def _tokens(query: str) -> Iterator[str]:
+    """Words in upper case, other characters one by one; no white space, comments or quoted things."""
+    for match in TOKEN.finditer(query):
+        if match.lastgroup in ("word", "other"):
+            yield match[0].upper()
+
+
+def sorts(query: str) -> bool:
+    """Has the query an ORDER BY at its outermost level: not in parentheses (subqueries, WITH, windows), not in quotes?"""
+    depth, before = 0, ""
+    for token in _tokens(query):
+        depth += (token == "(") - (token == ")")
+        if depth == 0 and before == "ORDER" and token == "BY":
+            return True
+        before = token
+    return False
+
+
+# ---------------------------------------------------------------------------------------------- running SQL
+
+READING = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
+FORBIDDEN_FUNCTIONS = {"load_extension", "fts3_tokenizer"}
+LONGEST_VALUE = 16 << 20  # bytes of a text, a blob or a row
+STEPS = 1000  # of SQLite's machine, between two looks at the clock
+
+
+def _authorize(action: int, argument: str | None, second: str | None, *where: str | None) -> int:
+    """Reading, and nothing else: no ATTACH, no PRAGMA (nor ``pragma_…`` tables), no transaction, no change of anything."""
+    if action not in READING or action == sqlite3.SQLITE_FUNCTION and str(second).lower() in FORBIDDEN_FUNCTIONS:
+        return sqlite3.SQLITE_DENY
+    return sqlite3.SQLITE_OK
+
+
+@contextmanager
+def _reading(database: Path, limits: Limits) -> Iterator[sqlite3.Connection]:
+    """A connection that can only read, for one query: the clock runs. SQLite's errors become ``_QueryError``."""
+    uri = f"{database.absolute().as_uri()}?mode=ro"
+    # In WAL mode even a reader makes files beside the database. Where none are left to read, it needs none.
+    if not any(database.with_name(database.name + suffix).exists() for suffix in ("-wal", "-journal")):
+        uri += "&immutable=1"
+    stop = time.monotonic() + limits.seconds
+    try:
+        with closing(sqlite3.connect(uri, uri=True, isolation_level=None)) as connection:
+            connection.execute("PRAGMA query_only = ON")
+            connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LONGEST_VALUE)
+            connection.set_authorizer(_authorize)
+            connection.set_progress_handler(lambda: int(time.monotonic() > stop), STEPS)
+            yield connection
+    except (sqlite3.Error, sqlite3.Warning, ValueError, MemoryError) as error:
+        # Warning: a second statement; ValueError: NUL or half a surrogate in the query; MemoryError: SQLite's, caught there
+        late = isinstance(error, sqlite3.OperationalError) and str(error) == "interrupted"
+        raise _QueryError(f"stopped after {limits.seconds:g} s" if late else " ".join(str(error).split())) from None
+
+
+def _fetch(database: Path, query: str, limits: Limits) -> Table:
+    """Run one SELECT."""
+    first = next(_tokens(query), "")
+    if first not in ("SELECT", "WITH"):
+        raise _QueryError(f"not a SELECT or WITH: it begins with {first!r}" if first else "empty")
+    with _reading(database, limits) as connection:
+        # some of Spider's databases hold Latin-1
+        connection.text_factory = lambda raw: raw.decode("utf-8", "surrogateescape")
+        cursor = connection.execute(query)
+        rows = list(_limited(cursor, limits))
+        assert cursor.description is not None
+        return Table(len(cursor.description), rows)
+
+
+def _limited(cursor: sqlite3.Cursor, limits: Limits) -> Iterator[Row]:
+    size = 0
+    for count, row in enumerate(cursor, start=1):
+        size += sum(len(cell) for cell in row if isinstance(cell, str | bytes))
+        if count > limits.rows:
+            raise _QueryError(f"more than {limits.rows} rows")
+        if size > limits.bytes:
+            raise _QueryError(f"more than {limits.bytes} bytes")
+        yield row
+
+
+# ---------------------------------------------------------------------------------------------- upstream
+
+
+def upstream_execution(database: Path, generated: str, reference: str, *, limits: Limits | None = None) -> bool:
+    """Upstream's verdict: both queries print the same, as the ``sqlite3`` command prints (see the table above).
+
+    Not reproduced, as it would do harm or never end: statements that write, the command's dot commands (``.shell`` runs
+    programs), queries beyond the limits; nor ``?``, which it fills with NULL. They print nothing here but what they
+    returned until they were stopped.
+    """
+    limits = limits or Limits()
+    try:
+        return _printed(database, generated, limits) == _printed(database, reference, limits)
+    except UnicodeDecodeError:  # upstream reads the output as UTF-8 and takes any exception for a wrong answer
+        return False
+
+
+def _printed(database: Path, script: str, limits: Limits) -> str:
+    """What ``sqlite3 database script`` prints: statement by statement, up to the first error, which goes elsewhere."""
+    if script.startswith("-"):  # "-- comment …": the command takes it for an option, and complains
+        return ""
+    lines: list[bytes] = []
+    try:
+        with _reading(database, limits) as connection, closing(sqlite3.connect(":memory:")) as formatter:
+            connection.text_factory = bytes
+            for statement in _statements(script):
+                for row in _limited(connection.execute(statement), limits):
+                    lines.append(b"|".join(_shown(cell, formatter) for cell in row) + b"\n")
+    except _QueryError:
+        pass
+    return b"".join(lines).decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _shown(cell: Cell, formatter: sqlite3.Connection) -> bytes:
+    if isinstance(cell, bytes):
+        return cell.partition(b"\0")[0]  # printed as a C string
+    if cell is None:
+        return b""
+    return formatter.execute("SELECT CAST(? AS TEXT)", (cell,)).fetchone()[0].encode()
+
+
+def _statements(script: str) -> Iterator[str]:
+    start = 0
+    for i, character in enumerate(script):
+        if character == ";" and sqlite3.complete_statement(script[start : i + 1]):
+            yield script[start : i + 1]
+            start = i + 1
+    yield script[start:]
+
+
+# ---------------------------------------------------------------------------------------------- Spider
+
+
+def spider_database(prompt: str, folder: Path) -> Path:
+    """The database that a question of upstream's ``spider_*.jsonl`` is about: its prompt says ``For db_id:[name]``.
+
+    Raises:
+        DataError: the prompt names no database, or ``folder/name/name.sqlite`` is missing.
+    """
+    match = re.search(r"For db_id:\[([^\]/\\]+)\]", prompt)
+    if match is None:
+        raise DataError(f"no 'For db_id:[name]' in the prompt {prompt[:80]!r}; Spider's prompts name their database so")
+    path = folder / match[1] / f"{match[1]}.sqlite"
+    if not path.is_file():
+        raise DataError(f"{path} is missing; unpack Spider's databases into {folder}")
+    return path

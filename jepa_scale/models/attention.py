@@ -1,0 +1,446 @@
+"""Attention over packed streams: one interface, three backends, no padding and no mask of the whole stream.
+
+``flash``
+    The ``flash_attn`` package (FlashAttention-2), or ``flash_attn_interface`` (FlashAttention-3) on Hopper.
+``torch``
+    ``torch.nn.attention.varlen.varlen_attn``, PyTorch's own build of the same kernel (CUDA, torch ≥ 2.11).
+``sdpa``
+    ``scaled_dot_product_attention`` by segment: runs of neighbouring segments of equal length are one batched
+    call on views of the stream. Every device and dtype; a CPU's only choice, and the oracle of the others.
+
+Tensors without data (the device ``meta``) get the shapes of what a kernel would make (:mod:`jepa_scale.models.attention_meta`).
+
+Importing this module also registers the interface with transformers under the name :data:`NAME`, so that any
+decoder there trains packed when it is called with ``packed=SegmentTable`` (batch of one, shape (1, T)).
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from functools import lru_cache
+from itertools import groupby
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import AttentionInterface
+
+from jepa_scale.models.attention_meta import attention_meta
+from jepa_scale.packing import KeyRows, SegmentTable
+from jepa_scale.utils.errors import InputError
+
+NAME = "jepa_packed"
+"""What transformers calls this attention (``config._attn_implementation``)."""
+
+VARIABLE = "JEPA_SCALE_ATTENTION"
+"""Environment variable that picks the backend when the caller doesn't."""
+
+BACKENDS = ("flash", "torch", "sdpa")
+"""Every backend, fastest first."""
+
+SHORT = 128
+"""Keys of a segment up to which a CPU computes bf16 attention in fp32: PyTorch's kernel for bf16 needs up to six times as long
+(benchmarks/results/attention_bf16.json)."""
+
+_MAX_WIDTH = 256  # widest head that the flash kernels take
+_WIDTH_STEP = 8  # they read heads in vectors of 8 half-precision numbers
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table_q: SegmentTable,
+    table_k: SegmentTable | None = None,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    dropout: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """softmax(q·kᵀ·scale)·v within each segment.
+
+    A segment's last query is aligned with its last key, as in flash-attn: with fewer queries than keys,
+    causal query i of lq sees keys 0 … lk − lq + i.
+
+    Args:
+        q: (T_q, H, D). k: (T_k, H_kv, D). v: (T_k, H_kv, D_v). H is a multiple of H_kv.
+        table_q, table_k: the segments of queries and of keys, equally many; ``None`` = as the queries.
+        causal: whether a query sees only keys at or before its place; otherwise the whole segment.
+        scale: factor of the scores; ``None`` = 1/√D.
+        window: a causal query sees itself and the ``window − 1`` keys before it (transformers' convention);
+            without ``causal``, the ``window − 1`` keys after it too.
+        dropout: probability with which attention weights are dropped.
+        backend: one of :data:`BACKENDS`; ``None`` = the environment's choice, else the fastest that fits.
+
+    Returns:
+        (T_q, H, D_v), dtype of ``v``.
+
+    Raises:
+        InputError: the backend asked for is unknown, or cannot run these tensors here.
+    """
+    if table_k is None:
+        table_k = table_q
+    if q.dtype != v.dtype:  # under autocast the rotary embedding promotes q and k, but not v
+        q, k = q.to(v.dtype), k.to(v.dtype)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    plan = _plan(table_q.lengths, table_k.lengths)
+    assert plan.tokens_q == q.shape[0] and plan.tokens_k == k.shape[0], "the tables don't fit the streams"
+    assert plan.aligned or not (causal or window), "a mask needs at least as many keys as queries"
+    if window is not None and window >= plan.max_k:
+        window = None  # it never hides anything, and without it the faster kernels apply
+    if q.is_meta:
+        return attention_meta(q, k, v, _pairs(plan, causal, window))[0]
+    name = _choose(backend, q, max(q.shape[-1], v.shape[-1]), dropout)
+    if name == "sdpa":
+        return _by_segment(q, k, v, plan, causal, scale, window, dropout)
+    sides = (-1, -1) if window is None else (window - 1, window - 1)
+    sides = (sides[0], 0) if causal else sides
+    width = v.shape[-1]
+    q, k, v = _equal_width(q, k, v)
+    call = _Call(table_q.cu_seqlens, table_k.cu_seqlens, plan.max_q, plan.max_k, scale, sides, dropout)
+    out = (_flash if name == "flash" else _varlen)(q, k, v, call)
+    return out if out.shape[-1] == width else out[..., :width]
+
+
+@lru_cache(maxsize=32)
+def available_backends(device: torch.device | str, dtype: torch.dtype) -> tuple[str, ...]:
+    """The backends that can run tensors of this dtype on this device, fastest first."""
+    device = torch.device(device)
+    found = ["sdpa"]
+    half = dtype in (torch.bfloat16, torch.float16)
+    if device.type == "cuda" and half and torch.cuda.get_device_capability(device) >= (8, 0):
+        if _varlen_options() is not None:
+            found.insert(0, "torch")
+        if _flash_function(_is_hopper(device)) is not None:
+            found.insert(0, "flash")
+    return tuple(found)
+
+
+def _choose(asked: str | None, q: Tensor, width: int, dropout: float) -> str:
+    where = "backend"
+    if asked is None:
+        asked, where = os.environ.get(VARIABLE) or None, VARIABLE
+    usable = available_backends(q.device, q.dtype)
+    if asked is None:
+        return next(name for name in usable if not _obstacle(name, width, dropout, q.device))
+    if asked not in BACKENDS:
+        raise InputError(f"{where}: unknown attention backend {asked!r}; choose from {', '.join(BACKENDS)}")
+    if asked not in usable:
+        raise InputError(
+            f"{where}: attention backend {asked!r} cannot run {str(q.dtype)[6:]} on {q.device.type} here; "
+            f"available: {', '.join(usable)}"
+        )
+    if obstacle := _obstacle(asked, width, dropout, q.device):
+        raise InputError(f"{where}: attention backend {asked!r} {obstacle}; use sdpa")
+    return asked
+
+
+def _obstacle(name: str, width: int, dropout: float, device: torch.device) -> str:
+    """Why a backend that runs here cannot do this call; empty if it can."""
+    if name == "sdpa":
+        return ""
+    if width > _MAX_WIDTH:
+        return f"takes heads up to {_MAX_WIDTH} wide, not {width}"
+    package = _flash_function(_is_hopper(device)) if name == "flash" else None
+    if dropout > 0 and (package is None or package.generation == 3):
+        return "has no dropout"
+    return ""
+
+
+def _pairs(plan: _Plan, causal: bool, window: int | None) -> int:
+    """Of a query and a key that it sees."""
+    total = 0
+    for run in plan.runs:
+        width = run.k if window is None else min(run.k, window)
+        hidden = run.k - run.q  # keys before the first query
+        if not causal:
+            total += run.n * run.q * width
+        else:  # query i sees hidden + i + 1 keys, or as many as the window lets it
+            growing = max(0, min(run.q, width - hidden))
+            total += run.n * (growing * hidden + growing * (growing + 1) // 2 + (run.q - growing) * width)
+    return total
+
+
+# ------------------------------------------------------------------------------------------------- the layout
+
+
+class _Run(NamedTuple):
+    """``n`` neighbouring segments of ``q`` queries and ``k`` keys each."""
+
+    n: int
+    q: int
+    k: int
+
+
+class _Plan(NamedTuple):
+    runs: tuple[_Run, ...]
+    tokens_q: int
+    tokens_k: int
+    max_q: int
+    max_k: int
+    aligned: bool  # no segment has more queries than keys
+
+
+@lru_cache(maxsize=64)
+def _plan(lengths_q: tuple[int, ...], lengths_k: tuple[int, ...]) -> _Plan:
+    """Found once per stream, since every block of the decoder asks for it again."""
+    pairs = list(zip(lengths_q, lengths_k, strict=True))
+    assert pairs and all(a > 0 and b > 0 for a, b in pairs), "a segment has no tokens"
+    return _Plan(
+        runs=tuple(_Run(len(list(group)), a, b) for (a, b), group in groupby(pairs)),
+        tokens_q=sum(lengths_q),
+        tokens_k=sum(lengths_k),
+        max_q=max(lengths_q),
+        max_k=max(lengths_k),
+        aligned=all(a <= b for a, b in pairs),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- sdpa
+
+
+def _by_segment(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: _Plan,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    dropout: float,
+) -> Tensor:
+    shared = q.shape[1] // k.shape[1]
+    if shared > 1 and q.device.type != "cpu":  # CUDA kernels that take fp32 or a mask don't take shared heads
+        k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
+        shared = 1
+    # split, not slices: the gradient of a slice is a tensor as large as the stream, once per run
+    parts_q = q.split([run.n * run.q for run in plan.runs])
+    sizes_k = [run.n * run.k for run in plan.runs]
+    out = []
+    for run, q_i, k_i, v_i in zip(plan.runs, parts_q, k.split(sizes_k), v.split(sizes_k), strict=True):
+        hides = causal and run.q > 1 or window is not None and window < run.k
+        plain = causal and run.q == run.k and (window is None or window >= run.k)
+        mask = _band(run.q, run.k, causal, window, q.device) if hides and not plain else None
+        options: dict[str, Any] = {
+            "attn_mask": mask,
+            "dropout_p": dropout,
+            "is_causal": plain,
+            "scale": scale,
+            "enable_gqa": shared > 1,
+        }
+        rows = (_batched(q_i, run.n), _batched(k_i, run.n), _batched(v_i, run.n))
+        if q.device.type == "cpu" and q.dtype.itemsize == 2 and run.k <= SHORT and not dropout:
+            y = _InFp32.apply(options, *rows)
+        else:
+            y = F.scaled_dot_product_attention(*rows, **options)
+        out.append(y.transpose(1, 2).flatten(0, 1))
+    return out[0] if len(out) == 1 else torch.cat(out)
+
+
+class _InFp32(torch.autograd.Function):
+    """Attention of bf16 tensors, computed in fp32, and once more in the backward pass, so that no fp32 tensor is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, options: dict[str, Any], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ctx.options = options
+        ctx.save_for_backward(q, k, v)
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options).to(v.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.enable_grad():
+            inputs = [x.detach().float().requires_grad_() for x in ctx.saved_tensors]
+            q, k, v = inputs
+            out = F.scaled_dot_product_attention(q, k, v, **ctx.options)
+        found = torch.autograd.grad(out, inputs, grads[0].float())
+        return None, *(grad.to(grads[0].dtype) for grad in found)
+
+
+def _batched(x: Tensor, count: int) -> Tensor:
+    """(count·l, H, D) → (count, H, l, D), a view."""
+    return x.unflatten(0, (count, -1)).transpose(1, 2)
+
+
+def _band(q: int, k: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
+    """(q, k) boolean, true where a query sees a key; the last query is aligned with the last key.
+
+    A corner of a square kept per power of two: the band depends only on the distance of query and key."""
+    size = 1 << (k - 1).bit_length()
+    return _square(size, causal, window, device)[k - q : k, :k]
+
+
+@lru_cache(maxsize=8)
+def _square(size: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
+    place = torch.arange(size, device=device)
+    behind = place[:, None] - place[None, :]  # how far the key lies before the query
+    seen = torch.ones(size, size, dtype=torch.bool, device=device)
+    if window is not None:
+        seen &= behind.abs() < window
+    return seen & (behind >= 0) if causal else seen
+
+
+# -------------------------------------------------------------------------------------------- flash and torch
+
+
+class _Call(NamedTuple):
+    """What both kernels need beside q, k and v. ``sides``: keys seen before and after a query; −1 = all."""
+
+    cu_q: Tensor
+    cu_k: Tensor
+    max_q: int
+    max_k: int
+    scale: float
+    sides: tuple[int, int]
+    dropout: float
+
+
+def _equal_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Zero-pad the heads to one width that the kernels take: scores and the columns kept stay the same."""
+    width = -(-max(q.shape[-1], v.shape[-1]) // _WIDTH_STEP) * _WIDTH_STEP
+    q, k, v = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+    return q, k, v
+
+
+@lru_cache(maxsize=8)
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
+class _Flash(NamedTuple):
+    function: Callable[..., Any]
+    generation: int
+
+
+@lru_cache(maxsize=2)
+def _flash_function(hopper: bool) -> _Flash | None:
+    """The package's function; FlashAttention-3 exists for Hopper only."""
+    with suppress(ImportError):
+        if hopper:
+            from flash_attn_interface import flash_attn_varlen_func
+
+            return _Flash(flash_attn_varlen_func, 3)
+    with suppress(ImportError):
+        from flash_attn import flash_attn_varlen_func
+
+        return _Flash(flash_attn_varlen_func, 2)
+    return None
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> Tensor:
+    package = _flash_function(_is_hopper(q.device))
+    assert package is not None
+    options: dict[str, Any] = {"dropout_p": call.dropout} if package.generation == 2 else {}
+    out = package.function(
+        q,
+        k,
+        v,
+        cu_seqlens_q=call.cu_q,
+        cu_seqlens_k=call.cu_k,
+        max_seqlen_q=call.max_q,
+        max_seqlen_k=call.max_k,
+        softmax_scale=call.scale,
+        causal=call.sides[1] == 0,
+        window_size=call.sides,
+        **options,
+    )
+    return out[0] if isinstance(out, tuple) else out  # some releases of generation 3 return the log-sum-exp too
+
+
+@lru_cache(maxsize=1)
+def _varlen_options() -> frozenset[str] | None:
+    """Which keywords PyTorch's varlen attention takes; ``None`` where it is missing or too old."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    names = frozenset(inspect.signature(varlen_attn).parameters)
+    return names if {"scale", "window_size"} <= names else None
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    assert call.dropout == 0
+    options: dict[str, Any] = {"scale": call.scale, "window_size": call.sides}
+    shared = q.shape[1] // k.shape[1]
+    if shared > 1:
+        if "enable_gqa" in (_varlen_options() or ()):
+            options["enable_gqa"] = True
+        else:  # torch 2.11
+            k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
+    return cast(Tensor, varlen_attn(q, k, v, call.cu_q, call.cu_k, call.max_q, call.max_k, **options))
+
+
+# ----------------------------------------------------------------------------------------------- transformers
+
+
+@torch.compiler.disable  # the lengths of a batch's segments choose the kernels: compiled, each batch would be a new program
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    packed: SegmentTable | None = None,
+    packed_queries: SegmentTable | None = None,
+    packed_keys: KeyRows | None = None,
+    **extras: Any,
+) -> tuple[Tensor, None]:
+    """:func:`attention` as transformers' attention modules call it.
+
+    Args:
+        query, key, value: (1, H, T, D), (1, H_kv, T, D), (1, H_kv, T, D_v).
+        packed: the segments of the stream, handed to the model's forward as a keyword.
+        packed_queries: the segments' queries, where there are fewer of them than tokens; they are the last ones.
+        packed_keys: the segments' keys and values, where some see tokens of others too.
+
+    Returns:
+        (1, T, H, D_v) with as many rows as queries, and no weights.
+
+    Raises:
+        ValueError: ``packed`` is missing, i.e. the model was called in the ordinary way.
+        InputError: the model's family asks for something that packed attention doesn't have.
+    """
+    if packed is None:
+        raise ValueError(
+            f"attention {NAME!r} needs packed=SegmentTable; for ordinary batches and generation call "
+            "model.set_attn_implementation('sdpa') first"
+        )
+    for name in ("softcap", "s_aux", "position_bias"):  # they change the scores and must not be ignored
+        if extras.get(name) is not None:
+            raise InputError(f"model: {type(module).__name__} needs {name!r}, which packed attention lacks")
+    assert attention_mask is None and query.shape[0] == 1
+    own_window = getattr(module, "sliding_window", None)
+    k, v, table_k = key[0].transpose(0, 1), value[0].transpose(0, 1), packed
+    if packed_keys is not None:
+        k, v, table_k = k.index_select(0, packed_keys.index), v.index_select(0, packed_keys.index), packed_keys.table
+    out = attention(
+        query[0].transpose(0, 1),
+        k,
+        v,
+        packed_queries or packed,
+        table_k,
+        causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
+        scale=scaling,
+        window=extras.get("sliding_window", own_window),  # a full-attention layer may say None, and means it
+        dropout=dropout,
+    )
+    return out[None], None
+
+
+# Not registered with AttentionMaskInterface on purpose: for an attention without an entry there, transformers
+# makes no mask at all; for one with an entry it first searches position_ids for packed sequences, and waits for
+# the GPU to tell.
+AttentionInterface.register(NAME, packed_attention)

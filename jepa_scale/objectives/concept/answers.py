@@ -1,0 +1,109 @@
+"""How a ``concept`` model answers: it predicts a concept, finds it among all known ones, or speaks it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from jepa_scale.distributed.comm import all_gather_rows, data_rank, data_size
+from jepa_scale.objectives.answers import Call, rank_of, sum_by_segment
+from jepa_scale.packing import PackedBatch, Segment, Views, pack
+
+
+@dataclass(frozen=True, slots=True)
+class NamePair:
+    """Stands in for a fact when names are to be encoded."""
+
+    subject: tuple[int, ...]
+    object: tuple[int, ...]
+    relation: int
+
+
+class NameViews(Protocol):
+    """The view maker's part that evaluation needs."""
+
+    @property
+    def relations(self) -> dict[int, int]: ...
+
+    def names(self, fact: Any) -> Views: ...
+
+
+class ConceptAnswerer:
+    """Answers by prediction in concept space.
+
+    With ``snap``, what is spoken is the known concept nearest to the prediction. Known are the names given to
+    :meth:`prepare`; the right answer has no other part in it.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        views: NameViews,
+        say: Callable[[int, tuple[int, ...]], Segment],
+        streams: tuple[str, ...],
+        snap: bool,
+        chunk: int = 8192,
+    ):
+        self.call, self.views, self.say, self.streams, self.snap, self.chunk = call, views, say, streams, snap, chunk
+        self.own: dict[tuple[int, ...], int] = {}
+        self.index = torch.empty(0)
+
+    def prepare(self, answers: Sequence[tuple[int, ...]]) -> None:
+        """Encode all names, each rank its share: index (M, dim), rows of unit norm."""
+        self.own = {tuple(a): i for i, a in enumerate(answers)}
+        relation = next(iter(self.views.relations))  # any: names are encoded without it
+        share = -(-len(answers) // data_size())
+        mine = [answers[min(i, len(answers) - 1)] for i in range(data_rank() * share, (data_rank() + 1) * share)]
+        parts = []
+        for start in range(0, share, self.chunk):
+            pairs = [NamePair(n, n, relation) for n in mine[start : start + self.chunk]]
+            parts.append(self.call("encode_names", self._pack([self.views.names(p) for p in pairs]))[:, 0])
+        self.index = F.normalize(all_gather_rows(torch.cat(parts))[: len(answers)], dim=-1)
+
+    def _pack(self, views: list[Views]) -> PackedBatch:
+        return pack(views, self.streams)
+
+    def _predict(self, questions: Sequence[Any]) -> Tensor:
+        return F.normalize(self.call("predict", self._pack([self.views.names(q) for q in questions])), dim=-1)
+
+    def ranks(self, questions: Sequence[Any]) -> np.ndarray:
+        right = torch.tensor([self.own[q.answer] for q in questions], device=self.index.device)
+        return rank_of(self._predict(questions) @ self.index.T, right)
+
+    def _to_say(self, questions: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """What to speak: (n, dim) concepts, and (n,) the nearest known names."""
+        predicted = self._predict(questions)
+        nearest = (predicted @ self.index.T).argmax(dim=-1)
+        return (self.index[nearest] if self.snap else predicted), nearest
+
+    def _say(
+        self, questions: Sequence[Any], texts: Sequence[tuple[int, ...]], concepts: Tensor, nearest: Tensor
+    ) -> Any:
+        views = [Views([self.say(q.mask, text)]) for q, text in zip(questions, texts, strict=True)]
+        batch = self._pack(views)
+        return batch, self.call("say_logits", batch, concepts, nearest)
+
+    def speak(self, questions: Sequence[Any], length: int) -> list[tuple[int, ...]]:
+        concepts, nearest = self._to_say(questions)
+        spoken: list[tuple[int, ...]] = [() for _ in questions]
+        for _ in range(length):
+            # the last token is a stand-in: its place asks for the logits of what comes next, and is not seen by them
+            batch, logits = self._say(questions, [(*s, 0) for s in spoken], concepts, nearest)
+            ends = torch.tensor(np.cumsum(batch.streams["say"].table.lengths) - 1, device=logits.device)
+            following = logits[ends].argmax(dim=-1)[batch.segments["say"].to(logits.device)].tolist()
+            spoken = [(*s, t) for s, t in zip(spoken, following, strict=True)]
+        return spoken
+
+    def nll(self, questions: Sequence[Any]) -> np.ndarray:
+        concepts, nearest = self._to_say(questions)
+        batch, logits = self._say(questions, [q.answer for q in questions], concepts, nearest)
+        stream = batch.streams["say"]
+        wanted = stream.labels[stream.labelled].to(logits.device)
+        log_probs = torch.log_softmax(logits, dim=-1).gather(1, wanted[:, None])[:, 0]
+        return -sum_by_segment(log_probs.cpu().double().numpy(), batch, "say")

@@ -1,0 +1,260 @@
+"""``concept``: predict the object's concept from the subject's concept and the relation, then speak it.
+
+A name is a segment of its own; its *concept* is the decoder's state after block ``tap_layer`` at the name's last token (or
+the value of its slot in a memory), scaled to unit RMS. A relation-conditioned operator maps the subject's concept to a
+prediction; InfoNCE asks that, of all concepts in the global batch, the object's be the nearest. The same concepts serve a
+fact and its reverse, so a fact that was only ever stated one way constrains both (Wang & Sun, arXiv 2504.01928, give the
+recognition / semantic split; SPEC row V9).
+
+To speak, a concept re-enters the decoder through a gated bridge at a <mask> token, and the decoder says the name. It is
+trained on *true* concepts, detached, with Gaussian noise of about the size of a prediction's error: trained on predictions
+themselves it would memorise the training facts' errors and fail on held-out ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jepa_scale.data.sampling.rng import Draw
+from jepa_scale.distributed.comm import data_size
+from jepa_scale.losses.infonce import NO_KEY, collect_contrast, contrast
+from jepa_scale.models.backbone import Backbone
+from jepa_scale.models.flops import Cost, DecoderFlops, ReadoutFlops, linear_cost
+from jepa_scale.models.layers.bridge import Bridge
+from jepa_scale.objectives.base import Loss, Objective, lm_loss, resolve_tap, share
+from jepa_scale.objectives.concept.answers import ConceptAnswerer
+from jepa_scale.objectives.concept.config import ConceptOptions
+from jepa_scale.objectives.concept.memory import ConceptMemory
+from jepa_scale.objectives.concept.predictors import PREDICTORS
+from jepa_scale.objectives.costs import StepFlops, contrast_flops
+from jepa_scale.packing import PackedBatch, Segment, Views
+from jepa_scale.utils.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class ConceptViews:
+    """Makes a fact's two names, and one of them to be spoken."""
+
+    options: ConceptOptions
+    dim: int
+    relations: dict[int, int]  # token → index
+    slots: dict[tuple[int, ...], int] | None  # name → slot, with a memory
+
+    def names(self, fact: Any) -> Views:
+        """Subject and object, as segments or as slots, and the relation."""
+        values: dict[str, Any] = {"relation": fact.relation, "relation_index": self.relations[fact.relation]}
+        if self.slots is not None:
+            values["names"] = np.array([self.slots[fact.subject], self.slots[fact.object]])
+            return Views([], values)
+        names = (fact.subject, fact.object)
+        values["names"] = np.array([hash(name) & (2**63 - 1) for name in names])
+        return Views([Segment(name, "name", stream="names", key=name) for name in names], values)
+
+    def __call__(self, fact: Any, draw: Draw) -> Views:
+        views = self.names(fact)
+        rng = draw.rng("say")
+        # either name, so that every entity is spoken alike: some are the object of held-out facts only
+        which = int(rng.integers(2))
+        views.values["spoken"] = which
+        spoken = rng.random() < self.options.say_fraction
+        if spoken:
+            views.segments.append(say_segment(fact.mask, fact.object if which else fact.subject))
+        if self.options.say_noise and self.slots is None:
+            noise = rng.standard_normal(self.dim, dtype=np.float32) if spoken else np.zeros(self.dim, np.float32)
+            views.values["noise"] = self.options.say_noise * noise
+        views.counts["pairs"] = 1
+        return views
+
+
+def say_segment(mask: int, name: tuple[int, ...]) -> Segment:
+    """<mask>, then all of the name but its last token; each place predicts the name's next token."""
+    return Segment([mask, *name[:-1]], "say", labels=name, stream="say")
+
+
+def _spoken(batch: PackedBatch) -> int:
+    """Samples of which a name is spoken."""
+    return len(batch.samples.get("say", ()))
+
+
+class LogScale(nn.Module):
+    """A learned inverse temperature, bounded above (a scale that runs away fits the batch and nothing else).
+
+    The bound is the engine's to keep (:meth:`Concept.bounds`): after each update the parameter is put back below it. A clamp
+    in the forward would have no gradient beyond the bound, and the scale would stay there once it is carried over it.
+    """
+
+    def __init__(self, init: float, limit: float):
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.full((1,), math.log(min(init, limit))))
+        self.bounds = (-math.inf, math.log(limit))
+
+    def forward(self) -> Tensor:
+        """0-d fp32."""
+        return self.log_scale.float().exp()[0]
+
+
+class Concept(Objective):
+    """λ · InfoNCE of the predicted concept + γ · next-token loss of the spoken name."""
+
+    Options = ConceptOptions
+    collects = True
+
+    def __init__(self, options: ConceptOptions, backbone: Backbone, data: Any):
+        super().__init__()
+        self.options = options
+        self.tap = resolve_tap(options.tap_layer, backbone.num_layers, "objective.tap_layer")
+        dim = options.concept_dim or backbone.hidden_size
+        if options.predictor == "rotation" and dim % 2:
+            raise InputError(f"objective.concept_dim: a rotation needs an even width, not {dim}")
+        self.dim = dim
+        relations = data.special["relations"]
+        self.relation_index = {token: i for i, token in enumerate(relations)}
+        self.known = [tuple(name) for name in data.names]
+        self.predictor = PREDICTORS[options.predictor](dim, backbone.hidden_size, len(relations))
+        self.scale = LogScale(options.scale_init, options.scale_max)
+        latent = backbone.hidden_size if options.memory else dim  # with a memory the *key* is spoken
+        width = options.bridge_width or 8 * latent
+        self.bridge = Bridge(latent, backbone.hidden_size, width, gate_init=options.gate_init)
+        self.memory = ConceptMemory(self.known, dim) if options.memory else None
+        needs_projection = not options.memory and options.concept_dim is not None
+        self.project = nn.Linear(backbone.hidden_size, dim, bias=False) if needs_projection else nn.Identity()
+        self.streams = ("say",) if options.memory else ("names", "say")
+
+    @property
+    def bounds(self) -> dict[str, tuple[float, float]]:
+        return {"objective.scale.log_scale": self.scale.bounds}
+
+    def view_maker(self) -> ConceptViews:
+        slots = {name: i for i, name in enumerate(self.known)} if self.memory is not None else None
+        return ConceptViews(self.options, self.dim, self.relation_index, slots)
+
+    def view_tokens(self, sizes: np.ndarray) -> np.ndarray:
+        return 2 * sizes  # two names, and one of them to be spoken: less than the fact twice
+
+    def answerer(self, call: Any) -> ConceptAnswerer:
+        snap = self.options.snap or self.options.memory
+        return ConceptAnswerer(call, self.view_maker(), say_segment, self.streams, snap)
+
+    def flops(self, backbone: Backbone, square: bool = False) -> StepFlops:
+        """All of it but what is done element by element; a memory's slots are looked up and cost nothing."""
+        decoder, names = DecoderFlops.of(backbone), ReadoutFlops.of(backbone, self.tap)
+        dim, ranks, has_memory = self.dim, data_size(), self.memory is not None
+        predictor, bridge, project = (linear_cost(m) for m in (self.predictor, self.bridge, self.project))
+        if self.options.predictor == "linear":  # every relation's matrix, before one is picked
+            matrices = 2 * len(self.relation_index) * dim * dim
+            predictor = Cost(matrices, 2 * matrices)
+
+        def count(batches: Sequence[PackedBatch]) -> int:
+            several = len(batches) > 1
+            facts, spoken = (sum(n) for n in zip(*((b.counts["pairs"], _spoken(b)) for b in batches), strict=True))
+            total = sum(decoder.of_stream(b.streams["say"], training=True, square=square) for b in batches)
+            total += spoken * sum(bridge) + facts * (predictor.forward * (1 + several) + predictor.backward)
+            total += contrast_flops(facts, 2 * batches[0].max_samples, dim, len(batches), ranks)
+            if not has_memory:
+                for stream in (b.streams["names"] for b in batches):
+                    total += names.of_stream(stream, training=True, square=square)
+                    total += several * names.of_stream(stream, training=False, square=square)
+                    total += len(stream.table.lengths) * (project.forward * (1 + several) + project.backward)
+            return total
+
+        return count
+
+    # -- parts, each a pure function of the batch ---------------------------------------------------------------------
+
+    def concepts(self, backbone: Backbone, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """The micro-batch's concepts (m, dim) fp32 of unit RMS, their keys (m,), and which of them are whose: (N, 2)."""
+        names = batch.values["names"]  # (N, 2): slots, or hashes of the names
+        if self.memory is not None:
+            states, keys = self.memory(names.flatten()), names.flatten()
+            places = torch.arange(names.numel(), device=names.device).view_as(names)
+        else:
+            stream = batch.streams["names"]
+            states = self.project(backbone.last_hidden(stream, until=self.tap))
+            places = batch.segments["name"].view(-1, 2)
+            keys = names.new_full((len(states),), NO_KEY).scatter(0, places.flatten(), names.flatten())
+        return F.rms_norm(states.float(), (self.dim,)), keys, places
+
+    def predictions(self, backbone: Backbone, concepts: Tensor, batch: PackedBatch) -> Tensor:
+        """(N, dim) of unit RMS, from the subjects' concepts (N, dim)."""
+        relation = backbone.embed(batch.values["relation"])
+        relation = F.rms_norm(relation.float(), (relation.shape[-1],)).to(relation.dtype)
+        predicted = self.predictor(concepts, relation, batch.values["relation_index"])
+        return F.rms_norm(predicted, (self.dim,))
+
+    def spoken(self, backbone: Backbone, latents: Tensor, batch: PackedBatch) -> Tensor:
+        """Hidden states (T, d) of the stream ``say`` with the latents (n, ·) bridged in at the segments of that order."""
+        stream = batch.streams["say"]
+        embeds = backbone.embed(stream.input_ids)
+        places = stream.first[batch.segments.get("say", stream.first.new_zeros(0))]
+        embeds = embeds.index_add(0, places, self.bridge(latents).to(embeds.dtype))
+        return backbone.hidden(stream, inputs_embeds=embeds)
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def _contrast_inputs(self, backbone: Backbone, batch: PackedBatch) -> tuple[Tensor, ...]:
+        concepts, keys, places = self.concepts(backbone, batch)
+        predicted = self.predictions(backbone, concepts[places[:, 0]], batch)
+        queries, candidates = F.normalize(predicted, dim=-1), F.normalize(concepts, dim=-1)
+        return concepts, places, queries, keys[places[:, 1]], candidates, keys
+
+    def collect(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:
+        _, _, queries, wanted, candidates, keys = self._contrast_inputs(backbone, batch)
+        return collect_contrast(queries, wanted, candidates, keys, capacity=2 * batch.max_samples)
+
+    def loss(self, backbone: Backbone, batch: PackedBatch, collected: list[dict[str, Tensor]], micro: int) -> Loss:
+        o, pairs = self.options, batch.totals["pairs"]
+        concepts, places, queries, wanted, candidates, keys = self._contrast_inputs(backbone, batch)
+        scale = self.scale()
+        result = contrast(queries, wanted, candidates, keys, scale, 2 * batch.max_samples, collected, micro)
+        jepa = share(result.losses.sum() + result.elsewhere, pairs)
+
+        speakers = batch.samples.get("say", places.new_zeros(0))
+        which = batch.values["spoken"][speakers]
+        if self.memory is not None:
+            latents = self.memory.key(batch.values["names"][speakers, which], backbone.embed)
+        else:
+            latents = concepts[places[speakers, which]].detach()
+            if "noise" in batch.values:
+                latents = F.rms_norm(latents + batch.values["noise"][speakers], (self.dim,))
+        lm = lm_loss(backbone, self.spoken(backbone, latents, batch), batch, "say")
+
+        total = o.jepa_weight * jepa + o.lm_weight * lm
+        cosine = (queries.detach() * candidates.detach()[places[:, 1]]).sum(dim=-1)
+        means = {
+            "loss": total.detach(),
+            "jepa_loss": jepa.detach(),
+            "lm_loss": lm.detach(),
+            "retrieval_top1": share(result.hits.sum(), pairs),
+            "concept_cosine": share(cosine.sum(), pairs),
+        }
+        return Loss(total, means, gauges={"scale": scale.detach()})
+
+    # -- evaluation tasks ---------------------------------------------------------------------------------------------
+
+    def encode_names(self, backbone: Backbone, batch: PackedBatch) -> Tensor:
+        """(N, 2, dim): the concepts of each sample's two names."""
+        concepts, _, places = self.concepts(backbone, batch)
+        return concepts[places]
+
+    def predict(self, backbone: Backbone, batch: PackedBatch) -> Tensor:
+        """(N, dim): the prediction for each sample's object."""
+        concepts, _, places = self.concepts(backbone, batch)
+        return self.predictions(backbone, concepts[places[:, 0]], batch)
+
+    def say_logits(self, backbone: Backbone, batch: PackedBatch, concepts: Tensor, slots: Tensor | None) -> Tensor:
+        """(L, V) fp32: logits at the labelled places of the stream ``say``, its n segments spoken from ``concepts``
+        (n, dim), or from the keys of ``slots`` (n,) when there is a memory."""
+        latents = concepts
+        if self.memory is not None:
+            assert slots is not None
+            latents = self.memory.key(slots, backbone.embed)
+        hidden = self.spoken(backbone, latents, batch)
+        return backbone.logits(hidden[batch.streams["say"].labelled]).float()

@@ -1,0 +1,109 @@
+"""What an evaluation of ``grid`` looks at: whether the next grid is found, and whether representations or codes have collapsed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from jepa_scale.distributed.comm import all_gather_object
+from jepa_scale.losses.infonce import first_of_each, places_of
+from jepa_scale.metrics.representation import retrieval
+from jepa_scale.metrics.spectrum import covariance_rank, isotropy
+from jepa_scale.objectives.grid.config import GridOptions
+from jepa_scale.objectives.grid.quantizer import Quantizer
+from jepa_scale.objectives.grid.queue import TargetQueue
+from jepa_scale.objectives.grid.views import GridViews
+from jepa_scale.packing import PackedBatch
+
+CHUNK = 1024
+"""Queries at a time."""
+
+
+@dataclass(slots=True)
+class GridDiagnostics:
+    """See :class:`jepa_scale.objectives.base.Diagnostics`.
+
+    ============================ ===================================================================================
+    metric                       of the split's samples
+    ============================ ===================================================================================
+    ``info_nce``                 nats; candidates are the split's different targets and the queue
+    ``chance``                   ln of how many these are: InfoNCE of a model that knows nothing
+    ``retrieval_top1``           how often the prediction is nearest to its own target, among the split's targets
+    ``retrieval_chance``         1 / these
+    ``effective_rank_context``   exp of the entropy of the covariance's normalised spectrum; ``effective_rank_target``
+    ``isotropy_context``         min / max of the partition function; ``isotropy_target``
+    ``vq_usage``                 share of the codes that training has used in the last ``vq_window`` steps
+    ``vq_split_usage``           share of the codes that the split's contexts use
+    ``temperature``              of InfoNCE
+    ============================ ===================================================================================
+    """
+
+    options: GridOptions
+    quantizer: Quantizer | None
+    queue: TargetQueue | None
+    call: Callable[..., Any]
+    representations: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def samples(self) -> int:
+        return self.options.eval_samples
+
+    @property
+    def views(self) -> GridViews:
+        return GridViews(self.options)
+
+    def view_tokens(self, sizes: np.ndarray) -> np.ndarray:
+        return self.views.most_tokens(sizes)
+
+    def measure(self, batches: Iterable[PackedBatch]) -> dict[str, float]:
+        found: dict[str, list[Tensor]] = {}
+        for batch in batches:
+            for name, rows in self.call("diagnose", batch).items():
+                found.setdefault(name, []).append(rows.cpu())
+        mine = {name: torch.cat(rows).numpy() for name, rows in found.items()}
+        everyone = all_gather_object(mine)
+        every = {name: torch.from_numpy(np.concatenate([rows[name] for rows in everyone])) for name in mine}
+        if not every or not len(every["key"]):
+            return {}
+        query, target, keys = every["query"], every["target"], every["key"]
+        temperature = float(every["temperature"][0])
+        loss, candidates = self._info_nce(query, target, keys, temperature)
+        found_again = retrieval(query, target, keys, torch.zeros_like(keys))
+        metrics = {
+            "info_nce": loss,
+            "chance": math.log(candidates),
+            "retrieval_top1": float(found_again.top1[0]),
+            "retrieval_margin": float(found_again.margin[0]),
+            "retrieval_chance": 1 / int(found_again.candidates[0]),
+            "temperature": temperature,
+        }
+        self.representations = {side: every[f"{side}_state"] for side in ("context", "target")}
+        for side, states in self.representations.items():
+            metrics[f"effective_rank_{side}"] = float(covariance_rank(states))
+            metrics[f"isotropy_{side}"] = float(isotropy(states))
+        quantizer = self.quantizer
+        if quantizer is not None:
+            metrics["vq_usage"] = float(quantizer.usage())
+            metrics["vq_split_usage"] = len(every["codes"].unique()) / len(quantizer.codebook)
+        return {name: value for name, value in metrics.items() if value == value}  # a single target has no margin
+
+    def _info_nce(self, query: Tensor, target: Tensor, keys: Tensor, temperature: float) -> tuple[float, int]:
+        """The mean, and how many candidates there are."""
+        queue = self.queue
+        rows, row_keys = ([], []) if queue is None else ([queue.rows.cpu()], [queue.keys.cpu()])
+        everything, every_key = torch.cat([target, *rows]), torch.cat([keys, *row_keys])
+        keep, ordered, order = first_of_each(every_key)
+        column = (keep.cumsum(dim=0) - 1)[places_of(keys, ordered, order)]
+        pool = everything[keep]
+        total = sum(
+            float(F.cross_entropy(some @ pool.T / temperature, own, reduction="sum"))
+            for some, own in zip(query.split(CHUNK), column.split(CHUNK), strict=True)
+        )
+        return total / len(query), len(pool)

@@ -1,0 +1,342 @@
+"""``grid``: what a sequence of grids leads to is recognised among all others (GridJEPA).
+
+The objects of each grid of the context become codes, the grid their mean, and the context one state, by learned weights of
+its places. A prediction from it has to be nearest, of all targets in the global batch and in a queue of earlier ones, to the
+next grid as an EMA teacher encodes it. SIGReg keeps the contexts spread, adjacent objects are drawn together a little, and by
+option a context is the same in other colours, at another place, or turned.
+
+Objects are encoded by a small network over their features, or they are read out of the decoder, which reads each grid as a
+packed segment of its cells; everything after that is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jepa_scale.config.ema import TeacherOptions
+from jepa_scale.data.grids.objects import SPREAD
+from jepa_scale.data.sampling.rng import ViewMaker
+from jepa_scale.distributed.comm import data_size
+from jepa_scale.losses.infonce import Contrast, collect_contrast, contrast
+from jepa_scale.losses.quantizer import commitment
+from jepa_scale.losses.relational import relation_distances, relation_scale
+from jepa_scale.losses.sigreg import sigreg
+from jepa_scale.losses.statistics import as_contribution, rows_of_step, standardized
+from jepa_scale.models.backbone import Backbone
+from jepa_scale.models.flops import Cost, DecoderFlops, linear_cost
+from jepa_scale.models.layers.mlp import Mlp
+from jepa_scale.objectives.base import Loss, Objective, lm_loss, share
+from jepa_scale.objectives.costs import StepFlops, contrast_flops, sigreg_flops
+from jepa_scale.objectives.grid.config import GridOptions
+from jepa_scale.objectives.grid.diagnostics import GridDiagnostics
+from jepa_scale.objectives.grid.encoder import EncodedGrids, GridEncoder
+from jepa_scale.objectives.grid.object_encoder import CellReadout, ObjectEncoder
+from jepa_scale.objectives.grid.quantizer import Quantizer
+from jepa_scale.objectives.grid.queue import TargetQueue
+from jepa_scale.objectives.grid.temperature import Temperature
+from jepa_scale.objectives.grid.temporal_attention import temporal
+from jepa_scale.objectives.grid.views import TARGETS, GridViews
+from jepa_scale.packing import PackedBatch
+from jepa_scale.utils.errors import InputError
+
+
+class Grid(Objective):
+    """InfoNCE + β · commitment + relations + SIGReg + invariances (+ next-token loss of the decoder)."""
+
+    Options = GridOptions
+    collects = True
+    pooling = "last"
+
+    def __init__(self, options: GridOptions, backbone: Backbone, data: Any):
+        super().__init__()
+        o = self.options = options
+        if getattr(data, "kind", "") != "grids":
+            raise InputError("objective.name: grid needs sequences of grids (data.source: grids)")
+        self.predicts_tokens = o.lm_weight > 0
+        self.streams = ("main", TARGETS)
+        latent = o.latent_dim or o.dim
+        if o.encoder == "objects":
+            # it is not run; without gradients it takes no optimizer state and does not decay
+            backbone.requires_grad_(False)
+            objects: nn.Module = ObjectEncoder(SPREAD, o.dim, o.object_layers, o.object_heads)
+        else:
+            objects = CellReadout(backbone.hidden_size, o.dim)
+        quantizer = None
+        if o.vq_codes:
+            quantizer = Quantizer(o.vq_codes, o.dim, o.vq_decay, o.vq_refresh_every, o.vq_threshold, o.vq_window)
+        projector = _head(o.dim, latent, o.projector_multiple)
+        self.encoder = GridEncoder(objects, o.dim, quantizer, temporal(o.temporal, o.context_length), projector)
+        self.predictor = _head(latent, latent, o.predictor_multiple)
+        self.temperature = Temperature(o.temperature, o.temperature_min, o.temperature_max)
+        self.queue = TargetQueue(o.queue, latent) if o.queue else None
+
+    @property
+    def objects(self) -> nn.Module:
+        return self.encoder.objects
+
+    # -- how it is trained --------------------------------------------------------------------------------------------
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return list(self.objects.layers) if isinstance(self.objects, ObjectEncoder) else []
+
+    @property
+    def bounds(self) -> dict[str, tuple[float, float]]:
+        return {"objective.temperature.log_temperature": self.temperature.bounds}
+
+    def view_maker(self) -> ViewMaker:
+        return GridViews(self.options)
+
+    def view_tokens(self, sizes: np.ndarray) -> np.ndarray:
+        return GridViews(self.options).most_tokens(sizes)
+
+    def teacher_copies(self, backbone: Backbone) -> dict[str, nn.Module]:
+        copies: dict[str, nn.Module] = {"objective.encoder": self.encoder.as_teacher()}
+        if self.options.encoder == "decoder":
+            copies["backbone"] = backbone.lower(None)
+        return copies
+
+    def teacher_options(self) -> TeacherOptions:
+        return self.options.ema
+
+    def stepped(self, step: int, grad_norm: Tensor) -> None:
+        """Moments, codes and queue take in what the step has seen."""
+        good = torch.isfinite(grad_norm)
+        self.encoder.update(good, self.teacher.momentum(step))
+        if self.queue is not None:
+            self.queue.update(good)
+
+    def flops(self, backbone: Backbone, square: bool = False) -> StepFlops:
+        """All of it but what is done element by element."""
+        o, ranks = self.options, data_size()
+        latent = o.latent_dim or o.dim
+        decoder = DecoderFlops.of(backbone) if o.encoder == "decoder" else None
+        objects, layers = linear_cost(self.objects), len(self.blocks)
+        projector, predictor = linear_cost(self.encoder.projector), linear_cost(self.predictor)
+        mixing = 2 * o.context_length**2 * o.dim if o.temporal == "attention" else 0  # of a sequence
+        sequence = Cost(mixing + projector.forward, 2 * mixing + projector.backward)
+        if isinstance(self.objects, ObjectEncoder):  # nothing before the features wants their gradient
+            first = linear_cost(self.objects.up)
+            objects = Cost(objects.forward, objects.backward - first.forward)
+        lookup = 2 * o.vq_codes * o.dim  # of an object: its distances to all codes, or its part in their sums
+
+        def attention(grids: int) -> int:
+            """Scores and values of all slots of a grid, in all layers."""
+            return 4 * o.slots**2 * o.dim * layers * grids
+
+        def count(batches: Sequence[PackedBatch]) -> int:
+            several = len(batches) > 1
+            samples = sum(batch.counts["samples"] for batch in batches)
+            sequences = samples * (1 + len(o.invariances))
+            seen, taught = (sum(len(batch.rows[name]) for batch in batches) for name in ("inputs", "target_inputs"))
+            mixed = attention(sequences * o.context_length)
+            forward = (
+                seen * (objects.forward + lookup) + sequences * sequence.forward + mixed + samples * predictor.forward
+            )
+            backward = (
+                seen * objects.backward + sequences * sequence.backward + 2 * mixed + samples * predictor.backward
+            )
+            teaching = taught * (objects.forward + lookup) + samples * sequence.forward + attention(samples)
+            total = backward + seen * lookup
+            if decoder is not None:
+                for batch in batches:
+                    main, targets = batch.streams["main"], batch.streams[TARGETS]
+                    total += decoder.of_stream(main, training=True, square=square)
+                    total += several * decoder.of_stream(main, training=False, rows=0, square=square)
+                    teaching += decoder.of_stream(targets, training=False, rows=0, square=square)
+            total += (forward + teaching) * (1 + several)
+            total += contrast_flops(samples, batches[0].max_samples, latent, len(batches), ranks, False, o.queue)
+            if o.sigreg_weight:
+                total += sigreg_flops(2 * samples, latent, len(batches), o.sigreg_slices)
+                total += samples * ((1 + several) * projector.forward + projector.backward)
+            return total
+
+        return count
+
+    # -- parts --------------------------------------------------------------------------------------------------------
+
+    def contexts(self, backbone: Backbone, batch: PackedBatch) -> tuple[EncodedGrids, Tensor]:
+        """The contexts of N samples in V variants, N · V sequences, and the decoder's states (T, h) (without it none)."""
+        values, variants = batch.values, 1 + len(self.options.invariances)
+        states = values["present"].new_zeros(0, dtype=torch.float32)
+        if self.options.encoder == "decoder":
+            states = backbone.hidden(batch.streams["main"])
+            inputs = _cells(states, batch, "cell", "inputs")
+        else:
+            inputs = self._features(batch, values["objects"], values["adjacent"], "")
+        present = values["present"].repeat_interleave(variants, dim=0)
+        return self.encoder(inputs, values["objects"].flatten(0, 1), present), states
+
+    @torch.no_grad()
+    def targets(self, batch: PackedBatch) -> EncodedGrids:
+        """The targets as the teacher encodes them: each a sequence of one grid, which is at the last place."""
+        values, length = batch.values, self.options.context_length
+        counts = F.pad(values["target_objects"].flatten(0, 1), (length - 1, 0))  # (N, L)
+        present = torch.arange(length, device=counts.device) == length - 1
+        if self.options.encoder == "decoder":
+            states = self.teacher.forward("backbone", batch.streams[TARGETS])
+            inputs = _cells(states, batch, "target_cell", "target_inputs")
+        else:
+            inputs = self._features(batch, values["target_objects"], values["target_adjacent"], "target_")
+        return self.teacher.forward("objective.encoder", inputs, counts, present.expand(len(counts), -1))
+
+    def _features(
+        self, batch: PackedBatch, counts: Tensor, adjacent: Tensor, prefix: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Features, places among all slots, and which slots are adjacent: (n, 23), (n,), (G, S, S)."""
+        features, slot = batch.rows[f"{prefix}inputs"], batch.rows[f"{prefix}slot"]
+        grids = torch.arange(counts.numel(), device=counts.device)
+        owner = torch.repeat_interleave(grids, counts.flatten(), output_size=len(slot))
+        return features, owner * self.options.slots + slot, adjacent.flatten(0, 1)
+
+    def queries(self, context: EncodedGrids) -> tuple[Tensor, Tensor]:
+        """Projections (N, V, latent) fp32, and from the first variant's the predictions (N, latent) fp32 of unit norm."""
+        variants = 1 + len(self.options.invariances)
+        projected = (
+            context.projected.unflatten(0, (-1, variants))
+            if len(context.projected)
+            else (context.projected[:, None].expand(0, variants, context.projected.shape[1]))
+        )
+        return projected.float(), F.normalize(self.predictor(projected[:, 0]).float(), dim=-1)
+
+    def _spread(self, context: EncodedGrids, projected: Tensor) -> Tensor:
+        """What SIGReg looks at, (N, 2, latent) fp32: the contexts' projections, and those of their last grids by themselves.
+
+        It sees them standardised and so asks for a shape, not for a scale: a grid is the mean of several codes, and it can
+        only vary as much as they do if a grid's objects are alike.
+        """
+        variants = 1 + len(self.options.invariances)
+        return torch.stack([projected[:, 0], self.encoder.projector(context.grids[::variants, -1]).float()], dim=1)
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def collect(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:
+        context = self.contexts(backbone, batch)[0]
+        projected, queries = self.queries(context)
+        targets, keys = F.normalize(self.targets(batch).projected.float(), dim=-1), batch.values["key"]
+        found = collect_contrast(queries, keys, targets, keys, batch.max_samples)
+        return found | {"spread": self._spread(context, projected)}
+
+    def loss(self, backbone: Backbone, batch: PackedBatch, collected: list[dict[str, Tensor]], micro: int) -> Loss:
+        o, samples = self.options, batch.totals["samples"]
+        context, states = self.contexts(backbone, batch)
+        target = self.targets(batch)
+        projected, queries = self.queries(context)
+        candidates, keys = F.normalize(target.projected.float(), dim=-1), batch.values["key"]
+        temperature = self.temperature()
+        queue = None if self.queue is None else (self.queue.rows, self.queue.keys)
+        result = contrast(queries, keys, candidates, keys, 1 / temperature, batch.max_samples, collected, micro, queue)
+
+        terms = {"info_nce": (1.0, share(result.losses.sum() + result.elsewhere, samples))}
+        terms |= self._object_terms(context, target, batch, result) | self._invariance_terms(projected, samples)
+        if o.sigreg_weight:
+            every = rows_of_step(self._spread(context, projected), [c["spread"] for c in collected], micro)
+            value = sigreg(standardized(every, samples), samples, batch.seed, batch.step, o.sigreg_slices)
+            terms["sigreg"] = (o.sigreg_weight, as_contribution(value, len(projected) / torch.clamp(samples, min=1)))
+        jepa = torch.stack([weight * term for weight, term in terms.values()]).sum()
+        total, means = jepa, {name: term.detach() for name, (_, term) in terms.items()}
+        if o.lm_weight:
+            lm = lm_loss(backbone, states, batch)
+            total, means["lm_loss"] = total + o.lm_weight * lm, lm.detach()
+        means |= {"loss": total.detach(), "jepa_loss": jepa.detach(), **self._looks(context, batch, result)}
+
+        gauges: dict[str, Tensor | float] = {"temperature": temperature.detach()}
+        gauges |= {"negatives": result.candidates - 1, "ema_momentum": self.teacher.momentum(batch.step)}
+        if (quantizer := self.encoder.quantizer) is not None:
+            gauges |= {"vq_usage": quantizer.usage(), "vq_perplexity": quantizer.perplexity()}
+        if self.training:
+            self.encoder.observe(context, batch.rows["lot"], batch.step)
+            if self.queue is not None:
+                self.queue.note(candidates, keys, batch.max_samples)
+        return Loss(total, means, gauges)
+
+    def _object_terms(
+        self, context: EncodedGrids, target: EncodedGrids, batch: PackedBatch, result: Contrast
+    ) -> dict[str, tuple[float, Tensor]]:
+        """Of single objects and of pairs: name → weight and this micro-batch's contribution."""
+        o, terms = self.options, {}
+        if o.vq_codes:
+            distances = commitment(context.objects, context.table)
+            terms["commitment"] = (o.vq_commitment, share(distances.sum(), batch.totals["objects"]))
+        normalize = o.relational == "normalized"
+        scale = relation_scale(result.candidates) if normalize else 1.0
+        mine, theirs = _starts(batch.values["objects"]), _starts(batch.values["target_objects"])
+        for name, weight, others, starts in (
+            ("cross", o.relational_weight, target.used, theirs),
+            ("self", o.context_self_weight, context.used, mine),
+        ):
+            if weight:
+                pairs, counts = batch.rows[f"{name}_pair"], batch.values[f"{name}_pairs"]
+                first, second = (_of_samples(pairs[:, i], counts, at) for i, at in ((0, mine), (1, starts)))
+                distances = relation_distances(context.used[first], others[second], normalize)
+                terms[f"relational_{name}"] = (weight, scale * share(distances.sum(), batch.totals[f"{name}_pairs"]))
+        return terms
+
+    def _invariance_terms(self, projected: Tensor, samples: Tensor) -> dict[str, tuple[float, Tensor]]:
+        terms = {}
+        for variant, (kind, weight) in enumerate(self.options.invariances, 1):
+            apart = 1 - F.cosine_similarity(projected[:, 0], projected[:, variant], dim=-1)
+            terms[f"invariance_{kind}"] = (weight, share(apart.sum(), samples))
+        return terms
+
+    @torch.no_grad()
+    def _looks(self, context: EncodedGrids, batch: PackedBatch, result: Contrast) -> dict[str, Tensor]:
+        """What is logged besides."""
+        samples = batch.totals["samples"]
+        truncated = torch.full_like(samples, batch.counts["truncated"])
+        looks = {"retrieval_top1": share(result.hits.sum(), samples)}
+        looks["truncated_grids"] = share(truncated, batch.totals["grids"])
+        sequences = samples * (1 + len(self.options.invariances))
+        for place, weight in enumerate(context.places.sum(dim=0)):
+            looks[f"context_weight_{place + 1 - context.places.shape[1]:+d}"] = share(weight, sequences)
+        return looks
+
+    # -- evaluation ---------------------------------------------------------------------------------------------------
+
+    def diagnostics(self, call: Any) -> GridDiagnostics:
+        return GridDiagnostics(self.options, self.encoder.quantizer, self.queue, call)
+
+    def diagnose(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:
+        """Of each sample, fp32: ``query`` and ``target`` (n, latent) of unit norm, ``context_state`` and ``target_state`` (n, dim),
+        ``key`` (n,); ``codes`` (m,) of the contexts' objects; ``temperature`` (1,)."""
+        context, target = self.contexts(backbone, batch)[0], self.targets(batch)
+        _, queries = self.queries(context)
+        variants = 1 + len(self.options.invariances)
+        return {
+            "query": queries,
+            "target": F.normalize(target.projected.float(), dim=-1),
+            "context_state": context.states[::variants].float(),
+            "target_state": target.states.float(),
+            "key": batch.values["key"],
+            "codes": context.codes,
+            "temperature": self.temperature()[None],
+        }
+
+
+def _head(size_in: int, size_out: int, multiple: int | None) -> nn.Module:
+    if multiple is None:
+        return nn.Identity()
+    return Mlp(size_in, size_out, multiple) if multiple else nn.Linear(size_in, size_out)
+
+
+def _cells(states: Tensor, batch: PackedBatch, place: str, row: str) -> tuple[Tensor, Tensor, Tensor]:
+    """What :class:`CellReadout` reads: states, places of the objects' cells, and how many each object has."""
+    sizes = batch.rows[row]
+    return states, batch.places.get(place, sizes[:0]), sizes
+
+
+def _starts(objects: Tensor) -> Tensor:
+    """(N, …) objects of each sample's grids → (N,) number of each sample's first object."""
+    counts = objects.flatten(1).sum(dim=1)
+    return counts.cumsum(dim=0) - counts
+
+
+def _of_samples(numbers: Tensor, counts: Tensor, starts: Tensor) -> Tensor:
+    """(p,) numbers within the samples, (N,) how many each sample has, (N,) where samples begin → (p,) numbers among all."""
+    return numbers + torch.repeat_interleave(starts, counts, output_size=len(numbers))

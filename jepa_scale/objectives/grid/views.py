@@ -1,0 +1,256 @@
+"""What ``grid`` makes of a sequence of grids: objects, what is adjacent, and for a decoder the cells, row by row."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jepa_scale.data.examples import GridSequence, flatten_grid
+from jepa_scale.data.grids.objects import GEOMETRY, Objects, find_objects, near
+from jepa_scale.data.grids.transforms import TRANSFORMS
+from jepa_scale.data.sampling.rng import Draw
+from jepa_scale.objectives.grid.config import GridOptions
+from jepa_scale.objectives.grid.quantizer import refreshes
+from jepa_scale.packing import Segment, Views
+from jepa_scale.utils.errors import DataError
+
+TARGETS = "targets"
+"""The stream of the targets."""
+NOWHERE = np.array([1, 1, -1, -1]) << 40
+"""A box that is near to none."""
+
+
+class _Sample(NamedTuple):
+    """Grids of a sample: of each variant the context's, and the target. The first variant is the sample itself."""
+
+    contexts: list[list[np.ndarray]]
+    target: np.ndarray
+
+
+class _Part(NamedTuple):
+    """Objects of consecutive grids, those that there are, as the model gets them.
+
+    Attributes:
+        counts: (g,) of each grid. slots: (n,). inputs: (n, 23) features, or (n,) cells that each consists of.
+        cells: token offsets within the grid's segment, object after object; grid g has ``cell_counts[g]`` of them.
+    """
+
+    counts: np.ndarray
+    slots: np.ndarray
+    inputs: np.ndarray
+    cells: np.ndarray
+    cell_counts: np.ndarray
+
+    def of(self, grids: slice) -> _Part:
+        before, now = self.counts[: grids.start].sum(), self.counts[grids].sum()
+        cells = self.cell_counts[: grids.start].sum()
+        rows, places = slice(before, before + now), slice(cells, cells + self.cell_counts[grids].sum())
+        return _Part(
+            self.counts[grids], self.slots[rows], self.inputs[rows], self.cells[places], self.cell_counts[grids]
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class GridViews:
+    """A sequence of grids → its objects.
+
+    V is 1 and one more for each invariance that has a weight, L the length of a context, S the number of slots. Objects come
+    variant by variant, grid by grid, the largest first. A shorter context is at the end of its L places.
+
+    ========================== =========================================================================================
+    value of a sample
+    ========================== =========================================================================================
+    ``objects``                (V, L) int64, objects of each grid of the context
+    ``present``                (L,) bool, which grids of the context there are
+    ``target_objects``         (1, 1) int64, objects of the target
+    ``adjacent``               (V · L, S, S) bool; ``target_adjacent`` (1, S, S); with ``encoder: objects``
+    ``self_pairs``             how many pairs there are; ``cross_pairs``
+    ``key``                    identity of the target grid, 63 bits of a hash
+    ========================== =========================================================================================
+
+    ========================== =========================================================================================
+    row of an object
+    ========================== =========================================================================================
+    ``inputs``                 (23,) features, or the number of its cells (``encoder: decoder``); ``target_inputs``
+    ``slot``                   its place in its grid; ``target_slot``
+    ``lot``                    a random number of its own, where codes may need a new place in this step
+    ``self_pair``              of a pair of adjacent objects of the sample itself: their numbers among the context's objects
+    ``cross_pair``             of an object of the last grid and one of the target: their numbers in either
+    ========================== =========================================================================================
+
+    With ``encoder: objects`` the tokens of a segment are the colours of the objects, one segment for all of a context.
+    With ``encoder: decoder`` a segment is a grid, and ``places["cell"]`` and ``places["target_cell"]`` are the cells of the
+    objects; the token that ends a grid is one more object there, the last one: it has seen the whole grid.
+    """
+
+    options: GridOptions
+
+    def __call__(self, example: GridSequence, draw: Draw) -> Views:
+        (made,) = self.many([example], [draw])
+        if isinstance(made, DataError):
+            raise made
+        return made
+
+    def many(self, examples: Sequence[GridSequence], draws: Sequence[Draw]) -> list[Views | DataError]:
+        """All objects are found in one call."""
+        if not examples:
+            return []
+        o = self.options
+        samples = [self._grids(example, draw) for example, draw in zip(examples, draws, strict=True)]
+        contexts = [grid for sample in samples for context in sample.contexts for grid in context]
+        grids = contexts + [sample.target for sample in samples]
+        objects = find_objects(grids, o.slots)
+        boxes = np.broadcast_to(NOWHERE, (len(grids), o.slots, 4)).copy()
+        boxes[objects.grid, objects.slot] = objects.boxes
+        adjacent = near(boxes, boxes, o.reach)
+        part = self._part(objects, grids)
+
+        made: list[Views | DataError] = []
+        at = 0  # of the sample's first grid
+        for number, (example, draw, sample) in enumerate(zip(examples, draws, samples, strict=True)):
+            own, length = len(sample.contexts) * len(sample.contexts[0]), len(sample.contexts[0])
+            target = len(contexts) + number
+            found = np.append(objects.found[at : at + length], objects.found[target])
+            if o.overflow == "error" and found.max() > o.slots:
+                made.append(_too_many(example, draw, found, o.slots))
+            else:
+                ours = slice(at, at + own), slice(target, target + 1)
+                views = self._views(sample, draw, part.of(ours[0]), part.of(ours[1]), boxes, adjacent, ours)
+                views.counts["truncated"] = int((found > o.slots).sum())
+                if o.lm_weight:
+                    tokens, labels = GridSequence(tuple(sample.contexts[0]), sample.target).lm_sequence()
+                    views.segments.append(_segment(tokens[:-1], "lm", labels=labels[:-1]))
+                made.append(views)
+            at += own
+        return made
+
+    def _grids(self, example: GridSequence, draw: Draw) -> _Sample:
+        o = self.options
+        grids: Sequence[np.ndarray] = [*example.context[-o.context_length :], example.target]
+        for kind in o.augment:
+            grids = TRANSFORMS[kind](grids, draw.rng(f"augment/{kind}"))
+        variants = [list(grids[:-1])]
+        for kind, _ in o.invariances:
+            variants.append(TRANSFORMS[kind](grids, draw.rng(f"invariance/{kind}"))[:-1])
+        return _Sample(variants, grids[-1])
+
+    def _part(self, objects: Objects, grids: Sequence[np.ndarray]) -> _Part:
+        if self.options.encoder == "objects":
+            nothing = np.zeros(0, dtype=np.int64)
+            return _Part(objects.counts, objects.slot, objects.features, nothing, np.zeros_like(objects.counts))
+        shapes = np.array([grid.shape for grid in grids], dtype=np.int64)
+        cells = np.bincount(objects.grid, objects.sizes, len(grids)).astype(np.int64)
+        width = np.repeat(shapes[:, 1], cells)
+        offsets = objects.cells + objects.cells // width  # a row has a token at its end
+        last = shapes[:, 0] * (shapes[:, 1] + 1)
+        ends, cell_ends = objects.counts.cumsum(), cells.cumsum()
+        return _Part(
+            counts=objects.counts + 1,
+            slots=np.insert(objects.slot, ends, objects.counts),
+            inputs=np.insert(objects.sizes, ends, 1),
+            cells=np.insert(offsets, cell_ends, last),
+            cell_counts=cells + 1,
+        )
+
+    def _views(
+        self,
+        sample: _Sample,
+        draw: Draw,
+        context: _Part,
+        target: _Part,
+        boxes: np.ndarray,
+        adjacent: np.ndarray,
+        grids: tuple[slice, slice],
+    ) -> Views:
+        o, variants, length = self.options, len(sample.contexts), len(sample.contexts[0])
+        first = slice(grids[0].start, grids[0].start + length)
+        starts = context.counts.cumsum() - context.counts  # numbers of the grids' first objects
+        grid, one, other = np.triu(adjacent[first], 1).nonzero()
+        self_pair = np.stack([starts[grid] + one, starts[grid] + other], axis=1)
+        one, other = near(boxes[first.stop - 1], boxes[grids[1].start], o.reach).nonzero()
+        cross_pair = np.stack([starts[length - 1] + one, other], axis=1)
+
+        absent = o.context_length - length
+        counts = np.zeros((variants, o.context_length), dtype=np.int64)
+        counts[:, absent:] = context.counts.reshape(variants, length)
+        values: dict[str, Any] = {
+            "objects": counts,
+            "present": np.arange(o.context_length) >= absent,
+            "target_objects": target.counts[:, None],
+            "self_pairs": len(self_pair),
+            "cross_pairs": len(cross_pair),
+            "key": _identity(sample.target),
+        }
+        if o.encoder == "objects":
+            every = np.zeros((variants, o.context_length, o.slots, o.slots), dtype=bool)
+            every[:, absent:] = adjacent[grids[0]].reshape(variants, length, o.slots, o.slots)
+            values |= {"adjacent": every.reshape(-1, o.slots, o.slots), "target_adjacent": adjacent[grids[1]]}
+        rows = {
+            "inputs": context.inputs,
+            "target_inputs": target.inputs,
+            "slot": context.slots,
+            "target_slot": target.slots,
+            "lot": self._lots(len(context.inputs), draw),
+            "self_pair": self_pair,
+            "cross_pair": cross_pair,
+        }
+        numbers = {
+            "objects": len(context.inputs),
+            "grids": length + 1,
+            "self_pairs": len(self_pair),
+            "cross_pairs": len(cross_pair),
+        }
+        return Views(self._segments(sample, context, target), values, rows, numbers)
+
+    def _lots(self, count: int, draw: Draw) -> np.ndarray:
+        if not self.options.vq_codes or not refreshes(draw.step, self.options.vq_refresh_every):
+            return np.zeros(count, dtype=np.int64)
+        return draw.rng("codes").integers(0, 2**62, count)
+
+    def _segments(self, sample: _Sample, context: _Part, target: _Part) -> list[Segment]:
+        if self.options.encoder == "objects":
+            parts = [(context, "context", "main"), (target, "target", TARGETS)]
+            return [
+                _segment(part.inputs[:, GEOMETRY:].argmax(axis=1), role, stream=stream)
+                for part, role, stream in parts
+                if len(part.inputs)
+            ]
+        grids = [grid for each in sample.contexts for grid in each]
+        ends = context.cell_counts.cumsum()
+        cells = np.split(context.cells, ends[:-1])
+        segments = [
+            _segment(flatten_grid(grid), "context", places={"cell": mine})
+            for grid, mine in zip(grids, cells, strict=True)
+        ]
+        last = _segment(flatten_grid(sample.target), "target", stream=TARGETS, places={"target_cell": target.cells})
+        return [*segments, last]
+
+    def most_tokens(self, sizes: np.ndarray) -> np.ndarray:
+        """(m,) tokens of samples → (m,) tokens that all their views take at most, in all streams."""
+        o, sizes = self.options, np.asarray(sizes)
+        variants = 1 + len(o.invariances)
+        if o.encoder == "objects":
+            return np.full(sizes.shape, o.slots * (o.context_length * variants + 1), dtype=np.int64)
+        return sizes * (variants + (o.lm_weight > 0))
+
+
+def _segment(tokens: Any, role: str, **more: Any) -> Segment:
+    return Segment(tokens, role, **more)
+
+
+def _too_many(example: GridSequence, draw: Draw, found: np.ndarray, slots: int) -> DataError:
+    grid = int(found.argmax())
+    name = f"context[{grid}]" if grid < len(found) - 1 else "target"
+    return DataError(
+        f"{example.where or f'sample {draw.sample}'}: {name}: {found[grid]} objects, more than objective.slots={slots}; raise "
+        "it, or set objective.overflow: truncate, or data.on_error: skip"
+    )
+
+
+def _identity(grid: np.ndarray) -> int:
+    content = repr(grid.shape).encode() + np.ascontiguousarray(grid, dtype=np.int8).tobytes()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1

@@ -1,0 +1,240 @@
+"""``horizon``: predict, from a latent now, the latent some tokens later (LitJEPA).
+
+A latent is the decoder's state after block ``tap_layer``. An online projector encodes the anchor's, an EMA teacher the
+target's; the predictor sees the anchor's latent and the embedding of the horizon. Next-token prediction goes on beside it,
+and by option the predicted latent also tells what the language model will predict at the target (the future KL).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from jepa_scale.config.ema import TeacherOptions
+from jepa_scale.data.sampling.rng import ViewMaker
+from jepa_scale.losses.future import FutureKL, future_kl
+from jepa_scale.losses.statistics import as_contribution, rows_of_step
+from jepa_scale.models.backbone import Backbone
+from jepa_scale.models.flops import Cost, DecoderFlops, linear_cost
+from jepa_scale.models.layers.mlp import Mlp
+from jepa_scale.objectives.base import JepaModel, Loss, Objective, lm_loss, resolve_tap, share
+from jepa_scale.objectives.costs import StepFlops, moments_flops
+from jepa_scale.objectives.horizon.config import HorizonOptions
+from jepa_scale.objectives.horizon.diagnostics import HorizonDiagnostics
+from jepa_scale.objectives.horizon.losses import distance, is_statistic, statistic
+from jepa_scale.objectives.horizon.views import HorizonViews, check_horizons
+from jepa_scale.objectives.ramp import ramp
+from jepa_scale.packing import PackedBatch
+from jepa_scale.utils.errors import InputError
+
+Terms = dict[str, Tensor]
+
+
+class Horizon(Objective):
+    """w_lm · next-token loss + w_jepa · loss(prediction, EMA target) + w_kl · T² · KL of the future."""
+
+    Options = HorizonOptions
+
+    def __init__(self, options: HorizonOptions, backbone: Backbone, data: Any):
+        super().__init__()
+        o, d = options, backbone.hidden_size
+        self.options = o
+        self.collects = is_statistic(o)
+        self.tap = resolve_tap(o.tap_layer, backbone.num_layers, "objective.tap_layer")
+        check_horizons(o, data.train.max_size)
+        latent = o.latent_dim or d
+        self.encoder = nn.Sequential(
+            nn.RMSNorm(d) if o.tap_norm else nn.Identity(), Mlp(d, latent, o.projector_multiple, o.dropout)
+        )
+        self.horizon_embedding = nn.Embedding(len(o.horizons), latent)
+        self.predictor = Mlp(2 * latent, latent, o.predictor_multiple, o.dropout)
+        self.latent_to_hidden = self._latent_to_hidden(latent, backbone) if o.kl_weight else None
+
+    def _latent_to_hidden(self, latent: int, backbone: Backbone) -> nn.Module:
+        reads = backbone.head_size
+        kind = self.options.latent_to_hidden
+        if kind == "identity" and latent != reads:
+            raise InputError(
+                f"objective.latent_to_hidden: latents of {latent} do not fit the LM head, which reads {reads}; use linear, "
+                f"or objective.latent_dim={reads}"
+            )
+        if kind == "identity":
+            return nn.Identity()
+        # Normalized: large latents would have large gradients here, and clipping would take them out on the decoder.
+        mlp = kind == "mlp"
+        to_hidden = Mlp(latent, reads, self.options.predictor_multiple) if mlp else nn.Linear(latent, reads)
+        return nn.Sequential(nn.RMSNorm(latent), to_hidden)
+
+    # -- how it is trained --------------------------------------------------------------------------------------------
+
+    def view_maker(self) -> ViewMaker:
+        return HorizonViews(self.options)
+
+    def view_tokens(self, sizes: np.ndarray) -> np.ndarray:
+        return sizes - 1
+
+    def teacher_copies(self, backbone: Backbone) -> dict[str, nn.Module]:
+        copies: dict[str, nn.Module] = {"objective.encoder": copy.deepcopy(self.encoder)}
+        if self.options.teacher == "backbone":
+            copies["backbone"] = backbone.lower(self.tap)
+        return copies
+
+    def teacher_options(self) -> TeacherOptions:
+        return self.options.ema
+
+    def head_prefixes(self, backbone: Backbone) -> tuple[str, ...]:
+        return ("objective.", f"backbone.{backbone.head_name}.")
+
+    def clip_groups(self, model: JepaModel) -> dict[str, list[str]]:
+        if not self.options.split_clipping:
+            return {}
+        above = {id(parameter) for parameter in model.backbone.parameters_above(self.tap)}
+        groups: dict[str, list[str]] = {"lower": [], "upper": []}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                groups["upper" if id(parameter) in above else "lower"].append(name)
+        return groups
+
+    def flops(self, backbone: Backbone, square: bool = False) -> StepFlops:
+        """All of it but what is done element by element."""
+        o, collects, latent = self.options, self.collects, self.horizon_embedding.embedding_dim
+        whole, lower = DecoderFlops.of(backbone), DecoderFlops.of(backbone, self.tap)
+        encoder, predictor = linear_cost(self.encoder), linear_cost(self.predictor)
+        online, head, row = encoder.forward + predictor.forward, Cost(), whole.per_row
+        if self.latent_to_hidden is not None:
+            reached = not o.kl_barrier or any(True for _ in self.latent_to_hidden.parameters())
+            to_hidden = linear_cost(self.latent_to_hidden)
+            lm_head = linear_cost(backbone.decoder.get_output_embeddings())
+            weights = 0 if o.kl_freeze_head else lm_head.backward - row.forward
+            head = Cost(to_hidden.forward + row.forward, to_hidden.backward + reached * row.forward + weights)
+
+        def count(batches: Sequence[PackedBatch]) -> int:
+            several = collects and len(batches) > 1
+            pairs, streams = sum(b.counts["pairs"] for b in batches), [b.streams["main"] for b in batches]
+            total = sum(whole.of_stream(s, training=True, square=square) for s in streams)
+            total += pairs * (online + encoder.backward + predictor.backward + sum(head))
+            teaching = pairs * encoder.forward
+            if o.teacher == "backbone":
+                teaching += sum(lower.of_stream(s, training=False, rows=0, square=square) for s in streams)
+            total += teaching * (1 + several)
+            if several:
+                total += sum(lower.of_stream(s, training=False, rows=0, square=square) for s in streams)
+                total += pairs * online
+            if collects:
+                total += moments_flops(pairs, latent, len(batches), sides=2 if o.loss == "vicreg" else 1)
+            return total
+
+        return count
+
+    # -- parts --------------------------------------------------------------------------------------------------------
+
+    def predictions(self, states: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """States at the tap (T, d) → the anchors' latents (n, latent) and the predictions of the targets' (n, latent)."""
+        anchors = self.encoder(states[batch.places["anchor"]])
+        horizons = self.horizon_embedding(batch.rows["horizon"])
+        return anchors, self.predictor(torch.cat([anchors, horizons], dim=-1))
+
+    @torch.no_grad()
+    def targets(self, states: Tensor, batch: PackedBatch) -> Tensor:
+        """(n, latent), what the teacher makes of the targets."""
+        if self.options.teacher == "backbone":
+            states = self.teacher.forward("backbone", batch.streams["main"])
+        return self.teacher.forward("objective.encoder", states[batch.places["target"]])
+
+    def future(self, backbone: Backbone, predicted: Tensor, logits: Tensor) -> FutureKL:
+        """The future KL of each pair. ``logits`` (n, V) are the language model's at the pairs' targets: like is compared with like,
+        the teacher's prediction *from* the target place with the student's for that same place."""
+        assert self.latent_to_hidden is not None
+        latents = predicted.detach() if self.options.kl_barrier else predicted
+        student = backbone.logits(self.latent_to_hidden(latents), frozen=self.options.kl_freeze_head)
+        return future_kl(student, logits, self.options.kl_temperature)
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def collect(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:
+        states = backbone.hidden(batch.streams["main"], until=self.tap)
+        return {"predicted": self.predictions(states, batch)[1], "target": self.targets(states, batch)}
+
+    def loss(self, backbone: Backbone, batch: PackedBatch, collected: list[dict[str, Tensor]], micro: int) -> Loss:
+        o, pairs = self.options, batch.totals["pairs"]
+        stream = batch.streams["main"]
+        hidden, states = backbone.hidden_and_tap(stream, self.tap)
+        logits = counts = None
+        if self.latent_to_hidden is None:
+            lm = lm_loss(backbone, hidden, batch)
+        else:
+            rows, counts = target_rows(batch)
+            losses, logits = backbone.label_losses_and_logits(
+                hidden[stream.labelled], stream.labels[stream.labelled], rows
+            )
+            lm = share(losses.sum(), batch.totals["labels"])
+        _, predicted = self.predictions(states, batch)
+        target = self.targets(states, batch)
+
+        terms: Terms = {}
+        if self.collects:
+            every_prediction = rows_of_step(predicted, [c["predicted"] for c in collected], micro)
+            every_target = rows_of_step(target, [c["target"] for c in collected], micro)
+            value, parts = statistic(o, every_prediction, every_target, pairs)
+            part = len(predicted) / torch.clamp(pairs, min=1)
+            jepa = as_contribution(value, part)
+            terms = {name: term.detach() * part for name, term in parts.items()}
+        else:
+            jepa = share(distance(o, predicted, target).sum(), pairs)
+
+        lm_weight, jepa_weight, kl_weight = self.weights(batch.step)
+        total = lm_weight * lm + jepa_weight * jepa
+        if logits is not None and counts is not None:
+            future = self.future(backbone, predicted, logits)
+            ce, entropy = (share((x * counts).sum(), batch.totals["kl_pairs"]) for x in future)
+            total = total + kl_weight * o.kl_temperature**2 * (ce - entropy)
+            terms |= {"ce_future": ce.detach(), "teacher_entropy": entropy, "kl_future": (ce - entropy).detach()}
+        means = {"loss": total.detach(), "lm_loss": lm.detach(), "jepa_loss": jepa.detach(), **terms}
+        gauges: dict[str, Tensor | float] = {"ema_momentum": self.teacher.momentum(batch.step)}
+        if o.lm_start or o.lm_ramp:
+            gauges["lm_weight"] = lm_weight
+        if backbone.gate is not None:
+            gauges["gate"] = backbone.gate
+        return Loss(total, means, gauges)
+
+    def weights(self, step: int) -> tuple[float, float, float]:
+        """Of next-token prediction, of predictions and targets, and of the future KL at a step."""
+        o = self.options
+        return (
+            o.lm_weight * ramp(step - o.lm_start, o.lm_ramp),
+            o.jepa_weight * ramp(step - o.jepa_start, o.jepa_ramp),
+            o.kl_weight * ramp(step, o.kl_ramp),
+        )
+
+    # -- evaluation ---------------------------------------------------------------------------------------------------
+
+    def diagnostics(self, call: Any) -> HorizonDiagnostics | None:
+        return HorizonDiagnostics(self.options, call) if self.options.eval_pairs else None
+
+    def diagnose(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:
+        """For each pair: the anchor's latent, the prediction and the target (n, latent) fp32, and with a KL path its
+        cross-entropy and entropy and whether it counts, (n, 3)."""
+        stream = batch.streams["main"]
+        hidden, states = backbone.hidden_and_tap(stream, self.tap)
+        anchor, predicted = self.predictions(states, batch)
+        found = {"anchor": anchor, "prediction": predicted, "target": self.targets(states, batch)}
+        if self.latent_to_hidden is not None:
+            future = self.future(backbone, predicted, backbone.logits(hidden[batch.places["target"]]))
+            counts = target_rows(batch)[1]
+            found["future"] = torch.stack([*future, counts.float()], dim=-1)
+        return {name: value.float() for name, value in found.items()}
+
+
+def target_rows(batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    """(n,) int64, each pair's target among the labelled places, and (n,) bool, whether it is one of them, so that the language model
+    has learned to predict there; the KL of others doesn't count, and their row is any."""
+    labelled, places = batch.streams["main"].labelled, batch.places["target"]
+    if not len(labelled):
+        return torch.zeros_like(places), torch.zeros_like(places, dtype=torch.bool)
+    rows = torch.searchsorted(labelled, places).clamp(max=len(labelled) - 1)
+    return rows, labelled[rows] == places

@@ -1,0 +1,69 @@
+"""The options of ``span``."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from jepa_scale.config.ema import TeacherOptions
+from jepa_scale.config.schema import Section
+
+
+class SpanOptions(Section):
+    """Options of ``span``; the defaults are those of SpanJEPA."""
+
+    global_views: int = Field(
+        2, ge=1, description="Views with few masked tokens; their mean is what all views predict."
+    )
+    local_views: int = Field(6, ge=0, description="Views with more masked tokens.")
+    global_ratio: tuple[float, float] = Field(
+        (0.25, 0.30), description="Share of a global view's tokens that is masked, drawn evenly from this range."
+    )
+    local_ratio: tuple[float, float] = Field((0.40, 0.45), description="The same of a local view.")
+    span_length: float = Field(3.0, ge=0, description="Mean of the Poisson distribution that span lengths come from.")
+    distance: Literal["mse", "cosine"] = Field(
+        "mse", description="Of a view's pooled state to the centre of its sample's global views."
+    )
+    predictor_layers: int = Field(
+        2, ge=0, description="Non-causal blocks that fill in the masked spans of each view; 0 = no spans are predicted."
+    )
+    max_positions: int | None = Field(
+        None, ge=1, description="Places that have a mask embedding; null = as many as the longest sample has."
+    )
+    sigreg_weight: float = Field(
+        0.25, ge=0, le=1, description="λ: each of the two losses is (1 − λ) · reconstruction + λ · SIGReg."
+    )
+    sigreg_slices: int = Field(256, ge=1, description="Directions that SIGReg projects on, others in each step.")
+    sigreg_knots: int = Field(17, ge=3, description="Knots of its integral, evenly spaced on [−limit, limit].")
+    sigreg_limit: float = Field(5.0, gt=0, description="Where its integral ends.")
+    target: Literal["trained", "stop_gradient", "ema"] = Field(
+        "trained",
+        description="The centres and the spans of the whole text: trained too, without gradient, or of an EMA teacher.",
+    )
+    ema: TeacherOptions = Field(TeacherOptions(), description="How that teacher follows.")
+    jepa_weight: float = Field(1.0, ge=0, description="Weight of the mean of the two losses.")
+    lm_weight: float = Field(
+        0.0, ge=0, description="Weight of next-token prediction on the whole text, which is encoded anyway."
+    )
+    eval_samples: int = Field(
+        512, ge=0, description="Samples of a split whose views an evaluation looks at, always the same views; 0 = none."
+    )
+
+    @model_validator(mode="after")
+    def _ranges(self) -> SpanOptions:
+        for name in ("global_ratio", "local_ratio"):
+            low, high = getattr(self, name)
+            if not 0 <= low <= high < 1:
+                raise ValueError(
+                    f"{name}: [{low}, {high}] must be two shares from 0 to below 1, the smaller one first: at least one "
+                    "token of a view is left"
+                )
+        if not self.jepa_weight and not self.lm_weight:
+            raise ValueError("jepa_weight: it and lm_weight are both 0; nothing would be learned")
+        return self
+
+    @property
+    def ratios(self) -> list[tuple[str, tuple[float, float]]]:
+        """Role and range of each masked view of a sample, in their order."""
+        return [("global", self.global_ratio)] * self.global_views + [("local", self.local_ratio)] * self.local_views

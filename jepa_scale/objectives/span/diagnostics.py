@@ -1,0 +1,83 @@
+"""What an evaluation of ``span`` looks at: whether states have collapsed, and whether views know their text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jepa_scale.distributed.comm import all_gather_object
+from jepa_scale.losses.sigreg import sigreg
+from jepa_scale.metrics.geometry import alignment, uniformity
+from jepa_scale.metrics.representation import effective_rank, retrieval
+from jepa_scale.objectives.span.views import SpanViews
+from jepa_scale.packing import PackedBatch
+
+
+@dataclass(slots=True)
+class SpanDiagnostics:
+    """See :class:`jepa_scale.objectives.base.Diagnostics`.
+
+    =========================== ====================================================================================
+    metric                      of the split's texts
+    =========================== ====================================================================================
+    ``seq_rec``, ``span_rec``   the losses of reconstruction, as in training
+    ``sigreg``                  SIGReg of the pooled states of whole texts; of as many draws from N(0, I) it is 1.06
+    ``effective_rank``          of these states; ``effective_rank_tokens``: of the states of a token of each text
+    ``alignment``               mean squared distance of two views of a text, as unit vectors
+    ``uniformity``              of the whole texts' pooled states, log mean e^(−2 ‖x − y‖²) of unit vectors
+    ``retrieval_top1``          how often a view's pooled state is nearest to its own text's centre
+    =========================== ====================================================================================
+    """
+
+    made: SpanViews
+    distance: Callable[[Tensor, Tensor], Tensor]
+    call: Callable[..., Any]
+    representations: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def samples(self) -> int:
+        return self.made.options.eval_samples
+
+    @property
+    def views(self) -> SpanViews:
+        return self.made
+
+    def view_tokens(self, sizes: np.ndarray) -> np.ndarray:
+        return self.made.most_tokens(sizes)
+
+    def measure(self, batches: Iterable[PackedBatch]) -> dict[str, float]:
+        found: dict[str, list[Tensor]] = {}
+        for batch in batches:
+            for name, rows in self.call("diagnose", batch).items():
+                found.setdefault(name, []).append(rows.cpu())
+        mine = {name: torch.cat(rows) for name, rows in found.items()}
+        everyone = all_gather_object({name: rows.numpy() for name, rows in mine.items()})
+        every = {name: torch.from_numpy(np.concatenate([rows[name] for rows in everyone])) for name in mine}
+        if not every or not len(every["whole"]):
+            return {}
+        pooled, center, whole = every["pooled"], every["center"], every["whole"]
+        o, n = self.made.options, len(whole)
+        last = pooled[:, -1]
+        self.representations = {"whole text": whole, "view": last}
+        keys = torch.arange(n)
+        found_again = retrieval(last, center, keys, torch.zeros_like(keys))
+        metrics = {
+            "seq_rec": float(self.distance(pooled, center[:, None]).mean()),
+            "sigreg": float(sigreg(mine["whole"], torch.tensor(float(n)), 0, 0, o.sigreg_slices, o.sigreg_knots)),
+            "effective_rank": float(effective_rank(whole)),
+            "effective_rank_tokens": float(effective_rank(every["tokens"])),
+            "uniformity": float(uniformity(whole)),
+            "retrieval_top1": float(found_again.top1[0]),
+            "retrieval_margin": float(found_again.margin[0]),
+            "retrieval_chance": 1 / n,
+        }
+        if pooled.shape[1] > 1:
+            metrics["alignment"] = float(alignment(pooled[:, 0], last))
+        if self.made.predicts and len(every["spans"]):
+            metrics["span_rec"] = float((every["predicted"] - every["spans"]).square().mean())
+        return {name: value for name, value in metrics.items() if value == value}  # a single text has no margin

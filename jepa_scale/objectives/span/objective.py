@@ -1,0 +1,269 @@
+"""``span``: a text is recognised from any part of it (LeJEPA, Balestriero & LeCun, arXiv 2511.08544, on text; SpanJEPA).
+
+Each masked view of a text is drawn to the centre of its global views, and what is masked in a view is filled in, in
+representation space, by a predictor that sees the rest. SIGReg keeps the states from collapsing: it holds the pooled states,
+and the spans' targets, close to a standard Gaussian. Everything is one packed forward; a view is the text without its masked
+tokens (:mod:`jepa_scale.objectives.span.views`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jepa_scale.config.ema import TeacherOptions
+from jepa_scale.data.sampling.rng import ViewMaker
+from jepa_scale.losses.sigreg import sigreg
+from jepa_scale.losses.statistics import as_contribution, rows_of_step
+from jepa_scale.models.backbone import Backbone
+from jepa_scale.models.flops import DecoderFlops
+from jepa_scale.objectives.base import Loss, Objective, lm_loss, share
+from jepa_scale.objectives.costs import StepFlops, sigreg_flops
+from jepa_scale.objectives.span.config import SpanOptions
+from jepa_scale.objectives.span.diagnostics import SpanDiagnostics
+from jepa_scale.objectives.span.predictor import SpanPredictor
+from jepa_scale.objectives.span.views import PREDICTOR, TARGETS, SpanViews
+from jepa_scale.packing import PackedBatch
+from jepa_scale.utils.errors import InputError
+
+FEWEST = 16
+"""Texts in a batch below which the empirical characteristic function says nothing."""
+
+
+class Encoded(NamedTuple):
+    """A micro-batch of n texts with V masked views each, and m spans in them.
+
+    Attributes:
+        hidden: (T, d) states after the final norm.
+        pooled: (n, V, d) fp32, of each view the state at its last token.
+        center: (n, d) fp32, the final norm of the mean of the global views' states before it.
+        predicted: (m, d) fp32, what the predictor makes of each span, through its own norm.
+        spans: (m, d) fp32, the final norm of the mean over each span of the whole text's states before it.
+        chosen: (c, d) fp32, the same of one span of each text that has any.
+    """
+
+    hidden: Tensor
+    pooled: Tensor
+    center: Tensor
+    predicted: Tensor
+    spans: Tensor
+    chosen: Tensor
+
+
+class Span(Objective):
+    """w · ½ (LeJEPA of whole views + LeJEPA of spans) + w_lm · next-token loss, where LeJEPA is (1 − λ) · reconstruction +
+    λ · SIGReg."""
+
+    Options = SpanOptions
+    pooling = "last"
+
+    def __init__(self, options: SpanOptions, backbone: Backbone, data: Any):
+        super().__init__()
+        o = self.options = options
+        if getattr(data, "kind", "") not in ("text", "chat"):
+            raise InputError("objective.name: span needs texts (data.source: text)")
+        longest = int(data.train.max_size)
+        places = o.max_positions or longest
+        if places < longest:
+            raise InputError(
+                f"objective.max_positions: {places} places have a mask embedding, and the longest sample has {longest} tokens; "
+                "raise it or leave it out, or lower data.max_length"
+            )
+        self.predicts_tokens = o.lm_weight > 0
+        self.collects = o.jepa_weight > 0 and o.sigreg_weight > 0
+        self.least_samples = FEWEST if self.collects else 1
+        self.tap = backbone.num_layers  # the states before the final norm
+        left_out = frozenset(int(data.special[name]) for name in ("eos", "pad") if name in data.special)
+        predicts, teaches = o.predictor_layers > 0, o.target == "ema"
+        self.views = SpanViews(o, left_out, predicts, teaches)
+        self.streams = ("main", *([PREDICTOR] if predicts else []), *([TARGETS] if teaches else []))
+        self.predictor = SpanPredictor.of(backbone, o.predictor_layers, places) if predicts else None
+
+    # -- how it is trained --------------------------------------------------------------------------------------------
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return [] if self.predictor is None else list(self.predictor.layers)
+
+    def view_maker(self) -> ViewMaker:
+        return self.views
+
+    def view_tokens(self, sizes: np.ndarray) -> np.ndarray:
+        return self.views.most_tokens(sizes)
+
+    def teacher_copies(self, backbone: Backbone) -> dict[str, nn.Module]:
+        return {"backbone": backbone.lower(None)} if self.options.target == "ema" else {}
+
+    def teacher_options(self) -> TeacherOptions:
+        return self.options.ema
+
+    def flops(self, backbone: Backbone, square: bool = False) -> StepFlops:
+        """All of it but what is done element by element."""
+        o, decoder, dim, collects = self.options, DecoderFlops.of(backbone), backbone.hidden_size, self.collects
+        teacher = DecoderFlops.of(backbone) if o.target == "ema" else None
+        predictor = None if self.predictor is None else self.predictor.flops()
+
+        def count(batches: Sequence[PackedBatch]) -> int:
+            k, total = len(batches), 0
+            several = collects and k > 1
+            for batch in batches:
+                main = batch.streams["main"]
+                total += decoder.of_stream(main, training=True, square=square)
+                total += several * decoder.of_stream(main, training=False, rows=0, square=square)
+                if predictor is not None:
+                    masked = len(batch.places.get("masked", ()))
+                    total += predictor.training(batch.streams[PREDICTOR], masked, square=square)
+                if teacher is not None:
+                    passed = teacher.of_stream(batch.streams[TARGETS], training=False, rows=0, square=square)
+                    total += passed * (1 + several)
+            if collects:
+                views = o.global_views + o.local_views
+                total += views * sigreg_flops(sum(b.counts["texts"] for b in batches), dim, k, o.sigreg_slices)
+                total += sigreg_flops(sum(b.counts["chosen"] for b in batches), dim, k, o.sigreg_slices)
+            return total
+
+        return count
+
+    # -- parts --------------------------------------------------------------------------------------------------------
+
+    def encode_views(self, backbone: Backbone, batch: PackedBatch, predict: bool = True) -> Encoded:
+        """Everything that the losses compare. Without ``predict`` the predictor does not run, and ``predicted`` is the target."""
+        hidden, raw = backbone.hidden_and_tap(batch.streams["main"], self.tap)
+        last = batch.streams["main"].last
+        pooled = torch.cat([self._of_texts(hidden[last[batch.segments[role]]], n) for role, n in self._roles], dim=1)
+        first = self._of_texts(raw[last[batch.segments["global"]]], self.options.global_views)
+        if self.options.target == "ema":
+            _, chosen = self._targets(raw, first, batch, ("chosen",), backbone.normed)
+            center, spans = self._targets_of_teacher(backbone, batch)
+        else:
+            center, chosen, spans = self._targets(raw, first, batch, ("chosen", "span"), backbone.normed)
+            if self.options.target == "stop_gradient":
+                center, spans = center.detach(), spans.detach()
+        predicted = self._predicted(hidden, batch) if predict and self.predictor is not None else spans
+        return Encoded(hidden, pooled.float(), center.float(), predicted.float(), spans.float(), chosen.float())
+
+    @property
+    def _roles(self) -> list[tuple[str, int]]:
+        o = self.options
+        return [(role, n) for role, n in (("global", o.global_views), ("local", o.local_views)) if n]
+
+    def _of_texts(self, rows: Tensor, views: int) -> Tensor:
+        """(n · views, d), text by text → (n, views, d)."""
+        return rows.unflatten(0, (-1, views)) if len(rows) else rows[:, None].expand(0, views, rows.shape[1])
+
+    def _targets(
+        self, raw: Tensor, first: Tensor, batch: PackedBatch, names: Sequence[str], norm: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, ...]:
+        """The normed centre (n, d) and the normed means (m, d) over each group of spans in ``names``.
+
+        Args:
+            raw: (T, d) states before the final norm. first: (n, G, d), those of the global views' last tokens.
+        """
+        rows = [first.float().mean(dim=1)]
+        for name in names:
+            lengths = batch.rows[f"{name}_length"]
+            rows.append(_span_means(raw, batch.places.get(name, lengths[:0]), lengths))
+        normed = norm(torch.cat(rows).to(raw.dtype))  # one call: an engine gathers its weights once
+        return normed.split([len(part) for part in rows])
+
+    @torch.no_grad()
+    def _targets_of_teacher(self, backbone: Backbone, batch: PackedBatch) -> tuple[Tensor, ...]:
+        stream = batch.streams[TARGETS]
+        _, raw = self.teacher.forward("backbone", stream, tap=self.tap)
+        first = self._of_texts(raw[stream.last[batch.segments["target_global"]]], self.options.global_views)
+
+        def norm(rows: Tensor) -> Tensor:
+            return self.teacher.forward(f"backbone.{backbone.norm_name}", rows)
+
+        return self._targets(raw, first, batch, ("span",), norm)
+
+    def _predicted(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
+        """(m, d), in the order of the spans."""
+        assert self.predictor is not None
+        stream, lengths = batch.streams[PREDICTOR], batch.rows["span_length"]
+        kept, seen, masked = (batch.places.get(name, lengths[:0]) for name in ("kept", "seen", "masked"))
+        if not len(masked):  # no text here has a span; the stream's one token makes every rank run the predictor
+            return self.predictor.norm(self.predictor(hidden[kept], seen, masked.new_zeros(1), stream))[:0]
+        filled = self.predictor(hidden[kept], seen, masked, stream)  # (M, d), span after span
+        means = _span_means(filled, torch.arange(len(filled), device=filled.device), lengths)
+        return self.predictor.norm(means.to(filled.dtype))
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def collect(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:
+        encoded = self.encode_views(backbone, batch, predict=False)
+        return {"pooled": encoded.pooled, "chosen": encoded.chosen}
+
+    def loss(self, backbone: Backbone, batch: PackedBatch, collected: list[dict[str, Tensor]], micro: int) -> Loss:
+        o = self.options
+        encoded = self.encode_views(backbone, batch)
+        terms = self.terms(encoded, batch, collected, micro)
+        sequence = self._lejepa(terms["seq_rec"], terms.get("seq_sigreg"))
+        jepa = sequence
+        if self.predictor is not None:
+            jepa = (sequence + self._lejepa(terms["span_rec"], terms.get("span_sigreg"))) / 2
+        total = o.jepa_weight * jepa
+        means = {"jepa_loss": jepa.detach(), **{name: term.detach() for name, term in terms.items()}}
+        if o.lm_weight:
+            lm = lm_loss(backbone, encoded.hidden, batch)
+            total, means["lm_loss"] = total + o.lm_weight * lm, lm.detach()
+        gauges = {"ema_momentum": self.teacher.momentum(batch.step)} if o.target == "ema" else {}
+        return Loss(total, {"loss": total.detach(), **means}, gauges)
+
+    def _lejepa(self, reconstruction: Tensor, spread: Tensor | None) -> Tensor:
+        weight = self.options.sigreg_weight
+        return reconstruction if spread is None else (1 - weight) * reconstruction + weight * spread
+
+    def terms(
+        self, encoded: Encoded, batch: PackedBatch, collected: list[dict[str, Tensor]], micro: int
+    ) -> dict[str, Tensor]:
+        """This micro-batch's contributions to the four losses, 0-d fp32 each, those that there are."""
+        o, texts, spans = self.options, batch.totals["texts"], batch.totals["spans"]
+        views = o.global_views + o.local_views
+        terms = {"seq_rec": share(self.distance(encoded.pooled, encoded.center[:, None]).sum(), texts * views)}
+        if self.predictor is not None:
+            terms["span_rec"] = share((encoded.predicted - encoded.spans).square().mean(dim=-1).sum(), spans)
+        if not self.collects:
+            return terms
+        held = {"seq_sigreg": ("pooled", encoded.pooled, texts)}
+        if self.predictor is not None:
+            held["span_sigreg"] = ("chosen", encoded.chosen, batch.totals["chosen"])
+        for name, (what, rows, total) in held.items():
+            every = rows_of_step(rows, [c[what] for c in collected], micro)
+            value = sigreg(every, total, batch.seed, batch.step, o.sigreg_slices, o.sigreg_knots, o.sigreg_limit)
+            terms[name] = as_contribution(value, len(rows) / torch.clamp(total, min=1))
+        return terms
+
+    def distance(self, views: Tensor, center: Tensor) -> Tensor:
+        """(n, V, d), (n, 1, d) → (n, V)."""
+        if self.options.distance == "cosine":
+            return 1 - F.cosine_similarity(views, center, dim=-1)
+        return (views - center).square().mean(dim=-1)
+
+    # -- evaluation ---------------------------------------------------------------------------------------------------
+
+    def diagnostics(self, call: Any) -> SpanDiagnostics | None:
+        return SpanDiagnostics(self.views, self.distance, call) if self.options.eval_samples else None
+
+    def diagnose(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:
+        """What a split's texts are like, fp32: ``pooled`` (n, V, d), ``center`` (n, d), ``whole`` (n, d) of the texts as they
+        are, ``tokens`` (n, d) of a token in the middle of each, and ``predicted`` and ``spans`` (m, d)."""
+        encoded = self.encode_views(backbone, batch)
+        stream = batch.streams["main"]
+        sample = batch.segments["sample"]
+        middle = (stream.first[sample] + stream.last[sample]) // 2
+        found = {"pooled": encoded.pooled, "center": encoded.center}
+        found |= {"whole": encoded.hidden[stream.last[sample]].float(), "tokens": encoded.hidden[middle].float()}
+        return found | {"predicted": encoded.predicted, "spans": encoded.spans}
+
+
+def _span_means(states: Tensor, places: Tensor, lengths: Tensor) -> Tensor:
+    """(T, d) states, (M,) places span after span, (m,) lengths → (m, d) fp32, the mean of each span's states."""
+    owner = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths, output_size=len(places))
+    sums = states.new_zeros(len(lengths), states.shape[1], dtype=torch.float32)
+    return sums.index_add(0, owner, states[places].float()) / lengths[:, None]

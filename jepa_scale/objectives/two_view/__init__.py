@@ -1,0 +1,1 @@
+"""The objective ``two_view``."""

@@ -1,0 +1,85 @@
+"""What an evaluation of ``two_view`` looks at beside the perplexity: whether the views still differ from row to row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from jepa_scale.distributed.comm import all_gather_object
+from jepa_scale.losses.distance import cosine
+from jepa_scale.metrics.representation import effective_rank, retrieval, std_gap
+from jepa_scale.objectives.two_view.views import ChatViews
+from jepa_scale.packing import PackedBatch
+
+
+@dataclass(slots=True)
+class TwoViewDiagnostics:
+    """See :class:`jepa_scale.objectives.base.Diagnostics`.
+
+    A distance between matching views alone is small for a model that makes all views alike. Such a collapse shows in
+    ``view_cosine_others``, the mean cosine of views that do not match (1 = all the same), in the effective rank of the
+    readings, and in retrieval.
+    """
+
+    chat_views: ChatViews
+    call: Callable[..., Any]
+    representations: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def samples(self) -> int:
+        return self.chat_views.options.eval_pairs
+
+    @property
+    def views(self) -> ChatViews:
+        """Every row has its pair here, also when training leaves the term out."""
+        options = self.chat_views.options
+        always = {"jepa_start": 0, "jepa_ramp": 0, "loss_dropout": 0.0, "jepa_weight": 1.0, "min_jepa_weight": 0.0}
+        return replace(self.chat_views, options=options.model_copy(update=always))
+
+    def view_tokens(self, sizes: np.ndarray) -> np.ndarray:
+        return self.chat_views.tokens(sizes)
+
+    def measure(self, batches: Iterable[PackedBatch]) -> dict[str, float]:
+        found: dict[str, list[Tensor]] = {}
+        for batch in batches:
+            for name, rows in self.call("diagnose", batch).items():
+                found.setdefault(name, []).append(rows.cpu())
+        everyone = all_gather_object({name: torch.cat(rows).numpy() for name, rows in found.items()})
+        every = {name: torch.from_numpy(np.concatenate([rows[name] for rows in everyone])) for name in found}
+        if not every or not len(every["key"]):
+            return {}
+        source, target, key = every["source"], every["target"], every["key"]
+        self.representations = {"first view": source, "second view": target}
+        result = retrieval(source, target, key, torch.zeros_like(key))
+        metrics = {
+            "view_cosine": float((1 - cosine(source, target)).mean()),
+            "view_cosine_others": _cosine_of_others(source, target),
+            "retrieval_top1": float(result.top1[0]),
+            "retrieval_margin": float(result.margin[0]),
+            "retrieval_chance": 1 / int(result.candidates[0]),
+            "std_gap": float(std_gap(source, target)),
+            "effective_rank": float(effective_rank(target)),
+            "effective_rank_prediction": float(effective_rank(source)),
+            "effective_rank_directions": _rank_of_directions(target),
+        }
+        return {name: value for name, value in metrics.items() if value == value}  # a single pair has no margin
+
+
+def _cosine_of_others(source: Tensor, target: Tensor) -> float:
+    """Mean cosine of first and second views that do not belong together; NaN for a single pair."""
+    n = len(source)
+    a, b = F.normalize(source.double(), dim=1), F.normalize(target.double(), dim=1)
+    every = (a.sum(dim=0) * b.sum(dim=0)).sum() - (a * b).sum()
+    return float(every / (n * (n - 1))) if n > 1 else float("nan")
+
+
+def _rank_of_directions(rows: Tensor) -> float:
+    """Effective rank of the unit vectors without centring: 1 when all of them point the same way."""
+    unit = F.normalize(rows.double(), dim=1)
+    return float(effective_rank(torch.cat([unit, -unit])))

@@ -1,0 +1,312 @@
+"""``two_view``: two views of one thing in one packed forward (LLM-JEPA, Huang et al., arXiv 2509.14252; GPT2WithJEPA).
+
+A conversation is learned by next-token prediction; beside it the state read after its question, and after k predictor
+tokens, is drawn to the state read after its answer alone. In the same way a fact of type ``train`` (stated in both directions)
+is drawn to its reverse. The views are segments, so neither sees the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from jepa_scale.config.ema import TeacherOptions
+from jepa_scale.data.sampling.rng import Draw, ViewMaker
+from jepa_scale.distributed.comm import data_size, rank
+from jepa_scale.losses.distance import DISTANCES, cosine
+from jepa_scale.losses.infonce import collect_contrast, contrast
+from jepa_scale.losses.sigreg import sigreg
+from jepa_scale.losses.statistics import as_contribution, rows_of_step
+from jepa_scale.losses.vicreg import vicreg
+from jepa_scale.models.backbone import Backbone
+from jepa_scale.models.flops import Cost, DecoderFlops, linear_cost
+from jepa_scale.objectives.base import Loss, Objective, lm_loss, resolve_tap, share
+from jepa_scale.objectives.costs import StepFlops, contrast_flops, moments_flops, sigreg_flops
+from jepa_scale.objectives.two_view.config import TwoViewOptions
+from jepa_scale.objectives.two_view.diagnostics import TwoViewDiagnostics
+from jepa_scale.objectives.two_view.views import ChatViews, FactViews, Frame, paired_at
+from jepa_scale.packing import PackedBatch
+from jepa_scale.utils.errors import InputError
+from jepa_scale.utils.logging import say
+
+COVARIANCE = 0.04
+"""Weight of VICReg's covariance beside its variance: 1 to 25, as in the paper."""
+UPSTREAM_PREDICTOR = "<|predictor_{}|>"
+"""What upstream calls its tokens, from 1 on."""
+
+
+class TwoView(Objective):
+    """γ · NTP + λ · (distance(first view, second view) + what keeps them from collapsing)."""
+
+    Options = TwoViewOptions
+
+    def __init__(self, options: TwoViewOptions, backbone: Backbone, data: Any):
+        super().__init__()
+        o = self.options = options
+        self.tap = (
+            resolve_tap(o.tap_layer, backbone.num_layers, "objective.tap_layer") if o.tap_layer is not None else 0
+        )
+        self.streams = ("main", "targets") if o.target == "ema" else ("main",)
+        self.collects = o.jepa_weight > 0 and not o.legacy_loss and (o.distance == "infonce" or o.regularizer != "none")
+        self.predictors: nn.Embedding | None = None
+        self.linear = _linear(backbone.hidden_size) if o.linear_predictor else None
+        if "pred" in data.special:
+            self._views: FactViews | ChatViews = self._fact_views(data)
+        else:
+            self._views = self._chat_views(data, backbone)
+
+    def _fact_views(self, data: Any) -> FactViews:
+        o = self.options
+        own = {
+            "swap_views",
+            "plain_views",
+            "last_token",
+            "shared_prefix",
+            "predictor_place",
+            "same_predictor",
+            "target",
+        }
+        changed = [name for name in sorted(own | {"readout", "legacy_loss"}) if _is_set(o, name)]
+        if changed:
+            raise InputError(f"objective.{changed[0]}: is for conversations; facts have their views from the data")
+        if o.predictor_tokens > 4:
+            raise InputError(f"objective.predictor_tokens: {o.predictor_tokens}; facts have at most 4")
+        return FactViews(data.special["pred"], o)
+
+    def _chat_views(self, data: Any, backbone: Backbone) -> ChatViews:
+        o = self.options
+        if getattr(data, "kind", "") != "chat":
+            raise InputError("objective.name: two_view needs conversations (data.source: chat) or facts (reversal)")
+        tokenizer = data.load_tokenizer()
+        frame = Frame() if o.plain_views else Frame.of(tokenizer, data.plain)
+        if o.predictor_tokens:
+            self.predictors = _predictors(1 if o.same_predictor else o.predictor_tokens, backbone, tokenizer)
+            frozen = not all(parameter.requires_grad for parameter in backbone.parameters())
+            if o.legacy_loss and frozen:  # upstream never trains them under LoRA
+                self.predictors.requires_grad_(False)
+        closing = frozenset(data.special[name] for name in ("end", "eos") if name in data.special)
+        return ChatViews(o, frame, closing, data.special.get("pad"))
+
+    # -- how it is trained --------------------------------------------------------------------------------------------
+
+    def view_maker(self) -> ViewMaker:
+        return self._views
+
+    def view_tokens(self, sizes: np.ndarray) -> np.ndarray:
+        return self._views.tokens(sizes) if self.options.jepa_weight else sizes - 1
+
+    def teacher_copies(self, backbone: Backbone) -> dict[str, nn.Module]:
+        return {"backbone": backbone.lower(self.tap or None)} if self.options.target == "ema" else {}
+
+    def teacher_options(self) -> TeacherOptions:
+        return self.options.ema
+
+    def kind_of_step(self, step: int, seed: int) -> bool:
+        return paired_at(self.options, Draw(seed, 0, step, 0))
+
+    def flops(self, backbone: Backbone, square: bool = False) -> StepFlops:
+        """All of it but what is done element by element."""
+        o, dim, collects, ranks = self.options, backbone.hidden_size, self.collects, data_size()
+        decoder = DecoderFlops.of(backbone)
+        teacher = DecoderFlops.of(backbone, self.tap or None)
+        linear = Cost() if self.linear is None else linear_cost(self.linear)
+        views = 2 if o.target == "trained" else 1
+
+        def count(batches: Sequence[PackedBatch]) -> int:
+            own, k = [len(batch.rows["source_places"]) for batch in batches], len(batches)
+            several = collects and k > 1
+            pairs, streams = sum(own), [batch.streams["main"] for batch in batches]
+            total = sum(decoder.of_stream(s, training=True, square=square) for s in streams)
+            total += pairs * (linear.forward * (1 + several) + linear.backward)
+            if several:
+                total += sum(decoder.of_stream(s, training=False, rows=0, square=square) for s in streams)
+            if o.target == "ema":
+                seen = (batch.streams["targets"] for batch in batches)
+                total += (1 + several) * sum(teacher.of_stream(s, training=False, rows=0, square=square) for s in seen)
+            if o.legacy_loss:
+                return total + (o.distance == "infonce") * sum(3 * 2 * n * n * dim for n in own)
+            if o.distance == "infonce" and o.jepa_weight:
+                total += contrast_flops(pairs, batches[0].max_samples, dim, k, ranks, trained=o.target == "trained")
+            if o.regularizer == "vicreg":
+                total += views * moments_flops(pairs, dim, k, sides=2)
+            elif o.regularizer == "sigreg":
+                total += views * sigreg_flops(pairs, dim, k)
+            return total
+
+        return count
+
+    # -- parts --------------------------------------------------------------------------------------------------------
+
+    def _states(self, backbone: Backbone, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """(T, d) after the final norm, for next-token prediction, and (T, d) where views are read."""
+        stream, embeds = batch.streams["main"], None
+        if self.predictors is not None:
+            embeds = backbone.embed(stream.input_ids)
+            which = batch.rows["predictor"]
+            places = batch.places.get("predictor", which)  # without any, `which` is empty too
+            embeds = embeds.index_copy(0, places, self.predictors(which).to(embeds.dtype))
+        if self.tap:
+            return backbone.hidden_and_tap(stream, self.tap, embeds)
+        hidden = backbone.hidden(stream, embeds)
+        return hidden, hidden
+
+    def _read(self, states: Tensor, batch: PackedBatch, view: str) -> Tensor:
+        """(T, d) → (n, d) fp32, one row for each pair: the mean of the view's places."""
+        counts = batch.rows[f"{view}_places"]
+        places = batch.places.get(view, counts)
+        rows = states[places].float()
+        if self.options.readout != "mean" or isinstance(self._views, FactViews):
+            return rows
+        owner = torch.repeat_interleave(
+            torch.arange(len(counts), device=counts.device), counts, output_size=len(places)
+        )
+        return rows.new_zeros(len(counts), rows.shape[1]).index_add(0, owner, rows) / counts[:, None]
+
+    def readings(self, states: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """(n, d) fp32 of the first views, through the linear predictor if there is one, and (n, d) of the second."""
+        source = self._read(states, batch, "source")
+        if self.linear is not None:
+            source = self.linear(source)
+        if self.options.target == "ema":
+            with torch.no_grad():
+                return source, self._read(self.teacher.forward("backbone", batch.streams["targets"]), batch, "target")
+        target = self._read(states, batch, "target")
+        return source, target.detach() if self.options.target == "stop_gradient" else target
+
+    def _contrast_inputs(
+        self, source: Tensor, target: Tensor, batch: PackedBatch
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+        keys = batch.rows["key"]
+        return F.normalize(source, dim=-1), keys, F.normalize(target, dim=-1), keys, batch.max_samples
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def collect(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:
+        source, target = self.readings(self._states(backbone, batch)[1], batch)
+        found = {"source": source, "target": target}
+        if self.options.distance == "infonce":
+            found |= collect_contrast(*self._contrast_inputs(source, target, batch))
+        return found
+
+    def loss(self, backbone: Backbone, batch: PackedBatch, collected: list[dict[str, Tensor]], micro: int) -> Loss:
+        o, weight = self.options, self.options.jepa_weight_at(batch.step)
+        hidden, states = self._states(backbone, batch)
+        source, target = self.readings(states, batch)
+        if o.legacy_loss:
+            return self._legacy(backbone, hidden, source, target, batch, weight)
+        pairs = batch.totals["pairs"]
+        lm = lm_loss(backbone, hidden, batch)
+        jepa, terms = self._distance(source, target, batch, collected, micro)
+        if o.regularizer != "none" and o.jepa_weight > 0:
+            value, parts = self._spread(source, target, pairs, collected, micro, batch)
+            part = len(source) / torch.clamp(pairs, min=1)
+            jepa = jepa + o.regularizer_weight * as_contribution(value, part)
+            terms |= {name: term.detach() * part for name, term in parts.items()}
+        total = o.lm_weight * lm + weight * jepa
+        means = {"loss": total.detach(), "lm_loss": lm.detach(), "jepa_loss": jepa.detach(), **terms}
+        return Loss(total, means, {"jepa_weight": weight} if o.jepa_start or o.jepa_ramp else {})
+
+    def _distance(
+        self, source: Tensor, target: Tensor, batch: PackedBatch, collected: list[dict[str, Tensor]], micro: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """This micro-batch's contribution to the mean distance, and to what is logged of it."""
+        o, pairs = self.options, batch.totals["pairs"]
+        terms = {"view_cosine": share((1 - cosine(source.detach(), target.detach())).sum(), pairs)}
+        if o.distance != "infonce" or o.jepa_weight == 0:
+            distances = DISTANCES.get(o.distance, cosine)(source, target)
+            return share(distances.sum(), pairs), terms
+        scale = source.new_full((), 1 / o.temperature)  # made there: no copy to wait for
+        inputs = self._contrast_inputs(source, target, batch)
+        result = contrast(*inputs[:4], scale, inputs[4], collected, micro)
+        terms["retrieval_top1"] = share(result.hits.sum(), pairs)
+        return share(result.losses.sum() + result.elsewhere, pairs), terms
+
+    def _spread(
+        self,
+        source: Tensor,
+        target: Tensor,
+        pairs: Tensor,
+        collected: list[dict[str, Tensor]],
+        micro: int,
+        batch: PackedBatch,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The regularizer of both views, each over the global batch: 0-d, the same on every rank, and its parts."""
+        first = rows_of_step(source, [c["source"] for c in collected], micro)
+        second = rows_of_step(target, [c["target"] for c in collected], micro)
+        views = [first, second] if self.options.target == "trained" else [first]
+        if self.options.regularizer == "sigreg":
+            values = [sigreg(rows, pairs, batch.seed, batch.step) for rows in views]
+            value = torch.stack(values).mean()
+            return value, {"sigreg": value}
+        terms = [vicreg(rows, rows, pairs)[1:] for rows in views]
+        variance, covariance = (torch.stack(term).mean() for term in zip(*terms, strict=True))
+        return variance + COVARIANCE * covariance, {"variance": variance, "covariance": covariance}
+
+    def _legacy(
+        self, backbone: Backbone, hidden: Tensor, source: Tensor, target: Tensor, batch: PackedBatch, weight: float
+    ) -> Loss:
+        """As upstream: means over this rank's micro-batch, InfoNCE among them, added up over the accumulation and not divided by
+        it, averaged over the ranks."""
+        o, stream = self.options, batch.streams["main"]
+        ranks = data_size()
+        losses = backbone.label_losses(hidden[stream.labelled], stream.labels[stream.labelled])
+        lm = losses.sum() / max(1, len(losses))
+        n = len(source)
+        if o.distance == "infonce":
+            scores = F.normalize(source, dim=-1) @ F.normalize(target, dim=-1).T / o.temperature
+            distances = F.cross_entropy(scores, torch.arange(n, device=scores.device), reduction="none")
+        else:
+            distances = DISTANCES[o.distance](source, target)
+        jepa = distances.sum() / max(1, n)
+        total = (o.lm_weight * lm + weight * jepa) / ranks
+        means = {"loss": total.detach(), "lm_loss": lm.detach() / ranks, "jepa_loss": jepa.detach() / ranks}
+        return Loss(total, means)
+
+    # -- evaluation ---------------------------------------------------------------------------------------------------
+
+    def diagnostics(self, call: Any) -> TwoViewDiagnostics | None:
+        if not self.options.eval_pairs or not isinstance(self._views, ChatViews):
+            return None
+        return TwoViewDiagnostics(self._views, call)
+
+    def diagnose(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:
+        """The readings of both views (n, d) fp32, and the identities of the second ones (n,)."""
+        source, target = self.readings(self._states(backbone, batch)[1], batch)
+        return {"source": source.float(), "target": target.float(), "key": batch.rows["key"]}
+
+
+def _is_set(options: TwoViewOptions, name: str) -> bool:
+    return getattr(options, name) != type(options).model_fields[name].default
+
+
+def _linear(width: int) -> nn.Linear:
+    linear = nn.Linear(width, width, bias=False)
+    nn.init.xavier_uniform_(linear.weight)
+    return linear
+
+
+@torch.no_grad()
+def _predictors(count: int, backbone: Backbone, tokenizer: Any) -> nn.Embedding:
+    """Embeddings of the predictor tokens. They are the objective's own, not rows of the decoder's vocabulary: they train under
+    LoRA, take no probability from words, and an exported model has the vocabulary that it had. They begin as a draw from the
+    distribution of the decoder's embeddings; where the tokenizer has upstream's tokens already, as theirs."""
+    table = nn.Embedding(count, backbone.hidden_size)
+    rows = torch.cat([backbone.embed(ids) for ids in torch.arange(backbone.vocab_size).split(4096)]).float()
+    spread, mean = torch.std_mean(rows, dim=0)
+    table.weight.copy_(mean + spread * torch.randn(count, rows.shape[1]))
+    known = tokenizer.get_vocab()
+    found = {n: known.get(UPSTREAM_PREDICTOR.format(n + 1), len(rows)) for n in range(count)}
+    reused = {n: row for n, row in found.items() if row < len(rows)}
+    for n, row in reused.items():
+        table.weight[n] = rows[row]
+    if reused and rank() == 0:
+        names = ", ".join(UPSTREAM_PREDICTOR.format(n + 1) for n in reused)
+        say(
+            f"objective.predictor_tokens: the tokenizer has {names}; ours begin as these, and text that reads so is text"
+        )
+    return table

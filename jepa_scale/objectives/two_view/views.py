@@ -1,0 +1,243 @@
+"""What ``two_view`` makes of an example: a fact and its reverse, or a conversation, its question and its answer."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jepa_scale.data.examples import Conversation, Turn
+from jepa_scale.data.prepare.encoders.chat_tokens import bos_prefix, encode_text, render
+from jepa_scale.data.sampling.rng import Draw
+from jepa_scale.objectives.two_view.config import TwoViewOptions
+from jepa_scale.packing import IGNORE, Segment, Views
+from jepa_scale.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FILLER = 0
+"""Token id in a predictor token's place; its embedding is replaced."""
+MARK = "\ue000"
+
+
+def paired_at(options: TwoViewOptions, draw: Draw) -> bool:
+    """Whether the step has a JEPA term; drawn from the step, so that every rank leaves it out of the same ones."""
+    if options.jepa_weight_at(draw.step) == 0:
+        return False
+    return options.loss_dropout == 0 or draw.step_rng("loss_dropout").random() >= options.loss_dropout
+
+
+def pair_rows(keys: Sequence[int], lengths: tuple[int, int] = (1, 1), predictors: Sequence[int] = ()) -> dict[str, Any]:
+    """Rows of a sample with one pair or none: the identity of the second view, how many places each view is read at, and
+    which predictor token is in each of its places."""
+    n = len(keys)
+    return {
+        "key": np.asarray(keys, np.int64),
+        "source_places": np.asarray(lengths[:1] * n, np.int64),
+        "target_places": np.asarray(lengths[1:] * n, np.int64),
+        "predictor": np.asarray(predictors, np.int64),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class FactViews:
+    """The forward view of a fact, with its predictor tokens, and for type ``train`` its reverse view (GPT2WithJEPA).
+
+    Every fact is learned by next-token prediction, the forward view's own; the reverse view carries no labels, as its facts
+    are samples of their own.
+    """
+
+    pred: int
+    options: TwoViewOptions
+
+    def __call__(self, fact: Any, draw: Draw) -> Views:
+        tokens, labels = fact.lm_sequence()
+        k = self.options.predictor_tokens
+        paired = fact.kind == "train" and paired_at(self.options, draw)
+        forward = [*tokens, *[self.pred] * k]
+        places = {"source": [len(forward) - 1]} if paired else {}
+        segments = [Segment(forward, "forward", labels=[*labels, *[IGNORE] * k], places=places)]
+        if paired:
+            reverse = [*fact.object, fact.inverse, fact.mask, *fact.subject]
+            segments.append(Segment(reverse, "reverse", places={"target": [len(reverse) - 1]}))
+        key = hash((fact.subject, fact.relation, fact.object)) & (2**63 - 1)
+        return Views(segments, rows=pair_rows([key] if paired else []), counts={"pairs": int(paired)})
+
+    def tokens(self, sizes: np.ndarray) -> np.ndarray:
+        """(m,) tokens of facts → (m,) tokens that their views take at most."""
+        return 2 * sizes + self.options.predictor_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What a chat template writes around a question, and around an answer, that stand alone; token ids.
+
+    An answer alone begins as the template begins it, after the beginning-of-sequence token if there is one. (Rendered as a
+    conversation of its own it would be refused by some templates, Gemma's for one.)
+    """
+
+    before_question: tuple[int, ...] = ()
+    after_question: tuple[int, ...] = ()
+    before_answer: tuple[int, ...] = ()
+    after_answer: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, plain: bool) -> Frame:
+        """Found by rendering marks.
+
+        Args:
+            plain: conversations were tokenised without a template; what is left is the beginning of a sequence, and the EOS
+                after an answer.
+
+        Raises:
+            InputError: the template refuses a question alone, or hides it.
+        """
+        if plain:
+            start = tuple(bos_prefix(tokenizer))
+            assert tokenizer.eos_token_id is not None
+            return cls(start, (), start, (tokenizer.eos_token_id,))
+        ask, answer = {"role": "user", "content": MARK}, {"role": "assistant", "content": MARK}
+
+        try:
+            alone, prompted = render(tokenizer, [ask]), render(tokenizer, [ask], add_generation_prompt=True)
+            whole = render(tokenizer, [ask, answer])
+        except Exception as error:  # jinja2's, or whatever the template's own expressions raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(f"data.tokenizer: its chat template refuses a question alone: {reason}") from None
+        if alone.count(MARK) != 1 or whole.count(MARK) != 2 or not prompted.startswith(alone):
+            raise InputError(
+                "data.tokenizer: its chat template does not show what is asked and answered; set data.plain: true, or "
+                "objective.plain_views: true"
+            )
+        before, _, after = alone.partition(MARK)
+        bos = tokenizer.bos_token or ""
+        opening = (bos if bos and before.startswith(bos) else "") + prompted[len(alone) :]
+        texts = (before, after, opening, whole.rpartition(MARK)[2])
+        return cls(*(tuple(encode_text(tokenizer, text, raw=False)) for text in texts))
+
+
+def last_exchange(example: Conversation) -> tuple[Turn, Turn] | None:
+    """The last answer of a conversation, and the question before it; None where either has no tokens."""
+    answers = [n for n, turn in enumerate(example.turns) if turn.role == "assistant" and turn.start < turn.stop]
+    if not answers:
+        return None
+    asked = [turn for turn in example.turns[: answers[-1]] if turn.role == "user" and turn.start < turn.stop]
+    return (asked[-1], example.turns[answers[-1]]) if asked else None
+
+
+@dataclass(frozen=True, slots=True)
+class ChatViews:
+    """A conversation for next-token prediction, and its last question and answer as views.
+
+    Attributes:
+        closing: ids that end an answer; they belong to the template, not to what is said.
+        pad: id that upstream pads with; with ``legacy_loss`` it is never predicted.
+    """
+
+    options: TwoViewOptions
+    frame: Frame
+    closing: frozenset[int]
+    pad: int | None
+
+    def __call__(self, example: Any, draw: Draw) -> Views:
+        tokens, labels = example.lm_sequence()
+        if self.options.legacy_loss:
+            following = np.asarray(tokens[1:], np.int64)
+            labels = np.append(np.where(following == self.pad, IGNORE, following), IGNORE)
+        paired = isinstance(example, Conversation) and paired_at(self.options, draw)
+        exchange = last_exchange(example) if paired else None
+        said = self._said(tokens, exchange) if exchange else None
+        if exchange is None or said is None:
+            return Views([Segment(tokens[:-1], "text", labels=labels[:-1])], rows=pair_rows([]), counts={"pairs": 0})
+        o, k = self.options, self.options.predictor_tokens
+        question, answer = said
+        first, second = (answer, question) if o.swap_views else (question, answer)
+        if o.shared_prefix:
+            segments, read = self._branch(tokens[:-1], labels[:-1], exchange[0], k)
+            predictors = list(range(k))
+        else:
+            ids, predictors, read = self._view(first, o.swap_views, k)
+            places = {"predictor": predictors, "source": read}
+            segments = [Segment(tokens[:-1], "text", labels=labels[:-1]), Segment(ids, "source", places=places)]
+        ids, _, seen = self._view(second, not o.swap_views, 0)
+        stream = "targets" if o.target == "ema" else "main"
+        segments.append(Segment(ids, "target", stream=stream, places={"target": seen}))
+        order = (
+            range(k) if o.predictor_place == "front" else range(k - 1, -1, -1)
+        )  # upstream's, whose tokens may be reused
+        which = [0 if o.same_predictor else n for n in order][: len(predictors)]
+        rows = pair_rows([_key(second)], (len(read), len(seen)), which)
+        return Views(segments, rows=rows, counts={"pairs": 1})
+
+    def tokens(self, sizes: np.ndarray) -> np.ndarray:
+        """(m,) tokens of conversations → (m,) tokens that their views take at most: question and answer once more, with what
+        the template writes around each that stands alone."""
+        added = (
+            self.frame.before_question,
+            self.frame.after_question,
+            self.frame.before_answer,
+            self.frame.after_answer,
+        )
+        return 2 * sizes + sum(map(len, added)) + self.options.predictor_tokens
+
+    def _said(self, tokens: np.ndarray, exchange: tuple[Turn, Turn]) -> tuple[np.ndarray, np.ndarray] | None:
+        """What is asked and answered, without what the template closes an answer with; None where nothing is left."""
+        question, answer = exchange
+        stop = min(answer.stop, len(tokens))
+        if stop > answer.start and int(tokens[stop - 1]) in self.closing:
+            stop -= 1
+        if stop <= answer.start:
+            return None
+        return tokens[question.start : question.stop], tokens[answer.start : stop]
+
+    def _view(self, said: np.ndarray, is_answer: bool, k: int) -> tuple[list[int], list[int], list[int]]:
+        """Tokens of a view, up to the last place where it is read; the places of its predictor tokens and those where it is
+        read. (Nothing after that has a part in it, as attention is causal.)"""
+        frame = self.frame
+        before, after = (
+            (frame.before_answer, frame.after_answer) if is_answer else (frame.before_question, frame.after_question)
+        )
+        front = k if self.options.predictor_place == "front" else 0
+        back = k - front
+        begin = len(before) + front
+        end = begin + len(said) + back  # of what is said and its predictor tokens
+        tokens = [*before, *[FILLER] * front, *map(int, said), *[FILLER] * back, *after]
+        predictors = [*range(len(before), begin), *range(end - back, end)]
+        if self.options.last_token is not None:
+            read = [max(0, len(tokens) + self.options.last_token)]
+        elif self.options.readout == "mean":
+            read = list(range(begin, end))
+        else:
+            read = [end if self.options.readout == "closing" and after else end - 1]
+        cut = read[-1] + 1
+        return tokens[:cut], [p for p in predictors if p < cut], read
+
+    def _branch(
+        self, tokens: Sequence[int], labels: Sequence[int], question: Turn, k: int
+    ) -> tuple[list[Segment], list[int]]:
+        """The conversation, with the question read in it, or with k predictor tokens as a branch that begins after the
+        question; and the places where the first view is read."""
+        mean = self.options.readout == "mean"
+        if k == 0:
+            read = list(range(question.start, question.stop)) if mean else [question.stop - 1]
+            return [Segment(tokens, "text", labels=labels, places={"source": read})], read
+        asked = list(range(question.start, question.stop)) if mean else []
+        added = list(range(k)) if mean else [k - 1]
+        text = Segment(tokens, "text", labels=labels, places={"source": asked} if mean else {})
+        branch = Segment(
+            [FILLER] * k,
+            "source",
+            prefix=("text", question.stop),
+            places={"predictor": list(range(k)), "source": added},
+        )
+        return [text, branch], [*asked, *added]
+
+
+def _key(said: np.ndarray) -> int:
+    """The same number for the same tokens, in every process."""
+    digest = hashlib.blake2b(np.ascontiguousarray(said, dtype=np.int64).tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") & (2**63 - 1)

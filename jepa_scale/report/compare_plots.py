@@ -1,0 +1,135 @@
+"""Pictures of runs side by side, as PNG."""
+
+from __future__ import annotations
+
+import io
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from jepa_scale.report.compare import Variant, final_metrics
+from jepa_scale.report.figure import COLOURS, new_picture, save_picture
+from jepa_scale.report.plots import OF_HORIZON, Curve, plot
+from jepa_scale.telemetry.metrics import describe
+from jepa_scale.telemetry.records import values_of
+
+LINKS = 60
+"""Pairs that are joined by a line in a projection; more would hide the points."""
+
+
+def overlaid(of: Sequence[Variant]) -> dict[tuple[str, str], bytes]:
+    """Split and metric → the curves of all runs, one colour a variant. What was logged once is no curve; horizons have
+    :func:`by_horizon`."""
+    lines: dict[tuple[str, str], list[Curve]] = {}
+    for variant in of:
+        for run in variant.runs:
+            points: dict[tuple[str, str], dict[int, float]] = {}
+            for row in run.rows:
+                for metric, value in values_of(row).items():
+                    if not OF_HORIZON.fullmatch(metric):
+                        points.setdefault((row["split"], metric), {})[row["step"]] = (
+                            math.nan if value is None else float(value)
+                        )
+            for what, by_step in points.items():
+                curve = Curve(run.name, sorted(by_step), [by_step[step] for step in sorted(by_step)], variant.name)
+                if curve.finite:
+                    lines.setdefault(what, []).append(curve)
+    order = [what for what in final_metrics(of) if any(len(line.steps) > 1 for line in lines.get(what, []))]
+    images = {}
+    for what in order:
+        buffer = io.BytesIO()
+        plot(what[1], lines[what], buffer)
+        images[what] = buffer.getvalue()
+    return images
+
+
+def by_horizon(of: Sequence[Variant]) -> dict[tuple[str, str], bytes]:
+    """Split and metric → its final values over the horizon: the mean over seeds, and from the least to the greatest."""
+    found: dict[tuple[str, str], set[int]] = {}
+    for split, metric in final_metrics(of):
+        if match := OF_HORIZON.fullmatch(metric):
+            found.setdefault((split, match[1]), set()).add(int(match[2]))
+    images = {}
+    for (split, metric), horizons in found.items():
+        figure, axes = new_picture()
+        for variant, colour in zip(of, cycle(COLOURS), strict=False):
+            values = {h: variant.values(split, f"{metric}_h{h}") for h in sorted(horizons)}
+            values = {h: many for h, many in values.items() if many}
+            if not values:
+                continue
+            axes.plot(
+                list(values),
+                [statistics.fmean(v) for v in values.values()],
+                marker="o",
+                color=colour,
+                label=variant.name,
+            )
+            axes.fill_between(
+                list(values),
+                [min(v) for v in values.values()],
+                [max(v) for v in values.values()],
+                color=colour,
+                alpha=0.2,
+                linewidth=0,
+            )
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted(horizons), [str(h) for h in sorted(horizons)])
+        axes.set_xlabel("horizon, tokens")
+        axes.set_ylabel(describe(metric).label)
+        images[split, metric] = _png(figure)
+    return images
+
+
+def of_spectrum(lines: Sequence[tuple[str, Sequence[float]]]) -> bytes:
+    """Singular values over their sum, the largest first; one line a run, one colour a variant. A model that has collapsed
+    falls at once."""
+    figure, axes = new_picture()
+    names = list(dict.fromkeys(name for name, _ in lines))
+    told: set[str] = set()
+    for name, values in lines:
+        positive = [value for value in values if value > 0]
+        colour = COLOURS[names.index(name) % len(COLOURS)]
+        axes.plot(
+            range(1, len(positive) + 1), positive, color=colour, linewidth=1.2, label=None if name in told else name
+        )
+        told.add(name)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("singular value, the largest first")
+    axes.set_ylabel("share of their sum")
+    return _png(figure)
+
+
+def of_projection(saved: Mapping[str, Any]) -> bytes:
+    """Representations along their first two principal directions, a colour a kind; some pairs are joined."""
+    figure, axes = new_picture()
+    kinds = list(saved["projections"].items())
+    if len(kinds) == 2 and len(kinds[0][1]) == len(kinds[1][1]):
+        every = max(1, len(kinds[0][1]) // LINKS)
+        for (x0, y0), (x1, y1) in list(zip(kinds[0][1], kinds[1][1], strict=True))[::every]:
+            axes.plot([x0, x1], [y0, y1], color="#bbbbbb", linewidth=0.5, zorder=1)
+    for (kind, points), colour in zip(kinds, COLOURS, strict=False):
+        axes.scatter(
+            [x for x, _ in points],
+            [y for _, y in points],
+            s=7,
+            color=colour,
+            alpha=0.7,
+            linewidths=0,
+            label=kind,
+            zorder=2,
+        )
+    first, second = saved["explained"]
+    axes.set_xlabel(f"first principal direction ({first:.0%} of the variance)")
+    axes.set_ylabel(f"second ({second:.0%})")
+    return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    save_picture(figure, buffer)
+    return buffer.getvalue()

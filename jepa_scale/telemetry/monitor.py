@@ -1,0 +1,143 @@
+"""What runs are doing, read off their folders: step, loss, tokens/s, time left, newest checkpoint, and what is wrong."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from jepa_scale.checkpoint.retention import complete
+from jepa_scale.config.schema import read_yaml
+from jepa_scale.telemetry.records import CONFIG_FILE, FIT, METRICS_FILE, SUMMARY_FILE, Row, config_of, read_rows
+from jepa_scale.utils.format import format_number
+
+RECENT = 20
+"""Rows of training from which the time of a step is taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """A run at one moment.
+
+    Attributes:
+        step: of the newest row of training; 0 = none yet. steps: in all, None = not known.
+        loss, tokens_per_second: of that row; None = not there, or not finite.
+        seconds_left: of training time, without evaluations and saves; None = not known.
+        checkpoint: step of the newest complete one; None = there is none.
+        silent: seconds since the run last wrote anything.
+        ended: whether its processes have ended in order (also by a signal or an error that they told of).
+        alarm: what is wrong; empty = nothing.
+        losses: of the rows of training, as far as they are finite. row: the newest of them.
+        evaluated: split → its newest row.
+    """
+
+    name: str
+    step: int
+    steps: int | None
+    loss: float | None
+    tokens_per_second: float | None
+    seconds_left: float | None
+    checkpoint: int | None
+    silent: float
+    ended: bool
+    alarm: str
+    losses: list[float] = field(default_factory=list)
+    row: Row = field(default_factory=dict)
+    evaluated: dict[str, Row] = field(default_factory=dict)
+
+    def line(self) -> str:
+        state = "ended" if self.ended else f"{duration(self.seconds_left)} left"
+        words = [
+            f"{self.name}: step {self.step:,}{f' of {self.steps:,}' if self.steps else ''}",
+            f"loss {format_number(self.loss)}",
+            f"{format_number(self.tokens_per_second)} tokens/s",
+            state,
+            "no checkpoint" if self.checkpoint is None else f"checkpoint {self.checkpoint:,}",
+        ]
+        return "  ".join(words) + (f"  ALARM: {self.alarm}" if self.alarm else "")
+
+
+def duration(seconds: float | None) -> str:
+    """``1 day, 2:03:04``; ``?`` if it is not known."""
+    return "?" if seconds is None else str(timedelta(seconds=round(seconds)))
+
+
+def look(run: Path, stall: float, now: float | None = None) -> Status:
+    """Read a run's folder.
+
+    Args:
+        stall: seconds of silence that are too many. now: seconds since the epoch, if not the clock's.
+
+    Raises:
+        InputError: it is not a run directory.
+    """
+    config = read_yaml(config_of(run))
+    every = read_rows(run)
+    rows = [row for row in every if row["split"] == FIT]
+    last: Row = rows[-1] if rows else {"step": 0}
+    found = complete(run / "checkpoints")
+    steps = _steps(config, found[-1].manifest.state if found else {})
+    pace = _seconds_per_step(rows[-RECENT:])
+    ended = _ended(run)
+    silent = (time.time() if now is None else now) - _last_sign(run)
+
+    alarm = ""
+    wrong = [name for name in ("loss", "grad_norm") if name in last and last[name] is None]  # null: not finite
+    if wrong:
+        alarm = f"{' and '.join(wrong)} not finite at step {last['step']}"
+    elif not ended and silent > stall:
+        alarm = f"nothing written for {duration(silent)}"
+    return Status(
+        name=str(config.get("run", {}).get("name") or run.name),
+        step=last["step"],
+        steps=steps,
+        loss=last.get("loss"),
+        tokens_per_second=last.get("tokens_per_second"),
+        seconds_left=None if pace is None or steps is None else max(0, steps - last["step"]) * pace,
+        checkpoint=found[-1].step if found else None,
+        silent=silent,
+        ended=ended,
+        alarm=alarm,
+        losses=[row["loss"] for row in rows if row.get("loss") is not None],
+        row=last,
+        evaluated={row["split"]: row for row in every if row["split"] != FIT},
+    )
+
+
+def _steps(config: dict[str, Any], state: dict[str, Any]) -> int | None:
+    """Of the whole run. With epochs or FLOPs a checkpoint alone knows what they came to."""
+    train = config.get("train") or {}
+    return int(train.get("steps") or state.get("steps") or 0) or None
+
+
+def _seconds_per_step(rows: Sequence[Row]) -> float | None:
+    timed = [row for row in rows if isinstance(row.get("seconds"), int | float)]
+    if len(timed) < 2 or timed[-1]["step"] <= timed[0]["step"]:
+        return None
+    return (timed[-1]["seconds"] - timed[0]["seconds"]) / (timed[-1]["step"] - timed[0]["step"])
+
+
+def _ended(run: Path) -> bool:
+    """The summary is written last; a run that goes on writes its rows anew."""
+    try:
+        summary, rows = (run / SUMMARY_FILE).stat(), (run / METRICS_FILE).stat()
+        json.loads((run / SUMMARY_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return summary.st_mtime_ns >= rows.st_mtime_ns
+
+
+def _last_sign(run: Path) -> float:
+    """When it last wrote rows, a checkpoint, or (each rank, in each phase of a step) a file of the watchdog's."""
+    signs = [run / CONFIG_FILE, run / METRICS_FILE, run / "checkpoints", *(run / "watchdog").glob("*.json")]
+    times = []
+    for path in signs:
+        try:
+            times.append(path.stat().st_mtime)
+        except OSError:
+            continue  # not yet there, or gone meanwhile
+    return max(times)

@@ -1,0 +1,234 @@
+"""Config → model, objective, engine, data, evaluation: the one place that knows every part."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from jepa_scale.checkpoint.boxes import Stateful
+from jepa_scale.checkpoint.split_state import SplitState
+from jepa_scale.config.schema import Config
+from jepa_scale.data import load_data
+from jepa_scale.data.sampling.batches import Dealt, SampleStream, Stream, TokenStream
+from jepa_scale.data.sampling.loader import Loader
+from jepa_scale.distributed.comm import Ranks, form_teams, team_group
+from jepa_scale.distributed.tp_group import Split, Team
+from jepa_scale.engines import check_engine, create_engine, resolve
+from jepa_scale.engines.base import Engine, EngineOptions
+from jepa_scale.engines.ema import Teacher, TeacherModel
+from jepa_scale.engines.precision import settle_precision
+from jepa_scale.engines.weights import Weights, built_by_rank_0
+from jepa_scale.evaluation.chat import Place
+from jepa_scale.evaluation.run import Results, chat_test, device_call, evaluate
+from jepa_scale.evaluation.text_probe import probe_test
+from jepa_scale.experiment import Plan
+from jepa_scale.models import tensor_parallel
+from jepa_scale.models.backbone import Backbone
+from jepa_scale.models.compiling import compile_blocks
+from jepa_scale.models.head import compile_head
+from jepa_scale.models.loading import build_backbone
+from jepa_scale.models.recompute import recompute
+from jepa_scale.objectives.base import JepaModel, Objective
+from jepa_scale.objectives.costs import StepFlops
+from jepa_scale.optim import parameter_groups
+from jepa_scale.training.flop_budget import steps_within, whole_steps
+from jepa_scale.utils.errors import InputError
+
+
+@dataclass(slots=True)
+class Run:
+    """Everything a training loop needs."""
+
+    config: Config
+    ranks: Ranks
+    engine: Engine
+    objective: Objective
+    teacher: Teacher | None
+    data: Any
+    stream: Stream
+    batches: Callable[[int, int], Loader]  # from one step to another → the steps' micro-batches of this rank
+    evaluate: Callable[..., Results]
+    """(between, step, run_dir): ``between()`` is called between the forwards, and may raise to end it; what is generated is
+    saved in the run directory as of that step, if one is given."""
+    steps: int  # of the whole run: ``train.steps``, what ``train.flops`` come to, or fewer if the data end before
+    flops: StepFlops  # this rank's micro-batches of a step → what training on them costs it and its team
+    splits: dict[str, Split]  # the parameters of which this rank has a part
+
+    @property
+    def parts(self) -> list[Stateful]:
+        """What a checkpoint keeps."""
+        parts: list[Stateful] = [self.engine, *([self.teacher] if self.teacher else [])]
+        return [SplitState(part, self.splits) for part in parts] if self.splits else parts
+
+
+def set_threads(config: Config, ranks: Ranks) -> None:
+    """Share the host's cores among its ranks; BLAS threads that outnumber the cores fight each other."""
+    if ranks.device.type == "cpu":
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
+        torch.set_num_threads(config.engine.threads or max(1, len(os.sched_getaffinity(0)) // local))
+
+
+def create_stream(config: Config, data: Any, objective: Objective, ranks: Ranks) -> Stream:
+    """Batches counted in samples or in tokens, as ``train:`` says.
+
+    Raises:
+        InputError: the batch cannot be dealt out to so many ranks, or a sample's views do not fit a micro-batch.
+    """
+    train, order = config.train, data.order(config.run.seed)
+    sizes = objective.view_tokens(np.array([data.train.mean_size])) if train.batch_tokens else np.ones(1)
+    samples = train.batch_size or int(train.batch_tokens / sizes[0])
+    if samples < objective.least_samples:
+        raise InputError(
+            f"train.{'batch_size' if train.batch_size else 'batch_tokens'}: about {samples} samples in a step; objective "
+            f"{config.objective['name']!r} compares the samples of a step, and needs at least {objective.least_samples}"
+        )
+    if train.batch_size:
+        dealt = Dealt(train.accumulation, ranks.data_rank, ranks.data_size)
+        return SampleStream(order, config.run.seed, train.batch_size, dealt, data.fingerprint, train.epochs)
+    accumulation, rest = divmod(train.batch_tokens, train.micro_tokens * ranks.data_size)
+    if rest:
+        raise InputError(
+            f"train.batch_tokens: {train.batch_tokens} is no multiple of train.micro_tokens={train.micro_tokens} "
+            f"on each of {ranks.data_size} ranks; make it one of {train.micro_tokens * ranks.data_size}"
+        )
+    longest = int(objective.view_tokens(np.array([data.train.max_size]))[0])
+    if longest > train.micro_tokens:
+        raise InputError(
+            f"train.micro_tokens: the longest sample's views take {longest} tokens, more than {train.micro_tokens}; "
+            "raise it, or lower data.max_length"
+        )
+    return TokenStream(
+        order,
+        config.run.seed,
+        lambda samples: objective.view_tokens(data.train.sizes(samples)),
+        train.micro_tokens,
+        float(sizes[0]),
+        Dealt(accumulation, ranks.data_rank, ranks.data_size),
+        data.fingerprint,
+        train.epochs,
+    )
+
+
+def build(plan: Plan, ranks: Ranks, steps: int = 0) -> Run:
+    """Build all parts, identically on every rank but for the weights: rank 0 has them, and the engine takes them one at a time.
+
+    Args:
+        steps: what ``train.flops`` came to when the run began; 0 = find out.
+    """
+    config = plan.config
+    set_threads(config, ranks)
+    torch.set_float32_matmul_precision("high" if config.engine.tf32 else "highest")
+    config.engine.precision = settle_precision(config.engine.precision, ranks)
+    engine_name = resolve(config.engine.name, ranks)
+    ranks = form_teams(ranks, config.engine.tp)
+    check_engine(engine_name, config, ranks)  # before the data is read and the model made
+
+    data = load_data(config.data)
+    module = built_by_rank_0(lambda: model_of(plan, data), ranks)
+    backbone, objective = module.backbone, module.objective
+    if backbone.barrier and (objective.tap or backbone.num_layers) > backbone.barrier:
+        raise InputError(
+            f"model.bridge_grad_barrier: nothing would train blocks 1 to {backbone.barrier}, as objective "
+            f"{config.objective['name']!r} has no tap there; remove it, or lower objective.tap_layer"
+        )
+    positions = getattr(backbone.decoder.config, "max_position_embeddings", None)
+    longest = data.train.max_size - 1  # nothing follows the last token
+    if objective.predicts_tokens and positions is not None and longest > positions:
+        raise InputError(
+            f"data.max_length: a sample has {longest} tokens to predict from, and the model is made for {positions}; lower it, or "
+            "raise model.max_position_embeddings if this decoder is a new one"
+        )
+    test = chat_test(plan.evaluation, data, backbone, objective.predicts_tokens)
+    probe = probe_test(plan.evaluation, data, backbone, objective)
+    stream = create_stream(config, data, objective, ranks)
+    flops = objective.flops(backbone)
+    weights = Weights(module, ranks)
+    splits = split_over_team(backbone, ranks)
+    copies = objective.teacher_copies(backbone)
+
+    def batches(start_step: int, steps: int) -> Loader:
+        return Loader(
+            data.train,
+            stream,
+            objective.view_maker(),
+            streams=objective.streams,
+            start_step=start_step,
+            steps=steps,
+            seed=config.run.seed,
+            workers=plan.data.workers,
+            on_error=plan.data.on_error,
+        )
+
+    if not config.train.flops:
+        steps = min(n for n in (config.train.steps, stream.steps) if n)
+    elif not steps:
+        loaders = whole_steps(batches(0, 0), ranks.data_size)
+        steps = steps_within(
+            config.train.flops, loaders, flops, lambda step: objective.kind_of_step(step, config.run.seed)
+        )
+    blocks = [*backbone.layers, *objective.blocks]
+    if config.engine.compile:
+        compile_blocks(blocks)
+        compile_head(backbone.decoder.get_output_embeddings())
+    recompute(blocks, config.engine.activation_checkpointing)
+
+    engine = create_engine(
+        engine_name,
+        module,
+        shard=blocks,
+        groups=parameter_groups(module, config.optim, objective.head_prefixes(backbone)),
+        optim_options=config.optim,
+        engine_options=EngineOptions(
+            precision=config.engine.precision,
+            clip_norm=config.optim.clip_norm,
+            accumulation=stream.accumulation,
+            deepspeed=Path(config.engine.deepspeed),
+            clip_groups=objective.clip_groups(module),
+            split=splits,
+            replicas=config.engine.replicas,
+            bounds=objective.bounds,
+        ),
+        ranks=ranks,
+        weights=weights,
+    )
+    teacher = None
+    if copies:
+        teacher = Teacher(engine, TeacherModel(copies), objective.teacher_options(), steps)
+        objective.teacher = teacher
+
+    def run_evaluation(
+        between: Callable[[], None] = lambda: None, step: int = 0, run_dir: Path | None = None
+    ) -> Results:
+        place = Place(run_dir, step, config.log.progress)
+        engine.eval()
+        try:
+            with torch.no_grad():
+                call = device_call(engine, ranks.device, between)
+                options = plan.evaluation
+                return evaluate(plan.data.evaluation, objective, call, data, options, ranks, test, place, probe)
+        finally:
+            engine.train()
+
+    return Run(config, ranks, engine, objective, teacher, data, stream, batches, run_evaluation, steps, flops, splits)
+
+
+def model_of(plan: Plan, data: Any) -> JepaModel:
+    """The model of a run of this seed, on one device."""
+    torch.manual_seed(plan.config.run.seed)  # the backbone first: its weights do not depend on the objective
+    backbone = build_backbone(plan.model, data.vocab_size)
+    return JepaModel(backbone, plan.objective_class(plan.objective, backbone, data))
+
+
+def split_over_team(backbone: Backbone, ranks: Ranks) -> dict[str, Split]:
+    """Name in :class:`JepaModel` of each parameter of which this rank has a part from now on; none without a team."""
+    group = team_group()
+    if group is None:
+        return {}
+    found = tensor_parallel.split(backbone, Team(group, ranks.rank % ranks.team, ranks.team))
+    return {f"backbone.{name}": where for name, where in found.items()}

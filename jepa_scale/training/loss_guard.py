@@ -1,0 +1,59 @@
+"""Watches the losses: how long steps without a finite gradient may go on, and sudden jumps."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Mapping, Sequence
+
+from jepa_scale.config.schema import TrainConfig
+from jepa_scale.utils.logging import say
+
+ROWS = 20
+"""Rows that a spike is compared with."""
+
+
+class LossGuard:
+    """Sees every row of the training, alike on every rank, so that all ranks stop together."""
+
+    def __init__(self, options: TrainConfig) -> None:
+        self.options = options
+        self._in_a_row: list[int] = []
+        self._losses: deque[float] = deque(maxlen=ROWS)
+
+    def check(
+        self, values: Mapping[str, float], steps: Sequence[int], bad: Sequence[int], tells: bool
+    ) -> dict[str, float]:
+        """Look at a row.
+
+        Args:
+            values: of the row. steps: that it is about. bad: those of them whose update was skipped.
+            tells: whether this rank prints.
+
+        Returns:
+            Columns to add to the row: ``loss_spike``, the loss over the median of the last rows, where it is a spike.
+
+        Raises:
+            FloatingPointError: too many steps in a row were skipped.
+        """
+        for step in steps:
+            self._in_a_row = [*self._in_a_row, step] if step in bad else []
+        if bad and tells:
+            say(f"jepa-scale: no finite gradient in step {', '.join(map(str, bad))}; skipped on all ranks")
+        limit = self.options.max_skipped_steps
+        if len(self._in_a_row) > limit:
+            raise FloatingPointError(
+                f"steps {self._in_a_row[0]} to {self._in_a_row[-1]} had no finite gradient, more than "
+                f"train.max_skipped_steps={limit} in a row; lower optim.lr or optim.lr_head, set engine.precision=fp32, or "
+                "look at the data there"
+            )
+        loss, factor = values["loss"], self.options.spike_factor
+        usual = statistics.median(self._losses) if self._losses else math.nan
+        if math.isfinite(loss):
+            self._losses.append(loss)
+        if factor and len(self._losses) > 1 and loss > factor * usual > 0:
+            if tells:
+                say(f"jepa-scale: the loss jumped to {loss:.4g} from {usual:.4g}")
+            return {"loss_spike": loss / usual}
+        return {}

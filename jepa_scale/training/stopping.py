@@ -1,0 +1,121 @@
+"""When a run ends before its last step: it no longer gets better, or something is wrong with it (``train.early_stopping`` and
+``train.abort``). Whatever the objective: criteria are about logged metrics, which are the same on every rank, so all ranks
+decide alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jepa_scale.config.schema import AbortRule, EarlyStopping, TrainConfig
+from jepa_scale.telemetry import FIT, describe
+from jepa_scale.utils.errors import InputError
+
+SOMETIMES = {"skipped_steps", "skipped_samples", "loss_spike"}
+"""Metrics of training that are in a row only where there is something to tell."""
+
+
+class Aborted(Exception):
+    """A rule of ``train.abort`` has ended the run; the message is one line."""
+
+
+class Criteria:
+    """Looks at the rows of a run as they are logged.
+
+    Attributes:
+        ended: why the run ends now, for people; empty while it goes on.
+        aborted: whether it ends because something is wrong.
+    """
+
+    def __init__(self, options: TrainConfig) -> None:
+        self.ended, self.aborted = "", False
+        self._early: EarlyStopping | None = options.early_stopping
+        self._rules: list[AbortRule] = options.abort
+        self._best: float | None = None
+        self._best_step = self._since = 0  # evaluations since then
+        self._seen: set[str] = set()
+
+    @property
+    def active(self) -> bool:
+        return self._early is not None or bool(self._rules)
+
+    def look(self, step: int, rows: Mapping[str, Mapping[str, float]], epochs: Callable[[], float]) -> bool:
+        """Look at what was logged after optimizer step ``step``; whether the run ends.
+
+        Args:
+            rows: split → metrics. epochs: how many have been done; asked for only if a rule wants to know. Collective.
+
+        Raises:
+            InputError: a criterion is about a metric that its split doesn't have.
+        """
+        if not self.active or self.ended or not rows:
+            return bool(self.ended)
+        values = {f"{split}/{name}": float(value) for split, metrics in rows.items() for name, value in metrics.items()}
+        self._seen |= values.keys()
+        passed = epochs() if any(rule.after_epochs for rule in self._rules) else 0.0
+        for number, rule in enumerate(self._rules):
+            value = self._value(f"train.abort.{number}.metric", rule.metric, rows, values)
+            due = step > rule.after_steps and passed >= rule.after_epochs
+            if value is not None and due and (why := _broken(rule, value)):
+                self.ended, self.aborted = f"aborted after step {step}: {rule.metric} is {why}", True
+                return True
+        if self._early is not None:
+            value = self._value("train.early_stopping.metric", self._early.metric, rows, values)
+            if value is not None:
+                self._follow(step, value)
+        return bool(self.ended)
+
+    def _value(
+        self, key: str, metric: str, rows: Mapping[str, Mapping[str, float]], values: Mapping[str, float]
+    ) -> float | None:
+        """What was logged of a metric; None if nothing was logged of its split. One that has gone is NaN: not a number is left
+        out by some."""
+        split = metric.rpartition("/")[0]
+        if split not in rows or metric in values:
+            return values.get(metric)
+        if metric in self._seen:
+            return math.nan
+        if split == FIT and metric.rpartition("/")[2] in SOMETIMES:
+            return None
+        there = ", ".join(sorted(rows[split]))
+        raise InputError(f"{key}: what is logged of {split!r} has no {metric.rpartition('/')[2]!r}; it has {there}")
+
+    def _follow(self, step: int, value: float) -> None:
+        assert self._early is not None
+        sign = -1.0 if describe(self._early.metric.rpartition("/")[2]).better == "higher" else 1.0
+        if math.isfinite(value) and (self._best is None or sign * value < sign * self._best - self._early.min_delta):
+            self._best, self._best_step, self._since = value, step, 0
+        else:
+            self._since += 1
+        self._check()
+
+    def _check(self) -> None:
+        if self._early is not None and self._since >= self._early.patience:
+            best = "never a number" if self._best is None else f"{self._best:.6g} after step {self._best_step}"
+            self.ended = (
+                f"stopped early: {self._early.metric} has not improved by more than {self._early.min_delta:g} in "
+                f"{self._since} evaluations; the best was {best}"
+            )
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint; plain values."""
+        return {"best": self._best, "best_step": self._best_step, "since": self._since, "seen": sorted(self._seen)}
+
+    def resume(self, state: Mapping[str, Any] | None) -> None:
+        """Stand where a :meth:`state` says. A run that has stopped early has ended, unless it is to be more patient now."""
+        if state:
+            self._best, self._best_step, self._since = state["best"], state["best_step"], state["since"]
+            self._seen = set(state["seen"])
+            self._check()
+
+
+def _broken(rule: AbortRule, value: float) -> str:
+    """What a rule has against a value; empty if nothing."""
+    if not math.isfinite(value):
+        return f"{value}, no finite number"
+    if rule.below is not None and value < rule.below:
+        return f"{value:.6g}, below {rule.below:g}"
+    if rule.above is not None and value > rule.above:
+        return f"{value:.6g}, above {rule.above:g}"
+    return ""

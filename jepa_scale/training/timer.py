@@ -1,0 +1,71 @@
+"""Where the time of a step goes: the training loop tells which part of a step begins, and the parts add up to the whole."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from jepa_scale.distributed.comm import all_reduce_sum, data_rank, data_size
+from jepa_scale.telemetry.metrics import STEP_PARTS, STEP_TIME, step_part
+
+
+class StepClock:
+    """Seconds of each of a step's ``STEP_PARTS``.
+
+    On a CPU the host's clock tells them. A GPU works behind the host: there each part ends with a CUDA event on the current
+    stream, and what counts is the time between events, so that a part is what the *device* spends on it and ``data`` what the
+    device is idle for want of data. Recording an event waits for nothing; they are read in :meth:`read` alone.
+
+    Args:
+        on: whether it measures; otherwise :meth:`enter` does nothing and :meth:`read` gives nothing.
+        now: the host's clock, in seconds.
+    """
+
+    def __init__(self, device: torch.device, on: bool = True, now: Callable[[], float] = time.perf_counter) -> None:
+        self._device, self._on, self._now = device, on, now
+        self._on_gpu = device.type == "cuda"
+        self._marks: list[tuple[str | None, Any]] = []  # the part that begins, and when
+
+    def enter(self, part: str | None) -> None:
+        """A part of the step begins, and the one before it ends; None = what is not training, which counts for nothing."""
+        if self._on:
+            assert part is None or part in STEP_PARTS, part
+            self._marks.append((part, self._mark()))
+
+    def read(self, steps: int) -> dict[str, float]:
+        """Means over the ``steps`` steps since the last call and over the ranks, in seconds; parts that no rank was in are left
+        out. Collective; waits for the device.
+
+        ``time_per_step`` is the sum of the parts; ``time_data_slowest`` is ``time_data`` of the rank that waits longest for
+        data, which all others then wait for.
+        """
+        if not self._on:
+            return {}
+        part = self._marks[-1][0]
+        self.enter(part)
+        if self._on_gpu:
+            self._marks[-1][1].synchronize()  # the events before it, on the same stream, have passed too
+        own = dict.fromkeys(STEP_PARTS, 0.0)
+        for (name, begin), (_, end) in zip(self._marks, self._marks[1:], strict=False):
+            if name is not None:
+                own[name] += begin.elapsed_time(end) / 1e3 if self._on_gpu else end - begin
+        del self._marks[:-1]
+        ranks = data_size()
+        waits = [0.0] * ranks
+        waits[data_rank()] = own["data"]
+        sums = all_reduce_sum(torch.tensor([*own.values(), *waits], dtype=torch.float64).to(self._device)).tolist()
+        means = {part: total / ranks / steps for part, total in zip(STEP_PARTS, sums, strict=False) if total > 0}
+        values = {STEP_TIME: sum(means.values()), **{step_part(part): mean for part, mean in means.items()}}
+        if ranks > 1:
+            values["time_data_slowest"] = max(sums[len(STEP_PARTS) :]) / steps
+        return values
+
+    def _mark(self) -> Any:
+        if not self._on_gpu:
+            return self._now()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event

@@ -1,0 +1,119 @@
+"""Finds the rank that hangs: each tells in a file what it is doing, and looks at the others' when nothing goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from jepa_scale.distributed.comm import Ranks
+from jepa_scale.utils.logging import say
+
+WAITING = ("/torch/distributed/", "/deepspeed/")
+"""Folders of the code that waits for other ranks."""
+PHASES = ("start", "data", "forward and backward", "update", "evaluation", "save")
+"""In the order in which a step goes through them."""
+
+
+def end_process() -> None:
+    """Leave at once: exit handlers would wait for the ranks that hang."""
+    os._exit(1)
+
+
+class Watchdog:
+    """Ends this process when nothing has happened in it for too long, and says which rank the others wait for.
+
+    A rank that waits in a collective has come further than the one it waits for, or entered the same phase of the same
+    step; so the ranks that are behind are the ones that hang, and among those the ones that do something else than wait
+    for others. The files lie in ``<run>/watchdog/``, which all hosts see.
+
+    Args:
+        run_dir: of the run. ranks: who this is.
+        limit: seconds without progress; 0 = no watchdog.
+        end: what to do then.
+    """
+
+    def __init__(self, run_dir: Path, ranks: Ranks, limit: float, end: Callable[[], None] = end_process) -> None:
+        self._folder, self._ranks, self._limit, self._end = run_dir / "watchdog", ranks, limit, end
+        self._now = (0, "start", time.time())  # step, phase, since
+        self._told: tuple[int, str, float] | None = None
+        self._main = threading.main_thread().ident
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        if self._limit:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._file(self._ranks.rank).unlink(missing_ok=True)  # of an earlier process
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._closed.set()
+        if self._limit:
+            self._thread.join()
+            self._file(self._ranks.rank).unlink(missing_ok=True)
+
+    def enter(self, step: int, phase: str) -> None:
+        """This rank begins one of the ``PHASES`` of a step."""
+        assert phase in PHASES, phase
+        self._now = (step, phase, time.time())
+
+    def _file(self, rank: int) -> Path:
+        return self._folder / f"rank_{rank:05d}.json"
+
+    def _watch(self) -> None:
+        pause = min(1.0, self._limit / 10)
+        while not self._closed.wait(pause):
+            now = self._now
+            if now != self._told:
+                self._tell(now)
+            if time.time() - now[2] > self._limit:
+                self._tell(now, *place_of(self._main))
+                time.sleep(2 * pause)  # the others', too
+                if self._now == now and not self._closed.is_set():
+                    say(f"jepa-scale: {self._verdict()}")
+                    self._end()
+                    return
+
+    def _tell(self, now: tuple[int, str, float], place: str = "", waits: bool = False) -> None:
+        partial = self._file(self._ranks.rank).with_suffix(".partial")
+        try:
+            partial.write_text(json.dumps([*now, place, waits]))
+            os.replace(partial, self._file(self._ranks.rank))
+            self._told = now
+        except OSError:
+            pass  # a full disk is no reason to stop
+
+    def _verdict(self) -> str:
+        found: dict[int, tuple[int, str, float, str, bool]] = {}
+        for rank in range(self._ranks.world_size):
+            try:
+                found[rank] = tuple(json.loads(self._file(rank).read_text()))
+            except (OSError, ValueError):
+                return f"rank {rank} has ended without a word; the others waited {self._limit:,.0f} s for it"
+        reached = {rank: (step, PHASES.index(phase)) for rank, (step, phase, *_) in found.items()}
+        behind = [rank for rank in found if reached[rank] == min(reached.values())]
+        behind = [rank for rank in behind if not found[rank][4]] or behind
+        step, phase, since, place, _ = found[behind[0]]
+        who = f"rank {', '.join(map(str, behind))}"
+        if len(behind) == len(found) > 1:  # one of them does not even come to the collective in which the others wait
+            who = f"one of {who}"
+        return (
+            f"no progress for {self._limit:,.0f} s: {who} hangs at step {step} in {phase!r}{place and f' at {place}'}, "
+            f"since {time.time() - since:,.0f} s; raise train.hang_minutes if that may take so long"
+        )
+
+
+def place_of(thread: int | None) -> tuple[str, bool]:
+    """What a thread is doing, as ``function (folder/file.py:line)``, and whether it waits for other ranks there."""
+    frame = sys._current_frames().get(thread or 0)
+    if frame is None:
+        return "", False
+    file = frame.f_code.co_filename
+    short = "/".join(Path(file).parts[-2:])
+    return f"{frame.f_code.co_name} ({short}:{frame.f_lineno})", any(folder in file for folder in WAITING)

@@ -1,0 +1,89 @@
+"""Where the values of a resolved config come from."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jepa_scale.cli.config_origins import annotate
+from jepa_scale.config.schema import load_config
+from jepa_scale.experiment import validate
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+EXPERIMENT = """\
+model: small.yaml
+data:
+  source: text
+  path: [a.txt,
+    b.txt]
+objective: {name: lm}
+optim:
+  betas: [0.8, 0.9]
+  overrides:
+    backbone.embed: {lr: 0.1}
+"""
+
+
+def origins(folder, overrides=(), text=EXPERIMENT):
+    (folder / "run.yaml").write_text(text)
+    (folder / "small.yaml").write_text("# a model\nfamily: native\nhidden_size: 32\n")
+    (folder / "large.yaml").write_text("family: native\n\nhidden_size: 64\n")
+    config = load_config(folder / "run.yaml", list(overrides))
+    validate(config)
+    annotated = annotate(config, folder / "run.yaml", list(overrides))
+    assert yaml.safe_load(annotated) == config.model_dump(mode="json")
+    found, path = {}, []
+    for line in annotated.splitlines():
+        key, _, rest = line.partition(":")
+        depth = (len(key) - len(key.lstrip())) // 2
+        if not key.lstrip().startswith("- "):
+            path = [*path[:depth], key.strip()]
+            if "  # " in rest:
+                found[".".join(path)] = rest.rpartition("  # ")[2].replace(f"{folder}/", "")
+    return found
+
+
+def test_files_command_line_and_defaults(tmp_path):
+    found = origins(tmp_path, ["optim.lr=0.5", "objective.name=lm", "model.num_hidden_layers=2"])
+    assert found["run.name"] == "name of the file"
+    assert found["run.seed"] == found["optim.eps"] == found["data.workers"] == "default"
+    assert found["model.hidden_size"] == "small.yaml, line 3"
+    assert found["data.source"] == "run.yaml, line 3"
+    assert found["data.path"] == "run.yaml, line 4"
+    assert found["optim.betas"] == "run.yaml, line 8"
+    assert found["optim.overrides.backbone.embed.lr"] == "run.yaml, line 10"
+    assert found["optim.overrides.backbone.embed.method"] == "default"
+    assert found["optim.lr"] == found["objective.name"] == found["model.num_hidden_layers"] == "command line"
+    assert found["train.steps"] == found["train.batch_size"] == "follows from other keys"
+
+
+def test_another_model_file(tmp_path):
+    found = origins(tmp_path, ["model.num_hidden_layers=2", f"model={tmp_path}/large.yaml"])
+    assert found["model.hidden_size"] == "large.yaml, line 3"
+    assert found["model.num_hidden_layers"] == "command line"
+
+
+def test_a_section_that_is_given_whole(tmp_path):
+    found = origins(tmp_path, ["optim.overrides={objective: {weight_decay: 0}}"])
+    assert found["optim.overrides.objective.weight_decay"] == "command line"
+    assert not [key for key in found if key.startswith("optim.overrides.backbone")]
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_of_every_experiment(path, tmp_path):
+    """It loads again as the same config, and only what nobody wrote is a default."""
+    config = load_config(path)
+    validate(config)
+    annotated = annotate(config, path)
+    (tmp_path / path.name).write_text(annotated)
+    assert load_config(tmp_path / path.name) == config
+    assert f"configs/{path.name}, line " in annotated
+
+
+@given(st.text(st.characters(blacklist_categories=["Cs"]), max_size=200))
+def test_whatever_a_text_holds_the_result_is_yaml(text):
+    config = load_config(CONFIGS / "reversal.yaml")
+    config.run.dir = text
+    assert yaml.safe_load(annotate(config, CONFIGS / "reversal.yaml")) == config.model_dump(mode="json")

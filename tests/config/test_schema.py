@@ -1,0 +1,140 @@
+"""Configuration: what is wrong is named, what is right is resolved."""
+
+import pytest
+import yaml
+
+from jepa_scale.config.schema import Config, OptimConfig, load_config, parse_section, to_yaml
+from jepa_scale.utils.errors import InputError
+
+MINIMAL = {"model": {"family": "native"}, "data": {"source": "reversal"}, "objective": {"name": "lm"}}
+
+
+def write(folder, values, name="run.yaml"):
+    path = folder / name
+    path.write_text(values if isinstance(values, str) else yaml.safe_dump(values))
+    return path
+
+
+def test_defaults_are_filled_in_and_the_name_is_the_files(tmp_path):
+    config = load_config(write(tmp_path, MINIMAL, "experiment.yaml"))
+    assert config.run.name == "experiment"
+    assert config.optim == OptimConfig()
+
+
+def test_overrides_are_typed(tmp_path):
+    path = write(tmp_path, MINIMAL)
+    config = load_config(
+        path, ["optim.lr=3e-4", "run.name=x", "log.wandb=true", "optim.betas=[0.8, 0.9]", "model.hidden_size=7"]
+    )
+    assert config.optim.lr == 3e-4
+    assert config.run.name == "x"
+    assert config.log.wandb is True
+    assert config.optim.betas == (0.8, 0.9)
+    assert config.model["hidden_size"] == 7
+
+
+def test_model_may_be_a_file_of_its_own(tmp_path):
+    write(tmp_path, {"family": "native", "hidden_size": 32}, "small.yaml")
+    path = write(tmp_path, {**MINIMAL, "model": "small.yaml"})
+    assert load_config(path, ["model.hidden_size=64"]).model == {"family": "native", "hidden_size": 64}
+
+
+def test_a_resolved_config_loads_again_as_itself(tmp_path):
+    config = load_config(write(tmp_path, MINIMAL), ["train.steps=7"])
+    again = load_config(write(tmp_path, to_yaml(config), "again.yaml"))
+    assert again == config
+
+
+def test_a_length_in_flops(tmp_path):
+    path = write(tmp_path, MINIMAL)
+    assert load_config(path, ["train.flops=1e15"]).train.steps == 0
+    other = tmp_path / "runs" / "lm"
+    other.mkdir(parents=True)
+    (other / "summary.json").write_text('{"steps": 7, "flops": 1234567}')
+    config = load_config(path, [f"train.same_flops_as={other}"])
+    assert (config.train.flops, config.train.steps, config.train.epochs) == (1234567.0, 0, 0)
+    resolved = write(tmp_path, to_yaml(config), "again.yaml")
+    assert load_config(resolved) == config
+    (other / "summary.json").unlink()
+    assert load_config(resolved) == config  # it knows the number, and needs the run no more
+
+
+@pytest.mark.parametrize(
+    ("train", "summary", "message"),
+    [
+        ({"flops": 1e9, "steps": 3}, None, r"flops: says how long to train, and so does steps; remove one"),
+        ({"same_flops_as": "x", "epochs": 3}, None, r"same_flops_as: says how long to train, and so does epochs"),
+        ({"same_flops_as": "x"}, None, r"same_flops_as: 'x' is no run directory with a summary.json"),
+        ({"same_flops_as": "x"}, "{", r"same_flops_as: the summary.json of 'x' is damaged"),
+        ({"same_flops_as": "x"}, "{}", r"same_flops_as: the summary.json of 'x' has no flops; train that run again"),
+        ({"same_flops_as": "x"}, '{"flops": 0}', r"has no flops"),
+        ({"same_flops_as": "x", "flops": 5}, '{"flops": 7}', r"'x' took 7 FLOPs, and train.flops is 5; remove one"),
+        ({"flops": -1}, None, r"flops: .*greater than or equal to 0"),
+        ({"flops": float("inf")}, None, r"flops: .*finite"),
+    ],
+)
+def test_a_length_in_flops_that_is_none(tmp_path, monkeypatch, train, summary, message):
+    monkeypatch.chdir(tmp_path)
+    if summary is not None:
+        (tmp_path / "x").mkdir()
+        (tmp_path / "x" / "summary.json").write_text(summary)
+    with pytest.raises(InputError, match=r"^train.*" + message):
+        load_config(write(tmp_path, {**MINIMAL, "train": train}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"optim": {"weight_decya": 1}}, r"optim\.weight_decya: unknown key; did you mean 'weight_decay'\?"),
+        ({"optmi": {}}, r"optmi: unknown key; did you mean 'optim'\?"),
+        ({"train": {"steps": "many"}}, r"train\.steps: .*integer.*'many'"),
+        ({"train": {"steps": -1}}, r"train\.steps: .*greater than or equal to 0"),
+        ({"train": {"batch_size": 8, "batch_tokens": 64}}, r"train: .*one of batch_size"),
+        ({"train": {"batch_tokens": 64}}, r"train: .*batch_tokens and micro_tokens"),
+        ({"train": {"batch_tokens": 64, "micro_tokens": 32, "accumulation": 2}}, r"train: .*accumulation"),
+        ({"engine": {"precision": "fp8"}}, r"engine\.precision: .*'auto', 'fp32' or 'bf16'.*'fp8'"),
+        ({"objective": None}, r"objective: .*dictionary"),
+        ({"train": 3}, r"train: .*"),
+    ],
+)
+def test_bad_values_are_named(tmp_path, change, message):
+    with pytest.raises(InputError, match=message):
+        load_config(write(tmp_path, {**MINIMAL, **change}))
+
+
+def test_missing_section(tmp_path):
+    with pytest.raises(InputError, match="data: required key is missing"):
+        load_config(write(tmp_path, {k: v for k, v in MINIMAL.items() if k != "data"}))
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"--config: no file .*nowhere\.yaml"):
+        load_config(tmp_path / "nowhere.yaml")
+    with pytest.raises(InputError, match=r"model: no file 'absent\.yaml'"):
+        load_config(write(tmp_path, {**MINIMAL, "model": "absent.yaml"}))
+
+
+def test_damaged_yaml_names_the_line(tmp_path):
+    with pytest.raises(InputError, match=r"run\.yaml, line 3"):
+        load_config(write(tmp_path, "model: {}\ndata: [1, 2\nobjective: }"))
+
+
+@pytest.mark.parametrize("override", ["train.steps", "=3", "train.steps.x=1"])
+def test_malformed_overrides(tmp_path, override):
+    with pytest.raises(InputError, match="override"):
+        load_config(write(tmp_path, {**MINIMAL, "train": {"steps": 3}}), [override])
+
+
+def test_every_key_of_every_section_is_described():
+    def check(section, path):
+        for name, field in section.model_fields.items():
+            assert field.description, f"{path}{name} has no description"
+            if isinstance(field.annotation, type) and hasattr(field.annotation, "model_fields"):
+                check(field.annotation, f"{path}{name}.")
+
+    check(Config, "")
+
+
+def test_sections_of_parts_are_named_by_their_prefix():
+    with pytest.raises(InputError, match=r"objective\.lrr: unknown key; did you mean 'lr'"):
+        parse_section(OptimConfig, {"lrr": 1}, "objective")

@@ -1,0 +1,45 @@
+"""What a run's parts are told of each other."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import yaml
+
+from jepa_scale.config.schema import load_config
+from jepa_scale.distributed import comm
+from jepa_scale.experiment import validate
+from jepa_scale.training.build import build
+
+VALUES = {
+    "engine": {"name": "fsdp", "threads": 1},
+    "model": {"family": "native", "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "data": {"source": "reversal", "entities_a": 50, "comb": 5, "relations": 2},
+    "objective": {"name": "concept", "bridge_width": 8, "scale_init": 4.0, "scale_max": 5.0},
+    "optim": {"lr_head": 0.01, "warmup_steps": 0},
+    "train": {"steps": 2, "batch_size": 8},
+}
+
+
+@pytest.fixture
+def ranks():
+    yield comm.setup()
+    comm.teardown()
+
+
+def test_an_engine_keeps_the_bounds_of_the_objective(ranks, tmp_path):
+    """A scale that is far above its bound is at it after one update; the update itself is much smaller."""
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(VALUES))
+    run = build(validate(load_config(tmp_path / "run.yaml")), ranks)
+    assert set(run.objective.bounds) <= {name for name, _ in run.engine.module.named_parameters()}
+    scale = run.objective.scale.log_scale
+    with torch.no_grad():
+        scale.to_local().fill_(math.log(50.0))
+    (batch,) = next(iter(run.batches(0, 1)))
+    totals = {name: torch.tensor(float(count)) for name, count in batch.counts.items()}
+    batch.totals.update(totals)
+    run.engine.backward(run.engine.forward("loss", batch, [], 0).total)
+    run.engine.step()
+    assert scale.full_tensor().item() == pytest.approx(math.log(5.0))
