@@ -180,7 +180,7 @@ def settle(ranks: Ranks) -> None:
 
 
 def train(run: Run, ranks: Ranks, meter: Meter) -> None:
-    """The loop of :func:`jepa_scale.training.trainer.fit`, without what is around it."""
+    """The loop of :meth:`jepa_scale.training.trainer.Trainer.train`, without what is around it."""
     run.engine.train()
     meter.mark("step 0")
     for step, batches in enumerate(run.batches(0, STEPS)):

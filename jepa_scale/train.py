@@ -26,8 +26,8 @@ if __name__ == "__main__":  # run as a file: this folder is first on sys.path an
 
 from jepa_scale.cli.train import parser, refusal
 from jepa_scale.distributed import comm
+from jepa_scale.training.run import run_training
 from jepa_scale.training.stopping import Aborted
-from jepa_scale.training.trainer import run_training
 from jepa_scale.utils.errors import InputError
 
 

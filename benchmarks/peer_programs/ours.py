@@ -15,7 +15,6 @@ import numpy as np
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from jepa_scale.checkpoint import Saver
 from jepa_scale.config.schema import Config, to_yaml
 from jepa_scale.distributed.comm import Ranks
 from jepa_scale.experiment import Plan, validate
@@ -24,8 +23,9 @@ from jepa_scale.packing import IGNORE
 from jepa_scale.telemetry import RunLog, prepare_run_dir
 from jepa_scale.training.build import Run, build, model_of
 from jepa_scale.training.preemption import StopRequest
+from jepa_scale.training.run import saver_of
 from jepa_scale.training.stopping import Criteria
-from jepa_scale.training.trainer import fit, global_totals, policy_of
+from jepa_scale.training.trainer import Trainer, global_totals
 from jepa_scale.training.watchdog import Watchdog
 
 STEPS = 100_000
@@ -94,7 +94,7 @@ class Samples:
 
 
 class Ours:
-    """``jepa_scale.training.trainer.fit`` on a run, stopped after so many steps and gone on with."""
+    """:class:`jepa_scale.training.trainer.Trainer` on a run, stopped after so many steps and gone on with."""
 
     def __init__(self, config: Config, ranks: Ranks, scratch: Path) -> None:
         config.run.dir, config.run.name = str(scratch), f"run{next(_numbers)}"
@@ -111,7 +111,7 @@ class Ours:
         )
         self.stop = self.stack.enter_context(StopRequest(ranks.device))
         self.watchdog = self.stack.enter_context(Watchdog(folder, ranks, 0))
-        self.saver = Saver(folder / "checkpoints", policy_of(config), config.checkpoint.asynchronous)
+        self.saver = saver_of(config, folder)
 
     def look(self, step: int) -> Found:
         batches = list(self.run.batches(step, step + 1))[0]
@@ -138,15 +138,8 @@ class Ours:
 
         self.run.batches = some  # type: ignore[assignment]
         try:
-            fit(
-                self.run,
-                self.log,
-                self.ranks,
-                start,
-                self.saver,
-                self.watchdog,
-                self.stop,
-                Criteria(self.run.config.train),
+            Trainer(self.run, self.log, self.saver, self.watchdog, self.stop, Criteria(self.run.config.train)).train(
+                start
             )
         finally:
             self.run.batches = whole

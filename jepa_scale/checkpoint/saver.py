@@ -74,6 +74,8 @@ class Saver:
         policy: what to keep.
         asynchronous: write in a thread; else :meth:`save` returns when the checkpoint is complete.
         tell: called by rank 0 with what happened to each save, when that is known.
+        every: steps between checkpoints that ``policy`` keeps or removes; 0 = only one after the last step.
+        ephemeral_every: steps between checkpoints of which only the newest is there; 0 = none.
     """
 
     def __init__(
@@ -82,13 +84,25 @@ class Saver:
         policy: Policy,
         asynchronous: bool = True,
         tell: Callable[[Report], None] = lambda report: None,
+        every: int = 0,
+        ephemeral_every: int = 0,
     ) -> None:
         self.directory, self.policy, self.asynchronous, self.tell = directory, policy, asynchronous, tell
+        self._every, self._ephemeral_every = every, ephemeral_every
         self._job: _Job | None = None
         if rank() == 0:
             sweep(directory)
         # the thread's collectives must not meet those of the training
         self._group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT) if world_size() > 1 else None
+
+    def due(self, done: int, last: int) -> bool:
+        """Whether there is a checkpoint after ``done`` steps of a run that ends after ``last``."""
+        ephemeral = self._ephemeral_every > 0 and done % self._ephemeral_every == 0
+        return ephemeral or self.permanent(done, last)
+
+    def permanent(self, done: int, last: int) -> bool:
+        """Whether that checkpoint is one that the policy decides about; otherwise the next one replaces it."""
+        return done == last or (self._every > 0 and done % self._every == 0)
 
     def save(self, parts: Sequence[Stateful], manifest: Manifest) -> None:
         """Save the parts (the engine first), the generators and ``manifest`` (without ``files``). Collective. A save that is still being

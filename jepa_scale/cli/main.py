@@ -106,7 +106,7 @@ def evaluate_run(args: argparse.Namespace) -> int:
     if code := refused_evaluation(args.run, args.overrides):
         return code
     from jepa_scale.train import guarded
-    from jepa_scale.training.trainer import evaluate_checkpoint
+    from jepa_scale.training.run import evaluate_checkpoint
 
     return guarded(evaluate_checkpoint, args)
 

@@ -107,7 +107,7 @@ def test_training_goes_on_from_it(tmp_path, monkeypatch, name):
     make_run(tmp_path, "run", MODELS[name])
     export(tmp_path / "run", tmp_path / "hf", ExportOptions(progress=False))
     bring(tmp_path / "hf", tmp_path / "run.yaml", tmp_path / "back")
-    monkeypatch.setattr("jepa_scale.training.trainer.quiet_libraries", lambda: None)
+    monkeypatch.setattr("jepa_scale.training.run.quiet_libraries", lambda: None)
     assert train.main(["--config", str(tmp_path / "back" / "config.yaml"), "--resume", "auto"]) == 0
     rows = [json.loads(line) for line in (tmp_path / "back" / "metrics.jsonl").read_text().splitlines()]
     fit = [row for row in rows if row["split"] == "fit"]

@@ -160,7 +160,7 @@ def test_a_trained_run_scores_in_transformers_what_its_own_evaluation_says(tmp_p
     file = config_file(
         tmp_path, "run", MODELS["native_tied"], data=data, train=steps, optim={"lr": 1e-2, "warmup_steps": 2}
     )
-    monkeypatch.setattr("jepa_scale.training.trainer.quiet_libraries", lambda: None)
+    monkeypatch.setattr("jepa_scale.training.run.quiet_libraries", lambda: None)
     assert train.main(["--config", str(file)]) == 0
     made = export(tmp_path / "run", tmp_path / "hf", QUIET)
     assert made.checkpoint.name == "step_00000012"

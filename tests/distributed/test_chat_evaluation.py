@@ -68,10 +68,10 @@ def config_file(folder: Path, into: Path, **changes: Any) -> Path:
 
 def evaluate_runs(ranks: Ranks, cases: list[tuple[str, list[str]]]) -> None:
     """As ``jepa-scale eval RUN overrides …``, one after another."""
-    from jepa_scale.training import trainer
+    from jepa_scale.training.run import evaluate_checkpoint
 
     for run, overrides in cases:
-        trainer.evaluate_checkpoint(argparse.Namespace(run=Path(run), checkpoint="auto", overrides=overrides))
+        evaluate_checkpoint(argparse.Namespace(run=Path(run), checkpoint="auto", overrides=overrides))
 
 
 def generations(run: Path, step: int = STEPS, split: str = "valid") -> list[dict[str, Any]]:

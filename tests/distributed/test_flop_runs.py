@@ -12,7 +12,7 @@ import yaml
 from jepa_scale.checkpoint import Manifest
 from jepa_scale.config.schema import load_config
 from jepa_scale.report import page as report
-from jepa_scale.training.trainer import steps_of
+from jepa_scale.training.run import steps_of
 from tests.distributed.launch import run_ranks
 from tests.distributed.test_runs import rows, train_runs
 from tests.distributed.test_two_view_runs import config_file

@@ -64,10 +64,11 @@ def _noted(run: Any) -> int:
 
 def count(ranks: Ranks, cases: list[str]) -> list[dict[str, dict[str, int]]]:
     """Of each run: package → what waited and where → how often, from the end of the first step to that of the last one."""
-    from jepa_scale.training import trainer
+    from jepa_scale.training.metrics import Meter
+    from jepa_scale.training.run import run_training
 
     results = []
-    done = trainer.Meter.step_done
+    done = Meter.step_done
     for config in cases:
         found = HostSyncs()
 
@@ -78,11 +79,11 @@ def count(ranks: Ranks, cases: list[str]) -> list[dict[str, dict[str, int]]]:
             elif step == STEPS:
                 found.__exit__()
 
-        trainer.Meter.step_done = step_done  # type: ignore[method-assign]
+        Meter.step_done = step_done  # type: ignore[method-assign]
         try:
-            trainer.run_training(argparse.Namespace(config=config, resume=None, overrides=[]))
+            run_training(argparse.Namespace(config=config, resume=None, overrides=[]))
         finally:
-            trainer.Meter.step_done = done  # type: ignore[method-assign]
+            Meter.step_done = done  # type: ignore[method-assign]
             found.__exit__()  # if the run has failed
         of = {package: found.of(package) for package in ("jepa_scale", "deepspeed")}
         results.append({package: {" ".join(key): n for key, n in of[package].items()} for package in of})

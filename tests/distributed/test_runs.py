@@ -61,11 +61,11 @@ def config_file(folder: Path, objective: str, engine: str, accumulation: int = 1
 
 def train_runs(ranks: Ranks, cases: list[tuple[str, str | None]]) -> None:
     """Train each (config file, --resume value) in turn, in this process group."""
-    from jepa_scale.training import trainer
+    from jepa_scale.training.run import run_training
 
     for config, resume in cases:
         torch.manual_seed(0)
-        trainer.run_training(argparse.Namespace(config=config, resume=resume, overrides=[]))
+        run_training(argparse.Namespace(config=config, resume=resume, overrides=[]))
 
 
 def rows(folder: Path, name: str, split: str | None = "fit") -> list[dict[str, Any]]:

@@ -28,11 +28,12 @@ def train_by_hand(ranks: Ranks, cases: list[tuple[str, str | None]]) -> None:
     """Train by a clock that moves only where it is moved: in the data, the engine's calls, and the counting of the batch."""
     from jepa_scale.telemetry import run_log
     from jepa_scale.training import metrics as meter
+    from jepa_scale.training import run as training
     from jepa_scale.training import trainer
     from jepa_scale.training.timer import StepClock
 
     now = 0.0
-    real_build, real_totals = trainer.build, trainer.global_totals
+    real_build, real_totals = training.build, trainer.global_totals
 
     def takes(seconds: float | Callable[[Any], float], call: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -61,7 +62,7 @@ def train_by_hand(ranks: Ranks, cases: list[tuple[str, str | None]]) -> None:
 
     clock = SimpleNamespace(perf_counter=lambda: now)
     with (
-        patch.object(trainer, "build", build),
+        patch.object(training, "build", build),
         patch.object(trainer, "global_totals", takes(OTHER[ranks.rank], real_totals)),
         patch.object(StepClock.__init__, "__defaults__", (True, lambda: now)),
         patch.object(meter, "time", clock),

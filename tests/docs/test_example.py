@@ -19,13 +19,13 @@ EXAMPLES = DOCS / "examples"
 
 
 def train_runs(ranks: Ranks, configs: list[str]) -> None:
-    from jepa_scale.training import trainer
+    from jepa_scale.training.run import run_training
 
     sys.path.insert(0, str(EXAMPLES))
     try:
         for config in configs:
             torch.manual_seed(0)
-            trainer.run_training(argparse.Namespace(config=config, resume=None, overrides=[]))
+            run_training(argparse.Namespace(config=config, resume=None, overrides=[]))
     finally:
         sys.path.remove(str(EXAMPLES))
 

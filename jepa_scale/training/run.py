@@ -1,0 +1,156 @@
+"""A training process, and one that evaluates a checkpoint: from the command line's arguments to the last line printed."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from jepa_scale import checkpoint
+from jepa_scale.checkpoint import Saver
+from jepa_scale.config.schema import Config, load_config, to_yaml
+from jepa_scale.distributed import comm
+from jepa_scale.evaluation.chat import generations_file
+from jepa_scale.experiment import validate
+from jepa_scale.models.flops import peak_of
+from jepa_scale.report.step_time import breakdown_table
+from jepa_scale.telemetry import RunLog, describe, prepare_run_dir, quiet_libraries
+from jepa_scale.telemetry.records import config_of, read_rows
+from jepa_scale.training.build import build
+from jepa_scale.training.preemption import StopRequest
+from jepa_scale.training.stopping import Aborted, Criteria
+from jepa_scale.training.trainer import Trainer, run_dir_of
+from jepa_scale.training.watchdog import Watchdog
+from jepa_scale.utils import allocator
+from jepa_scale.utils.errors import InputError
+from jepa_scale.utils.logging import say
+
+
+def run_training(args: argparse.Namespace) -> None:
+    """Train one run, new or resumed, and write its report.
+
+    Args:
+        args: ``config``, ``overrides`` and ``resume`` of the command line.
+
+    Raises:
+        InputError: something that the user gave is wrong; nothing has been trained then.
+        Aborted: a rule of ``train.abort`` has ended the run.
+    """
+    config = load_config(args.config, args.overrides)
+    plan = validate(config)
+    quiet_libraries()
+    ranks = comm.setup()
+    run_dir = run_dir_of(config)
+    prepare_run_dir(run_dir, resume=args.resume is not None)
+    found = checkpoint.find(run_dir, args.resume, config.checkpoint.verify) if args.resume else None
+
+    run = build(plan, ranks, steps_of(found, config))
+    start, counts, criteria = 0, None, Criteria(config.train)
+    if found:
+        state = checkpoint.load(found, run.parts).state
+        start = run.stream.resume(state["data"], accept_changes=config.data["accept_changes"])
+        criteria.resume(state.get("criteria"))
+        counts = {name: state.get(name, 0) for name in ("tokens", "seconds", "flops")}
+
+    log = RunLog(
+        run_dir,
+        config.log,
+        ranks,
+        config.run.name,
+        run.steps,
+        to_yaml(config),
+        start_step=start,
+        state=counts,
+        engine=run.engine.layout,
+        data=run.data.counts,
+        peak=peak_of(ranks.device, config.engine.precision, config.engine.tf32),
+        budget=config.train.flops,
+    )
+    saver = saver_of(config, run_dir)
+    if ranks.is_main:
+        allocator.advise(ranks.device)
+    with log, StopRequest(ranks.device) as stop, Watchdog(run_dir, ranks, 60 * config.train.hang_minutes) as watchdog:
+        trainer = Trainer(run, log, saver, watchdog, stop, criteria)
+        try:
+            trainer.train(start)
+        except BaseException:
+            saver.abandon()
+            raise
+        saver.close()
+    if ranks.is_main:
+        conclude(trainer, run_dir)
+    if criteria.aborted:
+        raise Aborted(criteria.ended)
+
+
+def conclude(trainer: Trainer, run_dir: Path) -> None:
+    """Print how a run has ended, and write its report unless it is to go on."""
+    config, criteria = trainer.config, trainer.criteria
+    if criteria.ended and not criteria.aborted:
+        print(criteria.ended, flush=True)
+    if trainer.stopping:
+        by = trainer.stop.name or "a signal to another rank"
+        print(f"stopped by {by} after step {trainer.done}; go on with --resume auto", flush=True)
+    elif config.log.report:
+        from jepa_scale.report.page import write_report  # draws: other ranks, and the start, need no matplotlib
+
+        print(f"report: {write_report(run_dir)}", flush=True)
+    if config.log.breakdown and (table := breakdown_table(read_rows(run_dir))):
+        print(table, flush=True)
+
+
+def steps_of(found: Path | None, config: Config) -> int:
+    """What ``train.flops`` came to when the checkpoint's run began; 0 if that is not known, or the budget is another one now."""
+    if found is None or not config.train.flops:
+        return 0
+    manifest = checkpoint.Manifest.read(found)
+    same = manifest.config.get("train", {}).get("flops") == config.train.flops
+    return int(manifest.state.get("steps", 0)) if same else 0
+
+
+def saver_of(config: Config, run_dir: Path) -> Saver:
+    """Writes and keeps checkpoints as the section ``checkpoint`` says."""
+    keep = config.checkpoint
+    higher = bool(keep.keep_best) and describe(str(keep.keep_best).rpartition("/")[2]).better == "higher"
+    policy = checkpoint.Policy(keep.keep_last, keep.keep_every, keep.keep_best, higher)
+    return Saver(
+        run_dir / "checkpoints",
+        policy,
+        keep.asynchronous,
+        tell=report_failure,
+        every=keep.every,
+        ephemeral_every=keep.ephemeral_every,
+    )
+
+
+def report_failure(report: checkpoint.Report) -> None:
+    """Print why a checkpoint could not be written; the run goes on with the ones before."""
+    if report.problem and report.path is None:
+        say(
+            f"jepa-scale: the checkpoint of step {report.step} was not saved: {report.problem}; training goes on, and the "
+            "next save tries again"
+        )
+
+
+def evaluate_checkpoint(args: argparse.Namespace) -> None:
+    """Evaluate a run's checkpoint once more, perhaps with other ``eval`` options, and print the metrics.
+
+    Args:
+        args: ``run``, ``checkpoint`` and ``overrides`` of the command line.
+    """
+    config = load_config(config_of(args.run), args.overrides)
+    quiet_libraries()
+    ranks = comm.setup()
+    found = checkpoint.find(args.run, args.checkpoint, config.checkpoint.verify)
+    if found is None:
+        raise InputError(f"{args.run}: has no checkpoint to evaluate")
+    if ranks.data_size % (config.engine.tp * config.engine.replicas):  # trained by more ranks than there are now
+        config.engine.tp = config.engine.replicas = 1
+    run = build(validate(config), ranks, steps_of(found, config))
+    step = checkpoint.load(found, run.parts).step
+    results = run.evaluate(step=step, run_dir=args.run)
+    if ranks.is_main:
+        print(found)
+        for split, metrics in results.items():
+            print(f"{split:8}", "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+            if "generated" in metrics:
+                print(f"{'':8} {generations_file(args.run, step, split)}")
