@@ -15,7 +15,7 @@ missing=()
 for program in "${programs[@]}"; do
   command -v "$program" >/dev/null || missing+=("$program")
 done
-ldconfig -p | grep -q libtcmalloc_minimal.so || missing+=(libtcmalloc_minimal)
+[[ $(ldconfig -p) == *libtcmalloc_minimal.so* ]] || missing+=(libtcmalloc_minimal)
 [ ${#missing[@]} -gt 0 ] || exit 0
 
 skip() { echo "integration tests: ${missing[*]} not installed: $1"; exit 0; }

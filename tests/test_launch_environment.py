@@ -16,6 +16,10 @@ for task in 0 1 2 3; do
   SLURM_PROCID=$task SLURM_LOCALID=$((task % 2)) SLURM_NTASKS=4 "$@"
 done
 """
+SCONTROL = """#!/usr/bin/env bash
+printf 'node%d\\n' $(seq 7 20000)
+"""
+"""More than a pipe holds: a reader that closes the pipe after the first line would end the program with SIGPIPE."""
 PYTHON = """#!/usr/bin/env bash
 [ "$1" = jepa_scale/train.py ] || exit 0
 echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT $*"
@@ -24,7 +28,7 @@ echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT $*"
 
 def test_a_task_of_slurm_is_a_rank_with_its_number_on_its_node(tmp_path):
     """The batch script with a stand-in for ``srun``: on one task a node, as in the tests on a real SLURM, every local number is 0."""
-    programs = {"srun": SRUN, "python": PYTHON, "scontrol": "#!/usr/bin/env bash\nprintf 'node7\\nnode8\\n'\n"}
+    programs = {"srun": SRUN, "python": PYTHON, "scontrol": SCONTROL}
     for name, text in programs.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
