@@ -34,7 +34,7 @@ class Refuse(importlib.abc.MetaPathFinder):
             raise ImportError(name)
 
 sys.meta_path.insert(0, Refuse())
-from jepa_scale.cli import main
+from jepa_scale.cli.main import main
 
 told = []
 for arguments in cases:

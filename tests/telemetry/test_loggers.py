@@ -120,8 +120,8 @@ WANDB_RUN = """
 import sys, torch
 from pathlib import Path
 from jepa_scale.telemetry import RunLog
-from jepa_scale.config import LogConfig
-from jepa_scale.distributed import Ranks
+from jepa_scale.config.schema import LogConfig
+from jepa_scale.distributed.comm import Ranks
 directory, start = Path(sys.argv[1]), int(sys.argv[2])
 log = LogConfig(progress=False, wandb=True, tensorboard=True, wandb_project="probe")
 ranks = Ranks(0, 1, 0, torch.device("cpu"), "python")
