@@ -8,9 +8,10 @@ Every run is a process of its own, of the config as shipped and the overrides in
 order; a seed changes weights and order. Runs that are already complete in --dir are not repeated.
 
 Figures are of the split ``valid`` at the end: how far InfoNCE is under chance (ln of the number of candidates, so that queues of
-any size compare), retrieval of the right next grid among the split's, effective ranks. ``vq_usage`` is the share of the codes that
-training used in the last 100 steps, ``vq_usage_least`` its smallest logged value, and ``vq_split_usage`` the share that the split's
-contexts use. With codes off the ranks are of what is not quantised.
+any size compare), retrieval of the right next grid among the split's, and the entropy ranks of the states' covariance
+(``docs/evaluation.md``; without codes, of the states that are not quantised). ``vq_usage`` is the share of the codes that training
+used in the last 100 steps, ``vq_usage_least`` its smallest logged value, and ``vq_split_usage`` the share that the split's contexts
+use.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ METRICS = {
     "info_nce": "nats",
     "retrieval_top1": "",
     "retrieval_chance": "",
-    "effective_rank_context": "",
-    "effective_rank_target": "",
+    "covariance_entropy_rank_context": "",
+    "covariance_entropy_rank_target": "",
     "isotropy_context": "",
     "isotropy_target": "",
     "vq_usage": "",
@@ -64,8 +65,8 @@ METRICS = {
 SHOWN = (
     "under_chance",
     "retrieval_top1",
-    "effective_rank_context",
-    "effective_rank_target",
+    "covariance_entropy_rank_context",
+    "covariance_entropy_rank_target",
     "vq_usage_least",
     "vq_split_usage",
     "temperature",

@@ -34,7 +34,7 @@ from benchmarks.study import train_all  # noqa: E402
 from jepa_scale.cli.main import main as command  # noqa: E402
 from jepa_scale.data.prepare.formats.table import read_jsonl  # noqa: E402
 from jepa_scale.metrics.probe import Labelled, accuracy, linear_probe, majority, neighbour_predictions  # noqa: E402
-from jepa_scale.metrics.representation import effective_rank  # noqa: E402
+from jepa_scale.metrics.spectrum import effective_rank  # noqa: E402
 from jepa_scale.telemetry import load_run  # noqa: E402
 from jepa_scale.utils.format import text_table  # noqa: E402
 

@@ -20,7 +20,9 @@ RANKS = 2
 LARGE = ("jepa_1b", "jepa_8b", "span_base")
 """Configs, by the beginning of their names, that no laptop trains."""
 TIMING = {"tokens_per_second", "seconds", "data_wait", "mfu"}
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {
+    f"effective_rank_{side}": f"covariance_entropy_rank_{side}" for side in ("context", "target")
+}
 """A metric's name before → its name now."""
 
 

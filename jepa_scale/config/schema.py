@@ -10,11 +10,12 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import warnings
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from jepa_scale.utils.errors import InputError
 
@@ -127,10 +128,30 @@ class OptimConfig(Section):
         return self
 
 
+RENAMED_METRICS = {
+    "effective_rank_context": "covariance_entropy_rank_context",
+    "effective_rank_target": "covariance_entropy_rank_target",
+}
+"""Name that a metric had in version 0.1 → its name now. A config may use the former one until 0.3."""
+
+
+def _current_metric(key: str) -> str:
+    """``split/metric`` with the name that the metric has now."""
+    split, _, name = key.rpartition("/")
+    if name not in RENAMED_METRICS:
+        return key
+    current = f"{split}/{RENAMED_METRICS[name]}"
+    warnings.warn(f"the metric {key} has a new name; write {current} in the config", FutureWarning, stacklevel=1)
+    return current
+
+
+MetricKey = Annotated[str, AfterValidator(_current_metric)]
+
+
 class EarlyStopping(Section):
     """End the run when an evaluation's metric gets no better. Better is what the metric's kind says: a loss is to fall."""
 
-    metric: str = Field(description="As split/metric, e.g. valid/ppl.", pattern=r"^[^/]+/[^/]+$")
+    metric: MetricKey = Field(description="As split/metric, e.g. valid/ppl.", pattern=r"^[^/]+/[^/]+$")
     patience: int = Field(10, ge=1, description="Evaluations in a row without an improvement after which the run ends.")
     min_delta: float = Field(0.0, ge=0, description="What counts as an improvement is more than this.")
 
@@ -138,7 +159,7 @@ class EarlyStopping(Section):
 class AbortRule(Section):
     """End the run, with an error, when a metric is not as it should be. NaN and infinity never are."""
 
-    metric: str = Field(
+    metric: MetricKey = Field(
         description="As split/metric; the split fit is the training itself, looked at in its logged rows.",
         pattern=r"^[^/]+/[^/]+$",
     )
@@ -239,7 +260,7 @@ class CheckpointConfig(Section):
     every: int = Field(0, ge=0, description="Steps between checkpoints; 0 = at the end only.")
     keep_last: int = Field(2, ge=1, description="Newest checkpoints to keep.")
     keep_every: int = Field(0, ge=0, description="Keep those whose step is a multiple of this, too; 0 = none.")
-    keep_best: str | None = Field(
+    keep_best: MetricKey | None = Field(
         None, description="Keep the one that is best by this metric of an evaluation, as split/metric, too."
     )
     ephemeral_every: int = Field(

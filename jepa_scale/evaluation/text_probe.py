@@ -18,7 +18,7 @@ from jepa_scale.evaluation.encode import Call, encode_texts
 from jepa_scale.evaluation.options import PerplexityOptions
 from jepa_scale.metrics.geometry import uniformity
 from jepa_scale.metrics.probe import Labelled, accuracy, linear_probe, majority, neighbour_predictions
-from jepa_scale.metrics.representation import effective_rank
+from jepa_scale.metrics.spectrum import effective_rank
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.objectives.base import Objective
 from jepa_scale.utils.errors import InputError

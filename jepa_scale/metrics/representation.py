@@ -1,4 +1,4 @@
-"""What representations are like: how many directions they use, how far they spread, whether they find their targets.
+"""Spread of predictions beside their targets, and retrieval of targets by predictions.
 
 Rows are whole here, gathered on every rank; nothing in this file is collective.
 """
@@ -16,35 +16,6 @@ from jepa_scale.losses.precision import without_autocast
 
 CHUNK = 1024
 """Rows at a time: the scores of as many queries against 20,000 candidates take 80 MB."""
-
-
-@torch.no_grad()
-def effective_rank(rows: Tensor) -> Tensor:
-    """exp of the entropy of the normalised singular values of the centred rows (Roy & Vetterli, EUSIPCO 2007).
-
-    (n, d) → 0-d float64, from 1 (one direction) to min(n − 1, d) (as many, equally strong). 0 for rows that are all the
-    same, or none: there is no direction at all. NaN if a row has a value that is not finite.
-    """
-    n, d = rows.shape
-    epsilon = torch.finfo(torch.float64).eps
-    mean = rows.sum(dim=0, dtype=torch.float64) / max(n, 1)
-    if n < d:  # the smaller of the two Gram matrices; their non-zero eigenvalues are the same
-        centred = rows.double() - mean
-        gram = centred @ centred.T
-    else:
-        gram = torch.zeros(d, d, dtype=torch.float64, device=rows.device)
-        for part in rows.split(CHUNK):
-            centred = part.double() - mean
-            gram.addmm_(centred.T, centred)
-    finite = gram.isfinite().all()
-    values = torch.linalg.eigvalsh(torch.where(finite, gram, 0.0))
-    # below this an eigenvalue is rounding: of the eigenvalues themselves, or of a mean that is far from zero
-    rounding = epsilon * max(n, d) * values.sum() + (epsilon * n * mean).square().sum() * n
-    singular = torch.where(values > rounding, values, 0.0).sqrt()
-    total = singular.sum()
-    entropy = torch.special.entr(singular / total.clamp(min=torch.finfo(torch.float64).tiny)).sum()
-    rank = torch.where(total > 0, entropy.exp(), 0.0)
-    return torch.where(finite, rank, torch.nan)
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
-"""What the spectrum of representations says: how many directions they use, and whether these are used alike.
+"""Ranks and isotropy of a set of representations, each defined here and nowhere else (table in ``docs/evaluation.md``).
 
-Rows are whole here, gathered on every rank; nothing in this file is collective.
+Rows are whole here, gathered on every rank; nothing in this file is collective. Below, λ are the eigenvalues of the Gram
+matrix of the centred rows, which is their covariance but for a factor, and σ = √λ are the singular values of the centred rows.
 """
 
 from __future__ import annotations
@@ -9,22 +10,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+CHUNK = 1024
+"""Rows at a time that are converted to float64."""
+
 
 @torch.no_grad()
-def covariance_rank(rows: Tensor) -> Tensor:
-    """exp of the entropy of the normalised eigenvalues of the rows' covariance.
+def effective_rank(rows: Tensor) -> Tensor:
+    """exp(−Σ p ln p), p = σ / Σσ: the exponential of the entropy of the normalised singular values of the centred rows
+    (Roy & Vetterli, "The effective rank", EUSIPCO 2007, definition 1, of the centred matrix).
 
-    (n, d) → 0-d float64, from 1 to min(n − 1, d); 0 for rows that are all the same. It is never above
-    :func:`jepa_scale.metrics.representation.effective_rank`, which takes the square roots of these eigenvalues.
+    (n, d) → 0-d float64, from 1 (one direction) to min(n − 1, d) (as many, equally strong). 0 for rows that are all the
+    same, or none: there is no direction at all. NaN if a row has a value that is not finite.
     """
-    x = rows.double()
-    x = x - x.mean(dim=0, keepdim=True) if len(x) else x
-    values = torch.linalg.eigvalsh(x @ x.T if len(x) < x.shape[1] else x.T @ x)
-    rounding = torch.finfo(torch.float64).eps * max(rows.shape) * rows.double().square().sum()
-    values = torch.where(values > rounding, values, 0.0)
-    total = values.sum()
-    entropy = torch.special.entr(values / total.clamp(min=torch.finfo(torch.float64).tiny)).sum()
-    return torch.where(total > 0, entropy.exp(), 0.0)
+    return _exp_entropy(_eigenvalues(rows).sqrt())
+
+
+@torch.no_grad()
+def covariance_entropy_rank(rows: Tensor) -> Tensor:
+    """exp(−Σ q ln q), q = λ / Σλ: the exponential of the entropy of the normalised eigenvalues of the rows' covariance
+    (the von Neumann entropy of the covariance divided by its trace).
+
+    (n, d) → 0-d float64, with the range and the special cases of :func:`effective_rank`, above which it never is: λ = σ² weighs
+    the strong directions more. The two are equal only if all directions in use are equally strong.
+    """
+    return _exp_entropy(_eigenvalues(rows))
+
+
+@torch.no_grad()
+def effective_rank_of_directions(rows: Tensor) -> Tensor:
+    """The :func:`effective_rank` of the 2n unit vectors ±x / ‖x‖: 1 if all rows x point the same way or the opposite way.
+
+    (n, d) → 0-d float64. The mean of ±x / ‖x‖ is zero, so nothing is centred away, and lengths do not count.
+    """
+    unit = F.normalize(rows.double(), dim=1)
+    return effective_rank(torch.cat([unit, -unit]))
 
 
 @torch.no_grad()
@@ -41,3 +60,31 @@ def isotropy(rows: Tensor) -> Tensor:
     along = x @ directions
     sums = torch.cat([along.exp().sum(dim=0), (-along).exp().sum(dim=0)])
     return sums.min() / sums.max()
+
+
+def _eigenvalues(rows: Tensor) -> Tensor:
+    """(n, d) → (min(n, d),) float64 λ, zero where one is rounding; all NaN if a row is not finite."""
+    n, d = rows.shape
+    epsilon = torch.finfo(torch.float64).eps
+    mean = rows.sum(dim=0, dtype=torch.float64) / max(n, 1)
+    if n < d:  # the smaller of the two Gram matrices; their non-zero eigenvalues are the same
+        centred = rows.double() - mean
+        gram = centred @ centred.T
+    else:
+        gram = torch.zeros(d, d, dtype=torch.float64, device=rows.device)
+        for part in rows.split(CHUNK):
+            centred = part.double() - mean
+            gram.addmm_(centred.T, centred)
+    finite = gram.isfinite().all()
+    values = torch.linalg.eigvalsh(torch.where(finite, gram, 0.0))
+    # below this an eigenvalue is rounding: of the eigenvalues themselves, or of a mean that is far from zero
+    rounding = epsilon * max(n, d) * values.sum() + (epsilon * n * mean).square().sum() * n
+    values = torch.where(values > rounding, values, 0.0)
+    return torch.where(finite, values, torch.nan)
+
+
+def _exp_entropy(weights: Tensor) -> Tensor:
+    """(k,) ≥ 0 → 0-d, the exponential of the entropy of the weights divided by their sum; 0 if all are zero, NaN if one is."""
+    total = weights.sum()
+    entropy = torch.special.entr(weights / total.clamp(min=torch.finfo(torch.float64).tiny)).sum()
+    return torch.where(total == 0, 0.0, entropy.exp())

@@ -22,7 +22,7 @@ from torch import Tensor
 from jepa_scale.data.examples import Conversation
 from jepa_scale.data.sampling.rng import Draw, ViewMaker
 from jepa_scale.distributed.comm import all_gather_object
-from jepa_scale.metrics.representation import effective_rank
+from jepa_scale.metrics.spectrum import effective_rank
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.objectives.base import Loss, Objective, lm_loss, resolve_tap, share
 from jepa_scale.objectives.ramp import ramp

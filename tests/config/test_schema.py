@@ -102,6 +102,19 @@ def test_bad_values_are_named(tmp_path, change, message):
         load_config(write(tmp_path, {**MINIMAL, **change}))
 
 
+def test_a_former_name_of_a_metric_is_read_as_its_name_now(tmp_path):
+    train = {
+        "eval_every": 5,
+        "abort": [{"metric": "valid/effective_rank_context", "below": 3.0}],
+        "early_stopping": {"metric": "valid/effective_rank_target"},
+    }
+    checkpoint = {"keep_best": "valid/effective_rank_context"}
+    with pytest.warns(FutureWarning, match="write valid/covariance_entropy_rank_context in the config"):
+        config = load_config(write(tmp_path, {**MINIMAL, "train": train, "checkpoint": checkpoint}))
+    assert config.train.abort[0].metric == config.checkpoint.keep_best == "valid/covariance_entropy_rank_context"
+    assert config.train.early_stopping.metric == "valid/covariance_entropy_rank_target"
+
+
 def test_missing_section(tmp_path):
     with pytest.raises(InputError, match="data: required key is missing"):
         load_config(write(tmp_path, {k: v for k, v in MINIMAL.items() if k != "data"}))

@@ -20,7 +20,7 @@ from jepa_scale.evaluation.text_probe import probe_test
 from jepa_scale.experiment import validate
 from jepa_scale.metrics.geometry import uniformity
 from jepa_scale.metrics.probe import Labelled, linear_probe, neighbour_predictions
-from jepa_scale.metrics.representation import effective_rank
+from jepa_scale.metrics.spectrum import effective_rank
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.objectives.lm import LanguageModeling
 from jepa_scale.objectives.lm_options import LmOptions

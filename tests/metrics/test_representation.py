@@ -1,4 +1,4 @@
-"""Effective rank, spread and retrieval: closed forms, laws, plain references."""
+"""Spread and retrieval: closed forms, laws, plain references."""
 
 import math
 import warnings
@@ -12,59 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from jepa_scale.losses.infonce import NO_KEY
 from jepa_scale.metrics import representation
-from jepa_scale.metrics.representation import effective_rank, retrieval, std_gap
+from jepa_scale.metrics.representation import retrieval, std_gap
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-@settings(max_examples=25)
-@given(st.integers(1, 8), st.integers(8, 30), st.floats(1e-3, 1e3), st.floats(-100, 100), st.integers(0, 1000))
-def test_k_equal_orthogonal_directions_have_rank_k(k, d, scale, shift, seed):
-    rotation, _ = torch.linalg.qr(randn(d, d, seed=seed).double())
-    corners = torch.eye(d, dtype=torch.float64)[:k] * scale
-    rows = torch.cat([corners, -corners]) @ rotation + shift
-    assert float(effective_rank(rows)) == pytest.approx(k, rel=1e-6)  # fewer rows than features, or more
-    assert float(effective_rank(rows.repeat(6, 1))) == pytest.approx(k, rel=1e-6)
-
-
-@settings(max_examples=25)
-@given(st.integers(2, 40), st.integers(1, 40), st.integers(0, 1000))
-def test_effective_rank_equals_that_of_singular_values(n, d, seed):
-    rows = randn(n, d, seed=seed) * torch.logspace(0, -3, d) + 1
-    wide = rows.double()
-    singular = torch.linalg.svdvals(wide - wide.mean(0))
-    shares = singular[singular > 1e-9] / singular[singular > 1e-9].sum()
-    expected = math.exp(-float((shares * shares.log()).sum()))
-    assert float(effective_rank(rows)) == pytest.approx(expected, rel=1e-5)
-    assert 1 - 1e-9 <= expected <= min(n - 1, d) + 1e-9
-
-
-def test_effective_rank_of_chunks_is_that_of_all(monkeypatch):
-    rows = randn(50, 6)
-    expected = effective_rank(rows)
-    monkeypatch.setattr(representation, "CHUNK", 7)
-    torch.testing.assert_close(effective_rank(rows), expected)
-
-
-@pytest.mark.parametrize("n", [0, 1, 3, 1000])
-@pytest.mark.parametrize("value", [0.0, 0.1, -1234.567])
-def test_rows_that_are_all_the_same_have_no_direction(n, value):
-    rows = torch.full((n, 20), value) * torch.linspace(1, 2, 20)
-    assert float(effective_rank(rows)) == 0
-    wide = (torch.linspace(1, 2, 20).double() * value / 3).expand(n, 20)  # their mean is rounded
-    assert float(effective_rank(wide)) == 0
-
-
-def test_rounding_is_no_direction():
-    rows = torch.outer(randn(500).double(), randn(400, seed=1).double())
-    assert float(effective_rank(rows)) == pytest.approx(1, abs=1e-9)
-
-
-def test_effective_rank_of_rows_that_are_not_finite_is_nan():
-    for bad in (math.nan, math.inf):
-        assert effective_rank(torch.tensor([[1.0, bad], [0.0, 1.0], [2.0, 3.0]])).isnan()
 
 
 def test_std_gap_is_positive_when_predictions_spread_less():

@@ -1055,6 +1055,15 @@ ROWS: tuple[Row, ...] = (
         "tests/metrics/test_representation.py::test_collapsed_rows_find_nothing",
         "representations that have collapsed find nothing",
     ),
+    _row(
+        "effective-rank-of-eigenvalues",
+        "horizon",
+        "jepa_scale/metrics/spectrum.py",
+        "return _exp_entropy(_eigenvalues(rows).sqrt())",
+        "return _exp_entropy(_eigenvalues(rows))",
+        "tests/metrics/test_spectrum.py::test_what_the_two_ranks_of_one_spectrum_are",
+        "an effective rank is of singular values",
+    ),
     # ------------------------------------------------------------------------------------------------------- infonce
     _row(
         "infonce-temperature",

@@ -196,6 +196,16 @@ def test_a_run_that_was_never_evaluated_is_compared_by_its_loss(tmp_path):
     assert compare_table([tmp_path]).splitlines()[0].split()[-1] == "fit/loss"
 
 
+def test_an_older_run_is_reported_under_the_names_that_it_has(tmp_path):
+    """Version 0.1 wrote grid's covariance entropy ranks as effective ranks."""
+    rows = [{"step": s, "split": "valid", "loss": 1.0 / s, "effective_rank_context": 10.0 + s} for s in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = " ".join(Page(write_report(tmp_path).read_text(encoding="utf-8")).words)
+    assert "effective_rank_context" in words and "12" in words and "covariance_entropy_rank" not in words
+    shown = compare_table([tmp_path], {"rank": "valid/effective_rank_context"})
+    assert shown.splitlines()[2].split()[-1].startswith("12")
+
+
 def test_runs_on_text_are_compared_by_perplexity(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(
         json.dumps({"step": 1, "split": "valid", "lm_loss": 2.0, "ppl": 7.39}) + "\n"

@@ -105,6 +105,9 @@ def test_names_tell_direction():
         "mrr",
         "retrieval_top1",
         "effective_rank",
+        "effective_rank_directions",
+        "covariance_entropy_rank_context",
+        "covariance_entropy_rank_target",
         "vq_usage",
         "mfu",
     ):

@@ -15,7 +15,7 @@ from torch import Tensor
 from jepa_scale.distributed.comm import all_gather_object
 from jepa_scale.losses.infonce import first_of_each, places_of
 from jepa_scale.metrics.representation import retrieval
-from jepa_scale.metrics.spectrum import covariance_rank, isotropy
+from jepa_scale.metrics.spectrum import covariance_entropy_rank, isotropy
 from jepa_scale.objectives.grid.config import GridOptions
 from jepa_scale.objectives.grid.quantizer import Quantizer
 from jepa_scale.objectives.grid.queue import TargetQueue
@@ -30,19 +30,19 @@ CHUNK = 1024
 class GridDiagnostics:
     """See :class:`jepa_scale.objectives.base.Diagnostics`.
 
-    ============================ ===================================================================================
-    metric                       of the split's samples
-    ============================ ===================================================================================
-    ``info_nce``                 nats; candidates are the split's different targets and the queue
-    ``chance``                   ln of how many these are: InfoNCE of a model that knows nothing
-    ``retrieval_top1``           how often the prediction is nearest to its own target, among the split's targets
-    ``retrieval_chance``         1 / these
-    ``effective_rank_context``   exp of the entropy of the covariance's normalised spectrum; ``effective_rank_target``
-    ``isotropy_context``         min / max of the partition function; ``isotropy_target``
-    ``vq_usage``                 share of the codes that training has used in the last ``vq_window`` steps
-    ``vq_split_usage``           share of the codes that the split's contexts use
-    ``temperature``              of InfoNCE
-    ============================ ===================================================================================
+    =================================== =================================================================================
+    metric                              of the split's samples
+    =================================== =================================================================================
+    ``info_nce``                        nats; candidates are the split's different targets and the queue
+    ``chance``                          ln of how many these are: InfoNCE of a model that knows nothing
+    ``retrieval_top1``                  how often the prediction is nearest to its own target, among the split's targets
+    ``retrieval_chance``                1 / these
+    ``covariance_entropy_rank_context`` of the contexts' states before the projector; ``…_target``: of the targets'
+    ``isotropy_context``                min / max of the partition function; ``isotropy_target``
+    ``vq_usage``                        share of the codes that training has used in the last ``vq_window`` steps
+    ``vq_split_usage``                  share of the codes that the split's contexts use
+    ``temperature``                     of InfoNCE
+    =================================== =================================================================================
     """
 
     options: GridOptions
@@ -86,7 +86,7 @@ class GridDiagnostics:
         }
         self.representations = {side: every[f"{side}_state"] for side in ("context", "target")}
         for side, states in self.representations.items():
-            metrics[f"effective_rank_{side}"] = float(covariance_rank(states))
+            metrics[f"covariance_entropy_rank_{side}"] = float(covariance_entropy_rank(states))
             metrics[f"isotropy_{side}"] = float(isotropy(states))
         quantizer = self.quantizer
         if quantizer is not None:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from jepa_scale.distributed.comm import all_gather_object
-from jepa_scale.metrics.representation import effective_rank, retrieval, standardized, std_gap
+from jepa_scale.metrics.representation import retrieval, standardized, std_gap
+from jepa_scale.metrics.spectrum import effective_rank
 from jepa_scale.objectives.horizon.config import HorizonOptions
 from jepa_scale.objectives.horizon.losses import distance, is_statistic, statistic
 from jepa_scale.objectives.horizon.views import HorizonViews

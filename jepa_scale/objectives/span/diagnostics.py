@@ -13,7 +13,8 @@ from torch import Tensor
 from jepa_scale.distributed.comm import all_gather_object
 from jepa_scale.losses.sigreg import sigreg
 from jepa_scale.metrics.geometry import alignment, uniformity
-from jepa_scale.metrics.representation import effective_rank, retrieval
+from jepa_scale.metrics.representation import retrieval
+from jepa_scale.metrics.spectrum import effective_rank
 from jepa_scale.objectives.span.views import SpanViews
 from jepa_scale.packing import PackedBatch
 

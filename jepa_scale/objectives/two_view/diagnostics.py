@@ -13,7 +13,8 @@ from torch import Tensor
 
 from jepa_scale.distributed.comm import all_gather_object
 from jepa_scale.losses.distance import cosine
-from jepa_scale.metrics.representation import effective_rank, retrieval, std_gap
+from jepa_scale.metrics.representation import retrieval, std_gap
+from jepa_scale.metrics.spectrum import effective_rank, effective_rank_of_directions
 from jepa_scale.objectives.two_view.views import ChatViews
 from jepa_scale.packing import PackedBatch
 
@@ -66,7 +67,7 @@ class TwoViewDiagnostics:
             "std_gap": float(std_gap(source, target)),
             "effective_rank": float(effective_rank(target)),
             "effective_rank_prediction": float(effective_rank(source)),
-            "effective_rank_directions": _rank_of_directions(target),
+            "effective_rank_directions": float(effective_rank_of_directions(target)),
         }
         return {name: value for name, value in metrics.items() if value == value}  # a single pair has no margin
 
@@ -77,9 +78,3 @@ def _cosine_of_others(source: Tensor, target: Tensor) -> float:
     a, b = F.normalize(source.double(), dim=1), F.normalize(target.double(), dim=1)
     every = (a.sum(dim=0) * b.sum(dim=0)).sum() - (a * b).sum()
     return float(every / (n * (n - 1))) if n > 1 else float("nan")
-
-
-def _rank_of_directions(rows: Tensor) -> float:
-    """Effective rank of the unit vectors without centring: 1 when all of them point the same way."""
-    unit = F.normalize(rows.double(), dim=1)
-    return float(effective_rank(torch.cat([unit, -unit])))
