@@ -82,10 +82,6 @@ class SegmentTable:
     cu_seqlens: Tensor
     lengths: tuple[int, ...]
 
-    @property
-    def max_seqlen(self) -> int:
-        return max(self.lengths)
-
     @classmethod
     def from_lengths(cls, lengths: Iterable[int], device: torch.device | str = "cpu") -> SegmentTable:
         lengths = tuple(int(n) for n in lengths)

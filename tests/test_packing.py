@@ -49,7 +49,6 @@ def test_a_stream_holds_its_segments_in_the_order_given(given_segments):
     stream = pack_stream(given_segments)
     assert [read(stream, i) for i in range(len(given_segments))] == [written(s) for s in given_segments]
     assert stream.num_tokens == sum(stream.table.lengths) == len(stream.labels)
-    assert stream.table.max_seqlen == max(len(s.tokens) for s in given_segments)
     assert stream.labelled.tolist() == [t for t, label in enumerate(stream.labels.tolist()) if label != IGNORE]
     assert stream.input_ids[stream.first].tolist() == [s.tokens[0] for s in given_segments]
     assert stream.input_ids[stream.last].tolist() == [s.tokens[-1] for s in given_segments]

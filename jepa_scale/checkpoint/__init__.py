@@ -12,19 +12,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from jepa_scale.checkpoint.manifest import Manifest
-from jepa_scale.checkpoint.retention import Found, Policy, complete, prune
+from jepa_scale.checkpoint.retention import Policy, complete
 
 if TYPE_CHECKING:
-    from jepa_scale.checkpoint.boxes import Stateful
     from jepa_scale.checkpoint.restore import find, load, verify
     from jepa_scale.checkpoint.saver import Report, Saver
 
-__all__ = ["Found", "Manifest", "Policy", "Report", "Saver", "Stateful", "complete", "find", "load", "prune", "verify"]
+__all__ = ["Manifest", "Policy", "Report", "Saver", "complete", "find", "load", "verify"]
 
 _OF_TENSORS = {
     "Report": "saver",
     "Saver": "saver",
-    "Stateful": "boxes",
     "find": "restore",
     "load": "restore",
     "verify": "restore",

@@ -62,4 +62,4 @@ def load_data(values: dict[str, Any], prefix: str = "data") -> Dataset:
     return shard_source.load(given)
 
 
-__all__ = ["SOURCES", "DataOptions", "Dataset", "load_data", "parse_data"]
+__all__ = ["SOURCES", "DataOptions", "load_data", "parse_data"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from pydantic import Field
@@ -90,11 +90,3 @@ class Dataset(Protocol):
     def fingerprint(self) -> str:
         """SHA-256, in hex, of the training examples: equal if and only if they are the same, in the same
         order."""
-
-
-class Questions(Protocol):
-    """What ``answers`` evaluates: a data set that also knows all the answers."""
-
-    @property
-    def names(self) -> Sequence[tuple[int, ...]]:
-        """Every answer that a question may have, as token ids; evaluation ranks the right one among them."""

@@ -284,21 +284,3 @@ def _statements(script: str) -> Iterator[str]:
             yield script[start : i + 1]
             start = i + 1
     yield script[start:]
-
-
-# ---------------------------------------------------------------------------------------------- Spider
-
-
-def spider_database(prompt: str, folder: Path) -> Path:
-    """The database that a question of upstream's ``spider_*.jsonl`` is about: its prompt says ``For db_id:[name]``.
-
-    Raises:
-        DataError: the prompt names no database, or ``folder/name/name.sqlite`` is missing.
-    """
-    match = re.search(r"For db_id:\[([^\]/\\]+)\]", prompt)
-    if match is None:
-        raise DataError(f"no 'For db_id:[name]' in the prompt {prompt[:80]!r}; Spider's prompts name their database so")
-    path = folder / match[1] / f"{match[1]}.sqlite"
-    if not path.is_file():
-        raise DataError(f"{path} is missing; unpack Spider's databases into {folder}")
-    return path

@@ -27,7 +27,6 @@ class Backbone(nn.Module):
 
     Attributes:
         decoder: the ``…ForCausalLM`` of transformers, its attention set to the packed one.
-        block_class: class of a block, for sharding and activation checkpointing.
         blocks_at: dotted name of the list of blocks within the decoder.
     """
 
@@ -35,7 +34,6 @@ class Backbone(nn.Module):
         super().__init__()
         self.decoder = decoder
         self.blocks_at, self._norm_at = _locate(decoder)
-        self.block_class = type(self.layers[0])
         decoder.set_attn_implementation(attention.NAME)
         lm_head.adopt(decoder.get_output_embeddings())
         self.team: Team | None = None

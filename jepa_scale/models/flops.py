@@ -217,12 +217,6 @@ def linear_cost(module: nn.Module) -> Cost:
     return _read(module, None).cost(True)
 
 
-def linear_flops(module: nn.Module, rows: int, training: bool = False) -> int:
-    """:func:`linear_cost` of ``rows`` rows; with ``training`` the backward too."""
-    cost = linear_cost(module)
-    return rows * (cost.forward + cost.backward * training)
-
-
 # ----------------------------------------------------------------------------------------------- reading modules
 
 

@@ -32,13 +32,13 @@ class Answerer(Protocol):
     def prepare(self, answers: Sequence[tuple[int, ...]]) -> None:
         """Once before an evaluation: all answers that :meth:`ranks` compares with. The same list on every rank."""
 
-    def speak(self, questions: Sequence[Any], length: int) -> list[tuple[int, ...]]:
+    def speak(self, questions: Sequence[Question], length: int) -> list[tuple[int, ...]]:
         """Greedy generation of ``length`` tokens for each question."""
 
-    def nll(self, questions: Sequence[Any]) -> np.ndarray:
+    def nll(self, questions: Sequence[Question]) -> np.ndarray:
         """(n,) negative log-likelihood, in nats, of each question's whole answer, spoken token by token."""
 
-    def ranks(self, questions: Sequence[Any]) -> np.ndarray:
+    def ranks(self, questions: Sequence[Question]) -> np.ndarray:
         """(n,) rank of the right answer among all answers, 1 = best; ties count against the right one by half."""
 
 
@@ -68,14 +68,14 @@ class LanguageModelAnswerer:
         logits = self.call("next_token_logits", batch)
         return torch.log_softmax(logits, dim=-1)[batch.segments["prompt"].to(logits.device)]
 
-    def speak(self, questions: Sequence[Any], length: int) -> list[tuple[int, ...]]:
+    def speak(self, questions: Sequence[Question], length: int) -> list[tuple[int, ...]]:
         sequences = [list(q.prompt) for q in questions]
         for _ in range(length):
             following = self._next_log_probs(sequences).argmax(dim=-1).tolist()
             sequences = [[*s, t] for s, t in zip(sequences, following, strict=True)]
         return [tuple(s[len(q.prompt) :]) for s, q in zip(sequences, questions, strict=True)]
 
-    def nll(self, questions: Sequence[Any]) -> np.ndarray:
+    def nll(self, questions: Sequence[Question]) -> np.ndarray:
         segments = []
         for q in questions:
             tokens, answer = [*q.prompt, *q.answer[:-1]], q.answer
@@ -84,7 +84,7 @@ class LanguageModelAnswerer:
         log_probs = self.call("label_log_probs", batch).cpu().double().numpy()
         return -sum_by_segment(log_probs, batch)
 
-    def ranks(self, questions: Sequence[Any]) -> np.ndarray:
+    def ranks(self, questions: Sequence[Question]) -> np.ndarray:
         """Exact joint likelihood of every answer: one branch for each distinct prefix of an answer."""
         own = {a: i for i, a in enumerate(self.answers)}
         depth = max(len(a) for a in self.answers)

@@ -13,7 +13,7 @@ from jepa_scale.optim.groups import parameter_groups
 from jepa_scale.optim.muon import MatrixOptimizer
 from jepa_scale.optim.schedule import lr_factor
 
-__all__ = ["MatrixOptimizer", "OptimConfig", "Part", "build_optimizer", "lr_factor", "parameter_groups"]
+__all__ = ["MatrixOptimizer", "Part", "build_optimizer", "lr_factor", "parameter_groups"]
 
 
 def build_optimizer(groups: Sequence[dict[str, Any]], options: OptimConfig) -> torch.optim.Optimizer:

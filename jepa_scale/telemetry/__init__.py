@@ -3,9 +3,9 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from jepa_scale.telemetry.metrics import Metric, describe
+from jepa_scale.telemetry.metrics import describe
 from jepa_scale.telemetry.quiet import quiet_libraries
-from jepa_scale.telemetry.records import FIT, RunRecord, load_run, summarize
+from jepa_scale.telemetry.records import FIT, RunRecord, load_run
 
 if TYPE_CHECKING:
     from jepa_scale.telemetry.environment import package_versions
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FIT",
-    "Metric",
     "RunLog",
     "RunRecord",
     "describe",
@@ -22,7 +21,6 @@ __all__ = [
     "package_versions",
     "prepare_run_dir",
     "quiet_libraries",
-    "summarize",
 ]
 
 _OF_RUNS = {"RunLog": "run_log", "package_versions": "environment", "prepare_run_dir": "run_dir"}

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jepa_scale.metrics import sql
-from jepa_scale.metrics.sql import Limits, Outcome, Table, execution, same, sorts, spider_database, upstream_execution
+from jepa_scale.metrics.sql import Limits, Outcome, Table, execution, same, sorts, upstream_execution
 from jepa_scale.utils.errors import DataError
 
 FOREVER = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
@@ -319,16 +319,3 @@ def test_almost_nothing_is_nothing():
     b = Table(2, [(1e-17, 0.3), (0.0, 0.5)])
     assert same(a, b, ordered=False) and same(a, b, ordered=True)
     assert not same(a, Table(2, [(1e-3, 0.3), (0.0, 0.5)]), ordered=False)
-
-
-def test_spider_database(tmp_path):
-    (tmp_path / "farm").mkdir()
-    (tmp_path / "farm" / "farm.sqlite").touch()
-    assert spider_database("For db_id:[farm]\n\nHow many?", tmp_path) == tmp_path / "farm" / "farm.sqlite"
-    for prompt, says in (
-        ("How many?", "no 'For db_id"),
-        ("For db_id:[../x]", "no 'For db_id"),
-        ("For db_id:[zoo]", "miss"),
-    ):
-        with pytest.raises(DataError, match=says):
-            spider_database(prompt, tmp_path)

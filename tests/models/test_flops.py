@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from jepa_scale.models.flops import Cost, DecoderFlops, attention_pairs, linear_flops, peak_flops, peak_of
+from jepa_scale.models.flops import Cost, DecoderFlops, attention_pairs, linear_cost, peak_flops, peak_of
 from jepa_scale.models.layers.mlp import Mlp
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
@@ -106,7 +106,7 @@ def test_frozen_lower_blocks_have_no_backward(name):
     if name == "olmo2":  # no norm before the projections: nothing asks for the gradient of what they read
         attention = backbone.layers[1].self_attn
         projections = nn.ModuleList([attention.q_proj, attention.k_proj, attention.v_proj])
-        extra = linear_flops(projections, sum(LENGTHS))
+        extra = linear_cost(projections).forward * sum(LENGTHS)
     assert backward == counted(backbone, LENGTHS)[1] + extra
 
 
@@ -144,7 +144,9 @@ def test_lora():
     assert forward == counted(backbone, LENGTHS)[0]
     first = backbone.layers[0].self_attn
     read = [m for p in (first.q_proj, first.k_proj, first.v_proj) for m in (p.base_layer, p.lora_A["default"])]
-    extra = linear_flops(nn.ModuleList(read), sum(LENGTHS))  # as the module says: once too often, in this one block
+    extra = linear_cost(nn.ModuleList(read)).forward * sum(
+        LENGTHS
+    )  # as the module says: once too often, in this one block
     assert backward == counted(backbone, LENGTHS)[1] + extra
 
 
@@ -256,10 +258,10 @@ def test_heads_of_an_objective():
     head, x = Mlp(6, 4), torch.randn(7, 6, requires_grad=True)
     with FlopCounterMode(display=False) as counter:
         y = head(x)
-    assert linear_flops(head, 7) == counter.get_total_flops() == 7 * 2 * (6 * 8 + 8 * 4)
+    assert 7 * linear_cost(head).forward == counter.get_total_flops() == 7 * 2 * (6 * 8 + 8 * 4)
     with FlopCounterMode(display=False) as counter:
         y.sum().backward()
-    assert linear_flops(head, 7, training=True) - linear_flops(head, 7) == counter.get_total_flops()
+    assert 7 * linear_cost(head).backward == counter.get_total_flops()
 
 
 @pytest.mark.parametrize(

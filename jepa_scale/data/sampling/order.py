@@ -63,12 +63,6 @@ class Permuted:
         return epochs, samples
 
 
-def sequential(n: int) -> Permuted:
-    """Samples as they lie, each epoch alike."""
-    numbers = np.arange(n, dtype=np.int64)
-    return Permuted(n, lambda epoch: numbers)
-
-
 @dataclass(frozen=True)
 class Windowed:
     """Shards in random order, and within windows of that order samples in random order.

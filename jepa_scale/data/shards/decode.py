@@ -36,7 +36,7 @@ def decode(
 
     Args:
         data: of the sample's members, headers and padding included.
-        kind: one of ``KINDS``.
+        kind: :attr:`jepa_scale.data.shards.format.Index.kind`.
         num_tokens: that the sample must have. vocab_size: that all token ids must be below.
         train_all: of a conversation.
 

@@ -32,7 +32,6 @@ from jepa_scale.utils.io import write_atomic
 
 FORMAT = 1
 INDEX_FILE = "index.json"
-KINDS = ("text", "chat", "reversal", "grids")
 SAMPLE = np.dtype([("start", "<u8"), ("stop", "<u8"), ("crc", "<u4"), ("tokens", "<u4")])
 """A row of a shard's index: the sample is bytes [start, stop) of the tar, headers and padding included; ``crc`` is their
 CRC-32."""
@@ -55,7 +54,7 @@ class Index:
     """What a folder of shards holds.
 
     Attributes:
-        kind: of the samples, one of ``KINDS``.
+        kind: of the samples: ``text``, ``chat``, ``reversal`` or ``grids``.
         splits: name of a split → its shards; ``train`` is what is trained on.
         vocab_size: one more than the largest token id that the tokenizer may give.
         special: token ids with a meaning, by name (``eos``, ``pad``, ``mask`` …).

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -107,14 +107,6 @@ class Located:
                 complete.touch()
         return folder
 
-    def without(self, names: Collection[str]) -> Located:
-        """The same without these shards. It has another fingerprint: a run cannot silently go on with fewer data.
-
-        Raises:
-            InputError: nothing is left to train on.
-        """
-        return replace(self, index=_only(self.index, lambda name: name not in names, self.where))
-
 
 def locate(path: str | list[str], cache: Path, cache_bytes: int = CACHE_BYTES) -> Located | None:
     """Find prepared shards.
@@ -156,7 +148,7 @@ def check(located: Located, on_error: Literal["stop", "skip"] = "stop") -> list[
     arrives.
 
     Returns:
-        With ``skip``, the shards that are missing or have another size; leave them out by :meth:`Located.without`.
+        With ``skip``, the shards that are missing or have another size; their samples are skipped when they are read.
 
     Raises:
         InputError: with ``stop``, naming the first one.
@@ -286,15 +278,11 @@ def _matching(index: Index, names: list[str] | None, where: str) -> tuple[Index,
     if unknown := [name for name in names if name not in known and name not in patterns]:
         raise InputError(f"{where}: {unknown[0]} is not in its {INDEX_FILE}, which has {_some(known)}")
     chosen |= set(names) & known
-    return _only(index, lambda name: name in chosen, where), f"{where} ({len(chosen)} of {len(known)} shards)"
-
-
-def _only(index: Index, keep: Callable[[str], bool], where: str) -> Index:
-    splits = {split: [shard for shard in shards if keep(shard.name)] for split, shards in index.splits.items()}
+    splits = {split: [shard for shard in shards if shard.name in chosen] for split, shards in index.splits.items()}
     if not splits.get("train"):
-        names = [shard.name for shards in index.splits.values() for shard in shards]
-        raise InputError(f"{where}: none of the chosen shards are of the split train; there are {_some(names)}")
-    return replace(index, splits={split: shards for split, shards in splits.items() if shards})
+        raise InputError(f"{where}: none of the chosen shards are of the split train; there are {_some(known)}")
+    index = replace(index, splits={split: shards for split, shards in splits.items() if shards})
+    return index, f"{where} ({len(chosen)} of {len(known)} shards)"
 
 
 def _some(names: Iterable[str]) -> str:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jepa_scale.data.sampling.batches import WINDOW_BINS, Dealt, SampleStream, TokenStream
-from jepa_scale.data.sampling.order import Mixed, Permuted, Windowed, sequential, shuffled
+from jepa_scale.data.sampling.order import Mixed, Permuted, Windowed, shuffled
 from jepa_scale.utils.errors import InputError
 
 some = settings(max_examples=60)
@@ -121,7 +121,7 @@ def test_a_batch_that_cannot_be_dealt_out_is_refused() -> None:
     with pytest.raises(InputError, match="^data: "):
         samples_of(0, 0, 10)
     with pytest.raises(InputError, match=r"^train.epochs: a mixture"):
-        SampleStream(Mixed([sequential(3)], [3], [1.0], 0), 0, 2, epochs=1)
+        SampleStream(Mixed([Permuted(3, lambda epoch: np.arange(3))], [3], [1.0], 0), 0, 2, epochs=1)
 
 
 # -- counted in tokens ----------------------------------------------------------------------------------------------------
