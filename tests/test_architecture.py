@@ -127,6 +127,26 @@ def test_loop_and_checkpoint_know_the_engines_protocol_alone():
         assert {other for other in GRAPH[module] if part(other) == "objectives"} <= {"jepa_scale.objectives.base"}
 
 
+def outside(path: Path) -> set[str]:
+    """The modules of other packages that a file imports, at its top or within a function."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module}
+    return found - SOURCES.keys()
+
+
+def test_deepspeed_is_imported_by_its_engine_alone():
+    """Its submodules, which are no public interface, by one file of it."""
+    engine = PACKAGE / "engines" / "deepspeed"
+    for path in SOURCES.values():
+        found = {name for name in outside(path) if name.split(".")[0] == "deepspeed"}
+        allowed = found if path == engine / "internals.py" else {"deepspeed"} if path.parent == engine else set()
+        assert found <= allowed, f"{path} imports {sorted(found - allowed)}"
+
+
 def test_a_command_line_has_no_other_way_in():
     """Whoever imports the package imports no command."""
     assert {module for module in SOURCES if "jepa_scale.cli.main" in GRAPH[module]} == {"jepa_scale.__main__"}

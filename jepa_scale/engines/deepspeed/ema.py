@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from jepa_scale.checkpoint.boxes import Boxes
 from jepa_scale.distributed.comm import Ranks, all_gather_object, data_group, data_rank, data_size
 from jepa_scale.engines.base import ShardedCopy, persistent_buffers
-from jepa_scale.engines.deepspeed.state import StateView, shard, true_shape
-from jepa_scale.engines.deepspeed.topology import Topology, topology_of
-from jepa_scale.engines.weights import OneByOne, replace
+from jepa_scale.engines.deepspeed import internals
+from jepa_scale.engines.deepspeed.internals import shard, true_shape
+from jepa_scale.engines.deepspeed.state import StateView
+from jepa_scale.engines.deepspeed.topology import topology_of
+from jepa_scale.engines.weights import replace
 
 
 class Share(NamedTuple):
@@ -166,7 +168,7 @@ class PartitionedCopy(ShardedCopy):
         def fill(name: str, parameter: nn.Parameter) -> None:
             replace(parameter, torch.zeros(parameter.shape, dtype=dtype, device=ranks.device))
 
-        partition(module, fill, config, topology)
+        internals.partition(module, fill, config, topology)
         self._ds, *_ = deepspeed.initialize(model=module, config=config, dist_init_required=False, mpu=topology)
         self._ds.eval()
 
@@ -178,9 +180,9 @@ class PartitionedCopy(ShardedCopy):
             student: Any = students[name]
             start, count = shard(parameter)
             assert shard(student) == (start, count), f"{name} is partitioned in another way than the student's"
-            value = parameter.ds_tensor.view(-1)[:count]  # type: ignore[attr-defined]
+            value = internals.local_part(parameter)
             if student not in view.pieces:
-                value.copy_(student.ds_tensor.view(-1)[:count])
+                value.copy_(internals.local_part(student))
             elif piece := view.pieces[student]:
                 assert (piece.start, piece.length) == (start, count), name
                 self._computed.append(value)
@@ -204,8 +206,7 @@ class PartitionedCopy(ShardedCopy):
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         output = self._ds(*args, **kwargs)
-        # Its trace of what comes next may be another call's: what it has fetched ahead is not used, and soon out of date.
-        self._ds.optimizer.partition_all_parameters()
+        internals.release_gathered(self._ds.optimizer)
         return output
 
     @torch.no_grad()
@@ -216,25 +217,6 @@ class PartitionedCopy(ShardedCopy):
     def state(self) -> dict[str, Boxes]:
         boxes = {name: Boxes.whole(buffer) for name, buffer in persistent_buffers(self.module)}
         return boxes | {name: Boxes.of_range(*part) for name, part in self._shards.items()}
-
-
-def partition(
-    module: nn.Module, fill: Callable[[str, nn.Parameter], object], config: dict[str, Any], topology: Topology | None
-) -> None:
-    """Have ZeRO-3 take its part of each parameter of a module, one after the other. Collective.
-
-    Args:
-        fill: gives a parameter its numbers, on the device and in the compute dtype. config, topology: as
-            ``deepspeed.initialize`` will get them.
-    """
-    import deepspeed
-
-    deepspeed.zero.Init(
-        module=OneByOne(module, fill),
-        data_parallel_group=None if topology is None else topology.get_data_parallel_group(),
-        config_dict_or_path=config,
-        mpu=topology,
-    )
 
 
 _SHARED = ("stage3_prefetch_bucket_size", "stage3_max_live_parameters")

@@ -6,15 +6,14 @@ The package is imported when an engine is built or a config is checked, so that 
 from __future__ import annotations
 
 import json
-import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from jepa_scale.checkpoint.boxes import Boxes
 from jepa_scale.config.schema import OptimConfig, find_file
@@ -29,7 +28,8 @@ from jepa_scale.engines.base import (
     whole_state,
 )
 from jepa_scale.engines.clip import Range, cut, join
-from jepa_scale.engines.deepspeed.ema import PartitionedCopy, ReplicatedCopy, partition
+from jepa_scale.engines.deepspeed import internals
+from jepa_scale.engines.deepspeed.ema import PartitionedCopy, ReplicatedCopy
 from jepa_scale.engines.deepspeed.state import StateView
 from jepa_scale.engines.deepspeed.topology import topology_of
 from jepa_scale.engines.precision import compute_dtype
@@ -111,10 +111,8 @@ def _check_zero_section(file: Path, zero: dict[str, Any]) -> None:
     from pydantic import ValidationError
 
     _import_deepspeed()
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
     try:
-        DeepSpeedZeroConfig(**{key: value for key, value in zero.items() if value != "auto"})
+        internals.check_zero_section({key: value for key, value in zero.items() if value != "auto"})
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(["zero_optimization", *map(str, first["loc"])])
@@ -133,19 +131,8 @@ def _import_deepspeed() -> Any:
         import deepspeed
     except ImportError as error:
         raise InputError(f"engine.name: deepspeed cannot be imported ({error}); install it or use fsdp") from None
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.WARNING)
-    if not any(f is _worth_reading for f in logger.filters):
-        logger.addFilter(_worth_reading)
+    internals.drop_expected_warnings()
     return deepspeed
-
-
-def _worth_reading(record: logging.LogRecord) -> bool:
-    """Drops warnings of DeepSpeed about what is so by design here, torch's AdamW and packed batches as arguments, and of
-    skipped steps, which the trainer tells of, whatever the engine."""
-    text = str(record.msg)
-    return not any(part in text for part in ("untested optimizer", "unknown inputs or outputs type", "OVERFLOW!"))
 
 
 class DeepSpeedEngine(Engine):
@@ -175,25 +162,17 @@ class DeepSpeedEngine(Engine):
         deepspeed = _import_deepspeed()
         os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # it insists on it
         if ranks.device.type == "cpu":
-            # It would compile an op for inference here, for more than a minute, if it finds ninja and a compiler: let it
-            # believe that no op can be built, which also spares the twenty processes that look for them.
-            deepspeed.ops.__compatible_ops__ = {}
+            internals.build_no_ops()
         if self.stage == 1 and self._bf16:
-            # Its optimizer for this case prints a dozen memory reports, each after a full garbage collection.
-            import deepspeed.runtime.bf16_optimizer as bf16_optimizer
-
-            bf16_optimizer.see_memory_usage = lambda *_, **__: None
-            # It takes a norm, to see whether it is finite, of what a team's later ranks do not share with the first, and fails
-            # on a rank where that is nothing. (What is clipped by is measured by us.)
-            for parameter in module.parameters():
-                parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+            internals.silence_memory_reports()
+            internals.count_on_every_rank(module)
         filled, topology = self._filled(config), topology_of(ranks)
 
         def fill(name: str, parameter: nn.Parameter) -> None:
             replace(parameter, weights.take_part(name, parameter, self._dtype, options.split.get(name)))
 
         if self.stage == 3:
-            partition(module, fill, filled, topology)
+            internals.partition(module, fill, filled, topology)
         else:
             for name, parameter in module.named_parameters():
                 fill(name, parameter)
@@ -209,16 +188,14 @@ class DeepSpeedEngine(Engine):
             mpu=topology,
         )
         if self.stage == 3:
-            _hide_hooks(module)
-            self.ds.optimizer._set_fp32_optimizer_param_groups()  # they are empty but while it steps one of them
-        stepped = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        buffers = [parameter.grad for parameter in stepped]
-        create_optimizer_state(self.optimizer)
-        if self._offloads:  # where it puts the gradients
+            internals.hide_hooks(module)
+        with internals.filled_param_groups(self.ds.optimizer) if self.stage == 3 else nullcontext():
+            stepped = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+            buffers = [parameter.grad for parameter in stepped]
+            create_optimizer_state(self.optimizer)
+        if self._offloads:  # DeepSpeed puts the gradients there
             for parameter, buffer in zip(stepped, buffers, strict=True):
                 parameter.grad = buffer
-        if self.stage == 3:
-            self.ds.optimizer._clear_fp32_optimizer_param_groups()
         self._view = StateView(module, self.ds.optimizer, self.optimizer, self.stage, self._offloads)
         if isinstance(self.optimizer, MatrixOptimizer):
             self.optimizer.bind(self._view.parts_of(self.optimizer.matrices), replicated=self.stage == 0)
@@ -274,8 +251,7 @@ class DeepSpeedEngine(Engine):
         norm = self._measure(self._clipping.sort(pieces), copies)
         skip_if_not_finite(self.optimizer, norm)
         self.ds.step()
-        if getattr(self.ds.optimizer, "overflow", False):
-            # it has looked by itself, and may have rounded a norm to infinity that is almost infinite
+        if internals.found_overflow(self.ds.optimizer):
             norm = norm.masked_fill(norm.isfinite(), torch.inf)
         self._view.clear_gradients()  # else a parameter without a gradient in the next step would get this step's again
         return norm
@@ -344,23 +320,3 @@ class DeepSpeedEngine(Engine):
 
         with deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
             return parameter.detach().clone()
-
-
-def _hide_hooks(module: nn.Module) -> None:
-    """What ZeRO-3's hooks do with memory is not the same in each forward; a selective checkpoint, which compares the operators of
-    two of them, is not to see it."""
-    for block in module.modules():
-        if getattr(block, "recomputes_selectively", False):
-            for part in block.modules():
-                for hooks in (part._forward_pre_hooks, part._forward_hooks):
-                    for key, hook in hooks.items():
-                        if getattr(hook, "__module__", "").startswith("deepspeed"):
-                            hooks[key] = _hidden(hook)
-
-
-def _hidden(hook: Callable[..., Any]) -> Callable[..., Any]:
-    def run(*args: Any) -> Any:
-        with _disable_current_modes():
-            return hook(*args)
-
-    return run

@@ -4,8 +4,7 @@ The optimizer that we give to ``deepspeed.initialize`` does not step our paramet
 
 * stage 0: the parameters, whole; in bf16 an fp32 master of each;
 * stages 1 and 2: of each parameter group, this rank's part of the flattened fp32 masters. The parameters themselves are
-  views into the whole flat group, which is how we know where each of them lies (DeepSpeed's own ``_hp_mapping`` is wrong
-  under ``round_robin_gradients``);
+  views into the whole flat group, which is how we know where each of them lies;
 * stage 3: of each sub-group of parameters, the concatenation of this rank's part of each of them, padded to equal sizes.
 
 Moments have the layout of the tensor that is stepped. So everything follows from a list of pieces: these elements of that
@@ -23,6 +22,8 @@ from torch import Tensor, nn
 
 from jepa_scale.checkpoint.boxes import Boxes
 from jepa_scale.distributed.comm import data_group
+from jepa_scale.engines.deepspeed import internals
+from jepa_scale.engines.deepspeed.internals import shard, true_shape
 from jepa_scale.optim import Part
 
 
@@ -42,18 +43,6 @@ class Piece(NamedTuple):
         if self.length == values.numel() and values.shape == shape:
             return Boxes.whole(values.detach())
         return Boxes.of_range(shape, self.start, values.detach()[self.at : self.at + self.length])
-
-
-def true_shape(parameter: nn.Parameter) -> torch.Size:
-    """Under stage 3 a parameter that is not gathered has no elements."""
-    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def shard(parameter: Any) -> tuple[int, int]:
-    """Stage 3: first element of this rank's part of a parameter, and its length without the padding of the last."""
-    each = parameter.ds_tensor.ds_numel
-    start = min(dist.get_rank(parameter.ds_process_group) * each, parameter.ds_numel)
-    return start, min(each, parameter.ds_numel - start)
 
 
 class StateView:
@@ -81,19 +70,14 @@ class StateView:
 
     def _tensors(self) -> Iterator[tuple[Sequence[nn.Parameter], Tensor]]:
         """Each tensor that is stepped, and the parameters that it is stepped for; on all ranks in the same order."""
-        z = self.wrapped
-        if self.stage == 0:
-            lows = highs = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-            if z is not self.optimizer:  # bf16
-                lows = [low for group in z.fp16_groups for low in group]
-                highs = [high for group in z.fp32_groups for high in group]
-            yield from (([low], high) for low, high in zip(lows, highs, strict=True))
-        elif self.stage == 3:
-            yield from zip(z.fp16_groups, z.fp32_partitioned_groups_flat, strict=True)
-        elif hasattr(z, "bf16_groups"):
-            yield from zip(z.bf16_groups, z.fp32_groups_flat_partition, strict=True)
+        if self.stage == 3:
+            yield from internals.sub_groups(self.wrapped)
+        elif self.stage > 0:
+            yield from ((group.parameters, group.stepped) for group in internals.flat_groups(self.wrapped))
+        elif self.wrapped is not self.optimizer:  # bf16
+            yield from (([low], high) for low, high in internals.whole_masters(self.wrapped))
         else:
-            yield from zip(z.bit16_groups, z.single_partition_of_fp32_groups, strict=True)
+            yield from (([parameter], parameter) for parameter in self.module.parameters() if parameter.requires_grad)
 
     def _pieces(self) -> Iterator[Piece]:
         if self.stage in (1, 2):
@@ -105,20 +89,12 @@ class StateView:
                 start, count = shard(parameter) if self.stage == 3 else (0, parameter.numel())
                 if count > 0 or self.stage == 0:
                     yield Piece(parameter, start, stepped, at, count)
-                at += parameter.ds_tensor.ds_numel if self.stage == 3 else count  # type: ignore[attr-defined]
+                at += internals.padded_length(parameter) if self.stage == 3 else count
             assert at == stepped.numel(), (at, stepped.numel())
 
     def _pieces_of_flat_groups(self) -> Iterator[Piece]:
-        z = self.wrapped
-        flats: Any = (
-            (z.bf16_groups_flat, z.bf16_partitioned_groups)
-            if hasattr(z, "bf16_groups")
-            else (z.bit16_groups_flat, z.parallel_partitioned_bit16_groups)
-        )
-        for (parameters, stepped), flat, partitions, group in zip(
-            self._tensors(), *flats, z.real_dp_process_group, strict=True
-        ):
-            begin = _offset(partitions[dist.get_rank(group)], flat)
+        for parameters, stepped, flat, part in internals.flat_groups(self.wrapped):
+            begin = _offset(part, flat)
             end = begin + stepped.numel()
             for parameter in filter(torch.numel, parameters):
                 first = _offset(parameter, flat)
@@ -132,7 +108,6 @@ class StateView:
         The gradient is reduced over ranks and has not been clipped. It is in fragments, of the dtype that DeepSpeed
         accumulates in, which one after the other have the layout of the tensor; where they end before it, it is zero.
         """
-        z = self.wrapped
         if self.offloaded:
             for _, stepped in self._tensors():
                 yield stepped, [] if stepped.grad is None else [stepped.grad]
@@ -140,15 +115,9 @@ class StateView:
             for piece in self.pieces.values():
                 assert piece is not None
                 yield piece.stepped, [] if piece.parameter.grad is None else [piece.parameter.grad]
-        elif hasattr(z, "bf16_groups"):
-            for stepped, gradient in zip(
-                z.fp32_groups_flat_partition, z.fp32_groups_gradient_flat_partition, strict=True
-            ):
-                yield stepped, [gradient]
         else:
-            groups = z.fp32_partitioned_groups_flat if self.stage == 3 else z.single_partition_of_fp32_groups
-            for i, stepped in enumerate(groups):
-                yield stepped, z.averaged_gradients[i]
+            tensors = [stepped for _, stepped in self._tensors()]
+            yield from zip(tensors, internals.reduced_gradients(self.wrapped, len(tensors)), strict=True)
 
     def clear_gradients(self) -> None:
         """Where gradients stay in place, set them to zero."""
@@ -157,7 +126,7 @@ class StateView:
                 if stepped.grad is not None:
                     stepped.grad.zero_()
         if self.stage == 3:
-            self.wrapped.grad_partitions_flat_buffer.zero_()
+            internals.clear_gradient_buffer(self.wrapped)
 
     def boxes(self) -> dict[str, Boxes]:
         """:meth:`jepa_scale.engines.base.Engine.state` but for the buffers."""
@@ -190,21 +159,15 @@ class StateView:
     def _frozen(self, parameter: nn.Parameter) -> Boxes:
         if self.stage < 3:
             return Boxes.whole(parameter.detach())
-        start, count = shard(parameter)
-        return Boxes.of_range(true_shape(parameter), start, parameter.ds_tensor.detach().view(-1)[:count])  # type: ignore[attr-defined]
+        return Boxes.of_range(true_shape(parameter), shard(parameter)[0], internals.local_part(parameter).detach())
 
     def refresh(self) -> None:
         """Renew the parameters from what is stepped. Collective."""
         if self.stage == 0:
             for piece in self._pieces():
                 piece.parameter.data.copy_(piece.stepped.data)
-        elif self.stage < 3:
-            self.wrapped.update_lp_params()
         else:
-            self.wrapped.checkpoint_event_prologue()  # frees what is gathered
-            for group in range(len(self.wrapped.fp16_groups)):
-                self.wrapped._reassign_or_swap_out_partitioned_parameters(group)
-            self.wrapped.checkpoint_event_epilogue()  # gathers the parameters that stay gathered
+            internals.renew_parameters(self.wrapped, self.stage)
 
     def whole(self, parameter: nn.Parameter) -> Tensor:
         """The fp32 master of a trainable parameter, whole on all ranks. Collective."""

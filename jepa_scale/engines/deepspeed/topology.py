@@ -5,15 +5,12 @@ from __future__ import annotations
 import torch.distributed as dist
 
 from jepa_scale.distributed.comm import Ranks, data_group, team_group
+from jepa_scale.engines.deepspeed import internals
 
 
 def topology_of(ranks: Ranks) -> Topology | None:
-    """What ``deepspeed.initialize`` is to be told; None without teams."""
-    from deepspeed.utils import groups
-
-    # What an engine before this one was told. An EMA teacher's is to have no secondary shards: they would be out of date after
-    # the first update.
-    groups.mpu = groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+    """The ``mpu`` of ``deepspeed.initialize``; None without tensor parallelism. What an engine before has left is forgotten."""
+    internals.forget_groups()
     return Topology(ranks) if ranks.team > 1 else None
 
 
