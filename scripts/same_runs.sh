@@ -16,6 +16,6 @@ git worktree add --quiet --detach "$work/tree" "$revision"
 for side in before after; do
   tree=$PWD
   [ $side = after ] || tree="$work/tree"
-  (cd "$tree" && PYTHONPATH="$tree" python "$OLDPWD/tests/revisions.py" train "$work/$side" --steps "${STEPS:-20}" "$@")
+  (cd "$tree" && PYTHONPATH="$tree" python "$OLDPWD/tests/revisions.py" train "$work/$side" "$@" --steps "${STEPS:-20}")
 done
 PYTHONPATH=$PWD python tests/revisions.py compare "$work/before" "$work/after"
