@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -32,7 +33,8 @@ from jepa_scale.models.loading import build_backbone
 from jepa_scale.objectives.base import JepaModel
 from jepa_scale.telemetry.records import config_of
 from jepa_scale.utils.errors import InputError
-from jepa_scale.utils.logging import say
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -251,7 +253,7 @@ def find_checkpoint(run: Path, which: str | Path, hashes: bool) -> Path:
         damage = found.manifest.damage(found.path, hashes=hashes)
         if not damage:
             return found.path
-        say(f"{damage[0]}; {found.path.name} is passed over")
+        logger.warning(f"{damage[0]}; {found.path.name} is passed over")
     raise InputError(f"{directory}: holds no whole checkpoint")
 
 

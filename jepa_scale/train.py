@@ -8,9 +8,9 @@ python jepa_scale/train.py --config …
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,10 +29,15 @@ from jepa_scale.distributed import comm
 from jepa_scale.training.run import run_training
 from jepa_scale.training.stopping import Aborted
 from jepa_scale.utils.errors import InputError
+from jepa_scale.utils.logging import configure
+
+logger = logging.getLogger("jepa_scale.train")  # also where this file is run as __main__
 
 
 def main(argv: list[str] | None = None) -> int:
-    return guarded(run_training, parser().parse_intermixed_args(argv))
+    args = parser().parse_intermixed_args(argv)
+    configure(args.log_level)
+    return guarded(run_training, args)
 
 
 def guarded(command: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
@@ -44,10 +49,10 @@ def guarded(command: Callable[[argparse.Namespace], None], args: argparse.Namesp
         return refusal(error)
     except Aborted as aborted:
         if os.environ.get("RANK", "0") == "0":
-            print(f"jepa-scale: {aborted}", file=sys.stderr, flush=True)
+            logger.error(aborted)
         return 1
     except Exception:
-        traceback.print_exc()
+        logger.exception("ended by an unexpected error")
         return 1
     finally:
         comm.teardown()

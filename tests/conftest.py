@@ -2,10 +2,12 @@
 GPU, and at the end the files that took longest."""
 
 import gc
+import logging
 import os
 import random
 import signal
 from collections import Counter
+from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -49,6 +51,16 @@ def pytest_collection_finish() -> None:
 def pytest_runtest_setup() -> None:
     """What a test draws without a seed does not depend on those before it."""
     random.seed(0), np.random.seed(0), torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def own_logging() -> Iterator[None]:
+    """A test that runs a command in this process configures logging; the next one finds it as it was."""
+    logger = logging.getLogger("jepa_scale")
+    before = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:], level, logger.propagate = before
+    logger.setLevel(level)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

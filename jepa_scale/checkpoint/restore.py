@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 import warnings
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from jepa_scale.checkpoint.manifest import FILE, TENSORS, Manifest
 from jepa_scale.checkpoint.retention import NAME
 from jepa_scale.distributed.comm import all_ranks_objects, rank, world_size
 from jepa_scale.utils.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 
 def verify(path: Path, hashes: bool = True) -> list[str]:
@@ -65,7 +68,7 @@ def _newest_whole(directory: Path, hashes: bool) -> Path | None:
             return path
         damaged.append(path)
         if rank() == 0:
-            print(f"jepa-scale: {path} is damaged and left out: {wrong[0]}", flush=True)
+            logger.warning(f"{path} is damaged and left out: {wrong[0]}")
     if damaged:
         raise InputError(f"{directory}: all {len(damaged)} checkpoints are damaged; restore one, or remove the folder")
     return None

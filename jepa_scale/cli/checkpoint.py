@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from jepa_scale.checkpoint.retention import NAME, Found, Policy, complete, prune
+from jepa_scale.cli.flags import logging_flags
 from jepa_scale.utils.errors import InputError
 from jepa_scale.utils.format import text_table
 
@@ -14,14 +15,17 @@ from jepa_scale.utils.format import text_table
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="jepa-scale checkpoint", description="Look after the checkpoints of a run.")
     commands = top.add_subparsers(required=True, metavar="ls|verify|prune")
+    flags = logging_flags()
 
-    ls = commands.add_parser("ls", help="list checkpoints: step, engine, size, metrics")
+    ls = commands.add_parser("ls", help="list checkpoints: step, engine, size, metrics", parents=[flags])
     ls.set_defaults(command=list_checkpoints)
 
-    check = commands.add_parser("verify", help="compare every file with its checksum")
+    check = commands.add_parser("verify", help="compare every file with its checksum", parents=[flags])
     check.set_defaults(command=verify_checkpoints)
 
-    less = commands.add_parser("prune", help="remove all but the newest, and what was left of broken saves")
+    less = commands.add_parser(
+        "prune", help="remove all but the newest, and what was left of broken saves", parents=[flags]
+    )
     less.add_argument("--keep-last", type=int, default=1, metavar="K", help="newest to keep (default: 1)")
     less.add_argument("--keep-every", type=int, default=0, metavar="N", help="keep multiples of this step, too")
     less.add_argument("--dry-run", action="store_true", help="say what would go")

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from jepa_scale.cli.flags import logging_flags
 from jepa_scale.utils.errors import InputError
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -32,7 +33,9 @@ class _Intermixed(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     """``jepa-scale convert RUN --to hf --out DIR`` and ``jepa-scale convert DIR --from hf --config FILE --out RUN``."""
     convert = _Intermixed(
-        prog="jepa-scale convert", description="A run's checkpoint to Hugging Face format, or such a model into a run."
+        prog="jepa-scale convert",
+        description="A run's checkpoint to Hugging Face format, or such a model into a run.",
+        parents=[logging_flags()],
     )
     convert.add_argument("source", type=Path, help="run directory (--to), or folder of a model (--from)")
     way = convert.add_mutually_exclusive_group(required=True)
@@ -114,7 +117,7 @@ def export_run(args: argparse.Namespace) -> int:
     before = signal.signal(signal.SIGTERM, _stop)
     begin = time.monotonic()
     try:
-        made = export(args.source, args.out, options, note=lambda line: print(line, file=sys.stderr, flush=True))
+        made = export(args.source, args.out, options)
     except KeyboardInterrupt as error:
         print(f"jepa-scale: {STOPPED}", file=sys.stderr)
         return 128 + (signal.SIGTERM if isinstance(error, Stopped) else signal.SIGINT)

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
+from jepa_scale.cli.flags import logging_flags
 from jepa_scale.config.schema import parse_section
 from jepa_scale.data.prepare.base import PrepareOptions
 from jepa_scale.data.prepare.section_options import SectionOptions
@@ -30,8 +31,9 @@ class Stopped(KeyboardInterrupt):
 def parser() -> argparse.ArgumentParser:
     data = argparse.ArgumentParser(prog="jepa-scale data", description="Prepare, verify or make data.")
     commands = data.add_subparsers(required=True, metavar="prepare|verify|sections|reversal")
+    flags = logging_flags()
 
-    prepare = commands.add_parser("prepare", help="make shards of raw data")
+    prepare = commands.add_parser("prepare", help="make shards of raw data", parents=[flags])
     prepare.add_argument("source", help="file, folder, glob, alias or Hugging Face dataset")
     prepare.add_argument("--out", type=Path, required=True, help="folder to write into: new, or stopped halfway")
     prepare.add_argument("--processes", type=int, metavar="N", help="worker processes (default: one a core)")
@@ -42,12 +44,14 @@ def parser() -> argparse.ArgumentParser:
     add_options(prepare.add_argument_group("what the data become"))
     prepare.set_defaults(command=prepare_data)
 
-    verify = commands.add_parser("verify", help="check every byte of a folder of shards")
+    verify = commands.add_parser("verify", help="check every byte of a folder of shards", parents=[flags])
     verify.add_argument("folder", type=Path)
     verify.add_argument("--no-progress", action="store_true", help="no progress bar")
     verify.set_defaults(command=verify_data)
 
-    sections = commands.add_parser("sections", help="passages of a corpus labelled by section, for eval.probe")
+    sections = commands.add_parser(
+        "sections", help="passages of a corpus labelled by section, for eval.probe", parents=[flags]
+    )
     sections.add_argument(
         "source", nargs="+", help="text files, a folder of them, or an alias (python_docs, wikitext2)"
     )
@@ -59,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
     sections.set_defaults(command=write_sections)
 
     reversal = commands.add_parser(
-        "reversal", help="write GPT2WithJEPA's reversal files: train.json, valid.json, vocab.json"
+        "reversal", help="write GPT2WithJEPA's reversal files: train.json, valid.json, vocab.json", parents=[flags]
     )
     reversal.add_argument("--out", type=Path, required=True, help="folder to write into; must not hold such files")
     reversal.add_argument("--entities-a", type=int, default=50_000, help="|A|, entities with both directions")
@@ -124,7 +128,6 @@ def prepare_data(args: argparse.Namespace) -> int:
             args.processes,
             not args.no_progress,
             cache=args.cache,
-            note=lambda line: print(line, flush=True),
         )
     except KeyboardInterrupt as error:
         print(f"jepa-scale: {STOPPED}", file=sys.stderr)

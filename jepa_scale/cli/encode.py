@@ -7,12 +7,15 @@ import io
 import time
 from pathlib import Path
 
+from jepa_scale.cli.flags import logging_flags
 from jepa_scale.utils.errors import InputError
 
 
 def parser() -> argparse.ArgumentParser:
     encode = argparse.ArgumentParser(
-        prog="jepa-scale encode", description="Encode texts with a run's model: a row of float32 a text, as .npy."
+        prog="jepa-scale encode",
+        description="Encode texts with a run's model: a row of float32 a text, as .npy.",
+        parents=[logging_flags()],
     )
     encode.add_argument("run", type=Path, help="run directory")
     encode.add_argument(

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from jepa_scale.cli.encode import add_model_arguments
+from jepa_scale.cli.flags import logging_flags
 from jepa_scale.utils.errors import InputError
 
 
@@ -15,6 +16,7 @@ def parser() -> argparse.ArgumentParser:
         prog="jepa-scale generate",
         description="What a run's model says, greedily: its answer to a user's message if it was trained on conversations, else "
         "how a text goes on.",
+        parents=[logging_flags()],
     )
     generate.add_argument("run", type=Path, help="run directory")
     generate.add_argument("prompts", nargs="*", metavar="PROMPT", help="default: the lines of standard input")

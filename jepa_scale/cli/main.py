@@ -10,8 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jepa_scale import __version__
+from jepa_scale.cli.flags import logging_flags
 from jepa_scale.utils.allocator import start_with_tcmalloc
 from jepa_scale.utils.errors import InputError
+from jepa_scale.utils.logging import configure, shows_progress
 
 PARSERS = {
     "data": "jepa_scale.cli.data",
@@ -46,6 +48,9 @@ def main(argv: list[str] | None = None) -> int:
         args = of_command.parse_args(argv[1:])
     else:
         args = parser().parse_args(argv)
+    configure(args.log_level)
+    if not shows_progress():
+        args.no_progress = True  # where a command has that flag
     command: Callable[[argparse.Namespace], int] = args.command
     try:
         return command(args)
@@ -60,9 +65,10 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(
         required=True, metavar="train|eval|data|checkpoint|convert|encode|generate|plan|watch|config|report"
     )
+    flags = logging_flags()
     commands.add_parser("train", help="train one run (see jepa-scale train --help)")
 
-    evaluate = commands.add_parser("eval", help="evaluate a checkpoint of a run")
+    evaluate = commands.add_parser("eval", help="evaluate a checkpoint of a run", parents=[flags])
     evaluate.add_argument("run", type=Path, help="run directory")
     evaluate.add_argument("--checkpoint", default="auto", help="a checkpoint's path (default: the newest)")
     evaluate.add_argument("overrides", nargs="*", metavar="eval.key=value", help="override keys of the run's config")
@@ -78,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("watch", help="follow runs while they train (see jepa-scale watch --help)")
 
     config = commands.add_parser(
-        "config", help="print a config with every default filled in, and where each value is from"
+        "config", help="print a config with every default filled in, and where each value is from", parents=[flags]
     )
     what = config.add_mutually_exclusive_group(required=True)
     what.add_argument("config", nargs="?", help="YAML file")
@@ -88,7 +94,9 @@ def parser() -> argparse.ArgumentParser:
     config.add_argument("overrides", nargs="*", metavar="section.key=value")
     config.set_defaults(command=print_config)
 
-    report = commands.add_parser("report", help="write report.html of runs, and one page on which they are compared")
+    report = commands.add_parser(
+        "report", help="write report.html of runs, and one page on which they are compared", parents=[flags]
+    )
     report.add_argument("runs", nargs="+", type=Path, help="run directories")
     report.add_argument(
         "--out",

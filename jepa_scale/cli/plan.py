@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jepa_scale.cli.flags import logging_flags
 from jepa_scale.utils.errors import InputError
 from jepa_scale.utils.format import text_table
 
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
 
 def parser() -> argparse.ArgumentParser:
     plan = argparse.ArgumentParser(
-        prog="jepa-scale plan", description="Memory, communication and time of a run on machines that are not at hand."
+        prog="jepa-scale plan",
+        description="Memory, communication and time of a run on machines that are not at hand.",
+        parents=[logging_flags()],
     )
     plan.add_argument("--config", required=True, help="YAML file of the experiment")
     plan.add_argument("--world-size", type=int, required=True, metavar="N", help="ranks (GPUs) of the run")

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from jepa_scale.cli.flags import logging_flags
 from jepa_scale.config.schema import load_config
 from jepa_scale.experiment import validate
 from jepa_scale.telemetry.records import config_of
@@ -16,7 +17,9 @@ from jepa_scale.utils.errors import DataError, InputError
 
 
 def parser() -> argparse.ArgumentParser:
-    train = argparse.ArgumentParser(prog="jepa-scale train", description="Train one run from a config.")
+    train = argparse.ArgumentParser(
+        prog="jepa-scale train", description="Train one run from a config.", parents=[logging_flags()]
+    )
     train.add_argument("--config", required=True, help="YAML file of the experiment")
     train.add_argument("--resume", metavar="auto|PATH", help="continue: from the run's newest checkpoint, or from PATH")
     train.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it

@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TextIO
 
+from jepa_scale.cli.flags import logging_flags
 from jepa_scale.telemetry.monitor import Status, duration, look
 from jepa_scale.utils.format import format_number
 
@@ -100,7 +101,9 @@ class Screen:
 
 def parser(prog: str = "jepa-scale watch") -> argparse.ArgumentParser:
     own = argparse.ArgumentParser(
-        prog=prog, description="Follow runs by their folders, from any machine that sees them, until they end."
+        prog=prog,
+        description="Follow runs by their folders, from any machine that sees them, until they end.",
+        parents=[logging_flags()],
     )
     own.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory")
     own.add_argument("--every", type=float, metavar="SECONDS", help="between looks (default 2 on a terminal, else 30)")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ from jepa_scale.data.prepare.lock import locked
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.telemetry.records import FIT, SUMMARY_FILE, config_of, read_rows, summarize
 from jepa_scale.utils.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INDEX_FILE = "model.safetensors.index.json"
@@ -80,13 +83,8 @@ class Exported:
     heads: bool
 
 
-def export(
-    run: Path, out: Path, options: ExportOptions = ExportOptions(), note: Callable[[str], None] = lambda line: None
-) -> Exported:
+def export(run: Path, out: Path, options: ExportOptions = ExportOptions()) -> Exported:
     """Convert a checkpoint of ``run`` into the folder ``out``, or go on where a killed conversion was.
-
-    Args:
-        note: is told of a damaged checkpoint that is passed over.
 
     Raises:
         InputError: the run or its checkpoint can't be used, or the folder holds something else.
@@ -96,7 +94,7 @@ def export(
     model_options = parse_section(ModelOptions, config.model, "model")
     if options.adapter:
         check_adapter(model_options)
-    checkpoint, manifest = find_checkpoint(run, options, begun, out, note)
+    checkpoint, manifest = find_checkpoint(run, options, begun, out)
 
     shapes = store.shapes(checkpoint / TENSORS)
     try:
@@ -139,9 +137,7 @@ def export(
     )
 
 
-def find_checkpoint(
-    run: Path, options: ExportOptions, begun: Journal | None, out: Path, note: Callable[[str], None]
-) -> tuple[Path, Manifest]:
+def find_checkpoint(run: Path, options: ExportOptions, begun: Journal | None, out: Path) -> tuple[Path, Manifest]:
     """The checkpoint to convert; its files are whole.
 
     Raises:
@@ -165,7 +161,7 @@ def find_checkpoint(
         damage = found.manifest.damage(found.path, hashes=options.verify)
         if not damage:
             return found.path, found.manifest
-        note(f"{damage[0]}; {found.path.name} is passed over")
+        logger.warning(f"{damage[0]}; {found.path.name} is passed over")
     raise InputError(f"{directory}: holds no whole checkpoint to convert")
 
 

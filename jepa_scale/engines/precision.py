@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Literal
 
 import torch
 
 from jepa_scale.distributed.comm import Ranks, all_ranks_objects
-from jepa_scale.utils.logging import say
+
+logger = logging.getLogger(__name__)
 
 
 def compute_dtype(precision: str) -> torch.dtype:
@@ -32,7 +34,7 @@ def settle_precision(asked: Literal["auto", "fp32", "bf16"], ranks: Ranks) -> Li
     if asked == "auto":
         return "bf16" if everywhere else "fp32"
     if not everywhere and ranks.is_main and ranks.device.type == "cpu":
-        say(
+        logger.warning(
             "engine.precision: this CPU has no instructions for bf16, and may need 25 times as long as in fp32; take fp32, or auto"
         )
     return asked

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import sys
 import time
@@ -20,7 +21,9 @@ from jepa_scale.metrics.text_match import METRICS, Wanted
 from jepa_scale.models.generation import Answer, answer, rounds
 from jepa_scale.utils.errors import DataError, InputError
 from jepa_scale.utils.io import write_atomic
-from jepa_scale.utils.logging import say
+from jepa_scale.utils.logging import shows_progress
+
+logger = logging.getLogger(__name__)
 
 
 class _Turn(Protocol):
@@ -171,12 +174,12 @@ def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def save(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Write the records; a full disk is told of, and costs no run its evaluation."""
+    """Write the records; a full disk is a warning, and costs no run its evaluation."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
     except OSError as error:
-        say(f"jepa-scale: {path} was not written: {error.strerror or error}; the metrics do not need it")
+        logger.warning(f"{path} was not written: {error.strerror or error}; the metrics do not need it")
 
 
 # ---------------------------------------------------------------------------------------------- from rows to questions
@@ -224,7 +227,7 @@ def _database(asked: str, name: str, options: ChatEvalOptions) -> Path:
 
 
 class Counter:
-    """How many of ``total`` answers there are: on a terminal a bar, elsewhere now and then a line, ``SECONDS`` apart."""
+    """How many of ``total`` answers there are: on a terminal a bar, elsewhere now and then a message, ``SECONDS`` apart."""
 
     SECONDS = 30.0
 
@@ -235,7 +238,7 @@ class Counter:
         self._bar: tqdm | None = None
 
     def __enter__(self) -> Counter:
-        if self._shown and self._stream.isatty():
+        if self._shown and self._stream.isatty() and shows_progress():
             self._bar = tqdm(
                 total=self._total,
                 desc=self._name,
@@ -256,4 +259,4 @@ class Counter:
             self._bar.update(answers)
         elif self._shown and time.monotonic() - self._told >= self.SECONDS:
             self._told = time.monotonic()
-            say(f"{self._name}  {self._done}/{self._total}", self._stream)
+            logger.info(f"{self._name}  {self._done}/{self._total}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,8 @@ from jepa_scale.metrics.spectrum import effective_rank
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.objectives.base import Objective
 from jepa_scale.utils.errors import InputError
-from jepa_scale.utils.logging import say
+
+logger = logging.getLogger(__name__)
 
 SPLIT = "probe"
 """Name of the metrics' split."""
@@ -119,7 +121,7 @@ def probe_test(options: Any, data: Any, backbone: Backbone, objective: Objective
         hint="shorten it",
     )
     if labelled.left_out and rank() == 0:
-        say(
+        logger.warning(
             f"eval.probe: {labelled.left_out} rows are left out: no other text of their label is left to test them with"
         )
     seen = [len(objective.text_views(texts[n], Draw(0, 0, 0, n)).segments[0].tokens) for n in range(len(texts))]

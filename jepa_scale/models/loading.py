@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import logging
 from contextlib import suppress
 from typing import Any
 
@@ -18,7 +19,8 @@ from jepa_scale.models.decoder import JepaDecoderConfig, JepaDecoderForCausalLM
 from jepa_scale.models.lora import add_lora
 from jepa_scale.models.options import HUGGINGFACE_KEYS, SHARED_KEYS, ModelOptions, check_options
 from jepa_scale.utils.errors import InputError
-from jepa_scale.utils.logging import say
+
+logger = logging.getLogger(__name__)
 
 
 def build_backbone(options: ModelOptions, vocab_size: int, pad_vocab_to: int = 1) -> Backbone:
@@ -49,7 +51,9 @@ def build_backbone(options: ModelOptions, vocab_size: int, pad_vocab_to: int = 1
     if options.lora is not None:
         add_lora(decoder, backbone.blocks_at, options.lora, known)
         if (options.pretrained is None or options.random_init) and rank() == 0:
-            say("model.lora: what the adapters are added to is random, and stays so unless a checkpoint replaces it")
+            logger.warning(
+                "model.lora: what the adapters are added to is random, and stays so unless a checkpoint replaces it"
+            )
     return backbone
 
 

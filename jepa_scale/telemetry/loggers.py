@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any, Protocol
 import yaml
 
 from jepa_scale.config.schema import LogConfig
-from jepa_scale.utils.logging import say
+
+logger = logging.getLogger(__name__)
 
 WANDB_ID_FILE = "wandb_id.txt"
 _ONLINE_SECONDS = 30.0  # how long W&B may take to connect, to log in or to finish its uploads
@@ -84,14 +86,16 @@ class WandbLogger:
             )
 
         if mode == "online" and not _has_wandb_key():
-            warn("wandb: no API key is set, logging offline (send it later with: wandb sync)")
+            logger.warning("wandb: no API key is set, logging offline (send it later with: wandb sync)")
             mode = "offline"
         try:
             self._run = start(mode)
         except Exception as error:
             if mode != "online":
                 raise
-            warn(f"wandb: cannot go online, logging offline (send it later with: wandb sync): {_reason(error)}")
+            logger.warning(
+                f"wandb: cannot go online, logging offline (send it later with: wandb sync): {_reason(error)}"
+            )
             self._run = start("offline")
         id_file.write_text(f"{self._run.id}\n", encoding="utf-8")
         self._run.define_metric("step", hidden=True)
@@ -114,28 +118,28 @@ class Loggers:
         try:
             self._active[name] = start()
         except Exception as error:  # whatever a third party's client raises, the run goes on
-            warn(f"{name}: cannot start, the run goes on without it: {_reason(error)}")
+            logger.warning(f"{name}: cannot start, the run goes on without it: {_reason(error)}")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        for name, logger in list(self._active.items()):
+        for name, listener in list(self._active.items()):
             try:
-                logger.log(step, values)
+                listener.log(step, values)
             except Exception as error:
                 del self._active[name]
-                warn(f"{name}: failed at step {step}, the run goes on without it: {_reason(error)}")
-                self._close(name, logger, 1, silent=True)
+                logger.warning(f"{name}: failed at step {step}, the run goes on without it: {_reason(error)}")
+                self._close(name, listener, 1, silent=True)
 
     def close(self, exit_code: int) -> None:
         while self._active:
-            name, logger = self._active.popitem()
-            self._close(name, logger, exit_code, silent=False)
+            name, listener = self._active.popitem()
+            self._close(name, listener, exit_code, silent=False)
 
-    def _close(self, name: str, logger: Logger, exit_code: int, silent: bool) -> None:
+    def _close(self, name: str, listener: Logger, exit_code: int, silent: bool) -> None:
         try:
-            logger.close(exit_code)
+            listener.close(exit_code)
         except Exception as error:
             if not silent:
-                warn(f"{name}: could not be closed: {_reason(error)}")
+                logger.warning(f"{name}: could not be closed: {_reason(error)}")
 
 
 def start_loggers(run_dir: Path, log: LogConfig, name: str, config_yaml: str, start_step: int) -> Loggers:
@@ -145,17 +149,11 @@ def start_loggers(run_dir: Path, log: LogConfig, name: str, config_yaml: str, st
         loggers.add("tensorboard", lambda: TensorBoardLogger(run_dir, start_step))
     if log.wandb:
         if importlib.util.find_spec("wandb") is None:
-            warn("wandb: not installed, the run goes on without it (pip install wandb, or log.wandb=false)")
+            logger.warning("wandb: not installed, the run goes on without it (pip install wandb, or log.wandb=false)")
         else:
             config = yaml.safe_load(config_yaml) or {}
             loggers.add("wandb", lambda: WandbLogger(run_dir, start_step, log.wandb_project, name, config))
     return loggers
-
-
-def warn(message: str) -> None:
-    """One line on stderr; not :mod:`warnings`, whose filters may hide it, nor a library's logger that we
-    silenced."""
-    say(f"jepa_scale: warning: {message}")
 
 
 def _has_wandb_key() -> bool:

@@ -1,7 +1,8 @@
-"""How far the run is: a bar on a terminal, a plain line every tenth elsewhere."""
+"""How far the run is: a bar on a terminal, a message every tenth elsewhere."""
 
 from __future__ import annotations
 
+import logging
 import sys
 from datetime import timedelta
 from typing import TextIO
@@ -9,14 +10,16 @@ from typing import TextIO
 from tqdm import tqdm
 
 from jepa_scale.utils.format import format_number
-from jepa_scale.utils.logging import say
+from jepa_scale.utils.logging import shows_progress
+
+logger = logging.getLogger(__name__)
 
 
 class Progress:
-    """Progress of ``total`` optimizer steps on ``stream`` (stderr), starting at ``start``.
+    """Progress of ``total`` optimizer steps, starting at ``start``.
 
-    On a terminal a bar with loss, tokens/s and time left; else, in a log file or a pipe, a line whenever a
-    tenth of the run has gone by, without control characters.
+    If ``stream`` (stderr) is a terminal, a bar with loss, tokens/s and time left; else a message whenever a tenth of the run
+    has gone by.
     """
 
     def __init__(self, name: str, total: int, start: int = 0, stream: TextIO | None = None) -> None:
@@ -24,7 +27,7 @@ class Progress:
         self._stream = stream if stream is not None else sys.stderr
         self._printed = start
         self._bar: tqdm | None = None
-        if self._stream.isatty():
+        if self._stream.isatty() and shows_progress():
             self._bar = tqdm(
                 total=total,
                 initial=start,
@@ -50,14 +53,14 @@ class Progress:
             left = seconds / max(step - self._start, 1) * max(self._total - step, 0)
             clock = timedelta(seconds=round(left))
             percent = 100 * step // max(self._total, 1)
-            say(f"{self._name}  step {step}/{self._total}  {percent}%  {shown}  {clock} left", self._stream)
+            logger.info(f"{self._name}  step {step}/{self._total}  {percent}%  {shown}  {clock} left")
 
     def note(self, text: str) -> None:
-        """A line that stays, above the bar."""
+        """Log a line; above the bar, where there is one."""
         if self._bar is not None:
             self._bar.write(text, file=self._stream)
         else:
-            say(text, self._stream)
+            logger.info(text)
 
     def close(self) -> None:
         if self._bar is not None:

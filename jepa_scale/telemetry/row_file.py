@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
-from jepa_scale.utils.logging import say
+logger = logging.getLogger(__name__)
 
 
 class RowFile:
@@ -28,7 +29,7 @@ class RowFile:
             self._told = False
         except OSError as error:
             if not self._told:
-                say(f"jepa-scale: {self.path}: {error.strerror}; its rows wait in memory, training goes on")
+                logger.warning(f"{self.path}: {error.strerror}; its rows wait in memory, training goes on")
             self._told = True
 
     def close(self) -> None:

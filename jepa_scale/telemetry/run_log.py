@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,8 @@ from jepa_scale.telemetry.records import FIT
 from jepa_scale.telemetry.row_file import RowFile
 from jepa_scale.utils.format import format_number
 from jepa_scale.utils.io import write_atomic
+
+logger = logging.getLogger(__name__)
 
 
 class Stopwatch:
@@ -136,7 +139,7 @@ class RunLog:
         )
         if self._data:
             self._environment["data"] = self._data
-            print("data: " + ", ".join(f"{n:,} {what}" for what, n in self._data.items() if n), flush=True)
+            logger.info("data: " + ", ".join(f"{n:,} {what}" for what, n in self._data.items() if n))
         self._loggers = start_loggers(self.run_dir, self._log, self.name, self._config_yaml, self._start_step)
         if self._log.progress:
             self._progress = Progress(self.name, self.total_steps, self._start_step)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
 
 from jepa_scale.config.schema import TrainConfig
-from jepa_scale.utils.logging import say
+
+logger = logging.getLogger(__name__)
 
 ROWS = 20
 """Rows that a spike is compared with."""
@@ -29,7 +31,7 @@ class LossGuard:
 
         Args:
             values: of the row. steps: that it is about. bad: those of them whose update was skipped.
-            tells: whether this rank prints.
+            tells: whether this rank logs what it finds.
 
         Returns:
             Columns to add to the row: ``loss_spike``, the loss over the median of the last rows, where it is a spike.
@@ -40,7 +42,7 @@ class LossGuard:
         for step in steps:
             self._in_a_row = [*self._in_a_row, step] if step in bad else []
         if bad and tells:
-            say(f"jepa-scale: no finite gradient in step {', '.join(map(str, bad))}; skipped on all ranks")
+            logger.warning(f"no finite gradient in step {', '.join(map(str, bad))}; skipped on all ranks")
         limit = self.options.max_skipped_steps
         if len(self._in_a_row) > limit:
             raise FloatingPointError(
@@ -54,6 +56,6 @@ class LossGuard:
             self._losses.append(loss)
         if factor and len(self._losses) > 1 and loss > factor * usual > 0:
             if tells:
-                say(f"jepa-scale: the loss jumped to {loss:.4g} from {usual:.4g}")
+                logger.warning(f"the loss jumped to {loss:.4g} from {usual:.4g}")
             return {"loss_spike": loss / usual}
         return {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 
 from jepa_scale import checkpoint
@@ -22,7 +23,8 @@ from jepa_scale.training.trainer import Trainer, run_dir_of
 from jepa_scale.training.watchdog import Watchdog
 from jepa_scale.utils import allocator
 from jepa_scale.utils.errors import InputError
-from jepa_scale.utils.logging import say
+
+logger = logging.getLogger(__name__)
 
 
 def run_training(args: argparse.Namespace) -> None:
@@ -44,6 +46,7 @@ def run_training(args: argparse.Namespace) -> None:
     found = checkpoint.find(run_dir, args.resume, config.checkpoint.verify) if args.resume else None
 
     run = build(plan, ranks, steps_of(found, config))
+    logger.debug(f"{run.engine.layout} on {ranks.device}, started by {ranks.launcher}; {run.steps:,} steps")
     start, counts, criteria = 0, None, Criteria(config.train)
     if found:
         state = checkpoint.load(found, run.parts).state
@@ -83,13 +86,13 @@ def run_training(args: argparse.Namespace) -> None:
 
 
 def conclude(trainer: Trainer, run_dir: Path) -> None:
-    """Print how a run has ended, and write its report unless it is to go on."""
+    """Log how a run has ended, and write its report unless it is to go on."""
     config, criteria = trainer.config, trainer.criteria
     if criteria.ended and not criteria.aborted:
-        print(criteria.ended, flush=True)
+        logger.info(criteria.ended)
     if trainer.stopping:
         by = trainer.stop.name or "a signal to another rank"
-        print(f"stopped by {by} after step {trainer.done}; go on with --resume auto", flush=True)
+        logger.warning(f"stopped by {by} after step {trainer.done}; go on with --resume auto")
     elif config.log.report:
         from jepa_scale.report.page import write_report  # draws: other ranks, and the start, need no matplotlib
 
@@ -116,18 +119,20 @@ def saver_of(config: Config, run_dir: Path) -> Saver:
         run_dir / "checkpoints",
         policy,
         keep.asynchronous,
-        tell=report_failure,
+        tell=log_save,
         every=keep.every,
         ephemeral_every=keep.ephemeral_every,
     )
 
 
-def report_failure(report: checkpoint.Report) -> None:
-    """Print why a checkpoint could not be written; the run goes on with the ones before."""
-    if report.problem and report.path is None:
-        say(
-            f"jepa-scale: the checkpoint of step {report.step} was not saved: {report.problem}; training goes on, and the "
-            "next save tries again"
+def log_save(report: checkpoint.Report) -> None:
+    """Log what became of a checkpoint; where it could not be written, the run goes on with the ones before."""
+    if report.path is not None:
+        logger.debug(f"{report.path}: saved in {report.seconds:.1f} s, of which training waited {report.stalled:.1f} s")
+    elif report.problem:
+        logger.warning(
+            f"the checkpoint of step {report.step} was not saved: {report.problem}; training goes on, and the next save "
+            "tries again"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import threading
@@ -11,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jepa_scale.distributed.comm import Ranks
-from jepa_scale.utils.logging import say
+
+logger = logging.getLogger(__name__)
 
 WAITING = ("/torch/distributed/", "/deepspeed/")
 """Folders of the code that waits for other ranks."""
@@ -76,7 +78,7 @@ class Watchdog:
                 self._tell(now, *place_of(self._main))
                 time.sleep(2 * pause)  # the others', too
                 if self._now == now and not self._closed.is_set():
-                    say(f"jepa-scale: {self._verdict()}")
+                    logger.error(self._verdict())
                     self._end()
                     return
 

@@ -7,6 +7,7 @@ that it was started with, so ours starts itself again, before it imports anythin
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Mapping
@@ -15,10 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jepa_scale.utils.errors import InputError
-from jepa_scale.utils.logging import say
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 VARIABLE = "JEPA_SCALE_MALLOC"
 """Environment variable: ``system`` leaves the process as it is; ``tcmalloc`` asks for it, on a machine with GPUs too; else it is
@@ -45,7 +47,7 @@ def start_with_tcmalloc() -> None:
     try:
         library = wanted(os.environ, has_gpu(os.environ))
     except InputError as error:
-        say(f"jepa-scale: {error}")
+        print(f"jepa-scale: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     if library and sys.executable:
         others = os.environ.get("LD_PRELOAD", "")
@@ -102,4 +104,4 @@ def advise(device: torch.device) -> None:
     """Tell what a run on a CPU goes without, unless it is installed: then a program of somebody's was started without it, and called us."""
     missing = sys.platform == "linux" and device.type == "cpu" and in_use() == "system" and installed() is None
     if missing and not os.environ.get(VARIABLE):
-        say(f"memory: steps on a CPU are faster with tcmalloc ({PACKAGES}); {VARIABLE}=system says no more")
+        logger.info(f"memory: steps on a CPU are faster with tcmalloc ({PACKAGES}); {VARIABLE}=system says no more")

@@ -1,14 +1,73 @@
-"""Messages in the middle of a run."""
+"""Logging: one hierarchy of loggers, ``jepa_scale.*``, and one handler on stderr.
+
+Every module logs to ``logging.getLogger(__name__)``. An entry point calls :func:`configure` once; a program that imports the
+package and does not configure logging itself gets warnings alone, as from any library.
+"""
 
 from __future__ import annotations
 
-import contextlib
+import logging
+import os
 import sys
 from typing import TextIO
 
+ROOT = "jepa_scale"
+"""The name above all our loggers."""
+FORMAT, TIME = "%(asctime)s %(levelname)s %(rank)s%(message)s", "%H:%M:%S"
 
-def say(message: str, stream: TextIO | None = None) -> None:
-    """Print a line, on stderr if not told otherwise. Output may go to a file on a disk that is full: a line that cannot
-    be printed is no reason to stop. Line and newline are one write, or those of two threads would mix."""
-    with contextlib.suppress(OSError):
-        print(f"{message}\n", end="", file=stream or sys.stderr, flush=True)
+
+class RankFilter(logging.Filter):
+    """Adds the rank to a record, and drops records below WARNING on ranks other than 0 unless all ranks are wanted.
+
+    The rank is read from the launcher's environment variables: logging begins before there is a process group.
+    """
+
+    def __init__(self, all_ranks: bool) -> None:
+        super().__init__()
+        self._all_ranks = all_ranks
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        record.rank = f"[rank {rank}] " if world_size != "1" else ""
+        return self._all_ranks or rank == "0" or record.levelno >= logging.WARNING
+
+
+class StderrHandler(logging.StreamHandler[TextIO]):
+    """Writes to what ``sys.stderr`` is when the record comes."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stderr
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Ignore a stream that takes nothing, such as a file on a full disk: a lost message is no reason to stop a run."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
+def configure(level: int = logging.INFO) -> None:
+    """Send the package's messages from ``level`` on to stderr; DEBUG includes those of all ranks. A later call replaces an
+    earlier one."""
+    handler = StderrHandler()
+    handler.setFormatter(logging.Formatter(FORMAT, TIME))
+    handler.addFilter(RankFilter(all_ranks=level <= logging.DEBUG))
+    logger = logging.getLogger(ROOT)
+    for other in [h for h in logger.handlers if isinstance(h, StderrHandler)]:
+        logger.removeHandler(other)
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    logger.propagate = False  # a handler that a library gives the root logger would repeat every message
+
+
+def configured_level() -> int | None:
+    """The level that :func:`configure` was given in this process, None if it was not called."""
+    logger = logging.getLogger(ROOT)
+    return logger.level if any(isinstance(h, StderrHandler) for h in logger.handlers) else None
+
+
+def shows_progress() -> bool:
+    """Whether progress bars are wanted: not where warnings alone are."""
+    return (configured_level() or logging.INFO) <= logging.INFO

@@ -156,7 +156,7 @@ def two_saved(tmp_path_factory):
 @pytest.mark.parametrize(
     "file", ["tensors/.metadata", "tensors/__0_0.distcp", "tensors/__1_0.distcp", "rng_rank00001.pt", "manifest.json"]
 )
-def test_a_flipped_byte_in_any_file_is_found_and_the_one_before_is_taken(two_saved, tmp_path, file, capsys):
+def test_a_flipped_byte_in_any_file_is_found_and_the_one_before_is_taken(two_saved, tmp_path, file, caplog):
     import shutil
 
     folder = shutil.copytree(two_saved, tmp_path / "checkpoints")
@@ -166,7 +166,7 @@ def test_a_flipped_byte_in_any_file_is_found_and_the_one_before_is_taken(two_sav
     bad.write_bytes(raw)
     assert checkpoint.find(tmp_path, "auto") == folder / "step_00000001"
     if file != "manifest.json":
-        assert f"{bad}: its checksum is wrong" in capsys.readouterr().out
+        assert f"{bad}: its checksum is wrong" in caplog.text
         with pytest.raises(InputError, match=r"--resume: .*its checksum is wrong \(1 in all\)"):
             checkpoint.find(tmp_path, folder / "step_00000002")
     (folder / "step_00000001" / "rng_rank00000.pt").unlink()

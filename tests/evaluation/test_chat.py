@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import sqlite3
 import time
 from pathlib import Path
@@ -274,10 +275,10 @@ def test_without_rows_or_scores_there_are_no_means(tmp_path):
     assert summary([]) == {"generated": 0.0, "unscored": 0.0}
 
 
-def test_a_file_that_cannot_be_written_is_told_of(tmp_path, capsys):
+def test_a_file_that_cannot_be_written_is_a_warning(tmp_path, caplog):
     (tmp_path / "generations").write_text("a file in the way")
     save(generations_file(tmp_path, 1, "valid"), [])
-    assert "step_00000001_valid.jsonl was not written" in capsys.readouterr().err
+    assert "step_00000001_valid.jsonl was not written" in caplog.text
 
 
 def test_metrics_are_described():
@@ -294,16 +295,17 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_terminal_has_a_bar_a_file_a_line_now_and_then(monkeypatch):
+def test_a_terminal_has_a_bar_a_file_a_message_now_and_then(monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "jepa_scale")
     with Counter("generate valid", 4, shown=True, stream=(screen := Terminal())) as counter:
         counter.add(3)
     assert "generate valid" in screen.getvalue() and "/4" in screen.getvalue()
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    with Counter("generate valid", 4, shown=True, stream=(file := io.StringIO())) as counter:
+    with Counter("generate valid", 4, shown=True, stream=io.StringIO()) as counter:
         for clock[0] in (1.0, 31.0, 32.0):
             counter.add(1)
-    assert file.getvalue() == "generate valid  2/4\n"
+    assert caplog.messages == ["generate valid  2/4"]
     with Counter("generate valid", 4, shown=False, stream=(nothing := Terminal())) as counter:
         counter.add(4)
     assert nothing.getvalue() == ""

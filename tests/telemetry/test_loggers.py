@@ -67,7 +67,7 @@ class Broken:
             raise RuntimeError("cannot close either")
 
 
-def test_a_logger_that_raises_is_reported_once_and_dropped(tmp_path, capsys, monkeypatch):
+def test_a_logger_that_raises_is_reported_once_and_dropped(tmp_path, caplog, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "0123secret")
     bad, good = Broken(at="log"), Broken()
     with run_log(tmp_path) as log:
@@ -76,13 +76,13 @@ def test_a_logger_that_raises_is_reported_once_and_dropped(tmp_path, capsys, mon
         for step in (1, 2, 3):
             log.fit(step, {"loss": 1.0})
     assert bad.calls == [1, "close"] and good.calls == [1, 2, 3, "close"]
-    warnings = capsys.readouterr().err.splitlines()
+    warnings = caplog.messages
     assert len(warnings) == 1 and "bad" in warnings[0] and "ConnectionError" in warnings[0]
     assert "0123secret" not in warnings[0]
     assert len(load_run(tmp_path).rows) == 3 and (tmp_path / "summary.json").is_file()
 
 
-def test_a_logger_that_cannot_start_or_close_is_reported(capsys):
+def test_a_logger_that_cannot_start_or_close_is_reported(caplog):
     loggers = Loggers()
 
     def fail():
@@ -92,7 +92,7 @@ def test_a_logger_that_cannot_start_or_close_is_reported(capsys):
     loggers.add("sticky", lambda: Broken(at="close"))
     loggers.log(1, {"fit/loss": 1.0})
     loggers.close(0)
-    warnings = capsys.readouterr().err.splitlines()
+    warnings = caplog.messages
     assert len(warnings) == 2 and "absent" in warnings[0] and "sticky" in warnings[1]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -146,11 +147,11 @@ def test_a_run_that_stops_early_is_done_and_goes_on_if_it_is_to_be_more_patient(
     """With so small a learning rate nothing improves after the first evaluation."""
     early = "train.early_stopping={metric: test/joint_nll, patience: 2, min_delta: 0.01}"
     assert train.main(["--config", str(config), early]) == 0
-    assert "stopped early: test/joint_nll" in capsys.readouterr().out
+    assert "INFO stopped early: test/joint_nll" in capsys.readouterr().err
     assert last_steps(tmp_path) == (6, ["step_00000006"])
     assert json.loads((tmp_path / "runs/small/summary.json").read_text())["steps"] == 6
     assert train.main(["--config", str(config), early, "--resume", "auto"]) == 0
-    assert "stopped early" in capsys.readouterr().out and last_steps(tmp_path)[0] == 6  # it had ended
+    assert "stopped early" in capsys.readouterr().err and last_steps(tmp_path)[0] == 6  # it had ended
     assert train.main(["--config", str(config), early.replace("patience: 2", "patience: 4"), "--resume", "auto"]) == 0
     assert last_steps(tmp_path) == (10, ["step_00000006", "step_00000010"])
 
@@ -158,9 +159,9 @@ def test_a_run_that_stops_early_is_done_and_goes_on_if_it_is_to_be_more_patient(
 def test_a_run_that_is_aborted_has_saved_and_ends_with_an_error(config, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv(allocator.VARIABLE, "system")  # which else may be spoken of
     rule = "train.abort=[{metric: fit/lm_loss, above: 0.5, after_epochs: 1}]"
-    assert train.main(["--config", str(config), rule]) == 1
-    told = capfd.readouterr().err
-    assert told.count("\n") == 1 and told.startswith("jepa-scale: aborted after step ") and "fit/lm_loss is " in told
+    assert train.main(["--config", str(config), rule, "-q"]) == 1
+    logged = capfd.readouterr().err
+    assert re.fullmatch(r"\d\d:\d\d:\d\d ERROR aborted after step .*fit/lm_loss is .*\n", logged)
     step, saved = last_steps(tmp_path)
     facts = len(generate(50, 5, 2).train)
     assert step == 2 * math.ceil(facts / 16 / 2) and saved == [f"step_{step:08d}"]

@@ -62,7 +62,7 @@ def test_progress_keeps_it_quiet_and_it_leaves_nothing_behind(tmp_path: Path, ha
     assert not (tmp_path / "none").exists()
 
 
-def verdicts(tmp_path: Path, capfd, hand: Hand, places: dict[int, tuple[int, str]]) -> list[str]:
+def verdicts(tmp_path: Path, caplog, hand: Hand, places: dict[int, tuple[int, str]]) -> list[str]:
     """What the watchdogs of the ranks say when nothing goes on after each has told in its file where it is."""
     ended = {rank: threading.Event() for rank in places}
     dogs = {rank: Watchdog(tmp_path, ranks(rank), LIMIT, ended[rank].set) for rank in places}
@@ -76,25 +76,25 @@ def verdicts(tmp_path: Path, capfd, hand: Hand, places: dict[int, tuple[int, str
     finally:
         for dog in dogs.values():
             dog.__exit__()
-    return [line for line in capfd.readouterr().err.splitlines() if line.startswith("jepa-scale: ")]
+    return caplog.messages
 
 
-def test_the_rank_that_is_behind_is_named_by_all(tmp_path: Path, capfd, hand: Hand) -> None:
-    told = verdicts(tmp_path, capfd, hand, {0: (7, "update"), 1: (7, "forward and backward"), 2: (7, "update")})
+def test_the_rank_that_is_behind_is_named_by_all(tmp_path: Path, caplog, hand: Hand) -> None:
+    told = verdicts(tmp_path, caplog, hand, {0: (7, "update"), 1: (7, "forward and backward"), 2: (7, "update")})
     assert len(told) == 3
     assert all("rank 1 hangs at step 7 in 'forward and backward'" in line for line in told)
 
 
-def test_an_earlier_step_is_behind_whatever_the_phase(tmp_path: Path, capfd, hand: Hand) -> None:
-    told = verdicts(tmp_path, capfd, hand, {0: (8, "data"), 1: (8, "data"), 2: (7, "save")})
+def test_an_earlier_step_is_behind_whatever_the_phase(tmp_path: Path, caplog, hand: Hand) -> None:
+    told = verdicts(tmp_path, caplog, hand, {0: (8, "data"), 1: (8, "data"), 2: (7, "save")})
     assert len(told) == 3 and all("rank 2 hangs at step 7 in 'save'" in line for line in told)
 
 
-def test_where_all_are_in_the_same_place_it_does_not_pretend_to_know(tmp_path: Path, capfd, hand: Hand) -> None:
-    told = verdicts(tmp_path, capfd, hand, {rank: (3, "update") for rank in range(3)})
+def test_where_all_are_in_the_same_place_it_does_not_pretend_to_know(tmp_path: Path, caplog, hand: Hand) -> None:
+    told = verdicts(tmp_path, caplog, hand, {rank: (3, "update") for rank in range(3)})
     assert len(told) == 3 and all("one of rank 0, 1, 2 hangs at step 3" in line for line in told)
 
 
-def test_a_rank_that_is_gone_is_named(tmp_path: Path, capfd, hand: Hand) -> None:
-    told = verdicts(tmp_path, capfd, hand, {0: (3, "update"), 2: (3, "update")})
+def test_a_rank_that_is_gone_is_named(tmp_path: Path, caplog, hand: Hand) -> None:
+    told = verdicts(tmp_path, caplog, hand, {0: (3, "update"), 2: (3, "update")})
     assert len(told) == 2 and all("rank 1 has ended without a word" in line for line in told)

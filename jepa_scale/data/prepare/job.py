@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
-import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -30,12 +29,12 @@ from jepa_scale.data.shards.format import FORMAT, INDEX_FILE, Index, ShardInfo, 
 from jepa_scale.utils.errors import InputError
 from jepa_scale.utils.io import write_atomic
 
+logger = logging.getLogger(__name__)
+
 JOB_FILE = "job.json"
 TOKENIZER = "tokenizer"
 OURS = {JOB_FILE, f"{JOB_FILE}.partial", LOCK_FILE}
 """A folder that holds anything, but none of these, is somebody else's."""
-
-Note = Callable[[str], None]
 
 
 def prepare(
@@ -46,7 +45,6 @@ def prepare(
     progress: bool = True,
     *,
     cache: Path | None = None,
-    note: Note | None = None,
 ) -> Index:
     """Prepare the raw data ``path`` into the folder ``out``.
 
@@ -60,14 +58,12 @@ def prepare(
             128 MiB a process are held in memory.
         progress: show a bar when stderr is a terminal.
         cache: folder for what is worth keeping between jobs (None = :func:`cache_dir`).
-        note: told, line by line, what people may want to know; None = to stderr when ``progress``.
 
     Raises:
         InputError: the source is bad, a record is bad and ``options.on_error`` is stop, nothing is left to train on,
             ``out`` holds something else or is being prepared by another process, or it cannot be written.
     """
     out = Path(out)
-    tell = note or (_to_stderr if progress else _nowhere)
     with suppress(OSError):
         if Path(path).is_dir() and out.resolve().is_relative_to(Path(path).resolve()):
             raise InputError(f"{out}: lies in the source {path}, which must not change; choose another folder")
@@ -75,7 +71,7 @@ def prepare(
     try:
         _claim(out)
         with locked(out, wait=False):
-            return _fill(reader, path, out, options, processes, progress, cache or cache_dir(), tell)
+            return _fill(reader, path, out, options, processes, progress, cache or cache_dir())
     except OSError as error:
         raise cannot_write(error, out) from None
 
@@ -103,7 +99,7 @@ def prepared(
             _claim(folder)
             with locked(folder, wait=True):
                 if _complete(folder) is None:
-                    _fill(reader, path, folder, options, processes, progress, cache, _nowhere)
+                    _fill(reader, path, folder, options, processes, progress, cache)
     except OSError as error:
         raise cannot_write(error, folder) from None
     return folder
@@ -117,7 +113,6 @@ def _fill(
     processes: int | None,
     progress: bool,
     cache: Path,
-    note: Note,
 ) -> Index:
     """``prepare`` with the folder's lock held."""
     encoder = make_encoder(reader, options, cache)
@@ -132,13 +127,13 @@ def _fill(
     index = _complete(out)
     if index is not None:
         _clean(out, f"*{DONE_SUFFIX}", "*.partial")
-        note(f"{out}: is prepared already, nothing to do")
+        logger.info(f"{out}: is prepared already, nothing to do")
         return index
     if (out / INDEX_FILE).exists():
-        note(f"{out}: shards are missing since it was prepared; they are made again")
+        logger.warning(f"{out}: shards are missing since it was prepared; they are made again")
         (out / INDEX_FILE).unlink()
     elif resumes:
-        note(f"{out}: goes on where it was stopped")
+        logger.info(f"{out}: goes on where it was stopped")
     _clean(out, "*.partial")
     write_atomic(out / JOB_FILE, json.dumps(job, indent=1).encode())
     processes = processes or cores()
@@ -171,13 +166,13 @@ def _fill(
                             skipped[reason] = skipped.get(reason, 0) + count
                             named = examples.setdefault(reason, [])
                             named += done.examples[reason][: EXAMPLES - len(named)]
-                note(_told(split, records[split], there, time.monotonic() - begin))
+                logger.info(_split_done(split, records[split], there, time.monotonic() - begin))
                 if shards:
                     splits[split] = shards
                 elif split == "train":
                     raise InputError(_nothing(path, records[split], skipped))
                 else:
-                    note(f"{split}: holds no samples, it is left out")
+                    logger.warning(f"{split}: holds no samples, it is left out")
     finally:
         _clean(out, "*.partial")
     if reader.fingerprint() != job["source"]:
@@ -283,7 +278,7 @@ def _local_tokenizer(name: str) -> str:
     return digest.hexdigest() if files else ""
 
 
-def _told(split: str, records: int, there: int, seconds: float) -> str:
+def _split_done(split: str, records: int, there: int, seconds: float) -> str:
     before = f", {there:,} of them were there already" if there else ""
     return f"{split}: {records:,} records{before}; {seconds:,.1f} s, {(records - there) / max(seconds, 1e-9):,.0f} records/s"
 
@@ -293,11 +288,3 @@ def _nothing(path: str | Path, records: int, skipped: dict[str, int]) -> str:
         return f"{path}: nothing to train on: it holds no records"
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items())
     return f"{path}: nothing to train on: {sum(skipped.values()):,} records skipped: {reasons}"
-
-
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _nowhere(line: str) -> None:
-    pass

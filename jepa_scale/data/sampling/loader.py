@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import multiprocessing
 import os
 import pickle
@@ -10,6 +11,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -21,7 +23,9 @@ from jepa_scale.data.sampling.batches import Stream
 from jepa_scale.data.sampling.rng import Draw, ViewMaker, views_of
 from jepa_scale.packing import PackedBatch, Views, pack
 from jepa_scale.utils.errors import DataError, InputError
-from jepa_scale.utils.logging import say
+from jepa_scale.utils.logging import configure, configured_level
+
+logger = logging.getLogger(__name__)
 
 
 class Readable(Protocol):
@@ -45,7 +49,7 @@ class Loader:
         steps: the step at which to stop (the run's length, not the number of steps still to go).
         seed: the run's seed, for :class:`Draw` and the batches.
         workers: processes that make micro-batches ahead of time; 0 = make them when they are asked for.
-        on_error: a damaged sample stops the run, or is left out, told of on stderr and counted (``skipped``).
+        on_error: a damaged sample stops the run, or is left out with a warning and counted (``skipped``).
     """
 
     examples: Readable
@@ -107,10 +111,10 @@ class Loader:
         return batch
 
     def _skip(self, error: DataError) -> None:
-        """Leave a damaged sample out and tell of it, or stop."""
+        """Leave a damaged sample out with a warning, or stop."""
         if self.on_error == "stop":
             raise error
-        say(f"jepa-scale: skipped: {error}")
+        logger.warning(f"skipped: {error}")
 
     def _views(self, epoch: int, step: int, sample: int) -> Views:
         draw = Draw(self.seed, epoch, step, sample)
@@ -134,7 +138,7 @@ class Loader:
             sampler=range(self.start_step * accumulation, self.steps * accumulation),
             num_workers=self.workers,
             collate_fn=_unchanged,
-            worker_init_fn=_outlive_signals,
+            worker_init_fn=partial(_begin, configured_level()),
             multiprocessing_context="fork" if fork else None,
             generator=torch.Generator(),  # not the global one, whose state belongs to the model
         )
@@ -183,7 +187,14 @@ def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def _outlive_signals(worker: int) -> None:
+def _begin(log_level: int | None, worker: int) -> None:
+    """Begin a worker process: it logs as the trainer does, also where it is not a fork of it, and outlives signals."""
+    if log_level is not None:
+        configure(log_level)
+    _outlive_signals()
+
+
+def _outlive_signals() -> None:
     """A preemption sends SIGTERM (and Ctrl-C SIGINT) to all processes of a job, but it is the trainer who
     decides when to stop: the workers must live on until it has finished its step. Only the trainer's own
     SIGTERM ends a worker."""

@@ -7,6 +7,7 @@ is drawn to its reverse. The views are segments, so neither sees the other.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 
 from jepa_scale.config.ema import TeacherOptions
 from jepa_scale.data.sampling.rng import Draw, ViewMaker
-from jepa_scale.distributed.comm import data_size, rank
+from jepa_scale.distributed.comm import data_size
 from jepa_scale.losses.distance import DISTANCES, cosine
 from jepa_scale.losses.infonce import collect_contrast, contrast
 from jepa_scale.losses.sigreg import sigreg
@@ -32,7 +33,8 @@ from jepa_scale.objectives.two_view.diagnostics import TwoViewDiagnostics
 from jepa_scale.objectives.two_view.views import ChatViews, FactViews, Frame, paired_at
 from jepa_scale.packing import PackedBatch
 from jepa_scale.utils.errors import InputError
-from jepa_scale.utils.logging import say
+
+logger = logging.getLogger(__name__)
 
 COVARIANCE = 0.04
 """Weight of VICReg's covariance beside its variance: 1 to 25, as in the paper."""
@@ -304,9 +306,9 @@ def _predictors(count: int, backbone: Backbone, tokenizer: Any) -> nn.Embedding:
     reused = {n: row for n, row in found.items() if row < len(rows)}
     for n, row in reused.items():
         table.weight[n] = rows[row]
-    if reused and rank() == 0:
+    if reused:
         names = ", ".join(UPSTREAM_PREDICTOR.format(n + 1) for n in reused)
-        say(
+        logger.info(
             f"objective.predictor_tokens: the tokenizer has {names}; ours begin as these, and text that reads so is text"
         )
     return table

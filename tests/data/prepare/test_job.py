@@ -1,6 +1,7 @@
 import errno
 import itertools
 import json
+import logging
 import multiprocessing
 import os
 import random
@@ -31,6 +32,12 @@ def line_reader(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(job, "open_reader", lines.open_reader)
     monkeypatch.setattr(job, "make_encoder", lines.make_encoder)
     monkeypatch.setenv("JEPA_SCALE_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.INFO, "jepa_scale")
+    return caplog
 
 
 def text(number: int, seed: int = 0) -> list[str]:
@@ -123,10 +130,9 @@ def kill(command: Command, group: bool) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def test_what_is_prepared(tmp_path: Path) -> None:
+def test_what_is_prepared(tmp_path: Path, logged: pytest.LogCaptureFixture) -> None:
     raw = source(tmp_path / "raw", text(20), valid=text(3, seed=1))
-    said: list[str] = []
-    index = prepare(raw, tmp_path / "out", OPTIONS, processes=1, note=said.append)
+    index = prepare(raw, tmp_path / "out", OPTIONS, processes=1)
     assert index == Index.read(tmp_path / "out")
     assert [s.name for s in index.splits["train"]] == [f"train-00000{n}.tar" for n in range(3)]
     words = sum(len(line.split()) for line in text(20))
@@ -139,7 +145,7 @@ def test_what_is_prepared(tmp_path: Path) -> None:
     }
     shards |= {"valid-000000.tar", "valid-000000.idx.npy"}
     assert set(content(tmp_path / "out")) == {"index.json", "job.json", "tokenizer/tokenizer.json", *shards}
-    assert [line.split(":")[0] for line in said] == ["train", "valid"]
+    assert [line.split(":")[0] for line in logged.messages] == ["train", "valid"]
 
 
 def test_bytes_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
@@ -201,7 +207,9 @@ def test_killed_at_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, w
     assert moment == 1 + 4 * 3 + 2  # job; index, tar and record of four shards; tokenizer, index
 
 
-def test_finished_shards_stay_unless_they_are_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_shards_stay_unless_they_are_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: pytest.LogCaptureFixture
+) -> None:
     train = text(35)
     raw, out, log = source(tmp_path / "raw", [*train, ""]), tmp_path / "out", tmp_path / "log"
     with pytest.raises(InputError, match=r"train.txt:36: empty document; fix it, or .* on_error=skip"):
@@ -212,13 +220,13 @@ def test_finished_shards_stay_unless_they_are_damaged(tmp_path: Path, monkeypatc
     (out / "train-000004.done.json").write_bytes(b"{")
     (out / "train-000009.tar.partial").write_bytes(b"litter")
     monkeypatch.setenv("LINES_LOG", str(log))
-    said: list[str] = []
     skip = PrepareOptions(shard_samples=7, on_error="skip")
-    prepare(raw, out, skip, processes=1, note=said.append)
+    logged.clear()
+    prepare(raw, out, skip, processes=1)
     again = [1 + n for block in (1, 3, 4, 5) for n in range(7 * block, min(7 * block + 7, 36))]
     assert log.read_text().split() == [f"train.txt:{n}" for n in again]
-    assert "goes on" in said[0]
-    assert "36 records, 14 of them were there already" in said[1]
+    assert "goes on" in logged.messages[0]
+    assert "36 records, 14 of them were there already" in logged.messages[1]
     prepare(raw, tmp_path / "undisturbed", skip, processes=1, progress=False)
     assert content(out) == content(tmp_path / "undisturbed")
 
@@ -236,9 +244,10 @@ def test_killed_with_all_its_processes_and_then_alone(tmp_path: Path) -> None:
         assert not (out / "index.json").exists()
     assert finished(out) == 8
     code, stdout, stderr = Command(tmp_path, *args[:-1], "1").end()
-    assert (code, stderr) == (0, "")
-    assert "goes on where it was stopped" in stdout
-    assert "of them were there already" in stdout
+    assert code == 0 and "INFO" not in stdout
+    goes_on, done = stderr.splitlines()
+    assert "INFO" in goes_on and "goes on where it was stopped" in goes_on
+    assert "of them were there already" in done
     assert content(out) == content(tmp_path / "undisturbed")
 
 
@@ -252,7 +261,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
         until(lambda there=there: finished(out) > there)
         time.sleep(rng.random() * 0.15)
         kill(command, group=True)
-    assert Command(tmp_path, *args[:-1], "1").end()[::2] == (0, "")
+    assert Command(tmp_path, *args[:-1], "1", "-q").end()[::2] == (0, "")
     assert content(out) == content(tmp_path / "undisturbed")
 
 
@@ -268,13 +277,13 @@ def test_a_signal_ends_it_in_one_line(tmp_path: Path, number: signal.Signals, co
     assert not list(out.glob("*.partial")) and not (out / "job.lock").exists()
 
 
-def test_another_job_is_refused(tmp_path: Path) -> None:
+def test_another_job_is_refused(tmp_path: Path, logged: pytest.LogCaptureFixture) -> None:
     raw, out = source(tmp_path / "raw", text(20)), tmp_path / "out"
     index = prepare(raw, out, OPTIONS, processes=1, progress=False)
     before = content(out)
-    said: list[str] = []
-    assert prepare(raw, out, OPTIONS, processes=1, note=said.append) == index
-    assert said == [f"{out}: is prepared already, nothing to do"]
+    logged.clear()
+    assert prepare(raw, out, OPTIONS, processes=1) == index
+    assert logged.messages == [f"{out}: is prepared already, nothing to do"]
     other = PrepareOptions(shard_samples=8, tokenizer="gpt2")
     with pytest.raises(InputError, match=r"holds another preparation \(differs in shard_samples, tokenizer\); remove"):
         prepare(raw, out, other, processes=1, progress=False)
@@ -288,14 +297,13 @@ def test_another_job_is_refused(tmp_path: Path) -> None:
         prepare(raw, tmp_path / "skip", OPTIONS, processes=1, progress=False)
 
 
-def test_a_shard_lost_since_is_made_again(tmp_path: Path) -> None:
+def test_a_shard_lost_since_is_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     raw, out = source(tmp_path / "raw", text(20)), tmp_path / "out"
     prepare(raw, out, OPTIONS, processes=1, progress=False)
     before = content(out)
     (out / "train-000001.tar").unlink()
-    said: list[str] = []
-    prepare(raw, out, OPTIONS, processes=1, note=said.append)
-    assert "made again" in said[0]
+    prepare(raw, out, OPTIONS, processes=1)
+    assert "made again" in caplog.messages[0]
     assert content(out) == before
 
 
@@ -330,14 +338,13 @@ def test_stop_names_the_first_bad_record(tmp_path: Path, monkeypatch: pytest.Mon
     assert not list((tmp_path / "out").glob("*.partial"))
 
 
-def test_skipped_records_are_counted_and_named(tmp_path: Path) -> None:
+def test_skipped_records_are_counted_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     train = text(30)
     train[7:14] = [""] * 7  # the whole second block
     train[20] = "unreadable"
     raw = source(tmp_path / "raw", train, valid=["", ""])
-    said: list[str] = []
     skip = PrepareOptions(shard_samples=7, on_error="skip")
-    index = prepare(raw, tmp_path / "out", skip, processes=1, note=said.append)
+    index = prepare(raw, tmp_path / "out", skip, processes=1)
     assert index.skipped == {"empty document": 9, "unreadable": 1}
     assert index.made_from["skipped"] == {
         "empty document": ["train.txt:8", "train.txt:9", "train.txt:10"],
@@ -345,7 +352,7 @@ def test_skipped_records_are_counted_and_named(tmp_path: Path) -> None:
     }
     assert [s.name for s in index.splits["train"]] == [f"train-00000{n}.tar" for n in (0, 2, 3, 4)]
     assert list(index.splits) == ["train"]
-    assert said[-1] == "valid: holds no samples, it is left out"
+    assert caplog.messages == ["valid: holds no samples, it is left out"]
 
 
 def test_nothing_to_train_on(tmp_path: Path) -> None:
@@ -358,10 +365,11 @@ def test_nothing_to_train_on(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "index.json").exists()
 
 
-def test_a_source_that_changes_meanwhile_is_refused(tmp_path: Path) -> None:
+def test_a_source_that_changes_meanwhile_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = source(tmp_path / "raw", text(10), valid=text(3))
+    monkeypatch.setattr(job, "_split_done", lambda *about: str(source(raw, ["other"])))  # after each split
     with pytest.raises(InputError, match="has changed while it was being prepared"):
-        prepare(raw, tmp_path / "out", OPTIONS, 1, note=lambda _: source(raw, ["other"]))
+        prepare(raw, tmp_path / "out", OPTIONS, 1)
     assert not (tmp_path / "out" / "index.json").exists()
 
 

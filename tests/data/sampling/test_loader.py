@@ -18,6 +18,7 @@ from jepa_scale.data.sampling.loader import Loader
 from jepa_scale.data.sampling.rng import Draw
 from jepa_scale.packing import PackedBatch, Segment, Views
 from jepa_scale.utils.errors import DataError, InputError
+from jepa_scale.utils.logging import configure
 
 
 def fact_views(fact: Fact, draw: Draw) -> Views:
@@ -275,6 +276,7 @@ class Damaged:
 def test_a_damaged_sample_stops_the_run_or_is_counted(
     data: ReversalData, workers: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    configure()
     bad = {3, 4, 77}
     stream = stream_of(data, 10, epochs=1)
     assert stream.steps == 13
@@ -288,8 +290,8 @@ def test_a_damaged_sample_stops_the_run_or_is_counted(
     assert sum(batch.counts["skipped"] for batch in batches) == 3
     seen = sorted(int(n) for batch in batches for n in batch.values["sample"])
     assert seen == sorted(set(range(130)) - bad)
-    told = capfd.readouterr().err
-    assert all(f"shard-3.tar, sample {n}: is damaged" in told for n in bad)
+    logged = capfd.readouterr().err
+    assert all(f"WARNING skipped: shard-3.tar, sample {n}: is damaged\n" in logged for n in bad)
 
 
 def test_a_micro_batch_without_samples_has_the_shapes_of_one(data: ReversalData) -> None:
@@ -332,6 +334,7 @@ def test_views_larger_than_announced_are_refused(data: ReversalData) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_views_that_are_made_together_are_those_made_alone(data: ReversalData, workers: int, capfd: Any) -> None:
+    configure()
     alone = list(loader(data, on_error="skip"))
     together = list(loader(data, on_error="skip", workers=workers, view_maker=Together()))
     skipped = 0

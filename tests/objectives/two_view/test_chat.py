@@ -1,5 +1,6 @@
 """`two_view` on conversations against upstream's way: three rows a sample, each a forward of its own."""
 
+import logging
 from dataclasses import replace
 from itertools import pairwise
 
@@ -215,14 +216,15 @@ def test_the_legacy_loss_is_upstreams(data):
         torch.testing.assert_close(loss.total, loss.means["lm_loss"] + loss.means["jepa_loss"])
 
 
-def test_predictor_tokens_that_the_tokenizer_has_are_where_ours_begin(tmp_path, capfd):
+def test_predictor_tokens_that_the_tokenizer_has_are_where_ours_begin(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "jepa_scale")
     data = chat_data(tmp_path, "llama", ROWS)
     tokenizer = AutoTokenizer.from_pretrained(data.tokenizer)
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|predictor_2|>"]})
     tokenizer.save_pretrained(data.tokenizer)
     model = backbone("llama", len(tokenizer))
     objective = make(model, data, predictor_tokens=3)
-    assert "the tokenizer has <|predictor_2|>; ours begin as these" in capfd.readouterr().err
+    assert "the tokenizer has <|predictor_2|>; ours begin as these" in caplog.text
     same = [
         any(torch.equal(row, known) for known in model.decoder.get_input_embeddings().weight)
         for row in objective.predictors.weight
