@@ -27,25 +27,23 @@ sys.path.insert(0, str(REPOSITORY))
 import torch  # noqa: E402
 
 from benchmarks import peers, scaling  # noqa: E402
-from benchmarks.peer_programs.apart import Apart  # noqa: E402
+from benchmarks.peer_programs.apart import Apart, tcmalloc  # noqa: E402
 from benchmarks.peer_programs.ours import Ours  # noqa: E402
 from benchmarks.rows import as_table, row, write  # noqa: E402
 from jepa_scale.distributed import comm  # noqa: E402
 from jepa_scale.telemetry import quiet_libraries  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
-from jepa_scale.utils.allocator import QUIET  # noqa: E402
 
 BATCHES = {"chat": 16, "text": 8, "horizon": 32}
 VIEWS = 32
 LIBRARIES = {
-    "tcmalloc": ("tcmalloc_minimal", QUIET),
     "jemalloc": (
         "jemalloc",
         {"MALLOC_CONF": "oversize_threshold:0,metadata_thp:auto,thp:always,dirty_decay_ms:-1,muzzy_decay_ms:-1"},
     ),
     "mimalloc": ("mimalloc", {}),
 }
-"""Name → library, and what it is told. jemalloc is told to keep all memory, mimalloc is as it comes."""
+"""Name → library, and its settings. jemalloc is set to keep all memory, mimalloc is as it comes."""
 
 
 def environments() -> dict[str, dict[str, str]]:
@@ -54,6 +52,8 @@ def environments() -> dict[str, dict[str, str]]:
         "glibc_huge_pages": {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"},
         "torch_huge_pages": {"THP_MEM_ALLOC_ENABLE": "1"},
     }
+    if preloaded := tcmalloc():
+        found["tcmalloc"] = preloaded
     for name, (library, settings) in LIBRARIES.items():
         if file := find_library(library):
             found[name] = {"LD_PRELOAD": file, **settings}

@@ -3,7 +3,7 @@
     python benchmarks/peers.py --threads 2 --json benchmarks/results/peers.json
 
 Each comparison is two programs or more, fp32, that take turns, in another order each round; the first round does not count.
-Ours has a process as ``jepa_scale/train.py`` starts it, with tcmalloc where it is installed (:mod:`jepa_scale.utils.allocator`), all
+Ours has a process as ``scripts/launch_torchrun.sh`` starts it, with tcmalloc where it is installed, all
 others (and ``ours_system``) one as Python starts it; with ``--one-process`` they share this one, and its ``malloc``, whichever it
 was started with. A step is the whole of it as a user gets it: samples made into a batch, forward, backward, clipping, fused
 AdamW, and whatever each logs at its default interval. Before anything is timed the loss and the gradient norm of two steps are
@@ -29,7 +29,6 @@ step of LLM-JEPA has a benchmark of its own, ``benchmarks/two_view.py``.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -41,7 +40,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 import torch  # noqa: E402
 
-from benchmarks.peer_programs.apart import Apart  # noqa: E402
+from benchmarks.peer_programs.apart import Apart, tcmalloc  # noqa: E402
 from benchmarks.peer_programs.lit_jepa import PaddedHorizon  # noqa: E402
 from benchmarks.peer_programs.ours import Found, Ours, Program, Samples  # noqa: E402
 from benchmarks.peer_programs.plain import FsdpLoop, PlainLoop  # noqa: E402
@@ -207,10 +206,9 @@ def compare(name: str, args: argparse.Namespace, scratch: Path) -> tuple[list[di
     if args.one_process:
         opened = {"all": Side(name, "all", args, scratch)}
     else:
-        library = allocator.wanted(os.environ, gpu=False)
-        ours = {"LD_PRELOAD": str(library), **allocator.QUIET} if library else {}
-        opened = {"ours": Apart(ours, Side, name, "ours", args, scratch / name / "ours")}
-        for who in ("others", "ours_system") if library else ("others",):
+        preloaded = tcmalloc()
+        opened = {"ours": Apart(preloaded, Side, name, "ours", args, scratch / name / "ours")}
+        for who in ("others", "ours_system") if preloaded else ("others",):
             opened[who] = Apart({}, Side, name, who, args, scratch / name / who)
     sides = {program: side for side in opened.values() for program in side.names()}
     check(sides)

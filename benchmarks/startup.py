@@ -90,7 +90,7 @@ def write_run(folder: Path) -> None:
 
 def measure(arguments: list[str], place: Path) -> tuple[float, float]:
     """Processor seconds and peak MB of a Python process that is started in ``place``."""
-    environment = {**os.environ, "PYTHONPATH": str(place), "JEPA_SCALE_MALLOC": "system"}
+    environment = {**os.environ, "PYTHONPATH": str(place)}
     child = os.fork()
     if child == 0:
         os.chdir(place)

@@ -16,9 +16,6 @@ from pathlib import Path
 
 if __name__ == "__main__":  # run as a file: this folder is first on sys.path and would shadow packages of the same name
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    from jepa_scale.utils.allocator import start_with_tcmalloc
-
-    start_with_tcmalloc()
     from jepa_scale.cli.train import refused
 
     if code := refused(sys.argv[1:]):

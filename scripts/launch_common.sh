@@ -1,4 +1,4 @@
-# Sourced by the launchers: goes to the repository and takes the programs of its .venv, if there is one. Nothing is
+# Sourced by what starts runs: goes to the repository and takes the programs of its .venv, if there is one. Nothing is
 # installed here: a hundred nodes would do it at once into one folder.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -12,6 +12,29 @@ refuse() {
 
 needs() {
   command -v "$1" >/dev/null || refuse "$1: not found; $2"
+}
+
+tcmalloc_folders=(${CONDA_PREFIX:+"$CONDA_PREFIX/lib"} /usr/local/lib /usr/lib /usr/lib64 /usr/lib/*-linux-gnu)
+gpu_devices=(/dev/nvidia[0-9]* /dev/kfd /dev/dxg)
+
+# Gives tcmalloc to the processes that are started from here on, where it is installed and there is no GPU: steps on a CPU are faster
+# with it (docs/performance.md). LD_PRELOAD of the user's own, or JEPA_SCALE_MALLOC=system, leaves them as they are.
+preload_tcmalloc() {
+  [ -z "${LD_PRELOAD:-}" ] && [ "${JEPA_SCALE_MALLOC:-}" != system ] || return 0
+  local device folder name found
+  case ${CUDA_VISIBLE_DEVICES-all} in
+    "" | -1) ;;  # GPUs are hidden from the run
+    *) for device in "${gpu_devices[@]}"; do [ ! -e "$device" ] || return 0; done ;;
+  esac
+  for name in libtcmalloc_minimal.so libtcmalloc.so; do
+    for folder in "${tcmalloc_folders[@]}"; do
+      found=$(compgen -G "$folder/$name*" | LC_ALL=C sort | sed -n 1p) || continue  # libx.so.4 comes before libx.so.4.5.10
+      export LD_PRELOAD=$found
+      # otherwise it reports every tensor of a GiB
+      export TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD=${TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD:-$((1 << 62))}
+      return 0
+    done
+  done
 }
 
 # Checks a trainer's arguments, once on this node: bad input would end every rank, and torchrun would start them again. What

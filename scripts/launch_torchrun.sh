@@ -38,6 +38,7 @@ fi
 if [ "$nodes" != 1 ] || [ "$restarts" != 0 ]; then export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1; fi
 needs torchrun "run scripts/test.sh or scripts/quickstart.sh once, which make .venv"
 check_config "$@"
+preload_tcmalloc
 exec torchrun --nnodes "$nodes" --nproc-per-node "${NPROC_PER_NODE:-auto}" --max-restarts "$restarts" \
   --rdzv-backend c10d --rdzv-endpoint "${endpoint:-localhost:0}" --rdzv-id "${RDZV_ID:-jepa-scale}" \
   "${settings[@]}" ${LOCAL_ADDR:+--local-addr "$LOCAL_ADDR"} jepa_scale/train.py --resume auto "$@"

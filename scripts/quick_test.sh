@@ -11,6 +11,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/launch_common.sh"
 steps=${STEPS:-3}
 [[ $steps =~ ^[1-9][0-9]*$ ]] || refuse "STEPS: must be a number of steps, not '$steps'"
 needs jepa-scale "run scripts/test.sh or scripts/quickstart.sh once, which make .venv"
+preload_tcmalloc
 
 folder=${QUICK_TEST_DIR:-}
 if [ -z "$folder" ]; then

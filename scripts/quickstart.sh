@@ -3,6 +3,8 @@
 # Leaves reversal_lm and reversal in runs/, or in the folder RUNS; what is there already is continued. Arguments are overrides
 # for both runs.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+source scripts/launch_common.sh
+preload_tcmalloc
 runs=${RUNS:-runs}
 
 for config in reversal_lm reversal; do

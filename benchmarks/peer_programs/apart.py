@@ -5,8 +5,15 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Callable
+from ctypes.util import find_library
 from multiprocessing.connection import Connection
 from typing import Any
+
+
+def tcmalloc() -> dict[str, str]:
+    """The variables of a process that has tcmalloc, as ``scripts/launch_common.sh`` sets them; none where it is not installed."""
+    library = find_library("tcmalloc_minimal")
+    return {"LD_PRELOAD": library, "TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD": str(1 << 62)} if library else {}
 
 
 class Apart:

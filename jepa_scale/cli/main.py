@@ -11,7 +11,6 @@ from pathlib import Path
 
 from jepa_scale import __version__
 from jepa_scale.cli.flags import logging_flags
-from jepa_scale.utils.allocator import start_with_tcmalloc
 from jepa_scale.utils.errors import InputError
 from jepa_scale.utils.logging import configure, shows_progress
 
@@ -26,15 +25,9 @@ PARSERS = {
 }
 """Commands whose flags need modules that the others do without → where their ``parser`` is."""
 
-COMPUTE = ("train", "eval", "encode", "generate")
-"""Commands that run a model."""
-
 
 def main(argv: list[str] | None = None) -> int:
-    if argv is None:
-        argv = sys.argv[1:]
-        if argv[:1] and argv[0] in COMPUTE:
-            start_with_tcmalloc()
+    argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["train"]:  # has a parser of its own, shared with `python jepa_scale/train.py`
         from jepa_scale.cli.train import refused
 

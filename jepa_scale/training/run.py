@@ -69,8 +69,7 @@ def run_training(args: argparse.Namespace) -> None:
         budget=config.train.flops,
     )
     saver = saver_of(config, run_dir)
-    if ranks.is_main:
-        allocator.advise(ranks.device)
+    allocator.advise(ranks.device)
     with log, StopRequest(ranks.device) as stop, Watchdog(run_dir, ranks, 60 * config.train.hang_minutes) as watchdog:
         trainer = Trainer(run, log, saver, watchdog, stop, criteria)
         try:

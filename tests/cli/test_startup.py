@@ -58,9 +58,9 @@ json.dump(told, sys.stdout)
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Without a launcher's variables, and without starting anew for another malloc."""
+    """Without a launcher's variables."""
     ranks = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "CROSS_SIZE", "TORCHELASTIC_RUN_ID"}
-    return {**{k: v for k, v in os.environ.items() if k not in ranks}, "JEPA_SCALE_MALLOC": "system", **more}
+    return {**{k: v for k, v in os.environ.items() if k not in ranks}, **more}
 
 
 def several(cases: list[list[str]], slow: tuple[str, ...] = SLOW) -> list[tuple[int, str, list[str]]]:

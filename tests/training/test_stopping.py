@@ -13,7 +13,6 @@ from jepa_scale import train
 from jepa_scale.config.schema import TrainConfig
 from jepa_scale.data.reversal.facts import generate
 from jepa_scale.training.stopping import Criteria
-from jepa_scale.utils import allocator
 from jepa_scale.utils.errors import InputError
 
 
@@ -156,8 +155,7 @@ def test_a_run_that_stops_early_is_done_and_goes_on_if_it_is_to_be_more_patient(
     assert last_steps(tmp_path) == (10, ["step_00000006", "step_00000010"])
 
 
-def test_a_run_that_is_aborted_has_saved_and_ends_with_an_error(config, tmp_path, monkeypatch, capfd):
-    monkeypatch.setenv(allocator.VARIABLE, "system")  # which else may be spoken of
+def test_a_run_that_is_aborted_has_saved_and_ends_with_an_error(config, tmp_path, capfd):
     rule = "train.abort=[{metric: fit/lm_loss, above: 0.5, after_epochs: 1}]"
     assert train.main(["--config", str(config), rule, "-q"]) == 1
     logged = capfd.readouterr().err

@@ -1,9 +1,9 @@
-"""A run on a CPU starts itself again with tcmalloc where it is installed, and computes the same with it."""
+"""What starts runs preloads tcmalloc for a CPU where it is installed, and a run computes the same with it."""
 
+import functools
 import json
 import os
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,10 +11,9 @@ from text_runs import config_file
 
 from jepa_scale.telemetry.records import read_rows
 from jepa_scale.utils import allocator
-from jepa_scale.utils.errors import InputError
 from tests.distributed.processes import HANG, REPOSITORY, Nursery, shared_nursery
 
-here = pytest.mark.skipif(allocator.installed() is None, reason="tcmalloc is not installed")
+GIVEN = ("LD_PRELOAD", "CUDA_VISIBLE_DEVICES", "CONDA_PREFIX", allocator.VARIABLE)
 
 
 @pytest.fixture
@@ -22,60 +21,96 @@ def nursery() -> Nursery:
     return shared_nursery()
 
 
+def bash(command: str, **environment: str) -> str:
+    """What a command prints after ``scripts/launch_common.sh`` was sourced, with only these of the variables that matter."""
+    inherited = {key: value for key, value in os.environ.items() if key not in GIVEN}
+    done = subprocess.run(
+        ["bash", "-c", f"source scripts/launch_common.sh; {command}"],
+        env={**inherited, **environment},
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@functools.cache
+def installed() -> bool:
+    return bool(bash('preload_tcmalloc; echo "${LD_PRELOAD:-}"', CUDA_VISIBLE_DEVICES=""))
+
+
 @pytest.fixture
-def library(tmp_path, monkeypatch):
-    """What Debian and Ubuntu install, under a root of the test's own."""
-    folder = tmp_path / "lib" / "x86_64-linux-gnu"
-    folder.mkdir(parents=True)
+def preloaded(tmp_path):
+    """Call the function with these variables, GPU devices and libraries below a root of the test's own; returns LD_PRELOAD."""
+    folders = [tmp_path / "local", tmp_path / "lib" / "x86_64-linux-gnu"]
+    for folder in folders:
+        folder.mkdir(parents=True)
     for name in ("libtcmalloc_minimal.so.4.5.10", "libtcmalloc_minimal.so.4", "libtcmalloc_minimal_debug.so.4"):
-        (folder / name).touch()
-    monkeypatch.setattr(allocator, "FOLDERS", (str(tmp_path / "none"), str(tmp_path / "lib")))
-    return folder / "libtcmalloc_minimal.so.4"
+        (folders[1] / name).touch()
+
+    def call(gpu: bool = False, **environment: str) -> str:
+        devices = f"'{tmp_path}/nvidia[0-9]*' '{tmp_path if gpu else tmp_path / 'none'}'"
+        places = " ".join(f"'{folder}'" for folder in folders)
+        # the file is no library: the shell alone may have it in its environment
+        return bash(
+            f'gpu_devices=({devices}); tcmalloc_folders=({places}); preload_tcmalloc; printf %s "${{LD_PRELOAD:-}}"',
+            **environment,
+        )
+
+    return call
+
+
+def test_the_library_is_found_by_its_shortest_name(preloaded, tmp_path):
+    assert preloaded() == str(tmp_path / "lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4")
+    (tmp_path / "local/libtcmalloc.so.4").touch()  # the whole of gperftools, which profiles too
+    assert preloaded() == str(tmp_path / "lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4")
+    (tmp_path / "local/libtcmalloc_minimal.so").touch()
+    assert preloaded() == str(tmp_path / "local/libtcmalloc_minimal.so")
+
+
+def test_without_it_nothing_is_preloaded(preloaded, tmp_path):
+    for library in tmp_path.rglob("libtcmalloc*"):
+        library.unlink()
+    assert preloaded() == ""
 
 
 @pytest.mark.parametrize(
-    ("environment", "gpu", "taken"),
+    ("environment", "kept"),
     [
-        ({}, False, True),
-        ({}, True, False),
-        ({"LD_PRELOAD": "/opt/libnuma.so"}, False, True),
-        ({"LD_PRELOAD": "/opt/libjemalloc.so.2"}, False, False),
-        ({"LD_PRELOAD": "/usr/lib/libtcmalloc_minimal.so.4"}, False, False),  # as the process that it starts has it
-        ({allocator.VARIABLE: "system"}, False, False),
-        ({allocator.VARIABLE: "tcmalloc"}, False, True),
-        ({allocator.VARIABLE: "tcmalloc"}, True, True),
+        ({allocator.VARIABLE: "system"}, ""),
+        ({"LD_PRELOAD": "libm.so.6"}, "libm.so.6"),
     ],
 )
-def test_it_is_taken_on_a_cpu_unless_another_was_chosen(library, environment, gpu, taken):
-    assert allocator.wanted(environment, gpu) == (library if taken else None)
-
-
-def test_without_it_a_run_goes_on_unless_it_was_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(allocator, "FOLDERS", (str(tmp_path),))
-    assert allocator.wanted({}, False) is None
-    with pytest.raises(InputError, match=f"{allocator.VARIABLE}: no tcmalloc in {tmp_path}; install it"):
-        allocator.wanted({allocator.VARIABLE: "tcmalloc"}, False)
+def test_what_the_user_has_chosen_stays(preloaded, environment, kept):
+    assert preloaded(**environment) == kept
 
 
 @pytest.mark.parametrize(
-    ("environment", "seen"),
+    ("environment", "taken"),
     [
-        ({}, True),
-        ({"CUDA_VISIBLE_DEVICES": "0"}, True),
-        ({"CUDA_VISIBLE_DEVICES": ""}, False),
-        ({"CUDA_VISIBLE_DEVICES": "-1"}, False),
+        ({}, False),
+        ({"CUDA_VISIBLE_DEVICES": "0"}, False),
+        ({"CUDA_VISIBLE_DEVICES": ""}, True),
+        ({"CUDA_VISIBLE_DEVICES": "-1"}, True),
     ],
 )
-def test_a_gpu_is_told_by_its_device_unless_it_is_hidden(tmp_path, monkeypatch, environment, seen):
-    monkeypatch.setattr(allocator, "DEVICES", (str(tmp_path / "nvidia[0-9]*"), str(tmp_path / "kfd")))
-    (tmp_path / "nvidiactl").touch()
-    assert not allocator.has_gpu(environment)
-    (tmp_path / "nvidia0").touch()
-    assert allocator.has_gpu(environment) == seen
+def test_a_run_on_a_gpu_goes_without_unless_it_is_hidden(preloaded, environment, taken):
+    assert bool(preloaded(gpu=True, **environment)) is taken
+
+
+@pytest.mark.parametrize("script", ["launch_torchrun.sh", "launch_slurm.sbatch", "quick_test.sh", "quickstart.sh"])
+def test_what_starts_runs_calls_it(script):
+    lines = (REPOSITORY / "scripts" / script).read_text().splitlines()
+    start = next(
+        n for n, line in enumerate(lines) if line.startswith(("exec torchrun", "srun", "train()", "for config"))
+    )
+    assert "preload_tcmalloc" in lines[:start]
 
 
 @pytest.mark.parametrize(
-    ("malloc", "device", "chosen", "told"),
+    ("malloc", "device", "chosen", "hinted"),
     [
         ("system", "cpu", "", True),
         ("system", "cpu", "system", False),
@@ -83,52 +118,24 @@ def test_a_gpu_is_told_by_its_device_unless_it_is_hidden(tmp_path, monkeypatch, 
         ("system", "cuda", "", False),
     ],
 )
-def test_a_run_without_it_tells_how_to_get_it(monkeypatch, capfd, malloc, device, chosen, told):
-    monkeypatch.setattr(allocator, "FOLDERS", ())
+def test_a_run_on_a_cpu_without_it_logs_a_hint(monkeypatch, caplog, malloc, device, chosen, hinted):
+    caplog.set_level("INFO", "jepa_scale")
     monkeypatch.setattr(allocator, "in_use", lambda: malloc)
     monkeypatch.setenv(allocator.VARIABLE, chosen)
     allocator.advise(torch.device(device))
-    said = capfd.readouterr().err
-    assert said.startswith("memory: steps on a CPU are faster with tcmalloc (Debian") if told else not said
-
-
-def start(*command: str, **environment: str) -> subprocess.CompletedProcess:
-    inherited = {key: value for key, value in os.environ.items() if key not in ("LD_PRELOAD", allocator.VARIABLE)}
-    return subprocess.run(
-        [sys.executable, *command],
-        env={**inherited, "CUDA_VISIBLE_DEVICES": "", **environment},
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=HANG,
-    )
-
-
-@pytest.mark.parametrize("command", [("jepa_scale/train.py", "--config", "x"), ("-m", "jepa_scale", "eval", "x")])
-def test_an_unknown_malloc_is_refused_in_a_line(command):
-    ended = start(*command, **{allocator.VARIABLE: "other"})
-    assert ended.returncode == 2
-    assert ended.stderr == f"jepa-scale: {allocator.VARIABLE}: unknown malloc 'other'; choose from system, tcmalloc\n"
+    assert [message.startswith("memory: steps on a CPU are faster") for message in caplog.messages] == [True] * hinted
 
 
 @pytest.mark.matrix
-@here
-@pytest.mark.parametrize(
-    ("launcher", "world_size"),
-    [
-        (["jepa_scale/train.py"], 1),
-        (["-m", "jepa_scale", "train"], 1),
-        (["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "jepa_scale/train.py"], 2),
-    ],
-    ids=["file", "cli", "torchrun"],
-)
-def test_a_run_has_it_and_computes_the_same(nursery, tmp_path, launcher, world_size):
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_run_has_it_and_computes_the_same(nursery, tmp_path, world_size):
     """As ranks that were forked without it."""
+    if not installed():
+        pytest.skip("tcmalloc is not installed")
     train = {"steps": 4, "log_every": 1, "batch_size": 8}  # two with the full learning rate
     files = {malloc: str(config_file(tmp_path, malloc, train=train)) for malloc in ("tcmalloc", "system")}
-    ended = start(*launcher, "--config", files["tcmalloc"])
-    assert ended.returncode == 0, ended.stderr
-    assert "memory: steps on a CPU" not in ended.stderr
+    launched = f"NPROC_PER_NODE={world_size} scripts/launch_torchrun.sh --config '{files['tcmalloc']}' 2>&1"
+    assert "memory: steps on a CPU" not in bash(launched, CUDA_VISIBLE_DEVICES="")
     nursery.run(["--config", files["system"]], world_size)
     found = {}
     for malloc in files:
