@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import argparse
 import re
-import signal
-import sys
 import time
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from jepa_scale.cli.flags import logging_flags
+from jepa_scale.cli.signals import stopped_by_signals
 from jepa_scale.utils.errors import InputError
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _EXPORT_ONLY = ("checkpoint", "dtype", "shard_size", "heads", "adapter", "tokenizer", "no_verify")
-STOPPED = "stopped; what is finished stays: start the same command again to go on"
-
-
-class Stopped(KeyboardInterrupt):
-    """SIGTERM, as an exception."""
 
 
 class _Intermixed(argparse.ArgumentParser):
@@ -114,19 +107,14 @@ def export_run(args: argparse.Namespace) -> int:
     if shard_bytes is not None:
         chosen["shard_bytes"] = shard_bytes
     options = ExportOptions(**chosen, verify=not args.no_verify, progress=not args.no_progress)
-    before = signal.signal(signal.SIGTERM, _stop)
     begin = time.monotonic()
     try:
-        made = export(args.source, args.out, options)
-    except KeyboardInterrupt as error:
-        print(f"jepa-scale: {STOPPED}", file=sys.stderr)
-        return 128 + (signal.SIGTERM if isinstance(error, Stopped) else signal.SIGINT)
+        with stopped_by_signals():
+            made = export(args.source, args.out, options)
     except OSError as error:
         raise InputError(
             f"{error.filename or args.out}: {error.strerror}; start the same command again when that is mended"
         ) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
     seconds = time.monotonic() - begin
     files = f"{made.files} file{'s' if made.files != 1 else ''}"
     kept = f", {made.kept} of them there already" if made.kept else ""
@@ -181,7 +169,3 @@ def import_model(args: argparse.Namespace) -> int:
     print(f"{args.source} → {checkpoint}: {type(backbone.decoder).__name__}{told}")
     print(f"go on with: jepa-scale train --config {args.out / CONFIG_FILE} --resume auto")
     return 0
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    raise Stopped

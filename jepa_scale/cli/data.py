@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
-import sys
 import time
 from pathlib import Path
-from types import FrameType, UnionType
+from types import UnionType
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from jepa_scale.cli.flags import logging_flags
+from jepa_scale.cli.signals import stopped_by_signals
 from jepa_scale.config.schema import parse_section
 from jepa_scale.data.prepare.base import PrepareOptions
 from jepa_scale.data.prepare.section_options import SectionOptions
@@ -20,12 +19,6 @@ from jepa_scale.utils.format import text_table
 
 if TYPE_CHECKING:
     from jepa_scale.data.shards.format import Index
-
-STOPPED = "stopped; what is finished stays: start the same command again to go on"
-
-
-class Stopped(KeyboardInterrupt):
-    """SIGTERM, as an exception."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -118,22 +111,9 @@ def prepare_data(args: argparse.Namespace) -> int:
         raise InputError(f"--processes {args.processes}: must be at least 1")
     from jepa_scale.data.prepare.job import prepare
 
-    before = signal.signal(signal.SIGTERM, _stop)
     begin = time.monotonic()
-    try:
-        index = prepare(
-            args.source,
-            args.out,
-            options,
-            args.processes,
-            not args.no_progress,
-            cache=args.cache,
-        )
-    except KeyboardInterrupt as error:
-        print(f"jepa-scale: {STOPPED}", file=sys.stderr)
-        return 128 + (signal.SIGTERM if isinstance(error, Stopped) else signal.SIGINT)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with stopped_by_signals():
+        index = prepare(args.source, args.out, options, args.processes, not args.no_progress, cache=args.cache)
     print(summary(args.out, index))
     print(f"{time.monotonic() - begin:,.1f} s")
     return 0
@@ -206,7 +186,3 @@ def summary(folder: Path, index: Index) -> str:
             more = " …" if count > len(named) else ""
             lines.append(f"  {count:,} {reason}: {'; '.join(named)}{more}")
     return "\n".join(lines)
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    raise Stopped

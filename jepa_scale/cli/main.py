@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from jepa_scale import __version__
 from jepa_scale.cli.flags import logging_flags
+from jepa_scale.cli.signals import Stopped
 from jepa_scale.utils.errors import InputError
 from jepa_scale.utils.logging import configure, shows_progress
+
+logger = logging.getLogger(__name__)
 
 PARSERS = {
     "data": "jepa_scale.cli.data",
@@ -50,6 +54,9 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"jepa-scale: {error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        logger.warning(f"{stopped}; what is finished stays: start the same command again to go on")
+        return stopped.exit_code
 
 
 def parser() -> argparse.ArgumentParser:

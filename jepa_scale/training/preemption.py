@@ -58,10 +58,10 @@ class StopRequest:
         """Between the forwards of an evaluation; collective.
 
         Raises:
-            Stopped: all ranks have agreed to stop.
+            EvaluationStopped: all ranks have agreed to stop.
         """
         if total_of_ranks(torch.tensor(float(self.requested), device=self._device)).item():
-            raise Stopped
+            raise EvaluationStopped
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.requested:
@@ -82,5 +82,5 @@ def sent_to_host(value: Tensor) -> Callable[[], bool]:
     return read
 
 
-class Stopped(Exception):
+class EvaluationStopped(Exception):
     """All ranks have agreed to stop, in the middle of an evaluation."""

@@ -21,7 +21,7 @@ from jepa_scale.telemetry import FIT, RunLog, package_versions
 from jepa_scale.training.build import Run
 from jepa_scale.training.loss_guard import LossGuard
 from jepa_scale.training.metrics import Meter
-from jepa_scale.training.preemption import Stopped, StopRequest
+from jepa_scale.training.preemption import EvaluationStopped, StopRequest
 from jepa_scale.training.stopping import Criteria
 from jepa_scale.training.watchdog import Watchdog
 
@@ -130,7 +130,7 @@ class Trainer:
         with self.pause("evaluation"):
             try:
                 results = self.run.evaluate(between, self.done, run_dir_of(self.config))
-            except Stopped:
+            except EvaluationStopped:
                 self.stopping = True
                 return {}
             for split, metrics in results.items():

@@ -98,14 +98,15 @@ def test_a_signal_stops_it_and_the_next_start_goes_on(tmp_path, monkeypatch, cap
         written.append(path)
         return real(path, entries, tensors)
 
-    arguments = (tmp_path / "run", "--to", "hf", "--out", tmp_path / "hf", "--shard-size", "30KB", "--no-progress")
+    arguments = ["convert", str(tmp_path / "run"), "--to", "hf", "--out", str(tmp_path / "hf"), "--shard-size", "30KB"]
     with monkeypatch.context() as patched:
         patched.setattr(to_hf, "write_tensors", slow)
-        assert command(*arguments) == code
-    assert "start the same command again to go on" in capsys.readouterr().err
+        assert main(arguments) == code
+    goes_on = "what is finished stays: start the same command again to go on"
+    assert f"WARNING stopped by {number.name}; {goes_on}\n" in capsys.readouterr().err
     journal = read_journal(tmp_path / "hf")
     assert journal is not None and len(journal.files) == 2 and not journal.complete
-    assert command(*arguments) == 0
+    assert main(arguments) == 0
     assert "in 7 files, 2 of them there already" in capsys.readouterr().out
 
 

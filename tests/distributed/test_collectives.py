@@ -10,7 +10,7 @@ from torch import nn
 from jepa_scale.distributed.comm import Ranks, all_gather_rows_with_grad, form_teams
 from jepa_scale.engines.clip import Clipping
 from jepa_scale.packing import Segment, Views, pack
-from jepa_scale.training.preemption import Stopped, StopRequest
+from jepa_scale.training.preemption import EvaluationStopped, StopRequest
 from jepa_scale.training.trainer import global_totals
 from tests.distributed.launch import run_ranks
 
@@ -54,7 +54,7 @@ def interrupted(ranks: Ranks) -> list[bool]:
             try:
                 stop.interrupts()
                 found.append(False)
-            except Stopped:
+            except EvaluationStopped:
                 found.append(True)
     return found
 

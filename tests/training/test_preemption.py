@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from jepa_scale.training import preemption
-from jepa_scale.training.preemption import Stopped, StopRequest
+from jepa_scale.training.preemption import EvaluationStopped, StopRequest
 
 CPU = torch.device("cpu")
 
@@ -18,7 +18,7 @@ def test_a_signal_is_a_request_and_handlers_come_back(number):
         stop.interrupts()
         os.kill(os.getpid(), number)
         assert stop.requested and stop.name == number.name
-        with pytest.raises(Stopped):
+        with pytest.raises(EvaluationStopped):
             stop.interrupts()
     assert signal.getsignal(number) is before
 

@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -273,7 +274,8 @@ def test_a_signal_ends_it_in_one_line(tmp_path: Path, number: signal.Signals, co
     os.killpg(command.pid, number)
     ended, _, stderr = command.end()
     assert ended == code
-    assert stderr == "jepa-scale: stopped; what is finished stays: start the same command again to go on\n"
+    goes_on = "what is finished stays: start the same command again to go on"
+    assert re.fullmatch(rf"\d\d:\d\d:\d\d WARNING stopped by {number.name}; {goes_on}\n", stderr)
     assert not list(out.glob("*.partial")) and not (out / "job.lock").exists()
 
 
