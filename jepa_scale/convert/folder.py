@@ -12,6 +12,7 @@ from typing import Any
 from jepa_scale.checkpoint.store import describe
 from jepa_scale.utils.errors import InputError
 from jepa_scale.utils.io import write_atomic
+from jepa_scale.utils.lock import JOB_LOCK
 
 JOURNAL = "conversion.json"
 FORMAT = 1
@@ -59,7 +60,7 @@ def read_journal(folder: Path) -> Journal | None:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file}: cannot be read ({error}); remove the folder or choose another one") from None
-    ours = {JOURNAL + ".partial", "job.lock"}  # of a conversion killed before its journal was there
+    ours = {JOURNAL + ".partial", JOB_LOCK}  # of a conversion killed before its journal was there
     other = sorted(path.name for path in folder.iterdir() if path.name not in ours) if folder.is_dir() else []
     if other:
         raise InputError(f"{folder}: holds something else ({other[0]}); choose a folder that is new or empty")

@@ -34,10 +34,10 @@ from jepa_scale.convert.plan import HEADS_FILE, MODEL, Plan, Unit, groups, make_
 from jepa_scale.convert.skeleton import PREFIX, Skeleton, make_skeleton
 from jepa_scale.convert.tensor_file import Entry, write_tensors
 from jepa_scale.convert.tokenizer import Tokenizer, find_tokenizer
-from jepa_scale.data.prepare.lock import locked
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.telemetry.records import FIT, SUMMARY_FILE, config_of, read_rows, summarize
 from jepa_scale.utils.errors import InputError
+from jepa_scale.utils.lock import JOB_LOCK, locked
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ def export(run: Path, out: Path, options: ExportOptions = ExportOptions()) -> Ex
         small = _small_files(skeleton, plan, tokenizer, options, model_options)
 
     out.mkdir(parents=True, exist_ok=True)
-    with locked(out, wait=False):
+    with locked(out / JOB_LOCK, wait=False):
         folder = Folder(out, _journal(checkpoint, manifest, plan, sorted(small), options))
         _write_tensors(folder, plan, skeleton.model, checkpoint / TENSORS, options)
         for name, content in small.items():

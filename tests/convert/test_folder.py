@@ -16,8 +16,8 @@ from jepa_scale.checkpoint import Manifest
 from jepa_scale.convert import tensor_file
 from jepa_scale.convert.folder import JOURNAL, Folder, Journal, read_journal
 from jepa_scale.convert.to_hf import ExportOptions, export
-from jepa_scale.data.prepare.lock import locked
 from jepa_scale.utils.errors import InputError
+from jepa_scale.utils.lock import JOB_LOCK, locked
 from tests.convert.runs import MODELS, NATIVE, make_run, write_checkpoint
 
 CONCEPT = {"name": "concept", "tap_layer": 1, "memory": True, "concept_dim": 8}
@@ -182,7 +182,7 @@ def test_begun_with_one_checkpoint_it_goes_on_with_it_while_training_makes_other
 def test_two_at_once_are_refused(run, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    with locked(out, wait=False), pytest.raises(InputError, match=r"by process \d+"):
+    with locked(out / JOB_LOCK), pytest.raises(InputError, match=r"by process \d+"):
         export(run / "run", out, OPTIONS)
     export(run / "run", out, OPTIONS)
     assert contents(out) == contents(run / "undisturbed")

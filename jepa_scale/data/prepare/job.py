@@ -21,19 +21,19 @@ from tqdm import tqdm
 from jepa_scale.data.prepare.base import Encoder, PrepareOptions, Reader
 from jepa_scale.data.prepare.blocks import BLOCK_BYTES, DONE_SUFFIX, EXAMPLES, ShardMaker, cannot_write, cut
 from jepa_scale.data.prepare.encoders.encode import make_encoder
-from jepa_scale.data.prepare.lock import LOCK_FILE, locked
 from jepa_scale.data.prepare.readers import open_reader
 from jepa_scale.data.prepare.workers import Workers, cores
 from jepa_scale.data.shards.cache import cache_dir
 from jepa_scale.data.shards.format import FORMAT, INDEX_FILE, Index, ShardInfo, index_name
 from jepa_scale.utils.errors import InputError
 from jepa_scale.utils.io import write_atomic
+from jepa_scale.utils.lock import JOB_LOCK, locked
 
 logger = logging.getLogger(__name__)
 
 JOB_FILE = "job.json"
 TOKENIZER = "tokenizer"
-OURS = {JOB_FILE, f"{JOB_FILE}.partial", LOCK_FILE}
+OURS = {JOB_FILE, f"{JOB_FILE}.partial", JOB_LOCK}
 """A folder that holds anything, but none of these, is somebody else's."""
 
 
@@ -70,7 +70,7 @@ def prepare(
     reader = open_reader(str(path), options)
     try:
         _claim(out)
-        with locked(out, wait=False):
+        with locked(out / JOB_LOCK, wait=False):
             return _fill(reader, path, out, options, processes, progress, cache or cache_dir())
     except OSError as error:
         raise cannot_write(error, out) from None
@@ -97,7 +97,7 @@ def prepared(
     try:
         if _complete(folder) is None:
             _claim(folder)
-            with locked(folder, wait=True):
+            with locked(folder / JOB_LOCK):
                 if _complete(folder) is None:
                     _fill(reader, path, folder, options, processes, progress, cache)
     except OSError as error:

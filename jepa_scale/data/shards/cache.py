@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import http.client
 import os
@@ -13,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -21,6 +20,7 @@ from typing import TypeVar
 from webdataset.gopen import gopen
 
 from jepa_scale.utils.errors import DataError, InputError
+from jepa_scale.utils.lock import locked
 
 CHUNK = 1 << 20
 TIMEOUT = 60.0
@@ -242,17 +242,6 @@ def _download(url: str, partial: Path, sha256: str, size: int | None) -> None:
             raise (Mismatch if size is None else Refused)("its checksum is not the one of its index")
         file.flush()
         os.fsync(file.fileno())  # a crash of the machine must not leave half a file under the final name
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Alone among all processes that lock this path."""
-    with open(path, "wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)  # closing would not do: a process forked meanwhile has the file open too
 
 
 def make_room(root: Path, limit: int, wanted: int) -> None:

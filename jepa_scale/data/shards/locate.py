@@ -16,10 +16,11 @@ from urllib.request import url2pathname
 
 from braceexpand import braceexpand
 
-from jepa_scale.data.shards.cache import Refused, Remote, chunks, is_url, locked, persist, read_url, shown
+from jepa_scale.data.shards.cache import Refused, Remote, chunks, is_url, persist, read_url, shown
 from jepa_scale.data.shards.format import INDEX_FILE, Index, ShardInfo, index_name
 from jepa_scale.utils.errors import InputError
 from jepa_scale.utils.io import write_atomic
+from jepa_scale.utils.lock import locked
 
 CACHE_BYTES = 64 << 30
 _TAR_NAME = re.compile(r"[^/\s'\"=]+\.tar(?![\w.])")

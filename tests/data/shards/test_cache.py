@@ -1,6 +1,5 @@
 """A real HTTP server on the loopback, a real cache, real processes."""
 
-import fcntl
 import hashlib
 import multiprocessing
 import os
@@ -22,6 +21,7 @@ from jepa_scale.data.shards.format import Index, Sample, write_shard
 from jepa_scale.data.shards.locate import Located, locate
 from jepa_scale.data.shards.reader import ShardExamples
 from jepa_scale.utils.errors import DataError, InputError
+from jepa_scale.utils.lock import locked
 
 
 class Handler(SimpleHTTPRequestHandler):
@@ -145,7 +145,7 @@ def test_the_tokenizer_comes_too(server):
     folder = located.tokenizer()
     assert folder is not None and located.tokenizer() == folder
     assert server.seen.count("tokenizer_config.json") == 1
-    held = [".complete", ".lock", "chat_template.jinja", "tokenizer_config.json"]
+    held = [".complete", "chat_template.jinja", "tokenizer_config.json"]
     assert sorted(p.name for p in folder.iterdir()) == held
     for name in held:
         (folder / name).unlink()
@@ -322,14 +322,12 @@ def test_a_shard_that_vanishes_between_fetch_and_open_is_fetched_again(server, m
 
 def get(remote: Remote, name: str, sha256: str, size: int, here: Any) -> bytes:
     """Fetch, and say so just before waiting for the others."""
-    flock = fcntl.flock
 
-    def told(file: Any, how: int) -> None:
-        if how == fcntl.LOCK_EX:
-            here.release()
-        flock(file, how)
+    def announced(path: Path) -> Any:
+        here.release()
+        return locked(path)
 
-    fetch.fcntl.flock = told  # in a process of its own
+    fetch.locked = announced  # in a process of its own
     return remote.fetch(name, name, sha256, size).read_bytes()
 
 
