@@ -44,6 +44,7 @@ TOPICS = {
     "launch": "ranks know who they are",
     "plan": "what a rank keeps and sends",
     "records": "rows, summaries and criteria",
+    "messages": "which rank logs what, and where",
 }
 DISTRIBUTED = tuple(TOPICS)[: tuple(TOPICS).index("attention")]
 """Of these each must have a mutation."""
@@ -1535,6 +1536,24 @@ ROWS: tuple[Row, ...] = (
         "a micro-batch holds no more tokens than its budget",
     ),
     _row(
+        "lock-that-outlives-its-holder",
+        "data",
+        "jepa_scale/utils/lock.py",
+        "fallback_to_soft=False",
+        "fallback_to_soft=True",
+        "tests/utils/test_lock.py::test_a_file_system_without_locks_is_named",
+        "a folder is never locked by a file that a killed process leaves behind",
+    ),
+    _row(
+        "lock-that-is-not-waited-for",
+        "data",
+        "jepa_scale/utils/lock.py",
+        "timeout=-1 if wait else TRY",
+        "timeout=TRY",
+        "tests/utils/test_lock.py::test_a_process_that_waits_gets_it",
+        "who waits for a lock is not refused",
+    ),
+    _row(
         "damaged-sample",
         "data",
         "jepa_scale/data/sampling/loader.py",
@@ -1690,6 +1709,15 @@ ROWS: tuple[Row, ...] = (
         "tests/test_train.py::test_bad_input_is_one_line_and_exit_code_2",
         "and so does a trainer",
     ),
+    _row(
+        "exit-code-of-a-signal",
+        "config",
+        "jepa_scale/cli/signals.py",
+        "self.exit_code = 128 + number",
+        "self.exit_code = 1",
+        "tests/cli/test_signals.py::test_a_signal_is_an_exception_with_the_shells_exit_code",
+        "a command that a signal stopped ends with 143 or 130",
+    ),
     # -------------------------------------------------------------------------------------------------------- launch
     _row(
         "local-rank",
@@ -1726,6 +1754,43 @@ ROWS: tuple[Row, ...] = (
         'return "fsdp"',
         "tests/engines/test_init.py::test_resolve",
         "auto is DeepSpeed under its own launcher",
+    ),
+    _row(
+        "malloc-of-the-user",
+        "launch",
+        "scripts/launch_common.sh",
+        '[ -z "${LD_PRELOAD:-}" ] && ',
+        "",
+        "tests/utils/test_allocator.py::test_what_the_user_has_chosen_stays",
+        "what a user preloads stays",
+    ),
+    _row(
+        "malloc-on-a-gpu",
+        "launch",
+        "scripts/launch_common.sh",
+        '[ ! -e "$device" ] || return 0',
+        '[ ! -e "$device" ] || true',
+        "tests/utils/test_allocator.py::test_a_run_on_a_gpu_goes_without_unless_it_is_hidden",
+        "tcmalloc is for runs without a GPU",
+    ),
+    # ------------------------------------------------------------------------------------------------------ messages
+    _row(
+        "notes-of-all-ranks",
+        "messages",
+        "jepa_scale/utils/logging.py",
+        'rank == "0" or record.levelno',
+        "True or record.levelno",
+        "tests/utils/test_logging.py::test_other_ranks_log_warnings_and_all_only_with_details",
+        "ranks other than 0 log warnings and errors alone",
+    ),
+    _row(
+        "messages-twice",
+        "messages",
+        "jepa_scale/utils/logging.py",
+        "logger.propagate = False",
+        "logger.propagate = True",
+        "tests/utils/test_logging.py::test_configuring_again_repeats_nothing_and_neither_does_the_root_logger",
+        "a message is logged once, whoever else has a handler",
     ),
     # ---------------------------------------------------------------------------------------------------------- plan
     _row(
