@@ -1,1 +1,1 @@
-"""Pure loss functions."""
+"""Loss functions without state."""

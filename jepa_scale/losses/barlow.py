@@ -9,25 +9,25 @@ from jepa_scale.losses.statistics import at_least_one, global_moments, off_diago
 
 
 def barlow(a: Tensor, b: Tensor, total: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
-    """How far the cross-correlation C of paired rows is from the identity, in fp32. Collective.
+    """Distance between the cross-correlation C of paired rows and the identity, in fp32. Collective.
 
-    C_ij is the mean over the global batch of the product of feature i of a and feature j of b, each batch-normalised
-    (biased variance + ``eps``, no affine map).
+    C_ij is the mean over the global batch of the product of feature i of ``a`` and feature j of ``b``. Both features are
+    batch-normalised first (biased variance + ``eps``, no affine map).
 
     Args:
-        a, b: (m, d) of this rank and all its micro-batches in the step
-            (:func:`jepa_scale.losses.statistics.rows_of_step`), m ≥ 0. Both get gradient.
-        total: 0-d, rows in the global batch.
+        a, b: (m, d), the rows of all micro-batches of this rank in the step
+            (:func:`jepa_scale.losses.statistics.rows_of_step`), m ≥ 0. Both get a gradient.
+        total: 0-d, number of rows in the global batch.
 
     Returns:
-        Two 0-d tensors, the same on every rank; make each a contribution with
+        Two 0-d tensors, equal on every rank; make each a contribution with
         :func:`jepa_scale.losses.statistics.as_contribution`.
 
         * align = mean_i (1 − C_ii)²
         * off_diagonal = Σ_{i≠j} C_ij² / d
 
-        Both are the paper's sums divided by d, so that a weight does not depend on the width. Without rows both are 0;
-        a single row correlates with nothing: 1 and 0, without gradient.
+        Both are the paper's sums divided by d, so that a weight does not depend on the width. Without rows both are 0.
+        A single row has no correlation: the values are 1 and 0, without gradient.
     """
     with without_autocast(a):
         n = at_least_one(total)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """1 − cos, in fp32. (n, d), (n, d) → (n,)."""
+    """One minus the cosine similarity, in fp32. (n, d), (n, d) → (n,)."""
     return 1 - F.cosine_similarity(a.float(), b.float(), dim=-1)
 
 
@@ -23,8 +23,10 @@ def mse(a: Tensor, b: Tensor) -> Tensor:
 
 
 def smooth_l1(a: Tensor, b: Tensor, beta: float = 1.0) -> Tensor:
-    """Mean over features of the Huber loss divided by ``beta``: quadratic below ``beta``, linear above (Girshick, arXiv
-    1504.08083, equation 3), in fp32. (n, d), (n, d) → (n,)."""
+    """Mean over features of the Huber loss divided by ``beta``, in fp32. (n, d), (n, d) → (n,).
+
+    The loss is quadratic below ``beta`` and linear above (Girshick, arXiv 1504.08083, equation 3).
+    """
     return F.smooth_l1_loss(a.float(), b.float(), reduction="none", beta=beta).mean(dim=-1)
 
 

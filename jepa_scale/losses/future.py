@@ -1,4 +1,4 @@
-"""Distillation of the language model's own future: what it will predict at a later place, told from a latent now."""
+"""KL divergence for future distillation: a latent state predicts the language model's own later distribution."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from torch import Tensor
 
 
 class FutureKL(NamedTuple):
-    """For each of n pairs, in nats, (n,) fp32 each: KL(p‖q) = ``cross_entropy`` − ``entropy``."""
+    """Terms of KL(p‖q) = ``cross_entropy`` − ``entropy`` for each of n pairs: (n,) fp32 each, in nats."""
 
     cross_entropy: Tensor
     entropy: Tensor
 
 
 def future_kl(student: Tensor, teacher: Tensor, temperature: float) -> FutureKL:
-    """KL(p‖q) with p = softmax(teacher / T), q = softmax(student / T), both logits (n, V); no gradient into the teacher.
+    """Terms of KL(p‖q) with p = softmax(teacher / T) and q = softmax(student / T), in fp32.
 
-    Multiplied by T² its gradient is as large as at T = 1 (Hinton, Vinyals & Dean, arXiv 1503.02531, section 2); the
-    factor is left to the caller. As the teacher sharpens its entropy falls, so the KL may rise though ``cross_entropy``
-    falls.
+    ``student`` and ``teacher`` are logits, (n, V); the teacher gets no gradient.
+
+    The gradient of T² · KL is as large as at T = 1 (Hinton, Vinyals & Dean, arXiv 1503.02531, section 2); the caller
+    applies this factor. The entropy of a teacher that sharpens falls, so the KL may rise while ``cross_entropy`` falls.
     """
     log_p = torch.log_softmax(teacher.detach().float() / temperature, dim=-1)
     log_q = torch.log_softmax(student.float() / temperature, dim=-1)

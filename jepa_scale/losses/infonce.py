@@ -1,13 +1,14 @@
 """InfoNCE (van den Oord et al., arXiv 1807.03748) against the candidates of the whole global batch.
 
-The candidates of all ranks are gathered differentiably. When an optimizer step has several micro-batches, a first pass
-without gradient collects what each holds (:func:`collect_contrast`); each micro-batch then sees the detached candidates
-of the others, and sends gradient from the others' queries into its own candidates (the idea of GradCache, Gao et al.,
-arXiv 2101.06983). So loss and gradient do not depend on world size, micro-batch size or accumulation.
+The candidates of all ranks are gathered, and the gather is differentiable. When an optimizer step has several
+micro-batches, a gather pass without gradient collects the rows of each first (:func:`collect_contrast`). Each micro-batch
+then uses the detached candidates of the others, and sends the gradient of the others' queries into its own candidates (as
+in GradCache, Gao et al., arXiv 2101.06983). So loss and gradient do not depend on world size, micro-batch size or
+accumulation.
 
-Things that are the same (the same entity's name met twice) carry the same key: one copy is kept as a candidate, so
-neither a false negative nor a double weight arises. That holds for a queue of earlier candidates, too: of what is in the
-batch, the queue's older copy does not count.
+Equal candidates (for example two mentions of one entity) have the same key. One copy of each key is kept, so that no
+candidate is a false negative or counts twice. This includes a queue of earlier candidates: where the batch and the queue
+have the same key, the batch's copy is kept.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ from jepa_scale.distributed.comm import all_gather_rows, all_gather_rows_with_gr
 from jepa_scale.losses.precision import without_autocast
 
 NO_KEY = -1
-"""Key of a row that only fills up a gather."""
+"""Key of a row that only pads a gather."""
 
 
 @dataclass(frozen=True, slots=True)
 class Contrast:
-    """Outcome for this micro-batch's n queries.
+    """Result for the n queries of this micro-batch.
 
     Attributes:
-        losses: (n,) fp32, the InfoNCE of each query.
-        hits: (n,) fp32, 1 where the right candidate is the nearest.
-        elsewhere: 0-d, value 0; carries the gradient of the other micro-batches' queries into this one's candidates. Its
-            weight is that of a *sum* over queries.
-        candidates: 0-d int64, how many different ones there are, the right one included; the same on every rank.
+        losses: (n,) fp32, the InfoNCE loss of each query.
+        hits: (n,) fp32, 1 where the query's own candidate has the highest score.
+        elsewhere: 0-d, value 0. It carries the gradient of the other micro-batches' queries into the candidates of this
+            one, as that of a *sum* over queries.
+        candidates: 0-d int64, number of distinct candidates, the query's own included; equal on every rank.
     """
 
     losses: Tensor
@@ -44,10 +45,10 @@ class Contrast:
 
 
 def first_of_each(keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Which of the m keys are the first of their kind (``NO_KEY`` never is).
+    """Mark the first occurrence of each of the m keys; ``NO_KEY`` is never marked.
 
     Returns:
-        (m,) bool, and the sorted keys with their places, for :func:`places_of`.
+        (m,) bool, the sorted keys, and the indices that sort them; the latter two are for :func:`places_of`.
     """
     ordered, order = torch.sort(keys, stable=True)
     fresh = torch.ones_like(ordered, dtype=torch.bool)
@@ -57,14 +58,14 @@ def first_of_each(keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def places_of(wanted: Tensor, ordered: Tensor, order: Tensor) -> Tensor:
-    """(n,) place of each wanted key's first occurrence; every wanted key must be among them."""
+    """Return the index of the first occurrence of each of the n wanted keys, (n,); every wanted key must occur."""
     return order[torch.searchsorted(ordered, wanted).clamp(max=len(order) - 1)]
 
 
 def collect_contrast(
     queries: Tensor, query_keys: Tensor, candidates: Tensor, keys: Tensor, capacity: int
 ) -> dict[str, Tensor]:
-    """What the other micro-batches need: this rank's queries (n, d), and all ranks' candidates (world·capacity, d)."""
+    """Collect for the other micro-batches this rank's queries (n, d) and all ranks' candidates (world·capacity, d)."""
     return {
         "queries": queries.detach().float(),
         "query_keys": query_keys,
@@ -84,16 +85,18 @@ def contrast(
     micro: int = 0,
     queue: tuple[Tensor, Tensor] | None = None,
 ) -> Contrast:
-    """InfoNCE of this micro-batch's queries, in fp32.
+    """InfoNCE loss of the queries of this micro-batch, in fp32. Collective.
 
     Args:
-        queries: (n, d), of unit norm for a cosine. query_keys: (n,) int64, the key of each query's right candidate.
-        candidates: (m, d) of this micro-batch and rank. keys: (m,) int64, ≥ 0.
+        queries: (n, d), of unit norm if the score is to be the cosine.
+        query_keys: (n,) int64, the key of each query's own candidate.
+        candidates: (m, d), those of this micro-batch on this rank. keys: (m,) int64, ≥ 0.
         scale: 0-d, inverse temperature.
-        capacity: a number ≥ m that is the same on every rank (ranks gather equal shapes).
-        collected: :func:`collect_contrast` of every micro-batch of the step, this one included; empty or None when the
-            step has one micro-batch. ``micro``: which of them this is.
-        queue: (Q, d) and (Q,) int64, candidates of earlier steps and their keys, the same on every rank; they get no gradient.
+        capacity: a number ≥ m, equal on every rank (all ranks gather equal shapes).
+        collected: results of :func:`collect_contrast` for every micro-batch of the step, this one included; empty or
+            None when the step has one micro-batch. ``micro``: index of this micro-batch.
+        queue: (Q, d) and (Q,) int64, candidates of earlier steps and their keys, equal on every rank; they get no
+            gradient.
     """
     queries, candidates, scale = queries.float(), candidates.float(), scale.float()
     here = all_gather_rows_with_grad(pad_rows(candidates, capacity))  # (world·capacity, d)
@@ -101,14 +104,14 @@ def contrast(
     pools, pool_keys = [here], [here_keys]
     others: list[dict[str, Tensor]] = []
     if collected:
-        # every micro-batch must lay the candidates out alike, or two copies of one key would both be "the first"
+        # all micro-batches need one order of candidates; otherwise two copies of one key could both be the first
         others = collected[:micro] + collected[micro + 1 :]
         pools = [c["candidates"] for c in collected]
         pool_keys = [c["keys"] for c in collected]
         pools[micro], pool_keys[micro] = here, here_keys
     if queue is not None:
         pools, pool_keys = [*pools, queue[0].float()], [*pool_keys, queue[1]]
-    if not candidates.requires_grad:  # then the others' queries have nothing to say here
+    if not candidates.requires_grad:  # then there is no gradient for the others' queries to send
         others = []
     everything, every_key = torch.cat(pools), torch.cat(pool_keys)  # (M, d), (M,)
     keep, ordered, order = first_of_each(every_key)
@@ -117,7 +120,7 @@ def contrast(
 
     def score(q: Tensor, q_keys: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         with without_autocast(q):
-            logits = torch.addmm(bar, q * s, everything.T)  # (n, M): scale and exclusion cost no pass of their own
+            logits = torch.addmm(bar, q * s, everything.T)  # (n, M): scaling and exclusion need no extra pass
         return logits, places_of(q_keys, ordered, order)
 
     logits, right = score(queries, query_keys, scale)

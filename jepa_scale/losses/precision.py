@@ -1,4 +1,4 @@
-"""Losses and statistics are computed in fp32, whatever precision the model runs in."""
+"""Context for computing losses and statistics in fp32, independent of the precision of the model."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from torch import Tensor
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """No autocast on the device of ``x`` for the duration of a block; tensors without data (``meta``) know none."""
+    """Return a context that disables autocast on the device of ``x``; for ``meta`` tensors it does nothing."""
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)

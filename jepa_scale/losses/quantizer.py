@@ -1,9 +1,9 @@
-"""Vector quantisation with a codebook that follows by exponential moving averages (van den Oord et al., arXiv 1711.00937,
-appendix A.1). Pure functions; the state that they update is :class:`jepa_scale.objectives.grid.quantizer.Quantizer`'s.
+"""Vector quantisation with a codebook updated by exponential moving averages (van den Oord et al., arXiv 1711.00937,
+appendix A.1). The functions have no state; :class:`jepa_scale.objectives.grid.quantizer.Quantizer` holds it.
 
-A code is the moving average of what was assigned to it, and its size the moving average of how much that was. Kept as a mean
-and not as a ratio of two averages, a code that nothing is assigned to stays where it is, bit for bit, however small its size
-becomes: nothing is divided by a size that fades.
+A code is the moving average of the rows assigned to it; its size is the moving average of their number. The code is kept as
+a mean, not as a ratio of two averages. So a code without rows does not change by a bit, however small its size becomes,
+because nothing is divided by a vanishing size.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ from jepa_scale.losses.precision import without_autocast
 
 TINY = torch.finfo(torch.float32).tiny
 ELEMENTS = 1 << 24
-"""Distances computed at a time, 64 MiB."""
+"""Number of distances computed at a time: 64 MiB."""
 SAME_PLACE = 1e-4
-"""Squared distance, as a part of the rows' variance, below which two rows are at the same place."""
+"""Squared distance, relative to the variance of the rows, below which two rows count as equal."""
 
 
 @torch.no_grad()
 def nearest(rows: Tensor, codebook: Tensor) -> Tensor:
-    """(n, d) rows, (K, d) codes → (n,) int64, the code that is nearest to each; of equals the first. In fp32."""
+    """Return the index of the nearest code of each row, the first of several equally near ones, computed in fp32.
+
+    (n, d) rows, (K, d) codes → (n,) int64.
+    """
     with without_autocast(rows):
         codebook = codebook.float()
         half = codebook.square().sum(dim=1) / 2
@@ -31,19 +34,24 @@ def nearest(rows: Tensor, codebook: Tensor) -> Tensor:
 
 
 def straight_through(rows: Tensor, quantized: Tensor) -> Tensor:
-    """The codes, as if they were the rows: the gradient goes to the rows (Bengio et al., arXiv 1308.3432)."""
+    """Return the codes, with their gradient passed straight to the rows (Bengio et al., arXiv 1308.3432)."""
     return rows + (quantized.to(rows.dtype) - rows).detach()
 
 
 def commitment(rows: Tensor, quantized: Tensor) -> Tensor:
-    """(n, d), (n, d) → (n,) fp32, mean squared distance of each row to its code, which gets no gradient."""
+    """Mean squared distance of each row to its code, in fp32; the code gets no gradient. (n, d), (n, d) → (n,)."""
     return (rows.float() - quantized.detach().float()).square().mean(dim=-1)
 
 
 @torch.no_grad()
 def assigned(rows: Tensor, codes: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """(n, d) rows and (n,) codes → (K,) fp32, rows of each code, and (K, d) fp32, their sums. A product of matrices: a scatter
-    would add up in another order each time on a GPU."""
+    """Count and sum the rows assigned to each code.
+
+    A matrix product does both: on a GPU a scatter would add in a different order each time.
+
+    Returns:
+        From (n, d) rows and (n,) codes: (K,) fp32 counts, and (K, d) fp32 sums.
+    """
     with without_autocast(rows):
         mine = (codes[:, None] == torch.arange(count, device=codes.device)).float()
         return mine.sum(dim=0), mine.T @ rows.detach().float()
@@ -51,12 +59,12 @@ def assigned(rows: Tensor, codes: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def follow(codebook: Tensor, sizes: Tensor, counts: Tensor, sums: Tensor, decay: float) -> tuple[Tensor, Tensor]:
-    """Codes (K, d) and sizes (K,) after an optimizer step, from what the global batch assigned to them:
+    """Update codes (K, d) and sizes (K,) by the counts and sums that the global batch assigned in one optimizer step:
 
     size ← γ · size + (1 − γ) · count,   code ← code + w · (mean of its rows − code),   w = (1 − γ) · count / size.
     """
     new = decay * sizes + (1 - decay) * counts
-    weight = (1 - decay) * counts / new.clamp(min=TINY)  # 0 where nothing was assigned, never above 1
+    weight = (1 - decay) * counts / new.clamp(min=TINY)  # 0 for a code without rows, at most 1
     means = sums / counts.clamp(min=1)[:, None]
     return torch.lerp(codebook, means, weight[:, None]), new
 
@@ -65,23 +73,23 @@ def follow(codebook: Tensor, sizes: Tensor, counts: Tensor, sums: Tensor, decay:
 def refresh(
     codebook: Tensor, sizes: Tensor, pool: Tensor, valid: Tensor, threshold: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Give codes that are hardly used another place: that of a row of the batch where there is no code yet.
+    """Replace codes that are hardly used by rows of the batch that no code is near to.
 
     Args:
-        codebook: (K, d). sizes: (K,), moving averages of how many rows each gets.
-        pool: (K, d), rows drawn from the global batch; valid: (K,) bool, which of them there are.
+        codebook: (K, d). sizes: (K,), moving averages of the number of rows of each code.
+        pool: (K, d), rows drawn from the global batch. valid: (K,) bool, whether a row of the pool is filled.
         threshold: a code is dead if its share of the sizes is below ``threshold`` / K.
 
     Returns:
-        Codes, sizes and (K,) bool, which were replaced. The deadest get the first rows of the pool; their size is 0, so that
-        the first rows assigned to them decide where they are.
+        Codes, sizes, and a (K,) bool mask of the replaced codes. The least used codes get the first rows of the pool. The
+        size of a replaced code is 0, so that the first rows assigned to it determine it.
     """
     share = sizes / sizes.sum().clamp(min=TINY)
     order = share.argsort(stable=True)
     rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     dead = share < threshold / len(sizes)
     fresh = valid & ~_taken(pool, valid, codebook, ~dead)
-    chosen = (~fresh).int().argsort(stable=True)  # those to be used first, in their order
+    chosen = (~fresh).int().argsort(stable=True)  # usable rows first, in their order
     pool, fresh = pool[chosen], fresh[chosen]
     replaced = dead & fresh[rank]
     codebook = torch.where(replaced[:, None], pool[rank].to(codebook.dtype), codebook)
@@ -89,8 +97,10 @@ def refresh(
 
 
 def _taken(pool: Tensor, valid: Tensor, codebook: Tensor, alive: Tensor) -> Tensor:
-    """(K,) bool, the rows of the pool that lie where a living code does, or an earlier row. Of two codes at one place, which
-    is the nearest would be left to rounding."""
+    """Mark the rows of the pool that equal a live code or an earlier row, (K,) bool.
+
+    Between two equal codes, rounding would decide which is the nearest.
+    """
     count = valid.sum().clamp(min=1)
     mean = (pool * valid[:, None]).sum(dim=0) / count
     pool, codebook = pool - mean, codebook.float() - mean
@@ -103,6 +113,6 @@ def _taken(pool: Tensor, valid: Tensor, codebook: Tensor, alive: Tensor) -> Tens
 
 
 def perplexity(sizes: Tensor) -> Tensor:
-    """(K,) sizes → 0-d, exp of the entropy of their shares: how many codes are used, if all that are were used alike."""
+    """Effective number of codes in use: the exponential of the entropy of the codes' shares. (K,) sizes → 0-d."""
     share = sizes.float() / sizes.sum().clamp(min=TINY)
     return torch.special.entr(share).sum().exp()

@@ -1,4 +1,4 @@
-"""Relations between objects: those that are near in the grids are drawn together in representation space (GridJEPA, G7)."""
+"""Relational loss: objects that are near each other in the grids get near representations (GridJEPA)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from jepa_scale.losses.precision import without_autocast
 
 
 def relation_distances(first: Tensor, second: Tensor, normalize: bool) -> Tensor:
-    """(p, d), (p, d), the two objects of each pair → (p,) fp32.
+    """Distance of the two objects of each pair, in fp32. (p, d), (p, d) → (p,).
 
     Args:
-        normalize: False: the squared distance, as GridJEPA has it. It grows with width and scale, and was four times InfoNCE at the
-            start there. True: half that of the unit vectors, i.e. 1 − cosine: 0 for the same direction, 1 for objects that have
-            nothing to do with each other, whatever width and scale. (Its factor is
-            :func:`relation_scale`.)
+        normalize: False: the squared distance, as in GridJEPA. It grows with width and scale; in GridJEPA it is four times
+            InfoNCE at the start. True: half the squared distance of the unit vectors, which is 1 − cosine: 0 for the same
+            direction, 1 for unrelated objects, independent of width and scale. The caller multiplies it by
+            :func:`relation_scale`.
     """
     with without_autocast(first):
         first, second = first.float(), second.float()
@@ -28,6 +28,8 @@ def relation_distances(first: Tensor, second: Tensor, normalize: bool) -> Tensor
 
 @torch.no_grad()
 def relation_scale(candidates: Tensor) -> Tensor:
-    """0-d count of InfoNCE's candidates → 0-d, what InfoNCE is where nothing is known, ln(1 + negatives). Normalised relations
-    are measured in it, so that unrelated objects are worth what an unrelated target is."""
+    """Factor of normalised relations: ln(1 + negatives), the InfoNCE loss of a uniform guess.
+
+    With this factor an unrelated pair of objects costs as much as an unrelated target. 0-d count of candidates → 0-d.
+    """
     return candidates.float().clamp(min=1).log()

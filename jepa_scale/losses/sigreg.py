@@ -1,7 +1,8 @@
-"""SIGReg: rows that look like a standard Gaussian from every side (LeJEPA, Balestriero & LeCun, arXiv 2511.08544).
+"""SIGReg: a loss that pulls rows to a standard Gaussian (LeJEPA, Balestriero & LeCun, arXiv 2511.08544).
 
-The rows are projected on random directions, and on each the Epps–Pulley statistic (Biometrika 70, 1983) compares the
-characteristic function of the projections with that of N(0, 1), e^(−t²/2). It is a function of sums over the global batch.
+The rows are projected on random directions. For each direction the Epps–Pulley statistic (Biometrika 70, 1983) compares the
+characteristic function of the projections with that of N(0, 1), e^(−t²/2). The loss is a function of sums over the global
+batch.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from jepa_scale.losses.precision import without_autocast
 from jepa_scale.losses.statistics import at_least_one, global_sums, zero_if_none
 
 ELEMENTS = 1 << 24
-"""Numbers in the largest tensor of angles, 64 MiB. More slices than fit go one part after the other."""
+"""Elements in the largest tensor of angles: 64 MiB. If all slices do not fit, they are computed in parts."""
 
 
 def sigreg(
@@ -30,26 +31,26 @@ def sigreg(
     limit: float = 5.0,
     half: bool = False,
 ) -> Tensor:
-    """How far the rows are from N(0, I), in fp32. Collective.
+    """Distance of the rows from N(0, I), in fp32. Collective.
 
-    On each slice, with the empirical characteristic function φ̂ of the global batch's n rows there,
-    ``T = n · ∫ |φ̂(t) − e^(−t²/2)|² e^(−t²/2) dt`` by the trapezoid rule; the loss is the mean of T over the slices. For rows
-    that are N(0, I) its expectation is √(2π) (1 − 1/√3) ≈ 1.06 whatever n; for others it grows with n.
+    For each slice (direction), ``T = n · ∫ |φ̂(t) − e^(−t²/2)|² e^(−t²/2) dt`` by the trapezoid rule. φ̂ is the empirical
+    characteristic function of the projections of the n rows of the global batch. The loss is the mean of T over the slices.
+    For rows drawn from N(0, I) its expectation is √(2π) (1 − 1/√3) ≈ 1.06 for any n; for others it grows with n.
 
     Args:
-        rows: (m, d) of this rank and all its micro-batches in the step
+        rows: (m, d), the rows of all micro-batches of this rank in the step
             (:func:`jepa_scale.losses.statistics.rows_of_step`), m ≥ 0. They get the gradient. Or (m, V, d), V views of each
-            of m samples: views of one sample are no independent draws, so each view's rows have a statistic of their own,
-            and the loss is their mean.
-        total: 0-d, n, rows (or samples) in the global batch.
-        seed, step: the directions are a function of them alone (:func:`directions`).
-        slices: directions to project on.
-        knots: of the integral, evenly spaced on [−limit, limit], both ends included; at least 3.
-        half: the knots are on [0, limit] instead, and the integral is doubled: the integrand is even, so that the same
-            number of knots are closer together (the authors' published code, with a limit of 3).
+            of m samples. Views of one sample are not independent, so the statistic is computed for each view and the loss
+            is the mean.
+        total: 0-d, n, number of rows (or samples) in the global batch.
+        seed, step: determine the directions (:func:`directions`).
+        slices: number of directions.
+        knots: number of knots of the integral, evenly spaced on [−limit, limit], both ends included; at least 3.
+        half: put the knots on [0, limit] and double the integral. The integrand is even, so the same number of knots is
+            closer together (as in the authors' published code, with a limit of 3).
 
     Returns:
-        0-d, the same on every rank; make it a contribution with
+        0-d, equal on every rank; make it a contribution with
         :func:`jepa_scale.losses.statistics.as_contribution`. 0 without rows.
     """
     with without_autocast(rows):
@@ -64,10 +65,10 @@ def sigreg(
 
 
 def directions(dim: int, seed: int, step: int, slices: int) -> Tensor:
-    """(slices, dim) fp32 on the CPU: unit vectors, uniform on the sphere.
+    """Unit vectors, uniform on the sphere: (slices, dim) fp32 on the CPU.
 
-    A function of its arguments alone and drawn on the CPU, so that they are the same on every rank and every device.
-    ``seed`` and ``step`` are not negative.
+    They depend on the arguments only and are drawn on the CPU, so that they are equal on every rank and every device.
+    ``seed`` and ``step`` must not be negative.
     """
     drawn = np.random.default_rng([seed, step]).standard_normal((slices, dim), dtype=np.float32).astype(np.float64)
     return torch.from_numpy((drawn / np.linalg.norm(drawn, axis=1, keepdims=True)).astype(np.float32))
@@ -76,22 +77,25 @@ def directions(dim: int, seed: int, step: int, slices: int) -> Tensor:
 def _quadrature(knots: int, limit: float, half: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Positive knots t, their weights and e^(−t²/2), (k,) fp32 each.
 
-    The integrand is even, so negative knots count with their mirror images; and it vanishes at 0, where both functions
-    are 1.
+    The integrand is even, so each positive knot also has the weight of its negative one. The integrand is 0 at t = 0,
+    where both characteristic functions are 1.
     """
     assert knots >= 3 and limit > 0, (knots, limit)
     t, spacing = np.linspace(0.0 if half else -limit, limit, knots, retstep=True)
     trapezoid = np.full(knots, spacing)
     trapezoid[[0, -1]] /= 2
-    positive = t > limit * 1e-9  # the one in the middle is 0 but for rounding
+    positive = t > limit * 1e-9  # the knot in the middle is 0 up to rounding
     t, gauss = t[positive], np.exp(-(t[positive] ** 2) / 2)
     weights = 2 * trapezoid[positive] * gauss
     return tuple(torch.from_numpy(x.astype(np.float32)) for x in (t, weights, gauss))  # type: ignore[return-value]
 
 
 class _CharacteristicSums(torch.autograd.Function):
-    """(m, d) rows, (slices, d) directions, (k,) knots t → (slices, k) Σ cos(t·x) and Σ sin(t·x) over this rank's rows,
-    x being their projections. The backward pass computes the angles again: they are far too many to keep."""
+    """Sums of cos(t·x) and sin(t·x) over the projections x of this rank's rows.
+
+    (m, d) rows, (slices, d) directions, (k,) knots t → (slices, k) each. The backward pass computes the angles again,
+    because they would take too much memory.
+    """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, toward: Tensor, knots: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,10 +125,10 @@ class _CharacteristicSums(torch.autograd.Function):
 
 
 def _parts(rows: Tensor, toward: Tensor, knots: Tensor) -> tuple[Tensor, ...]:
-    """The directions in parts that are small enough."""
+    """Split the directions into parts whose angles have at most ``ELEMENTS`` elements."""
     return toward.split(max(1, ELEMENTS // max(1, len(rows) * len(knots))))
 
 
 def _angles(rows: Tensor, toward: Tensor, knots: Tensor) -> Tensor:
-    """(m, slices, k)."""
+    """Angles t·x, (m, slices, k)."""
     return (rows @ toward.T)[..., None] * knots

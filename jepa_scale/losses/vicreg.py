@@ -10,18 +10,18 @@ from jepa_scale.losses.statistics import at_least_one, global_moments, off_diago
 
 
 def vicreg(a: Tensor, b: Tensor, total: Tensor, gamma: float = 1.0, eps: float = 1e-4) -> tuple[Tensor, Tensor, Tensor]:
-    """Invariance of predictions to their targets, variance and covariance of the predictions, in fp32. Collective.
+    """Invariance of predictions to their targets, and variance and covariance of the predictions, in fp32. Collective.
 
     Args:
-        a: (m, d) predictions of this rank and all its micro-batches in the step
+        a: (m, d), the predictions of all micro-batches of this rank in the step
             (:func:`jepa_scale.losses.statistics.rows_of_step`), m ≥ 0.
-        b: (m, d) targets. They get no gradient, and as nothing can spread them, their own variance and covariance do
-            not enter (the paper has two trained branches and adds up both).
-        total: 0-d, rows in the global batch.
-        gamma: the standard deviation that every feature should at least have.
+        b: (m, d), the targets. They get no gradient, so their variance and covariance are not part of the loss (the paper
+            trains two branches and sums both).
+        total: 0-d, number of rows in the global batch.
+        gamma: standard deviation below which a feature is penalised.
 
     Returns:
-        Three 0-d tensors, the same on every rank; make each a contribution with
+        Three 0-d tensors, equal on every rank; make each a contribution with
         :func:`jepa_scale.losses.statistics.as_contribution`.
 
         * invariance = mean over rows and features of (a − b)²: the paper's squared norm divided by d, so that a weight
@@ -29,8 +29,8 @@ def vicreg(a: Tensor, b: Tensor, total: Tensor, gamma: float = 1.0, eps: float =
         * variance = mean_j max(0, gamma − √(var_j(a) + eps))
         * covariance = Σ_{i≠j} cov_ij(a)² / d
 
-        Variances and covariances are divided by n − 1. Without rows all are 0; a single row has neither spread nor
-        gradient beyond that of its invariance.
+        Variances and covariances are divided by n − 1. Without rows all terms are 0. For a single row only the invariance
+        has a gradient.
     """
     with without_autocast(a):
         a, b = a.float(), b.detach().float()

@@ -1,4 +1,4 @@
-"""Barlow Twins in one process: closed forms, laws, a plain fp64 reference."""
+"""Barlow Twins in one process: closed forms, invariances, a plain fp64 reference."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The future KL: closed forms, a plain fp64 reference, its gradient."""
+"""The KL divergence of future distillation: closed forms, a plain fp64 reference, its gradient."""
 
 import math
 
@@ -34,7 +34,7 @@ def test_a_teacher_that_knows_nothing_has_entropy_ln_v(temperature):
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 def test_two_tokens_in_closed_form(temperature):
-    """p = (σ(a/T), 1 − σ(a/T)) against an even guess: KL = ln 2 − H(p)."""
+    """For p = (σ(a/T), 1 − σ(a/T)) and a uniform q, KL = ln 2 − H(p)."""
     a = 1.7
     p = 1 / (1 + math.exp(-a / temperature))
     entropy = -p * math.log(p) - (1 - p) * math.log(1 - p)

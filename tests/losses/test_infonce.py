@@ -1,4 +1,4 @@
-"""InfoNCE over the global batch: values against a plain reference, gradients whatever the split into micro-batches."""
+"""InfoNCE over the global batch: values against a plain reference, gradients for any split into micro-batches."""
 
 import torch
 import torch.nn.functional as F
@@ -127,7 +127,7 @@ def test_a_queue_adds_negatives_but_no_second_copy_of_what_is_in_the_batch():
 
 
 def test_candidates_without_gradient_need_no_pass_over_the_others_queries():
-    """Of a teacher: what the others' queries say of these candidates moves nothing, and the sum is that of one large batch."""
+    """Candidates of a teacher get no gradient from the other micro-batches; the sum is the loss of one large batch."""
     table, entities = unit(5, 4), torch.tensor([0, 1, 2, 3, 4, 1])
     guesses = torch.randn(6, 4, generator=torch.Generator().manual_seed(1)).requires_grad_()
     queue = (unit(3, 4, seed=5), torch.tensor([7, 8, 9]))

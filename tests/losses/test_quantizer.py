@@ -1,4 +1,4 @@
-"""Codebooks: against plain loops, and what must not happen to codes that nobody uses."""
+"""Codebooks: a comparison with plain loops, and the behaviour of unused codes."""
 
 import math
 
@@ -50,7 +50,7 @@ def test_the_gradient_goes_through_to_the_rows_and_the_commitment_pulls_them():
 @settings(max_examples=40)
 @given(st.floats(0.2, 0.999), st.lists(st.integers(0, 3), min_size=1, max_size=30), st.integers(0, 100))
 def test_codes_are_the_ratio_of_two_moving_averages(decay, steps, seed):
-    """Against the usual form, sums and counts averaged apart and divided, in fp64, for the codes that were used."""
+    """For the codes in use, compare with the usual form in fp64: the ratio of the averages of sums and counts."""
     codes, dim = 4, 3
     codebook, sizes = randn(codes, dim, seed=seed), torch.zeros(codes)
     count, total = torch.zeros(codes).double(), torch.zeros(codes, dim).double()
@@ -67,7 +67,7 @@ def test_codes_are_the_ratio_of_two_moving_averages(decay, steps, seed):
 
 
 def test_unused_codes_stay_where_they_are_to_the_bit():
-    """After thousands of steps a size has faded to nothing; the code has neither moved nor blown up, and is of use again."""
+    """After thousands of steps the size of an unused code is 0; the code is unchanged and finite, and can be used again."""
     first, sizes = randn(3, 4), torch.tensor([5.0, 5.0, 5.0])
     codebook = first
     row = randn(1, 4, seed=9)
@@ -109,7 +109,7 @@ def test_dead_codes_are_those_below_the_threshold_relative_to_the_number_of_code
 
 
 def test_no_two_codes_come_to_lie_at_one_place():
-    """Which of two is the nearest would be left to rounding."""
+    """Between two equal codes, rounding would decide which is the nearest."""
     codebook, rows = randn(6, 3), randn(3, 3, seed=1)
     codebook[0] = rows[0]
     sizes = torch.tensor([1.0, 1, 0, 0, 0, 0])

@@ -18,7 +18,7 @@ def test_distances_against_their_definitions():
 
 @pytest.mark.parametrize(("width", "scale"), [(16, 1.0), (64, 1.0), (512, 30.0)])
 def test_normalised_relations_start_near_infonce_whatever_the_width(width, scale):
-    """The raw form is 2 · width · scale² for unrelated objects: far above InfoNCE, which is ln of the candidates."""
+    """The raw distance of unrelated objects is 2 · width · scale², far above InfoNCE, which is ln(candidates)."""
     torch.manual_seed(0)
     a, b = scale * torch.randn(2000, width), scale * torch.randn(2000, width)
     candidates = torch.tensor(8193)

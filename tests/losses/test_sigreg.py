@@ -27,7 +27,7 @@ def count(n: int) -> torch.Tensor:
 
 
 def plain(rows, toward, knots=17, limit=5.0, half=False):
-    """Reference: the definition in complex numbers, all knots, in the rows' dtype and differentiable."""
+    """Reference: the definition in complex numbers with all knots, differentiable, in the dtype of the rows."""
     t = torch.linspace(0 if half else -limit, limit, knots, dtype=rows.dtype)
     phi = torch.exp(1j * (rows @ toward.to(rows.dtype).T)[..., None] * t).mean(dim=0)
     gauss = torch.exp(-t.square() / 2)
@@ -162,7 +162,7 @@ def test_half_precision_is_computed_in_fp32_even_under_autocast():
 
 
 class Largest(TorchDispatchMode):
-    """Numbers in the largest tensor that any operation has made."""
+    """Number of elements of the largest tensor that any operation returned."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Global sums and moments in one process; tests/distributed/test_statistics.py has the ranks."""
+"""Global sums and moments in one process; tests/distributed/test_statistics.py tests several ranks."""
 
 import pytest
 import torch
@@ -73,7 +73,7 @@ def test_moments_are_those_of_plain_fp64(n, d, e, seed):
 
 
 def test_a_large_mean_cancels_nothing():
-    """Mean 4096, standard deviation 1: fp32 sums of squares would be off by more than the variance."""
+    """With mean 4096 and standard deviation 1 the error of fp32 sums of squares would exceed the variance."""
     rows = (randn(500, 3) + 4096).round(decimals=2)
     got = global_moments(rows, rows, torch.tensor(500))
     variance = rows.double().var(dim=0, correction=0).float()

@@ -1,4 +1,4 @@
-"""VICReg in one process: closed forms, laws, a plain fp64 reference."""
+"""VICReg in one process: closed forms, invariances, a plain fp64 reference."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def plain(a: torch.Tensor, b: torch.Tensor, gamma: float = 1.0, eps: float = 1e-4) -> torch.Tensor:
-    """Reference: equations 1 to 5 with torch's own covariance; n > 1. (3,) in a's dtype, differentiable."""
+    """Reference: equations 1 to 5 with PyTorch's covariance; n > 1. (3,) in a's dtype, differentiable."""
     d = a.shape[1]
     invariance = (a - b).square().sum(dim=1).mean() / d
     variance = torch.clamp(gamma - (a.var(dim=0) + eps).sqrt(), min=0).mean()
