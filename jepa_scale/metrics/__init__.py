@@ -1,1 +1,1 @@
-"""Metrics: pure functions of states, texts and queries."""
+"""Metrics: functions without state of representations, texts and queries."""

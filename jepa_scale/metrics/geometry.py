@@ -1,5 +1,6 @@
-"""How representations lie on the unit sphere: whether pairs that belong together are close, and whether all of them spread
-(Wang & Isola, ICML 2020, arXiv 2005.10242). Rows are whole here; nothing in this file is collective.
+"""Alignment and uniformity of representations on the unit sphere (Wang & Isola, ICML 2020, arXiv 2005.10242).
+
+All functions take the rows of all ranks; none is collective.
 """
 
 from __future__ import annotations
@@ -9,24 +10,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 1024
-"""Rows at a time that are compared with all others."""
+"""Number of rows that are compared with all others at a time."""
 
 
 @torch.no_grad()
 def alignment(first: Tensor, second: Tensor) -> Tensor:
-    """Mean squared distance of pairs of unit vectors (equation 1, with exponent 2): 0 = every pair is one point, 4 = opposite.
+    """Mean squared distance of pairs of unit vectors (equation 1, with exponent 2).
 
-    (n, d), (n, d) of any length, row i of both a pair → 0-d float64. NaN without rows.
+    0 means that the two vectors of each pair are equal, 4 that they are opposite. (n, d), (n, d) of any length, row i of
+    both a pair → 0-d float64. NaN without rows.
     """
     return (_unit(first) - _unit(second)).square().sum(dim=1).mean()
 
 
 @torch.no_grad()
 def uniformity(rows: Tensor, temperature: float = 2.0) -> Tensor:
-    """log of the mean over pairs of different rows of exp(−t · ‖x − y‖²), x and y being unit vectors (equation 2).
+    """Logarithm of the mean of exp(−t · ‖x − y‖²) over pairs x, y of different rows, as unit vectors (equation 2).
 
-    0 = all rows point the same way; −4 (t = 2) is what evenly spread rows of many dimensions come to. (n, d) of any
-    length → 0-d float64. NaN for fewer than two rows.
+    0 means that all rows have the same direction. For uniformly spread rows of many dimensions it is close to −2t, which
+    is −4 for t = 2. (n, d) of any length → 0-d float64. NaN for fewer than two rows.
     """
     unit = _unit(rows)
     n = len(unit)

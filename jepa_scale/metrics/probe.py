@@ -1,6 +1,6 @@
-"""What is in a representation that nobody trained it for: labels read off frozen states, by neighbours and by a linear map.
+"""Probes of frozen representations: labels predicted by nearest neighbours and by a linear classifier.
 
-Rows are whole here; nothing in this file is collective, and the same rows give the same figures.
+All functions take the rows of all ranks; none is collective. All are deterministic.
 """
 
 from __future__ import annotations
@@ -12,31 +12,35 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 1024
-"""Test rows at a time that are compared with all training rows."""
+"""Number of test rows that are compared with all training rows at a time."""
 PENALTIES = (1.0, 0.1, 0.01, 0.001)
-"""λ that a linear probe may choose among."""
+"""Values of the penalty λ that a linear probe is chosen from."""
 HELD_OUT = 5
-"""Of each class, every so many-th training row is held out while λ is chosen."""
+"""One of this many training rows of each class is held out to choose λ."""
 
 
 class Labelled(NamedTuple):
-    """rows: (n, d). labels: (n,) int64, 0 … C−1."""
+    """Representations with labels.
+
+    Attributes:
+        rows: (n, d). labels: (n,) int64, 0 … C−1.
+    """
 
     rows: Tensor
     labels: Tensor
 
 
 def majority(train: Labelled, test: Labelled) -> float:
-    """Accuracy of who always answers the most frequent class of the training rows (of several, the first): chance."""
+    """Accuracy of the constant prediction of the most frequent training class (of several, the first): chance level."""
     return float((test.labels == train.labels.bincount().argmax()).double().mean())
 
 
 @torch.no_grad()
 def neighbour_predictions(train: Labelled, rows: Tensor, neighbours: int) -> Tensor:
-    """(m, d) → (m,) int64: the vote of the k nearest training rows by cosine.
+    """Predict a class for each row by the vote of its k nearest training rows in cosine. (m, d) → (m,) int64.
 
-    A vote weighs e^cosine. Cosines count to six decimals, as the states of fp32 do. Of equally near neighbours the earlier
-    counts, of classes with equal votes the lower.
+    A vote has the weight e^cosine. Cosines are rounded to six decimals, the precision of fp32 states. Of equally near
+    neighbours the earlier row is taken; of classes with equal votes, the lower label.
     """
     k, classes = min(neighbours, len(train.rows)), int(train.labels.max()) + 1
     pool = F.normalize(train.rows.double(), dim=1)
@@ -65,19 +69,21 @@ class LinearProbe(NamedTuple):
     penalty: float
 
     def logits(self, rows: Tensor) -> Tensor:
-        """(m, d) → (m, C)."""
+        """Class logits: (m, d) → (m, C)."""
         return (rows.double() - self.mean) * self.scale @ self.weight + self.bias
 
     def predictions(self, rows: Tensor) -> Tensor:
-        """(m, d) → (m,) int64."""
+        """Predicted classes: (m, d) → (m,) int64."""
         return _first_of_largest(self.logits(rows))
 
 
 @torch.no_grad()
 def linear_probe(train: Labelled, classes: int) -> LinearProbe:
-    """Fit a probe; λ is the one of ``PENALTIES`` with which most of the held-out training rows (see ``HELD_OUT``) are right, of
-    several the one with the least cross-entropy there. Where every class is too small to hold rows out, it is the second
-    smallest."""
+    """Fit a linear probe and choose its λ from ``PENALTIES``.
+
+    λ is chosen by the accuracy on held-out training rows (see ``HELD_OUT``), and among equals by the cross-entropy there.
+    If every class is too small to hold rows out, λ is the second smallest.
+    """
     order = _place_in_class(train.labels, classes)
     held = order % HELD_OUT == HELD_OUT - 1
     if not held.any():
@@ -93,12 +99,14 @@ def linear_probe(train: Labelled, classes: int) -> LinearProbe:
 
 @torch.no_grad()
 def fit_probe(train: Labelled, classes: int, penalty: float, start: LinearProbe | None = None) -> LinearProbe:
-    """The minimum of mean cross-entropy + λ/2 · ‖weight‖², by L-BFGS on all rows in float64. Features have mean 0 and
-    variance 1 (biased) on the training rows; one that is constant there, to fp32 rounding, counts nothing. The bias is not
-    penalised.
+    """Minimise mean cross-entropy + λ/2 · ‖weight‖² by L-BFGS on all rows in float64.
+
+    Features are standardised to mean 0 and variance 1 (biased) on the training rows. A feature that is constant there, up
+    to fp32 rounding, is ignored. The bias is not penalised.
 
     Args:
-        start: of the same features, to begin at.
+        penalty: λ.
+        start: a probe of the same features whose weight and bias are the initial values; None = zeros.
     """
     rows, labels = train.rows.double(), train.labels
     mean, std = rows.mean(dim=0), rows.std(dim=0, correction=0)
@@ -128,23 +136,23 @@ def fit_probe(train: Labelled, classes: int, penalty: float, start: LinearProbe 
         theta.grad[d] = error.sum(dim=0)
         return -(log_probs * wanted).sum() / n + penalty / 2 * theta[:d].square().sum()
 
-    optimizer.step(loss)  # type: ignore[arg-type]  # its closure may return a tensor
+    optimizer.step(loss)  # type: ignore[arg-type]  # the closure may return a tensor
     return LinearProbe(mean, scale, theta[:d].clone(), theta[d].clone(), penalty)
 
 
 def _place_in_class(labels: Tensor, classes: int) -> Tensor:
-    """(n,) → (n,): how many earlier rows have the same label."""
+    """Number of earlier rows with the same label. (n,) → (n,)."""
     before = F.one_hot(labels, classes).cumsum(dim=0)
     return before.gather(1, labels[:, None])[:, 0] - 1
 
 
 def _first_of_largest(scores: Tensor) -> Tensor:
-    """(m, C) → (m,), the first column of the largest value; ``argmax`` may take any of equal ones."""
+    """First column with the largest value, where ``argmax`` may return any of them. (m, C) → (m,)."""
     columns = torch.arange(scores.shape[1], device=scores.device)
     largest = scores == scores.amax(dim=1, keepdim=True)
     return torch.where(largest, columns, len(columns) - 1).amin(dim=1)
 
 
 def accuracy(predicted: Tensor, labels: Tensor) -> float:
-    """Share of the (m,) predictions that are right; NaN without any."""
+    """Share of the (m,) predictions that are correct; NaN without predictions."""
     return float((predicted == labels).double().mean())

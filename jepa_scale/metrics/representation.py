@@ -1,6 +1,6 @@
 """Spread of predictions beside their targets, and retrieval of targets by predictions.
 
-Rows are whole here, gathered on every rank; nothing in this file is collective.
+All functions take the gathered rows of all ranks; none is collective.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from jepa_scale.losses.infonce import NO_KEY, first_of_each, places_of
 from jepa_scale.losses.precision import without_autocast
 
 CHUNK = 1024
-"""Rows at a time: the scores of as many queries against 20,000 candidates take 80 MB."""
+"""Number of queries at a time: their scores against 20,000 candidates take 80 MB."""
 
 
 @torch.no_grad()
 def std_gap(predictions: Tensor, targets: Tensor) -> Tensor:
-    """Mean over features of std(target) − std(prediction), biased: positive when the predictions spread less than what
-    they predict. (n, d), (n, d) → 0-d fp32; NaN without rows."""
+    """Mean over features of std(target) − std(prediction), biased; positive when the predictions spread less.
+
+    (n, d), (n, d) → 0-d fp32; NaN without rows.
+    """
     if not len(predictions):
         return torch.full((), torch.nan, device=predictions.device)
     return (targets.float().std(dim=0, correction=0) - predictions.float().std(dim=0, correction=0)).mean()
@@ -29,21 +31,21 @@ def std_gap(predictions: Tensor, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def standardized(rows: Tensor, eps: float = 1e-5) -> Tensor:
-    """(n, d) → (n, d) fp32, each feature with mean 0 and variance 1 (biased); a constant one becomes 0."""
+    """Standardise each feature to mean 0 and variance 1 (biased), in fp32; a constant feature becomes 0. (n, d) → (n, d)."""
     rows = rows.float()
     return (rows - rows.mean(dim=0)) / (rows.std(dim=0, correction=0) + eps)
 
 
 class Retrieval(NamedTuple):
-    """Outcome by group, in the order of the groups' numbers.
+    """Retrieval metrics of each group, ordered by the numbers of the groups.
 
     Attributes:
         groups: (G,) int64, the groups that have rows.
         top1: (G,) fp32, share of the queries whose own target is nearer than any other candidate. A tie is a miss, so
             that representations which have collapsed to a point score 0.
-        margin: (G,) fp32, mean of the cosine with the own target minus that with the best other candidate. NaN in a
-            group with one candidate (where top1 is 1).
-        candidates: (G,) int64, distinct candidates: chance is 1 over this.
+        margin: (G,) fp32, mean of the cosine with the own target minus the largest cosine with another candidate. NaN in
+            a group with one candidate (where top1 is 1).
+        candidates: (G,) int64, number of distinct candidates; chance level is its reciprocal.
     """
 
     groups: Tensor
@@ -54,14 +56,14 @@ class Retrieval(NamedTuple):
 
 @torch.no_grad()
 def retrieval(queries: Tensor, targets: Tensor, keys: Tensor, groups: Tensor) -> Retrieval:
-    """Does each query find its own target, by cosine, among the targets of its group?
+    """Rank the targets of each query's group by cosine, and measure how often its own target is the nearest.
 
-    Takes memory for ``CHUNK`` queries against all candidates at once, so n may be large.
+    Scores are computed for ``CHUNK`` queries at a time to bound the memory, so n may be large.
 
     Args:
         queries, targets: (n, d); row i of the targets is query i's own.
-        keys: (n,) int64, what the targets are: those of one group with the same key are one candidate, the first of
-            them. Rows with ``NO_KEY``, which fill up a gather, are left out.
+        keys: (n,) int64, identities of the targets. Targets of one group with the same key count as one candidate, the
+            first of them. Rows with ``NO_KEY``, which pad a gather, are left out.
         groups: (n,) int64, e.g. the horizon.
     """
     present = groups[keys != NO_KEY].unique()
@@ -70,7 +72,7 @@ def retrieval(queries: Tensor, targets: Tensor, keys: Tensor, groups: Tensor) ->
         for group in present:
             rows = ((groups == group) & (keys != NO_KEY)).nonzero()[:, 0]
             first, ordered, order = first_of_each(keys[rows])
-            column = first.cumsum(dim=0) - 1  # of the first of each key, among the candidates
+            column = first.cumsum(dim=0) - 1  # index among the candidates, at the first row of each key
             own = column[places_of(keys[rows], ordered, order)]
             pool = F.normalize(targets[rows[first]].float(), dim=1)
             lead = torch.cat(
@@ -92,8 +94,10 @@ def retrieval(queries: Tensor, targets: Tensor, keys: Tensor, groups: Tensor) ->
 
 
 def _lead(scores: Tensor, own: Tensor) -> Tensor:
-    """(n, m) scores, (n,) column of the right one → (n,) its score minus the best other; +inf if there is no other.
-    Overwrites the scores."""
+    """Score of the own candidate minus the best other score; +inf if there is no other. Overwrites the scores.
+
+    (n, m) scores, (n,) column of the own candidate → (n,).
+    """
     own = own[:, None]
     right = scores.gather(1, own)[:, 0]
     return right - scores.scatter_(1, own, -torch.inf).amax(dim=1)

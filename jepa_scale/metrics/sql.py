@@ -1,28 +1,30 @@
-"""Does a generated query give the rows that the reference query gives? Execution accuracy on an SQLite file.
+"""Execution accuracy: compare the rows of a generated SQL query with those of the reference query on an SQLite file.
 
-The file is never written: it is opened read-only, nothing but reading passes the authorizer (``sqlite3_set_authorizer``),
-and a query that takes too long or returns too much is stopped. Execution accuracy as for Spider (Yu et al., EMNLP 2018,
-arXiv 1809.08887; order as in Zhong et al., EMNLP 2020, arXiv 2010.02840: it counts where the reference sorts).
+The file is never written. It is opened read-only, the authorizer (``sqlite3_set_authorizer``) permits only reading, and a
+query that takes too long or returns too much is stopped. Execution accuracy is that of Spider (Yu et al., EMNLP 2018,
+arXiv 1809.08887). The order of rows counts where the reference sorts (Zhong et al., EMNLP 2020, arXiv 2010.02840).
 
-What LLM-JEPA's published evaluation does instead (``spider_eval`` of evaluate.py, galilai-group/llm-jepa at 1dce9e7) is
-:func:`upstream_execution`: it gives each query to the ``sqlite3`` command and compares what that prints.
+:func:`upstream_execution` reproduces LLM-JEPA's published evaluation (``spider_eval`` of evaluate.py,
+galilai-group/llm-jepa at 1dce9e7), which runs each query with the ``sqlite3`` command and compares the printed text. The
+two differ:
 
 ===================================================  ==================================================================
 upstream                                             corrected, :func:`execution`
 ===================================================  ==================================================================
-a query that fails prints nothing: it is right       wrong, with the error
+a query that fails prints nothing, which is right    wrong, with the error
 where the reference returns no rows
-so is an empty answer                                wrong
-so is everything, if the database is missing         DataError (``sqlite3`` makes an empty file of that name)
-so is everything, if the reference fails             DataError that names the row
+an empty answer is right there, too                  wrong
+any answer is right if the database is missing       DataError (``sqlite3`` creates an empty file of that name)
+any answer without rows is right if the              DataError that names the row
+reference fails
 rows in another order are wrong                      a multiset, unless the reference sorts at its outermost level
-1 and 1.0 differ, NULL and '' don't                  numbers are numbers, NULL is NULL
-"DROP TABLE …" is run, on the data set itself        refused
-without end for a query without end                  limits of time, rows and bytes
+1 and 1.0 differ, NULL and '' are equal              1 and 1.0 are equal, NULL and '' differ
+"DROP TABLE …" is run on the data set itself         refused
+a query that does not end is not stopped             limits of time, rows and bytes
 ===================================================  ==================================================================
 
-What neither can tell: two different queries that both return no rows, or agree by chance on this one database; and of
-rows that tie in the reference's ORDER BY, which order is meant.
+Neither can distinguish two different queries that both return no rows, or that agree by chance on this database. Neither
+can decide which order is meant for rows that tie in the ORDER BY of the reference.
 """
 
 from __future__ import annotations
@@ -44,18 +46,18 @@ Cell = None | int | float | str | bytes
 Row = tuple[Cell, ...]
 
 TOLERANCE, NOTHING = 1e-9, 1e-12
-"""Relative and absolute difference up to which two numbers are the same: sums in another order differ by rounding."""
+"""Relative and absolute difference up to which two numbers are equal: sums in another order differ by rounding."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one query may take.
+    """Limits of one query.
 
     Attributes:
-        seconds: wall-clock time. Looked at between steps of SQLite's machine, so that one step (a LIKE with many ``%``
-            on a long text) can overrun it.
-        rows: rows returned.
-        bytes: texts and blobs returned, together.
+        seconds: wall-clock time. It is checked between steps of SQLite's virtual machine, so one long step (a LIKE with
+            many ``%`` on a long text) can exceed it.
+        rows: number of rows returned.
+        bytes: total size of the texts and blobs returned.
     """
 
     seconds: float = 5.0
@@ -64,14 +66,14 @@ class Limits:
 
 
 class Outcome(NamedTuple):
-    """Whether the generated query is right; if it could not be run to its end, ``error`` says why, else it is ''."""
+    """Result of a comparison: whether the generated query is right; ``error`` is why it could not be run, else ''."""
 
     right: bool
     error: str = ""
 
 
 class Table(NamedTuple):
-    """What a query returned. The names of the columns don't count; their number does, also without rows."""
+    """Rows that a query returned, and its number of columns, which is compared even without rows; names are ignored."""
 
     columns: int
     rows: list[Row]
@@ -81,18 +83,18 @@ class _QueryError(Exception):
     """A query that is refused, fails, or is stopped."""
 
 
-# ---------------------------------------------------------------------------------------------- what is compared
+# ---------------------------------------------------------------------------------------------- comparison
 
 
 def execution(
     database: Path, generated: str, reference: str, *, row: str = "reference", limits: Limits | None = None
 ) -> Outcome:
-    """Run both queries on ``database`` and compare what they return.
+    """Run both queries on ``database`` and compare their results.
 
-    The order of the columns counts. The order of the rows counts if :func:`sorts` says so of the reference.
+    The order of the columns counts. The order of the rows counts if the reference sorts (:func:`sorts`).
 
     Args:
-        row: what to call this row of the data in an error.
+        row: name of this row of the data, for errors.
 
     Raises:
         DataError: the database or the reference query is broken, or exceeds the limits.
@@ -110,14 +112,17 @@ def execution(
 
 
 def same(a: Table, b: Table, ordered: bool) -> bool:
-    """Equal tables: as lists of rows, or as multisets. Fractions within ``TOLERANCE``; 1 = 1.0, but 1 ≠ '1' and NULL = NULL."""
+    """Return whether two tables are equal, as lists of rows if ``ordered``, else as multisets.
+
+    Floats are equal within ``TOLERANCE``. 1 = 1.0 and NULL = NULL, but 1 ≠ '1'.
+    """
     if a.columns != b.columns or len(a.rows) != len(b.rows):
         return False
     if ordered:
         return _close(a.rows, b.rows)
     if Counter(a.rows) == Counter(b.rows):  # exact, and the common case
         return True
-    # Line both up. Columns with fractions come last in the key and are rounded there: their last digits may differ.
+    # Sort both. Columns with floats come last in the key and are rounded there, as their last digits may differ.
     both = [*a.rows, *b.rows]
     fractions = {i for i in range(a.columns) if any(isinstance(row[i], float) for row in both)}
     order = [i for i in range(a.columns) if i not in fractions] + sorted(fractions)
@@ -149,7 +154,7 @@ def _close_cells(x: Cell, y: Cell) -> bool:
 # ---------------------------------------------------------------------------------------------- reading SQL
 
 TOKEN = re.compile(
-    r"(?P<space>\s+|--[^\n]*|/\*.*?(?:\*/|\Z))"  # an open comment reaches to the end
+    r"(?P<space>\s+|--[^\n]*|/\*.*?(?:\*/|\Z))"  # an unclosed comment extends to the end
     r"|(?P<quoted>'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`(?:[^`]|``)*`|\[[^\]]*\])"
     r"|(?P<word>[^\W\d][\w$]*)"
     r"|(?P<other>.)",
@@ -158,14 +163,14 @@ TOKEN = re.compile(
 
 
 def _tokens(query: str) -> Iterator[str]:
-    """Words in upper case, other characters one by one; no white space, comments or quoted things."""
+    """Yield words in upper case and other characters one by one, without white space, comments and quoted text."""
     for match in TOKEN.finditer(query):
         if match.lastgroup in ("word", "other"):
             yield match[0].upper()
 
 
 def sorts(query: str) -> bool:
-    """Has the query an ORDER BY at its outermost level: not in parentheses (subqueries, WITH, windows), not in quotes?"""
+    """Return whether the query has an ORDER BY outside parentheses (subqueries, WITH, windows) and quotes."""
     depth, before = 0, ""
     for token in _tokens(query):
         depth += (token == "(") - (token == ")")
@@ -180,11 +185,11 @@ def sorts(query: str) -> bool:
 READING = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
 FORBIDDEN_FUNCTIONS = {"load_extension", "fts3_tokenizer"}
 LONGEST_VALUE = 16 << 20  # bytes of a text, a blob or a row
-STEPS = 1000  # of SQLite's machine, between two looks at the clock
+STEPS = 1000  # of SQLite's virtual machine, between two checks of the time
 
 
 def _authorize(action: int, argument: str | None, second: str | None, *where: str | None) -> int:
-    """Reading, and nothing else: no ATTACH, no PRAGMA (nor ``pragma_…`` tables), no transaction, no change of anything."""
+    """Permit only reading: no ATTACH, no PRAGMA (nor ``pragma_…`` tables), no transaction, no change."""
     if action not in READING or action == sqlite3.SQLITE_FUNCTION and str(second).lower() in FORBIDDEN_FUNCTIONS:
         return sqlite3.SQLITE_DENY
     return sqlite3.SQLITE_OK
@@ -192,9 +197,9 @@ def _authorize(action: int, argument: str | None, second: str | None, *where: st
 
 @contextmanager
 def _reading(database: Path, limits: Limits) -> Iterator[sqlite3.Connection]:
-    """A connection that can only read, for one query: the clock runs. SQLite's errors become ``_QueryError``."""
+    """Open a read-only connection for one query; its time limit starts now. SQLite's errors become ``_QueryError``."""
     uri = f"{database.absolute().as_uri()}?mode=ro"
-    # In WAL mode even a reader makes files beside the database. Where none are left to read, it needs none.
+    # In WAL mode even a reader creates files beside the database. It needs none if there is no log to read.
     if not any(database.with_name(database.name + suffix).exists() for suffix in ("-wal", "-journal")):
         uri += "&immutable=1"
     stop = time.monotonic() + limits.seconds
@@ -206,7 +211,7 @@ def _reading(database: Path, limits: Limits) -> Iterator[sqlite3.Connection]:
             connection.set_progress_handler(lambda: int(time.monotonic() > stop), STEPS)
             yield connection
     except (sqlite3.Error, sqlite3.Warning, ValueError, MemoryError) as error:
-        # Warning: a second statement; ValueError: NUL or half a surrogate in the query; MemoryError: SQLite's, caught there
+        # Warning: a second statement; ValueError: NUL or a lone surrogate in the query; MemoryError: raised by SQLite's limits
         late = isinstance(error, sqlite3.OperationalError) and str(error) == "interrupted"
         raise _QueryError(f"stopped after {limits.seconds:g} s" if late else " ".join(str(error).split())) from None
 
@@ -240,11 +245,11 @@ def _limited(cursor: sqlite3.Cursor, limits: Limits) -> Iterator[Row]:
 
 
 def upstream_execution(database: Path, generated: str, reference: str, *, limits: Limits | None = None) -> bool:
-    """Upstream's verdict: both queries print the same, as the ``sqlite3`` command prints (see the table above).
+    """Return upstream's verdict: whether the ``sqlite3`` command prints the same for both queries (see the table above).
 
-    Not reproduced, as it would do harm or never end: statements that write, the command's dot commands (``.shell`` runs
-    programs), queries beyond the limits; nor ``?``, which it fills with NULL. They print nothing here but what they
-    returned until they were stopped.
+    Some queries are not reproduced, because they would do harm or never end: statements that write, dot commands (``.shell``
+    runs programs), and queries beyond the limits. ``?``, which the command fills with NULL, is not reproduced either. Such
+    queries print here only the rows that they returned until they were stopped.
     """
     limits = limits or Limits()
     try:
@@ -254,8 +259,8 @@ def upstream_execution(database: Path, generated: str, reference: str, *, limits
 
 
 def _printed(database: Path, script: str, limits: Limits) -> str:
-    """What ``sqlite3 database script`` prints: statement by statement, up to the first error, which goes elsewhere."""
-    if script.startswith("-"):  # "-- comment …": the command takes it for an option, and complains
+    """Standard output of ``sqlite3 database script``: the rows of each statement, up to the first error."""
+    if script.startswith("-"):  # "-- comment …": the command reads it as an option and fails
         return ""
     lines: list[bytes] = []
     try:

@@ -1,36 +1,36 @@
-"""What a generated answer scores against the wanted one: as LLM-JEPA's published evaluation counts, and corrected.
+"""Scores of a generated answer against the reference answer: as in LLM-JEPA's published evaluation, and corrected.
 
-A metric of :data:`METRICS` takes the generated text, as decoded (special tokens left out), and the row's :class:`Wanted`.
-It gives ``{name: corrected, name + "_upstream": upstream}``, 1.0 for right and 0.0 for wrong, and what it read.
+A metric of :data:`METRICS` takes the generated text, as decoded (without special tokens), and the row's :class:`Wanted`.
+It returns ``{name: corrected, name + "_upstream": upstream}``, 1.0 for right and 0.0 for wrong, and a note.
 
-Upstream is evaluate.py of galilai-group/llm-jepa at 1dce9e7, functions ``generate_response`` and ``eval``; it chooses the
-rule by the name of the data file. Before any rule it strips white space and one final ``<|end|>`` of the generation
-alone (:func:`upstream_response`).
+Upstream is evaluate.py of galilai-group/llm-jepa at 1dce9e7, functions ``generate_response`` and ``eval``. It chooses the
+rule by the name of the data file. Before any rule it strips white space and one final ``<|end|>``, from the generation
+only (:func:`upstream_response`).
 
 =================  ============================================  ======================================================
 metric             upstream                                      corrected
 =================  ============================================  ======================================================
-exact_match        NL-RX and all other files: equal strings.     both sides cleaned alike (:func:`clean`): a reference
-                   A reference that ends with a space can't be   with a final newline can be met
-                   met
-starts_with        ``--startswith``, printed beside the other,   cleaned alike; the match must end where a word or a
-                   for models that don't stop (Rotten Tomatoes,  number ends: "10" doesn't start with the answer "1"
-                   Yelp): the generation begins with the
-                   reference
-gsm8k              what follows ``#### `` on the last line, not  a number, compared as a number; after the first ``####``
-                   the only one, as a string: "72." ≠ "72",      of the generation, else its last number
-                   "1,000" ≠ "1000"; without one on either side:
-                   right
-multiple_choice    HellaSwag: the likeliest of the tokens A, B,  the label that the generation names, among the row's own;
-                   C, D, so that the generation is a bare        none, or more than one: wrong
-                   letter; equal strings
-open_answer        NQ-Open: right if any piece of the            right if there are pieces, and each is, normalised, one
-                   generation, cut at "; ", is a substring of    of the wanted answers
-                   the wanted answers: "" and "a" are
+exact_match        NL-RX and all other files: equal strings.     both texts are cleaned (:func:`clean`), so a final space
+                   No generation equals a reference that ends    or newline of the reference does not matter
+                   with a space
+starts_with        ``--startswith``, printed beside exact        both texts are cleaned; the match must end where a word
+                   match, for models that don't stop (Rotten     or a number ends: "10" doesn't start with "1"
+                   Tomatoes, Yelp): the generation begins with
+                   the reference
+gsm8k              the text after ``#### `` on the last line,    compared as numbers: the first number after the first
+                   which must not be the only line, compared     ``####`` of the generation, or its last number if it has
+                   as strings: "72." ≠ "72", "1,000" ≠ "1000".   no ``####``
+                   Right if neither side has ``####``
+multiple_choice    HellaSwag: the likeliest of the tokens A, B,  the label that the generation names, of the row's labels;
+                   C, D, so the generation is a single letter;   wrong if it names none or more than one
+                   equal strings
+open_answer        NQ-Open: right if any piece of the            right if there are pieces and each of them, normalised,
+                   generation, split at "; ", is a substring of  is one of the reference answers
+                   the reference; "" and "a" are right
 sql_execution      Spider, see :mod:`jepa_scale.metrics.sql`
 =================  ============================================  ======================================================
 
-In the corrected form an empty answer is never right, and a row that no answer could get right is a DataError.
+In the corrected form an empty answer is never right. A row for which no answer could be right raises DataError.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ END = "<|end|>"
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a row wants.
+    """Reference of a row.
 
     Attributes:
-        answer: the reference: what the assistant says in the data.
-        name: of the row, for errors, e.g. ``gsm8k_test.jsonl row 17``.
-        choices: label → text ('' if the row has none), in order; for multiple choice.
+        answer: the reference answer: the assistant's text in the data.
+        name: name of the row for errors, e.g. ``gsm8k_test.jsonl row 17``.
+        choices: label → text ('' if the choice has none), in order; for multiple choice.
         database: an SQLite file; for SQL.
     """
 
@@ -68,7 +68,12 @@ class Wanted:
 
 
 class Score(NamedTuple):
-    """``values`` by metric; ``note``: what was read from the generation, or why nothing was, to be saved beside it."""
+    """Score of a generation.
+
+    Attributes:
+        values: by metric.
+        note: the answer found in the generation, or why there is none; saved beside the generation.
+    """
 
     values: dict[str, float]
     note: str = ""
@@ -78,7 +83,7 @@ Metric = Callable[[str, Wanted], Score]
 
 
 def clean(text: str) -> str:
-    """NFC, newlines as ``\\n``, without white space and ``<|end|>`` at the ends: what is stripped before comparing."""
+    """Normalise a text for comparison: NFC, newlines as ``\\n``, no white space at the ends and no final ``<|end|>``."""
     text = unicodedata.normalize("NFC", text.replace("\r\n", "\n")).strip()
     while text.endswith(END):
         text = text.removesuffix(END).rstrip()
@@ -86,7 +91,7 @@ def clean(text: str) -> str:
 
 
 def upstream_response(generated: str) -> str:
-    """The generation as upstream compares it."""
+    """Strip a generation as upstream does before comparing it."""
     text = generated.strip()
     return text.removesuffix(END).strip() if text.endswith(END) else text
 
@@ -106,7 +111,7 @@ def _reference(wanted: Wanted) -> str:
 
 
 def exact_match(generated: str, wanted: Wanted) -> Score:
-    """The same text, after :func:`clean`."""
+    """Score whether the texts are equal after :func:`clean`."""
     return _score("exact_match", clean(generated) == _reference(wanted), upstream_exact_match(generated, wanted.answer))
 
 
@@ -115,7 +120,7 @@ def upstream_exact_match(generated: str, answer: str) -> bool:
 
 
 def starts_with(generated: str, wanted: Wanted) -> Score:
-    """The wanted text, and then an end of a word or number, after :func:`clean`."""
+    """Score whether the generation starts with the reference, up to the end of a word or number, after :func:`clean`."""
     text, answer = clean(generated), _reference(wanted)
     right = text.startswith(answer) and not _goes_on(answer[-1], text[len(answer) :])
     return _score("starts_with", right, upstream_starts_with(generated, wanted.answer))
@@ -126,7 +131,7 @@ def upstream_starts_with(generated: str, answer: str) -> bool:
 
 
 def _goes_on(last: str, rest: str) -> bool:
-    """Does the word or number that ends with ``last`` go on in ``rest``: 1|0, 1|.5, 1|,000, cat|alogue?"""
+    """Return whether the word or number that ends with ``last`` continues in ``rest``: 1|0, 1|.5, 1|,000, cat|alogue."""
     if rest and unicodedata.combining(rest[0]):
         return True
     word = re.match(r"\w", last) and re.match(r"\w", rest)
@@ -137,7 +142,7 @@ def _goes_on(last: str, rest: str) -> bool:
 
 MARK = "####"
 NUMBER = re.compile(
-    r"(?P<sign>(?<![\w)\]-])[-+\u2212])?"  # after a word, a number or a bracket it would subtract
+    r"(?P<sign>(?<![\w)\]-])[-+\u2212])?"  # after a word, a number or a bracket it is a subtraction
     r"(?:\\?[$\u20ac\u00a3\u00a5\u20b9](?P<inner>[-\u2212])?)?"  # $5, -$5, $-5; dollar, euro, pound, yen, rupee
     r"(?P<digits>(?<!\w)(?<![0-9]\.)(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+)"
     r"(?P<power>[eE][-+]?[0-9]{1,2}(?!\w))?"
@@ -145,11 +150,12 @@ NUMBER = re.compile(
 
 
 def gsm8k(generated: str, wanted: Wanted) -> Score:
-    """The same number as the reference has after its ``####``.
+    """Score whether the generation's number equals the number after ``####`` in the reference.
 
-    Read from the generation: the first number after its first ``####`` (a model that doesn't stop goes on to another
-    problem), none if the line has none; without a ``####``, the last number. Commas between thousands, signs, currency,
-    decimals, ``e5`` and what follows the number (a period, a unit, ``%``) don't matter: $1,000.00 is 1000.
+    The generation's number is the first one after its first ``####`` (a model that doesn't stop continues with another
+    problem); it has none if there is none on that line. Without a ``####`` it is the last number. Commas between
+    thousands, signs, currency, decimals and ``e5`` are parsed, and text after the number (a period, a unit, ``%``) is
+    ignored: $1,000.00 is 1000.
     """
     reference = _marked_number(clean(wanted.answer))
     if reference is None:
@@ -165,7 +171,7 @@ def upstream_gsm8k(generated: str, answer: str) -> bool:
 
 
 def _upstream_marked(text: str) -> str | None:
-    """What follows ``#### `` at the start of the last line, if there is a line before; one final newline is no line."""
+    """Return the text after ``#### `` at the start of the last line, if there is a line before; ignore one final newline."""
     _, newline, last = text.removesuffix("\n").rpartition("\n")
     return (last.removeprefix("#### ") or None) if newline and last.startswith("#### ") else None
 
@@ -194,16 +200,19 @@ def _value(match: re.Match[str]) -> Decimal:
 
 
 ENGLISH = re.compile(r"[ \t]+(?!(?:and|as|because|but|is|nor|or|since)\b)[^\W\d_]")
-"""What follows the word "a" or "I", and not the label A or I."""
+"""Text after an English "a" or "I" rather than a label A or I."""
 
 
 def multiple_choice(generated: str, wanted: Wanted) -> Score:
-    """The generation names the wanted one of ``wanted.choices``, and no other.
+    """Score whether the generation names the right one of ``wanted.choices`` and no other.
 
-    Read, the first rule that finds anything: the whole text is a label, or a choice's text, or both ("(B) Paris");
-    "answer is B", "answer: B or C"; labels anywhere, but after "not", as words, one letter in the label's own case. "A" or "I" before most
-    words is English, not a label. Who says another choice's text after the label names both. The wanted answer is read in
-    the same way.
+    The first rule that finds a label applies:
+
+    1. the whole text is a label, or a choice's text, or both ("(B) Paris"); a label with another choice's text names both
+    2. "answer is B", "answer: B or C"
+    3. labels anywhere as words, but not after "not"; a single letter must have the case of the label
+
+    "A" or "I" before most words is English, not a label. The reference is read by the same rules.
     """
     if not wanted.choices:
         raise DataError(f"{wanted.name}: no choices; multiple_choice needs the row's labels")
@@ -217,7 +226,7 @@ def multiple_choice(generated: str, wanted: Wanted) -> Score:
 
 
 def _labels(text: str, choices: Mapping[str, str]) -> set[str]:
-    """The labels that a text names."""
+    """Return the labels that a text names."""
     whole, bare = _plain(text), text.strip("()[]*.: ")
     plain = {label: _plain(label) for label in choices}
     texts = {label: _plain(choice) for label, choice in choices.items() if _plain(choice)}
@@ -230,7 +239,7 @@ def _labels(text: str, choices: Mapping[str, str]) -> set[str]:
         }
     if named:
         return named
-    # longest first: of "A" and "A1" the latter is meant
+    # longest first, so that "A1" does not match as "A"
     label = "|".join(re.escape(label) for label in sorted(choices, key=len, reverse=True))
     word = rf"(?<![\w'])(?<![0-9][.,])(?<!\bnot )(?<!n't )({label})(?![\w']|[.,][0-9])"
     second = rf"(?:[\s)\]*]*(?:\bor\b|\band\b|[,/&])[\s(\[*]*{word})?"
@@ -250,7 +259,7 @@ def _meant(match: re.Match[str], group: int, label: str, exact: bool = False) ->
 
 
 def _plain(text: str) -> str:
-    """Lower case, words alone: punctuation becomes space."""
+    """Reduce a text to its words in lower case; punctuation becomes space."""
     text = unicodedata.normalize("NFKC", text).casefold()
     return " ".join("".join(" " if c in string.punctuation else c for c in text).split())
 
@@ -259,10 +268,10 @@ def _plain(text: str) -> str:
 
 
 def open_answer(generated: str, wanted: Wanted) -> Score:
-    """Every piece of the generation, cut at ";", is one of the wanted answers, cut likewise; and there is one.
+    """Score whether every piece of the generation is one of the reference answers, and there is at least one piece.
 
-    Compared normalised as SQuAD's and NQ-Open's exact match (Rajpurkar et al., EMNLP 2016; Lee et al., ACL 2019): lower
-    case, without punctuation, articles and extra white space.
+    Both texts are split at ";". Pieces are normalised as for the exact match of SQuAD and NQ-Open (Rajpurkar et al., EMNLP
+    2016; Lee et al., ACL 2019): lower case, without punctuation, articles and extra white space.
     """
     answers = {piece for piece in map(_bare, _reference(wanted).split(";")) if piece}
     if not answers:
@@ -280,11 +289,11 @@ def _bare(text: str) -> str:
     return " ".join([w for w in words if w not in ("a", "an", "the")] or words)  # "The The" is a band
 
 
-# ---------------------------------------------------------------------------------------------- SQL, and the table
+# ---------------------------------------------------------------------------------------------- SQL
 
 
 def sql_execution(generated: str, wanted: Wanted) -> Score:
-    """The generated query returns what the reference does on ``wanted.database``; the note is its error, if any."""
+    """Score whether the generated query returns the reference's rows on ``wanted.database``; the note is its error, if any."""
     if wanted.database is None:
         raise DataError(f"{wanted.name}: no database; sql_execution needs the row's SQLite file")
     query, reference = clean(generated), _reference(wanted)
@@ -301,4 +310,4 @@ METRICS: dict[str, Metric] = {
     "open_answer": open_answer,
     "sql_execution": sql_execution,
 }
-"""Metrics of one generated answer, by the name that a config uses."""
+"""Metrics of one generated answer, by their names in a config."""

@@ -1,4 +1,4 @@
-"""Probes against brute force, a Newton method, and what they must score where the answer is known."""
+"""Probes against brute force and a Newton method, and on data for which the accuracy is known."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def clusters(n: int, classes: int, d: int, apart: float, seed: int) -> Labelled:
-    """Gaussian clusters around the same random centres whatever the seed, far from the origin."""
+    """Gaussian clusters far from the origin; the random centres are the same for every seed."""
     labels = torch.arange(n) % classes
     return Labelled(apart * normal(classes, d)[labels] + normal(n, d, seed=seed + 1) + 20, labels)
 
@@ -30,7 +30,7 @@ def clusters(n: int, classes: int, d: int, apart: float, seed: int) -> Labelled:
 
 @given(st.integers(1, 12), st.integers(1, 7), st.integers(1, 15), st.integers(0, 10**6))
 def test_neighbours_vote_as_in_a_loop(n, m, k, seed):
-    """On a coarse grid, where many cosines and votes are equal."""
+    """Rows on a coarse grid, where many cosines and votes are equal."""
     grid = torch.Generator().manual_seed(seed)
     rows, others = (torch.randint(-1, 2, (count, 2), generator=grid).float() for count in (n, m))
     labels = torch.randint(0, 3, (n,), generator=grid)
@@ -95,7 +95,7 @@ def test_separable_clusters_are_read_off_and_shuffled_labels_are_not():
 
 
 def test_more_penalty_where_there_is_little_to_learn_from():
-    """150 features, of which one tells the class: without a penalty the others are learnt by heart."""
+    """Of 150 features one determines the class; without a penalty the probe overfits to the others."""
     labels = torch.arange(300) % 2
     rows, fresh = (normal(300, 150, seed=seed) for seed in (1, 2))
     rows[:, 0] += 2 * labels

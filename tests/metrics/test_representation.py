@@ -1,4 +1,4 @@
-"""Spread and retrieval: closed forms, laws, plain references."""
+"""Spread and retrieval: closed forms, invariances, plain references."""
 
 import math
 import warnings

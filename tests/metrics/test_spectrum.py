@@ -1,4 +1,4 @@
-"""Ranks and isotropy: closed forms of known spectra, laws, plain references."""
+"""Ranks and isotropy: closed forms of known spectra, invariances, plain references."""
 
 import math
 
@@ -23,7 +23,7 @@ def rows(n: int, d: int, seed: int = 0) -> torch.Tensor:
 
 
 def with_singular_values(values: list[float], d: int = 9) -> torch.Tensor:
-    """Rows ±σ/√2 along an axis each, rotated and moved: their mean is not zero, and centred they have these singular values."""
+    """Rows ±σ/√2 along one axis each, rotated and shifted: centred they have these singular values; their mean is not zero."""
     rotation, _ = torch.linalg.qr(rows(d, d).double())
     corners = torch.diag(torch.tensor(values, dtype=torch.float64)) / math.sqrt(2)
     corners = torch.nn.functional.pad(corners, (0, d - len(values)))
@@ -53,7 +53,7 @@ def test_ranks_of_known_spectra(values):
 
 
 def test_what_the_two_ranks_of_one_spectrum_are():
-    """σ = 3, 1: shares 3/4 and 1/4 of the singular values, 9/10 and 1/10 of the variance."""
+    """With σ = 3, 1 the shares are 3/4 and 1/4 of the singular values, 9/10 and 1/10 of the variance."""
     x = with_singular_values([3.0, 1.0])
     assert float(effective_rank(x)) == pytest.approx(4 / 3**0.75)
     assert float(covariance_entropy_rank(x)) == pytest.approx(10 / 9**0.9)

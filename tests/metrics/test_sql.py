@@ -1,4 +1,4 @@
-"""Execution accuracy on real SQLite files: what is equal, what is refused, what is stopped, and that nothing is written."""
+"""Execution accuracy on real SQLite files: equal tables, refused and stopped queries, and that nothing is written."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def test_the_file_is_read_only_also_in_wal_mode(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("left", [False, True])
 def test_wal_mode(tmp_path, left):
-    """A reader of a file in WAL mode would make two files beside it; and it must see what is in a log that is there."""
+    """Reading a file in WAL mode creates no files beside it, and an existing log is read."""
     path = tmp_path / "w.sqlite"
     writer = sqlite3.connect(path, isolation_level=None)
     writer.executescript("PRAGMA journal_mode = WAL; CREATE TABLE t (a); INSERT INTO t VALUES (1);")
@@ -304,7 +304,7 @@ BORDER = 0.123456785  # its eighth digit is rounded up or down by the sixteenth
     st.data(),
 )
 def test_rounding_does_not_part_rows(rows, data):
-    """The last digits must not decide which rows are held against each other."""
+    """The last digits of floats must not decide which rows are compared with each other."""
     rng = data.draw(st.randoms(use_true_random=False))
 
     def moved(x: float | int) -> float | int:

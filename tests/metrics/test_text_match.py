@@ -1,4 +1,4 @@
-"""What counts as right: tables of answers, upstream's verdict beside the corrected one, and the laws that hold between them."""
+"""Scores of answers: tables with the corrected and the upstream verdict, and relations that hold between the two."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from jepa_scale.utils.errors import DataError
 
 
 def verdicts(score: Score, name: str) -> tuple[bool, bool]:
-    """Corrected, upstream."""
+    """Return the corrected and the upstream score."""
     assert set(score.values) == {name, f"{name}_upstream"}
     assert set(score.values.values()) <= {0.0, 1.0}
     return score.values[name] == 1.0, score.values[f"{name}_upstream"] == 1.0
