@@ -1,4 +1,4 @@
-"""The optimizer: which parameter is in which group, what steps it, and the learning rate of each step."""
+"""The optimizer: parameter groups, the method that updates each group, and the learning rate of each step."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ __all__ = ["MatrixOptimizer", "Part", "build_optimizer", "lr_factor", "parameter
 
 
 def build_optimizer(groups: Sequence[dict[str, Any]], options: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) over groups of :func:`parameter_groups`, as one fused kernel; if any of
-    them is Muon's, a :class:`jepa_scale.optim.muon.MatrixOptimizer`, which must be told where the matrices are."""
+    """Build the optimizer for groups of :func:`parameter_groups`.
+
+    It is AdamW (Loshchilov & Hutter, arXiv 1711.05101) with fused kernels. If a group uses Muon, it is a
+    :class:`jepa_scale.optim.muon.MatrixOptimizer`, whose ``bind`` must be called before the first step.
+    """
     plain = [{key: group[key] for key in ("name", "params", "lr", "weight_decay")} for group in groups]
     adamw: dict[str, Any] = {"lr": options.lr, "betas": options.betas, "eps": options.eps, "fused": True}
     matrices = {matrix.name: matrix for group in groups for matrix in group.get("matrices", ())}

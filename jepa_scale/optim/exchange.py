@@ -1,8 +1,9 @@
-"""Who orthogonalises which matrix, and what the ranks send each other for it.
+"""Communication for Muon: assign each matrix to one rank, and exchange its elements before and after.
 
-Every engine gives a rank ranges of flattened matrices. Each matrix has an owner, which all other ranks send their ranges
-to, and which sends each of them its range of the result: two all-to-alls, in which a rank sends and gets about 1/N of the
-elements, and products that are done once. All ranks make the same plan from the same table, without a word.
+Under every engine a rank holds ranges of flattened matrices. Each matrix has one owner, which orthogonalises it. All other
+ranks send their ranges to the owner, and the owner sends each of them its range of the result. This takes two all-to-alls,
+in which a rank sends and receives about 1/N of the elements, and the matrix products are computed once. All ranks derive
+the same plan from the same table, so planning needs no communication.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from jepa_scale.distributed.comm import all_gather_object, data_group, data_rank
 from jepa_scale.optim.matrices import Matrix
 
 BATCH_ELEMENTS = 1 << 24
-"""Of matrices that are orthogonalised in one batch; more would take memory and be no faster."""
+"""Maximum elements of the matrices in one batch; larger batches would take more memory and not be faster."""
 
 
 class Part(NamedTuple):
-    """``length`` elements of a flattened matrix, from ``start``, are in a flattened tensor from ``at``."""
+    """Range of a flattened matrix within a flattened tensor: ``length`` elements from ``start`` are at ``at`` of the tensor."""
 
     matrix: str
     start: int
@@ -31,7 +32,7 @@ class Part(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A :class:`Part` of any rank's, in its tensor of that number."""
+    """A :class:`Part` on a given rank, in the tensor with index ``tensor``."""
 
     rank: int
     tensor: int
@@ -41,11 +42,11 @@ class Piece(NamedTuple):
 
 
 class Route(NamedTuple):
-    """A buffer of pieces.
+    """Layout of a communication buffer.
 
     Attributes:
-        slots: piece, its matrix, and where in the buffer it begins; sorted by the rank that it goes to or comes from.
-        splits: elements of each of these ranks.
+        slots: piece, its matrix, and its offset in the buffer; sorted by the rank that it goes to or comes from.
+        splits: number of elements for each of these ranks.
     """
 
     slots: list[tuple[Piece, str, int]]
@@ -57,12 +58,13 @@ class Route(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What one rank does in a step of some tensors.
+    """Communication and work of one rank in an optimizer step of certain tensors.
 
     Attributes:
-        send: pieces of this rank, to the owners. arrive: pieces of what this rank owns.
-        answer: the same of the results, to whoever steps them. receive: results for this rank.
-        batches: matrices of one shape that this rank owns.
+        send: buffer of this rank's pieces, for the owners. arrive: buffer of the pieces of matrices that this rank owns.
+        answer: buffer of the results of these matrices, for the ranks that hold them. receive: buffer of the results for
+            this rank.
+        batches: matrices that this rank owns, each batch of one shape.
     """
 
     send: Route
@@ -73,22 +75,22 @@ class Plan(NamedTuple):
 
 
 class Layout:
-    """Which rank has which elements of which matrix. Collective.
+    """Distribution of the elements of all matrices over the ranks. Creating it is collective.
 
     Args:
-        matrices: all of them, by name.
-        tensors: of each tensor that this rank steps, the parts of matrices in it. All ranks have the same number of
-            tensors in the same order, though maybe nothing in one; a matrix is in the same tensor everywhere.
-        replicated: every rank has everything; else every element is some rank's.
+        matrices: all matrices, by name.
+        tensors: for each tensor that this rank updates, the parts of matrices in it. All ranks have the same number of
+            tensors in the same order; some may be empty. A matrix is in the same tensor on every rank.
+        replicated: whether every rank holds all elements; otherwise each element is on exactly one rank.
     """
 
     def __init__(self, matrices: Mapping[str, Matrix], tensors: Sequence[Sequence[Part]], replicated: bool) -> None:
         self.matrices, self.replicated = matrices, replicated
         self.pieces: dict[str, list[Piece]] = {name: [] for name in matrices}
-        """Of each matrix, by rank."""
+        """Pieces of each matrix, ordered by rank."""
         self._home: dict[str, int] = {}
         for number, of_rank in enumerate(all_gather_object([list(map(tuple, parts)) for parts in tensors])):
-            assert len(of_rank) == len(tensors), "ranks step different numbers of tensors"
+            assert len(of_rank) == len(tensors), "the ranks update different numbers of tensors"
             for tensor, parts in enumerate(of_rank):
                 for name, *place in parts:
                     self.pieces[name].append(Piece(number, tensor, *place))
@@ -98,7 +100,7 @@ class Layout:
 
     def _check(self, matrix: Matrix, pieces: list[Piece]) -> None:
         ranks = [piece.rank for piece in pieces]
-        assert len(set(ranks)) == len(ranks), f"{matrix.name}: a rank has two parts of it"
+        assert len(set(ranks)) == len(ranks), f"{matrix.name}: a rank holds two parts of this matrix"
         if self.replicated:
             whole = all((p.start, p.length) == (0, matrix.numel) for p in pieces) and len(pieces) == data_size()
         else:
@@ -106,15 +108,15 @@ class Layout:
             for piece in sorted(pieces, key=lambda piece: piece.start):
                 whole, end = whole and piece.start == end, end + piece.length
             whole = whole and end == matrix.numel
-        assert whole, f"{matrix.name}: the ranks' parts are not the matrix"
+        assert whole, f"{matrix.name}: the parts of all ranks do not make up the matrix"
 
     def plan(self, tensors: Iterable[int]) -> Plan:
-        """For a step of these tensors; all ranks step the same ones."""
+        """Plan a step of the tensors with these indices, which must be the same on all ranks."""
         wanted = set(tensors)
         names = [name for name in self.matrices if self._home[name] in wanted]
         held = {name: {p.rank: p.length for p in self.pieces[name]} for name in names}
         if self.replicated:
-            held = {name: {} for name in names}  # of no account
+            held = {name: {} for name in names}  # the location does not matter
         owners = assign_owners([self.matrices[name] for name in names], held, data_size())
         me = data_rank()
         sent = {n: [p for p in self.pieces[n] if not self.replicated or p.rank == owners[n]] for n in names}
@@ -130,7 +132,7 @@ class Layout:
 
 
 def _route(items: Iterable[tuple[int, Piece, str]]) -> Route:
-    """Of pieces with the rank at the other end. Those of one rank stay in their order, which is the same at that end."""
+    """Lay out a buffer from (rank at the other end, piece, matrix). Pieces of one rank keep their order, as on that rank."""
     slots, splits = [], [0] * data_size()
     for other, piece, name in sorted(items, key=lambda item: item[0]):
         slots.append((piece, name, sum(splits)))
@@ -151,15 +153,14 @@ def _batches(matrices: Iterable[Matrix]) -> list[list[Matrix]]:
 
 
 def assign_owners(matrices: Sequence[Matrix], held: Mapping[str, Mapping[int, int]], ranks: int) -> dict[str, int]:
-    """The rank that orthogonalises each matrix: as evenly in FLOPs as a greedy choice makes it, and where the matrix is if
-    that costs nothing.
+    """Choose the rank that orthogonalises each matrix: balanced in FLOPs, and close to the data where that is possible.
 
-    The most expensive first, each goes to the rank that has most of it, of the ranks that stay within an equal share; if
-    there is none, to the one with the least to do (Graham 1969, list scheduling). No rank gets more than an equal share and one
-    matrix.
+    Matrices are assigned in order of decreasing cost. Each goes to the rank that holds most of it, among the ranks whose
+    load would stay within an equal share; if there is none, to the rank with the smallest load (list scheduling, Graham
+    1969). The load of a rank exceeds an equal share by at most one matrix.
 
     Args:
-        held: name → rank → elements that it has.
+        held: name → rank → number of elements that the rank holds.
     """
     share = sum(matrix.flops for matrix in matrices) / ranks
     loads = [0] * ranks
@@ -174,7 +175,7 @@ def assign_owners(matrices: Sequence[Matrix], held: Mapping[str, Mapping[int, in
 
 
 def exchange(out: Tensor, send: Route, receive: Route) -> Tensor:
-    """Send a buffer's pieces where they go; what has come. Collective."""
+    """Send the buffer ``out`` and return the received buffer. Collective."""
     if data_size() == 1:
         return out
     came = out.new_empty(receive.size)

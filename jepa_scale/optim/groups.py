@@ -1,4 +1,4 @@
-"""Which parameter is in which group of the optimizer."""
+"""Assignment of parameters to optimizer groups."""
 
 from __future__ import annotations
 
@@ -12,23 +12,27 @@ from jepa_scale.optim.matrices import Matrix, linear_weights
 from jepa_scale.utils.errors import InputError
 
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}
-"""Method → the tensors of a parameter's shape that it keeps."""
+"""Method → names of its state tensors, which have the shape of the parameter."""
 
 
 def parameter_groups(module: nn.Module, options: OptimConfig, head_prefixes: Sequence[str]) -> list[dict[str, Any]]:
-    """Every trainable parameter in exactly one of the groups {backbone, head} × {AdamW, Muon} × {decay, no_decay}.
+    """Assign every trainable parameter to exactly one of the groups {backbone, head} × {AdamW, Muon} × {decay, no_decay}.
 
-    A parameter is of the head if any of its names (a tied one has several) starts with one of ``head_prefixes``, which
-    are dotted names such as ``"objective"``. Weight decay applies to parameters of two or more dimensions, i.e. not to
-    norms, biases, gates and temperatures, and not to ``nn.Embedding`` weights unless ``decay_embeddings``. Muon's are
-    :func:`jepa_scale.optim.matrices.linear_weights`, if ``method`` or an override says so.
+    A parameter belongs to the head if any of its names (a tied one has several) starts with one of ``head_prefixes``,
+    which are dotted names such as ``"objective"``. Weight decay applies to parameters of two or more dimensions, not to
+    norms, biases, gates and temperatures; it applies to ``nn.Embedding`` weights only with ``decay_embeddings``. Muon is
+    used for :func:`jepa_scale.optim.matrices.linear_weights`, if ``method`` or an override selects it.
+
+    An override applies to all parameters under its prefix; they form groups of their own, named by the prefix. Where
+    several prefixes match, the longest applies. An override with the full name of a matrix can select Muon for any matrix.
 
     Returns:
-        The groups that are not empty, in a fixed order: ``name``, ``names`` (of the parameters), ``params``, ``lr``,
-        ``weight_decay``, ``method``; Muon's also ``matrices``, a :class:`jepa_scale.optim.matrices.Matrix` of each parameter.
+        The groups that are not empty, in a fixed order. Keys: ``name``, ``names`` (of the parameters), ``params``, ``lr``,
+        ``weight_decay``, ``method``. Groups of Muon also have ``matrices``, a :class:`jepa_scale.optim.matrices.Matrix`
+        for each parameter.
 
     Raises:
-        InputError: an override that is for no parameter, or that wants Muon for something that is no matrix.
+        InputError: an override matches no parameter, or selects Muon where there is no matrix.
     """
     prefixes = tuple(prefix.rstrip(".") + "." for prefix in head_prefixes)
     names: dict[nn.Parameter, list[str]] = {}
@@ -53,7 +57,7 @@ def parameter_groups(module: nn.Module, options: OptimConfig, head_prefixes: Seq
         decays = parameter.ndim >= 2 and (options.decay_embeddings or id(parameter) not in embeddings)
         decay = options.weight_decay if decays else 0.0
         decay = decay if override.weight_decay is None else override.weight_decay
-        in_full = override.method == "muon" and part in aliases  # then it may be any matrix
+        in_full = override.method == "muon" and part in aliases  # a full name permits any matrix
         muon = (override.method or options.method) == "muon" and (
             parameter in weights or (in_full and _is_matrix(parameter))
         )
@@ -89,14 +93,20 @@ def _check_override(
     matrices: Set[nn.Parameter],
     names: Mapping[nn.Parameter, Sequence[str]],
 ) -> None:
-    """``parameters``: those whose names start with ``key``; ``matrices``: all of Muon's."""
+    """Raise InputError for an override without effect.
+
+    Args:
+        parameters: those whose names start with ``key``. matrices: all parameters that use Muon.
+    """
     if not parameters:
         some = ", ".join(sorted({alias.rsplit(".", 1)[0] for aliases in names.values() for alias in aliases})[:12])
-        raise InputError(f"optim.overrides: no parameter's name starts with {key!r}; there are {some}, …")
+        raise InputError(f"optim.overrides: no parameter's name starts with {key!r}; use one of {some}, …")
     if override.method == "muon" and matrices.isdisjoint(parameters):
         first = parameters[0]
         found = f"{names[first][0]} has shape {tuple(first.shape)} and" if key in names[first] else "there"
-        hint = "; name a matrix in full to have it anyway" if any(map(_is_matrix, parameters)) else "; remove it"
+        hint = (
+            "; give the full name of a matrix to use Muon for it" if any(map(_is_matrix, parameters)) else "; remove it"
+        )
         raise InputError(
-            f"optim.overrides.{key}.method: {found} is no weight of a linear layer, which Muon is for{hint}"
+            f"optim.overrides.{key}.method: {found} is no weight of a linear layer, and Muon updates only these{hint}"
         )

@@ -1,4 +1,4 @@
-"""Which parameters are matrices in Muon's sense, and what follows from the shape of one."""
+"""Selection of the parameters that Muon can update, and quantities that depend on their shape."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import nn
 
 
 class Matrix(NamedTuple):
-    """A parameter that is stepped as a matrix.
+    """A parameter that Muon updates as a matrix.
 
     Attributes:
-        name: of the parameter, the first one. rows, cols: as it is stored.
-        transposed: stored as (inputs, outputs), as GPT-2 does; else as (outputs, inputs).
+        name: first name of the parameter. rows, cols: its shape as stored.
+        transposed: whether it is stored as (inputs, outputs), as in GPT-2; otherwise as (outputs, inputs).
     """
 
     name: str
@@ -26,14 +26,17 @@ class Matrix(NamedTuple):
 
     @property
     def flops(self) -> int:
-        """Of one Newton–Schulz iteration: three products, of which two have the longer side in them."""
+        """FLOPs of one Newton–Schulz iteration: three products, two of which contain the longer side."""
         short, long = sorted((self.rows, self.cols))
         return 4 * short * short * long + 2 * short**3
 
     def lr_scale(self, adjust: str) -> float:
-        """What the learning rate is multiplied with: √max(1, outputs / inputs) by ``original`` (Jordan et al. 2024),
-        0.2·√max(outputs, inputs) by ``match_rms_adamw``, which gives an orthogonal update the root mean square that
-        AdamW's usually have (Liu et al. 2025, arXiv 2502.16982, section 2.2)."""
+        """Factor of the learning rate.
+
+        It is √max(1, outputs / inputs) for ``original`` (Jordan et al. 2024) and 0.2·√max(outputs, inputs) for
+        ``match_rms_adamw``. The latter gives an orthogonal update the root mean square that is usual for AdamW (Liu et
+        al. 2025, arXiv 2502.16982, section 2.2).
+        """
         if adjust == "match_rms_adamw":
             return 0.2 * max(self.rows, self.cols) ** 0.5
         assert adjust == "original", adjust
@@ -42,10 +45,10 @@ class Matrix(NamedTuple):
 
 
 def linear_weights(module: nn.Module) -> dict[nn.Parameter, bool]:
-    """The weights of linear layers → whether they are stored as (inputs, outputs).
+    """Map each weight of a linear layer to whether it is stored as (inputs, outputs).
 
-    Without those of an LM head (``get_output_embeddings`` of any sub-module tells which that is), and without those that
-    have another use too: as an embedding, for one.
+    The weights of an LM head (returned by ``get_output_embeddings`` of any sub-module) are left out. So are weights that
+    have a further use, for example as an embedding.
     """
     others: set[nn.Parameter] = set()
     for part in module.modules():
@@ -63,5 +66,8 @@ def linear_weights(module: nn.Module) -> dict[nn.Parameter, bool]:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """transformers' linear layer of GPT-2, whose weight is (inputs, outputs); told by its name, as it need not be there."""
+    """Return whether the module is the linear layer of GPT-2 in transformers, whose weight is (inputs, outputs).
+
+    It is recognised by name, because transformers need not be installed.
+    """
     return any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in type(module).__mro__)

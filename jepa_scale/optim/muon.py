@@ -1,4 +1,4 @@
-"""Muon for matrices and AdamW for the rest, as one optimizer for every engine."""
+"""One optimizer for every engine: Muon for matrices and AdamW for all other parameters."""
 
 from __future__ import annotations
 
@@ -15,29 +15,32 @@ from jepa_scale.optim.newton_schulz import orthogonalize
 
 
 class MatrixOptimizer(torch.optim.Optimizer):
-    """Groups whose ``method`` is ``"adamw"`` are stepped by :class:`torch.optim.AdamW` itself; those of ``"muon"`` so
-    (Jordan et al. 2024, "Muon", as in :class:`torch.optim.Muon`), with the momentum μ and gradient g of a matrix W:
+    """Optimizer that updates groups with ``method="muon"`` by Muon and those with ``"adamw"`` by :class:`torch.optim.AdamW`.
+
+    Muon (Jordan et al. 2024, as in :class:`torch.optim.Muon`), for a matrix W with momentum coefficient μ, momentum m and
+    gradient g:
 
         m ← μ·m + (1 − μ)·g;  u = (1 − μ)·g + μ·m;  W ← W·(1 − lr·weight_decay) − lr·scale·orthogonalize(u)
 
-    What an engine steps are pieces of matrices in tensors of any shape. Momentum and weight decay are element by element,
-    where the pieces are; for the orthogonal factor they are brought together (:mod:`jepa_scale.optim.exchange`), in bf16
-    on a GPU, in which it is computed there, and in fp32 on a CPU. All ranks call :meth:`step` together, for the same
-    tensors. It leaves the gradients overwritten.
+    An engine's tensors hold pieces of matrices and have any shape. Momentum and weight decay are applied element by
+    element where the pieces are. For the orthogonal factor the pieces are gathered (:mod:`jepa_scale.optim.exchange`).
+    Communication and orthogonalisation use bf16 on a GPU and fp32 on a CPU. All ranks call :meth:`step` together, for the
+    same tensors. A step overwrites the gradients.
 
-    ``found_inf`` (0-d, 1 or 0) is what ``torch.amp.GradScaler`` gives to fused optimizers: where it is 1 a step
-    changes nothing, its count included, and the host does not wait to know.
+    ``found_inf`` (0-d, 1 or 0) is set by ``torch.amp.GradScaler`` on fused optimizers. Where it is 1, a step changes
+    nothing, its count included; the host does not wait for its value.
 
     Args:
-        groups: ``params``, ``lr``, ``weight_decay``, ``method``.
-        matrices: every parameter that Muon steps, by name.
-        momentum, steps, adjust: of Muon; ``steps`` are Newton–Schulz iterations, ``adjust`` is
-            :meth:`jepa_scale.optim.matrices.Matrix.lr_scale`'s.
+        groups: dictionaries with ``params``, ``lr``, ``weight_decay``, ``method``.
+        matrices: every parameter that Muon updates, by name.
+        momentum: μ.
+        steps: number of Newton–Schulz iterations.
+        adjust: see :meth:`jepa_scale.optim.matrices.Matrix.lr_scale`.
         adamw: arguments of :class:`torch.optim.AdamW`.
     """
 
-    # DeepSpeed looks for "muon" in the name of an optimizer's class, and for an attribute use_muon of parameters and key of
-    # groups, and would then orthogonalise by itself. Nothing here has such a name.
+    # DeepSpeed orthogonalises updates itself if an optimizer's class name contains "muon", or if parameters or groups have
+    # use_muon. Nothing here has such a name.
 
     _step_supports_amp_scaling = True
 
@@ -51,7 +54,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         adamw: Mapping[str, Any],
     ) -> None:
         others = [group for group in groups if group["method"] == "adamw"]
-        # its groups are the very dictionaries that are ours, with AdamW's keys filled in
+        # AdamW shares these dictionaries and adds its own keys to them
         self._adamw = torch.optim.AdamW(others, **adamw) if others else None
         self.matrices = matrices
         self.momentum, self.newton_schulz_steps = momentum, steps
@@ -63,14 +66,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
         super().__init__(list(groups), {})
 
     def bind(self, tensors: Sequence[tuple[Tensor, Sequence[Part]]], replicated: bool = False) -> None:
-        """Say what the tensors are that Muon steps. Collective, once, before the first step that is to change anything.
+        """Register the tensors that Muon updates. Collective; call it once, before the first real step.
 
-        Steps before that one create the state and leave the matrices as they are: DeepSpeed has some while it is set up.
+        Earlier steps create the state and do not change the matrices: DeepSpeed makes such steps during its set-up.
 
         Args:
-            tensors: of all groups of Muon's, each with the parts of matrices that are in it, as
-                :class:`jepa_scale.optim.exchange.Layout` takes them.
-            replicated: every rank has all of them whole.
+            tensors: the tensors of all groups of Muon, each with the parts of matrices in it
+                (:class:`jepa_scale.optim.exchange.Layout`).
+            replicated: whether every rank holds all matrices whole.
         """
         self._numbers = {tensor: number for number, (tensor, _) in enumerate(tensors)}
         self._layout = Layout(self.matrices, [parts for _, parts in tensors], replicated)
@@ -93,7 +96,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if self._layout is not None and stepped:
             self._step_matrices(stepped)
         else:
-            assert not stepped or self.found_inf is not None, "bind the optimizer first"
+            assert not stepped or self.found_inf is not None, "call bind() before the first step"
         if self._adamw is not None:
             self._adamw.param_groups = [group for group in self.param_groups if group["method"] == "adamw"]
             self._adamw.state = self.state
@@ -128,29 +131,31 @@ class MatrixOptimizer(torch.optim.Optimizer):
             torch._foreach_add_(targets, directions, alpha=-lr)
         steps = [self.state[tensor]["step"] for tensor, _ in stepped]
         if isinstance(keep, Tensor):
-            torch._foreach_add_(steps, keep, alpha=1)  # without alpha the overload of numbers takes it, and reads it
+            torch._foreach_add_(
+                steps, keep, alpha=1
+            )  # without alpha the overload for numbers is chosen, which reads the tensor's value
         else:
             torch._foreach_add_(steps, keep)
 
     def _updates(self, tensors: list[Tensor], keep: float | Tensor, skip: Tensor | None) -> list[Tensor]:
-        """Advance the momentum; Nesterov's update, in the gradient's place."""
+        """Advance the momentum and return Nesterov's updates, which overwrite the gradients."""
         buffers = [_local(self.state[tensor]["momentum_buffer"]) for tensor in tensors]
         gradients = [_local(tensor.grad) for tensor in tensors]  # type: ignore[arg-type]
         if skip is not None:
             for gradient in gradients:
-                gradient.masked_fill_(skip, -0.0)  # NaN · 0 is NaN; and x + −0 is x, even if x is −0
+                gradient.masked_fill_(skip, -0.0)  # NaN · 0 would be NaN; x + −0 is x, even if x is −0
         torch._foreach_mul_(buffers, 1.0 - (1.0 - self.momentum) * keep)
         torch._foreach_add_(buffers, gradients, alpha=1.0 - self.momentum)
         torch._foreach_lerp_(gradients, buffers, self.momentum)
         return gradients
 
     def _orthogonal(self, plan: Plan, updates: Mapping[int, Tensor]) -> Tensor:
-        """The orthogonal factors, as ``plan.receive`` says. Collective."""
+        """Orthogonalise the updates; return the factors in the layout ``plan.receive``. Collective."""
         answers = self._factors(plan, exchange(_packed(plan, updates), plan.send, plan.arrive))
         return exchange(answers, plan.answer, plan.receive)
 
     def _factors(self, plan: Plan, came: Tensor) -> Tensor:
-        """Of what this rank owns: from the buffer ``plan.arrive`` to ``plan.answer``."""
+        """Orthogonalise the matrices that this rank owns: from a buffer ``plan.arrive`` to one of ``plan.answer``."""
         arrived, answered = _by_matrix(plan.arrive.slots), _by_matrix(plan.answer.slots)
         answers = came.new_empty(plan.answer.size)
         for batch in plan.batches:
@@ -164,7 +169,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
 
 def _packed(plan: Plan, updates: Mapping[int, Tensor]) -> Tensor:
-    """The buffer ``plan.send``, in the dtype of the products: bf16 on a GPU, but not on a CPU, where it is slow."""
+    """Pack the buffer ``plan.send``, in bf16 on a GPU and in fp32 on a CPU, where bf16 products are slow."""
     first = next(iter(updates.values()))
     dtype = torch.bfloat16 if first.is_cuda else torch.float32
     buffer = torch.empty(plan.send.size, dtype=dtype, device=first.device)
@@ -178,9 +183,9 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _pair(tensor: Tensor, piece: Piece, buffer: Tensor, at: int) -> tuple[Tensor, Tensor]:
-    """A piece in its tensor and in a buffer, as views of the same shape."""
+    """Views of a piece in its tensor and in a buffer, of the same shape."""
     there = buffer[at : at + piece.length]
-    if piece.length == tensor.numel():  # it may be not contiguous
+    if piece.length == tensor.numel():  # the tensor may not be contiguous
         return tensor, there.view(tensor.shape)
     return tensor.view(-1)[piece.at : piece.at + piece.length], there
 
@@ -193,7 +198,7 @@ def _by_matrix(slots: Sequence[tuple[Piece, str, int]]) -> dict[str, list[tuple[
 
 
 def _cut(flat: Tensor, buffer: Tensor, pieces: Sequence[tuple[Piece, int]]) -> tuple[list[Tensor], list[Tensor]]:
-    """Pieces of one matrix: in the flattened matrix, and in a buffer."""
+    """Views of the pieces of one matrix in the flattened matrix, and in a buffer."""
     return (
         [flat[piece.start : piece.start + piece.length] for piece, _ in pieces],
         [buffer[at : at + piece.length] for piece, at in pieces],

@@ -1,4 +1,4 @@
-"""Orthogonal factors of matrices, by matrix products alone."""
+"""Orthogonalisation of matrices by matrix products only."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import torch
 from torch import Tensor
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""a, b and c of a·x + b·x³ + c·x⁵, which is steep at 0 and keeps in [0.68, 1.21] what has come there (Jordan et al. 2024)."""
+"""a, b and c of a·x + b·x³ + c·x⁵, which is steep at 0 and maps [0.68, 1.21] into itself (Jordan et al. 2024)."""
 EPS = 1e-7
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
-    """About U·Vᵀ of each matrix U·S·Vᵀ, by Newton–Schulz iteration (Jordan et al. 2024, "Muon").
+    """Approximate U·Vᵀ of each matrix U·S·Vᵀ by Newton–Schulz iteration (Jordan et al. 2024, "Muon").
 
-    X ← a·X + (b·A + c·A²)·X with A = X·Xᵀ, from X = M / ‖M‖ (Frobenius), applies the quintic to the singular values. After
-    five steps those that were at least 0.0015 of the norm are in [0.68, 1.21]; smaller ones have grown 485-fold.
+    The iteration X ← a·X + (b·A + c·A²)·X with A = X·Xᵀ, from X = M / ‖M‖ (Frobenius), applies the quintic to the singular
+    values. After five steps, values of at least 0.0015 of the norm are in [0.68, 1.21]; smaller ones have grown 485-fold.
 
     Args:
-        matrices: (n, rows, columns), of a floating dtype, in which all products are.
-        steps: iterations.
+        matrices: (n, rows, columns), of a floating dtype, which is also that of the products.
+        steps: number of iterations.
 
     Returns:
         (n, rows, columns), the same dtype; 0 for a matrix of zeros.

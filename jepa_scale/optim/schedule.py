@@ -1,4 +1,4 @@
-"""The learning rate over a run."""
+"""The learning rate schedule."""
 
 from __future__ import annotations
 

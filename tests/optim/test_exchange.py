@@ -1,4 +1,4 @@
-"""Who owns which matrix, and that every element gets there and back. The ranks are played one after the other."""
+"""Assignment of matrices to owners, and the path of every element there and back; one process simulates all ranks."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,7 +51,7 @@ def test_a_matrix_stays_where_it_is_if_that_costs_nothing():
 
 @contextmanager
 def as_rank(number: int, tables: list) -> Iterator[None]:
-    """In here this is the rank of that number of as many as there are ``tables``."""
+    """Act as rank ``number`` of ``len(tables)`` ranks within the block."""
     with (
         patch.object(exchange, "data_rank", lambda: number),
         patch.object(exchange, "data_size", lambda: len(tables)),
@@ -62,7 +62,7 @@ def as_rank(number: int, tables: list) -> Iterator[None]:
 
 @st.composite
 def layouts(draw):
-    """Matrices in flat tensors, each tensor cut anywhere among the ranks, as under ZeRO 1 and 2."""
+    """Matrices in flat tensors, each of which is split over the ranks at any element, as under ZeRO 1 and 2."""
     matrices = make(draw(SIZES))
     ranks, count = draw(st.integers(1, 4)), draw(st.integers(1, 3))
     home = {name: draw(st.integers(0, count - 1)) for name in matrices}
@@ -82,7 +82,7 @@ def layouts(draw):
 
 
 def all_to_all(buffers, routes_out, routes_in):
-    """What each rank has got, by the splits alone."""
+    """Simulate the all-to-all by the splits alone; return the buffer that each rank receives."""
     cut = [buffer.split(route.splits) for buffer, route in zip(buffers, routes_out, strict=True)]
     got = [torch.cat([cut[s][d] for s in range(len(cut))]) for d in range(len(cut))]
     for route, buffer in zip(routes_in, got, strict=True):

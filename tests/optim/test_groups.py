@@ -1,4 +1,4 @@
-"""Which parameter is in which group, and what steps it."""
+"""Assignment of parameters to groups and methods."""
 
 import pytest
 import torch
@@ -119,7 +119,7 @@ def test_muons_learning_rate_holds_everywhere_but_under_an_override():
 
 
 def test_overrides_choose_the_method():
-    """A prefix means the linear layers under it, a name in full any matrix; the longest match counts."""
+    """A prefix selects the linear layers under it, a full name any matrix; the longest match applies."""
     overrides = {
         "backbone": GroupOverride(method="muon"),
         "objective.memory.weight": GroupOverride(method="muon"),
@@ -143,8 +143,11 @@ def test_overrides_choose_the_method():
             "backbone.norm.weight",
             r"backbone\.norm\.weight has shape \(4,\) and is no weight of a linear layer.*; remove it",
         ),
-        ("backbone.norm", r"there is no weight of a linear layer, which Muon is for; remove it"),
-        ("objective.memory", r"there is no weight of a linear layer, which Muon is for; name a matrix in full"),
+        ("backbone.norm", r"there is no weight of a linear layer, and Muon updates only these; remove it"),
+        (
+            "objective.memory",
+            r"there is no weight of a linear layer, and Muon updates only these; give the full name of a matrix",
+        ),
         ("backbone.linear.bias", r"backbone\.linear\.bias has shape \(4,\)"),
     ],
 )
@@ -186,7 +189,7 @@ LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
     ],
 )
 def test_muons_matrices_of_real_decoders(model, layers):
-    """All linear layers of the blocks, and no embedding, norm or LM head; GPT-2's are stored the other way round."""
+    """Muon gets all linear layers of the blocks, and no embedding, norm or LM head; GPT-2's weights are transposed."""
     backbone = build_backbone(ModelOptions.model_validate(model), 23)
     groups = parameter_groups(backbone, MUON, [])
     matrices = [matrix for group in groups for matrix in group.get("matrices", [])]

@@ -1,4 +1,4 @@
-"""The optimizer in one process: against torch.optim.Muon and AdamW, and a plain fp64 reference."""
+"""The optimizer in one process against torch.optim.Muon and AdamW, and against a plain fp64 reference."""
 
 import copy
 import math
@@ -48,7 +48,7 @@ def run(model, optimizer, steps, bad=None):
 
 
 def newton_schulz(m, steps):
-    """Of one matrix, on its longer side: no transposing."""
+    """Reference for one matrix, which multiplies on the shorter side instead of transposing."""
     x = m / m.norm()
     for _ in range(steps):
         a = x @ x.T if x.shape[0] <= x.shape[1] else x.T @ x
@@ -58,7 +58,7 @@ def newton_schulz(m, steps):
 
 
 def reference(model, options, steps):
-    """All matrices in fp64."""
+    """Reference for all matrices, in fp64."""
     groups = [g for g in parameter_groups(model, options, ["head"]) if g["method"] == "muon"]
     rates = {name: (g["lr"], g["weight_decay"]) for g in groups for name in g["names"]}
     values = {name: p.detach().double() for name, p in model.named_parameters() if name in rates}
@@ -228,7 +228,7 @@ def test_a_weight_need_not_be_contiguous():
 
 
 def test_deepspeed_does_not_take_it_for_its_own():
-    """It would orthogonalise by itself what has "muon" in its class name, or use_muon on parameters or groups."""
+    """DeepSpeed orthogonalises itself if a class name contains "muon", or if parameters or groups have use_muon."""
     model = Model()
     optimizer = build(model)
     assert "muon" not in type(optimizer).__name__.lower()
@@ -238,7 +238,7 @@ def test_deepspeed_does_not_take_it_for_its_own():
 
 @pytest.mark.gpu
 def test_on_a_gpu_it_is_torchs_muon():
-    """There both orthogonalise in bf16."""
+    """On a GPU both implementations orthogonalise in bf16."""
     model, other = Model().cuda(), Model().cuda()
     theirs = [p for name, p in other.named_parameters() if p.ndim == 2 and name != "embed.weight"]
     options = OPTIM.model_copy(update={"lr_head": 0.05})

@@ -1,4 +1,4 @@
-"""Orthogonal factors against the singular value decomposition, and against torch's own."""
+"""Orthogonal factors against the singular value decomposition and PyTorch's implementation."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_the_quintic_is_applied_to_the_singular_values(shape, steps):
     st.integers(0, 10**6),
 )
 def test_singular_values_come_into_the_band(rows, cols, values, seed):
-    """Those of at least 0.0015 of the norm; here all are at least 1/300 of it."""
+    """Singular values of at least 0.0015 of the norm reach the band; here all are at least 1/300 of it."""
     u, s, vt = torch.linalg.svd(random(rows, cols, seed=seed), full_matrices=False)
     matrix = u @ torch.diag(torch.tensor(values[: len(s)], dtype=torch.float64)) @ vt
     got = torch.linalg.svdvals(orthogonalize(matrix[None].float())[0].double())
