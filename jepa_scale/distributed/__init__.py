@@ -1,1 +1,1 @@
-"""Processes of one job: how they find each other, and what they send."""
+"""Process groups and communication between the ranks of a job."""

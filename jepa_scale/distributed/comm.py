@@ -1,8 +1,9 @@
-"""The process group: how it starts under each launcher, and the few collectives that losses and metrics need.
+"""Set-up of the process group under each launcher, and the collectives that losses and metrics need.
 
-With tensor parallelism of degree N, N neighbouring ranks have the same samples and share each layer's work. Losses and metrics
-add up over the *data ranks*, one of each such team; a checkpoint, a signal, a file concern every rank. (Neighbours, because
-a team talks in every layer, and neighbours are on one host.)
+With tensor parallelism of degree N, N consecutive ranks form a tensor-parallel group: they process the same samples and
+share the work of each layer. They are consecutive because the group communicates in every layer, and consecutive ranks are
+on one host. Losses and metrics are summed over the *data-parallel ranks*, one rank of each tensor-parallel group.
+Checkpoints, signals and files concern all ranks.
 """
 
 from __future__ import annotations
@@ -21,8 +22,12 @@ from jepa_scale.utils.errors import InputError
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """Who this process is. ``launcher`` is ``"deepspeed"``, ``"torchrun"`` or ``"python"``; ``team`` is the degree of tensor
-    parallelism."""
+    """Rank and device of this process.
+
+    Attributes:
+        launcher: ``"deepspeed"``, ``"torchrun"`` or ``"python"``.
+        team: degree of tensor parallelism.
+    """
 
     rank: int
     world_size: int
@@ -37,7 +42,7 @@ class Ranks:
 
     @property
     def data_rank(self) -> int:
-        """Which of the ``data_size`` parts of the global batch is this rank's."""
+        """Index of this rank's part of the global batch, of ``data_size`` parts."""
         return self.rank // self.team
 
     @property
@@ -46,7 +51,7 @@ class Ranks:
 
 
 def launcher() -> str:
-    """Which launcher started this process, read off the environment that each of them sets."""
+    """Return the launcher that started this process, according to its environment variables."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return "torchrun"
     if "CROSS_SIZE" in os.environ and "WORLD_SIZE" in os.environ:  # deepspeed/launcher/launch.py
@@ -55,7 +60,7 @@ def launcher() -> str:
 
 
 def setup(timeout_minutes: float = 30.0) -> Ranks:
-    """Join the process group (a group of one when no launcher started us) and pick this rank's device."""
+    """Join the process group and select the device of this rank; without a launcher the group has one process."""
     how = launcher()
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -68,7 +73,7 @@ def setup(timeout_minutes: float = 30.0) -> Ranks:
         options: dict[str, Any] = {"timeout": timedelta(minutes=timeout_minutes)}
         if on_gpu:
             options["device_id"] = device
-        if how == "python":  # no rendezvous of anybody's: a private store, so that runs side by side never meet
+        if how == "python":  # no launcher: a private store, so that concurrent runs cannot meet
             options["store"] = dist.HashStore()
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", rank=rank, world_size=world_size, **options)
     return Ranks(rank, world_size, local_rank, device, how)
@@ -83,7 +88,13 @@ def teardown() -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Groups:
-    """``data``: the ranks that have the same place in their teams; None = all ranks. ``team``: this rank's."""
+    """Process groups of this rank.
+
+    Attributes:
+        data: the data-parallel ranks, those with the same position in their tensor-parallel groups; None = all ranks.
+        team: the tensor-parallel group; None = this rank alone.
+        size: degree of tensor parallelism.
+    """
 
     data: dist.ProcessGroup | None = None
     team: dist.ProcessGroup | None = None
@@ -94,10 +105,10 @@ _groups = _Groups()
 
 
 def form_teams(ranks: Ranks, size: int) -> Ranks:
-    """From now on ``size`` neighbouring ranks have the same samples. Collective.
+    """Form tensor-parallel groups of ``size`` consecutive ranks, and return ``ranks`` with this degree. Collective.
 
     Raises:
-        InputError: the ranks cannot be divided so.
+        InputError: the number of ranks is not a multiple of ``size``.
     """
     global _groups
     if ranks.world_size % size:
@@ -113,17 +124,17 @@ def form_teams(ranks: Ranks, size: int) -> Ranks:
 
 
 def _own_group(partition: list[list[int]], rank: int) -> dist.ProcessGroup:
-    groups = [dist.new_group(members) for members in partition]  # all ranks make all of them
+    groups = [dist.new_group(members) for members in partition]  # every rank must create every group
     return next(group for group, members in zip(groups, partition, strict=True) if rank in members)
 
 
 def data_group() -> dist.ProcessGroup | None:
-    """The ranks with different samples, one of each team; None = all ranks."""
+    """Process group of the data-parallel ranks, which have different samples; None = all ranks."""
     return _groups.data
 
 
 def team_group() -> dist.ProcessGroup | None:
-    """The ranks with this rank's samples, itself included; None = it is alone."""
+    """Tensor-parallel group of this rank, all of whose ranks have the same samples; None = this rank alone."""
     return _groups.team
 
 
@@ -136,17 +147,17 @@ def rank() -> int:
 
 
 def data_size() -> int:
-    """How many parts the global batch is in."""
+    """Number of data-parallel ranks, which is the number of parts of the global batch."""
     return world_size() // _groups.size
 
 
 def data_rank() -> int:
-    """Which of them is this rank's."""
+    """Index of this rank's part of the global batch."""
     return rank() // _groups.size
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
-    """Sum over the data ranks, returned as a new tensor. No gradient."""
+    """Sum over the data-parallel ranks, as a new tensor. No gradient."""
     y = x.detach().clone()
     if data_size() > 1:
         dist.all_reduce(y, group=_groups.data)
@@ -154,7 +165,7 @@ def all_reduce_sum(x: Tensor) -> Tensor:
 
 
 def total_of_ranks(x: Tensor) -> Tensor:
-    """Sum over all ranks, returned as a new tensor. No gradient."""
+    """Sum over all ranks, as a new tensor. No gradient."""
     y = x.detach().clone()
     if world_size() > 1:
         dist.all_reduce(y)
@@ -162,7 +173,10 @@ def total_of_ranks(x: Tensor) -> Tensor:
 
 
 def all_gather_rows(x: Tensor) -> Tensor:
-    """Concatenate (n, …) of every data rank, in rank order, to (ranks·n, …); n must be equal on all ranks. No gradient."""
+    """Concatenate (n, …) of all data-parallel ranks, in rank order, to (ranks·n, …). No gradient.
+
+    n must be equal on all ranks.
+    """
     if data_size() == 1:
         return x.detach()
     parts = [torch.empty_like(x) for _ in range(data_size())]
@@ -171,8 +185,10 @@ def all_gather_rows(x: Tensor) -> Tensor:
 
 
 class _GatherRows(torch.autograd.Function):
-    """All-gather whose gradient is summed over ranks. (PyTorch's own differentiable collectives are being renamed from
-    release to release, and gloo has no reduce-scatter.)"""
+    """All-gather whose gradient is summed over the ranks.
+
+    PyTorch's differentiable collectives change their names between releases, and gloo has no reduce-scatter.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -191,19 +207,19 @@ class _GatherRows(torch.autograd.Function):
 
 
 def all_gather_rows_with_grad(x: Tensor) -> Tensor:
-    """As :func:`all_gather_rows`; the gradient of each rank's rows is summed over the ranks that used them."""
+    """Concatenate as :func:`all_gather_rows`; the gradient of each row is summed over the ranks."""
     return x if data_size() == 1 else _GatherRows.apply(x)
 
 
 def pad_rows(x: Tensor, rows: int, value: float = 0) -> Tensor:
-    """(n, …) → (rows, …) filled up with ``value``, so that ranks with fewer rows can take part in a gather."""
+    """Pad (n, …) with ``value`` to (rows, …), so that ranks with fewer rows can take part in a gather."""
     missing = rows - x.shape[0]
     assert missing >= 0, (x.shape, rows)
     return x if missing == 0 else torch.cat([x, x.new_full((missing, *x.shape[1:]), value)])
 
 
 def broadcast_object(value: Any) -> Any:
-    """Rank 0's value, on every rank."""
+    """Return the value of rank 0 on every rank."""
     if world_size() == 1:
         return value
     box = [value]
@@ -212,7 +228,7 @@ def broadcast_object(value: Any) -> Any:
 
 
 def all_gather_object(value: Any) -> list[Any]:
-    """Every data rank's value, in their order."""
+    """Return the values of all data-parallel ranks, in rank order."""
     if data_size() == 1:
         return [value]
     values: list[Any] = [None] * data_size()
@@ -221,7 +237,7 @@ def all_gather_object(value: Any) -> list[Any]:
 
 
 def all_ranks_objects(value: Any) -> list[Any]:
-    """Every rank's value, in the order of the ranks."""
+    """Return the values of all ranks, in rank order."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()

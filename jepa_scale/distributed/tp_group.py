@@ -1,10 +1,13 @@
-"""Ranks that share the work of each layer on the same samples: what they send each other, with gradients.
+"""Differentiable collectives within a tensor-parallel group, whose ranks share the work of each layer on the same samples.
 
-Between the blocks of a decoder a rank of a team has some of the stream's tokens; inside attention and MLP it has all tokens and
-some of the heads or inner channels (Korthikanti et al., arXiv 2205.05198, section 4.2.2: tensor with sequence parallelism). What
-comes after the decoder every rank of a team computes alike, and so has the whole gradient of it.
+Between the blocks of a decoder each rank holds a part of the tokens of the packed sequence. Inside attention and MLP it
+holds all tokens and a part of the heads or inner channels (tensor parallelism with sequence parallelism: Korthikanti et
+al., arXiv 2205.05198, section 4.2.2). After the decoder all ranks of the group compute the same values, so each has the
+whole gradient of them.
 
-Each function is linear, and its gradient is its transpose given who computes what behind it.
+Each function is linear; its backward pass is its transpose. The transpose depends on what follows in the forward pass: in a
+*replicated* region all ranks compute the same values, and each has the whole gradient; in a *partial* region each rank
+computes a part, and the gradients of the ranks must be summed.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from torch import Tensor
 
 
 class Split(NamedTuple):
-    """A rank has ``[start, …)`` of dimension ``dim`` of a tensor, which has ``size`` there."""
+    """Position of a rank's part in a tensor: from ``start`` in dimension ``dim``, whose whole size is ``size``."""
 
     dim: int
     start: int
@@ -28,12 +31,12 @@ class Split(NamedTuple):
 
 
 class Team:
-    """A team of ``size`` ranks, of which this is number ``rank``.
+    """A tensor-parallel group of ``size`` ranks; this process is rank ``rank`` in it.
 
     Attributes:
-        splits_tokens: whether each rank has its own tokens between the blocks. In generation, a token at a time, all have all,
-            and so they do of what an objective puts through a module of the decoder.
-        splits_vocabulary: whether the LM head gives this rank's part of the vocabulary alone.
+        splits_tokens: whether the tokens are split over the ranks between the blocks. They are not in generation, which
+            computes one token at a time, nor for states that an objective passes through a module of the decoder.
+        splits_vocabulary: whether the LM head computes only this rank's part of the vocabulary.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, rank: int, size: int) -> None:
@@ -61,49 +64,49 @@ class Team:
             self.splits_vocabulary = False
 
     def part(self, count: int) -> slice:
-        """This rank's of ``count`` things; the last rank may have fewer than the others."""
+        """Slice of this rank when ``count`` elements are split over the ranks; the last ranks may get fewer elements."""
         each = -(-count // self.size)
         return slice(min(self.rank * each, count), min((self.rank + 1) * each, count))
 
-    # -- between what all compute alike and what each computes a part of ----------------------------------------------
+    # -- between replicated and partial regions -----------------------------------------------------------------------
 
     def enter(self, x: Tensor) -> Tensor:
-        """The same tensor, into what each rank computes a part of: the gradients add up."""
+        """Pass a tensor from a replicated to a partial region; the backward pass sums the gradients of the ranks."""
         return _Region.apply(x, _same, self._sum) if torch.is_grad_enabled() and x.requires_grad else x
 
     def leave(self, x: Tensor) -> Tensor:
-        """The sum of the ranks' parts, into what all compute alike."""
+        """Sum the ranks' parts, from a partial to a replicated region."""
         return _Region.apply(x, self._sum, _same)
 
     # -- tokens, (1, T, d) --------------------------------------------------------------------------------------------
 
     def split_tokens(self, x: Tensor) -> Tensor:
-        """(1, T, d) that all have → this rank's (1, ⌈T / size⌉, d), filled up with zeros."""
+        """Split replicated tokens (1, T, d) over the ranks: (1, ⌈T / size⌉, d) on each, padded with zeros."""
         tokens = x.shape[1]
         return _Region.apply(x, self._own_rows, lambda grad: self._all_rows(grad)[:, :tokens])
 
     def join_tokens(self, x: Tensor, tokens: int) -> Tensor:
-        """The inverse of :meth:`split_tokens`, into what all compute alike: (1, L, d) → (1, T, d)."""
+        """Gather split tokens for a replicated region, the inverse of :meth:`split_tokens`: (1, L, d) → (1, T, d)."""
         return _Region.apply(x, lambda x: self._all_rows(x)[:, :tokens], self._own_rows)
 
     def gather_tokens(self, x: Tensor, tokens: int) -> Tensor:
-        """As :meth:`join_tokens`, into what each rank computes a part of."""
+        """Gather split tokens as :meth:`join_tokens`, but for a partial region."""
         return _Region.apply(x, lambda x: self._all_rows(x)[:, :tokens], self._sum_own_rows)
 
     def scatter_tokens(self, x: Tensor) -> Tensor:
-        """(1, T, d), each rank's part of a sum → (1, L, d), the sum at this rank's tokens."""
+        """Sum the ranks' parts (1, T, d) and split the tokens of the sum over the ranks: (1, L, d) on each."""
         tokens = x.shape[1]
         return _Region.apply(x, self._sum_own_rows, lambda grad: self._all_rows(grad)[:, :tokens])
 
     # -- channels, (…, c) ---------------------------------------------------------------------------------------------
 
     def split_channels(self, x: Tensor) -> Tensor:
-        """(…, c) that all have and compute alike → this rank's part of the last dimension."""
+        """Split the channels of a replicated tensor (…, c) over the ranks; return this rank's part of the last dimension."""
         channels = x.shape[-1]
         return _Region.apply(x, self._own_channels, lambda grad: self._all_channels(grad, channels))
 
     def join_channels(self, x: Tensor, channels: int) -> Tensor:
-        """The inverse of :meth:`split_channels`, into what all compute alike."""
+        """Gather split channels for a replicated region, the inverse of :meth:`split_channels`."""
         return _Region.apply(x, lambda x: self._all_channels(x, channels), self._own_channels)
 
     # -- without gradient ---------------------------------------------------------------------------------------------
@@ -138,7 +141,7 @@ class Team:
         return every[None]
 
     def _filled(self, x: Tensor) -> Tensor:
-        """(1, T, d) → (1, size · ⌈T / size⌉, d)."""
+        """Pad the tokens with zeros to a multiple of the group's size: (1, T, d) → (1, size · ⌈T / size⌉, d)."""
         missing = -x.shape[1] % self.size
         return F.pad(x, (0, 0, 0, missing)) if missing else x
 
@@ -155,14 +158,14 @@ class Team:
     # -- loss ---------------------------------------------------------------------------------------------------------
 
     def label_losses(self, normalizers: Tensor, chosen: Tensor) -> Tensor:
-        """Negative log-probabilities of labels, of logits that no rank has all of: each sends three numbers a row.
+        """Negative log-probabilities of labels from logits that are split over the ranks. A rank sends three numbers a row.
 
         Args:
             normalizers: (n,) fp32, log Σ e^z over this rank's part of the vocabulary.
-            chosen: (n,) fp32, the label's logit, 0 where another rank has it.
+            chosen: (n,) fp32, the label's logit, or 0 where another rank has it.
 
         Returns:
-            (n,) fp32, the same on every rank.
+            (n,) fp32, equal on every rank.
         """
         return _LabelLosses.apply(normalizers, chosen, self._all_reduce)
 
@@ -183,7 +186,7 @@ class _Region(torch.autograd.Function):
 
 
 class _LabelLosses(torch.autograd.Function):
-    """log Σ e^z − z_label, with the sum and the label's logit added up over the ranks."""
+    """log Σ e^z − z_label, with the sum and the label's logit summed over the ranks."""
 
     @staticmethod
     def forward(ctx: Any, normalizers: Tensor, chosen: Tensor, all_reduce: Callable[..., None]) -> Tensor:

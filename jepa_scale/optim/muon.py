@@ -131,9 +131,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             torch._foreach_add_(targets, directions, alpha=-lr)
         steps = [self.state[tensor]["step"] for tensor, _ in stepped]
         if isinstance(keep, Tensor):
-            torch._foreach_add_(
-                steps, keep, alpha=1
-            )  # without alpha the overload for numbers is chosen, which reads the tensor's value
+            torch._foreach_add_(steps, keep, alpha=1)  # without alpha the overload for numbers reads the tensor's value
         else:
             torch._foreach_add_(steps, keep)
 
