@@ -1,1 +1,1 @@
-"""Reports: a run's page, several runs beside each other, where the time of a step went."""
+"""Reports: the page of a run, the comparison of several runs, and the breakdown of the time of a step."""

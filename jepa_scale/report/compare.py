@@ -1,4 +1,4 @@
-"""Runs side by side: which differ by their seed alone, in which keys the others differ, and what each came to."""
+"""Comparison of runs: grouping by config, differences between configs, and final values."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from jepa_scale.telemetry.records import FIT, RunRecord, load_run
 from jepa_scale.utils.format import format_number
 
 NO_MATTER = ("run", "log", "checkpoint")
-"""Sections that change nothing of what is learned (the seed is in ``run``)."""
+"""Config sections that do not affect training, apart from the seed, which is in ``run``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """Runs of one config that differ by their seed, or the only one of a config."""
+    """Runs of one config that differ only by their seed; may be a single run."""
 
     name: str
     runs: list[RunRecord]
 
     def values(self, split: str, metric: str) -> list[float]:
-        """Final values of the runs that have one."""
+        """Return the finite final values of a metric over the runs that have it."""
         found = [run.value(split, metric) for run in self.runs]
         return [value for value in found if value is not None and math.isfinite(value)]
 
     def shown(self, split: str, metric: str) -> str:
-        """``mean ± standard deviation (least to greatest)``, or the only value."""
+        """Format the final values as ``mean ± standard deviation (least to greatest)``, or as a single value."""
         values = self.values(split, metric)
         if len(set(values)) < 2:
             return format_number(values[0] if values else None)
@@ -42,7 +42,8 @@ class Variant:
 
 
 def load_runs(directories: Sequence[Path | str]) -> list[RunRecord]:
-    """
+    """Load the run of each directory.
+
     Raises:
         InputError: one of the directories holds no run.
     """
@@ -50,7 +51,7 @@ def load_runs(directories: Sequence[Path | str]) -> list[RunRecord]:
 
 
 def variants(runs: Sequence[RunRecord]) -> list[Variant]:
-    """The runs by config, in the order of the first of each. Names are unique."""
+    """Group runs by config, in the order of the first run of each group. Names are unique."""
     by_config: dict[str, list[RunRecord]] = {}
     for run in runs:
         by_config.setdefault(
@@ -65,7 +66,7 @@ def variants(runs: Sequence[RunRecord]) -> list[Variant]:
 
 
 def differences(of: Sequence[Variant]) -> dict[str, list[str]]:
-    """Key → its value in each variant, of those keys that are not the same everywhere; ``-`` where there is none."""
+    """Map each config key that differs between variants to its value in each of them; ``-`` where it is not set."""
     flat = [dict(_flat(_relevant(variant.runs[0].config))) for variant in of]
     keys = dict.fromkeys(key for values in flat for key in values)
     table = {key: [repr(values[key]) if key in values else "-" for values in flat] for key in keys}
@@ -73,7 +74,7 @@ def differences(of: Sequence[Variant]) -> dict[str, list[str]]:
 
 
 def final_metrics(of: Sequence[Variant]) -> list[tuple[str, str]]:
-    """Split and metric of each final value that any run has: evaluations first, then the training's own."""
+    """Return (split, metric) of each final value that any run has: evaluations first, then training."""
     found: dict[str, set[str]] = {}
     for variant in of:
         for run in variant.runs:
@@ -84,7 +85,7 @@ def final_metrics(of: Sequence[Variant]) -> list[tuple[str, str]]:
 
 
 def spectra(of: Sequence[Variant]) -> dict[str, list[tuple[str, list[float]]]]:
-    """``split: kind of representation`` → the variant's name and the spectrum, for each run that has saved one."""
+    """Map ``split: kind of representation`` to (name of the variant, spectrum) of each run that saved one."""
     found: dict[str, list[tuple[str, list[float]]]] = {}
     for variant in of:
         for run in variant.runs:
@@ -95,7 +96,7 @@ def spectra(of: Sequence[Variant]) -> dict[str, list[tuple[str, list[float]]]]:
 
 
 def projections(of: Sequence[Variant]) -> dict[str, list[tuple[str, Mapping[str, Any]]]]:
-    """Split → the variant's name and what :func:`jepa_scale.evaluation.snapshot.snapshot` gave of its first run."""
+    """Map each split to (name of the variant, :func:`jepa_scale.evaluation.snapshot.snapshot` of its first run)."""
     found: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
     for variant in of:
         for split, saved in read_snapshots(variant.runs[0].directory).items():
@@ -117,7 +118,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _common_name(names: Sequence[str]) -> str:
-    """What the names of runs begin with, without what introduced a number: lm_seed0, lm_seed1 → lm."""
+    """Return the common beginning of run names without the label of the seed: lm_seed0, lm_seed1 → lm."""
     if len(names) == 1:
         return names[0]
     stem = os.path.commonprefix(list(names)).rstrip("0123456789")

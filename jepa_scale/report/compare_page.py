@@ -1,4 +1,4 @@
-"""Runs side by side on one page that fetches nothing."""
+"""Self-contained HTML page that compares runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MORE_CSS = """
 
 
 def write_comparison(directories: Sequence[Path], path: Path) -> Path:
-    """Write the page of these runs, and return its path.
+    """Write the page that compares these runs, and return its path.
 
     Raises:
         InputError: one of the directories holds no run.
@@ -35,7 +35,7 @@ def write_comparison(directories: Sequence[Path], path: Path) -> Path:
 
 
 def comparison_page(of: Sequence[Variant]) -> str:
-    """The HTML page."""
+    """Return the HTML page that compares the variants."""
     curves = overlaid(of)
     evaluated = {what: png for what, png in curves.items() if what[0] != FIT}
     trained = {what: png for what, png in curves.items() if what[0] == FIT}
@@ -83,7 +83,7 @@ def _differences(of: Sequence[Variant]) -> str:
         return "<p>Nothing but the seed.</p>"
     found = differences(of)
     if not found:
-        return "<p>No key of their configs, as far as they are recorded.</p>"
+        return "<p>No key of the recorded configs.</p>"
     rows = [
         f"<tr><th>{escape(key)}</th>{''.join(f'<td>{escape(v)}</td>' for v in values)}</tr>"
         for key, values in found.items()
@@ -92,7 +92,10 @@ def _differences(of: Sequence[Variant]) -> str:
 
 
 def _final(of: Sequence[Variant], rest: bool = False) -> list[str]:
-    """A row a metric and split, a column a variant: the headlines; or the ``rest``, folded, if there is any."""
+    """Return the table of final values, a row for each split and metric and a column for each variant.
+
+    It holds the headline metrics; with ``rest`` the other metrics, folded, or nothing if there are none.
+    """
     found = final_metrics(of)
     chosen = set(headlines(list(dict.fromkeys(metric for _, metric in found)), rest))
     rows = []
@@ -106,8 +109,8 @@ def _final(of: Sequence[Variant], rest: bool = False) -> list[str]:
     if not rows:
         return ["<p>Nothing was logged.</p>"]
     several = any(len(variant.runs) > 1 for variant in of)
-    note = "Of several seeds: mean ± standard deviation (least to greatest). " if several else ""
-    return [table, f'<p class="faint">{note}“{escape(FIT)}” is the running training.</p>']
+    note = "Several seeds: mean ± standard deviation (least to greatest). " if several else ""
+    return [table, f'<p class="faint">{note}“{escape(FIT)}” is logged during training.</p>']
 
 
 def _head(of: Sequence[Variant]) -> str:

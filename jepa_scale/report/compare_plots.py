@@ -1,4 +1,4 @@
-"""Pictures of runs side by side, as PNG."""
+"""Figures that compare runs, as PNG."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from jepa_scale.telemetry.metrics import describe
 from jepa_scale.telemetry.records import values_of
 
 LINKS = 60
-"""Pairs that are joined by a line in a projection; more would hide the points."""
+"""Maximum number of pairs joined by a line in a projection; more would hide the points."""
 
 
 def overlaid(of: Sequence[Variant]) -> dict[tuple[str, str], bytes]:
-    """Split and metric → the curves of all runs, one colour a variant. What was logged once is no curve; horizons have
-    :func:`by_horizon`."""
+    """Plot the curves of all runs, one colour a variant: (split, metric) → PNG.
+
+    Metrics that were logged only once are left out. Metrics by horizon are left to :func:`by_horizon`.
+    """
     lines: dict[tuple[str, str], list[Curve]] = {}
     for variant in of:
         for run in variant.runs:
@@ -48,7 +50,7 @@ def overlaid(of: Sequence[Variant]) -> dict[tuple[str, str], bytes]:
 
 
 def by_horizon(of: Sequence[Variant]) -> dict[tuple[str, str], bytes]:
-    """Split and metric → its final values over the horizon: the mean over seeds, and from the least to the greatest."""
+    """Plot final values over the horizon, as the mean and the range over seeds: (split, metric) → PNG."""
     found: dict[tuple[str, str], set[int]] = {}
     for split, metric in final_metrics(of):
         if match := OF_HORIZON.fullmatch(metric):
@@ -85,8 +87,10 @@ def by_horizon(of: Sequence[Variant]) -> dict[tuple[str, str], bytes]:
 
 
 def of_spectrum(lines: Sequence[tuple[str, Sequence[float]]]) -> bytes:
-    """Singular values over their sum, the largest first; one line a run, one colour a variant. A model that has collapsed
-    falls at once."""
+    """Plot singular values divided by their sum, the largest first: one line a run, one colour a variant.
+
+    The line of a collapsed model falls steeply at the start.
+    """
     figure, axes = new_picture()
     names = list(dict.fromkeys(name for name, _ in lines))
     told: set[str] = set()
@@ -105,7 +109,7 @@ def of_spectrum(lines: Sequence[tuple[str, Sequence[float]]]) -> bytes:
 
 
 def of_projection(saved: Mapping[str, Any]) -> bytes:
-    """Representations along their first two principal directions, a colour a kind; some pairs are joined."""
+    """Plot representations along their first two principal directions, one colour a kind; up to ``LINKS`` pairs are joined."""
     figure, axes = new_picture()
     kinds = list(saved["projections"].items())
     if len(kinds) == 2 and len(kinds[0][1]) == len(kinds[1][1]):

@@ -1,4 +1,4 @@
-"""What every picture of a report is drawn on: made to be read at 360 pixels of width, and in negative on a dark page."""
+"""Style of all figures of a report: legible at a width of 360 pixels, and inverted on a dark page."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-# Okabe & Ito's colours without the yellow: told apart with any colour vision, dark enough for thin lines on
+# Okabe & Ito's colours without the yellow: distinct for all kinds of colour vision, and dark enough for thin lines on
 # white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 
 
 def new_picture() -> tuple[Figure, Axes]:
-    """800 × 480 pixels with one pair of axes."""
+    """Create a figure of 800 × 480 pixels with one pair of axes."""
     figure = Figure(figsize=(5, 3), dpi=160, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -26,7 +26,7 @@ def new_picture() -> tuple[Figure, Axes]:
 
 
 def save_picture(figure: Figure, path: Path | BinaryIO) -> None:
-    """As PNG, with a legend where several things are named and there is none."""
+    """Save a figure as PNG, with a legend if it has several labels and no legend yet."""
     (axes,) = figure.axes
     if axes.get_legend() is None and len(axes.get_legend_handles_labels()[0]) > 1:
         axes.legend(fontsize="small", frameon=False)

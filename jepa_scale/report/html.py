@@ -1,4 +1,4 @@
-"""Pictures on the pages of one run and of several: how they are embedded, and those that both pages have."""
+"""HTML of figures, and the sections that the pages of one run and of several runs share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jepa_scale.report.step_time_plots import stacked
 
 
 def figure(name: str, png: bytes) -> str:
-    """A captioned picture as HTML; it holds the PNG itself."""
+    """Return a figure with its caption as HTML, with the PNG embedded."""
     data = base64.b64encode(png).decode("ascii")
     name = escape(name)
     return (
@@ -23,7 +23,7 @@ def figure(name: str, png: bytes) -> str:
 
 
 def plots(title: str, images: Mapping[str, bytes], fold: bool = False) -> list[str]:
-    """A section of pictures, by their captions; nothing where there are none."""
+    """Return a section of figures, caption → PNG; empty without figures."""
     if not images:
         return []
     inside = f'<div class="plots">{"".join(figure(name, png) for name, png in images.items())}</div>'
@@ -31,12 +31,12 @@ def plots(title: str, images: Mapping[str, bytes], fold: bool = False) -> list[s
 
 
 def folded(title: str, inside: str) -> list[str]:
-    """A section that is opened by a click."""
+    """Return a section that a click opens."""
     return [f"<details><summary>{title}</summary>{inside}</details>"]
 
 
 def shared_sections(of: Sequence[Variant]) -> list[str]:
-    """Final values by horizon, representations and the parts of a step, of runs that have them."""
+    """Return the sections on horizons, representations and the parts of a step, for the runs that have them."""
     horizons = {f"{split}: {metric} by horizon": png for (split, metric), png in by_horizon(of).items()}
     spectrum = {f"{name}, spectrum": of_spectrum(lines) for name, lines in spectra(of).items()}
     places = {
@@ -45,13 +45,13 @@ def shared_sections(of: Sequence[Variant]) -> list[str]:
     return [
         *plots("Final values by horizon", horizons),
         *plots("Representations: spectra", spectrum),
-        *plots("Representations: where they lie", places),
+        *plots("Representations: principal directions", places),
         *plots("Where a step's time goes", _breakdowns(of)),
     ]
 
 
 def _breakdowns(of: Sequence[Variant]) -> dict[str, bytes]:
-    """One picture, with a bar a variant: the mean over its runs."""
+    """Return one figure with a bar for each variant, the mean over its runs."""
     bars: dict[str, dict[str, float]] = {}
     for variant in of:
         found = [parts for run in variant.runs if (parts := mean_parts(run.rows))]

@@ -1,4 +1,4 @@
-"""A run told on one page, and runs side by side."""
+"""HTML report of a run, and text tables that compare runs."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from jepa_scale.utils.io import write_atomic
 
 REPORT_FILE, PLOTS_DIR = "report.html", "plots"
 
-# Dark mode shows the plots in negative: .93 turns their white paper into #121212, the page's own colour,
-# and the turn by half a circle gives every line its hue back.
+# Dark mode inverts the plots: .93 maps white to #121212, the background of the page, and the rotation by half a circle
+# restores the hue of every line.
 _CSS = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1b1b1b; --faint: #666; --rule: #ddd; }
 @media (prefers-color-scheme: dark) {
@@ -51,10 +51,9 @@ pre { overflow-x: auto; font-size: .85rem; line-height: 1.35; }
 
 
 def write_report(run_dir: Path | str) -> Path:
-    """Write ``plots/*.png`` and ``report.html`` of a finished, running or killed run, and return the page's
-    path.
+    """Write ``plots/*.png`` and ``report.html`` of a finished, running or killed run; return the path of the page.
 
-    The page holds everything that it shows (plots as data URIs) and fetches nothing.
+    The page is self-contained (plots are data URIs) and fetches nothing.
 
     Raises:
         InputError: ``run_dir`` holds no run.
@@ -67,7 +66,7 @@ def write_report(run_dir: Path | str) -> Path:
 
 
 def report_page(record: RunRecord, plots: Mapping[str, bytes]) -> str:
-    """The HTML page of a run; ``plots`` maps metrics to PNG images."""
+    """Return the HTML page of a run; ``plots`` maps metrics to PNG images."""
     return html_page(
         record.name,
         [
@@ -90,10 +89,10 @@ def report_page(record: RunRecord, plots: Mapping[str, bytes]) -> str:
 
 
 def html_page(title: str, body: Sequence[str], css: str = "") -> str:
-    """A whole page that fetches nothing, if ``body`` does not.
+    """Return a whole HTML page, which fetches nothing if ``body`` does not.
 
     Args:
-        title: plain text. body: HTML below the heading. css: beside what every page has.
+        title: plain text. body: HTML below the heading. css: rules beside those of every page.
     """
     title = escape(title)
     return "\n".join(
@@ -124,7 +123,7 @@ def _facts(summary: Mapping[str, Any]) -> str:
 
 
 def _warnings(by_metric: Mapping[str, list[Curve]]) -> list[str]:
-    """A line for every curve that had NaN or infinite values."""
+    """Return a warning for every curve that has NaN or infinite values."""
     lines = []
     for metric, of_metric in by_metric.items():
         for curve in of_metric:
@@ -137,8 +136,11 @@ def _warnings(by_metric: Mapping[str, list[Curve]]) -> list[str]:
 
 
 def _results(summary: Mapping[str, Any], rest: bool = False) -> list[str]:
-    """Rows = metrics, columns = splits; the best value is added where it differs from the last. The headlines; or with ``rest`` the
-    other metrics, folded, if there are any."""
+    """Return the table of final values, a row for each metric and a column for each split.
+
+    The best value is added where it differs from the last. The table holds the headline metrics; with ``rest`` the other
+    metrics, folded, or nothing if there are none.
+    """
     final, best = summary.get("final", {}), summary.get("best", {})
     if not final:
         return [] if rest else ["<p>Nothing was logged.</p>"]
@@ -153,7 +155,7 @@ def _results(summary: Mapping[str, Any], rest: bool = False) -> list[str]:
     )
     if rest:
         return folded("Everything else that was measured", table) if rows else []
-    note = f"Last values. “{escape(FIT)}” is the running training, the other columns are evaluations."
+    note = f"Last values. “{escape(FIT)}” is logged during training, the other columns are evaluations."
     return [table, f'<p class="faint">{note}</p>']
 
 
@@ -185,19 +187,18 @@ _HEADLINES = (
     "effective_rank",
     "loss",
 )
-"""What a run is judged by: metrics that are told first."""
+"""Headline metrics, which a report shows first."""
 _COUNTS = ("steps", "tokens", "flops", "tokens_per_second")
 
 
 def compare_table(
     run_dirs: Sequence[Path | str], columns: Mapping[str, str] | None = None, which: str = "final"
 ) -> str:
-    """A text table with a row for each run.
+    """Return a text table with a row for each run.
 
     Args:
         columns: heading → ``split/metric``, or ``steps``, ``tokens``, ``flops`` or ``tokens_per_second``. ``None`` takes
-            the headline metrics of all evaluation splits, or the training loss of runs that were never
-            evaluated.
+            the headline metrics of all evaluation splits, or the training loss of runs that were never evaluated.
         which: ``"final"`` or ``"best"`` values.
 
     Raises:
@@ -210,13 +211,13 @@ def compare_table(
 
 
 def headlines(metrics: Sequence[str], rest: bool = False) -> list[str]:
-    """Those of ``metrics`` that are told first, all if none of them is one; or the ``rest``."""
+    """Return the headline metrics among ``metrics``, or all if none is one; with ``rest`` the other metrics."""
     first = [metric for metric in metrics if metric in _HEADLINES] or list(metrics)
     return [metric for metric in metrics if metric not in first] if rest else first
 
 
 def headline_columns(runs: Sequence[RunRecord]) -> list[str]:
-    """Steps, FLOPs where they were counted, tokens/s and the ``split/metric`` names that :func:`compare_table` shows by default."""
+    """Return the default columns of :func:`compare_table`: steps, FLOPs if counted, tokens/s, and ``split/metric`` names."""
     splits: dict[str, set[str]] = {}
     for run in runs:
         for split, values in run.summary.get("final", {}).items():
@@ -235,10 +236,11 @@ REVERSAL_COLUMNS = {
 
 
 def runs_table(run_dirs: Sequence[Path | str]) -> str:
-    """The table of :func:`compare_table`, then where each run's report and plots are.
+    """Return the table of :func:`compare_table`, followed by the paths of each run's report and plots.
 
-    Runs on facts are compared by what that experiment is about: spoken answers forward (facts known in both directions,
-    ``train``, and in one, ``atomic``), the held-out reverses of the latter (``test``), spoken and ranked among all entities.
+    Runs of the reversal experiment (facts) have columns of their own. These are the accuracy of generated answers to forward
+    questions, for facts known in both directions (``train``) and in one (``atomic``). Then, for the held-out reverses of
+    the latter (``test``), the accuracy of generated answers and the reciprocal rank among all entities.
 
     Raises:
         InputError: one of the directories holds no run.

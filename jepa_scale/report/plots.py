@@ -1,4 +1,4 @@
-"""Curves of a run's metrics as PNG files."""
+"""Plots of a run's metrics as PNG files."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from jepa_scale.report.step_time_plots import plot_breakdown
 from jepa_scale.telemetry.metrics import STEP_PARTS, STEP_TIME, describe, in_report_order, step_part
 from jepa_scale.telemetry.records import FIT, Row, values_of
 
-_LOG_SPAN = 30.0  # largest / smallest value from which a falling metric gets a logarithmic axis
+_LOG_SPAN = 30.0  # ratio of largest to smallest value from which a falling metric gets a logarithmic axis
 OF_HORIZON = re.compile(r"(.+)_h(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """One line: ``values[i]`` after optimizer step ``steps[i]``, NaN where it wasn't finite."""
+    """One line of a plot: ``values[i]`` after optimizer step ``steps[i]``, NaN where it was not finite."""
 
     label: str
     steps: list[int]
     values: list[float]
     group: str = ""
-    """Lines of one group have one colour and one entry in the legend; empty = a group of its own."""
+    """Lines of one group share a colour and an entry in the legend; empty = a group of its own."""
 
     @property
     def finite(self) -> list[float]:
@@ -35,9 +35,9 @@ class Curve:
 
 
 def curves(rows: list[Row]) -> dict[str, list[Curve]]:
-    """Metric → one curve a split, in the order of a report; training's own split comes first.
+    """Return the curves of each metric, one for each split, in the order of a report; the split of training comes first.
 
-    What is measured by horizon (``retrieval_top1_h8``) is one metric, ``retrieval_top1_by_horizon``, with a curve each.
+    Metrics by horizon (``retrieval_top1_h8``) become one metric, ``retrieval_top1_by_horizon``, with a curve for each horizon.
     """
     points: dict[str, dict[str, dict[int, float]]] = {}
     for row in rows:
@@ -58,10 +58,9 @@ def curves(rows: list[Row]) -> dict[str, list[Curve]]:
 
 
 def plot(metric: str, lines: list[Curve], path: Path | BinaryIO) -> None:
-    """Draw the curves of one metric on one pair of axes, against optimizer steps, into a PNG of 800 × 480
-    pixels.
+    """Plot the curves of one metric against optimizer steps, as a PNG of 800 × 480 pixels.
 
-    Made to be read at 360 pixels of width, and in negative on a dark page.
+    The plot is legible at a width of 360 pixels, and inverted on a dark page.
     """
     figure, axes = new_picture()
     groups = list(dict.fromkeys(line.group or line.label for line in lines))
@@ -94,20 +93,19 @@ def plot(metric: str, lines: list[Curve], path: Path | BinaryIO) -> None:
 
 
 def wants_log_axis(metric: str, values: list[float]) -> bool:
-    """Losses and gradient norms that fall over orders of magnitude are flat on a linear axis."""
+    """Return whether a metric needs a logarithmic axis, as a loss or gradient norm that falls over orders of magnitude does."""
     falls = describe(metric).better == "lower" or metric.endswith("grad_norm")
     return falls and bool(values) and min(values) > 0 and max(values) / min(values) >= _LOG_SPAN
 
 
 def plot_all(rows: list[Row], directory: Path) -> dict[str, Path]:
-    """A PNG for every metric that was finite at least once: metric → file.
+    """Write a PNG for every metric that was finite at least once, and return metric → file.
 
-    The parts of a step's time share one picture. Files of metrics that the run no longer has are removed, so that the folder
-    shows this run only.
+    The parts of a step's time share one figure. Other PNG files in the folder are removed, so that it shows this run only.
     """
     directory.mkdir(parents=True, exist_ok=True)
     files: dict[str, Path] = {}
-    stacked = {step_part(part) for part in STEP_PARTS}  # in one picture, the one of their sum
+    stacked = {step_part(part) for part in STEP_PARTS}  # in one figure, that of their sum
     for metric, lines in curves(rows).items():
         lines = [line for line in lines if line.finite]
         if lines and metric not in stacked:
@@ -122,5 +120,5 @@ def plot_all(rows: list[Row], directory: Path) -> dict[str, Path]:
 
 
 def file_name(metric: str) -> str:
-    """The metric's name without what a file name cannot hold."""
+    """Return the metric's name without characters that a file name cannot hold."""
     return re.sub(r"[^\w.-]+", "_", metric)

@@ -1,4 +1,4 @@
-"""Where a run's time went: the parts of its steps, as means and as a table."""
+"""Breakdown of the time of a step into parts, as means and as a table."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from jepa_scale.utils.format import format_number, text_table
 
 
 def mean_parts(rows: Sequence[Row]) -> dict[str, float]:
-    """Part of a step → its seconds per step, mean over the run's steps; empty where nothing was measured.
+    """Return the seconds per step of each part, averaged over the steps of the run; empty if nothing was measured.
 
-    Steps before the first measured row have built caches, buffers and kernels: where there are more, they do not count.
+    The steps up to the first measured row also create caches, buffers and kernels. They are left out if there are later rows.
     """
     found = measured(rows)
     weighted = [(row, row["step"] - before["step"]) for before, row in zip(found, found[1:], strict=False)]
@@ -24,7 +24,7 @@ def mean_parts(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def breakdown_table(rows: Sequence[Row]) -> str:
-    """:func:`mean_parts` with each part's share, as text; empty where nothing was measured."""
+    """Return the means of :func:`mean_parts` with each part's share as a text table; empty if nothing was measured."""
     means = mean_parts(rows)
     if not means:
         return ""
@@ -34,6 +34,6 @@ def breakdown_table(rows: Sequence[Row]) -> str:
 
 
 def measured(rows: Sequence[Row]) -> list[Row]:
-    """The rows of training whose steps were timed, by step; of a step that was done again, the last."""
+    """Return the rows of training with timed steps, ordered by step; the last row of a step that was repeated."""
     by_step = {row["step"]: row for row in rows if row["split"] == FIT and row.get(STEP_TIME)}
     return [by_step[step] for step in sorted(by_step)]

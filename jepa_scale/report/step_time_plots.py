@@ -1,4 +1,4 @@
-"""Where a run's time went, as pictures. Apart from the numbers, so that ranks need not import matplotlib."""
+"""Figures of the time of a step; in a file of their own, so that ranks need not import matplotlib."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ from jepa_scale.telemetry.records import Row
 from jepa_scale.utils.format import format_number
 
 MOST_LETTERS = 24
-"""Of a run's name beside its bar."""
+"""Maximum length of a run's name beside its bar."""
 
 
 def stacked(bars: Mapping[str, Mapping[str, float]]) -> bytes:
-    """A bar for each name, of its parts' seconds per step (:func:`jepa_scale.report.step_time.mean_parts`), as a PNG of 800 pixels' width."""
+    """Plot a stacked bar for each name, as a PNG of 800 pixels' width.
+
+    ``bars`` maps names to the seconds per step of each part (:func:`jepa_scale.report.step_time.mean_parts`).
+    """
     figure, axes = new_picture()
     figure.set_size_inches(5, 1.5 + 0.5 * len(bars))
     totals = [sum(parts.values()) for parts in bars.values()]
@@ -48,7 +51,7 @@ def stacked(bars: Mapping[str, Mapping[str, float]]) -> bytes:
 
 
 def plot_breakdown(rows: Sequence[Row], path: Path) -> None:
-    """Seconds per step against optimizer steps, the parts stacked, as a PNG of 800 × 480 pixels."""
+    """Plot the parts of a step in seconds, stacked, against optimizer steps, as a PNG of 800 × 480 pixels."""
     found = measured(rows)
     parts = [part for part in STEP_PARTS if any(step_part(part) in row for row in found)]
     figure, axes = new_picture()
@@ -57,7 +60,7 @@ def plot_breakdown(rows: Sequence[Row], path: Path) -> None:
     widths = [step - before for before, step in zip([0, *steps], steps, strict=False)]
     for part in parts:
         heights = [row.get(step_part(part)) or 0.0 for row in found]
-        # a row is about the steps up to its own, since the row before
+        # a row covers the steps since the row before, its own included
         widths_left = [-w for w in widths]
         axes.bar(steps, heights, width=widths_left, bottom=bottom, align="edge", color=_colour(part), label=part)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]

@@ -1,4 +1,4 @@
-"""Runs side by side: which belong together, what differs, and the page."""
+"""Comparison of runs: grouping, differences, and the page."""
 
 import io
 import re
@@ -56,7 +56,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pages(runs):
-    """Of all of them, and of one: pictures take seconds."""
+    """Pages of all runs and of one run; made once, because figures take seconds."""
     several, one = write_comparison(runs, runs[0].parent / "page.html"), write_report(runs[1])
     return several.read_text(encoding="utf-8"), one.read_text(encoding="utf-8")
 

@@ -20,7 +20,7 @@ VOID = {"meta", "img", "br", "link"}
 
 
 class Page(HTMLParser):
-    """Checks that tags nest, and collects what the page refers to and says."""
+    """HTML parser that checks the nesting of tags, and collects references and words."""
 
     def __init__(self, text):
         super().__init__()
@@ -57,7 +57,7 @@ def make_run(directory, name="demo", reverse=0.9, flops=0, budget=0.0):
 
 
 def ink(pixels):
-    """Share of pixels that aren't paper."""
+    """Share of pixels that are not background."""
     return float((pixels[..., :3].min(axis=-1) < 0.8).mean())
 
 
@@ -197,7 +197,7 @@ def test_a_run_that_was_never_evaluated_is_compared_by_its_loss(tmp_path):
 
 
 def test_an_older_run_is_reported_under_the_names_that_it_has(tmp_path):
-    """Version 0.1 wrote grid's covariance entropy ranks as effective ranks."""
+    """Version 0.1 logged the covariance entropy ranks of ``grid`` as effective ranks."""
     rows = [{"step": s, "split": "valid", "loss": 1.0 / s, "effective_rank_context": 10.0 + s} for s in (1, 2)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = " ".join(Page(write_report(tmp_path).read_text(encoding="utf-8")).words)
