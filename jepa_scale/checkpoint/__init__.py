@@ -1,11 +1,11 @@
-"""Checkpoints: written beside training, verified when they are read, for any engine and world size.
+"""Checkpoints: saved while training continues, verified when read, and independent of engine and world size.
 
 checkpoints/
-  latest                   name of the newest complete one, for people; what counts are the folders
+  latest                   name of the newest complete checkpoint, for the user only; the code reads the folders
   step_00000100/
-    manifest.json          what it is, and the checksum of every file; written last
+    manifest.json          description of the checkpoint, and the checksum of every file; written last
     tensors/               parameters and moments, a PyTorch distributed checkpoint
-    rng_rank00000.pt       random number generators of each rank
+    rng_rank00000.pt       random number generators, one file for each rank
 """
 
 from importlib import import_module
@@ -27,7 +27,7 @@ _OF_TENSORS = {
     "load": "restore",
     "verify": "restore",
 }
-"""What needs torch → its module: imported when it is asked for, as who lists a run's checkpoints goes without."""
+"""Names that need torch → module. They are imported on first use, because listing checkpoints does not need torch."""
 
 if not TYPE_CHECKING:
 

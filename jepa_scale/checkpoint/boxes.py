@@ -1,8 +1,8 @@
-"""Pieces of sharded tensors as PyTorch's distributed checkpoint (DCP) knows them: boxes with an offset.
+"""Shard views: a rank's part of a tensor as blocks with offsets, the form of PyTorch's distributed checkpoint (DCP).
 
-ZeRO cuts the flattened parameters anywhere, FSDP2 cuts rows, tensor parallelism columns. All of them are unions of
-axis-parallel boxes, which DCP saves, finds again and cuts anew for whoever loads. So there is one checkpoint format,
-a plain DCP checkpoint with a parameter's name and true shape, whatever engine and world size wrote it.
+ZeRO splits flattened parameters at any element, FSDP2 splits rows, tensor parallelism splits rows or columns. Each rank's
+part is a union of rectangular blocks. DCP saves such blocks, and reshards them when a checkpoint is loaded. So there is one
+checkpoint format for every engine and world size: a plain DCP checkpoint with each parameter's name and whole shape.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 
 class Boxes:
-    """What this rank has of one tensor; DCP writes it and reads into it.
+    """Shard views of this rank in one tensor, which DCP writes and reads into.
 
     Attributes:
-        shape: of the whole tensor. dtype: of its elements.
-        parts: offset of each box in the whole, and the box's elements as a view into their owner's memory: loading
-            writes through it. Ranks that have the same box hold the same elements; it is written once.
+        shape: shape of the whole tensor. dtype: dtype of its elements.
+        parts: for each shard, its offset in the whole tensor and a view of its elements in the owner's memory. Loading
+            writes through the views. A shard that several ranks hold must be equal on all of them; it is written once.
     """
 
     def __init__(self, shape: Sequence[int], dtype: torch.dtype, parts: list[tuple[tuple[int, ...], Tensor]]) -> None:
@@ -33,12 +33,12 @@ class Boxes:
 
     @classmethod
     def whole(cls, tensor: Tensor) -> Boxes:
-        """All of a tensor."""
+        """One shard view of a whole tensor."""
         return cls(tensor.shape, tensor.dtype, [((0,) * tensor.dim(), tensor)])
 
     @classmethod
     def of_range(cls, shape: Sequence[int], start: int, flat: Tensor) -> Boxes:
-        """The elements [start, start + len(flat)) of the flattened tensor, in row-major order.
+        """Shard views of the elements [start, start + len(flat)) of the tensor flattened in row-major order.
 
         Args:
             flat: (n,) contiguous; n may be 0.
@@ -48,20 +48,20 @@ class Boxes:
 
     @classmethod
     def of_dtensor(cls, tensor: DTensor) -> Boxes:
-        """The local shard of a DTensor."""
+        """Shard view of the local shard of a DTensor."""
         local = tensor.to_local()
         sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
         assert tuple(sizes) == tuple(local.shape), (sizes, local.shape)
         return cls(tensor.shape, tensor.dtype, [(tuple(offsets), local)] if local.numel() else [])
 
     def within(self, dim: int, start: int, size: int) -> Boxes:
-        """The same elements where this tensor is a part of a larger one: it has ``[start, …)`` of the ``size`` of ``dim``."""
+        """Return the same elements as a part of a larger tensor, from ``start`` in dimension ``dim`` of size ``size``."""
         shape = (*self.shape[:dim], size, *self.shape[dim + 1 :])
         parts = [((*at[:dim], at[dim] + start, *at[dim + 1 :]), box) for at, box in self.parts]
         return Boxes(shape, self.dtype, parts)
 
     def copy(self) -> Boxes:
-        """The same elements in host memory of their own."""
+        """Return a copy in host memory."""
         parts = [(offset, box.detach().to("cpu", copy=True)) for offset, box in self.parts]
         return Boxes(self.shape, self.dtype, parts)
 
@@ -70,7 +70,7 @@ class Boxes:
 
     @property
     def nbytes(self) -> int:
-        """Of this rank's boxes."""
+        """Size of this rank's shards in bytes."""
         return sum(box.numel() * box.element_size() for _, box in self.parts)
 
     # -- torch.distributed._checkpointable._Checkpointable ------------------------------------------------------------
@@ -96,23 +96,28 @@ class Boxes:
         for offset, box in self.parts:
             if torch.Size(offset) == index.offset:
                 return box
-        raise AssertionError(f"{index.fqn}: this rank has no box at {index.offset}")
+        raise AssertionError(f"{index.fqn}: this rank has no shard at {index.offset}")
 
 
 class Stateful(Protocol):
-    """Whatever a checkpoint keeps: the engine, a teacher, a queue. Parameters and persistent buffers of the root module are
-    in the engine's state by themselves; what lives outside of it is handed to the saver and to ``load`` beside it."""
+    """Object whose tensors a checkpoint keeps: the engine, a teacher, a queue.
+
+    The engine's state contains all parameters and persistent buffers of the root module. Objects outside the root module
+    are passed to the saver and to ``load`` beside the engine.
+    """
 
     def state(self) -> dict[str, Boxes]:
-        """Name → this rank's part, as views that loading writes through. Names are unique among all parts, and every rank
-        has every name."""
+        """Return name → shard views of this rank, which loading writes through.
+
+        Names are unique among all objects, and every rank has every name.
+        """
 
     def loaded(self, updates: int) -> None:
-        """The views were written to; ``updates`` is the optimizer's count. Collective."""
+        """Finish loading after the views were written; ``updates`` is the optimizer's count. Collective."""
 
 
 def state_of(parts: Sequence[Stateful]) -> dict[str, Boxes]:
-    """All parts' tensors."""
+    """Return the tensors of all objects together."""
     state: dict[str, Boxes] = {}
     for part in parts:
         more = part.state()
@@ -122,8 +127,11 @@ def state_of(parts: Sequence[Stateful]) -> dict[str, Boxes]:
 
 
 def _boxes(shape: tuple[int, ...], start: int, flat: Tensor) -> Any:
-    """Cut a range of a row-major tensor into boxes: the rest of a row, whole rows, the beginning of a row, and the same
-    within those two rows; at most 2 · dimensions − 1 of them."""
+    """Split a range of a row-major tensor into rectangular blocks, and yield the offset and view of each.
+
+    A range is the rest of a row, whole rows, and the beginning of a row; the two partial rows are split recursively. There
+    are at most 2 · dimensions − 1 blocks.
+    """
     if not len(flat):
         return
     if len(shape) <= 1:

@@ -1,4 +1,4 @@
-"""The random number generators of a process, as tensors and plain values that ``weights_only`` loading accepts."""
+"""State of a process's random number generators, as tensors and plain values that ``weights_only`` loading accepts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def rng_state() -> dict[str, Any]:
-    """Every generator of this process."""
+    """Return the state of every generator of this process."""
     legacy: Any = np.random.get_state(legacy=False)
     version, internal, gauss = random.getstate()
     return {

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, and whether it is whole."""
+"""Manifest of a checkpoint: its description, and the verification of its files."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ FORMAT = 2
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """``manifest.json``, written last.
+    """Contents of ``manifest.json``, which is written last.
 
     Attributes:
-        step: optimizer steps done.
-        engine, layout, world_size: who wrote it, e.g. ``"deepspeed"``, ``"ZeRO-2 bf16"``, 4.
-        updates: of the optimizer; fewer than ``step`` where steps were skipped.
-        permanent: whether only the retention policy for permanent ones may remove it.
-        metrics: ``split/metric`` of the evaluation after this step, if there was one, for keeping the best.
-        state: of the run: the data's position and fingerprint, tokens, seconds.
-        config: the resolved config. versions: of the packages that matter.
+        step: number of optimizer steps done.
+        engine, layout, world_size: the engine that wrote it, e.g. ``"deepspeed"``, ``"ZeRO-2 bf16"``, 4.
+        updates: number of optimizer updates; fewer than ``step`` if steps were skipped.
+        permanent: whether the retention rules for permanent checkpoints apply; otherwise those for ephemeral ones.
+        metrics: ``split/metric`` → value of the evaluation after this step, if there was one; used to keep the best.
+        state: state of the run: position and fingerprint of the data, tokens, seconds.
+        config: the resolved config. versions: versions of the packages that matter.
         files: path within the checkpoint → ``bytes`` and ``sha256``.
     """
 
@@ -45,22 +45,26 @@ class Manifest:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
-        """The file appears whole or not at all."""
+        """Write the manifest into a folder, atomically."""
         values = asdict(self)
         text = json.dumps({"format": FORMAT, "sha256": _sha256(values), **values}, indent=1)
         write_atomic(folder / FILE, text + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """Raises:
-        InputError: there is none, it is damaged, or of another format.
+        """Read the manifest of a checkpoint.
+
+        Raises:
+            InputError: there is no manifest, it is damaged, or it has another format.
         """
         file = folder / FILE
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
             found = values.pop("format")
             if found != FORMAT:
-                raise InputError(f"{file}: is of format {found}, this version reads format {FORMAT}")
+                raise InputError(
+                    f"{file}: has format {found}, this version reads format {FORMAT}; use the version that wrote it"
+                )
             if values.pop("sha256") != _sha256(values):
                 raise InputError(f"{file}: its checksum is wrong")
             return cls(**values)
@@ -70,11 +74,11 @@ class Manifest:
             raise InputError(f"{file}: not a complete checkpoint: {error}") from None
 
     def damage(self, folder: Path, part: int = 0, parts: int = 1, hashes: bool = True) -> list[str]:
-        """What is wrong with the checkpoint's files, one line each; empty if it is whole.
+        """Return one line for each file that is missing or damaged; empty if the checkpoint is whole.
 
         Args:
-            part, parts: look at every ``parts``-th file only, from number ``part``, so that ranks can share the work.
-            hashes: read the files and compare SHA-256; otherwise sizes alone.
+            part, parts: check only every ``parts``-th file, from index ``part``, so that ranks can share the work.
+            hashes: read the files and compare SHA-256; otherwise compare only sizes.
         """
         wrong = []
         for name, told in list(sorted(self.files.items()))[part::parts]:
@@ -89,12 +93,12 @@ class Manifest:
 
 
 def _sha256(values: dict[str, Any]) -> str:
-    """Of what a manifest says, however it is laid out in the file."""
+    """Checksum of a manifest's values, independent of their layout in the file."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def describe(files: list[Path]) -> dict[str, Any]:
-    """Name → ``bytes`` and ``sha256`` of files, read once each, several at a time."""
+    """Return name → ``bytes`` and ``sha256`` of files; each is read once, up to four at a time."""
     with ThreadPoolExecutor(4) as pool:
         digests = list(pool.map(_sha256_of_file, files))
     return {f.name: {"bytes": f.stat().st_size, "sha256": d} for f, d in zip(files, digests, strict=True)}

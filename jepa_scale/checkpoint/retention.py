@@ -1,4 +1,4 @@
-"""Which checkpoints stay."""
+"""Retention of checkpoints: which are kept, and the removal of the others."""
 
 from __future__ import annotations
 
@@ -27,25 +27,27 @@ class Found:
 
 
 def complete(directory: Path) -> list[Found]:
-    """The checkpoints of a folder that are complete, oldest step first. Their files have not been looked at."""
+    """Return the complete checkpoints of a folder, oldest step first. Only manifests are read, no other files."""
     found = []
     for path in directory.glob("step_*"):
         if NAME.fullmatch(path.name) and (path / FILE).is_file():
             try:
                 found.append(Found(path, Manifest.read(path)))
             except InputError:
-                continue  # damaged: it counts as none, and is told of by `checkpoint ls`
+                continue  # a damaged one does not count; `checkpoint ls` reports it
     return sorted(found, key=lambda f: f.step)
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What to keep.
+    """Rules for which checkpoints are kept.
 
     Attributes:
-        last: newest permanent checkpoints. every: checkpoints whose step is a multiple of it; 0 = none by that reason.
-        best: ``split/metric`` whose best checkpoint stays; None = none. higher: whether more is better.
-        ephemeral: newest ephemeral checkpoints; they go, too, when a permanent one is newer.
+        last: number of the newest permanent checkpoints to keep.
+        every: keep permanent checkpoints whose step is a multiple of this; 0 = none for this reason.
+        best: ``split/metric`` whose best permanent checkpoint is kept; None = none.
+        higher: whether a higher value of that metric is better.
+        ephemeral: number of the newest ephemeral checkpoints to keep; those older than a permanent one are removed.
     """
 
     last: int = 2
@@ -55,7 +57,7 @@ class Policy:
     ephemeral: int = 1
 
     def remaining(self, found: Sequence[Found]) -> set[int]:
-        """Steps that stay. The newest of all always does."""
+        """Return the steps of the checkpoints that are kept. The newest checkpoint is always kept."""
         permanent = [f for f in found if f.manifest.permanent]
         stay = {f.step for f in permanent[-self.last :]}
         if self.every:
@@ -71,8 +73,10 @@ class Policy:
 
 
 def prune(directory: Path, policy: Policy) -> list[Path]:
-    """Remove what need not stay, oldest first; the removed folders. A folder is renamed before it is emptied, so that a
-    half-removed one does not look complete."""
+    """Remove the checkpoints that the policy does not keep, oldest first, and return their paths.
+
+    A folder is renamed before its files are removed, so that a half-removed checkpoint does not count as complete.
+    """
     found = complete(directory)
     stay = policy.remaining(found)
     gone = [f.path for f in found if f.step not in stay]
@@ -85,7 +89,7 @@ def prune(directory: Path, policy: Policy) -> list[Path]:
 
 
 def sweep(directory: Path) -> None:
-    """Remove what a run that was killed left of a save or of pruning: folders that never counted, or no longer."""
+    """Remove the folders that a killed run left of an unfinished save or removal."""
     for path in directory.glob("step_*"):
         name, _, state = path.name.partition(".")
         if NAME.fullmatch(name) and state in ("partial", "removed"):

@@ -1,8 +1,8 @@
-"""Writing checkpoints while training goes on.
+"""Saving checkpoints while training continues.
 
-A save copies this rank's part of the state into host memory, which is the only time that training waits, and a thread
-writes it: into a folder ``step_….partial`` that gets its name when every rank has written its part and the manifest is
-there. Whatever happens before leaves the older checkpoints as they were.
+A save copies this rank's part of the state into host memory; training waits only for this copy. A thread then writes it
+into a folder ``step_….partial``. The folder gets its final name when every rank has written its part and the manifest is
+written. A failure before that leaves the older checkpoints unchanged.
 """
 
 from __future__ import annotations
@@ -31,20 +31,22 @@ from jepa_scale.distributed.comm import barrier, rank, world_size
 from jepa_scale.utils.io import sync_folder, write_atomic
 
 PATIENCE = (1.0, 5.0)
-"""Seconds before each further try of a save that failed."""
+"""Seconds before each retry of a failed save."""
 GROUP_TIMEOUT = timedelta(hours=2)
-"""How long ranks wait for each other's writing."""
+"""Maximum time that ranks wait for each other in a save."""
 LAST_CHANCE = 60.0
-"""Seconds that a run which has failed gives to the save that is being written."""
+"""Seconds that a failed run waits for the save in progress."""
 
 
 @dataclass(slots=True)
 class Report:
-    """What became of a save.
+    """Outcome of a save.
 
     Attributes:
-        step: of the checkpoint. path: where it is, None if it failed. problem: why, of the first rank that failed.
-        stalled: seconds that training waited for the copy (and for the save before). seconds: until it was complete.
+        step: step of the checkpoint. path: its folder, None if the save failed.
+        problem: error message of the first rank that failed; empty if none did.
+        stalled: seconds that training waited for the copy (and for the previous save).
+        seconds: seconds from the start of the save to its end.
     """
 
     step: int
@@ -67,15 +69,15 @@ class _Job:
 
 
 class Saver:
-    """Saves the checkpoints of a run. All ranks make one and call it alike.
+    """Saver of a run's checkpoints. All ranks create one and call its collective methods together.
 
     Args:
         directory: folder of the checkpoints.
-        policy: what to keep.
-        asynchronous: write in a thread; else :meth:`save` returns when the checkpoint is complete.
-        tell: called by rank 0 with what happened to each save, when that is known.
-        every: steps between checkpoints that ``policy`` keeps or removes; 0 = only one after the last step.
-        ephemeral_every: steps between checkpoints of which only the newest is there; 0 = none.
+        policy: rules for which checkpoints are kept.
+        asynchronous: write in a thread; otherwise :meth:`save` returns when the checkpoint is complete.
+        tell: callback on rank 0, called with the outcome of each save when it is known.
+        every: steps between permanent checkpoints; 0 = only one after the last step.
+        ephemeral_every: steps between ephemeral checkpoints, which later ones replace; 0 = none.
     """
 
     def __init__(
@@ -92,22 +94,28 @@ class Saver:
         self._job: _Job | None = None
         if rank() == 0:
             sweep(directory)
-        # the thread's collectives must not meet those of the training
+        # the thread's collectives must not mix with those of training
         self._group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT) if world_size() > 1 else None
 
     def due(self, done: int, last: int) -> bool:
-        """Whether there is a checkpoint after ``done`` steps of a run that ends after ``last``."""
+        """Return whether to save a checkpoint after ``done`` steps of a run that ends after ``last`` steps."""
         ephemeral = self._ephemeral_every > 0 and done % self._ephemeral_every == 0
         return ephemeral or self.permanent(done, last)
 
     def permanent(self, done: int, last: int) -> bool:
-        """Whether that checkpoint is one that the policy decides about; otherwise the next one replaces it."""
+        """Return whether that checkpoint is permanent; otherwise it is ephemeral, and later ones replace it."""
         return done == last or (self._every > 0 and done % self._every == 0)
 
     def save(self, parts: Sequence[Stateful], manifest: Manifest) -> None:
-        """Save the parts (the engine first), the generators and ``manifest`` (without ``files``). Collective. A save that is still being
-        written is waited for first. A save that fails is told of and forgotten: the run goes on, the older checkpoints
-        stay, and the next save tries again."""
+        """Save the state of ``parts``, the random number generators and the manifest. Collective.
+
+        The call first waits for a save in progress. A save that fails is reported; the run continues, the older checkpoints
+        stay, and the next save is tried as usual.
+
+        Args:
+            parts: the objects to save, the engine first.
+            manifest: the manifest without ``files``.
+        """
         began = time.monotonic()
         self.wait()
         tensors = {name: boxes.copy() for name, boxes in state_of(parts).items()}
@@ -122,7 +130,7 @@ class Saver:
             self.wait()
 
     def wait(self) -> Report | None:
-        """Until the save that is being written, if any, is complete or has failed; collective. What became of it."""
+        """Wait until the save in progress, if any, is complete or has failed, and return its outcome. Collective."""
         job, self._job = self._job, None
         if job is None:
             return None
@@ -132,13 +140,16 @@ class Saver:
         return job.report
 
     def poll(self) -> None:
-        """Tell of a save that has finished meanwhile; not collective."""
+        """Report a save that has finished since the last call. Not collective."""
         if self._job is not None and self._job.done.is_set():
             self._tell(self._job)
 
     def abandon(self) -> None:
-        """The run has failed: let the save that is being written come to its end, if the other ranks still can; not
-        collective. A thread that the interpreter finds at work when it ends would take the process down with SIGABRT."""
+        """Give the save in progress ``LAST_CHANCE`` seconds to finish after the run has failed. Not collective.
+
+        It can finish only if the other ranks still run. If the thread were active at the interpreter's exit, the process
+        would be killed by SIGABRT.
+        """
         if self._job is not None and self._job.thread is not None:
             self._job.thread.join(LAST_CHANCE)
             self.poll()
@@ -160,21 +171,23 @@ class Saver:
                 job.report.problem = problem
                 if pause is not None:
                     time.sleep(pause)
-        except Exception:  # the group itself is broken: training will find out, too
+        except Exception:  # the process group itself has failed, which training will notice, too
             job.report.problem = traceback.format_exc()
         finally:
             job.report.seconds = time.monotonic() - job.began
             job.done.set()
 
     def _try(self, job: _Job) -> str:
-        """Write everything once; what went wrong on this rank, empty if nothing. All ranks go through the same
-        collectives whatever fails on one of them."""
+        """Write the checkpoint once, and return this rank's error message, empty on success.
+
+        All ranks run through the same collectives, whatever fails on one of them.
+        """
         final = self.directory / f"step_{job.manifest.step:08d}"
         partial = final.with_name(f"{final.name}.partial")
         problem = ""
         if rank() == 0:
             try:
-                shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+                shutil.rmtree(partial, ignore_errors=True)  # left by a killed run
                 (partial / TENSORS).mkdir(parents=True)
             except OSError as error:
                 problem = _plain(error)
@@ -191,7 +204,7 @@ class Saver:
                 generators = partial / f"rng_rank{rank():05d}.pt"
                 _write(generators, job.generators)
                 files |= describe([generators])
-            except Exception as error:  # whatever it is, the other ranks wait for the answer
+            except Exception as error:  # any error: the other ranks wait for this rank's result
                 problem = _plain(error)
         everyone = self._gather((problem, files))
         if rank() == 0:
@@ -209,7 +222,7 @@ class Saver:
         replace(manifest, files={name: f for part in files for name, f in part.items()}).write(partial)
         sync_folder(partial / TENSORS)
         sync_folder(partial)
-        if final.exists():  # the same step again, after going back to an older checkpoint
+        if final.exists():  # the step was saved before a resume from an older checkpoint
             aside = final.with_name(f"{final.name}.removed")
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(final, aside)
@@ -229,7 +242,7 @@ class Saver:
         return everyone
 
     def _agree(self, problem: str) -> str:
-        """The first rank's problem, on every rank."""
+        """Return the error of the first rank that has one, on every rank; collective."""
         return next((p for p in self._gather(problem) if p), "")
 
     def close(self) -> None:
@@ -239,7 +252,7 @@ class Saver:
 
 
 def _plain(error: Exception) -> str:
-    """One line: the innermost reason of an exception of DCP, or the file and what is wrong with it."""
+    """Format an exception as one line: the innermost cause of an exception of DCP, or the file and its error."""
     causes = getattr(error, "failures", {})
     if causes:
         number, (inner, _) = next(iter(causes.items()))
@@ -250,7 +263,10 @@ def _plain(error: Exception) -> str:
 
 
 def _write(file: Path, value: Any) -> None:
-    """``torch.save`` that ends on the disk. (Given a path, it says "unexpected pos" when the disk is full.)"""
+    """Save a value with ``torch.save`` and flush it to the disk.
+
+    Given a path, ``torch.save`` would report a full disk as "unexpected pos".
+    """
     buffer = io.BytesIO()
     torch.save(value, buffer)
     with open(file, "wb") as stream:

@@ -1,7 +1,7 @@
-"""The state of ranks that have parts of a tensor, as parts of the whole.
+"""State of tensor-parallel ranks, expressed as shards of the whole tensors.
 
-Engines shard what their rank has. With tensor parallelism that is itself a part; a checkpoint knows wholes only, and so it can be
-read by any number of ranks with any degree.
+An engine shards the tensors of its rank. With tensor parallelism these are themselves parts of whole tensors. A checkpoint
+holds whole tensors only, so that any number of ranks with any degree of tensor parallelism can read it.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from jepa_scale.checkpoint.boxes import Boxes, Stateful
 
 
 class SplitState:
-    """What ``part`` gives, as parts of the wholes.
+    """State of ``part`` with each shard placed in the whole tensor.
 
     Args:
-        splits: name of a parameter in the root module → where this rank's lies: it has ``[start, …)`` of the ``size`` of
-            dimension ``dim`` (:class:`jepa_scale.distributed.tp_group.Split`).
+        part: object whose tensors are this rank's parts.
+        splits: name of a parameter in the root module → (dim, start, size), the position of this rank's part in the whole
+            (:class:`jepa_scale.distributed.tp_group.Split`).
     """
 
     def __init__(self, part: Stateful, splits: Mapping[str, tuple[int, int, int]]) -> None:
@@ -26,7 +27,7 @@ class SplitState:
         return {name: self._whole(name, boxes) for name, boxes in self.part.state().items()}
 
     def _whole(self, name: str, boxes: Boxes) -> Boxes:
-        split = self.splits.get(name.partition("/")[2])  # after "model/", a moment's name or "teacher/"
+        split = self.splits.get(name.partition("/")[2])  # without "model/", a moment's name or "teacher/"
         return boxes if split is None else boxes.within(*split)
 
     def loaded(self, updates: int) -> None:

@@ -1,4 +1,4 @@
-"""Tensors in a folder: a distributed checkpoint, and reading it without trusting it."""
+"""Tensors in a folder as a PyTorch distributed checkpoint, read without executing code from it."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ _TRUSTED = {
 
 
 class StoreError(Exception):
-    """Some ranks could not write: rank → exception and its stack, in ``failures``.
+    """Error of ranks that could not write; ``failures`` maps rank → (exception, stack).
 
-    DCP's own exception derives from ``BaseException`` and would pass every ``except Exception``.
+    DCP's own exception derives from ``BaseException``, so ``except Exception`` would not catch it.
     """
 
     def __init__(self, error: CheckpointException) -> None:
@@ -53,16 +53,16 @@ def _reason(error: CheckpointException) -> str:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Makes dataclasses of DCP's metadata and nothing else: a pickle may name any function to be called.
+    """Unpickler that permits only the dataclasses of DCP's metadata, because a pickle can call any function by name.
 
-    Names, not modules, are trusted: ``os.system`` is within reach of a module that imports ``os``.
+    It permits names, not modules: ``os.system`` can be reached through any module that imports ``os``.
     """
 
     def find_class(self, module: str, name: str) -> Any:
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | torch.memory_format)
         if (module, name) in _TRUSTED or dtype:
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint of ours does")
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which is not part of a checkpoint's metadata")
 
 
 class _SavePlanner(DefaultSavePlanner):
@@ -74,14 +74,14 @@ class _LoadPlanner(DefaultLoadPlanner):
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
-        self.state_dict = self.original_state_dict = state_dict  # the base class would copy what it does not know
+        self.state_dict = self.original_state_dict = state_dict  # the base class would copy values of unknown types
         self.metadata, self.is_coordinator = metadata, is_coordinator
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
         return self.state_dict[index.fqn].__get_tensor_shard__(index)
 
     def load_bytes(self, read_item: Any, value: Any) -> None:
-        raise AssertionError("a checkpoint of ours holds tensors only; the base class would unpickle")
+        raise AssertionError("checkpoints hold tensors only; the base class would unpickle bytes")
 
 
 def _save_planner() -> _SavePlanner:
@@ -93,14 +93,14 @@ def _load_planner() -> _LoadPlanner:
 
 
 class SafeReader(dcp.FileSystemReader):
-    """DCP's reader, whose only unpickling of its own is that of the metadata (tensors are read with ``weights_only``)."""
+    """DCP's reader with a safe unpickler for the metadata; tensors are read with ``weights_only``."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return read_metadata(Path(self.path))
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """What tensors a folder holds.
+    """Read the metadata of the tensors in a folder.
 
     Raises:
         InputError: the metadata file is missing, damaged, or holds something that is not metadata.
@@ -123,20 +123,21 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 def shapes(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Name → shape and dtype of every tensor in a folder."""
+    """Return name → shape and dtype of every tensor in a folder."""
     found: Any = read_metadata(folder).state_dict_metadata
     return {name: (tensor.size, tensor.properties.dtype) for name, tensor in found.items()}
 
 
 def write(folder: Path, tensors: Mapping[str, Boxes], group: dist.ProcessGroup | None = None) -> dict[str, Any]:
-    """Write what the ranks have, each its own files. Collective over ``group``; may run in a thread of its own if the group
-    is used by nothing else.
+    """Write the tensors; each rank writes files of its own. Collective over ``group``.
+
+    It may run in a thread of its own if nothing else uses the group.
 
     Returns:
-        The files that this rank wrote: name → ``bytes`` and ``sha256``; the metadata file is rank 0's.
+        The files that this rank wrote: name → ``bytes`` and ``sha256``. Rank 0 writes the metadata file.
 
     Raises:
-        StoreError: on every rank, if some could not write.
+        StoreError: on every rank, if any rank could not write.
     """
     folder.mkdir(parents=True, exist_ok=True)
     writer = dcp.FileSystemWriter(folder, sync_files=True)
@@ -152,10 +153,10 @@ def write(folder: Path, tensors: Mapping[str, Boxes], group: dist.ProcessGroup |
 def read(
     folder: Path, tensors: Mapping[str, Boxes], group: dist.ProcessGroup | None = None, alone: bool = False
 ) -> None:
-    """Fill the boxes of this rank, whoever wrote the folder. Collective over ``group``.
+    """Fill the shard views of this rank from a folder that any engine and world size wrote. Collective over ``group``.
 
     Args:
-        alone: in this process by itself; nothing is collective then.
+        alone: read in this process only; then the call is not collective.
 
     Raises:
         InputError: a tensor is missing or has another shape, or a file of tensors is missing or damaged.
@@ -166,15 +167,16 @@ def read(
             raise InputError(f"{folder}: holds no tensor {name!r}; {_of_another_model(name, tensors, there)}")
         if there[name][0] != boxes.shape:
             raise InputError(
-                f"{folder}: {name} has shape {tuple(there[name][0])}, the model's has {tuple(boxes.shape)}"
+                f"{folder}: {name} has shape {tuple(there[name][0])}, the model's has {tuple(boxes.shape)}; "
+                "set model and objective as in the run that wrote it"
             )
     _load(folder, dict(tensors), process_group=group, no_dist=alone)
 
 
 def _of_another_model(name: str, wanted: Iterable[str], there: Iterable[str]) -> str:
-    """Why a checkpoint may lack a tensor, and what to do. peft puts an adapted layer under another name."""
+    """Explain why a checkpoint may lack a tensor, and what to do. peft renames the layers that it adapts."""
     if not name.startswith("model/") and f"model/{name.partition('/')[2]}" in there:
-        return "its run stepped this parameter in another way, or not at all; set optim.method and its overrides as they were"
+        return "its run used another optimizer for this parameter, or none; set optim.method and optim.overrides as in that run"
     wants, has = (any(".lora_A." in name for name in names) for names in (wanted, there))
     if wants and not has:
         return (
@@ -183,14 +185,14 @@ def _of_another_model(name: str, wanted: Iterable[str], there: Iterable[str]) ->
         )
     if has and not wants:
         return (
-            "its run has adapters, this one has no model.lora; set that as it was, or convert the checkpoint to Hugging "
+            "its run has adapters, this one has no model.lora; set it as in that run, or convert the checkpoint to Hugging "
             "Face format and give that as model.pretrained"
         )
-    return "it is the checkpoint of another model or objective"
+    return "it is the checkpoint of another model or objective; set both as in its run"
 
 
 def read_whole(folder: Path, names: list[str]) -> dict[str, Tensor]:
-    """Whole tensors in host memory, in this process alone: no process group is needed.
+    """Read whole tensors into host memory, in this process only; no process group is needed.
 
     Raises:
         InputError: a tensor is missing, or a file of tensors is missing or damaged.

@@ -1,4 +1,4 @@
-"""Ranges of flattened tensors as boxes."""
+"""Ranges of flattened tensors as shard views."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_boxes_are_views(case):
 
 
 def test_most_boxes():
-    """All but the first and last element of a cube: within a row, the rest of a plane, planes, and the same at the end."""
+    """All but the first and last element of a cube: part of a row, rows, planes, then rows and part of a row."""
     boxes = Boxes.of_range((4, 4, 4), 1, torch.arange(62))
     assert [tuple(box.shape) for _, box in boxes.parts] == [(1, 1, 3), (1, 3, 4), (2, 4, 4), (1, 3, 4), (1, 1, 3)]
 

@@ -1,4 +1,4 @@
-"""Checkpoints of real engines on real ranks: bitwise continuation, atomicity, damage, faults while they are written."""
+"""Checkpoints of real engines on real ranks: bitwise continuation, atomicity, damage, and faults during a save."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def manifest(engine: Engine, step: int, **values: Any) -> Manifest:
 
 
 def numbers() -> list[float]:
-    """The next number of each generator."""
+    """Draw the next number of each generator."""
     return [
         torch.rand(()).item(),
         float(np.random.rand()),
@@ -72,8 +72,10 @@ def save_continue_load_continue(ranks: Ranks, folder: str, cases: list[dict[str,
 
 
 def test_training_continues_bitwise(tmp_path):
-    """Every engine, with synchronous and asynchronous saves, in both precisions; all pairs of an engine and a precision:
-    tests/distributed/test_engine_state.py."""
+    """Test every engine, both kinds of saves and both precisions.
+
+    All pairs of engine and precision are in tests/distributed/test_engine_state.py.
+    """
     cases = [
         {"name": e, "accumulation": 2, "precision": precision, "tied": True}
         for e, precision in zip(ENGINES, ("fp32", "fp32", "bf16", "bf16", "bf16"), strict=True)
@@ -90,7 +92,7 @@ def test_training_continues_bitwise(tmp_path):
 
 
 def save_many(ranks: Ranks, folder: str) -> list[str]:
-    """Several saves of which two are kept, one of them over a folder that a killed run left behind."""
+    """Save several checkpoints, of which two are kept; one save finds a folder left by a killed run."""
     directory = Path(folder)
     engine = make_engine("fsdp", ranks)
     if ranks.is_main:
@@ -188,7 +190,7 @@ def test_without_hashes_sizes_are_compared(two_saved, tmp_path):
 
 
 def save_on_a_full_disk(ranks: Ranks, folder: str) -> list[Any]:
-    """Rank 1's disk is full for the second save, and for the first try of the third."""
+    """Save while rank 1's disk is full: during the second save, and during the first try of the third."""
     from jepa_scale.checkpoint import saver as module
 
     engine = make_engine("fsdp", ranks)
@@ -226,7 +228,7 @@ def test_a_full_disk_costs_one_checkpoint_and_leaves_the_others(tmp_path):
 
 
 def train_while_saving(ranks: Ranks, folder: str) -> tuple[bool, bool]:
-    """The writing is held up until training has gone on; what is saved is the state of before."""
+    """Delay the writing until training has continued; the save must hold the state before that."""
     engine = make_engine("zero2", ranks)
     toy.train(engine, range(2))
     go, write, waited = threading.Event(), store.write, []
@@ -275,7 +277,7 @@ def save_tied(ranks: Ranks, folder: str) -> str:
 
 
 class Queue:
-    """State beside the engine: each rank has rows of its own."""
+    """State outside the engine; each rank has rows of its own."""
 
     def __init__(self, ranks: Ranks, rows: torch.Tensor) -> None:
         self.ranks, self.rows, self.updates = ranks, rows, -1

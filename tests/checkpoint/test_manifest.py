@@ -1,4 +1,4 @@
-"""What a manifest says is what was written, or it is refused."""
+"""A manifest is read as it was written, or refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_what_is_written_is_read(tmp_path):
 
 @pytest.mark.parametrize(("key", "value"), [("step", 4), ("state", {"position": 41}), ("files", {})])
 def test_a_manifest_that_was_changed_is_refused(tmp_path, key, value):
-    """It is valid JSON still, so that the checksum alone tells."""
+    """The changed manifest is still valid JSON, so only the checksum detects the change."""
     TOLD.write(tmp_path)
     values = json.loads((tmp_path / FILE).read_text())
     assert values[key] != value

@@ -1,4 +1,4 @@
-"""Tensors in a folder: any split over ranks comes back, damage is told, and nothing is executed."""
+"""Tensors in a folder: any split over ranks can be read, damage is reported, and no code is executed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def value(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
 
 
 def cut(tensor: torch.Tensor, cuts: list[int]) -> list[Boxes]:
-    """A contiguous tensor cut at ``cuts``, as views."""
+    """Split a contiguous tensor at ``cuts`` into shard views."""
     flat = tensor.view(-1)
     return [Boxes.of_range(tensor.shape, a, flat[a:b]) for a, b in pairwise([0, *sorted(cuts), len(flat)])]
 
@@ -52,7 +52,7 @@ def test_any_split_is_read_by_any_other(tmp_path_factory, data):
 
 
 def random_cuts(seed: int, elements: int, parts: int) -> list[int]:
-    """The same on every rank; some parts are empty."""
+    """Random cuts, equal on every rank; some parts are empty."""
     generator = random.Random(seed)
     return [generator.randint(0, elements) for _ in range(parts - 1)]
 
@@ -134,7 +134,7 @@ def test_a_run_with_another_optimizer_is_told_what_to_set(tmp_path):
 
 
 def call(module: str, name: str, argument: str) -> bytes:
-    """A pickle that calls a function as it is read."""
+    """Return a pickle that calls a function when it is loaded."""
 
     def text(value: str) -> bytes:
         return b"\x8c" + bytes([len(value)]) + value.encode()
