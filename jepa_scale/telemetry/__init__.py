@@ -1,4 +1,4 @@
-"""What a run leaves behind: rows of metrics, a summary, and the loggers that people watch."""
+"""Records of a run: rows of metrics, a summary, and loggers such as TensorBoard and W&B."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 _OF_RUNS = {"RunLog": "run_log", "package_versions": "environment", "prepare_run_dir": "run_dir"}
-"""What needs torch → its module: imported when it is asked for, as who reads a run's records goes without."""
+"""Names that need torch → module. They are imported on first use, because reading a run's records does not need torch."""
 
 if not TYPE_CHECKING:
 

@@ -1,4 +1,4 @@
-"""What is known of a metric by its name: unit, direction, and its place in a report."""
+"""Unit, direction and position in a report of each metric, by its name."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 FIT = "fit"
-"""Split of the rows that training itself logs."""
+"""Split of the rows that are logged during training."""
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """Attributes: ``unit`` is empty when unknown; ``better`` is ``None`` for values that have no good
-    direction."""
+    """Properties of a metric.
+
+    Attributes:
+        unit: empty when unknown.
+        better: direction of improvement; ``None`` if the metric has none.
+    """
 
     name: str
     unit: str = ""
@@ -24,18 +28,18 @@ class Metric:
 
 
 STEP_PARTS = ("data", "collect", "forward", "backward", "optimizer", "teacher", "other")
-"""What a step's time is divided into: waiting for the loader; the collecting pass; forward and backward of all micro-batches;
-clipping and update; the teacher's update; everything else, of which logging and the wait for the slowest rank's data are most."""
+"""Parts of a step's time: waiting for the loader; the gather pass; forward and backward of all micro-batches; clipping and
+update; the teacher's update; everything else, mostly logging and the wait for the data of the slowest rank."""
 STEP_TIME = "time_per_step"
-"""Metric of the sum of these parts, in seconds."""
+"""Name of the metric for the sum of these parts, in seconds."""
 
 
 def step_part(part: str) -> str:
-    """Metric of one of ``STEP_PARTS``, in seconds per step."""
+    """Return the name of the metric for one of ``STEP_PARTS``, in seconds per step."""
     return f"time_{part}"
 
 
-# In the order in which a report shows them.
+# in the order of a report
 _KNOWN = [
     Metric("loss", "", "lower"),
     Metric("lm_loss", "nats/token", "lower"),
@@ -111,8 +115,11 @@ _HIGHER = {"accuracy", "match", "mrr", "top1", "hits", "margin", "usage", "effic
 
 
 def describe(name: str) -> Metric:
-    """What is known of a metric. A name that isn't listed takes its direction from its words (``recon_loss``,
-    ``code_accuracy``); other unlisted names, a gate or a temperature, have none."""
+    """Return the properties of a metric.
+
+    The direction of a name that is not listed follows from its words (``recon_loss``, ``code_accuracy``). Other unlisted
+    names, such as those of gates and temperatures, have none.
+    """
     if name in _BY_NAME:
         return _BY_NAME[name]
     words = set(name.lower().replace("/", "_").split("_"))
@@ -122,14 +129,15 @@ def describe(name: str) -> Metric:
 
 
 def chart(split: str, name: str) -> str:
-    """Name under which TensorBoard and W&B show a metric; both put into one group what has the same word before the slash:
-    the split, or for rows of training ``optimizer`` and ``speed`` where it is about these.
+    """Return the name of a metric in TensorBoard and W&B, which group metrics by the word before the slash.
+
+    That word is the split. For metrics of the optimizer and of speed in rows of training it is ``optimizer`` or ``speed``.
     """
     return f"{_CHARTS.get(name, split) if split == FIT else split}/{name}"
 
 
 def in_report_order(names: set[str]) -> list[str]:
-    """Well-known results first, then the run's own in alphabetical order, then speed and optimizer."""
+    """Sort metric names: listed results first, then unlisted names alphabetically, then optimizer and speed."""
     first = [m.name for m in _KNOWN if m.name in names]
     last = [m.name for m in _MACHINERY if m.name in names]
     return [*first, *sorted(names - {*first, *last}), *last]

@@ -1,4 +1,4 @@
-"""Silence for other libraries' chatter, so that a run's own lines are what the user reads."""
+"""Suppression of other libraries' log messages, so that the output is that of the run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _LOGGERS = (
     "urllib3",
     "wandb",
 )
-_MODULES = (  # not all of torch: torch.cuda warns of a driver that is too old, which is the user's to know
+_MODULES = (  # not all of torch: the user needs torch.cuda's warning about an old driver
     "torch.autograd",
     "torch.distributed",
     "torch.optim",
@@ -40,7 +40,7 @@ _MODULES = (  # not all of torch: torch.cuda warns of a driver that is too old, 
     "wandb",
     "webdataset",
 )
-_ENVIRONMENT = {  # read by the libraries when they are imported
+_ENVIRONMENT = {  # the libraries read these when they are imported
     "DATASETS_VERBOSITY": "error",
     "GLOG_minloglevel": "2",
     "TF_CPP_MIN_LOG_LEVEL": "2",
@@ -51,19 +51,22 @@ _ENVIRONMENT = {  # read by the libraries when they are imported
 
 
 class _ErrorsOnly(logging.Filter):
-    """A filter, not a level: DeepSpeed and transformers set their loggers' levels again when they are
-    imported."""
+    """Logging filter that passes only errors.
+
+    A level would not be enough, because DeepSpeed and transformers set their loggers' levels when they are imported.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
         return record.levelno >= logging.ERROR
 
 
 def quiet_libraries() -> None:
-    """Let through only the errors of the libraries underneath, and not their deprecation or user warnings:
-    the user of a config file can act on neither. Imports none of them. What is already set in the environment
-    stays as it is.
+    """Suppress all log messages below errors, and deprecation and user warnings, of the libraries that a run uses.
 
-    Call it before these libraries are imported; calling it again changes nothing.
+    The user of a config file cannot act on these messages. The function imports none of the libraries, and keeps
+    environment variables that are already set.
+
+    Call it before the libraries are imported; a second call changes nothing.
     """
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)

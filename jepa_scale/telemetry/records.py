@@ -1,8 +1,8 @@
-"""The run directory on disk: how its rows are written, cut at a resume, read back and summed up.
+"""Files of a run directory: reading, truncating and summarising the rows of metrics.
 
 ``metrics.jsonl`` has one JSON object a line: ``step``, ``split``, ``tokens`` and ``flops`` (trained so far, all ranks) and
-the values. Rows of the running training have the split ``"fit"``; evaluation rows have the name of what was
-evaluated. JSON has no NaN and no infinity: such a value is written as ``null``.
+the metrics. Rows that training logs have the split ``"fit"``; rows of an evaluation have the name of its split. JSON has no
+NaN and no infinity; such values are written as ``null``.
 """
 
 from __future__ import annotations
@@ -25,20 +25,19 @@ METRICS_FILE, SUMMARY_FILE, CONFIG_FILE = "metrics.jsonl", "summary.json", "conf
 _NOT_VALUES = ("step", "split", "tokens", "flops")
 
 BUDGET_ERROR = 0.02
-"""How far a run may be from its budget of FLOPs, relatively, without a word."""
+"""Relative deviation from a run's FLOPs budget up to which it is not reported."""
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """A run as its directory tells it.
+    """A run as read from its directory.
 
     Attributes:
-        rows: rows of ``metrics.jsonl`` in the order written. summary: ``summary.json``, or what the rows give
-            without it.
-        config: the resolved config as a mapping (empty when missing or damaged); config_text: the same as
-            YAML text.
+        rows: rows of ``metrics.jsonl`` in the order written.
+        summary: ``summary.json``; if it is missing, a summary of the rows.
+        config: the resolved config as a mapping (empty when missing or damaged). config_text: the same as YAML text.
     """
 
     directory: Path
@@ -49,13 +48,13 @@ class RunRecord:
     config_text: str
 
     def value(self, split: str, metric: str, which: str = "final") -> float | None:
-        """A summary value (``which`` is ``"final"`` or ``"best"``), ``None`` when the run doesn't have it."""
+        """Return a value of the summary, ``None`` when the run doesn't have it; ``which`` is ``"final"`` or ``"best"``."""
         value = self.summary.get(which, {}).get(split, {}).get(metric)
         return value.get("value") if isinstance(value, dict) else value
 
 
 def config_of(run_dir: Path) -> Path:
-    """The resolved config that a run has saved.
+    """Return the path of the resolved config that a run has saved.
 
     Raises:
         InputError: there is none.
@@ -66,8 +65,10 @@ def config_of(run_dir: Path) -> Path:
 
 
 def clean(value: Any) -> float | int | None:
-    """A metric as valid JSON: NaN and infinities become ``None``. A tensor is refused: reading it would wait
-    for the device, which is the loop's to decide."""
+    """Convert a metric to a number that JSON can hold; NaN and infinities become ``None``.
+
+    Tensors are refused, because reading one waits for the device. The training loop decides when to do that.
+    """
     if value is None:
         return None
     assert isinstance(value, Real), f"a metric must be a Python number, not {type(value).__name__}"
@@ -77,7 +78,7 @@ def clean(value: Any) -> float | int | None:
 
 
 def read_rows(run_dir: Path) -> list[Row]:
-    """The whole rows of ``metrics.jsonl``; a line that a killed run left half-written is skipped."""
+    """Read the rows of ``metrics.jsonl``; a line that a killed run left half-written is skipped."""
     rows: list[Row] = []
     try:
         lines = (run_dir / METRICS_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
@@ -94,10 +95,9 @@ def read_rows(run_dir: Path) -> list[Row]:
 
 
 def truncate_rows(run_dir: Path, step: int) -> list[Row]:
-    """Drop the rows after ``step``, which a resumed run will write again, and damaged lines; returns what is
-    kept.
+    """Remove damaged lines and the rows after ``step``, which a resumed run writes again; return the rows kept.
 
-    Nothing is kept at step 0: no training lies before it.
+    At step 0 all rows are removed, because nothing was trained before it.
     """
     kept = [row for row in read_rows(run_dir) if 0 < step >= row["step"]]
     write_atomic(run_dir / METRICS_FILE, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept))
@@ -105,14 +105,16 @@ def truncate_rows(run_dir: Path, step: int) -> list[Row]:
 
 
 def values_of(row: Row) -> dict[str, float | None]:
-    """The metrics of a row, without the columns that say where it stands."""
+    """Return the metrics of a row, without ``step``, ``split``, ``tokens`` and ``flops``."""
     return {k: v for k, v in row.items() if k not in _NOT_VALUES and (v is None or isinstance(v, int | float))}
 
 
 def summarize(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
-    """``final``: split → metric → last value. ``best``: split → metric → ``{"value", "step"}``, of the
-    metrics that have a good direction (:func:`jepa_scale.telemetry.metrics.describe`) and were finite at
-    least once."""
+    """Return the final and best values of the metrics.
+
+    ``final`` maps split → metric → last value. ``best`` maps split → metric → ``{"value", "step"}``, for the metrics that
+    have a direction (:func:`jepa_scale.telemetry.metrics.describe`) and were finite at least once.
+    """
     final: dict[str, dict[str, float | None]] = {}
     best: dict[str, dict[str, dict[str, float]]] = {}
     for row in rows:
@@ -138,8 +140,15 @@ def make_summary(
     flops: int = 0,
     budget: float = 0.0,
 ) -> dict[str, Any]:
-    """The contents of ``summary.json``. ``seconds`` is training time, without evaluations and saves; ``budget``: the FLOPs that
-    were asked for. By how much the run misses it is told where that is more than ``BUDGET_ERROR``."""
+    """Return the contents of ``summary.json``.
+
+    The relative deviation from the budget is included (``flops_error``) if it is larger than ``BUDGET_ERROR``.
+
+    Args:
+        seconds: training time, without evaluations and saves.
+        flops: FLOPs of training; 0 = not counted.
+        budget: FLOPs that the config requests; 0 = none.
+    """
     spent: dict[str, Any] = {"flops": flops} if flops else {}
     if budget:
         spent["flops_budget"] = budget
@@ -157,7 +166,7 @@ def make_summary(
 
 
 def load_run(run_dir: Path | str) -> RunRecord:
-    """Read a run directory, also one of a run that was killed: without a summary the rows make one.
+    """Read a run directory. For a killed run without a summary, the summary is made from the rows.
 
     Raises:
         InputError: not a directory, or neither rows nor a summary in it.
@@ -181,7 +190,7 @@ def load_run(run_dir: Path | str) -> RunRecord:
 
 
 def last_counts(rows: list[Row]) -> tuple[int, int, float]:
-    """Steps, tokens and training seconds as far as the rows tell."""
+    """Return the latest numbers of steps, tokens and training seconds in the rows."""
     steps = max((row["step"] for row in rows), default=0)
     tokens = max((row.get("tokens") or 0 for row in rows), default=0)
     seconds = max((row.get("seconds") or 0.0 for row in rows if row["split"] == FIT), default=0.0)
@@ -189,7 +198,7 @@ def last_counts(rows: list[Row]) -> tuple[int, int, float]:
 
 
 def last_flops(rows: list[Row]) -> int:
-    """FLOPs of training as far as the rows tell; 0 if they don't."""
+    """Return the latest number of training FLOPs in the rows; 0 if they have none."""
     return max((row.get("flops") or 0 for row in rows), default=0)
 
 

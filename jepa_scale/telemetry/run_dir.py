@@ -1,4 +1,4 @@
-"""The run directory before a run: it is made, or refused."""
+"""Creation and check of the run directory before a run."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from jepa_scale.utils.errors import InputError
 
 
 def prepare_run_dir(run_dir: Path, resume: bool) -> None:
-    """Make the run directory, and refuse one that already holds a run unless that run is to be resumed.
+    """Create the run directory; refuse one that already holds a run unless that run is resumed.
 
-    Collective: rank 0 looks, every rank raises.
+    Collective: rank 0 checks, every rank raises.
 
     Raises:
-        InputError: the directory holds a run and ``resume`` is false, or it cannot be made.
+        InputError: the directory holds a run and ``resume`` is false, or it cannot be created.
     """
     problem = _prepare(run_dir, resume) if comm.rank() == 0 else None
     problem = comm.broadcast_object(problem)

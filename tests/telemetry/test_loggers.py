@@ -97,7 +97,7 @@ def test_a_logger_that_cannot_start_or_close_is_reported(caplog):
 
 
 def wandb_rows(file):
-    """What a ``.wandb`` file holds: records of :mod:`wandb.proto`, in blocks as LevelDB's log has them."""
+    """Return the rows in a ``.wandb`` file: records of :mod:`wandb.proto`, in blocks of LevelDB's log format."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, at, whole, rows = file.read_bytes(), 7, b"", []

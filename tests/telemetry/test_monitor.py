@@ -1,4 +1,4 @@
-"""What is read off folders written by hand, and of a real run."""
+"""State of runs, read from folders written by the test and from a real run."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ QUIET = LogConfig(progress=False)
 
 @pytest.fixture
 def wait(monkeypatch) -> Callable[[float], None]:
-    """The clock of a run log stands still but for this."""
+    """Advance the clock of a run log, which is otherwise fixed."""
     now = 100.0
 
     def move(seconds: float) -> None:
