@@ -1,4 +1,4 @@
-"""Runs with ``engine.compile`` in one process, and what they compile when."""
+"""Runs with ``engine.compile`` in one process, and counts of the graphs that they compile."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.distributed.test_runs import train_runs
 
 
 def train_compiled(ranks: Ranks, files: list[str]) -> dict[str, list[int]]:
-    """Run → how many graphs were compiled before each step."""
+    """Train the runs; return run → number of graphs compiled before each step."""
     from jepa_scale.models.compiling import compile_blocks
     from jepa_scale.training import build, trainer
 

@@ -1,4 +1,4 @@
-"""Processes that the tests of whole runs share."""
+"""Fixtures of processes for the tests of whole runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def nursery() -> Nursery:
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Iterator[Callable[..., Launched]]:
-    """``launch(command …)`` starts a launcher; what is left of it at the end of the test is killed."""
+    """``launch(command …)`` starts a launcher; processes left at the end of the test are killed."""
     started: list[Launched] = []
 
     def start(*command: str) -> Launched:

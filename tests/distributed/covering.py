@@ -1,7 +1,7 @@
-"""A covering array of small runs: every pair of what a run may be made of stands in one of them.
+"""A covering array of small runs: every pair of levels of two factors occurs in at least one run.
 
-Most faults of a trainer need two things at once (an engine and a loss, a degree of tensor parallelism and a precision), few
-need three; those few have tests of their own, and the whole product is the matrix's.
+Most faults of a trainer need a combination of two factors (an engine and a loss, a degree of tensor parallelism and a
+precision). Few need three; these have tests of their own. The full product is tested with the marker ``matrix``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from tests.distributed.systems import SYSTEMS
 
 
 class Case(NamedTuple):
-    """One run. ``tp``: the degree of tensor parallelism. ``recompute``: activation checkpointing."""
+    """One run. ``tp``: degree of tensor parallelism. ``recompute``: activation checkpointing."""
 
     system: str
     engine: str
@@ -42,7 +42,7 @@ FACTORS: dict[str, tuple[object, ...]] = {
 
 
 def levels(case: tuple) -> dict[str, object]:
-    """Factor → which of its levels the case has."""
+    """Return factor → level of the case."""
     case = Case(*case)
     system = SYSTEMS[case.system]
     return {
@@ -54,7 +54,7 @@ def levels(case: tuple) -> dict[str, object]:
 
 
 def possible(case: tuple) -> bool:
-    """Whether such a run is one that the trainer has; what it refuses has tests of its own."""
+    """Return whether the trainer supports such a run; refusals have tests of their own."""
     case = Case(*case)
     system = SYSTEMS[case.system]
     if system.form == "text":  # 4 micro-batches a step, whatever the ranks
@@ -113,4 +113,4 @@ CASES = [
     Case("span", "zero2", 4, 1, "fp32", 1, "selective"),
     Case("grid_decoder", "zero1", 4, 1, "bf16", 1, "none"),
 ]
-"""Chosen so that each objective meets each engine on two ranks or four; the other pairs fell into place by a greedy search."""
+"""Each objective occurs with each engine on two or four ranks; a greedy search chose the rest to cover the other pairs."""

@@ -1,4 +1,4 @@
-"""What goes wrong in a rank. Each function puts one fault in place, in the process that calls it, before the run starts."""
+"""Faults of a rank. Each function installs one fault in the process that calls it, before the run starts."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 1, 2
 
 
 def dies_writing(rank: int, who: list[int], event: int, save: int = 1) -> None:
-    """SIGKILL right before the ``event``-th operation that changes something in ``checkpoints/``, from the beginning of the
-    ``save``-th save of this process, whose operation number 0 is to make its folder. What it was about to do is printed."""
+    """Kill the process by SIGKILL right before the ``event``-th operation that changes something in ``checkpoints/``.
+
+    Operations are counted from the start of the ``save``-th save of this process; operation 0 creates its folder. The
+    operation that is prevented is printed.
+    """
     if rank not in who:
         return
     seen, saves = -1, set[str]()
@@ -47,14 +50,14 @@ def dies_writing(rank: int, who: list[int], event: int, save: int = 1) -> None:
 
 
 def nan_loss(rank: int, who: int, steps: list[int]) -> None:
-    """NaN in the loss of rank ``who`` in the training steps numbered from 1 of this process."""
+    """Put NaN into the loss of rank ``who`` in the given steps, counted from 1 in this process."""
     after_loss(
         lambda step, loss: loss._replace(total=loss.total * torch.nan) if rank == who and step in steps else loss
     )
 
 
 def holds_in_step(rank: int, who: int, step: int, gate: str) -> None:
-    """Rank ``who`` waits at a gate of the test in the forward of a step; the steps of this process from 1."""
+    """Make rank ``who`` wait at a gate in the forward of a step, counted from 1 in this process."""
 
     def maybe(now: int, loss: Any) -> Any:
         if rank == who and now == step:
@@ -65,7 +68,7 @@ def holds_in_step(rank: int, who: int, step: int, gate: str) -> None:
 
 
 def holds_evaluating(rank: int, who: int, gate: str, evaluation: int = 1, forward: int = 1) -> None:
-    """Rank ``who`` waits at a gate of the test in one of the forwards of one of the evaluations of this process."""
+    """Make rank ``who`` wait at a gate in one forward of one evaluation, both counted from 1 in this process."""
 
     def maybe(*now: int) -> None:
         if rank == who and now == (evaluation, forward):
@@ -75,7 +78,7 @@ def holds_evaluating(rank: int, who: int, gate: str, evaluation: int = 1, forwar
 
 
 def hangs(rank: int, who: int, step: int, mark: str) -> None:
-    """Rank ``who`` hangs in the forward of a step. As it begins to, it makes the file ``mark``."""
+    """Make rank ``who`` hang in the forward of a step, and create the file ``mark`` when the hang begins."""
 
     def maybe(now: int, loss: Any) -> Any:
         if rank == who and now == step:
@@ -86,7 +89,7 @@ def hangs(rank: int, who: int, step: int, mark: str) -> None:
 
 
 def hangs_saving(rank: int, who: int, mark: str) -> None:
-    """Rank ``who`` hangs as it begins to save."""
+    """Make rank ``who`` hang at the start of a save."""
     from jepa_scale.checkpoint import saver
 
     generators = saver.rng_state
@@ -100,7 +103,7 @@ def hangs_saving(rank: int, who: int, mark: str) -> None:
 
 
 def hangs_evaluating(rank: int, who: int, mark: str) -> None:
-    """Rank ``who`` hangs before the first forward of an evaluation."""
+    """Make rank ``who`` hang before the first forward of an evaluation."""
 
     def slow(evaluation: int, forward: int) -> None:
         if rank == who:
@@ -110,8 +113,10 @@ def hangs_evaluating(rank: int, who: int, mark: str) -> None:
 
 
 def hang_begins(rank: int, mark: str, speakers: list[int]) -> None:
-    """The watchdog's clock stands still until the file ``mark`` is there, and its verdict waits until each of the
-    ``speakers`` has told where it is: no rank is taken for one that hangs because the machine is slow."""
+    """Stop the watchdog's clock until the file ``mark`` exists, and delay its verdict until all ``speakers`` have reported.
+
+    So no rank is taken for a hanging one because the machine is slow.
+    """
     from jepa_scale.training import watchdog
 
     began = 0.0
@@ -140,8 +145,10 @@ def hang_begins(rank: int, mark: str, speakers: list[int]) -> None:
 
 
 def evaluates_long(rank: int, limit: float, forwards: int = 4) -> None:
-    """By the watchdog's clock each of the first ``forwards`` of an evaluation takes most of the ``limit``, and ends when the
-    watchdog has looked at it. The clock stands still otherwise."""
+    """Make each of the first ``forwards`` of an evaluation take most of the ``limit`` by the watchdog's clock.
+
+    A forward ends after the watchdog has checked it. Otherwise the clock is stopped.
+    """
     from jepa_scale.training import watchdog
 
     now, looks = 0.0, threading.Semaphore(0)
@@ -167,15 +174,17 @@ def evaluates_long(rank: int, limit: float, forwards: int = 4) -> None:
 
 
 def impatient(rank: int) -> None:
-    """A save that fails is tried again at once."""
+    """Retry a failed save without a pause."""
     from jepa_scale.checkpoint import saver
 
     saver.PATIENCE = (0.02, 0.05)
 
 
 def no_room(rank: int, who: int, before: str, tries: int) -> None:
-    """In its first ``tries`` to save, no file of rank ``who`` may become larger than 8 kB from the moment when it begins to
-    write the ``"tensors"``, or the ``"generators"`` (16 kB) after them."""
+    """Limit the size of the files of rank ``who`` in its first ``tries`` to save.
+
+    The limit is 8 kB from the start of writing the ``"tensors"``, or 16 kB from that of the ``"generators"`` after them.
+    """
     from jepa_scale.checkpoint import saver
 
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -195,7 +204,7 @@ def no_room(rank: int, who: int, before: str, tries: int) -> None:
 
 
 def bound_by_permissions(rank: int) -> None:
-    """Permissions bind this process even if it is root's."""
+    """Make file permissions apply to this process even if it runs as root."""
     libc = ctypes.CDLL(None, use_errno=True)
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
     data = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; twice 32 bits
@@ -205,7 +214,7 @@ def bound_by_permissions(rank: int) -> None:
 
 
 def after_loss(change: Any) -> None:
-    """``change(step, loss)`` for each loss of language modelling with gradient; the steps of this process from 1."""
+    """Call ``change(step, loss)`` on each language-modelling loss with gradient; steps count from 1 in this process."""
     from jepa_scale.objectives.lm import LanguageModeling
 
     real, step = LanguageModeling.loss, 0
@@ -219,7 +228,7 @@ def after_loss(change: Any) -> None:
 
 
 def in_evaluations(before: Any) -> None:
-    """``before(evaluation, forward)`` right before each forward of an evaluation; both are numbered from 1 in this process."""
+    """Call ``before(evaluation, forward)`` right before each forward of an evaluation, both counted from 1 in this process."""
     from jepa_scale.training import build
 
     real, evaluations = build.device_call, 0
@@ -241,7 +250,7 @@ def in_evaluations(before: Any) -> None:
 
 
 def hold(gate: str) -> None:
-    """Wait at a gate of the test."""
+    """Wait until a gate of the test opens."""
     Path(f"{gate}.reached").touch()
     while not os.path.exists(f"{gate}.open"):
         time.sleep(0.01)
@@ -254,5 +263,5 @@ def hang(mark: str) -> None:
 
 
 def path_through(pid: int, path: Path) -> Path:
-    """A path as process ``pid`` sees it, which may have mounts of its own."""
+    """Return a path as seen by process ``pid``, which may have its own mounts."""
     return Path(f"/proc/{pid}/root") / path.relative_to("/")

@@ -1,4 +1,4 @@
-"""Language modelling that waits in one step of one rank: for runs under real launchers, into whose ranks no fault can be put.
+"""Language modelling that waits in one step of one rank, for runs under real launchers, where faults cannot be installed.
 
 ``objective.name=tests.distributed.held:Held``, and in the environment of the ranks ``JEPA_SCALE_TEST_HOLD=RANK:STEP:GATE`` with
 the path of a ``processes.Gate``.
@@ -21,13 +21,15 @@ VARIABLE = "JEPA_SCALE_TEST_HOLD"
 
 
 def held_in_step(rank: int, step: int, gate: Path) -> dict[str, str]:
-    """Environment of a run that waits in this step (of its first process, counted from 1) until the gate is open, or the rank
-    has been asked to stop. A process that comes there later passes."""
+    """Environment of a run whose rank waits in a step until the gate is open or a stop was requested.
+
+    The step counts from 1 in the run's first process. A process that reaches it later does not wait.
+    """
     return {VARIABLE: f"{rank}:{step}:{gate}"}
 
 
 class Held(LanguageModeling):
-    """The same loss."""
+    """Language modelling with the same loss, but with a wait."""
 
     _step = 0
 

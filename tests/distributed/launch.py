@@ -1,7 +1,7 @@
 """Run a test function on N real gloo ranks of this machine.
 
-The ranks live: each is a process that was forked once, with torch, DeepSpeed and the trainer imported, and that runs one
-function after another, each in a process group of its own. A call costs milliseconds where new processes cost seconds.
+The ranks are kept alive: each is a process that is forked once, with torch, DeepSpeed and the trainer imported. It runs one
+function after another, each in a new process group. A call takes milliseconds, where new processes would take seconds.
 """
 
 from __future__ import annotations
@@ -45,25 +45,25 @@ PRELOAD = [
     "jepa_scale.objectives.concept.objective",
     "jepa_scale.objectives.lm",
 ]
-"""What ranks are forked with, here and by ``processes.Nursery``."""
+"""Modules imported before ranks are forked, here and by ``processes.Nursery``."""
 HANG = 1200.0
-"""Seconds after which a call that has not returned is taken for one that never will. It ends a hang and decides nothing else."""
+"""Seconds after which a call counts as hanging. The limit only ends hangs; no result depends on it."""
 
 
 def run_ranks(
     fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = HANG, fresh: bool = False
 ) -> list[Any]:
-    """Call ``fn(ranks, *args)`` on every rank of a new process group; returns what each rank returned, by rank.
+    """Call ``fn(ranks, *args)`` on every rank of a new process group, and return the results by rank.
 
-    ``fn`` is a function at the top of a file; its arguments and results are plain values and tensors. The processes have
-    run other functions before: ``fn`` undoes what it changes of the process (attributes of modules, global settings).
+    ``fn`` is a function at the top level of a file; its arguments and results are plain values and tensors. The processes
+    also run other functions, so ``fn`` must undo its changes to the process (attributes of modules, global settings).
 
     Args:
-        fresh: fork processes for this call alone, which end with it.
+        fresh: fork processes for this call only, which end with it.
 
     Raises:
         AssertionError: a rank failed (with its traceback) or the timeout passed. The ranks are ended first, and the next
-            call has new ones.
+            call starts new ones.
     """
     path, name = Path(fn.__code__.co_filename), fn.__qualname__
     assert "<locals>" not in name, f"{name} must be at the top of its file"
@@ -82,7 +82,7 @@ def run_ranks(
 
 
 class _Rank:
-    """A process that waits for functions to run."""
+    """A rank: a process that waits for functions to run."""
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("forkserver")
@@ -115,14 +115,14 @@ _living: list[_Rank] = []
 
 
 def _pool(world_size: int) -> list[_Rank]:
-    """The first ranks that live; those that are missing are forked."""
+    """Return the first ranks of the pool, and fork those that are missing."""
     while len(_living) < world_size:
         _living.append(_Rank())
     return _living[:world_size]
 
 
 def end_ranks(ranks: Sequence[_Rank] | None = None) -> None:
-    """End these processes, or all that live."""
+    """End these processes, or all of the pool."""
     for rank in list(_living if ranks is None else ranks):
         rank.end()
         if rank in _living:
@@ -172,7 +172,7 @@ def _rank_main(jobs: Connection, results: Connection) -> None:
 
 
 def _forget(environment: dict[str, str], folder: str) -> None:
-    """Leave nothing of a case to the next one: process groups, what is cached of them, settings of the process."""
+    """Reset the state that a call leaves in the process: process groups, caches of them, settings."""
     import torch
     from deepspeed.comm import comm
     from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
@@ -227,7 +227,7 @@ def _run(path: str, name: str, args: tuple, rank: int, world_size: int, store: s
 
 
 def _load(path: str) -> Any:
-    """The file as a module; a rank reads it once."""
+    """Return a file as a module; a rank loads it once."""
     name = f"rank_functions:{path}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)

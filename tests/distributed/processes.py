@@ -1,9 +1,9 @@
-"""Real runs as processes of their own, so that a test can kill, stop, signal and watch each rank.
+"""Real runs in processes of their own, so that a test can kill, stop, signal and watch each rank.
 
-``Nursery`` imports everything once and forks the ranks of a run, which then start in a fraction of a second: each is a
-process of its own, with its own signal handlers and exit code, that runs the command line of ``jepa_scale/train.py``.
-``Launched`` is a run under a real launcher. Both end whatever they started, and nothing else. A test that must act at a
-certain moment of a run puts a ``Gate`` there: the run waits at it, however fast or slow the machine is.
+``Nursery`` imports everything once and forks the ranks of a run, which then start in a fraction of a second. Each rank is a
+process with its own signal handlers and exit code, which runs the command line of ``jepa_scale/train.py``. ``Launched`` is a
+run under a real launcher. Both end the processes that they started, and no others. A test that must act at a certain point
+of a run installs a ``Gate`` there, at which the run waits, however fast or slow the machine is.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MARK = "JEPA_SCALE_TEST_RUN"
-"""Environment variable by which the processes of a launched run are known."""
+"""Environment variable that marks the processes of a launched run."""
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "CUDA_VISIBLE_DEVICES": "",
@@ -46,14 +46,14 @@ Fault = dict[str, Any]
 
 
 HANG = 1200.0
-"""Seconds after which what has not come is taken for something that never will. It ends a hang and decides nothing else."""
+"""Seconds after which a wait counts as a hang. The limit only ends hangs; no result depends on it."""
 
 
 def until(condition: Callable[[], Any], what: str = "it", timeout: float = HANG) -> Any:
-    """Wait for a value that is true, and return it.
+    """Wait until the condition returns a true value, and return that.
 
     Raises:
-        AssertionError: there was none in ``timeout`` seconds.
+        AssertionError: it did not within ``timeout`` seconds.
     """
     deadline = time.monotonic() + timeout
     while not (value := condition()):
@@ -63,16 +63,16 @@ def until(condition: Callable[[], Any], what: str = "it", timeout: float = HANG)
 
 
 class Gate:
-    """A point of a run at which a rank waits until the test has acted.
+    """A point of a run at which a rank waits until the test opens it.
 
-    Where it stands, a fault says that is given its ``path`` (``holds_in_step``, ``holds_evaluating``, …).
+    A fault that gets the gate's ``path`` determines the point (``holds_in_step``, ``holds_evaluating``, …).
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def reached(self, run: Forked) -> None:
-        """Wait for the rank to come to it."""
+        """Wait until the rank has reached the gate."""
         arrived = Path(f"{self.path}.reached")
         until(lambda: arrived.exists() or run.codes, f"rank at {self.path.name}")
         assert arrived.exists(), f"a rank ended before {self.path.name}:\n{run.output()}"
@@ -82,10 +82,11 @@ class Gate:
 
 
 class Forked:
-    """The ranks of one run, forked by a nursery.
+    """The ranks of one run, forked by a ``Nursery``.
 
     Attributes:
-        pids: of each rank. codes: rank → exit code (negative: the signal that killed it) of those that have ended.
+        pids: process id of each rank.
+        codes: rank → exit code of the ranks that have ended; a negative one is the signal that killed the rank.
     """
 
     def __init__(self, pids: list[int], logs: list[Path], ended: threading.Condition) -> None:
@@ -93,7 +94,7 @@ class Forked:
         self.codes: dict[int, int] = {}
 
     def send(self, rank: int, number: signal.Signals) -> None:
-        """A rank that has ended already gets nothing."""
+        """Send a signal to a rank, unless it has ended."""
         with self._ended:
             if rank not in self.codes:
                 with suppress(ProcessLookupError):  # it has just ended, and its code is on the way
@@ -104,14 +105,14 @@ class Forked:
             self.send(rank, signal.SIGKILL)
 
     def wait(self, timeout: float = HANG) -> list[int]:
-        """The exit codes of all ranks, by rank."""
+        """Wait for all ranks to end, and return their exit codes by rank."""
         with self._ended:
             done = self._ended.wait_for(lambda: len(self.codes) == len(self.pids), timeout)
         assert done, f"ranks {sorted(set(range(len(self.pids))) - set(self.codes))} still run:\n{self.output()}"
         return [self.codes[rank] for rank in range(len(self.pids))]
 
     def output(self, rank: int | None = None) -> str:
-        """What a rank, or each of them in turn, has printed."""
+        """Return the output of a rank, or of all ranks in turn."""
         logs = self.logs if rank is None else [self.logs[rank]]
         return "".join(log.read_text(errors="replace") for log in logs if log.exists())
 
@@ -120,8 +121,8 @@ class Nursery:
     """A process that forks runs.
 
     Args:
-        folder: for the ranks' output.
-        prefix: command to start it under, e.g. ``["unshare", "-m", …]``.
+        folder: folder for the output of the ranks.
+        prefix: command to start the process under, e.g. ``["unshare", "-m", …]``.
     """
 
     def __init__(self, folder: Path, prefix: Sequence[str] = ()) -> None:
@@ -149,7 +150,7 @@ class Nursery:
         faults: Sequence[Fault] = (),
         program: str = "jepa_scale.train",
     ) -> Forked:
-        """Start a run: the ranks call ``main(arguments)`` of the program after each of the ``faults`` has been put in place."""
+        """Start a run: each rank installs the ``faults`` and then calls ``main(arguments)`` of the program."""
         self._runs += 1
         logs = [self._folder / f"output_{self._runs}_{rank}.txt" for rank in range(world_size)]
         order = {
@@ -171,13 +172,13 @@ class Nursery:
         return run
 
     def run(self, arguments: Sequence[str], *more: Any, **options: Any) -> Forked:
-        """Start a run as :meth:`start` does, and wait for it to end well on every rank."""
+        """Start a run as :meth:`start` does, and wait until it has ended without error on every rank."""
         run = self.start(arguments, *more, **options)
         assert not any(run.wait()), run.output()
         return run
 
     def close(self) -> None:
-        """End it, with all that it forked."""
+        """End the process and all that it forked."""
         assert self.process.stdin
         self.process.stdin.close()
         try:
@@ -202,7 +203,7 @@ class Nursery:
 
 @functools.cache
 def shared_nursery() -> Nursery:
-    """The one of all tests of this process; what it imports takes some seconds."""
+    """Return the ``Nursery`` that all tests of this process share, because its imports take some seconds."""
     folder = Path(tempfile.mkdtemp(prefix="nursery_"))
     nursery = Nursery(folder)
     atexit.register(lambda: (nursery.close(), shutil.rmtree(folder, ignore_errors=True)))
@@ -211,10 +212,10 @@ def shared_nursery() -> Nursery:
 
 @contextmanager
 def held_port() -> Iterator[int]:
-    """A port that a program can be told to listen on, and that nobody else gets meanwhile.
+    """Reserve a port on which a program of the test can listen.
 
-    It is bound here and not listened on: the kernel gives it to nobody who asks for a free port, and lets it be shared by
-    who names it with ``SO_REUSEADDR``, as servers do.
+    The port is bound here without listening. The kernel does not assign it to processes that request any free port, but a
+    server can bind it by number with ``SO_REUSEADDR``.
     """
     with socket.socket() as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -223,14 +224,14 @@ def held_port() -> Iterator[int]:
 
 
 class Launched:
-    """A command in a session of its own: a launcher and what it starts.
+    """A command in a session of its own: a launcher and the processes that it starts.
 
     Attributes:
-        process: the command. log: what all of them print.
+        process: the command. log: output of all processes.
 
     Args:
-        environment: further variables. Processes that others start for the command (sshd, slurmd) are found by ``mark``,
-            if that comes to them as the variable ``MARK``.
+        environment: further variables. Processes that daemons (sshd, slurmd) start for the command are found by ``mark``,
+            if they inherit it as the variable ``MARK``.
     """
 
     def __init__(
@@ -250,7 +251,7 @@ class Launched:
             )
 
     def marked(self) -> dict[int, dict[str, str]]:
-        """pid → environment of every process of this run."""
+        """Return pid → environment of every process of this run."""
         found = {}
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
@@ -264,7 +265,7 @@ class Launched:
         return found
 
     def rank(self, number: int) -> int:
-        """The pid of a rank."""
+        """Return the process id of a rank."""
 
         def found() -> list[int]:
             return [pid for pid, environment in self.marked().items() if environment.get("RANK") == str(number)]
@@ -283,7 +284,7 @@ class Launched:
         return self.log.read_text(errors="replace")
 
     def close(self) -> None:
-        """Kill what is left of it."""
+        """Kill the remaining processes."""
         while left := self.marked():
             for pid in left:
                 try:
@@ -299,7 +300,10 @@ class Launched:
 
 
 def serve() -> int:
-    """Fork as told on stdin, one order a line; tell on stdout who began and who ended. The exit code: a rank's, in a rank."""
+    """Fork ranks on orders from stdin, one a line, and report their starts and ends on stdout.
+
+    In a forked rank the return value is the rank's exit code.
+    """
     sys.path[:] = [str(REPOSITORY), *(p for p in sys.path if Path(p or ".").resolve() != Path(__file__).parent)]
     from tests.distributed.launch import PRELOAD
 
@@ -361,7 +365,7 @@ def read_line() -> bytes:
 
 
 def be_rank(rank: int, order: dict[str, Any], listener: socket.socket) -> int:
-    """Become a rank of a run, as if started by a launcher (by plain ``python`` if it is the only one)."""
+    """Run as a rank, as if started by a launcher, or by plain ``python`` if it is the only rank."""
     gc.freeze()  # as in launch.py
     log = os.open(order["logs"][rank], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     nothing = os.open(os.devnull, os.O_RDONLY)

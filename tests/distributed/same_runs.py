@@ -1,4 +1,4 @@
-"""The same run on other engines, ranks and micro-batches, and one that goes on from a checkpoint: what must be equal."""
+"""Comparison of runs that must be equal: on other engines, ranks and micro-batches, and resumed from a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.distributed.test_runs import rows, train_runs
 Tolerance = Callable[[str], tuple[float | None, float]]
 ENGINES = ("fsdp", "zero0", "zero1", "zero2", "zero3")
 MACHINE = {"data_wait", "packing_efficiency", "seconds", "tokens_per_second", "flops", "split"}
-"""Not the same everywhere; FLOPs, as with several micro-batches a collecting pass has some."""
+"""Metrics that may differ. FLOPs do because, with several micro-batches, the gather pass has some."""
 
 
 def assert_same_run(
@@ -31,15 +31,15 @@ def assert_same_run(
     valid: Tolerance,
     same_tokens: bool = True,
 ) -> dict[str, float]:
-    """All rows of training and the last evaluation of run ``case`` below ``got`` are those of ``name`` below ``expected``.
+    """Assert that run ``case`` in ``got`` has the training rows and the last evaluation of run ``name`` in ``expected``.
 
     Args:
-        steps: that are logged; None = five or more.
-        fit, valid: a metric's name → its relative and its absolute tolerance; the wider one counts.
+        steps: number of logged steps; None = five or more.
+        fit, valid: name of a metric → relative and absolute tolerance; the wider one applies.
         same_tokens: whether the tokens of a step do not depend on its micro-batches.
 
     Returns:
-        The last evaluation's metrics.
+        The metrics of the last evaluation.
     """
     theirs, ours = rows(expected, name), rows(got, case)
     elsewhere = MACHINE if same_tokens else {*MACHINE, "tokens"}
@@ -61,14 +61,13 @@ def assert_same_run(
 def resumed_bitwise(
     files: dict[str, str], folder: Path, step: int, ranks: int = 2
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """Train runs, then each again from ``step`` in new processes: rows, weights, moments and whatever else the last
-    checkpoint holds are equal to the bit.
+    """Train runs, resume each from ``step`` in new processes, and assert bitwise equality of rows and last checkpoints.
 
     Args:
-        files: name of a run below ``folder`` → its config, which saves at ``step``.
+        files: name of a run in ``folder`` → its config, which saves at ``step``.
 
     Returns:
-        Name → what its newest checkpoint holds.
+        Name → tensors of its newest checkpoint.
     """
     run_ranks(train_runs, ranks, [(file, None) for file in files.values()])
     again = []

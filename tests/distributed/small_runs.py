@@ -1,4 +1,4 @@
-"""Small runs: how one is asked for, what tests compare of two, and what must hold of a run's checkpoints at any time."""
+"""Small runs: their configs, the comparison of two runs, and invariants of a run's checkpoints."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TIMING = {"tokens_per_second", "seconds", "data_wait"}
 
 
 def run_file(folder: Path, name: str, engine: str, /, **sections: dict[str, Any]) -> str:
-    """Write the config of run ``name`` in ``folder``, and say where.
+    """Write the config of run ``name`` in ``folder``, and return its path.
 
     Args:
         engine: ``"fsdp"``, or ``"zero0"`` … ``"zero3"``.
@@ -40,7 +40,7 @@ def run_file(folder: Path, name: str, engine: str, /, **sections: dict[str, Any]
 
 
 def rows(run: Path, split: str | None = None) -> list[dict[str, Any]]:
-    """The rows of ``metrics.jsonl`` without timing; a last line that is being written is left out."""
+    """Return the rows of ``metrics.jsonl`` without timing; an unfinished last line is left out."""
     found = []
     text = (run / "metrics.jsonl").read_text() if (run / "metrics.jsonl").exists() else ""
     for line in text.split("\n")[:-1]:
@@ -51,7 +51,7 @@ def rows(run: Path, split: str | None = None) -> list[dict[str, Any]]:
 
 
 def last_step(run: Path) -> int:
-    """Of the rows of training; 0 if there are none."""
+    """Return the last step in the rows of training; 0 if there are none."""
     return max((row["step"] for row in rows(run, "fit")), default=0)
 
 
@@ -60,17 +60,17 @@ def checkpoint(run: Path, step: int) -> Path:
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Everything that a checkpoint holds: weights and moments."""
+    """Return all tensors of a checkpoint: weights and moments."""
     return store.read_whole(folder / "tensors", list(store.shapes(folder / "tensors")))
 
 
 def newest(run: Path) -> int:
-    """Step of the newest complete checkpoint; 0 if there is none."""
+    """Return the step of the newest complete checkpoint; 0 if there is none."""
     return max((found.step for found in complete(run / "checkpoints")), default=0)
 
 
 def check_checkpoints(run: Path) -> None:
-    """Whatever has happened: what looks complete is whole, and ``latest`` is one of them."""
+    """Assert the invariant: every complete checkpoint is undamaged, and ``latest`` is one of them."""
     folder = run / "checkpoints"
     named = [path for path in folder.glob("step_*") if NAME.fullmatch(path.name)]
     for path in named:
@@ -80,7 +80,7 @@ def check_checkpoints(run: Path) -> None:
 
 
 def assert_same(run: Path, expected: Path, step: int) -> None:
-    """The same rows, and at ``step`` the same weights and moments, to the bit."""
+    """Assert equal rows, and bitwise equal weights and moments at ``step``."""
     for a, b in zip(rows(run), rows(expected), strict=True):
         assert a == b
     got, wanted = tensors(checkpoint(run, step)), tensors(checkpoint(expected, step))

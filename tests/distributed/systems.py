@@ -1,6 +1,6 @@
-"""The small systems that whole runs are made of: an objective in one of its forms, a decoder, data, an optimizer.
+"""Small systems for whole runs: an objective in one of its forms, a decoder, data, an optimizer.
 
-Each has one config, whatever the engine, the ranks and the accumulation; what its runs then have in common is what tests hold.
+Each system has one config for all engines, ranks and accumulation. Tests assert that its runs are equal.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from tests.distributed.same_runs import assert_same_run as same_run
 from tests.objectives.chats import conversations, tokenizer, write_rows
 
 STEPS = 5
-"""Warm-up is over at step 1, so four updates at the full rate have been seen by the last loss: a weight that is one update old
-moves it by far more than the tolerance."""
+"""Number of steps. Warm-up ends at step 1, so the last loss follows four updates at the full rate. Weights that are one update
+old change it by far more than the tolerance."""
 WARMUP = 1
 
 
 @dataclass(frozen=True)
 class System:
-    """An objective's form on a decoder.
+    """An objective in one of its forms, with a decoder.
 
     Attributes:
-        objective: its name. form: of the objective, as the file with its runs calls it. family: of the decoder.
+        objective: its name. form: name of its form, as in the file with its runs. family: family of the decoder.
         optimizer: ``"adamw"`` or ``"muon"``.
     """
 
@@ -76,7 +76,7 @@ SYSTEMS: dict[str, System] = {
 
 
 def write_data(folder: Path) -> None:
-    """What the systems read, below ``folder``."""
+    """Write the data of all systems into ``folder``."""
     write_text(folder / "text", [30, 1, 40, 8], valid=18)
     test_grid_runs.write_grids(folder / "grids")
     (folder / "chat").mkdir()
@@ -95,7 +95,7 @@ def config_file(
     steps: int = STEPS,
     **sections: dict[str, Any],
 ) -> str:
-    """The config of run ``name`` of a system in ``folder``; ``sections`` hold further keys."""
+    """Write the config of run ``name`` of a system in ``folder``; ``sections`` hold further keys."""
     of = SYSTEMS[system]
     text = data / "text"
     train: dict[str, Any] = {"steps": steps, "accumulation": accumulation, "eval_every": 0}
@@ -133,29 +133,33 @@ def config_file(
 
 
 def fact_tolerance(metric: str) -> tuple[None, float]:
-    """Of an evaluation on 11 facts: one answer may tip over."""
+    """Tolerance of an evaluation on 11 facts, in which one answer may change."""
     return None, 0.1 if metric == "exact_match" else 2e-2
 
 
 def tolerances(system: str) -> tuple[Tolerance, Tolerance]:
-    """Of the rows of training and of an evaluation: a metric's name → relative and absolute tolerance."""
+    """Return name of a metric → relative and absolute tolerance, for the rows of training and for an evaluation."""
     of = SYSTEMS[system]
     module = {"grid": test_grid_runs, "span": test_span_runs}.get(of.objective, test_horizon_runs)
     return module.fit_tolerance, fact_tolerance if of.form in test_runs.OBJECTIVES else module.valid_tolerance
 
 
 def train_references(folder: Path, data: Path, systems: Iterable[str] = tuple(SYSTEMS), steps: int = STEPS) -> Path:
-    """One process and, but for a budget of tokens, one micro-batch a step, FSDP2 on a mesh of one, fp32. Returns the folder."""
+    """Train the reference run: FSDP2 in one process, fp32, one micro-batch a step unless there is a token budget.
+
+    Returns:
+        The folder.
+    """
     files = [config_file(folder, data, system, system, "fsdp", steps=steps) for system in systems]
     run_ranks(test_runs.train_runs, 1, [(file, None) for file in files])
     return folder
 
 
 def assert_as_reference(folder: Path, name: str, reference: Path, system: str, steps: int = STEPS) -> None:
-    """All that run ``name`` in ``folder`` logs in training and evaluation is what the system's reference logs."""
+    """Assert that run ``name`` in ``folder`` logs the same metrics as the system's reference."""
     same_run(folder, name, reference, system, steps, *tolerances(system), same_tokens(system))
 
 
 def same_tokens(system: str) -> bool:
-    """Whether the tokens of a step do not depend on its micro-batches; a concept's name is there once in each of them."""
+    """Return whether the tokens of a step are independent of its micro-batches; each of them has a concept's name once."""
     return SYSTEMS[system].objective != "concept"

@@ -27,8 +27,7 @@ class Output(NamedTuple):
 
 
 class Body(nn.Module):
-    """Embedding and blocks, with buffers of every kind: one that is written in place, one that is assigned and not
-    persistent."""
+    """Embedding and blocks, with buffers of both kinds: one written in place, one assigned and not persistent."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +47,7 @@ class Body(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Subtracts a vector, which a training forward moves, and projects."""
+    """Encoder that subtracts a vector, which each training forward changes, and projects."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +61,7 @@ class Encoder(nn.Module):
 
 
 class Root(nn.Module):
-    """The head is tied to the embedding, one layer is frozen."""
+    """Root module whose head is tied to the embedding and of which one layer is frozen."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +97,7 @@ def make_root() -> Root:
 
 
 def copies(root: Root) -> TeacherModel:
-    """The lower two blocks with the embedding, and the encoder, with values that are not the student's."""
+    """Teacher of the lower two blocks with the embedding, and of the encoder, with values that differ from the student's."""
     body = copy.deepcopy(root.body)
     body.blocks = body.blocks[:2]
     model = TeacherModel({"body": body, "encoder": copy.deepcopy(root.encoder)})
@@ -109,12 +108,12 @@ def copies(root: Root) -> TeacherModel:
 
 
 def whole_copy(root: Root) -> TeacherModel:
-    """Of everything; here the tied weight comes first under another of its names."""
+    """Teacher of everything; here the first name of the tied weight is another one."""
     return TeacherModel({name: child for name, child in copy.deepcopy(root).named_children()})
 
 
 def make_engine(ranks: Ranks, name: str, precision: str, root: Root, micro: int = MICRO) -> Engine:
-    """``micro``: micro-batches in a step."""
+    """Build an engine; ``micro`` is the number of micro-batches in a step."""
     options = {"precision": precision, "clip_norm": 3.0, "accumulation": micro}
     return sharded(name, root, root.body.blocks, ("encoder",), ranks, OPTIM, **options)
 
@@ -129,7 +128,7 @@ PROBE = torch.arange(2 * LENGTH).view(2, LENGTH)
 
 
 def train_step(engine: Engine, step: int, teacher: Teacher | None, learns: bool = True) -> list[float]:
-    """Losses of the micro-batches, and the gradient norm; the teacher follows."""
+    """Train one step and update the teacher; return the losses of the micro-batches and the gradient norm."""
     results = []
     for ids in batches(step, engine.options.accumulation, engine.ranks):
         loss = engine.forward("loss", ids, teacher, learns).total
@@ -142,7 +141,7 @@ def train_step(engine: Engine, step: int, teacher: Teacher | None, learns: bool 
 
 
 def whole(boxes: dict[str, Boxes]) -> dict[str, Tensor]:
-    """Name → the tensor that the ranks have together; each element is there, and equal wherever it is. Collective."""
+    """Gather the whole tensors, and assert that each element exists and is equal on all ranks that hold it. Collective."""
     sizes = {name: of_name.shape.numel() for name, of_name in sorted(boxes.items())}
     high, low = (torch.full((sum(sizes.values()),), value, dtype=torch.float64) for value in (-torch.inf, torch.inf))
     for flat in (high, low):
@@ -158,14 +157,14 @@ def whole(boxes: dict[str, Boxes]) -> dict[str, Tensor]:
 
 
 def model_state(engine: Engine) -> dict[str, Tensor]:
-    """The student's parameters and persistent buffers, whole, by the teacher's names. Collective."""
+    """Return the student's whole parameters and persistent buffers, by the teacher's names. Collective."""
     boxes = {name.removeprefix("model/"): b for name, b in engine.state().items() if name.startswith("model/")}
     found = whole(boxes)
     return found | {"body.embed.weight": found["head.weight"]}  # it has two
 
 
 class Reference:
-    """The teacher, dense and in fp64."""
+    """Reference teacher, dense and in fp64."""
 
     def __init__(
         self, model: TeacherModel, start: dict[str, Tensor], options: TeacherOptions, total_steps: int
@@ -180,12 +179,12 @@ class Reference:
             parameter += weight * (state[name] - parameter)
 
     def update(self, step: int, state: dict[str, Tensor]) -> None:
-        """``state``: the student's whole parameters."""
+        """Update the EMA; ``state`` holds the student's whole parameters."""
         self._follow(state, 1.0 - momentum_at(step, self.options, self.total_steps))
 
     @torch.no_grad()
     def outputs(self, student: nn.Module, precision: str) -> list[Tensor]:
-        """Of both copies with the student's buffers; in bf16 with weights that are rounded to it."""
+        """Outputs of both copies with the student's buffers; in bf16 the weights are rounded to it."""
         model = self.model
         if precision == "bf16":
             model = copy.deepcopy(model).bfloat16()

@@ -1,4 +1,4 @@
-"""A small root module that uses its parameters in every way that a real one does, and plain single-process training."""
+"""A small root module that uses its parameters in all ways that real ones do, and a plain single-process reference."""
 
 from __future__ import annotations
 
@@ -53,9 +53,10 @@ class Scale(nn.Module):
 
 
 class Toy(nn.Module):
-    """Names go through the lower blocks first, then everything through all blocks: blocks 0 and 1 run twice a forward.
+    """Small decoder that runs names through the lower blocks first, then everything through all blocks.
 
-    ``rare`` is used in some micro-batches of some steps, ``never`` in none; ``head`` is tied to the embedding if ``tied``.
+    So blocks 0 and 1 run twice in a forward. ``rare`` is used in some micro-batches of some steps, ``never`` in none.
+    ``head`` is tied to the embedding if ``tied``.
     """
 
     def __init__(self, tied: bool = False) -> None:
@@ -98,7 +99,7 @@ class Toy(nn.Module):
 
 @contextmanager
 def changed(name: str, change: Callable[..., Any]) -> Iterator[None]:
-    """``change`` is called on what a function of this file returned, until the end of the block."""
+    """Call ``change`` on the results of a function of this file until the end of the block."""
     here = sys.modules[__name__]
     original = getattr(here, name)
     setattr(here, name, lambda *args, **kwargs: change(original(*args, **kwargs)))
@@ -114,7 +115,7 @@ def make_toy(tied: bool = False) -> Toy:
 
 
 def batches(step: int, accumulation: int = 1, rank: int = 0, world_size: int = 1) -> list[dict[str, Any]]:
-    """This rank's micro-batches of the global batch of ``step``."""
+    """Return this rank's micro-batches of the global batch of ``step``."""
     generator = torch.Generator().manual_seed(1000 + step % 4)
     ids = torch.randint(VOCAB, (BATCH, LENGTH), generator=generator)
     parts = ids.view(accumulation, world_size, -1, LENGTH)
@@ -126,12 +127,12 @@ MUON = OptimConfig(
     method="muon", lr=1e-2, lr_head=5e-3, lr_muon=2e-2, muon_momentum=0.9, weight_decay=0.1, clip_norm=3.0
 )
 MATRICES = ("up.weight", "down.weight", "project.weight", "rare.weight", "never.weight")
-"""Endings of the names of what Muon steps; and the head, where it is not tied."""
+"""Endings of the names of the parameters that Muon updates; also the head, if it is not tied."""
 HEADS = ("head", "project", "scale")
 
 
 def small_buckets(name: str, folder: str) -> Path:
-    """The shipped JSON with sizes to the toy's scale: else ZeRO-3 would never free a parameter."""
+    """Write the shipped DeepSpeed JSON with sizes scaled to the toy; otherwise ZeRO-3 would never free a parameter."""
     config = json.loads((CONFIGS / f"{name}.json").read_text())
     zero = config["zero_optimization"]
     for key, value in {
@@ -159,7 +160,7 @@ def sharded(
     weights: Weights | None = None,
     **options: Any,
 ) -> Engine:
-    """The engine of a name in ``ENGINES`` on any module; ``options`` are those of :class:`EngineOptions`."""
+    """Build the engine of a name in ``ENGINES`` on any module; ``options`` are those of :class:`EngineOptions`."""
     zero = name.startswith("zero")
     with tempfile.TemporaryDirectory() as folder:
         return create_engine(
@@ -196,7 +197,7 @@ def factor(step: int) -> float:
 
 
 def train(engine: Engine, steps: range) -> tuple[list[float], list[float]]:
-    """Local sums of the loss over the micro-batches, and gradient norms, of each step; evaluates now and then."""
+    """Train, with evaluations between; return local sums of the loss over the micro-batches and gradient norms of each step."""
     losses, norms = [], []
     for step in steps:
         engine.scale_lr(factor(step))
@@ -224,7 +225,7 @@ def evaluate(engine: Engine) -> list[Tensor]:
 def reference(
     steps: int, accumulation: int = 1, clip: float = 3.0, tied: bool = False
 ) -> tuple[list[float], list[float], Toy]:
-    """Plain torch on the whole batch in one process: the oracle of every engine."""
+    """Train with plain PyTorch on the whole batch in one process: the reference of every engine."""
     toy = copy.deepcopy(make_toy(tied))
     optimizer = build_optimizer(parameter_groups(toy, OPTIM, HEADS), OPTIM)
     peaks = [group["lr"] for group in optimizer.param_groups]
