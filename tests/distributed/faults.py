@@ -183,7 +183,8 @@ def impatient(rank: int) -> None:
 def no_room(rank: int, who: int, before: str, tries: int) -> None:
     """Limit the size of the files of rank ``who`` in its first ``tries`` to save.
 
-    The limit is 8 kB from the start of writing the ``"tensors"``, or 16 kB from that of the ``"generators"`` after them.
+    The limit is 8 kB. It applies from the start of writing the ``"tensors"``, or of the ``"generators"`` after them, whose file
+    has 16 kB.
     """
     from jepa_scale.checkpoint import saver
 

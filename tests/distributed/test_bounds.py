@@ -1,4 +1,4 @@
-"""Parameters that are kept between bounds, on every engine: put back after an update, and never stuck at a bound."""
+"""Bounded parameters on every engine: clamped after an update, and free to leave a bound again."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tests.distributed.toy import ENGINES, HEADS, OPTIM, batches, make_engine, m
 LOW, HIGH = -0.012, 0.012
 BOUNDS = {"scale.log_scale": (LOW, HIGH), "root_gain": (1 + LOW, 1 + HIGH)}
 STEPS, TURN = 10, 3
-"""Steps in all, and those after which the loss is turned round: it drives the scale to a bound, then away from it. Three
-steps of the head's learning rate are more than the bound; Adam's momentum has turned round after three more."""
+"""Number of steps, and step after which the sign of the loss changes: it drives the scale to a bound, then away from it.
+Three steps of the head's learning rate exceed the bound; after three more, Adam's momentum has changed its sign."""
 
 
 def sign(step: int) -> float:
@@ -23,7 +23,7 @@ def sign(step: int) -> float:
 
 
 def run(ranks: Ranks, cases: list[tuple[str, str]]) -> list[list[dict[str, Tensor]]]:
-    """Of each case the whole state before the turn and at the end."""
+    """Return for each case the whole state before the change of sign and at the end."""
     results = []
     for name, precision in cases:
         engine = make_engine(name, ranks, precision=precision, clip=0.0, bounds=BOUNDS)

@@ -1,4 +1,4 @@
-"""Generated answers on real ranks: whoever shards the model, and whoever answers which question, they are the same ones."""
+"""Generated answers on real ranks are the same for every engine and any distribution of the questions over the ranks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ENGINES = ("fsdp", "zero0", "zero3")
 
 
 def write_data(folder: Path) -> None:
-    """Animals and what they say, of different lengths; five of the seven questions of ``valid`` are known from training."""
+    """Write questions about animals, with answers of different lengths; five of the seven in ``valid`` occur in training."""
     sounds = {"cat": "meow meow", "dog": "woof", "cow": "moo moo moo moo", "owl": "hoo hoo hoo", "bee": "bzz"}
     pairs = [(f"what says the {a}{' please' * k}", s) for a, s in sounds.items() for k in range(5)]
     pairs += [("and the fish", ""), ("and a very old cat", "meow")]
@@ -41,7 +41,7 @@ def write_data(folder: Path) -> None:
 
 
 def config_file(folder: Path, into: Path, **changes: Any) -> Path:
-    """A run in ``into`` on the data in ``folder``."""
+    """Write the config of a run in ``into`` on the data in ``folder``."""
     values: dict[str, Any] = {
         "run": {"name": "run", "dir": str(into), "seed": 3},
         "engine": {"name": "fsdp", "threads": 1},
@@ -67,7 +67,7 @@ def config_file(folder: Path, into: Path, **changes: Any) -> Path:
 
 
 def evaluate_runs(ranks: Ranks, cases: list[tuple[str, list[str]]]) -> None:
-    """As ``jepa-scale eval RUN overrides …``, one after another."""
+    """Evaluate runs one after another, as ``jepa-scale eval RUN overrides …`` does."""
     from jepa_scale.training.run import evaluate_checkpoint
 
     for run, overrides in cases:
@@ -81,7 +81,7 @@ def generations(run: Path, step: int = STEPS, split: str = "valid") -> list[dict
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A run with its generations."""
+    """Folder of a run with its generated answers."""
     folder = tmp_path_factory.mktemp("chat")
     write_data(folder)
     run_ranks(train_runs, 1, [(str(config_file(folder, folder)), None)])
@@ -140,7 +140,7 @@ def test_bf16_generates_on_every_engine(folder, tmp_path):
 
 
 def test_a_signal_between_batches_ends_the_evaluation(folder, tmp_path, nursery):
-    """Of two ranks; what is unfinished is not saved, and made up for when the run goes on."""
+    """On two ranks an interrupted evaluation is not saved; the resumed run repeats it."""
     arguments = [
         "--config",
         str(config_file(folder, tmp_path, eval={"generation_batch": 1, "metrics": ["exact_match"]})),

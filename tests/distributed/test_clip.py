@@ -1,4 +1,4 @@
-"""Clipping by group on every engine, against plain torch in one process."""
+"""Gradient clipping by group on every engine, against plain PyTorch in one process."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from tests.distributed.launch import run_ranks
 from tests.distributed.toy import ENGINES, HEADS, OPTIM, Output, Toy
 
 STEPS, CLIP = 7, 2.0
-"""By then each factor below has been there, all three groups have been clipped in one step, and weights are apart from
-those of a joint clipping."""
+"""Number of steps, and clipping norm. Within these steps every factor below occurs, all three groups are clipped in one step,
+and the weights become different from those of joint clipping."""
 FACTORS = (1.0, 20.0, 0.05, 3.0, 0.3)
-"""Of the loss in each step: one step is clipped, the next is not, and Adam does not take that for a smaller gradient."""
+"""Factors of the loss in each step: one step is clipped, the next is not. Adam is not invariant to such changes."""
 LONE = (1e-3, 1e-3, 50.0)
-"""What ``lone`` is multiplied by in each step: with the others, it would scale them to nothing in every third."""
+"""Factors of ``lone`` in each step. Clipped jointly, it would scale the other gradients to almost zero in every third."""
 UPPER = ("layers.2", "head", "root_gain", "never")
 VARIANTS = [
     {"name": "zero1", "zero": {"compute_grad_norm": True}},
@@ -37,7 +37,7 @@ VARIANTS = [
 
 
 class Wide(Toy):
-    """``lone`` has a gradient of its own, the same in each element, and a group of its own: a bad one spoils no other."""
+    """Toy with ``lone``, a parameter with an independent gradient, equal in each element, and a group of its own."""
 
     def __init__(self, tied: bool = False) -> None:
         super().__init__(tied)
@@ -61,7 +61,7 @@ def make(tied: bool = False) -> Wide:
 
 
 def groups_of(module: nn.Module) -> dict[str, list[str]]:
-    """By first name: what is tied to the embedding is in the lower group."""
+    """Group parameters by their first name: a parameter tied to the embedding is in the lower group."""
     groups: dict[str, list[str]] = {"upper": [], "lower": [], "lone": []}
     for name, _ in module.named_parameters():
         groups["lone" if "lone" in name else "upper" if name.startswith(UPPER) else "lower"].append(name)
@@ -97,7 +97,7 @@ def build(
 
 
 def one_step(engine: Engine, step: int, **more: Any) -> tuple[float, dict[str, float], float]:
-    """Loss on this rank, group norms, total norm. ``more`` is put into the first micro-batch."""
+    """Run one step; return the loss on this rank, group norms, total norm. ``more`` is added to the first micro-batch."""
     engine.scale_lr(toy.factor(step))
     local = 0.0
     for batch in toy.batches(step, engine.options.accumulation, engine.ranks.rank, engine.ranks.world_size):
@@ -123,9 +123,9 @@ def train_all(ranks: Ranks, cases: list[dict[str, Any]]) -> list[dict[str, Any]]
 def reference(
     accumulation: int, world_size: int, tied: bool, clip: float = CLIP, joint: bool = False
 ) -> tuple[list[float], list[dict[str, float]], list[float], nn.Module]:
-    """The whole batch in one process, with torch's clipping of each group; of everything if ``joint``.
+    """Train on the whole batch in one process, with PyTorch's clipping of each group, or of everything if ``joint``.
 
-    ``lone`` has its gradient once in a micro-batch of a rank, and so has it here.
+    The gradient of ``lone`` is added once for each micro-batch of each rank, here as well.
     """
     module = make(tied)
     parameters = dict(module.named_parameters())
@@ -160,8 +160,10 @@ def rows(norms: list[dict[str, float]]) -> Tensor:
 
 @pytest.mark.parametrize("world_size", [2, *(pytest.param(n, marks=pytest.mark.matrix) for n in (1, 4))])
 def test_fp32_equals_torchs_clipping_of_each_group(world_size):
-    """Losses, group norms and weights; some steps clip one group, some two, some none. A layer is used in some
-    micro-batches only and one in none."""
+    """Losses, group norms and weights are equal. Steps clip none, one or two groups.
+
+    One layer is used in some micro-batches only, and one in none.
+    """
     accumulations = {1: (1,), 2: (1, 2), 4: (2,)}[world_size]
     cases = [{"name": e, "accumulation": a, "tied": a == 2} for a in accumulations for e in ENGINES]
     cases += [{**variant, "accumulation": 2, "tied": True} for variant in VARIANTS if world_size == 2]
@@ -189,7 +191,7 @@ def test_fp32_equals_torchs_clipping_of_each_group(world_size):
 
 
 def clipped_gradients(engine: Engine) -> dict[str, float]:
-    """Norm of each group of the gradient that AdamW got in the first step, from its first moment: (1 − β₁) times that."""
+    """Return the norm of each group's gradient in AdamW's first step, computed from its first moment, (1 − β₁) · gradient."""
     squares = {}
     for group, names in engine.options.clip_groups.items():
         parts = [box.double() for name in names for _, box in engine.state()[f"exp_avg/{name}"].parts]
@@ -209,7 +211,7 @@ def first_step(ranks: Ranks, cases: list[dict[str, Any]]) -> list[Any]:
 
 
 def test_bf16_clips_each_group():
-    """The norm of what AdamW gets is exact, however rough the gradients: they are scaled in fp32."""
+    """The norm of the gradients that AdamW gets is exact, although they are bf16, because they are scaled in fp32."""
     cases = [{"name": e, "accumulation": 2, "precision": "bf16", "clip": clip} for clip in (CLIP, 0.0) for e in ENGINES]
     cases += [{**variant, "accumulation": 2, "precision": "bf16"} for variant in VARIANTS if variant["name"] != "zero1"]
     module = make()
@@ -264,7 +266,7 @@ def different(engine: Engine, other: dict[str, Any]) -> list[str]:
 
 
 def test_a_bad_gradient_of_one_group_on_one_rank_stops_all_groups_on_all():
-    """Also one whose square is infinite though it is not itself: scaled, it would be zero."""
+    """This includes a finite gradient whose square is infinite; the scaled gradient would be zero."""
     large = 1e25
     cases = [
         (values, {"name": name, "precision": precision, "clip": clip})

@@ -1,4 +1,4 @@
-"""Codebook, moments and queue on real gloo ranks: the same state on every rank, and however the global batch was dealt out."""
+"""Codebook, moments and queue on real gloo ranks: the state is equal on all ranks and for any split of the global batch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jepa_scale.objectives.grid.queue import TargetQueue
 from tests.distributed.launch import run_ranks
 
 SLICES, ROWS, STEPS = 4, 6, 9
-"""Slices that a global batch is dealt out in, rows of one, and steps."""
+"""Number of slices of a global batch, rows of a slice, and steps."""
 
 
 def run(ranks: Ranks, accumulation: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What ranks add up and agree on, each by itself on two ranks: the loop, the losses and the clipping stand on these."""
+"""Collectives that the training loop, the losses and the clipping use, each tested alone on two ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.distributed.launch import run_ranks
 
 
 def gathered(ranks: Ranks) -> dict[str, torch.Tensor]:
-    """Each rank weighs every rank's rows in its own way; a row's gradient is the sum of all of that."""
+    """Each rank weights the rows of all ranks differently; the gradient of a row is the sum of its weights on all ranks."""
     own = (torch.arange(6.0).view(3, 2) + 10 * ranks.rank).requires_grad_()
     everything = all_gather_rows_with_grad(own)
     (everything * (torch.arange(12.0).view(6, 2) + 100 * ranks.rank)).sum().backward()
@@ -33,7 +33,7 @@ def test_rows_of_all_ranks_send_their_gradient_back_to_where_they_are_from():
 
 
 def totals(ranks: Ranks) -> dict[str, float]:
-    """Two micro-batches, of other sizes on each rank; rank 1 alone was asked to stop."""
+    """Totals of two micro-batches of different sizes on each rank, where only rank 1 got a stop signal."""
     sizes = ((2, 3), (4, 7))[ranks.rank]
     batches = [pack([Views([Segment(range(n), "text", labels=range(n))], counts={"pairs": n - 1})]) for n in sizes]
     found = global_totals(batches, ranks.device, stop=ranks.rank == 1)
@@ -46,7 +46,7 @@ def test_denominators_and_requests_to_stop_are_those_of_all_ranks():
 
 
 def interrupted(ranks: Ranks) -> list[bool]:
-    """Whether an evaluation is ended, before and after rank 1 was asked to stop."""
+    """Return whether an evaluation ends, before and after rank 1 gets a stop signal."""
     with StopRequest(ranks.device) as stop:
         found = []
         for asked in (False, True):
@@ -64,7 +64,7 @@ def test_a_signal_to_one_rank_ends_an_evaluation_on_all():
 
 
 def norms(ranks: Ranks) -> dict[str, Any]:
-    """A team of both ranks: ``0`` is split, rows of it are here and there; ``1`` both have whole, and the same gradient of it."""
+    """Norms in a tensor-parallel group of two ranks: the rows of ``0`` are split; ``1`` and its gradient are replicated."""
     ranks = form_teams(ranks, 2)
     module = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Linear(2, 2, bias=False))
     clipping = Clipping(module, {}, 1.0, split={"0.weight"}, team=2)

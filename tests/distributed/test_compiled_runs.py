@@ -1,5 +1,5 @@
-"""Whole runs of every objective with ``engine.compile``: the same curve, and nothing is compiled after three steps and the
-first evaluation, though no batch has the lengths of another."""
+"""Whole runs of every objective with ``engine.compile`` have the same curve. After three steps and the first evaluation nothing
+is compiled, although all batches have different lengths."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from tests.distributed.test_span_runs import config_file as span_file
 
 STEPS, EVALUATED = 10, 5
 CASES = ["concept"]
-"""It reads last tokens of as many segments as there happen to be. One block alone is in tests/models/test_compiling.py."""
+"""This case reads the last tokens of a varying number of segments. tests/models/test_compiling.py tests a single block."""
 OTHERS = ["two_view", "vicreg", "ema", "decoder"]
-"""Of ``two_view``, of ``horizon`` with its teacher, of ``span`` and of ``grid``; ``lm`` compiles what all of them do."""
+"""Forms of ``two_view``, ``horizon`` with its teacher, ``span`` and ``grid``; ``lm`` compiles only what all of them compile."""
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def data(tmp_path_factory):
 
 
 def case_file(folder: Path, data: Path, case: str, compiled: bool) -> str:
-    """Micro-batches are large enough not to be of one token, which is a graph of its own."""
+    """Write the config of a case. Its micro-batches have more than one token, because one token would need another graph."""
     name = f"{case}-{'compiled' if compiled else 'plain'}"
     if case in HORIZON:
         file = horizon_file(folder, name, data / "text", case, "fsdp")

@@ -1,5 +1,5 @@
-"""Every pair of engine, ranks, objective, optimizer, accumulation, precision, tensor parallelism and recomputing, in runs of a
-few steps: each has the curve of one process with one micro-batch."""
+"""Short runs that cover every pair of levels of engine, ranks, objective, optimizer, accumulation, precision, tensor
+parallelism and recomputing. Each has the curve of one process with one micro-batch."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def references(tmp_path_factory):
 
 @pytest.fixture
 def reference(data, references, case):
-    """Where the run of the case's system on one rank is; trained when the first of its cases asks for it."""
+    """Folder of the reference run of the case's system on one rank, which is trained on first use."""
     if not (references / case.system).exists():
         train_references(references, data, [case.system])
     return references

@@ -1,4 +1,4 @@
-"""The state of every engine as boxes: bitwise continuation, other engines and world sizes, skipped steps."""
+"""The state of every engine as shard views: bitwise continuation, other engines and world sizes, skipped steps."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def freeze(module: nn.Module) -> nn.Module:
 
 
 def disturb(module: nn.Module) -> nn.Module:
-    """Other values everywhere, so that whatever is not read from a checkpoint shows."""
+    """Change all values, so that a value that is not loaded from a checkpoint is detected."""
     with torch.no_grad():
         for tensor in [*module.parameters(), *module.buffers()]:
             tensor.add_(1)
@@ -37,7 +37,7 @@ def disturb(module: nn.Module) -> nn.Module:
 
 
 def build(ranks: Ranks, zero: dict[str, Any] | None = None, other: bool = False, frozen: bool = True, **case) -> Engine:
-    """An engine of a toy with a frozen layer.
+    """Build an engine of a toy with a frozen layer.
 
     Args:
         zero: additions to ``zero_optimization``. other: start from other values.
@@ -62,7 +62,7 @@ def snapshot(engine: Engine) -> dict[str, Boxes]:
 
 
 def same(a: dict[str, Boxes], b: dict[str, Boxes]) -> list[str]:
-    """Names of tensors that differ."""
+    """Return the names of tensors that differ."""
     assert a.keys() == b.keys()
     return [
         name
@@ -84,8 +84,10 @@ HALVES = pytest.mark.parametrize("half", [0, pytest.param(1, marks=pytest.mark.m
 
 
 def half_of(cases: list[dict[str, Any]], half: int, *settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each case with both of the two settings, once with AdamW and once with Muon; the other half has them the other way
-    round. Either half has all pairs of engine, settings and optimizer."""
+    """Combine each case with both settings, one with AdamW and the other with Muon; the other half swaps the two.
+
+    Each half contains all pairs of engine, settings and optimizer.
+    """
     return [
         {**case, **setting, **(ADAMW, MUON)[(ENGINES.index(case["name"]) + ("zero" in case) + i + half) % 2]}
         for case in cases
@@ -94,12 +96,12 @@ def half_of(cases: list[dict[str, Any]], half: int, *settings: dict[str, Any]) -
 
 
 def moments_of(name: str, case: dict[str, Any]) -> tuple[str, ...]:
-    """Of a trainable parameter of the tied toy."""
+    """Return the names of the moments of a trainable parameter of the tied toy."""
     return ("momentum_buffer",) if "optim" in case and name.endswith(toy.MATRICES) else ("exp_avg", "exp_avg_sq")
 
 
 def continue_bitwise(ranks: Ranks, folder: str, cases: list[dict[str, Any]]) -> list[list[str]]:
-    """What went wrong in each case."""
+    """Save, resume and continue; return the differences of each case."""
     results = []
     for i, case in enumerate(cases):
         wrong = []
@@ -163,14 +165,14 @@ def parameters_and_checkpoint(ranks: Ranks, folder: str, zero: dict[str, Any]) -
 
 @pytest.mark.parametrize("zero", [{}, {"round_robin_gradients": True}])
 def test_flat_partitions_are_cut_where_the_parameters_are(tmp_path, zero):
-    """Under stage 2 in fp32 every rank has the whole parameters too."""
+    """Under stage 2 in fp32 every rank also holds the whole parameters."""
     for parameters in run_ranks(parameters_and_checkpoint, 2, str(tmp_path), zero):
         got = store.read_whole(tmp_path, [f"model/{name}" for name in parameters])
         assert all(torch.equal(got[f"model/{name}"], value) for name, value in parameters.items())
 
 
 def write_all(ranks: Ranks, folder: str, cases: list[dict[str, Any]]) -> list[Any]:
-    """Two steps and a checkpoint by each engine; its whole state and what comes next."""
+    """Train two steps and save with each engine; return its whole state and the results of the next steps."""
     results = []
     for case in cases:
         engine = build(ranks, **case)
@@ -194,7 +196,7 @@ def read_all(ranks: Ranks, folder: str, cases: list[tuple[str, dict[str, Any]]])
 
 
 def total(by_rank: list[Any], case: int) -> torch.Tensor:
-    """Losses of each step, over all ranks, and the norms."""
+    """Return the losses of each step, summed over all ranks, and the norms."""
     losses = [result[case][-1][0] for result in by_rank]
     return torch.cat([torch.tensor(losses).double().sum(0), torch.tensor(by_rank[0][case][-1][1]).double()])
 
@@ -220,8 +222,10 @@ def assert_equal_checkpoints(a: Path, b: Path) -> None:
     ],
 )
 def test_every_engine_reads_others_at_other_world_sizes(tmp_path, optim, moves):
-    """Each engine reads at another number of ranks what another engine has written. One update after it shows all moments:
-    four ranks train as one does."""
+    """Each engine loads, at another number of ranks, a checkpoint that another engine has written.
+
+    One further update depends on all moments. Four ranks train as one does.
+    """
     written = {
         (engine, size): (result, total(by_rank, i))
         for size in sorted({source for source, _ in moves})
@@ -262,8 +266,10 @@ def test_bf16_masters_move_between_engines(tmp_path):
 
 
 def steps(engine: Engine, which: list[int], bad: int | None = None, factor: float = 1.0) -> list[Any]:
-    """Norms of the steps, and the state after each. On rank 1 the first micro-batch of step ``bad`` has its loss times
-    ``factor``."""
+    """Run steps; return their norms and the state after each.
+
+    On rank 1 the loss of the first micro-batch of step ``bad`` is multiplied by ``factor``.
+    """
     results = []
     for step in which:
         engine.scale_lr(toy.factor(step))

@@ -1,4 +1,4 @@
-"""Every engine against plain torch in one process, on real gloo ranks."""
+"""Every engine on real gloo ranks, against plain PyTorch in one process."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from tests.distributed.launch import run_ranks
 from tests.distributed.toy import ENGINES, make_engine
 
 STEPS = 6
-"""One layer is used in some micro-batches of steps 1, 2, 4 and 5 and in none of steps 0 and 3, so that its moments decay
-without it before it comes back; evaluations come between, after steps 1 and 4. At this learning rate a weight that is one
-step old is 1e-2 off, a hundred times the tolerance."""
+"""Number of steps. One layer is used in some micro-batches of steps 1, 2, 4 and 5 and in none of steps 0 and 3, so that its
+moments decay without a gradient in between. Evaluations follow steps 1 and 4. At this learning rate the error of a weight
+that is one step old is 1e-2, a hundred times the tolerance."""
 PRODUCT = [{"name": e, "accumulation": a, "tied": a == 2} for a, e in product((1, 2), ENGINES)]
-"""Engine × micro-batches × a layer that is unused (always there): these are known to interact, and are tried in full."""
+"""Full product of engines and numbers of micro-batches, always with an unused layer, because these are known to interact."""
 
 
 def train_all(ranks: Ranks, cases: list[dict[str, Any]], steps: int) -> list[dict[str, Any]]:
-    """For each case: local losses, gradient norms, evaluation outputs and the full state after ``steps`` steps."""
+    """Train each case; return local losses, gradient norms, evaluation outputs and the full state after ``steps`` steps."""
     results = []
     for case in cases:
         engine = make_engine(ranks=ranks, **case)
@@ -50,8 +50,11 @@ def total_losses(by_rank: list[list[dict[str, Any]]], case: int) -> torch.Tensor
 
 @pytest.mark.parametrize("world_size", [2, *(pytest.param(n, marks=pytest.mark.matrix) for n in (1, 4))])
 def test_fp32_curves_norms_and_weights_equal_plain_torch(world_size):
-    """Clipped AdamW. Blocks 0 and 1 run twice in a forward, evaluations run others in another order, one layer is used in
-    some micro-batches only and one in none."""
+    """Test clipped AdamW on a module that uses its parameters irregularly.
+
+    Blocks 0 and 1 run twice in a forward; evaluations run other blocks in another order; one layer is used in some
+    micro-batches only, and one in none.
+    """
     cases = PRODUCT if world_size < 4 else [case for case in PRODUCT if case["accumulation"] == 2]
     by_rank = run_ranks(train_all, world_size, cases, STEPS)
     for i, case in enumerate(cases):

@@ -28,14 +28,14 @@ from tests.distributed.small_runs import (
 from tests.distributed.test_runs import config_file
 
 STEPS = 32
-"""A save every fourth step: some are lost, and after that two succeed, of which the newest two are kept."""
+"""Number of steps, with a save every fourth one: some saves fail, then two succeed. The newest two are kept."""
 IMPATIENT = {"name": "impatient"}
 NO_SPACE = "No space left on device"
 
 
 @pytest.fixture(scope="module")
 def undisturbed(nursery, tmp_path_factory):
-    """Two ranks of FSDP2."""
+    """Folder of a run without faults: two ranks of FSDP2."""
     folder = tmp_path_factory.mktemp("undisturbed")
     config = config_file(folder, "lm", "fsdp", name="run", steps=STEPS, batch_size=4)
     nursery.run(["--config", str(config)], 2)
@@ -47,8 +47,10 @@ def config_of(undisturbed: Path, folder: Path, *more: str) -> list[str]:
 
 
 def gates(folder: Path, *steps: int) -> tuple[list[Gate], list[Fault]]:
-    """Gates of rank 0 in the forward of these steps. By then the save before the last one, which is written while the
-    training goes on, is complete or told of."""
+    """Create gates of rank 0 in the forward of these steps.
+
+    At each gate the asynchronous save before the last one is complete, or its failure is reported.
+    """
     made = [Gate(folder / f"step_{step}") for step in steps]
     faults = [
         {"name": "holds_in_step", "who": 0, "step": step, "gate": str(gate.path)}
@@ -66,7 +68,7 @@ MOUNT = ["sh", "-c", 'mount -t tmpfs -o size=4m tmpfs "$0" && exec "$@"']
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[tuple[Nursery, Path, Path]]:
-    """A nursery whose ranks see a file system of 4 MB; its path for them, and for the test."""
+    """A ``Nursery`` whose ranks have a file system of 4 MB; its path for the ranks, and its path for the test."""
     disk = tmp_path / "disk"
     disk.mkdir()
     prefix = ["unshare", "--mount", "--map-root-user", *MOUNT, str(disk)]
@@ -79,7 +81,7 @@ def small_disk(tmp_path: Path) -> Iterator[tuple[Nursery, Path, Path]]:
 
 @pytest.mark.matrix
 def test_a_full_disk_costs_checkpoints_and_nothing_else(small_disk, undisturbed, tmp_path):
-    """The whole run directory is on it: rows of metrics.jsonl wait for room, too."""
+    """The whole run directory is on the full disk, so rows of metrics.jsonl wait for space, too."""
     nursery, disk, seen = small_disk
     (filled, freed), held = gates(tmp_path, 5, 25)
     run = nursery.start(config_of(undisturbed, disk), 2, [*held, IMPATIENT])
@@ -113,7 +115,7 @@ def test_a_full_disk_costs_checkpoints_and_nothing_else(small_disk, undisturbed,
 
 @pytest.mark.parametrize("before", ["tensors", pytest.param("generators", marks=pytest.mark.matrix)])
 def test_no_room_for_one_of_the_files(nursery, undisturbed, tmp_path, before):
-    """A quota on rank 1's files while the save of step 4 is tried three times, and once in that of step 8."""
+    """Limit rank 1's files during all three tries of the save of step 4, and during one try of that of step 8."""
     limit = {"name": "no_room", "who": 1, "before": before, "tries": 4}
     run = nursery.run(config_of(undisturbed, tmp_path), 2, [limit, IMPATIENT])
     (line,) = not_saved(run.output())
@@ -196,7 +198,7 @@ def test_too_many_in_a_row_stop_the_run(nursery, tmp_path):
 
 @pytest.fixture(scope="module")
 def killed_once(nursery, undisturbed, tmp_path_factory) -> Path:
-    """A run that was killed in step 9, with checkpoints of steps 4 and 8."""
+    """Folder of a run that was killed in step 9, with checkpoints of steps 4 and 8."""
     folder = tmp_path_factory.mktemp("killed")
     (gate,), held = gates(folder, 9)
     run = nursery.start(config_of(undisturbed, folder), 2, held)
@@ -209,7 +211,7 @@ def killed_once(nursery, undisturbed, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def killed(undisturbed, killed_once, tmp_path) -> tuple[list[str], Path]:
-    """Arguments that go on with a copy of that run, and the copy."""
+    """Arguments that resume a copy of that run, and the copy."""
     shutil.copytree(killed_once, tmp_path, dirs_exist_ok=True)
     return config_of(undisturbed, tmp_path), tmp_path / "run"
 
@@ -225,7 +227,7 @@ def test_a_flipped_byte_in_the_newest_checkpoint(nursery, killed, undisturbed, f
 
 
 def flip(file: Path) -> None:
-    """In a manifest the number of updates, which leaves it readable."""
+    """Damage a file by one bit; in a manifest, change the number of updates, so that it is still valid JSON."""
     raw = bytearray(file.read_bytes())
     at = raw.index(b'"updates": ') + len(b'"updates": ') if file.suffix == ".json" else len(raw) // 2
     raw[at] ^= 1
@@ -253,7 +255,7 @@ class Harmful:
 
 @pytest.mark.parametrize("file", ["tensors/.metadata", "tensors/__0_0.distcp", "rng_rank00000.pt"])
 def test_a_pickle_that_runs_code_is_refused(nursery, killed, tmp_path, file):
-    """Its checksum is right: whoever can write the checkpoint can write the manifest."""
+    """The checksum is correct, because an attacker who can write the checkpoint can also write the manifest."""
     arguments, run = killed
     folder, trace = checkpoint(run, newest(run)), tmp_path / "trace"
     target = folder / file

@@ -1,4 +1,4 @@
-"""Whole runs of equal FLOPs on real ranks: counted alike at any world size, kept by a resume, and spent as asked for."""
+"""Whole runs of equal FLOPs on real ranks: the count is independent of world size and resumes, and meets the budget."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The loss in pieces of the vocabulary on every engine, on real ranks: the curve of all logits at once, though no two ranks have as
-many pieces; in a team, with tied weights, and with a head in two layers of which one is frozen."""
+"""The loss in pieces of the vocabulary on every engine, on real ranks: it has the curve of all logits at once, although all
+ranks have different numbers of pieces. Also with tensor parallelism, tied weights, and a head of two layers, one frozen."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Output(NamedTuple):
 
 
 class Root(nn.Module):
-    """A backbone and its loss, a sum over labels, so that parts of a batch add up."""
+    """Backbone with its loss, a sum over labels, so that the parts of a batch add up."""
 
     def __init__(self, options: ModelOptions) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Root(nn.Module):
 
 
 def batch(step: int, rank: int, ranks: int) -> Tensor:
-    """A rank's part of (9, 6) ids; of two ranks one has more, in step 2 all of them."""
+    """Return a rank's part of (9, 6) ids; of two ranks one has more, in step 2 all."""
     ids = torch.randint(ROWS, (9, 6), generator=torch.Generator().manual_seed(step))
     if ranks == 1:
         return ids
@@ -69,7 +69,7 @@ def batch(step: int, rank: int, ranks: int) -> Tensor:
 
 @contextmanager
 def pieces_of(chunk_bytes: int) -> Iterator[list[int]]:
-    """In here a piece of the logits has at most so many bytes; what is given gets an entry for each piece."""
+    """Limit the bytes of a piece of the logits within the block; the yielded list gets an entry for each piece."""
     calls: list[int] = []
     measure = lm_head.measure
 
@@ -82,8 +82,10 @@ def pieces_of(chunk_bytes: int) -> Iterator[list[int]]:
 
 
 def train_all(ranks: Ranks, models: dict[str, dict[str, Any]], engines: list[str], pieces: bool) -> Any:
-    """(model, engine) → losses and gradient norms. With ``pieces``: of 7 columns or so on one rank, and of another number,
-    none included, on the other."""
+    """Train every model on every engine; return (model, engine) → losses and gradient norms.
+
+    With ``pieces``, the pieces of rank 0 have about 7 columns; the other rank has another number of pieces, which may be 0.
+    """
     found: dict[str, list[tuple[float, float]]] = {}
     with pieces_of(4 * 30 * (7 if ranks.rank == 0 else 20) if pieces else lm_head.CHUNK_BYTES) as calls:
         for name, options in models.items():
@@ -135,7 +137,7 @@ def train_runs_in_pieces(ranks: Ranks, cases: list[tuple[str, str | None]]) -> N
 
 @pytest.mark.matrix
 def test_whole_runs_are_those_of_all_logits_at_once(tmp_path):
-    """Of ``horizon``, whose future KL takes logits out of the pieces; evaluated, at the end of which nothing has a gradient."""
+    """Train and evaluate ``horizon``, whose future KL takes logits from the pieces; the evaluation has no gradients."""
     write_text(tmp_path / "corpus", [10, 1, 50, 8], valid=9)
     wanted = [config_file(tmp_path, name, tmp_path / "corpus", name, "fsdp") for name in ("native", "tied", "qwen3")]
     run_ranks(train_runs, 1, [(file, None) for file in wanted])

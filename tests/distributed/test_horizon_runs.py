@@ -1,4 +1,4 @@
-"""Whole runs of ``horizon`` with an EMA teacher learn; the small runs that other tests put on engines and ranks."""
+"""Whole runs of ``horizon`` with an EMA teacher learn. Other tests run the small configs on engines and ranks."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def config_file(
 
 @pytest.fixture(scope="module")
 def reference(corpus, tmp_path_factory):
-    """One process, four micro-batches a step, FSDP2 on a mesh of one; the whole of the data."""
+    """Folder of the reference run: one process, four micro-batches a step, FSDP2 on a mesh of one, all data."""
     folder = tmp_path_factory.mktemp("reference")
     cases = [config_file(folder, name, corpus, name, "fsdp") for name in OBJECTIVES]
     run_ranks(train_runs, 1, [(case, None) for case in cases])

@@ -1,4 +1,4 @@
-"""No step makes the host wait for the device but where metrics are read: counted in whole runs, between two readings."""
+"""The host waits for the device only where metrics are read; waits are counted in whole runs, between two reads."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from tests.host_syncs import HostSyncs
 from tests.objectives.chats import conversations, tokenizer, write_rows
 
 STEPS = 3
-"""What waits is counted in all but the first, which makes what is made once: in a second step, and in one more, whose forward
-finds what the second has left behind."""
+"""Number of steps. Waits are counted in all but the first, which creates state that is created once: in the second, and in the
+third, whose forward depends on state left by the second."""
 
 
 def test_the_count_finds_what_waits():
@@ -54,7 +54,7 @@ def test_the_count_finds_what_waits():
 
 
 def _noted(run: Any) -> int:
-    """How often, if the code were a part of the package."""
+    """Return the number of waits noted if the code were a part of the package."""
     found = HostSyncs()
     found.note = lambda what: found.counts.update([(what, "jepa_scale/x")])  # type: ignore[method-assign]
     with found:
@@ -63,7 +63,7 @@ def _noted(run: Any) -> int:
 
 
 def count(ranks: Ranks, cases: list[str]) -> list[dict[str, dict[str, int]]]:
-    """Of each run: package → what waited and where → how often, from the end of the first step to that of the last one."""
+    """Return for each run: package → operation and place → number of waits, from the end of the first step on."""
     from jepa_scale.training.metrics import Meter
     from jepa_scale.training.run import run_training
 
@@ -103,7 +103,7 @@ def corpora(tmp_path_factory) -> dict[str, Path]:
 
 
 def configs(folder: Path, corpora: dict[str, Path], engine: str, objectives: list[str]) -> list[str]:
-    """A config of each objective, of so few steps that metrics are read after the last one alone."""
+    """Write a config of each objective, with so few steps that metrics are read only after the last one."""
     text, grids, chat = corpora["text"], corpora["grids"], corpora["chat"]
     makers = {
         "lm": lambda n: test_runs.config_file(folder, "lm", engine, name=n),
@@ -141,8 +141,10 @@ def test_no_objective_waits(corpora, tmp_path):
 )
 @pytest.mark.parametrize("engine", ["fsdp", "zero0", "zero1", "zero2", "zero3"])
 def test_no_engine_waits_but_in_deepspeed(corpora, tmp_path, engine, objectives):
-    """What DeepSpeed does by itself is known (``Engine.step``): in fp32 nothing but in stage 3. The horizon objective has
-    a teacher, statistics over the ranks and two heads."""
+    """The waits of DeepSpeed are known (``Engine.step``): in fp32 it waits only in stage 3.
+
+    The horizon objective has a teacher, statistics over the ranks and two heads.
+    """
     for found in run_ranks(count, 2, configs(tmp_path, corpora, engine, objectives)):
         for objective, of in zip(objectives, found, strict=True):
             assert of["jepa_scale"] == {}, objective

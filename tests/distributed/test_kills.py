@@ -1,4 +1,4 @@
-"""SIGKILL, again and again: a run that is started with ``--resume auto`` ends as if nothing had happened."""
+"""Runs that are killed repeatedly by SIGKILL and restarted with ``--resume auto`` end like an undisturbed run."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from tests.distributed.test_runs import config_file
 
 MOMENTS = ("training", "writing", "writing", "any time")
 EVENTS = 40
-"""About as many operations on files as there are in two saves."""
+"""Approximate number of file operations in two saves."""
 FENCE = 8
-"""Steps after which a run that is to be killed waits for that, however long it takes."""
+"""Step after which a run waits to be killed, however long it takes."""
 
 
 def end(run: Forked) -> None:
-    """As a launcher does when a rank has died, though with less patience: ask the others to end, then make them."""
+    """End a run as a launcher does when a rank has died, but sooner: first by SIGTERM, then by SIGKILL."""
     for rank in range(len(run.pids)):
         run.send(rank, signal.SIGTERM)
     time.sleep(0.2)  # whatever they have done by then
@@ -33,7 +33,7 @@ def end(run: Forked) -> None:
 def kill_once(
     nursery: Nursery, arguments: list[str], world_size: int, folder: Path, rng: random.Random, how: str
 ) -> str:
-    """Start the run and kill it; how."""
+    """Start the run and kill it; return how."""
     who = rng.choice([[0], list(range(world_size)), [world_size - 1]])
     if how == "writing":
         event = rng.randrange(EVENTS)
@@ -88,8 +88,10 @@ def test_a_run_that_is_killed_again_and_again_ends_the_same(
 
 
 def test_a_rank_that_is_killed_as_it_writes(nursery, tmp_path):
-    """The save of step 8 is lost, and the run goes on from that of step 4. Warm-up is over at step 3: what a checkpoint does
-    not give back shows in the six steps that follow."""
+    """The save of step 8 is lost, and the run resumes from that of step 4.
+
+    Warm-up ends at step 3, so the six steps that follow depend on everything that a checkpoint must restore.
+    """
     steps, expected, run = 10, tmp_path / "expected", tmp_path / "run"
     config = str(config_file(tmp_path, "lm", "fsdp", name="run", steps=steps, batch_size=4))
     nursery.run(["--config", config, "run.name=expected"], 2)
@@ -116,8 +118,11 @@ def test_a_rank_that_is_killed_as_it_writes(nursery, tmp_path):
 
 
 def test_death_before_each_operation_of_a_save_in_turn(nursery, tmp_path):
-    """Also between the moments when the new checkpoint gets its name, ``latest`` its content, and the old one goes. Each
-    process goes on from what the one before has left; there are as many as a save has operations."""
+    """Kill a process before each operation of a save, one process for each operation.
+
+    This includes the operations between the renaming of the new checkpoint, the writing of ``latest`` and the removal of
+    the old checkpoint. Each process resumes from the files that the one before has left.
+    """
     steps, every, expected, run = 40, 2, tmp_path / "expected", tmp_path / "run"
     config = str(config_file(tmp_path, "lm", "fsdp", name="run", steps=steps, batch_size=4))
     nursery.run(["--config", config, "run.name=expected"])

@@ -1,4 +1,4 @@
-"""What ranks start with."""
+"""Imports of ranks at the start."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ def imported(ranks: Ranks) -> set[str]:
 
 
 def test_a_rank_does_not_import_what_draws():
-    """Only rank 0 draws, at the end."""
+    """Only rank 0 plots, at the end of the run."""
     assert run_ranks(imported, 2, fresh=True) == [{"torch", "jepa_scale.train"}] * 2

@@ -1,4 +1,4 @@
-"""LoRA on every engine: the curve of a plain loop, an EMA teacher, resuming, other world sizes, and what leaves."""
+"""LoRA on every engine: the curve of a plain loop, an EMA teacher, resuming, other world sizes, and the exported model."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ QWEN3 = {**LLAMA, "model_type": "qwen3", "head_dim": 8, "tie_word_embeddings": T
 
 
 def pretrained(folder: Path, config: dict[str, Any], known: int) -> str:
-    """A folder with a model of random weights, larger than usual so that a mistake in them shows."""
+    """Write a model with random weights to a folder; they are larger than usual, so that an error in them is detected."""
     torch.manual_seed(5)
     decoder = build_backbone(ModelOptions(family="huggingface", config=config), known).decoder
     with torch.no_grad():
@@ -55,7 +55,7 @@ class Output(NamedTuple):
 
 
 class Root(nn.Module):
-    """A backbone and nothing else; the loss is a sum over labels, so that parts of a batch add up."""
+    """Backbone alone; the loss is a sum over labels, so that the parts of a batch add up."""
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ def make_root(folder: str) -> Root:
 
 
 def batch(step: int) -> Tensor:
-    """(8, 6) of all ids, the new ones among them."""
+    """Return (8, 6) ids that include the new ones."""
     return torch.randint(ROWS, (8, 6), generator=torch.Generator().manual_seed(step % 4))
 
 
@@ -85,7 +85,7 @@ def clip_groups(root: nn.Module) -> dict[str, list[str]]:
 
 
 def reference(folder: str) -> tuple[list[float], Root, Root]:
-    """Plain torch in one process: losses, the model, and the average of it."""
+    """Train with plain PyTorch in one process; return the losses, the model, and its EMA."""
     root = make_root(folder)
     average = copy.deepcopy(root)
     groups = [{k: g[k] for k in ("params", "lr", "weight_decay")} for g in parameter_groups(root, OPTIM, ["objective"])]
@@ -140,7 +140,7 @@ def train_all(ranks: Ranks, folder: str, cases: list[tuple[str, str]]) -> list[d
     ids=["untied-1", "tied-2"],
 )
 def test_every_engine_trains_what_a_plain_loop_trains(tmp_path, config, world_size):
-    """Clipping by group, new rows, an average of a part; in bf16 within its rounding."""
+    """Test with clipping by group, new rows, and an EMA of a part; bf16 agrees within its rounding."""
     folder = pretrained(tmp_path / "base", config, KNOWN)
     losses, model, average = reference(folder)
     cases = [(engine, "fp32") for engine in ENGINES]
@@ -171,7 +171,7 @@ def test_every_engine_trains_what_a_plain_loop_trains(tmp_path, config, world_si
 
 
 def edit(file: str, **sections: Any) -> str:
-    """Another value of some sections of a config file; the file."""
+    """Change sections of a config file, and return its path."""
     path = Path(file)
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **sections}))
     return file
@@ -185,16 +185,18 @@ def corpus(tmp_path_factory):
 
 
 def model(folder: Path, **lora: Any) -> dict[str, Any]:
-    """A base that lacks the corpus's last two ids."""
+    """Return a base model that lacks the corpus's last two ids."""
     known = VOCABULARY - 2
     return {"family": "huggingface", "pretrained": pretrained(folder / "base", LLAMA, known), "lora": lora or None}
 
 
 @pytest.mark.matrix
 def test_whole_runs_resume_bitwise(corpus, tmp_path):
-    """``horizon`` with a teacher of the lower blocks, clipping by part and dropout in the adapters. From step 2 on in new
-    processes the rows, the weights, the moments and the teacher are the same to the bit. The frozen weights stay what
-    they were, and have no moments."""
+    """Resume ``horizon`` with a teacher of the lower blocks, clipping by part and dropout in the adapters, in new processes.
+
+    From step 2 on the rows, weights, moments and teacher are bitwise equal. The frozen weights are unchanged and have no
+    moments.
+    """
     how: dict[str, Any] = {"model": model(tmp_path, rank=2, dropout=0.1), "checkpoint": {"every": 2, "keep_last": 9}}
     cases = {"fsdp": ("fsdp", "bf16"), "zero1": ("zero1", "bf16"), "zero3": ("zero3", "fp32")}
     files = {
@@ -214,8 +216,10 @@ def test_whole_runs_resume_bitwise(corpus, tmp_path):
 
 @pytest.mark.matrix
 def test_a_run_goes_on_with_fewer_ranks_and_leaves_as_what_it_was(corpus, tmp_path):
-    """Two ranks of ZeRO-3, then one of FSDP2, against FSDP2 on one rank all the way. The merged model then scores what the
-    run's evaluation said."""
+    """Continue a run of two ranks of ZeRO-3 on one rank of FSDP2, and compare it with FSDP2 on one rank throughout.
+
+    The merged model then has the score of the run's evaluation.
+    """
     how: dict[str, Any] = {"model": model(tmp_path, rank=2), "checkpoint": {"every": 2, "keep_last": 9}}
     whole = config_file(tmp_path, "whole", corpus, "vicreg", "fsdp", **how)
     before = config_file(tmp_path, "moved", corpus, "vicreg", "zero3", **how)

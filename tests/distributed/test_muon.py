@@ -1,4 +1,4 @@
-"""Muon and AdamW together on every engine, against both written plainly in one process."""
+"""Muon and AdamW together on every engine, against a plain implementation of both in one process."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from tests.distributed.launch import run_ranks
 from tests.distributed.toy import ENGINES, HEADS, MUON, changed, make_engine
 
 STEPS, CLIP = 5, 2.0
-"""One matrix is in some micro-batches of steps 1, 2 and 4 and in none of steps 0 and 3, where its momentum alone moves it;
-evaluations come after steps 1 and 4. A momentum that is one step old is off by more than the tolerance at once."""
+"""Number of steps, and clipping norm. One matrix is used in some micro-batches of steps 1, 2 and 4 and in none of steps 0
+and 3, where only its momentum changes it. Evaluations follow steps 1 and 4. The error of a momentum that is one step old
+exceeds the tolerance immediately."""
 VARIANTS = [
     {"name": "zero2", "zero": {"round_robin_gradients": True, "overlap_comm": False}},
     {"name": "zero3", "zero": {"stage3_param_persistence_threshold": 30, "sub_group_size": 200}},
@@ -36,7 +37,7 @@ def orthogonal(m: Tensor) -> Tensor:
 
 
 class PlainMuon:
-    """Of whole matrices, in fp64."""
+    """Reference implementation of Muon on whole matrices, in fp64."""
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
         self.param_groups = groups
@@ -54,7 +55,7 @@ class PlainMuon:
 
 
 def clip_groups(tied: bool) -> dict[str, list[str]]:
-    """The LM head's parameter is in the second one, unless it is the embedding."""
+    """Return two clipping groups; the LM head's parameter is in the second, unless it is the embedding."""
     groups: dict[str, list[str]] = {"lower": [], "upper": []}
     for name, _ in toy.make_toy(tied).named_parameters():
         groups["upper" if name.startswith(("layers.2", "head", "project", "never")) else "lower"].append(name)
@@ -62,7 +63,7 @@ def clip_groups(tied: bool) -> dict[str, list[str]]:
 
 
 def reference(steps: int, accumulation: int, tied: bool, groups: dict[str, list[str]]) -> Any:
-    """The whole batch in one process: losses, norms before clipping, and the module."""
+    """Train on the whole batch in one process; return losses, norms before clipping, and the module."""
     module = toy.make_toy(tied)
     parameters = dict(module.named_parameters())
     split = parameter_groups(module, MUON, HEADS)
@@ -122,8 +123,11 @@ def add(path: Path, zero: dict[str, Any]) -> Path:
 
 @pytest.mark.parametrize("world_size", [2, *(pytest.param(n, marks=pytest.mark.matrix) for n in (1, 4))])
 def test_equals_the_plain_reference(world_size):
-    """Clipped steps with decay, matrices of odd shapes, one of which is not in every micro-batch and one without a
-    gradient. Tied, the LM head is an embedding, and AdamW's; with two micro-batches, two groups are clipped."""
+    """Test clipped steps with weight decay and matrices of odd shapes.
+
+    One matrix is not used in every micro-batch, and one has no gradient. If tied, the LM head is an embedding, which AdamW
+    updates. With two micro-batches, two groups are clipped.
+    """
     accumulations = {1: (1,), 2: (1, 2), 4: (2,)}[world_size]
     cases: list[dict[str, Any]] = [
         {"name": e, "accumulation": a, "tied": a == 2, "clip_groups": clip_groups(True) if a == 2 else {}}

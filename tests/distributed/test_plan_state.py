@@ -1,4 +1,4 @@
-"""The planner's bytes against those of real engines: parameters, optimizer, teacher of a rank, at 1 and 2 ranks."""
+"""The planner's memory estimate against real engines: parameters, optimizer and teacher of a rank, at 1 and 2 ranks."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def config_of(folder: Path, engine: str, precision: str) -> Path:
 
 
 def held(tensors: list[torch.Tensor]) -> int:
-    """Bytes of the storages of tensors; of a DTensor's those of its shard."""
+    """Return the bytes of the storages of tensors; of a DTensor, those of its shard."""
     local = [getattr(tensor, "_local_tensor", tensor) for tensor in tensors]
     storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in local) if s.nbytes()}
     return sum(storages.values())
 
 
 def sizes_of_engines(ranks: Any, files: list[str]) -> list[dict[str, int]]:
-    """What this rank keeps, for each config."""
+    """Return the bytes that this rank keeps, for each config."""
     found = []
     for file in files:
         run = build(validate(load_config(file)), ranks)

@@ -1,4 +1,4 @@
-"""What the tests of real processes stand on."""
+"""Tests of the helpers for real processes."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ PLACES = list(product(ENGINES, (1, 2, 4)))
 
 
 def system_at(objective: str, place: int) -> str:
-    """The forms of an objective take turns over engines and world sizes."""
+    """Return the system at a position; the forms of an objective alternate over engines and world sizes."""
     forms = [name for name, of in SYSTEMS.items() if of.objective == objective]
     return forms[place % len(forms)]
 
@@ -32,7 +32,7 @@ def data(tmp_path_factory):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_curve_depends_on_nothing_but_the_seed(data, tmp_path, objective):
-    """Those of the covering array are left out. Half of the runs have two micro-batches a step."""
+    """Runs of the covering array are left out. Half of the runs have two micro-batches a step."""
     done = {(case.system, case.engine, case.ranks) for case in CASES if case.precision == "fp32" and case.tp == 1}
     cases = {
         f"{engine}-{ranks}": (system_at(objective, place), engine, ranks, 1 + place % 2)

@@ -1,5 +1,5 @@
-"""A run that goes on from a checkpoint, in another process group: to the bit on the same ranks; within rounding on another
-engine and another number of ranks."""
+"""Runs resumed from a checkpoint in another process group: bitwise equal on the same ranks, and equal within rounding on
+another engine and another number of ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from tests.distributed.systems import assert_as_reference, config_file, train_re
 from tests.distributed.test_runs import train_runs
 
 STEPS, SAVED = 6, 3
-"""Warm-up is over at step 1: both halves have updates at the full rate, so that a moment or a weight that was not kept shows."""
+"""Number of steps, and step of the save. Warm-up ends at step 1, so both halves have updates at the full rate, and a lost
+moment or weight is detected."""
 HELD = {
     "concept_memory": "momentum_buffer/",
     "vicreg": "teacher/backbone",
@@ -25,7 +26,7 @@ HELD = {
     "chat_teacher": "teacher/",
     "tied": "teacher/",
 }
-"""What a checkpoint of a system holds beside weights and Adam's moments: a part of a name."""
+"""Parts of the names of tensors that a system's checkpoint holds beside weights and Adam's moments."""
 CASES = [
     ("concept_memory", "zero2", {}),
     ("vicreg", "zero3", {}),
@@ -33,7 +34,7 @@ CASES = [
     ("chat_teacher", "fsdp", {"precision": "bf16"}),
     ("tied", "zero0", {"tp": 2}),
 ]
-"""All engines, kinds of state and precisions; the product is the matrix's."""
+"""All engines, kinds of state and precisions; the full product is tested with the marker ``matrix``."""
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def assert_goes_on_bitwise(data, tmp_path, cases) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join((case[0], case[1], *map(str, case[2].values()))))
 def test_it_goes_on_to_the_bit(data, tmp_path, case):
-    """Rows, weights, moments, teacher, codes and queue."""
+    """Rows, weights, moments, teacher, codes and queue are bitwise equal."""
     assert_goes_on_bitwise(data, tmp_path, [case])
 
 

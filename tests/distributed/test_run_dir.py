@@ -1,4 +1,4 @@
-"""Every rank refuses a used run directory, though only rank 0 looks: else the others would wait for it."""
+"""Every rank refuses a used run directory, although only rank 0 checks it; otherwise the others would hang."""
 
 from __future__ import annotations
 

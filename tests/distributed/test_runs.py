@@ -1,4 +1,4 @@
-"""Whole runs on made-up facts learn and are evaluated; the small runs that other tests put on engines and ranks."""
+"""Whole runs on synthetic facts learn and are evaluated. Other tests run the small configs on engines and ranks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ BACKBONES: dict[str, dict[str, Any]] = {
 
 
 def config_file(folder: Path, objective: str, engine: str, accumulation: int = 1, **train: Any) -> Path:
-    """A small real config; ``engine`` is ``"fsdp"`` or ``"zero0"`` … ``"zero3"``."""
+    """Write a small real config; ``engine`` is ``"fsdp"`` or ``"zero0"`` … ``"zero3"``."""
     backbone = train.pop("backbone", "native")
     precision = train.pop("precision", "fp32")
     checkpoint = train.pop("checkpoint", {})
@@ -69,7 +69,7 @@ def train_runs(ranks: Ranks, cases: list[tuple[str, str | None]]) -> None:
 
 
 def rows(folder: Path, name: str, split: str | None = "fit") -> list[dict[str, Any]]:
-    """Of ``metrics.jsonl``; None = of all splits."""
+    """Return the rows of ``metrics.jsonl`` of a split; None = of all splits."""
     lines = (folder / name / "metrics.jsonl").read_text().splitlines()
     return [row for row in map(json.loads, lines) if split in (None, row["split"])]
 
@@ -87,7 +87,7 @@ def run_all(folder: Path, world_size: int, cases: dict[str, dict[str, Any]]) -> 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    """One process, one micro-batch, FSDP2 on a mesh of one: the curve of every objective."""
+    """Folder of the reference runs of all objectives: one process, one micro-batch, FSDP2 on a mesh of one."""
     folder = tmp_path_factory.mktemp("reference")
     cases = {o: {"objective": o, "engine": "fsdp"} for o in OBJECTIVES}
     cases["gpt2"] = {"objective": "concept", "engine": "fsdp", "backbone": "gpt2"}

@@ -1,4 +1,4 @@
-"""A signal to one rank stops all of them in order; a rank that hangs is named, and the run ends by itself."""
+"""A signal to one rank stops all of them orderly; a rank that hangs is reported by name, and the run ends."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from tests.distributed.small_runs import assert_same, check_checkpoints, checkpo
 from tests.distributed.test_runs import config_file
 
 STEPS = 9
-"""Stopped after the fourth or in the evaluation of the sixth, with warm-up over at the third: what a stop loses of weights,
-moments, the learning rate or the order of samples shows in the steps that are left."""
+"""Number of steps. Runs stop after the fourth or in the evaluation of the sixth, and warm-up ends at the third. So the
+remaining steps depend on the weights, moments, learning rate and order of samples that a stop must keep."""
 EVAL_EVERY = 6
 TORCHRUN = ["torchrun", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(nursery, tmp_path_factory):
-    """Two ranks of FSDP2, evaluated after step 6 and at the end."""
+    """Folder of a run without signals: two ranks of FSDP2, evaluated after step 6 and at the end."""
     folder = tmp_path_factory.mktemp("undisturbed")
     config = config_file(folder, "lm", "fsdp", name="run", steps=STEPS, eval_every=EVAL_EVERY, batch_size=4)
     nursery.run(["--config", str(config)], 2)
@@ -35,7 +35,7 @@ def config_of(undisturbed, tmp_path) -> list[str]:
 
 @pytest.mark.parametrize(("number", "who"), [(signal.SIGTERM, 1), (signal.SIGUSR1, 0)])
 def test_a_signal_to_one_rank_stops_all_and_nothing_is_lost(nursery, undisturbed, tmp_path, number, who):
-    """It comes in step 3, is agreed on as step 4 begins, and after that step all is saved."""
+    """The signal comes in step 3; the ranks agree on it at the start of step 4, and save after that step."""
     arguments, run, gate = config_of(undisturbed, tmp_path), tmp_path / "run", Gate(tmp_path / "step_3")
     stopped = nursery.start(arguments, 2, [{"name": "holds_in_step", "who": who, "step": 3, "gate": str(gate.path)}])
     gate.reached(stopped)
@@ -54,7 +54,7 @@ def test_a_signal_to_one_rank_stops_all_and_nothing_is_lost(nursery, undisturbed
 def test_a_signal_in_an_evaluation_is_obeyed_at_once_and_the_evaluation_made_up_for(
     nursery, undisturbed, tmp_path, step, evaluations
 ):
-    """Twice in a row in the evaluation of step 6, the second time right after the start; and in the last one."""
+    """Signals come twice in the evaluation of step 6, the second right after the restart, and once in the last evaluation."""
     arguments, run = config_of(undisturbed, tmp_path), tmp_path / "run"
     for time, evaluation in enumerate(evaluations):
         gate = Gate(tmp_path / f"evaluation_{time}")
@@ -76,8 +76,7 @@ def test_a_signal_in_an_evaluation_is_obeyed_at_once_and_the_evaluation_made_up_
     [pytest.param("torchrun", "fsdp", marks=pytest.mark.matrix), ("deepspeed", "deepspeed")],
 )
 def test_under_a_real_launcher(launch, undisturbed, tmp_path, launcher, engine):
-    """The engine follows the launcher. A signal to one rank's process, as a scheduler's would come, ends the launcher with
-    0, too."""
+    """Each engine runs under its launcher. A signal to one rank's process, as from a scheduler, ends the launcher with 0."""
     arguments, run = config_of(undisturbed, tmp_path), tmp_path / "run"
     endless = ["engine.name=auto", "train.steps=1000000", "train.eval_every=0"]
     with held_port() as port:
@@ -110,8 +109,8 @@ def test_a_rank_that_is_killed_takes_its_launcher_down(launch, undisturbed, tmp_
 
 
 HANG_SECONDS = 5.0
-"""Without progress, from the moment when a rank begins to hang: far longer than a step of the others takes, and all that
-such a test waits for."""
+"""Seconds without progress, from the start of a hang: far longer than a step of the other ranks. A test waits for nothing
+else."""
 HANGS = {
     "forward": ({"name": "hangs", "who": 1, "step": 5}, r"rank 1 hangs at step 5 in 'forward and backward' at hang"),
     "save": ({"name": "hangs_saving", "who": 1}, r"rank 1 hangs at step 6 in 'save' at hang"),
@@ -143,7 +142,7 @@ def test_a_rank_that_hangs_is_named_and_the_run_ends(nursery, tmp_path, where, e
 
 @pytest.mark.matrix
 def test_a_frozen_process_is_named(nursery, tmp_path):
-    """It cannot say anything itself."""
+    """The frozen process cannot report itself."""
     config = config_file(tmp_path, "lm", "fsdp", name="run", steps=1_000_000, hang_minutes=HANG_SECONDS / 60)
     mark, gate = tmp_path / "hangs", Gate(tmp_path / "step_20")
     faults = [
@@ -163,7 +162,7 @@ def test_a_frozen_process_is_named(nursery, tmp_path):
 
 
 def test_a_long_evaluation_is_no_hang(nursery, tmp_path):
-    """Each of its forwards is progress: together they take longer than the limit."""
+    """Each forward counts as progress, so together they may take longer than the limit."""
     limit = 1.0
     config = config_file(tmp_path, "lm", "fsdp", name="run", steps=2, hang_minutes=limit / 60)
     run = nursery.run(["--config", str(config)], 1, [{"name": "evaluates_long", "limit": limit}])

@@ -1,4 +1,4 @@
-"""Whole runs of ``span`` with PoPE, DropPath and Muon learn; the small runs that other tests put on engines and ranks."""
+"""Whole runs of ``span`` with PoPE, DropPath and Muon learn. Other tests run the small configs on engines and ranks."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def config_file(folder: Path, name: str, corpus: Path, objective: str, engine: s
 
 @pytest.fixture(scope="module")
 def reference(corpus, tmp_path_factory):
-    """One process and one micro-batch a step, FSDP2 on a mesh of one."""
+    """Folder of the reference run: one process, one micro-batch a step, FSDP2 on a mesh of one."""
     folder = tmp_path_factory.mktemp("reference")
     run_ranks(train_runs, 1, [(config_file(folder, name, corpus, name, "fsdp"), None) for name in OBJECTIVES])
     return folder

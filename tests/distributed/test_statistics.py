@@ -1,4 +1,4 @@
-"""Statistics over the global batch on real gloo ranks: values and gradients do not depend on how rows are dealt out."""
+"""Statistics over the global batch on real gloo ranks: values and gradients are independent of the split of the rows."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def inputs(rows: int = ROWS) -> Tensor:
 
 
 def plain(name: str, a: Tensor, b: Tensor) -> list[Tensor]:
-    """Reference: the definitions, on all rows at once; more than one row."""
+    """Reference: the definitions on all rows at once, for more than one row."""
     n, d = a.shape
     beside = ~torch.eye(d, dtype=torch.bool)
     if name == "barlow":
@@ -55,7 +55,7 @@ def plain(name: str, a: Tensor, b: Tensor) -> list[Tensor]:
 
 
 def reference(name: str) -> tuple[list[float], list[Tensor]]:
-    """Values of the terms, and the gradient of their weighted sum by every parameter, in one process and fp64."""
+    """Return the values of the terms, and the gradients of their weighted sum, computed in one process in fp64."""
     net, x = network().double(), inputs().double()
     terms = plain(name, net["a"](x), net["b"](x))
     loss = sum(w * t for w, t in zip(WEIGHTS[name], terms, strict=True))
@@ -77,7 +77,7 @@ def gradients(net: nn.Module, loss: Tensor) -> list[Tensor]:
 
 
 def deal(rows: int, world_size: int, micros: int, idle: bool) -> list[list[list[int]]]:
-    """Numbers of the rows of each rank's micro-batches, unevenly; if ``idle``, the last rank of several has none."""
+    """Split row indices unevenly over the micro-batches of all ranks; if ``idle``, the last rank of several has none."""
     hands: list[list[list[int]]] = [[[] for _ in range(micros)] for _ in range(world_size)]
     takers = max(1, world_size - idle)
     for row in range(rows):
@@ -87,7 +87,7 @@ def deal(rows: int, world_size: int, micros: int, idle: bool) -> list[list[list[
 
 
 def step(ranks: Ranks, name: str, micros: int, rows: int, idle: bool) -> dict[str, Any]:
-    """One optimizer step's contributions and gradients of this rank, summed over its micro-batches."""
+    """Return this rank's contributions and gradients in an optimizer step, summed over its micro-batches."""
     loss = dict(zip(LOSSES, (barlow, vicreg, on_one_view, on_one_standardized), strict=True))[name]
     net, x = network(), inputs(rows)
     total = torch.tensor(float(rows))
@@ -120,7 +120,7 @@ def run_cases(ranks: Ranks) -> dict[str, Any]:
 
 
 def laws(ranks: Ranks) -> dict[str, Any]:
-    """What needs the ranks but no reference."""
+    """Check properties that need several ranks but no reference."""
     x = (torch.arange(6.0).view(2, 3) + ranks.rank).requires_grad_()
     # strides that differ between ranks: what counts is the place, not the memory
     total = global_sum(x if ranks.rank == 0 else x.detach().T.contiguous().T.requires_grad_())

@@ -1,4 +1,4 @@
-"""On every engine the parts of all steps are what was spent in them, and add up to what the run's own clock has counted."""
+"""On every engine the parts of all steps have their true durations, and add up to the time of the run's clock."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from tests.distributed.launch import run_ranks
 from tests.distributed.test_runs import config_file, rows, train_runs
 
 DATA, OTHER = (1.0, 2.0), (1.5, 0.5)
-"""Seconds of each rank: whose data comes sooner waits for the other."""
+"""Seconds of each rank; the rank whose data comes first waits for the other."""
 CALLS = {"collect": 4.0, "loss": 3.0, "evaluation": 1000.0}
 BACKWARD, OPTIMIZER = 5.0, 7.0
 PARTS = {"data": 1.5, "other": 1.0, "collect": 8.0, "forward": 6.0, "backward": 10.0, "optimizer": 7.0}
-"""Of a step of two micro-batches, on average over the ranks."""
+"""Expected seconds of a step of two micro-batches, averaged over the ranks."""
 
 
 def train_by_hand(ranks: Ranks, cases: list[tuple[str, str | None]]) -> None:
-    """Train by a clock that moves only where it is moved: in the data, the engine's calls, and the counting of the batch."""
+    """Train with a manual clock, which advances only in the data, the engine's calls, and the counting of the batch."""
     from jepa_scale.telemetry import run_log
     from jepa_scale.training import metrics as meter
     from jepa_scale.training import run as training
@@ -72,7 +72,7 @@ def train_by_hand(ranks: Ranks, cases: list[tuple[str, str | None]]) -> None:
 
 
 def test_parts_add_up_to_the_run_on_every_engine(tmp_path: Path):
-    """Two rows of two steps, with an evaluation after each."""
+    """The runs log two rows of two steps, with an evaluation after each."""
     files = []
     for engine in ("fsdp", "zero1", "zero2", "zero3"):
         path = config_file(tmp_path, "two_view_infonce", engine, accumulation=2, name=engine, steps=4, log_every=2)

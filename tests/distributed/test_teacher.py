@@ -1,4 +1,4 @@
-"""The EMA teacher on real ranks: against a dense fp64 reference, its forward included; memory; checkpoints."""
+"""The EMA teacher on real ranks: state and forward against a dense fp64 reference, memory, checkpoints."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ from tests.distributed.toy import ENGINES
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 STEPS = 8
-"""The momentum goes up over them from its first to its last value. An average that is kept in bf16, or is one step old,
-is off by a thousand times the tolerance after the first."""
+"""Number of steps, over which the momentum rises from its first to its last value. The error of an EMA that is kept in bf16,
+or is one step old, is a thousand times the tolerance after the first step."""
 OPTIONS = TeacherOptions(momentum=0.8, final_momentum=0.98, schedule="cosine")
 FP32 = 2.0**-24
 PERSISTENT = [("body.calls", 0), ("encoder.mean", 0)]
@@ -53,7 +53,7 @@ def build(
     other: bool = False,
     micro: int = MICRO,
 ) -> tuple[Engine, Teacher, TeacherModel]:
-    """Engine and teacher, and the copies as they were. ``other``: start from other values."""
+    """Build engine and teacher; also return the initial copies. ``other``: start from other values."""
     root = make_root()
     if other:
         disturb(root)
@@ -70,7 +70,7 @@ def disturb(root: Root) -> None:
 
 
 def outputs(teacher: Teacher) -> list[Tensor]:
-    """Of both copies, the first twice: what the second call leaves behind must not change it."""
+    """Return the outputs of both copies, of the first twice: the second call must not change it."""
     body = teacher.forward("body", PROBE)
     encoded = teacher.forward("encoder", body[:, 0])
     again = teacher.forward("body", PROBE)
@@ -79,8 +79,7 @@ def outputs(teacher: Teacher) -> list[Tensor]:
 
 
 def follow(ranks: Ranks, cases: list[tuple[str, str]]) -> list[dict[str, float]]:
-    """Of each case the largest errors, in units of the tensor's rounding error: of the state, and of the forward's
-    output."""
+    """Train each case; return the largest errors of state and forward, in units of the tensor's rounding error."""
     results = []
     for name, precision in cases:
         engine, teacher, plain = build(ranks, name, precision, micro=1)
@@ -130,7 +129,7 @@ NONE = TeacherOptions(momentum=0, schedule="constant")
 
 
 def is_the_student(ranks: Ranks, cases: list[tuple[str, str]]) -> list[list[str]]:
-    """With momentum 0: where teacher and student differ; and where a student with a teacher differs from one without."""
+    """Return the differences, at momentum 0, between teacher and student, and between students with and without a teacher."""
     results = []
     for name, precision in cases:
         wrong = []
@@ -164,7 +163,7 @@ def is_the_student(ranks: Ranks, cases: list[tuple[str, str]]) -> list[list[str]
 
 
 def test_with_momentum_zero_the_teacher_is_the_student_and_the_student_learns_as_without_one():
-    """Bitwise; weights of an earlier step, or of another call, would show."""
+    """The equality is bitwise, so weights of an earlier step, or of another call, would be detected."""
     cases = CASES[2]
     for rank, results in enumerate(run_ranks(is_the_student, 2, cases)):
         for case, wrong in zip(cases, results, strict=True):
@@ -172,7 +171,7 @@ def test_with_momentum_zero_the_teacher_is_the_student_and_the_student_learns_as
 
 
 def storages(*roots: Any) -> dict[int, int]:
-    """Address and bytes of every tensor's storage that can be reached from objects."""
+    """Return address → bytes of the storage of every tensor that can be reached from the objects."""
     found: dict[int, int] = {}
     seen: set[int] = set()
     waiting = list(roots)
@@ -188,7 +187,7 @@ def storages(*roots: Any) -> dict[int, int]:
 
 
 def measure(ranks: Ranks, cases: list[tuple[str, str, bool]]) -> list[tuple[int, ...]]:
-    """Bytes that a teacher of everything, or of the copies, takes; elements of it and of the model, number of its parameters."""
+    """Return a teacher's bytes, its elements, the model's elements, and the teacher's number of parameters, for each case."""
     results = []
     for name, precision, everything in cases:
         root = make_root()
@@ -208,8 +207,10 @@ def measure(ranks: Ranks, cases: list[tuple[str, str, bool]]) -> list[tuple[int,
 
 @pytest.mark.parametrize("half", [0, pytest.param(1, marks=pytest.mark.matrix)])
 def test_memory_on_each_rank(half):
-    """At most 1/N of fp32 and one copy (ZeRO-0, 1, 2) or 1/N (ZeRO-3, FSDP2) in the compute dtype; of parts of a model, at most
-    what the rank has of the model's fp32 masters."""
+    """A teacher takes at most 1/N in fp32, and one copy (ZeRO-0, 1, 2) or 1/N (ZeRO-3, FSDP2) in the compute dtype.
+
+    For parts of a model it takes at most the size of the rank's shard of the model's fp32 masters.
+    """
     # one half has each engine with both precisions, and with both a teacher of everything and one of parts
     cases = [(name, precision, (i // 2 + i + half) % 2 == 0) for i, (name, precision) in enumerate(CASES[2])]
     for rank, results in enumerate(run_ranks(measure, 2, cases)):
@@ -223,12 +224,12 @@ def test_memory_on_each_rank(half):
 
 
 SAVED = 4
-"""Steps before the checkpoint: the teacher is no longer the student, and the ramp no longer at its start. Two after it: the
-first step's losses see the teacher that was read, those of the second what that step made of it."""
+"""Steps before the checkpoint, after which the teacher differs from the student and the momentum from its first value. Two
+steps follow: the losses of the first depend on the loaded teacher, those of the second on its update."""
 
 
 def save(ranks: Ranks, folder: str, cases: list[dict[str, Any]]) -> list[list[Tensor]]:
-    """Some steps and a checkpoint; then what the teacher is, and what it is after two more."""
+    """Train, save a checkpoint, and return the teacher then and after two more steps."""
     results = []
     for case in cases:
         engine, teacher, _ = build(ranks, **case)
@@ -240,7 +241,7 @@ def save(ranks: Ranks, folder: str, cases: list[dict[str, Any]]) -> list[list[Te
 
 
 def go_on(engine: Engine, teacher: Teacher) -> list[dict[str, Tensor]]:
-    """The teacher's state and output where it was saved, and two steps later with the losses between."""
+    """Return the teacher's state and output at the save and two steps later, and the losses between."""
     before = known(teacher)
     losses = [train_step(engine, step, teacher)[:-1] for step in range(SAVED, SAVED + 2)]
     return [before, known(teacher), {"losses": torch.tensor(losses)}]
@@ -255,7 +256,7 @@ def known(teacher: Teacher) -> dict[str, Tensor]:
 
 
 def resume(ranks: Ranks, folder: str, cases: list[tuple[str, dict[str, Any]]]) -> list[list[Tensor]]:
-    """The same from the checkpoint, by an engine and a teacher of other values."""
+    """Return the same results from the checkpoint, with an engine and a teacher that start from other values."""
     results = []
     for source, case in cases:
         engine, teacher, _ = build(ranks, **case, other=True)
@@ -272,7 +273,7 @@ def resume(ranks: Ranks, folder: str, cases: list[tuple[str, dict[str, Any]]]) -
 
 
 def make_shift(steps: int) -> Tensor:
-    """The buffer after some steps' forwards, added up as they do it."""
+    """Return the buffer after the forwards of some steps, summed in their order."""
     shift = torch.zeros(())
     for _ in range(steps * MICRO):
         shift = shift + 0.01

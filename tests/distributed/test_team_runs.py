@@ -1,5 +1,5 @@
 """Whole runs with tensor parallelism and with replicas, on real ranks: heads, an EMA teacher, clipping by group, evaluation,
-checkpoints and conversion, all as one rank has it."""
+checkpoints and conversion, all equal to one rank."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ from tests.distributed.test_horizon_runs import config_file as horizon_file
 from tests.distributed.test_runs import rows, train_runs
 
 STEPS, SAVED = 8, 4
-"""Warm-up is over at step 3: before and after the step that is saved there are updates that a stale or doubled part would show in."""
+"""Number of steps, and step of the save. Warm-up ends at step 3, so updates on both sides of the save detect a stale or doubled
+part."""
 SMALL = 60
-"""Tokens of a micro-batch where four are needed for a step, on four data ranks or two on each of two; elsewhere 120, two a step."""
+"""Tokens of a micro-batch in runs with four a step (on four data-parallel ranks, or two each on two ranks). Other runs have two
+of 120 tokens."""
 ENGINES = ("fsdp", "zero0", "zero1", "zero2", "zero3")
 MODELS: dict[str, dict[str, Any]] = {
     "native": {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "bridge_after": -2},
@@ -56,7 +58,7 @@ def corpus(tmp_path_factory):
 def config_file(
     folder: Path, name: str, corpus: Path, model: str, engine: str, micro_tokens: int = 120, **options: Any
 ) -> str:
-    """The micro-batches of a step are the same over however many data ranks."""
+    """Write a config whose micro-batches of a step are the same for any number of data-parallel ranks."""
     train = {"steps": STEPS, "batch_tokens": 240, "micro_tokens": micro_tokens, "eval_every": SAVED}
     return horizon_file(
         folder,
@@ -73,8 +75,10 @@ def config_file(
 
 @pytest.fixture(scope="module")
 def references(corpus, tmp_path_factory):
-    """Name of a model, or ``MODEL-small`` for small micro-batches → the folder with its run on one rank, trained when first
-    asked for."""
+    """Function from the name of a model, or ``MODEL-small`` for small micro-batches, to the folder of its run on one rank.
+
+    The run is trained on first use.
+    """
     folder = tmp_path_factory.mktemp("reference")
 
     def trained(name: str) -> Path:
@@ -101,7 +105,7 @@ def assert_same_run(got: Path, expected: Path, start: int = 0) -> None:
 
 @pytest.mark.parametrize(("ranks", "tp"), [(2, 2), pytest.param(4, 2, marks=pytest.mark.matrix)])
 def test_curves_do_not_depend_on_the_degree(references, corpus, tmp_path, ranks, tp):
-    """Clipped in two groups, whose norms count each part of a weight once, and each whole weight once."""
+    """Runs clip in two groups, whose norms must count each split part and each replicated weight once."""
     cases = {f"native-{engine}": ("native", engine) for engine in ENGINES}
     files = [config_file(tmp_path, name, corpus, model, engine, tp=tp) for name, (model, engine) in cases.items()]
     run_ranks(train_runs, ranks, [(file, None) for file in files])
@@ -120,7 +124,7 @@ def test_a_team_trains_in_bf16_on_every_engine(references, corpus, tmp_path):
 
 @pytest.mark.matrix
 def test_curves_do_not_depend_on_replicas(references, corpus, tmp_path):
-    """HSDP: two copies, each sharded over two ranks; and two copies of a team of two."""
+    """Test HSDP with two replicas, each sharded over two ranks, and two replicas of a tensor-parallel group of two."""
     cases = {"hybrid": {"replicas": 2}, "hybrid-team": {"replicas": 2, "tp": 2}, "copies": {"replicas": 4}}
     files = [config_file(tmp_path, name, corpus, "native", "fsdp", SMALL, **case) for name, case in cases.items()]
     run_ranks(train_runs, 4, [(file, None) for file in files])
@@ -130,7 +134,7 @@ def test_curves_do_not_depend_on_replicas(references, corpus, tmp_path):
 
 @pytest.fixture(scope="module")
 def team(corpus, tmp_path_factory):
-    """Two ranks that share each layer, with an EMA teacher of the decoder."""
+    """Folder of a run on a tensor-parallel group of two ranks, with an EMA teacher of the decoder."""
     folder = tmp_path_factory.mktemp("team")
     run_ranks(train_runs, 2, [(config_file(folder, "qwen3", corpus, "qwen3", "fsdp", tp=2), None)])
     return folder / "qwen3"
@@ -219,9 +223,11 @@ def test_muon_is_refused_in_a_team(corpus, tmp_path):
 
 @pytest.mark.matrix
 def test_compiling_changes_nothing_and_is_done_once(corpus, tmp_path):
-    """Graphs of blocks on FSDP2 and ZeRO, with and without recomputing, in a team too: all that there will be are there after
-    three steps, though no batch has the documents of another. (Micro-batches are large enough not to be of one token, which is a
-    graph of its own.)"""
+    """Compile blocks on FSDP2 and ZeRO, with and without recomputing, and with tensor parallelism.
+
+    All graphs exist after three steps, although all batches have different documents. Micro-batches have more than one
+    token, because one token would need another graph.
+    """
     cases: dict[str, tuple[str, str, dict[str, Any]]] = {
         "fsdp-selective": ("qwen3", "fsdp", {"activation_checkpointing": "selective"}),
         "zero1-full": ("qwen3", "zero1", {"activation_checkpointing": "full"}),
@@ -256,7 +262,7 @@ SHARDED = {
 
 @pytest.mark.matrix
 def test_where_zero_keeps_things_changes_nothing(references, corpus, tmp_path):
-    """Secondary shards within a node (hpZ), and masters, moments and parameters in host memory; with a team, and resumed."""
+    """Test hpZ (secondary shards within a node) and offloading to host memory, with tensor parallelism and a resume."""
     files = []
     for name, changes in SHARDED.items():
         for tp in (1, 2):

@@ -1,5 +1,5 @@
-"""Whole runs on shards with a token budget, on real ranks: every engine and world size walks the same steps to the end of
-the data, and a damaged sample costs itself alone."""
+"""Whole runs on shards with a token budget, on real ranks: every engine and world size has the same steps up to the end of
+the data, and a damaged sample does not affect the others."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_run_ends_with_the_data_and_learns(reference):
 @pytest.mark.matrix
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_every_engine_walks_the_same_steps_to_the_end(reference, corpus, tmp_path, world_size):
-    """The last step has fewer micro-batches than there are ranks: some of them run on nothing."""
+    """The last step has fewer micro-batches than ranks, so some ranks have an empty one."""
     engines = ("fsdp", "zero0", "zero1", "zero2", "zero3")
     files = [(config_file(tmp_path, e, e, corpus, workers=1 if e == "fsdp" else 0), None) for e in engines]
     run_ranks(train_runs, world_size, files)

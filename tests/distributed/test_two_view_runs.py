@@ -1,4 +1,4 @@
-"""Whole runs of ``two_view`` on conversations learn; the small runs that other tests put on engines and ranks."""
+"""Whole runs of ``two_view`` on conversations learn. Other tests run the small configs on engines and ranks."""
 
 from __future__ import annotations
 
