@@ -27,7 +27,7 @@ class SplitState:
         return {name: self._whole(name, boxes) for name, boxes in self.part.state().items()}
 
     def _whole(self, name: str, boxes: Boxes) -> Boxes:
-        split = self.splits.get(name.partition("/")[2])  # without "model/", a moment's name or "teacher/"
+        split = self.splits.get(name.partition("/")[2])  # strip "model/", "teacher/" or a moment's name
         return boxes if split is None else boxes.within(*split)
 
     def loaded(self, updates: int) -> None:

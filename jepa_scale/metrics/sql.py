@@ -211,7 +211,7 @@ def _reading(database: Path, limits: Limits) -> Iterator[sqlite3.Connection]:
             connection.set_progress_handler(lambda: int(time.monotonic() > stop), STEPS)
             yield connection
     except (sqlite3.Error, sqlite3.Warning, ValueError, MemoryError) as error:
-        # Warning: a second statement; ValueError: NUL or a lone surrogate in the query; MemoryError: raised by SQLite's limits
+        # Warning: a second statement; ValueError: NUL or a lone surrogate in the query; MemoryError: SQLite's own
         late = isinstance(error, sqlite3.OperationalError) and str(error) == "interrupted"
         raise _QueryError(f"stopped after {limits.seconds:g} s" if late else " ".join(str(error).split())) from None
 

@@ -118,7 +118,7 @@ def _facts(summary: Mapping[str, Any]) -> str:
     if flops := summary.get("flops"):
         told.append(f"{format_flops(flops)} FLOPs of training")
     if (error := summary.get("flops_error")) is not None:
-        told.append(f"{error:+.1%} off the {format_flops(summary['flops_budget'])} asked for")
+        told.append(f"{error:+.1%} off the budget of {format_flops(summary['flops_budget'])}")
     return " · ".join(told)
 
 

@@ -185,7 +185,7 @@ def test_flops_have_a_column_where_they_were_counted(tmp_path):
         "-",
     ]
     words = " ".join(Page(write_report(counted).read_text(encoding="utf-8")).words)
-    assert "1.24e15 FLOPs of training" in words and "+23.6% off the 1.00e15 asked for" in words
+    assert "1.24e15 FLOPs of training" in words and "+23.6% off the budget of 1.00e15" in words
     assert "FLOPs" not in " ".join(Page(write_report(older).read_text(encoding="utf-8")).words)
     (counted / "summary.json").unlink()  # a killed run
     assert compare_table([counted]).splitlines()[2].split()[2] == "1.24e15"
