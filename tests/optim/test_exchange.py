@@ -147,10 +147,10 @@ def test_every_element_goes_to_the_owner_and_back(layout, replicated, data):
 @pytest.mark.parametrize(
     ("tables", "replicated", "message"),
     [
-        ([[[("m0", 0, 0, 2)]], [[("m0", 3, 0, 1)]]], False, "the ranks' parts are not the matrix"),
-        ([[[("m0", 0, 0, 3)]], [[("m0", 2, 0, 2)]]], False, "the ranks' parts are not the matrix"),
-        ([[[("m0", 0, 0, 4)]], [[]]], True, "the ranks' parts are not the matrix"),
-        ([[[("m0", 0, 0, 2), ("m0", 2, 2, 2)]], [[]]], False, "a rank has two parts"),
+        ([[[("m0", 0, 0, 2)]], [[("m0", 3, 0, 1)]]], False, "the parts of all ranks do not make up the matrix"),
+        ([[[("m0", 0, 0, 3)]], [[("m0", 2, 0, 2)]]], False, "the parts of all ranks do not make up the matrix"),
+        ([[[("m0", 0, 0, 4)]], [[]]], True, "the parts of all ranks do not make up the matrix"),
+        ([[[("m0", 0, 0, 2), ("m0", 2, 2, 2)]], [[]]], False, "a rank holds two parts"),
         ([[[("m0", 0, 0, 2)], []], [[], [("m0", 2, 0, 2)]]], False, "is in two tensors"),
         ([[[("m0", 0, 0, 2)], []], [[("m0", 2, 0, 2)]]], False, "different numbers of tensors"),
     ],
