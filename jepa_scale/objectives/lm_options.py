@@ -6,4 +6,4 @@ from jepa_scale.config.schema import Section
 
 
 class LmOptions(Section):
-    """``lm`` has no options of its own."""
+    """Options of ``lm``. It has none."""

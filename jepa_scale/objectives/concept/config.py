@@ -12,16 +12,24 @@ from jepa_scale.config.schema import Section
 class ConceptOptions(Section):
     """Options of ``concept``."""
 
-    tap_layer: int = Field(1, description="A concept is the state after this block; negative = from the end.")
-    concept_dim: int | None = Field(None, ge=2, description="Width of a concept; null = the decoder's, no projection.")
-    predictor: Literal["rotation", "linear", "mlp"] = Field("rotation", description="Operator of a relation.")
+    tap_layer: int = Field(1, description="A concept is the state after this block; negative = counted from the end.")
+    concept_dim: int | None = Field(
+        None, ge=2, description="Width of a concept; null = the decoder's width, no projection."
+    )
+    predictor: Literal["rotation", "linear", "mlp"] = Field(
+        "rotation", description="Operator that maps the subject's concept to the object's, for each relation."
+    )
     jepa_weight: float = Field(1.0, ge=0, description="Weight of InfoNCE.")
-    lm_weight: float = Field(1.0, ge=0, description="Weight of the next-token loss of the spoken names.")
+    lm_weight: float = Field(1.0, ge=0, description="Weight of the next-token loss of the decoded names.")
     scale_init: float = Field(10.0, gt=0, description="Inverse temperature of InfoNCE at the start; it is learned.")
     scale_max: float = Field(20.0, gt=0, description="Upper bound of the inverse temperature.")
-    say_noise: float = Field(1.3, ge=0, description="Standard deviation of the noise on a spoken concept of unit RMS.")
-    say_fraction: float = Field(1.0, gt=0, le=1, description="Share of the samples of which a name is spoken.")
-    bridge_width: int | None = Field(None, ge=1, description="Inner width of the bridge; null = 8 times the concept's.")
-    gate_init: float = Field(-2.0, description="The bridge's gate before the sigmoid, at the start.")
-    snap: bool = Field(False, description="Replace a prediction by the nearest known concept before it is spoken.")
-    memory: bool = Field(False, description="Concepts are values of a memory with a slot for each known name.")
+    say_noise: float = Field(
+        1.3, ge=0, description="Standard deviation of the noise on a concept of unit RMS that is decoded."
+    )
+    say_fraction: float = Field(1.0, gt=0, le=1, description="Share of the samples for which a name is decoded.")
+    bridge_width: int | None = Field(
+        None, ge=1, description="Inner width of the bridge; null = 8 times a concept's width."
+    )
+    gate_init: float = Field(-2.0, description="Initial value of the bridge's gate, before the sigmoid.")
+    snap: bool = Field(False, description="Replace a prediction by the nearest known concept before it is decoded.")
+    memory: bool = Field(False, description="Take concepts from a memory with one slot for each known name.")

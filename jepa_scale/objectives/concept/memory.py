@@ -1,12 +1,13 @@
-"""A two-way memory: one slot an entity, with a key made of its name and a learned value, its concept.
+"""A two-way memory with one slot for each entity. A slot has a key, made of the entity's name, and a learned value, its
+concept.
 
-Read forwards it recognises: name → key → top-1 slot → value. Read backwards it lets a predicted concept be spoken:
-prediction → top-1 slot by value → key, from which the decoder reads the name off. The published reversal-curse model with
-the best retrieval (Wang & Sun, arXiv 2504.01928) uses a top-1 memory layer for recognition; reading it backwards is ours.
+The forward direction recognises a name: name → key → top-1 slot → value. The backward direction decodes a predicted concept:
+prediction → top-1 slot by value → key, from which the decoder generates the name. The published reversal-curse model with the
+best retrieval (Wang & Sun, arXiv 2504.01928) uses a top-1 memory layer for recognition. The backward direction is new here.
 
-The keys are the names' token embeddings, bound to their place in the name by a rotation of coordinates, so a slot needs
-no parameters but its value. A name's key is most similar to itself, so the top-1 slot of a *known* name is that name's
-own, and training looks it up instead of searching for it.
+A key is the sum of the name's token embeddings. A rotation of coordinates binds each to its position in the name, so the
+value is a slot's only parameter. A name's key is most similar to itself. The top-1 slot of a *known* name is therefore the
+name's own slot, and training looks it up by index instead of searching for it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class ConceptMemory(nn.Module):
     """Slots for a fixed list of names.
 
     Args:
-        names: the known names, token ids; a name's place in the list is its slot.
+        names: the known names, as token ids; a name's index in the list is its slot.
         dim: width of a value (a concept).
     """
 
@@ -36,22 +37,22 @@ class ConceptMemory(nn.Module):
         self.values = nn.Embedding(len(names), dim)  # N(0, 1): unit RMS from the start
         longest = max(len(n) for n in names)
         padded = torch.tensor([[*n, *[-1] * (longest - len(n))] for n in names])
-        self.register_buffer("names", padded, persistent=False)  # (slots, longest), −1 fills up
+        self.register_buffer("names", padded, persistent=False)  # (slots, longest), padded with −1
 
     def forward(self, slots: Tensor) -> Tensor:
-        """(n,) int64 → (n, dim) values."""
+        """Return the values of slots: (n,) int64 → (n, dim)."""
         return self.values(slots)
 
     def key(self, slots: Tensor, embed: Embed) -> Tensor:
-        """(n,) int64 → (n, hidden) unit-RMS keys."""
+        """Return the keys of slots: (n,) int64 → (n, hidden), unit RMS."""
         return name_key(self.names[slots], embed)
 
 
 def name_key(names: Tensor, embed: Embed) -> Tensor:
-    """(n, longest) token ids, −1 fills up → (n, hidden) unit-RMS keys.
+    """Return the keys of names: (n, longest) token ids, padded with −1 → (n, hidden), unit RMS.
 
-    Token t of a name enters rotated by t/longest of the width, so that "first, last" differs from "last, first" and the
-    places can be told apart again.
+    The embedding of token t of a name is rotated by t/longest of the width. So "first, last" differs from "last, first", and
+    the positions can be recovered from the key.
     """
     n, longest = names.shape
     vectors = embed(names.clamp(min=0).flatten()).unflatten(0, (n, longest))  # (n, longest, hidden), n may be 0

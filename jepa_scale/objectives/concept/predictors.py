@@ -1,10 +1,10 @@
 """Relation-conditioned predictors: concept of the subject, relation → concept of the object.
 
-What an operator assumes decides what it can generalise. A fact and its reverse constrain the same pair of concepts, so a
-held-out reverse follows from the stated fact exactly when the operator of the inverse relation *is* the inverse of the
-operator. ``rotation`` is invertible by construction and its inverse is another rotation, which the model learns from
-the entities that have both directions (RotatE, Sun et al., arXiv 1902.10197, uses the same operator in knowledge
-graphs). ``linear`` must learn inverse matrices; ``mlp`` may fit each direction by itself and mostly does.
+The operator's form decides what generalises. A fact and its reverse constrain the same pair of concepts, so a held-out
+reverse follows from the stated fact exactly when the operator of the inverse relation *is* the inverse of the operator.
+``rotation`` is invertible by construction. Its inverse is another rotation, which the model learns from the entities that
+have both directions (RotatE, Sun et al., arXiv 1902.10197, uses the same operator in knowledge graphs). ``linear`` must
+learn inverse matrices. ``mlp`` can fit each direction separately, and mostly does.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class RotationPredictor(nn.Module):
-    """Rotates pairs of coordinates (i, i + d/2) by angles that are a linear map of the relation's embedding."""
+    """Rotation of pairs of coordinates (i, i + d/2) by angles that are a linear map of the relation's embedding."""
 
     def __init__(self, dim: int, hidden: int, relations: int):
         super().__init__()
@@ -23,7 +23,7 @@ class RotationPredictor(nn.Module):
         self.angles = nn.Linear(hidden, dim // 2, bias=False)
 
     def forward(self, concept: Tensor, relation: Tensor, index: Tensor) -> Tensor:
-        """concept (n, dim), relation embedding (n, hidden), relation index (n,) int64 → (n, dim)."""
+        """Predict the objects' concepts: concept (n, dim), relation embedding (n, hidden), relation index (n,) int64 → (n, dim)."""
         theta = self.angles(relation).float()
         cos, sin = theta.cos(), theta.sin()
         x, y = concept.float().chunk(2, dim=-1)
@@ -31,7 +31,7 @@ class RotationPredictor(nn.Module):
 
 
 class LinearPredictor(nn.Module):
-    """One matrix a relation, without bias; starts as the identity plus noise."""
+    """One matrix for each relation, without bias; it is initialised as the identity plus noise."""
 
     def __init__(self, dim: int, hidden: int, relations: int):
         super().__init__()

@@ -11,17 +11,17 @@ from jepa_scale.objectives.horizon.config import HorizonOptions
 
 
 def is_statistic(options: HorizonOptions) -> bool:
-    """Whether the loss is a function of statistics over the global batch, and no mean over pairs."""
+    """Return whether the loss is a function of statistics over the global batch instead of a mean over pairs."""
     return options.loss in ("barlow", "vicreg")
 
 
 def statistic(
     options: HorizonOptions, predicted: Tensor, target: Tensor, total: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """``barlow`` or ``vicreg``: the loss and its terms, the same on every rank. Collective.
+    """Return the loss ``barlow`` or ``vicreg`` and its terms, the same on every rank. Collective.
 
     Args:
-        predicted, target: (m, latent) of this rank. total: 0-d, rows in the global batch.
+        predicted, target: (m, latent), this rank's rows. total: 0-d, rows in the global batch.
     """
     o = options
     if o.loss == "barlow":
@@ -34,5 +34,5 @@ def statistic(
 
 
 def distance(options: HorizonOptions, predicted: Tensor, target: Tensor) -> Tensor:
-    """``cosine`` or ``smooth_l1`` of each pair. (n, latent), (n, latent) → (n,)."""
+    """Return ``cosine`` or ``smooth_l1`` of each pair: (n, latent), (n, latent) → (n,)."""
     return (cosine if options.loss == "cosine" else smooth_l1)(predicted, target)

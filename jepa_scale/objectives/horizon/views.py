@@ -1,4 +1,4 @@
-"""The views of ``horizon``: a document, and pairs of places in it."""
+"""The views of ``horizon``: a document, and pairs of token positions in it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from jepa_scale.packing import IGNORE, Segment, Views
 from jepa_scale.utils.errors import InputError
 
 POSITIONS = 1 << 24
-"""More than a sample has tokens: sample · POSITIONS + place is a number of its own for every place of every sample."""
+"""More than the tokens of any sample. So sample · POSITIONS + position is unique for each position of each sample."""
 
 
 def check_horizons(options: HorizonOptions, longest: int) -> None:
-    """Every horizon fits into the longest sample, whose last token is predicted and never read.
+    """Check that every horizon fits into the longest sample, whose last token is predicted and is no input.
 
     Raises:
-        InputError: names the horizon that does not.
+        InputError: a horizon does not fit; the message names the largest.
     """
     most = longest - 2
     if (worst := max(options.horizons)) > most:
@@ -33,14 +33,15 @@ def check_horizons(options: HorizonOptions, longest: int) -> None:
 def sample_pairs(
     length: int, horizons: np.ndarray, probs: np.ndarray, count: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw pairs within a sequence: the horizon by ``probs`` among those that fit, the anchor uniformly where it does.
+    """Draw pairs within a sequence: a horizon by ``probs`` among those that fit, then an anchor uniformly among those that
+    leave room for it.
 
     Args:
-        length: of the sequence. horizons: (H,) int64. probs: (H,) ≥ 0, relative. count: of pairs; no more of them than the
-            shortest horizon has anchors.
+        length: tokens of the sequence. horizons: (H,) int64. probs: (H,) ≥ 0, relative. count: number of pairs, limited to
+            the number of anchors of the shortest horizon.
 
     Returns:
-        (n,) indices into ``horizons`` and (n,) anchors, n = 0 when no horizon fits; the target of a pair is
+        (n,) indices into ``horizons`` and (n,) anchors. n = 0 when no horizon fits. The target of a pair is
         anchor + horizon < length.
     """
     fitting = np.where(horizons < length, probs, 0.0)
@@ -54,10 +55,10 @@ def sample_pairs(
 
 @dataclass(frozen=True, slots=True)
 class HorizonViews:
-    """A sample as one segment for next-token prediction, with its pairs as places in it.
+    """A sample as one segment for next-token prediction, with its pairs as token positions in it.
 
-    ``rows["horizon"]`` is each pair's horizon as an index, ``rows["key"]`` the identity of its target: pairs with the same
-    target have the same key.
+    ``rows["horizon"]`` is the index of each pair's horizon. ``rows["key"]`` identifies its target: pairs with the same target
+    have the same key.
     """
 
     options: HorizonOptions

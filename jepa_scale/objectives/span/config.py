@@ -11,43 +11,46 @@ from jepa_scale.config.schema import Section
 
 
 class SpanOptions(Section):
-    """Options of ``span``; the defaults are those of SpanJEPA."""
+    """Options of ``span``. The defaults are those of SpanJEPA."""
 
     global_views: int = Field(
-        2, ge=1, description="Views with few masked tokens; their mean is what all views predict."
+        2, ge=1, description="Views with few masked tokens; the mean of their pooled states is the target of all views."
     )
     local_views: int = Field(6, ge=0, description="Views with more masked tokens.")
     global_ratio: tuple[float, float] = Field(
-        (0.25, 0.30), description="Share of a global view's tokens that is masked, drawn evenly from this range."
+        (0.25, 0.30), description="Share of a global view's tokens that is masked, drawn uniformly from this range."
     )
-    local_ratio: tuple[float, float] = Field((0.40, 0.45), description="The same of a local view.")
-    span_length: float = Field(3.0, ge=0, description="Mean of the Poisson distribution that span lengths come from.")
+    local_ratio: tuple[float, float] = Field((0.40, 0.45), description="The same share for a local view.")
+    span_length: float = Field(
+        3.0, ge=0, description="Mean of the Poisson distribution of the span lengths, in tokens."
+    )
     distance: Literal["mse", "cosine"] = Field(
-        "mse", description="Of a view's pooled state to the centre of its sample's global views."
+        "mse", description="Distance of a view's pooled state to the centre of its sample's global views."
     )
     predictor_layers: int = Field(
-        2, ge=0, description="Non-causal blocks that fill in the masked spans of each view; 0 = no spans are predicted."
+        2, ge=0, description="Non-causal blocks that predict the masked spans of each view; 0 = no spans are predicted."
     )
     max_positions: int | None = Field(
-        None, ge=1, description="Places that have a mask embedding; null = as many as the longest sample has."
+        None, ge=1, description="Token positions with a mask embedding; null = the length of the longest sample."
     )
     sigreg_weight: float = Field(
         0.25, ge=0, le=1, description="λ: each of the two losses is (1 − λ) · reconstruction + λ · SIGReg."
     )
-    sigreg_slices: int = Field(256, ge=1, description="Directions that SIGReg projects on, others in each step.")
-    sigreg_knots: int = Field(17, ge=3, description="Knots of its integral, evenly spaced on [−limit, limit].")
-    sigreg_limit: float = Field(5.0, gt=0, description="Where its integral ends.")
+    sigreg_slices: int = Field(256, ge=1, description="Directions that SIGReg projects on; each step has new ones.")
+    sigreg_knots: int = Field(
+        17, ge=3, description="Knots of SIGReg's integral, evenly spaced on [−sigreg_limit, sigreg_limit]."
+    )
+    sigreg_limit: float = Field(5.0, gt=0, description="Upper limit of SIGReg's integral.")
     target: Literal["trained", "stop_gradient", "ema"] = Field(
         "trained",
-        description="The centres and the spans of the whole text: trained too, without gradient, or of an EMA teacher.",
+        description="How the centres and the spans of the whole text are encoded: with gradient, without gradient, or by an "
+        "EMA teacher.",
     )
-    ema: TeacherOptions = Field(TeacherOptions(), description="How that teacher follows.")
+    ema: TeacherOptions = Field(TeacherOptions(), description="Momentum of the EMA teacher.")
     jepa_weight: float = Field(1.0, ge=0, description="Weight of the mean of the two losses.")
-    lm_weight: float = Field(
-        0.0, ge=0, description="Weight of next-token prediction on the whole text, which is encoded anyway."
-    )
+    lm_weight: float = Field(0.0, ge=0, description="Weight of next-token prediction on the whole text.")
     eval_samples: int = Field(
-        512, ge=0, description="Samples of a split whose views an evaluation looks at, always the same views; 0 = none."
+        512, ge=0, description="Samples of a split whose views an evaluation uses, always the same views; 0 = none."
     )
 
     @model_validator(mode="after")
@@ -56,14 +59,16 @@ class SpanOptions(Section):
             low, high = getattr(self, name)
             if not 0 <= low <= high < 1:
                 raise ValueError(
-                    f"{name}: [{low}, {high}] must be two shares from 0 to below 1, the smaller one first: at least one "
-                    "token of a view is left"
+                    f"{name}: [{low}, {high}] must be two shares from 0 to below 1, the smaller one first, so that each view "
+                    "keeps a token"
                 )
         if not self.jepa_weight and not self.lm_weight:
-            raise ValueError("jepa_weight: it and lm_weight are both 0; nothing would be learned")
+            raise ValueError(
+                "jepa_weight: jepa_weight and lm_weight are both 0, so nothing would be trained; set one of them"
+            )
         return self
 
     @property
     def ratios(self) -> list[tuple[str, tuple[float, float]]]:
-        """Role and range of each masked view of a sample, in their order."""
+        """Role and masking range of each masked view of a sample, in order."""
         return [("global", self.global_ratio)] * self.global_views + [("local", self.local_ratio)] * self.local_views

@@ -1,7 +1,7 @@
-"""The predictor of masked spans: a stack that fills in, in representation space, the tokens that a view was encoded without
-(SpanJEPA; the predictor of I-JEPA, Assran et al. 2023, arXiv 2301.08243, on text).
+"""The predictor of masked spans: a stack of blocks that predicts the representations of a view's masked tokens (SpanJEPA; the
+predictor of I-JEPA, Assran et al. 2023, arXiv 2301.08243, on text).
 
-Its blocks are the native decoder's, but that every token sees its whole segment.
+Its blocks are those of the native decoder, except that every token attends to its whole segment.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from jepa_scale.models.layers.drop_path import segments_kept
 from jepa_scale.packing import PackedStream
 from jepa_scale.utils.errors import InputError
 
-_STACK = 1  # DropPath's choices here are others than the decoder's
+_STACK = 1  # so that DropPath's draws differ from the decoder's
 
 
 class SpanPredictor(nn.Module):
-    """Non-causal blocks over a view's states, in which a learned embedding of the position stands for each masked token.
+    """Non-causal blocks over a view's states. A learned embedding of the position is the input for each masked token.
 
     Attributes:
         layers: the blocks, for sharding and activation checkpointing.
-        norm: the final norm. :meth:`forward` leaves it to the caller, who averages spans first.
+        norm: the final norm. :meth:`forward` does not apply it: the caller averages spans first.
     """
 
     def __init__(self, config: JepaDecoderConfig, max_positions: int) -> None:
-        """``config``: shape and initial weights of the blocks; keys of the embedding, the head and the bridge mean nothing."""
+        """``config`` gives shape and initial weights of the blocks; keys of embedding, head and bridge are not used."""
         super().__init__()
         self.config = config
         config._attn_implementation = attention.NAME
@@ -45,8 +45,9 @@ class SpanPredictor(nn.Module):
 
     @classmethod
     def of(cls, backbone: Backbone, layers: int, max_positions: int) -> SpanPredictor:
-        """With blocks as those of the backbone, and as wide. Of a decoder of transformers the shape, the norm's epsilon, the
-        initial deviation and the base of its rotary embedding are taken over, not the dropout; the position embedding is RoPE.
+        """Return a predictor whose blocks have the shape of the backbone's. From a decoder of transformers it takes the shape,
+        the norm's epsilon, the initial deviation and the base of the rotary embedding, but not the dropout; the position
+        embedding is RoPE.
 
         Raises:
             InputError: the native blocks can't have this shape.
@@ -81,21 +82,21 @@ class SpanPredictor(nn.Module):
             }
         try:
             config = JepaDecoderConfig(vocab_size=1, num_hidden_layers=layers, **keys)
-        except ValueError as error:  # its messages start with the key
+        except ValueError as error:  # the message begins with the key
             raise InputError(f"objective: a predictor can't be shaped like the model's blocks: {error}") from None
         return cls(config, max_positions)
 
     def forward(self, states: Tensor, kept: Tensor, masked: Tensor, stream: PackedStream) -> Tensor:
-        """What stands at the masked places.
+        """Predict the representations of the masked tokens.
 
         Args:
-            states: (N, d), of the tokens that were seen. kept: (N,) their places in ``stream``.
-            masked: (M,) places in ``stream`` of the masked tokens. What is in neither, the filler of an empty stream, is zero.
-            stream: the views at full length. Of it, only positions, segments and, with DropPath, seeds are looked at;
-                positions are below ``max_positions``.
+            states: (N, d) states of the tokens that were not masked. kept: (N,) their indices in ``stream``.
+            masked: (M,) indices of the masked tokens in ``stream``. A token in neither, the filler of an empty stream, is zero.
+            stream: the views at full length. Only positions, segments and, with DropPath, seeds are used. Positions are below
+                ``max_positions``.
 
         Returns:
-            (M, d), before the final norm, in the order of ``masked``. N and M may be 0; every parameter takes part nonetheless.
+            (M, d), before the final norm, in the order of ``masked``. N and M may be 0. Every parameter is used even then.
         """
         config, places = self.config, stream.position_ids
         guess = self.mask_embedding(places[masked])  # (M, d)
@@ -109,7 +110,7 @@ class SpanPredictor(nn.Module):
         for number, layer in enumerate(self.layers, 1):
             x = layer(
                 x,
-                rows=masked if number == len(self.layers) else None,  # no more is asked for
+                rows=masked if number == len(self.layers) else None,  # only these are returned
                 kept=None if branches is None else branches[number - 1],
                 rotary=rotary,
                 packed=stream.table,
@@ -117,7 +118,7 @@ class SpanPredictor(nn.Module):
         return x[0]
 
     def flops(self) -> SpanFlops:
-        """Read off the modules, once, while the weights are whole."""
+        """Return the FLOPs that follow from the modules. Call it once, while the weights are not yet sharded."""
         costs = [linear_cost(layer) for layer in self.layers]
         last: Any = self.layers[-1]
         trimmed = linear_cost(nn.ModuleList([last.self_attn.o_proj, last.mlp]))
@@ -129,10 +130,11 @@ class SpanPredictor(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class SpanFlops:
-    """What a :class:`SpanPredictor` costs, counted as in :mod:`jepa_scale.models.flops`.
+    """FLOPs of a :class:`SpanPredictor`, counted as in :mod:`jepa_scale.models.flops`.
 
     Attributes:
-        per_token: all matrices but the last block's after its attention. per_mask: those, of a masked token.
+        per_token: of a token, in all matrices except those after the last block's attention.
+        per_mask: of a masked token, in those after the last block's attention.
         per_pair: of a query and a key.
     """
 
@@ -141,12 +143,12 @@ class SpanFlops:
     per_pair: Cost
 
     def forward(self, stream: PackedStream, masked: int, square: bool = False) -> int:
-        """FLOPs of a pass without gradient over a stream, ``masked`` of whose tokens are. Every pair is seen, so ``square``
-        makes no difference."""
+        """Return the FLOPs of a pass without gradient over a stream with ``masked`` masked tokens. Every pair is computed, so
+        ``square`` makes no difference."""
         return self._total(0, stream, masked)
 
     def training(self, stream: PackedStream, masked: int, square: bool = False) -> int:
-        """As :meth:`forward`, with the backward. The gradient of the states is included."""
+        """Return the FLOPs of a forward and a backward, the gradient of the states included."""
         return self._total(0, stream, masked) + self._total(1, stream, masked)
 
     def _total(self, way: int, stream: PackedStream, masked: int) -> int:

@@ -1,8 +1,8 @@
-"""The views of ``span``: a text with spans of its tokens left out, several times, and once as it is (SpanJEPA).
+"""The views of ``span``: several copies of a text without some spans of its tokens, and the whole text (SpanJEPA).
 
-A masked token is neither key nor value, and what is computed at its place is not used. In a causal stream that is the same
-as leaving it out and keeping the positions of the others. So a view with a share r masked costs 1 − r of the text, and the
-nine views of a sample cost what 5.9 texts cost.
+In SpanJEPA a masked token is neither key nor value, and the output at its position is not used. In a causal decoder this is
+equal to removing the token and keeping the positions of the others. So a view with a share r masked costs 1 − r of the text,
+and the nine views of a sample cost as much as 5.9 texts.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from jepa_scale.packing import Segment, Views
 from jepa_scale.utils.errors import DataError
 
 PREDICTOR = "predictor"
-"""The stream of what the predictor sees: each masked view at full length."""
+"""Name of the stream with the predictor's input: each masked view at full length."""
 TARGETS = "targets"
-"""The stream of what an EMA teacher encodes."""
-_TRIES = 16  # before the free windows are written down, which takes longer
+"""Name of the stream with an EMA teacher's input."""
+_TRIES = 16  # random draws before all free windows are listed, which is slower
 
 
 def free_runs(eligible: np.ndarray) -> list[tuple[int, int]]:
-    """(n,) bool → begin and length of each run of true ones."""
+    """Return begin and length of each run of true values in a (n,) bool array."""
     edges = np.flatnonzero(np.diff(np.concatenate(([0], eligible.astype(np.int8), [0]))))
     return [(int(begin), int(end - begin)) for begin, end in zip(edges[::2], edges[1::2], strict=True)]
 
@@ -33,20 +33,20 @@ def free_runs(eligible: np.ndarray) -> list[tuple[int, int]]:
 def mask_spans(eligible: np.ndarray, ratio: float, mean_length: float, rng: np.random.Generator) -> np.ndarray:
     """Choose spans of a text to mask, as BART does (Lewis et al. 2019, arXiv 1910.13461, section 2.2).
 
-    Of n eligible tokens exactly min(⌊ratio · n⌋, n − 1) are masked. The length of a span is max(1, Poisson(``mean_length``)), no
-    more than is left to mask; where it begins is uniform among the windows that are all eligible and not masked yet. When
-    there is no such window, the span is as long as the longest that there is. Spans may touch, and are one then.
+    Of n eligible tokens exactly min(⌊ratio · n⌋, n − 1) are masked. The length of a span is max(1, Poisson(``mean_length``)),
+    limited to the number of tokens left to mask. Its begin is uniform among the windows of eligible tokens that are not masked
+    yet. If there is no window of this length, the span takes the longest length that has one. Spans that touch become one.
 
     Args:
-        eligible: (n_text,) bool, neither padding nor EOS.
+        eligible: (n_text,) bool, true for tokens that are neither padding nor EOS.
 
     Returns:
-        (n_text,) bool.
+        (n_text,) bool, true for masked tokens.
     """
     n = int(eligible.sum())
     left = min(int(ratio * n), n - 1)
     taken = bytearray((~eligible).tobytes())
-    for length in np.maximum(1, rng.poisson(mean_length, max(left, 0))).tolist():  # more of them than are needed
+    for length in np.maximum(1, rng.poisson(mean_length, max(left, 0))).tolist():  # at least as many as needed
         if not left:
             break
         length, begin = _window(taken, min(length, left), rng)
@@ -56,8 +56,8 @@ def mask_spans(eligible: np.ndarray, ratio: float, mean_length: float, rng: np.r
 
 
 def _window(taken: bytearray, length: int, rng: np.random.Generator) -> tuple[int, int]:
-    """A window of ``length`` free places, or of as many as there are together: its length, and where it begins."""
-    for _ in range(_TRIES):  # what is not rejected is uniform among the free windows
+    """Draw a window of ``length`` free positions, or of the longest free run if that is shorter; return length and begin."""
+    for _ in range(_TRIES):  # rejection sampling: an accepted window is uniform among the free ones
         begin = int(rng.random() * (len(taken) - length + 1))
         if taken.find(1, begin, begin + length) < 0:
             return length, begin
@@ -69,18 +69,18 @@ def _window(taken: bytearray, length: int, rng: np.random.Generator) -> tuple[in
 
 @dataclass(frozen=True, slots=True)
 class SpanViews:
-    """A document → one segment of all its tokens, one for each masked view, and what the predictor sees of these.
+    """Maker of a document's views: a segment of all its tokens, one for each masked view, and the predictor's segments.
 
     Attributes:
-        left_out: ids that are never seen, EOS and padding; the tokens after them keep their places.
-        predicts: whether spans are predicted: the views come a second time, at full length, in the stream
-            :data:`PREDICTOR`, with their masked places.
-        teaches: whether a teacher encodes the targets: they come a second time in the stream :data:`TARGETS`.
+        left_out: ids that are removed from every view, EOS and padding; the tokens after them keep their positions.
+        predicts: whether spans are predicted. If so, the views are repeated at full length in the stream :data:`PREDICTOR`,
+            with their masked positions.
+        teaches: whether a teacher encodes the targets. If so, they are repeated in the stream :data:`TARGETS`.
 
-    ``places["kept"]`` in the views and ``places["seen"]`` in the predictor's segments are the same tokens in the same order;
-    ``places["masked"]`` are the others there, span after span, and ``places["span"]`` where they are in the whole text that the
-    targets are read from. ``rows["span_length"]`` is each span's length. One span of a sample is ``places["chosen"]`` in the
-    stream's own whole text, of length ``rows["chosen_length"]``.
+    ``places["kept"]`` in the views and ``places["seen"]`` in the predictor's segments are the same tokens in the same order.
+    ``places["masked"]`` are the predictor's other tokens, span after span. ``places["span"]`` are the positions of these in the
+    whole text, from which the targets are taken. ``rows["span_length"]`` is each span's length. One span of a sample is
+    ``places["chosen"]`` in the whole text of the stream ``main``. Its length is ``rows["chosen_length"]``.
     """
 
     options: SpanOptions
@@ -101,10 +101,10 @@ class SpanViews:
             )
         labels = np.asarray(all_labels, dtype=np.int64)[positions] if o.lm_weight else None
         rng = draw.rng("spans")
-        order = np.cumsum(eligible) - 1  # place in the text → place among the tokens that are seen
+        order = np.cumsum(eligible) - 1  # position in the text → index among the eligible tokens
 
         views: list[Segment] = []
-        spans: list[np.ndarray] = []  # of all views, in places among the tokens that are seen
+        spans: list[np.ndarray] = []  # of all views, as indices among the eligible tokens
         everything = np.arange(n)
 
         def segment(role: str, which: Any, places: Any, **more: Any) -> Segment:
@@ -139,7 +139,7 @@ class SpanViews:
         )
 
     def most_tokens(self, sizes: np.ndarray) -> np.ndarray:
-        """(m,) tokens of samples → (m,) tokens that all their views take at most, in all streams."""
+        """Return the most tokens that all views of a sample take in all streams: (m,) tokens of samples → (m,)."""
         o = self.options
         sizes = np.asarray(sizes, dtype=np.int64)
         kept = [sizes - np.minimum(np.floor(low * sizes).astype(np.int64), sizes - 1) for _, (low, _) in o.ratios]
