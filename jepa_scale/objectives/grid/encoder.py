@@ -1,4 +1,4 @@
-"""From objects to the representation of a sequence of grids: codes, the mean of a grid's objects, the sequence's grids."""
+"""Encoder of a sequence of grids: objects → codes → mean over each grid's objects → one state of the sequence."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from jepa_scale.objectives.grid.quantizer import Quantized, Quantizer
 
 
 class EncodedGrids(NamedTuple):
-    """n objects in B sequences.
+    """Encoding of n objects in B sequences.
 
     Attributes:
-        objects: (n, d), before they are replaced by codes. used: (n, d), what stands for them: the codes, with the objects'
-            gradient, or the objects. table: (n, d) fp32, the codes alone. codes: (n,) int64; without codes these two are empty.
-        grids: (B, L, d) of the grids. states: (B, d) of the sequences. places: (B, L) fp32, how much each grid counts there.
-        projected: (B, latent).
+        objects: (n, d), before quantisation. used: (n, d), after it: the codes, with the objects' gradient; without a
+            quantizer the objects. table: (n, d) fp32, the codes without gradient. codes: (n,) int64, their indices. Without a
+            quantizer ``table`` and ``codes`` are empty.
+        grids: (B, L, d), states of the grids. states: (B, d), states of the sequences. places: (B, L) fp32, weight of each
+            grid in its sequence.
+        projected: (B, latent), projections of ``states``.
     """
 
     objects: Tensor
@@ -34,11 +36,11 @@ class EncodedGrids(NamedTuple):
 
 
 class GridEncoder(nn.Module):
-    """All that an EMA teacher has a copy of, but for a decoder.
+    """Modules from objects to projections. An EMA teacher has a copy of them, beside its copy of a decoder if one is used.
 
     Args:
-        objects: gives the objects' representations (n, d). dim: d.
-        quantizer: replaces them by codes; None = they stay.
+        objects: module that computes the objects' representations (n, d). dim: d.
+        quantizer: module that replaces them by codes; None = no quantisation.
         temporal: (B, L, d), (B, L) bool → (B, d), (B, L). projector: (B, d) → (B, latent).
     """
 
@@ -50,10 +52,11 @@ class GridEncoder(nn.Module):
         self.temporal, self.projector = temporal, projector
 
     def forward(self, inputs: tuple[Any, ...], counts: Tensor, present: Tensor) -> EncodedGrids:
-        """
+        """Encode n objects, ordered by sequence and then by grid.
+
         Args:
-            inputs: of ``objects``, n objects sequence by sequence, grid by grid.
-            counts: (B, L) int64, objects of each grid; the sum is n. present: (B, L) bool, which grids there are.
+            inputs: arguments of ``objects``.
+            counts: (B, L) int64, objects of each grid; the sum is n. present: (B, L) bool, time steps that have a grid.
         """
         objects = self.standardize(self.objects(*inputs))
         nothing = Quantized(objects, objects.new_zeros(0, dtype=torch.float32), counts.new_zeros(0))
@@ -69,7 +72,7 @@ class GridEncoder(nn.Module):
 
     @torch.no_grad()
     def observe(self, encoded: EncodedGrids, lots: Tensor, step: int) -> None:
-        """Note what :meth:`forward` has given for a micro-batch in training. ``lots``: of the objects, see
+        """Record :meth:`forward`'s result for a micro-batch of training. ``lots``: one random number for each object, see
         :meth:`jepa_scale.objectives.grid.quantizer.Quantizer.observe`."""
         self.standardize.observe(encoded.objects)
         if self.quantizer is not None:
@@ -77,14 +80,17 @@ class GridEncoder(nn.Module):
 
     @torch.no_grad()
     def update(self, good: Tensor, momentum: float) -> None:
-        """Take in what was noted in the step. Collective. ``good``: 0-d bool, whether anything was updated; ``momentum``: of the
-        teacher."""
+        """Update moments and codes with what was recorded in the step. Collective.
+
+        Args:
+            good: 0-d bool, whether the optimizer updated the parameters. momentum: the teacher's.
+        """
         self.standardize.update(good, momentum)
         if self.quantizer is not None:
             self.quantizer.update(good, momentum)
 
     def as_teacher(self) -> GridEncoder:
-        """A copy for a teacher."""
+        """Return a copy for a teacher, which reads the averages of moments and codes."""
         made = copy.deepcopy(self)
         for module in made.modules():
             if isinstance(module, AveragedState):

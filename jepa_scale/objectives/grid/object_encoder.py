@@ -1,5 +1,5 @@
-"""From what is known of objects to their representations: a network over features, whose layers of attention let adjacent
-objects see each other, or a read-out of a decoder's states (GridJEPA, G3)."""
+"""Representations of objects (GridJEPA): a network over their features with attention between adjacent objects, or a read-out
+of a decoder's states."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class AdjacentLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); an object sees those of its grid that are adjacent, and itself."""
+    """x + attention(norm(x)), then x + mlp(norm(x)). An object attends to itself and to adjacent objects of its grid."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -21,7 +21,7 @@ class AdjacentLayer(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def forward(self, x: Tensor, place: Tensor, seen: Tensor) -> Tensor:
-        """(n, d) objects, (n,) their places among G · S, (G, S, S) bool, who sees whom → (n, d)."""
+        """Apply the layer: (n, d) objects, (n,) their slots among all G · S, (G, S, S) bool attention mask → (n, d)."""
         grids, slots, dim = seen.shape[0], seen.shape[1], x.shape[1]
         qkv = self.qkv(self.attention_norm(x))
         laid = qkv.new_zeros(grids * slots, 3 * dim).index_copy(0, place, qkv)
@@ -35,8 +35,9 @@ class ObjectEncoder(nn.Module):
     """Linear → GELU → Linear on each object's features, layers of attention between adjacent objects, LayerNorm.
 
     Args:
-        spread: (f,) typical standard deviation of each feature; they are divided by it, so that each counts alike at the start.
-        dim: d. layers, heads: of the attention.
+        spread: (f,) typical standard deviation of each feature. Features are divided by it, so that all have the same weight
+            at the start.
+        dim: d. layers: layers of attention. heads: attention heads of each.
     """
 
     spread: Tensor
@@ -49,11 +50,11 @@ class ObjectEncoder(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, features: Tensor, place: Tensor, adjacent: Tensor) -> Tensor:
-        """(n, f) features, (n,) int64 grid · S + slot of each object, (G, S, S) bool, which slots of a grid are adjacent
-        → (n, d)."""
+        """Encode objects: (n, f) features, (n,) int64 grid · S + slot of each object, (G, S, S) bool adjacency of the slots
+        of each grid → (n, d)."""
         x = self.down(F.gelu(self.up((features / self.spread).to(self.up.weight.dtype))))
         if len(self.layers):
-            # every slot sees itself: an object that has no neighbour, and a slot without object, whose row would be NaN
+            # every slot attends to itself: for an object without neighbours, and because an empty slot's row would be NaN
             seen = adjacent | torch.eye(adjacent.shape[1], dtype=torch.bool, device=adjacent.device)
             for layer in self.layers:
                 x = layer(x, place, seen)
@@ -61,14 +62,15 @@ class ObjectEncoder(nn.Module):
 
 
 class CellReadout(nn.Module):
-    """An object is the mean of the decoder's states at its cells, through a linear layer and LayerNorm."""
+    """Mean of the decoder's states at an object's cells, followed by a linear layer and LayerNorm."""
 
     def __init__(self, hidden: int, dim: int) -> None:
         super().__init__()
         self.project, self.norm = nn.Linear(hidden, dim), nn.LayerNorm(dim)
 
     def forward(self, states: Tensor, cells: Tensor, sizes: Tensor) -> Tensor:
-        """(T, h) states, (c,) places of the cells, object after object, (n,) cells of each, ≥ 1 → (n, d)."""
+        """Read out objects: (T, h) states, (c,) token indices of the cells, object after object, (n,) number of cells of each
+        object, ≥ 1 → (n, d)."""
         owner = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes, output_size=len(cells))
         sums = states.new_zeros(len(sizes), states.shape[1], dtype=torch.float32)
         means = sums.index_add(0, owner, states[cells].float()) / sizes[:, None]

@@ -1,4 +1,4 @@
-"""A codebook: each row is replaced by the nearest of K codes, which follow the rows (GridJEPA, G5)."""
+"""A codebook (GridJEPA): each row is replaced by the nearest of K codes, which are moving averages of the rows."""
 
 from __future__ import annotations
 
@@ -13,12 +13,17 @@ from jepa_scale.models.fp32_state import AveragedState, overwrite
 
 NEVER = -(2**62)
 SETTLING = 2
-"""Steps at the start in which all codes move to rows of the batch: what the encoder gives has its final scale then."""
+"""Steps at the start in which all codes are replaced by rows of the batch. After them the encoder's output has its final
+scale."""
 
 
 class Quantized(NamedTuple):
-    """Attributes: ``rows`` (n, d), the codes, with the gradient of the rows. ``table`` (n, d) fp32, the codes alone. ``codes``
-    (n,) int64."""
+    """Quantised rows.
+
+    Attributes:
+        rows: (n, d), the codes, whose gradient goes to the rows. table: (n, d) fp32, the codes without gradient.
+        codes: (n,) int64, indices of the codes.
+    """
 
     rows: Tensor
     table: Tensor
@@ -26,20 +31,20 @@ class Quantized(NamedTuple):
 
 
 class Quantizer(AveragedState):
-    """K codes of width d, learned by moving averages over the global batch, once an optimizer step.
+    """K codes of width d, updated by moving averages over the global batch, once in each optimizer step.
 
-    :meth:`forward` reads the codes; :meth:`observe` notes what was assigned in a micro-batch; :meth:`update` moves the codes.
-    Nothing else does, so an evaluation, which calls the first alone, cannot. All state is in buffers, the same on every rank,
-    and what was noted is used up before a step ends: a checkpoint between two steps has everything.
+    :meth:`forward` reads the codes, :meth:`observe` records the assignments of a micro-batch, and :meth:`update` moves the
+    codes. Nothing else changes them, and an evaluation calls only the first. All state is in buffers, the same on every rank.
+    What was recorded is used before a step ends, so a checkpoint between two steps is complete.
 
     Args:
         codes: K. dim: d.
         decay: γ of :func:`jepa_scale.losses.quantizer.follow`.
-        refresh_every: optimizer steps between looks for dead codes. Before the first of them there are looks at 2, 4, 8 … steps:
-            what the encoder gives changes fast then. In the first two steps all codes get a place from the batch. 0 = only
-            these.
-        threshold: a code is dead with less than this times 1/K of what is assigned.
-        window: updates that :meth:`usage` looks back on.
+        refresh_every: optimizer steps between replacements of dead codes. Before step ``refresh_every`` dead codes are also
+            replaced at steps 2, 4, 8 …, because the encoder's output changes fast then. In the first two steps all codes are
+            replaced by rows of the batch. 0 = in the first two steps only.
+        threshold: a code is dead if it is assigned less than this times 1/K of the rows.
+        window: number of latest updates that :meth:`usage` covers.
     """
 
     codebook: Tensor
@@ -59,20 +64,26 @@ class Quantizer(AveragedState):
         self._drawn: list[tuple[Tensor, Tensor]] = []
 
     def forward(self, rows: Tensor) -> Quantized:
-        """(n, d) → the codes nearest to them."""
+        """Replace rows (n, d) by the nearest codes."""
         codebook = self.read("codebook")
         codes = nearest(rows, codebook)
         table = codebook[codes]
         return Quantized(straight_through(rows, table), table, codes)
 
     def refreshes(self, step: int) -> bool:
-        """Whether codes may be given other places at the end of this optimizer step."""
+        """Return whether dead codes are replaced at the end of this optimizer step."""
         return refreshes(step, self.refresh_every)
 
     @torch.no_grad()
     def observe(self, rows: Tensor, codes: Tensor, lots: Tensor, step: int) -> None:
-        """Note a micro-batch of this rank: rows (n, d), the codes (n,) that they were assigned to, and lots (n,) int64 ≥ 0,
-        random numbers that are each row's own, wherever it is computed; the rows with the greatest lots are what dead codes move to."""
+        """Record a micro-batch of this rank.
+
+        Args:
+            rows: (n, d). codes: (n,), the code that each row was assigned to.
+            lots: (n,) int64 ≥ 0, a random number for each row that does not depend on the rank that computes it. Dead codes are
+                replaced by the rows with the greatest lots.
+            step: the optimizer step.
+        """
         rows = rows.detach().float()
         self._noted.append(assigned(rows, codes, len(self.codebook)))
         if self.refreshes(step):
@@ -80,12 +91,12 @@ class Quantizer(AveragedState):
 
     @torch.no_grad()
     def update(self, good: Tensor, momentum: float) -> None:
-        """Move the codes by what was noted on all ranks since the last call. Collective; the same result on every rank, however
-        the batch was dealt out.
+        """Move the codes by what was recorded on all ranks since the last call. Collective. The result is the same on every
+        rank and for every split of the batch over ranks.
 
         Args:
-            good: 0-d bool, whether the optimizer has updated anything; if not, nothing changes here, too.
-            momentum: of the teacher, for the average of the codes. Where a code has moved to another place, so has its average.
+            good: 0-d bool, whether the optimizer updated the parameters; if not, the codes do not change either.
+            momentum: the teacher's, for the average of the codes. A replaced code's average is replaced, too.
         """
         counts, sums = (torch.stack(parts).sum(dim=0) for parts in zip(*self._noted, strict=True))
         total = all_reduce_sum(torch.cat([counts[:, None], sums], dim=1))
@@ -97,7 +108,7 @@ class Quantizer(AveragedState):
             rows, lots = (torch.cat(parts) for parts in zip(*self._drawn, strict=True))
             rows, lots = _greatest(rows, lots, len(codebook))
             rows, lots = _greatest(all_gather_rows(rows), all_gather_rows(lots), len(codebook))
-            # what the first batch was assigned to are random places: all of them move
+            # in the first steps assignments are to random codes: all of them are replaced
             sizes = torch.where(first, torch.zeros_like(sizes), sizes)
             codebook = torch.where(first, self.codebook, codebook)
             codebook, sizes, moved = refresh(codebook, sizes, rows, lots >= 0, self.threshold)
@@ -109,22 +120,22 @@ class Quantizer(AveragedState):
 
     @torch.no_grad()
     def usage(self) -> Tensor:
-        """0-d fp32, share of the codes that were assigned something in the last ``window`` updates."""
+        """Return the share of the codes with an assigned row in the last ``window`` updates, 0-d fp32."""
         return (self.last_used >= self.updates - self.window).float().mean()
 
     @torch.no_grad()
     def perplexity(self) -> Tensor:
-        """0-d fp32, codes in use by their moving shares; see :func:`jepa_scale.losses.quantizer.perplexity`."""
+        """Return the perplexity of the codes' moving shares, 0-d fp32; see :func:`jepa_scale.losses.quantizer.perplexity`."""
         return perplexity(self.sizes)
 
 
 def refreshes(step: int, every: int) -> bool:
-    """See :meth:`Quantizer.refreshes`."""
+    """Return whether dead codes are replaced in a step; see :class:`Quantizer`."""
     return step < SETTLING or (every > 0 and (step % every == 0 or (step < every and step & (step - 1) == 0)))
 
 
 def _greatest(rows: Tensor, lots: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The ``count`` rows with the greatest lots, which are ≥ 0, in their order; filled up with rows of lot −1."""
+    """Return the ``count`` rows with the greatest lots (≥ 0), in descending order, padded with rows of lot −1."""
     missing = max(0, count - len(rows))
     rows = torch.cat([rows, rows.new_zeros(missing, rows.shape[1])])
     lots = torch.cat([lots, lots.new_full((missing,), -1)])

@@ -11,12 +11,12 @@ from jepa_scale.models.fp32_state import Fp32State, overwrite
 
 
 class TargetQueue(Fp32State):
-    """The newest targets of different keys, the same on every rank.
+    """The newest targets with distinct keys, the same on every rank.
 
-    What is noted in a step enters at its end, so a step's losses see what was there before it.
+    Targets that are recorded in a step enter the queue at its end, so the step's losses use those of earlier steps only.
 
     Args:
-        size: rows. dim: width of a target.
+        size: number of rows. dim: width of a target.
     """
 
     rows: Tensor
@@ -30,21 +30,22 @@ class TargetQueue(Fp32State):
 
     @torch.no_grad()
     def note(self, rows: Tensor, keys: Tensor, capacity: int) -> None:
-        """A micro-batch's targets (n, d) and their keys (n,), of this rank; n ≤ ``capacity``, which is the same on every rank."""
+        """Record the targets (n, d) of this rank's micro-batch and their keys (n,); n ≤ ``capacity``, which is the same on every
+        rank."""
         self._noted.append((pad_rows(rows.detach().float(), capacity), pad_rows(keys, capacity, NO_KEY)))
 
     @torch.no_grad()
     def update(self, good: Tensor) -> None:
-        """Take in what was noted since the last call, in the order of the global batch, before what is there. Collective.
+        """Insert the targets recorded since the last call at the front, in the order of the global batch. Collective.
 
         Args:
-            good: 0-d bool; if it is false nothing changes.
+            good: 0-d bool; if it is false, the queue does not change.
         """
         rows = [all_gather_rows(noted) for noted, _ in self._noted]
         keys = [all_gather_rows(noted) for _, noted in self._noted]
         self._noted = []
         every_row, every_key = torch.cat([*rows, self.rows]), torch.cat([*keys, self.keys])
-        keep, _, _ = first_of_each(every_key)  # of one key the newest
+        keep, _, _ = first_of_each(every_key)  # the newest row of each key
         order = torch.argsort((~keep).to(torch.int8), stable=True)[: len(self.keys)]
         overwrite(self.rows, every_row[order], good)
         overwrite(self.keys, torch.where(keep[order], every_key[order], NO_KEY), good)

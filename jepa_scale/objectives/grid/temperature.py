@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 
 class Temperature(nn.Module):
-    """exp of a parameter. Its bounds are the engine's to keep (:meth:`jepa_scale.objectives.base.Objective.bounds`): after each
-    update the parameter is put back between them. A clamp in the forward would have no gradient outside, and the
-    temperature would stay at a bound once it is there.
+    """exp of a parameter. The engine keeps the parameter within its bounds
+    (:meth:`jepa_scale.objectives.base.Objective.bounds`) by clamping it after each update. A clamp in the forward would have no
+    gradient outside the bounds, and the temperature would stay at a bound once it has passed it.
 
     Args:
         init: the temperature at the start. low, high: its bounds.
@@ -23,5 +23,5 @@ class Temperature(nn.Module):
         self.bounds = (math.log(low), math.log(high))
 
     def forward(self) -> Tensor:
-        """0-d fp32."""
+        """Return the temperature, 0-d fp32."""
         return self.log_temperature.float().exp()[0]

@@ -1,4 +1,4 @@
-"""From a sequence of grids' states to one state: by learned weights of the places, or by the mean (GridJEPA, G4)."""
+"""Combination of a sequence of grids' states into one (GridJEPA): by learned weights of the time steps, or by the mean."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from torch import Tensor, nn
 
 
 class TemporalAttention(nn.Module):
-    """In each channel, weights of the L places that are softmax(W x + b) of the channel's own values x at the L places; the
-    result is their weighted sum. A place has weights of its own, so the order counts.
+    """Weighted sum over L time steps, in each channel. The weights are softmax(W x + b) of the channel's values x at the L time
+    steps. W and b have a row for each time step, so the result depends on the order.
 
-    Sequences that are shorter are at the end of the L places: the newest grid is always the last one.
+    A shorter sequence fills the last of the L time steps: the newest grid is always the last one.
     """
 
     def __init__(self, length: int) -> None:
@@ -17,8 +17,14 @@ class TemporalAttention(nn.Module):
         self.score = nn.Linear(length, length)
 
     def forward(self, states: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
-        """(n, L, d) states, (n, L) bool, which of them there are, at least one → (n, d), and (n, L) fp32, the weight of each place
-        on average over the channels, without gradient."""
+        """Combine (n, L, d) states.
+
+        Args:
+            present: (n, L) bool, time steps that have a grid, at least one in each sequence.
+
+        Returns:
+            (n, d), and (n, L) fp32, the mean weight of each time step over the channels, without gradient.
+        """
         present = present[:, None]
         channels = states.transpose(1, 2).masked_fill(~present, 0.0)  # (n, d, L)
         weights = self.score(channels).float().masked_fill(~present, float("-inf")).softmax(dim=-1)
@@ -26,7 +32,7 @@ class TemporalAttention(nn.Module):
 
 
 class TemporalMean(nn.Module):
-    """The mean of the places that there are; for comparison."""
+    """Mean over the time steps that have a grid, for comparison."""
 
     def forward(self, states: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
         """As :class:`TemporalAttention`."""
@@ -35,5 +41,5 @@ class TemporalMean(nn.Module):
 
 
 def temporal(kind: str, length: int) -> nn.Module:
-    """``attention`` or ``mean``."""
+    """Return the module of a kind, ``attention`` or ``mean``."""
     return TemporalAttention(length) if kind == "attention" else TemporalMean()

@@ -1,4 +1,4 @@
-"""What ``grid`` makes of a sequence of grids: objects, what is adjacent, and for a decoder the cells, row by row."""
+"""The views of ``grid``: a sequence of grids as objects, their adjacency and, for a decoder, their cells row by row."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ from jepa_scale.packing import Segment, Views
 from jepa_scale.utils.errors import DataError
 
 TARGETS = "targets"
-"""The stream of the targets."""
+"""Name of the stream with the targets."""
 NOWHERE = np.array([1, 1, -1, -1]) << 40
-"""A box that is near to none."""
+"""A bounding box that is near no other."""
 
 
 class _Sample(NamedTuple):
-    """Grids of a sample: of each variant the context's, and the target. The first variant is the sample itself."""
+    """Grids of a sample: the context of each variant, and the target. The first variant is the sample itself."""
 
     contexts: list[list[np.ndarray]]
     target: np.ndarray
 
 
 class _Part(NamedTuple):
-    """Objects of consecutive grids, those that there are, as the model gets them.
+    """Model inputs of the objects of consecutive grids, without empty slots.
 
     Attributes:
-        counts: (g,) of each grid. slots: (n,). inputs: (n, 23) features, or (n,) cells that each consists of.
+        counts: (g,) objects of each grid. slots: (n,) slot of each object.
+        inputs: (n, 23) features, or (n,) number of cells of each object.
         cells: token offsets within the grid's segment, object after object; grid g has ``cell_counts[g]`` of them.
     """
 
@@ -56,35 +57,38 @@ class _Part(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class GridViews:
-    """A sequence of grids → its objects.
+    """Maker of the views of a sequence of grids.
 
-    V is 1 and one more for each invariance that has a weight, L the length of a context, S the number of slots. Objects come
-    variant by variant, grid by grid, the largest first. A shorter context is at the end of its L places.
+    V is 1 plus the number of invariances with a weight, L the length of a context, S the number of slots. Objects are ordered
+    by variant, then by grid, then by size, the largest first. A context of fewer than L grids fills the last of the L time
+    steps.
 
     ========================== =========================================================================================
     value of a sample
     ========================== =========================================================================================
     ``objects``                (V, L) int64, objects of each grid of the context
-    ``present``                (L,) bool, which grids of the context there are
+    ``present``                (L,) bool, time steps of the context that have a grid
     ``target_objects``         (1, 1) int64, objects of the target
-    ``adjacent``               (V · L, S, S) bool; ``target_adjacent`` (1, S, S); with ``encoder: objects``
-    ``self_pairs``             how many pairs there are; ``cross_pairs``
+    ``adjacent``               (V · L, S, S) bool; ``target_adjacent`` (1, S, S); both with ``encoder: objects`` only
+    ``self_pairs``             number of rows ``self_pair``; ``cross_pairs`` likewise
     ``key``                    identity of the target grid, 63 bits of a hash
     ========================== =========================================================================================
 
     ========================== =========================================================================================
     row of an object
     ========================== =========================================================================================
-    ``inputs``                 (23,) features, or the number of its cells (``encoder: decoder``); ``target_inputs``
-    ``slot``                   its place in its grid; ``target_slot``
-    ``lot``                    a random number of its own, where codes may need a new place in this step
-    ``self_pair``              of a pair of adjacent objects of the sample itself: their numbers among the context's objects
-    ``cross_pair``             of an object of the last grid and one of the target: their numbers in either
+    ``inputs``                 (23,) features, or the number of its cells (``encoder: decoder``); ``target_inputs`` likewise
+    ``slot``                   its slot in its grid; ``target_slot`` likewise
+    ``lot``                    a random number, in steps in which dead codes may be replaced
+    ``self_pair``              a row for each pair of adjacent objects of the unchanged sample: their indices among the
+                               context's objects
+    ``cross_pair``             a row for each adjacent pair of an object of the last grid and one of the target: the index
+                               among the context's objects, and the index among the target's
     ========================== =========================================================================================
 
-    With ``encoder: objects`` the tokens of a segment are the colours of the objects, one segment for all of a context.
-    With ``encoder: decoder`` a segment is a grid, and ``places["cell"]`` and ``places["target_cell"]`` are the cells of the
-    objects; the token that ends a grid is one more object there, the last one: it has seen the whole grid.
+    With ``encoder: objects`` the tokens of a segment are the colours of the objects, and a context is one segment.
+    With ``encoder: decoder`` a grid is one segment, and ``places["cell"]`` and ``places["target_cell"]`` are the cells of the
+    objects. The token that ends a grid is then one more object, the last one, because its state depends on the whole grid.
     """
 
     options: GridOptions
@@ -96,7 +100,7 @@ class GridViews:
         return made
 
     def many(self, examples: Sequence[GridSequence], draws: Sequence[Draw]) -> list[Views | DataError]:
-        """All objects are found in one call."""
+        """Make the views of several samples; the objects of all of them are found in one call."""
         if not examples:
             return []
         o = self.options
@@ -110,7 +114,7 @@ class GridViews:
         part = self._part(objects, grids)
 
         made: list[Views | DataError] = []
-        at = 0  # of the sample's first grid
+        at = 0  # index of the sample's first grid
         for number, (example, draw, sample) in enumerate(zip(examples, draws, samples, strict=True)):
             own, length = len(sample.contexts) * len(sample.contexts[0]), len(sample.contexts[0])
             target = len(contexts) + number
@@ -145,7 +149,7 @@ class GridViews:
         shapes = np.array([grid.shape for grid in grids], dtype=np.int64)
         cells = np.bincount(objects.grid, objects.sizes, len(grids)).astype(np.int64)
         width = np.repeat(shapes[:, 1], cells)
-        offsets = objects.cells + objects.cells // width  # a row has a token at its end
+        offsets = objects.cells + objects.cells // width  # each row ends with one more token
         last = shapes[:, 0] * (shapes[:, 1] + 1)
         ends, cell_ends = objects.counts.cumsum(), cells.cumsum()
         return _Part(
@@ -168,7 +172,7 @@ class GridViews:
     ) -> Views:
         o, variants, length = self.options, len(sample.contexts), len(sample.contexts[0])
         first = slice(grids[0].start, grids[0].start + length)
-        starts = context.counts.cumsum() - context.counts  # numbers of the grids' first objects
+        starts = context.counts.cumsum() - context.counts  # indices of the grids' first objects
         grid, one, other = np.triu(adjacent[first], 1).nonzero()
         self_pair = np.stack([starts[grid] + one, starts[grid] + other], axis=1)
         one, other = near(boxes[first.stop - 1], boxes[grids[1].start], o.reach).nonzero()
@@ -230,7 +234,7 @@ class GridViews:
         return [*segments, last]
 
     def most_tokens(self, sizes: np.ndarray) -> np.ndarray:
-        """(m,) tokens of samples → (m,) tokens that all their views take at most, in all streams."""
+        """Return the most tokens that all views of a sample take in all streams: (m,) tokens of samples → (m,)."""
         o, sizes = self.options, np.asarray(sizes)
         variants = 1 + len(o.invariances)
         if o.encoder == "objects":
@@ -247,7 +251,7 @@ def _too_many(example: GridSequence, draw: Draw, found: np.ndarray, slots: int) 
     name = f"context[{grid}]" if grid < len(found) - 1 else "target"
     return DataError(
         f"{example.where or f'sample {draw.sample}'}: {name}: {found[grid]} objects, more than objective.slots={slots}; raise "
-        "it, or set objective.overflow: truncate, or data.on_error: skip"
+        "it, or set objective.overflow: truncate or data.on_error: skip"
     )
 
 

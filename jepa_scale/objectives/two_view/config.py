@@ -12,54 +12,71 @@ from jepa_scale.objectives.ramp import ramp
 
 
 class TwoViewOptions(Section):
-    """Options of ``two_view``; the names of LLM-JEPA's code, and of GPT2WithJEPA's, in brackets."""
+    """Options of ``two_view``. The names in LLM-JEPA's and GPT2WithJEPA's code are in brackets."""
 
     jepa_weight: float = Field(1.0, ge=0, description="λ, weight of the JEPA term [lbd]; 0 switches it off [regular].")
-    jepa_start: int = Field(0, ge=0, description="Steps without that term.")
-    jepa_ramp: int = Field(0, ge=0, description="Steps for which its weight then rises linearly [lbd_warmup].")
-    min_jepa_weight: float = Field(0.0, ge=0, description="Its weight at the start of that rise [min_lbd].")
+    jepa_start: int = Field(0, ge=0, description="Steps at the start without the JEPA term.")
+    jepa_ramp: int = Field(
+        0, ge=0, description="Steps over which its weight then rises linearly; 0 = at once [lbd_warmup]."
+    )
+    min_jepa_weight: float = Field(
+        0.0, ge=0, description="Weight of the JEPA term at the start of that rise [min_lbd]."
+    )
     lm_weight: float = Field(1.0, ge=0, description="γ, weight of next-token prediction [gamma].")
     loss_dropout: float = Field(
-        0.0, ge=0, le=1, description="Share of steps without the JEPA term, all ranks alike [1 − jepa_ratio]."
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of steps without the JEPA term, drawn at random, the same on all ranks [1 − jepa_ratio].",
     )
     predictor_tokens: int = Field(1, ge=0, le=10, description="k, predictor tokens in the first view [predictors].")
-    predictor_place: Literal["back", "front"] = Field("back", description="After or before what is said [front_pred].")
-    same_predictor: bool = Field(False, description="The k tokens are one and the same [same_predictor].")
-    linear_predictor: bool = Field(False, description="A matrix on the first view's reading [linear_predictor].")
+    predictor_place: Literal["back", "front"] = Field(
+        "back", description="Position of the predictor tokens: after or before the view's content [front_pred]."
+    )
+    same_predictor: bool = Field(False, description="Use the same token k times [same_predictor].")
+    linear_predictor: bool = Field(
+        False, description="Multiply the first view's read-out state by a trained matrix [linear_predictor]."
+    )
     swap_views: bool = Field(False, description="Predict the question from the answer [reverse_pred].")
-    plain_views: bool = Field(False, description="Views without the chat template around them [plain_jepa].")
+    plain_views: bool = Field(False, description="Leave the chat template out of the views [plain_jepa].")
     readout: Literal["content", "closing", "mean"] = Field(
         "content",
-        description="Where a view is read: at the last token of what is said (or the last predictor), at the token that "
-        "closes it, or the mean over what is said [avg_encoding].",
+        description="Read-out of a view: content = the state at the content's last token (or the last predictor token); "
+        "closing = at the token that closes the content; mean = the mean over the content [avg_encoding].",
     )
     last_token: int | None = Field(
-        None, lt=0, description="Read there instead, counted from the end of the rendered view [last_token]."
+        None,
+        lt=0,
+        description="Position of the read-out token instead, counted from the end of the rendered view; null = use readout "
+        "[last_token].",
     )
     tap_layer: int | None = Field(
-        None, description="Read the states after this block (negative = from the end); null = after the final norm."
+        None,
+        description="Read out the states after this block (negative = counted from the end); null = after the final norm.",
     )
     shared_prefix: bool = Field(
         False,
-        description="The first view is the conversation up to the end of the question, computed once: only the predictor "
-        "tokens are added. It sees what was said before the question, which a view of its own does not.",
+        description="Use the conversation up to the end of the question as the first view. It is computed once, and only the "
+        "predictor tokens are added. Unlike a separate view, it contains the turns before the question.",
     )
     distance: Literal["cosine", "l2", "mse", "infonce"] = Field(
-        "cosine", description="Of the two readings [jepa_l2, jepa_mse, infonce]."
+        "cosine", description="Distance between the two read-out states [jepa_l2, jepa_mse, infonce]."
     )
-    temperature: float = Field(0.1, gt=0, description="Of infonce; upstream has 0.07.")
+    temperature: float = Field(0.1, gt=0, description="Temperature of infonce; LLM-JEPA's code has 0.07.")
     target: Literal["trained", "stop_gradient", "ema"] = Field(
-        "trained", description="The second view: trained too, without gradient, or encoded by an EMA teacher."
+        "trained",
+        description="Encoding of the second view: with gradient, without gradient, or by an EMA teacher.",
     )
-    ema: TeacherOptions = Field(TeacherOptions(), description="How that teacher follows.")
+    ema: TeacherOptions = Field(TeacherOptions(), description="Momentum of the EMA teacher.")
     regularizer: Literal["none", "vicreg", "sigreg"] = Field(
-        "none", description="On the readings of both views, so that they cannot collapse into one."
+        "none", description="Regularizer against collapse, on the read-out states of both views."
     )
-    regularizer_weight: float = Field(0.1, ge=0, description="Its weight within the JEPA term.")
+    regularizer_weight: float = Field(0.1, ge=0, description="Weight of the regularizer within the JEPA term.")
     legacy_loss: bool = Field(
-        False, description="The loss as upstream computes it, defects included; to compare with published numbers."
+        False,
+        description="Compute the loss as LLM-JEPA's code does, defects included, to compare with published numbers.",
     )
-    eval_pairs: int = Field(2048, ge=0, description="Pairs of a split that an evaluation looks at; 0 = none.")
+    eval_pairs: int = Field(2048, ge=0, description="Pairs of a split that an evaluation uses; 0 = none.")
 
     @model_validator(mode="after")
     def _fit(self) -> TwoViewOptions:
@@ -74,19 +91,25 @@ class TwoViewOptions(Section):
             for key, clashes in wrong.items():
                 if clashes:
                     raise ValueError(
-                        f"{key}: {getattr(self, key)} does not go with shared_prefix, where the first view is the beginning "
-                        "of the conversation as it stands; leave one of them out"
+                        f"{key}: {getattr(self, key)} cannot be combined with shared_prefix, where the first view is the "
+                        "unchanged beginning of the conversation; remove one of them"
                     )
         if self.last_token is not None and self.readout != "content":
-            raise ValueError(f"last_token: {self.last_token} and readout {self.readout!r} both say where to read")
+            raise ValueError(
+                f"last_token: {self.last_token} and readout {self.readout!r} both set the read-out; remove one of them"
+            )
         if self.legacy_loss and (self.target != "trained" or self.regularizer != "none"):
-            raise ValueError("legacy_loss: upstream has neither another target nor a regularizer; remove them")
+            raise ValueError(
+                "legacy_loss: LLM-JEPA's code has neither another target nor a regularizer; remove target and regularizer"
+            )
         if self.min_jepa_weight and self.min_jepa_weight > self.jepa_weight:
-            raise ValueError(f"min_jepa_weight: {self.min_jepa_weight} is above jepa_weight {self.jepa_weight}")
+            raise ValueError(
+                f"min_jepa_weight: {self.min_jepa_weight} is above jepa_weight {self.jepa_weight}; lower it"
+            )
         return self
 
     def jepa_weight_at(self, step: int) -> float:
-        """λ at an optimizer step, counted from 0."""
+        """Return λ at an optimizer step, counted from 0."""
         if step < self.jepa_start:
             return 0.0
         rise = self.jepa_weight - self.min_jepa_weight

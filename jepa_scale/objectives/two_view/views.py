@@ -1,4 +1,4 @@
-"""What ``two_view`` makes of an example: a fact and its reverse, or a conversation, its question and its answer."""
+"""The views of ``two_view``: a fact and its reverse, or a conversation, its question and its answer."""
 
 from __future__ import annotations
 
@@ -20,20 +20,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FILLER = 0
-"""Token id in a predictor token's place; its embedding is replaced."""
+"""Token id at the positions of predictor tokens, whose embeddings replace it."""
 MARK = "\ue000"
 
 
 def paired_at(options: TwoViewOptions, draw: Draw) -> bool:
-    """Whether the step has a JEPA term; drawn from the step, so that every rank leaves it out of the same ones."""
+    """Return whether the step has a JEPA term. It depends on the step alone, so all ranks agree."""
     if options.jepa_weight_at(draw.step) == 0:
         return False
     return options.loss_dropout == 0 or draw.step_rng("loss_dropout").random() >= options.loss_dropout
 
 
 def pair_rows(keys: Sequence[int], lengths: tuple[int, int] = (1, 1), predictors: Sequence[int] = ()) -> dict[str, Any]:
-    """Rows of a sample with one pair or none: the identity of the second view, how many places each view is read at, and
-    which predictor token is in each of its places."""
+    """Return the rows of a sample with one pair or none.
+
+    Args:
+        keys: identity of the second view, or nothing. lengths: read-out positions of the first and of the second view.
+        predictors: index of the predictor token at each of its positions.
+    """
     n = len(keys)
     return {
         "key": np.asarray(keys, np.int64),
@@ -45,10 +49,10 @@ def pair_rows(keys: Sequence[int], lengths: tuple[int, int] = (1, 1), predictors
 
 @dataclass(frozen=True, slots=True)
 class FactViews:
-    """The forward view of a fact, with its predictor tokens, and for type ``train`` its reverse view (GPT2WithJEPA).
+    """Maker of a fact's forward view with its predictor tokens and, for type ``train``, of its reverse view (GPT2WithJEPA).
 
-    Every fact is learned by next-token prediction, the forward view's own; the reverse view carries no labels, as its facts
-    are samples of their own.
+    Every fact is trained by next-token prediction in its forward view. The reverse view has no labels, because the reverse
+    facts are samples of their own.
     """
 
     pred: int
@@ -68,16 +72,16 @@ class FactViews:
         return Views(segments, rows=pair_rows([key] if paired else []), counts={"pairs": int(paired)})
 
     def tokens(self, sizes: np.ndarray) -> np.ndarray:
-        """(m,) tokens of facts → (m,) tokens that their views take at most."""
+        """Return the most tokens that the views of a fact take: (m,) tokens of facts → (m,)."""
         return 2 * sizes + self.options.predictor_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """What a chat template writes around a question, and around an answer, that stand alone; token ids.
+    """Token ids that a chat template writes around a separate question and around a separate answer.
 
-    An answer alone begins as the template begins it, after the beginning-of-sequence token if there is one. (Rendered as a
-    conversation of its own it would be refused by some templates, Gemma's for one.)
+    A separate answer begins with the beginning-of-sequence token, if there is one, and the template's opening of an answer.
+    It is not rendered as a conversation of its own, which some templates refuse, for example Gemma's.
     """
 
     before_question: tuple[int, ...] = ()
@@ -87,14 +91,14 @@ class Frame:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, plain: bool) -> Frame:
-        """Found by rendering marks.
+        """Return the frame of a tokenizer's chat template, found by rendering placeholders.
 
         Args:
-            plain: conversations were tokenised without a template; what is left is the beginning of a sequence, and the EOS
-                after an answer.
+            plain: conversations were tokenised without a template. Then the frame has only the beginning of a sequence and the
+                EOS after an answer.
 
         Raises:
-            InputError: the template refuses a question alone, or hides it.
+            InputError: the template refuses a question without an answer, or leaves its text out.
         """
         if plain:
             start = tuple(bos_prefix(tokenizer))
@@ -105,12 +109,14 @@ class Frame:
         try:
             alone, prompted = render(tokenizer, [ask]), render(tokenizer, [ask], add_generation_prompt=True)
             whole = render(tokenizer, [ask, answer])
-        except Exception as error:  # jinja2's, or whatever the template's own expressions raise
+        except Exception as error:  # jinja2's errors, and any that the template's expressions raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise InputError(f"data.tokenizer: its chat template refuses a question alone: {reason}") from None
+            raise InputError(
+                f"data.tokenizer: its chat template refuses a question alone: {reason}; set objective.plain_views: true"
+            ) from None
         if alone.count(MARK) != 1 or whole.count(MARK) != 2 or not prompted.startswith(alone):
             raise InputError(
-                "data.tokenizer: its chat template does not show what is asked and answered; set data.plain: true, or "
+                "data.tokenizer: its chat template does not show question and answer unchanged; set data.plain: true or "
                 "objective.plain_views: true"
             )
         before, _, after = alone.partition(MARK)
@@ -121,7 +127,7 @@ class Frame:
 
 
 def last_exchange(example: Conversation) -> tuple[Turn, Turn] | None:
-    """The last answer of a conversation, and the question before it; None where either has no tokens."""
+    """Return the last question with tokens before a conversation's last answer, and that answer; None if either is missing."""
     answers = [n for n, turn in enumerate(example.turns) if turn.role == "assistant" and turn.start < turn.stop]
     if not answers:
         return None
@@ -131,11 +137,11 @@ def last_exchange(example: Conversation) -> tuple[Turn, Turn] | None:
 
 @dataclass(frozen=True, slots=True)
 class ChatViews:
-    """A conversation for next-token prediction, and its last question and answer as views.
+    """Maker of a conversation's segment for next-token prediction, and of the views of its last question and answer.
 
     Attributes:
-        closing: ids that end an answer; they belong to the template, not to what is said.
-        pad: id that upstream pads with; with ``legacy_loss`` it is never predicted.
+        closing: ids that end an answer; they belong to the template, not to the content.
+        pad: id that LLM-JEPA's code pads with; with ``legacy_loss`` it is never predicted.
     """
 
     options: TwoViewOptions
@@ -166,16 +172,15 @@ class ChatViews:
         ids, _, seen = self._view(second, not o.swap_views, 0)
         stream = "targets" if o.target == "ema" else "main"
         segments.append(Segment(ids, "target", stream=stream, places={"target": seen}))
-        order = (
-            range(k) if o.predictor_place == "front" else range(k - 1, -1, -1)
-        )  # upstream's, whose tokens may be reused
+        # the order of LLM-JEPA's code, so that its trained tokens can be used
+        order = range(k) if o.predictor_place == "front" else range(k - 1, -1, -1)
         which = [0 if o.same_predictor else n for n in order][: len(predictors)]
         rows = pair_rows([_key(second)], (len(read), len(seen)), which)
         return Views(segments, rows=rows, counts={"pairs": 1})
 
     def tokens(self, sizes: np.ndarray) -> np.ndarray:
-        """(m,) tokens of conversations → (m,) tokens that their views take at most: question and answer once more, with what
-        the template writes around each that stands alone."""
+        """Return the most tokens that the views of a conversation take: (m,) tokens of conversations → (m,). Question and
+        answer are repeated, each with the template's tokens around it."""
         added = (
             self.frame.before_question,
             self.frame.after_question,
@@ -185,7 +190,7 @@ class ChatViews:
         return 2 * sizes + sum(map(len, added)) + self.options.predictor_tokens
 
     def _said(self, tokens: np.ndarray, exchange: tuple[Turn, Turn]) -> tuple[np.ndarray, np.ndarray] | None:
-        """What is asked and answered, without what the template closes an answer with; None where nothing is left."""
+        """Return the content of question and answer, without the token that closes the answer; None if the answer is empty."""
         question, answer = exchange
         stop = min(answer.stop, len(tokens))
         if stop > answer.start and int(tokens[stop - 1]) in self.closing:
@@ -195,8 +200,8 @@ class ChatViews:
         return tokens[question.start : question.stop], tokens[answer.start : stop]
 
     def _view(self, said: np.ndarray, is_answer: bool, k: int) -> tuple[list[int], list[int], list[int]]:
-        """Tokens of a view, up to the last place where it is read; the places of its predictor tokens and those where it is
-        read. (Nothing after that has a part in it, as attention is causal.)"""
+        """Return a view's tokens up to its last read-out position, the positions of its predictor tokens, and its read-out
+        positions. Later tokens are left out: attention is causal, so they have no effect on the read-out."""
         frame = self.frame
         before, after = (
             (frame.before_answer, frame.after_answer) if is_answer else (frame.before_question, frame.after_question)
@@ -204,7 +209,7 @@ class ChatViews:
         front = k if self.options.predictor_place == "front" else 0
         back = k - front
         begin = len(before) + front
-        end = begin + len(said) + back  # of what is said and its predictor tokens
+        end = begin + len(said) + back  # end of the content with its predictor tokens
         tokens = [*before, *[FILLER] * front, *map(int, said), *[FILLER] * back, *after]
         predictors = [*range(len(before), begin), *range(end - back, end)]
         if self.options.last_token is not None:
@@ -219,8 +224,8 @@ class ChatViews:
     def _branch(
         self, tokens: Sequence[int], labels: Sequence[int], question: Turn, k: int
     ) -> tuple[list[Segment], list[int]]:
-        """The conversation, with the question read in it, or with k predictor tokens as a branch that begins after the
-        question; and the places where the first view is read."""
+        """Return the segments of a first view that shares the conversation's prefix, and its read-out positions. With k
+        predictor tokens these are a branch that begins after the question; without, the read-out is in the conversation."""
         mean = self.options.readout == "mean"
         if k == 0:
             read = list(range(question.start, question.stop)) if mean else [question.stop - 1]
@@ -238,6 +243,6 @@ class ChatViews:
 
 
 def _key(said: np.ndarray) -> int:
-    """The same number for the same tokens, in every process."""
+    """Return a hash of the tokens that is the same in every process."""
     digest = hashlib.blake2b(np.ascontiguousarray(said, dtype=np.int64).tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "little") & (2**63 - 1)
