@@ -1,4 +1,4 @@
-"""Evaluation on text: the mean next-token loss of every split, each sample exactly once, on all ranks together."""
+"""Evaluation on text: the mean next-token loss of every split. All ranks share the samples, and each counts exactly once."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def evaluate(
     batches: dict[str, Callable[[], Any]],
     device: torch.device,
 ) -> dict[str, dict[str, float]]:
-    """``lm_loss`` (nats a label), ``ppl`` = exp(lm_loss) and ``labels`` of each split. Collective.
+    """Return ``lm_loss`` (nats a label), ``ppl`` = exp(lm_loss) and ``labels`` of each split. Collective.
 
     Args:
-        loss: a packed micro-batch → (L,) log-probabilities of its labels; called equally often on every rank.
-        batches: name of a split → its micro-batches on this rank; ranks with less to do get empty ones.
+        loss: a packed micro-batch → (L,) log-probabilities of its labels. Every rank calls it equally often.
+        batches: name of a split → its micro-batches on this rank. Ranks with fewer samples get empty ones.
     """
     results = {}
     for split, make in batches.items():

@@ -1,6 +1,5 @@
-"""Evaluation on facts: does the model know them, and does it know their reverses?
-
-SPEC row V7: exact match of the whole name by generation, mean reciprocal rank against all entities, joint NLL, per split.
+"""Evaluation on facts and their reverses, per split: exact match of the whole generated name, mean reciprocal rank against all
+entities, and joint NLL of the name.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ def evaluate(
     options: EvalOptions,
     device: torch.device,
 ) -> dict[str, dict[str, float]]:
-    """Metrics by split: ``exact_match``, ``mrr``, ``joint_nll`` (nats a name). Collective; the same result on every rank.
+    """Return ``exact_match``, ``mrr`` and ``joint_nll`` (nats a name) of each split. Collective; the same on every rank.
 
-    A spoken name is read as far as the right one is long. A split without facts has no metrics. The facts are dealt out
-    to the ranks; every rank makes the same number of calls, the last ones padded with a repeated fact of weight zero.
+    A generated name is compared up to the length of the right one. A split without facts has no metrics. The facts are split
+    over the ranks. Every rank makes the same number of calls; the last are padded with a repeated fact of weight zero.
     """
     answerer.prepare(names)
-    length = max(len(name) for name in names)  # the same on every rank: each token spoken is a collective call
+    length = max(len(name) for name in names)  # the same on every rank: each generated token is a collective call
     results: dict[str, dict[str, float]] = {}
     for split, facts in splits.items():
         if not len(facts):
@@ -57,9 +56,9 @@ def evaluate(
 
 
 def _batches(facts: Sequence[Any], chosen: np.ndarray, size: int) -> list[tuple[list[Any], np.ndarray]]:
-    """This rank's questions, in batches, with weight 0 for those that only keep the ranks in step."""
+    """Return this rank's questions in batches, and their weights: 0 for padding, which makes all ranks' calls equal."""
     mine = chosen[data_rank() :: data_size()]
-    longest = -(-len(chosen) // data_size())  # ceil: what the first rank has
+    longest = -(-len(chosen) // data_size())  # ceil: the number of the first rank's facts
     batches = []
     for start in range(0, longest, size):
         n = min(size, longest - start)

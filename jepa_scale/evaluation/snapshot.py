@@ -1,4 +1,5 @@
-"""Representations at an evaluation, small enough to keep and to look at: their spectrum and where they lie in two dimensions."""
+"""A small snapshot of the representations at an evaluation, for the report: their spectrum and a projection onto two
+dimensions."""
 
 from __future__ import annotations
 
@@ -14,24 +15,25 @@ from jepa_scale.evaluation.snapshot_files import snapshot_file
 from jepa_scale.utils.io import write_atomic
 
 ROWS = 1000
-"""Of each kind, evenly spread, that are looked at: a spectrum of so many is smooth, and takes a fraction of a second."""
+"""Most rows of each kind that are used, evenly spread: enough for a smooth spectrum, computed in a fraction of a second."""
 POINTS = 400
+"""Most rows of each kind that are projected."""
 VALUES = 256
-"""Singular values that are kept, the largest ones."""
+"""Most singular values that are kept; the largest ones."""
 
 
 @torch.no_grad()
 def snapshot(rows: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What a report draws of representations.
+    """Compute the values of the report's figures of representations.
 
     Args:
-        rows: name → (n, d), e.g. of predictions and targets. Rows of equal number belong together.
+        rows: name of a kind → (n, d), e.g. of predictions and of targets. Rows with the same index belong together.
 
     Returns:
-        ``spectra``: name → singular values of the centred rows over their sum, largest first, at most ``VALUES``;
-        ``projections``: name → (m, 2) coordinates of at most ``POINTS`` rows along the first two principal directions of all
-        kinds together (those of equal width as the first kind; others are left out); ``explained``: the two directions' share of the variance.
-        Plain Python numbers. Kinds with a value that is not finite are left out.
+        Plain Python numbers. ``spectra``: name → singular values of the centred rows over their sum, largest first, at most
+        ``VALUES``. ``projections``: name → (m, 2) coordinates of at most ``POINTS`` rows along the first two principal
+        directions of all kinds together; kinds of another width than the first are left out. ``explained``: the two
+        directions' shares of the variance. Kinds with a value that is not finite are left out of all.
     """
     kept = {name: _some(x, ROWS).double() for name, x in rows.items() if len(x) > 1 and bool(x.isfinite().all())}
     spectra = {name: _spectrum(x)[:VALUES].tolist() for name, x in kept.items()}
@@ -45,13 +47,13 @@ def snapshot(rows: Mapping[str, Tensor]) -> dict[str, Any]:
         variance = singular.square()
         explained = (variance[:2] / variance.sum().clamp(min=torch.finfo(torch.float64).tiny)).tolist()
         axes = directions[:2].T  # (d, 2)
-        axes = axes * torch.where(axes.sum(dim=0) < 0, -1.0, 1.0)  # a direction has no sign: one that stays
+        axes = axes * torch.where(axes.sum(dim=0) < 0, -1.0, 1.0)  # a fixed sign, as directions have none
         projections = {name: ((_some(x, POINTS) - mean) @ axes).tolist() for name, x in alike.items()}
     return {"spectra": spectra, "projections": projections, "explained": explained}
 
 
 def save_snapshot(rows: Mapping[str, Tensor], run_dir: Path, step: int, split: str) -> None:
-    """Write ``representations/<split>.json`` of a run, in place of the one before."""
+    """Write ``representations/<split>.json`` of a run; it replaces the file of an earlier evaluation."""
     path = snapshot_file(run_dir, split)
     path.parent.mkdir(parents=True, exist_ok=True)
     counts = {name: len(x) for name, x in rows.items()}
@@ -59,7 +61,7 @@ def save_snapshot(rows: Mapping[str, Tensor], run_dir: Path, step: int, split: s
 
 
 def _some(rows: Tensor, count: int) -> Tensor:
-    """At most ``count`` rows, evenly spread: the same ones of kinds that are equally many."""
+    """Return at most ``count`` rows, evenly spread: the same indices for kinds with the same number of rows."""
     return rows if len(rows) <= count else rows[torch.arange(count) * len(rows) // count]
 
 

@@ -1,4 +1,4 @@
-"""Where a run keeps what it saw of its representations, and how that is read."""
+"""Files with the snapshots of a run's representations."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 
 
 def snapshot_file(run_dir: Path, split: str) -> Path:
+    """Return the path of a split's snapshot."""
     return run_dir / "representations" / f"{split}.json"
 
 
 def read_snapshots(run_dir: Path) -> dict[str, dict[str, Any]]:
-    """Split → what :func:`jepa_scale.evaluation.snapshot.save_snapshot` wrote; a damaged file is as none."""
+    """Return the values that :func:`jepa_scale.evaluation.snapshot.save_snapshot` wrote, by split. Damaged files are skipped."""
     found = {}
     for path in sorted((run_dir / "representations").glob("*.json")):
         try:
