@@ -1,4 +1,5 @@
-"""The adapters of a run alone, as ``PeftModel.from_pretrained`` loads them on top of the model that training began with."""
+"""Export of a run's adapters without its model. ``PeftModel.from_pretrained`` loads them on top of the model that training
+began with."""
 
 from __future__ import annotations
 
@@ -20,12 +21,14 @@ from jepa_scale.utils.errors import InputError
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _OF_PEFT = "base_model.model."
-"""Before the names of peft's wrapper."""
+"""Prefix of names in peft's wrapper."""
 
 
 def check_adapter(options: ModelOptions) -> None:
-    """Raises:
-    InputError: the run has no adapters, or nobody has the weights that they are for.
+    """Check that the run's adapters can be exported without its model.
+
+    Raises:
+        InputError: the run has no adapters, or the weights under them are random.
     """
     if options.lora is None:
         raise InputError("--adapter: the run has no adapters (no model.lora); leave it out")
@@ -36,10 +39,11 @@ def check_adapter(options: ModelOptions) -> None:
 def adapter_plan(
     model: PreTrainedModel, sources: Mapping[str, Source], shapes: Shapes, dtype: torch.dtype, heads: bool
 ) -> Plan:
-    """One file with A and B of each adapted layer, and the new rows.
+    """Plan one file with A and B of each adapted layer, and the new rows of the embedding.
 
     Args:
-        model: the plain one, on the meta device. sources: of its tensors. shapes: of the checkpoint.
+        model: the model without adapters, on the meta device. sources: of its tensors, by name. shapes: of the checkpoint's
+            tensors.
     """
     units = []
     for name in model.state_dict():
@@ -52,7 +56,7 @@ def adapter_plan(
 
 
 def _names(owner: str, source: Source) -> Iterator[tuple[str, str]]:
-    """Names in the checkpoint, and in a wrapped model."""
+    """Yield the names of a source's adapter tensors in the checkpoint, and in a model that peft has wrapped."""
     for name, key in zip(source.adapter, ("lora_A", "lora_B"), strict=False):
         yield name, f"{owner}.{key}.weight"
     if source.new:
@@ -65,10 +69,11 @@ def _unit(name: str, theirs: str, shapes: Shapes, dtype: torch.dtype) -> Unit:
 
 
 def adapter_config(model: PreTrainedModel, options: ModelOptions, sources: Mapping[str, Source], shapes: Shapes) -> str:
-    """``adapter_config.json``; the arguments are :func:`adapter_plan`'s, ``options`` the run's ``model:``.
+    """Return the text of ``adapter_config.json``. ``options`` is the run's ``model:``; the others are as in
+    :func:`adapter_plan`.
 
     Raises:
-        InputError: peft has no form for new rows of this LM head.
+        InputError: peft cannot represent new rows of this LM head.
     """
     import peft
 
@@ -82,7 +87,9 @@ def adapter_config(model: PreTrainedModel, options: ModelOptions, sources: Mappi
     }
     head = model.get_output_embeddings()
     if rows and (type(head) not in (nn.Linear, LMHead) or head.bias is not None):
-        raise InputError("--adapter: peft knows no new rows of an LM head with a bias or a scale; leave --adapter out")
+        raise InputError(
+            "--adapter: peft has no format for new rows of an LM head with a bias or a scale; leave --adapter out"
+        )
     config = peft.LoraConfig(
         r=options.lora.rank,
         lora_alpha=options.lora.scale * options.lora.rank,  # type: ignore[arg-type]  # an int is not needed
@@ -99,7 +106,7 @@ def adapter_config(model: PreTrainedModel, options: ModelOptions, sources: Mappi
 
 
 def _endings(model: PreTrainedModel, names: list[str]) -> list[str]:
-    """The last parts of the names, if no other module's name ends so; else the names themselves."""
+    """Return the last parts of the names, if no other module's name ends with one of them; else the names themselves."""
     endings = {name.rpartition(".")[2] for name in names}
     meant = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in endings}
     return sorted(endings if meant == set(names) else names)

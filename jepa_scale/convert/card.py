@@ -1,4 +1,4 @@
-"""The model card: what the model is, what it scored, what it was trained with, how to load it."""
+"""The model card: description, usage, metrics and training of a model."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from jepa_scale.utils.format import format_number
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """What the card tells.
+    """Content of the model card.
 
     Attributes:
-        name: of the run. class_name: of transformers, or of the code beside it. own_code: whether it needs the latter.
-        dtype: of the weights, e.g. ``bfloat16``. parameters: how many.
-        tokenizer: whether one lies beside the model. chat: whether it has a chat template.
-        heads: name of the file that holds the objective's own parameters, empty if there is none.
-        adapter: whether it is adapters alone. rows: of the embedding of the model that they are for.
-        metrics: split → metric → value. config: the run's, resolved. checkpoint: what was converted. made_by: versions.
+        name: of the run. class_name: the model's class, of transformers or of the exported code.
+        own_code: whether the exported code is needed.
+        dtype: of the weights, e.g. ``bfloat16``. parameters: number of parameters.
+        tokenizer: whether the folder has a tokenizer. chat: whether the tokenizer has a chat template.
+        heads: name of the file with the objective's own parameters, empty if there is none.
+        adapter: whether only adapters were exported. rows: embedding rows of the model that they are for.
+        metrics: split → metric → value. config: the run's, resolved. checkpoint: the converted one. made_by: versions.
     """
 
     name: str
@@ -44,14 +45,14 @@ class Card:
     made_by: str
 
     def text(self) -> str:
-        """Markdown with the metadata that the Hugging Face hub reads."""
+        """Return the card as Markdown, with the metadata that the Hugging Face hub reads."""
         objective = self.config.get("objective", {}).get("name", "")
         head = {
             "library_name": "peft" if self.adapter else "transformers",
             **({"pipeline_tag": "text-generation"} if self.tokenizer else {}),
             "tags": ["jepa_scale", *([objective] if objective else [])],
         }
-        code = f" Its code, `{self._code_file()}`, lies beside the weights." if self.own_code else ""
+        code = f" Its code, `{self._code_file()}`, is in the same folder." if self.own_code else ""
         parts = [
             f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---",
             f"# {self.name}",
@@ -61,11 +62,9 @@ class Card:
             f"```python\n{self._usage()}\n```",
         ]
         if not self.tokenizer:
-            parts.append("The data had no tokenizer: the model takes and gives token ids.")
+            parts.append("The data had no tokenizer: the model takes and gives token ids, not text.")
         if self.heads:
-            parts.append(
-                f"`{self.heads}` holds what the objective trained beside the model; transformers does not read it."
-            )
+            parts.append(f"`{self.heads}` holds the objective's own trained parameters; transformers does not read it.")
         if rows := self._rows():
             parts += ["## Metrics", "\n".join(["| split | metric | value |", "|---|---|--:|", *rows])]
         told = self.checkpoint
@@ -126,7 +125,7 @@ class Card:
 
 
 def _public(value: Any) -> Any:
-    """A config without passwords and without the folders of the machine it ran on: cards are published."""
+    """Return a config without passwords and without the machine's folders, because cards are published."""
     if isinstance(value, Mapping):
         return {key: _public(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,5 @@
-"""The folder that a conversion fills: what is finished in it stays, whenever the conversion is killed."""
+"""The folder that a conversion fills. Finished files are kept if the conversion is killed, and a restart continues after
+them."""
 
 from __future__ import annotations
 
@@ -20,15 +21,15 @@ FORMAT = 1
 
 @dataclass(slots=True)
 class Journal:
-    """``conversion.json``: what is being made of what, and the files that are finished.
+    """``conversion.json``: source and options of a conversion, and its finished files.
 
     Attributes:
         made_by: versions, e.g. ``jepa_scale 0.1.0, transformers 5.23.0``.
-        checkpoint: name of its folder. step: of the checkpoint.
-        plan: SHA-256 of all that the tensor files' bytes depend on.
-        options: of the command, for people.
-        complete: nothing is missing.
-        files: name → ``bytes`` and ``sha256``.
+        checkpoint: name of the checkpoint's folder. step: of the checkpoint.
+        plan: SHA-256 of everything that the tensor files' bytes depend on.
+        options: of the command, for human readers.
+        complete: whether all files are finished.
+        files: name → ``bytes`` and ``sha256`` of each finished file.
     """
 
     made_by: str
@@ -41,10 +42,10 @@ class Journal:
 
 
 def read_journal(folder: Path) -> Journal | None:
-    """The journal of a folder that was begun; None if the folder is empty or not there.
+    """Return the journal of a folder with a conversion; None if the folder is empty or does not exist.
 
     Raises:
-        InputError: it holds something else.
+        InputError: the folder holds something else, or the journal cannot be read.
     """
     file = folder / JOURNAL
     try:
@@ -60,7 +61,7 @@ def read_journal(folder: Path) -> Journal | None:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file}: cannot be read ({error}); remove the folder or choose another one") from None
-    ours = {JOURNAL + ".partial", JOB_LOCK}  # of a conversion killed before its journal was there
+    ours = {JOURNAL + ".partial", JOB_LOCK}  # left by a conversion that was killed before it wrote its journal
     other = sorted(path.name for path in folder.iterdir() if path.name not in ours) if folder.is_dir() else []
     if other:
         raise InputError(f"{folder}: holds something else ({other[0]}); choose a folder that is new or empty")
@@ -68,10 +69,10 @@ def read_journal(folder: Path) -> Journal | None:
 
 
 class Folder:
-    """A folder that is being filled.
+    """A folder that a conversion fills.
 
     Args:
-        journal: of this conversion, without files.
+        journal: the journal of this conversion, without files.
 
     Raises:
         InputError: the folder holds something else, or another conversion.
@@ -88,19 +89,19 @@ class Folder:
         self.journal = found or journal
         self.journal.made_by = journal.made_by
         self.kept = self._whole(self.journal.files) if found else set()
-        """Files that an earlier start has finished; they have been read and are as they were written."""
+        """Files that an earlier start has finished and whose checksums are right."""
         self.journal.complete &= len(self.kept) == len(self.journal.files)
         self.journal.files = {name: told for name, told in self.journal.files.items() if name in self.kept}
         self._save()
 
     def make(self, name: str, write: Callable[[Path], dict[str, Any]]) -> None:
-        """Have ``write(path)`` make a file whole and describe it; from then on it is kept."""
+        """Make a file with ``write(path)``, which returns its ``bytes`` and ``sha256``, and record it as finished."""
         self.journal.complete = False
         self.journal.files[name] = write(self.path / name)
         self._save()
 
     def put(self, name: str, content: str | bytes) -> None:
-        """A small file; what was there before is replaced."""
+        """Write a small file; a file of that name is replaced."""
         data = content.encode() if isinstance(content, str) else content
         told = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         if self.journal.files.get(name) != told:
@@ -110,7 +111,7 @@ class Folder:
             self.journal.files[name] = told
 
     def finish(self) -> None:
-        """Everything is there."""
+        """Record that all files are finished."""
         self.journal.complete = True
         self._save()
 

@@ -1,4 +1,4 @@
-"""A run's tensors as those of the plain model: adapters added to what they are adapters of, new rows below the old ones."""
+"""Merge of a run's tensors into those of the plain model: adapters are added to their layers' weights, new rows are appended."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ A, B = f".lora_A.{ADAPTER}.weight", f".lora_B.{ADAPTER}.weight"
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What a tensor of the plain model is made of.
+    """Tensors of the checkpoint that one tensor of the plain model is made of.
 
     Attributes:
-        base: name in the checkpoint of what is there without training.
-        shape, dtype: of what is made; fp32 where something is added.
-        nbytes: of all that has to be read.
-        new: name of the rows that follow ``base``'s, empty if there are none.
+        base: name in the checkpoint of the tensor without adapter and new rows.
+        shape, dtype: of the result; fp32 where an adapter is added.
+        nbytes: of all tensors that are read.
+        new: name of the rows appended to ``base``, empty if there are none.
         adapter: names of A, (r, inputs), and B, (outputs, r); empty if there are none.
-        scale: of B·A.
+        scale: factor of B·A.
     """
 
     base: str
@@ -40,14 +40,15 @@ class Source:
 
     @property
     def reads(self) -> list[str]:
-        """Names in the checkpoint."""
+        """Names in the checkpoint of all tensors that are read."""
         return [name for name in (self.base, self.new, *self.adapter) if name]
 
     def make(self, read: dict[str, Tensor], transposed: bool) -> Tensor:
-        """The tensor; what is read is taken out of ``read``, and ``base``'s memory is used.
+        """Return the plain model's tensor. The tensors used are removed from ``read``, and ``base``'s memory is reused.
 
         Args:
-            transposed: the layer keeps its weight as (inputs, outputs), as GPT-2's do.
+            read: tensors of the checkpoint by name.
+            transposed: whether the layer stores its weight as (inputs, outputs), as GPT-2's layers do.
         """
         tensor = read.pop(self.base)
         if self.new:
@@ -60,21 +61,21 @@ class Source:
 
 
 def plain_sources(shapes: Shapes, prefix: str, lora: LoraOptions | None) -> dict[str, Source]:
-    """Name that a tensor has without adapters → what it is made of.
+    """Return the source of each tensor of the plain model, by the tensor's name there.
 
     Args:
-        shapes: of the checkpoint. prefix: of the tensors meant; others are left out.
+        shapes: of the checkpoint's tensors. prefix: of the names to use; other tensors are left out.
 
     Raises:
-        InputError: the checkpoint has adapters and the config none, or the reverse, or they don't fit each other.
+        InputError: only one of checkpoint and config has adapters, or their adapters differ.
     """
     names = {name for name in shapes if name.startswith(prefix)}
     adapted = any(A in name for name in names)
     if adapted != (lora is not None):
         raise InputError(
-            "the checkpoint has LoRA adapters, config.yaml has no model.lora"
+            "the checkpoint has LoRA adapters, config.yaml has no model.lora; use the config.yaml of the checkpoint's run"
             if adapted
-            else "config.yaml has model.lora, the checkpoint has no adapters"
+            else "config.yaml has model.lora, the checkpoint has no adapters; use the config.yaml of the checkpoint's run"
         )
     found: dict[str, Source] = {}
     used: set[str] = set()
@@ -84,7 +85,9 @@ def plain_sources(shapes: Shapes, prefix: str, lora: LoraOptions | None) -> dict
             found[name if lora is None else name.replace(BASE_OF, ".")] = source
             used.update(source.reads)
     if names - used:
-        raise InputError(f"the checkpoint has {min(names - used)} without what it belongs to")
+        raise InputError(
+            f"the checkpoint has {min(names - used)} without the tensors it belongs to; convert another checkpoint"
+        )
     return found
 
 

@@ -1,4 +1,5 @@
-"""Which tensors go into which file: a pure function of the checkpoint and the model, so that a restart plans the same."""
+"""The plan of a conversion: the tensors of each file. It is a pure function of checkpoint and model, so a restart makes the
+same plan."""
 
 from __future__ import annotations
 
@@ -17,21 +18,21 @@ from jepa_scale.convert.skeleton import PREFIX
 from jepa_scale.convert.tensor_file import Entry
 
 MODEL = "model/"
-"""Of the model's tensors in a checkpoint; the others are the optimizer's."""
+"""Prefix of the model's tensors in a checkpoint; the others are the optimizer's."""
 HEADS_FILE = "jepa_heads.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """One tensor of the model and what becomes of it in a file.
+    """One tensor of the model, and the tensors of a file that are made of it.
 
     Attributes:
-        source: its name in the checkpoint, but for adapters that will have been added to it. nbytes: of it there.
-        entries: tensors of the file. Most often one; transformers keeps a mixture's experts in one tensor in memory and
-            one by one in files.
-        made_of: tensors of the checkpoint; None = the one of that name, as it is.
-        transposed: its layer keeps it as (inputs, outputs).
-        foreign: no tensor of the plain model: an objective's, an adapter's; it is written as it is.
+        source: name in the checkpoint that the tensor has without adapters. nbytes: bytes to read for it.
+        entries: tensors of the file. Most often there is one. transformers stores the experts of a mixture in one tensor in
+            memory, but separately in files.
+        made_of: tensors of the checkpoint that are merged; None = the one named ``source``, unchanged.
+        transposed: whether its layer stores it as (inputs, outputs).
+        foreign: whether it is no tensor of the plain model, but an objective's or an adapter's; it is written unchanged.
     """
 
     source: str
@@ -43,11 +44,11 @@ class Unit:
 
     @property
     def reads(self) -> list[str]:
-        """Names in the checkpoint."""
+        """Names in the checkpoint of all tensors that are read."""
         return [self.source] if self.made_of is None else self.made_of.reads
 
     def take(self, read: dict[str, Tensor]) -> Tensor:
-        """The model's tensor, of what was read; that is taken out of ``read``."""
+        """Return the model's tensor. The tensors used are removed from ``read``."""
         return read.pop(self.source) if self.made_of is None else self.made_of.make(read, self.transposed)
 
     @property
@@ -57,9 +58,11 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Attributes:
-    files: name → its units, in the order of the file.
-    heads: the objective's own, for :data:`HEADS_FILE`; empty if there are none or they are not wanted.
+    """Units of each file.
+
+    Attributes:
+        files: name → its units, in the order of the file.
+        heads: units of the objective's own tensors, for :data:`HEADS_FILE`; empty if there are none or none are exported.
     """
 
     files: Mapping[str, Sequence[Unit]]
@@ -77,7 +80,7 @@ class Plan:
         return {**self.files, **({HEADS_FILE: self.heads} if self.heads else {})}
 
     def index(self) -> dict[str, object] | None:
-        """``model.safetensors.index.json``, None where one file holds the model."""
+        """Return the content of ``model.safetensors.index.json``, None if one file holds the model."""
         if len(self.files) == 1:
             return None
         where = {entry.name: file for file, units in self.files.items() for unit in units for entry in unit.entries}
@@ -96,14 +99,15 @@ def make_plan(
     shard_bytes: int,
     heads: bool,
 ) -> Plan:
-    """Deal the checkpoint's tensors out to files.
+    """Distribute the checkpoint's tensors over files.
 
     Args:
-        model: on the meta device; it gives the order.
-        sources: of the model's tensors, by their names in the root module with :data:`MODEL` before.
-        shapes: of the checkpoint, all of it.
-        dtype: of floating tensors in the files; the heads keep theirs.
-        shard_bytes: no file holds more tensor bytes, except one that holds a single larger tensor.
+        model: on the meta device; its state dict gives the order.
+        sources: of the model's tensors, by :data:`MODEL` and their names in the root module.
+        shapes: of all the checkpoint's tensors.
+        dtype: of floating-point tensors in the files; the heads keep theirs.
+        shard_bytes: most tensor bytes of a file, except for a single larger tensor.
+        heads: whether to export the objective's own tensors.
     """
     order = [name for name in model.state_dict() if MODEL + PREFIX + name in sources]
     units = []
@@ -124,13 +128,13 @@ def make_plan(
 
 
 def heads_of(shapes: Shapes) -> list[Unit]:
-    """The objective's own tensors, as they are."""
+    """Return units of the objective's own tensors, unchanged."""
     own = [n for n in sorted(shapes) if n.startswith(MODEL) and not n.startswith(MODEL + PREFIX)]
     return _aligned([_head(name, *shapes[name]) for name in own])
 
 
 def outputs_of(model: PreTrainedModel, unit: Unit, tensor: Tensor) -> Iterator[Tensor]:
-    """The tensors that become of a unit's tensor, in the order of its entries."""
+    """Yield the file's tensors made of a unit's tensor, in the order of its entries."""
     name = unit.source.removeprefix(MODEL + PREFIX)
     if unit.foreign or [entry.name for entry in unit.entries] == [name]:
         yield tensor
@@ -141,7 +145,7 @@ def outputs_of(model: PreTrainedModel, unit: Unit, tensor: Tensor) -> Iterator[T
 
 
 def groups(units: Sequence[Unit], limit: int) -> Iterator[list[Unit]]:
-    """Runs of units that are read at once, of at most ``limit`` bytes or of one unit."""
+    """Yield groups of consecutive units to read at once, each of at most ``limit`` bytes or of one unit."""
     group: list[Unit] = []
     for unit in units:
         if group and sum(u.nbytes for u in group) + unit.nbytes > limit:
@@ -153,7 +157,7 @@ def groups(units: Sequence[Unit], limit: int) -> Iterator[list[Unit]]:
 
 
 def _in_files(model: PreTrainedModel, order: list[str]) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Name in memory → names and shapes in files, as ``save_pretrained`` would have them."""
+    """Return the names and shapes in files, as ``save_pretrained`` writes them, by name in memory."""
     state = model.state_dict()
     state = {name: state[name] for name in order}
     alone = {name: {name: tuple(tensor.shape)} for name, tensor in state.items()}
@@ -166,7 +170,7 @@ def _in_files(model: PreTrainedModel, order: list[str]) -> dict[str, dict[str, t
     }
     if {n: shape for outputs in made.values() for n, shape in outputs.items()} == together:
         return made
-    return alone  # several tensors become one: transformers reads the names that it has in memory, too
+    return alone  # several tensors would become one, but transformers also loads the names in memory
 
 
 def _head(name: str, size: torch.Size, dtype: torch.dtype) -> Unit:
@@ -175,7 +179,8 @@ def _head(name: str, size: torch.Size, dtype: torch.dtype) -> Unit:
 
 
 def _deal(units: list[Unit], limit: int) -> list[list[Unit]]:
-    """Where a unit becomes several tensors that don't fit a file together, it is read for each file anew."""
+    """Distribute units over files of at most ``limit`` bytes. A unit whose tensors do not fit into one file is part of several,
+    and is read again for each."""
     shards: list[list[Unit]] = [[]]
     used = 0
     for unit in units:
@@ -193,5 +198,5 @@ def _deal(units: list[Unit], limit: int) -> list[list[Unit]]:
 
 
 def _aligned(units: list[Unit]) -> list[Unit]:
-    """Wider dtypes first."""
+    """Sort units so that wider dtypes come first, which keeps tensors aligned."""
     return sorted(units, key=lambda unit: -unit.entries[0].dtype.itemsize)

@@ -1,4 +1,4 @@
-"""The model that a run leaves as: its class, config and tensors' names, with no memory for the tensors themselves."""
+"""The exported model of a run without its weights: class, config and tensor names, on the meta device."""
 
 from __future__ import annotations
 
@@ -26,16 +26,18 @@ from jepa_scale.models.options import ModelOptions
 from jepa_scale.utils.errors import InputError
 
 PREFIX = "backbone.decoder."
-"""Of the decoder's parameters in the root module."""
+"""Prefix of the decoder's parameters in the root module."""
 _MANY = 1 << 20
-"""Rows of an embedding whose true number is not known yet."""
+"""Placeholder for the number of embedding rows, until it is read from the checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
 class Skeleton:
-    """Attributes:
-    model: on the meta device, of the class that the exported files name.
-    code: source files that have to lie beside them, by name.
+    """Exported model on the meta device.
+
+    Attributes:
+        model: on the meta device, of the class that the exported files name.
+        code: text of the source files that the export needs, by name.
     """
 
     model: PreTrainedModel
@@ -47,20 +49,20 @@ class Skeleton:
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the embedding."""
+        """Number of rows of the embedding."""
         return int(cast(Tensor, self.model.get_input_embeddings().weight).shape[0])
 
     def config(self, dtype: torch.dtype, special: Mapping[str, int]) -> PreTrainedConfig:
-        """What becomes ``config.json``.
+        """Return the config for ``config.json``.
 
         Args:
-            special: ids ``bos``, ``eos``, ``pad`` of the data; those that are missing stay as the model has them.
+            special: ids ``bos``, ``eos``, ``pad`` of the data; for missing ones the model's stay.
         """
         config = copy.deepcopy(self.model.config)
         config.architectures = [self.class_name]
         config.dtype = dtype
         for name in ("bos", "eos", "pad"):
-            # a padding token's embedding gets no gradient, which EOS in its place would suffer from
+            # not pad = eos: a padding token's embedding gets no gradient, but EOS needs one
             if name in special and not (name == "pad" and special["pad"] == special.get("eos")):
                 setattr(config, f"{name}_token_id", special[name])
         if isinstance(self.model, JepaDecoderForCausalLM):
@@ -68,12 +70,12 @@ class Skeleton:
         return config
 
     def generation_config(self, special: Mapping[str, int], options: ModelOptions | None = None) -> GenerationConfig:
-        """What becomes ``generation_config.json``: generation stops at EOS, and at the end of an answer in chats."""
+        """Return the config for ``generation_config.json``. Generation stops at EOS and, for chats, at the end of an answer."""
         try:
             if options is None or options.pretrained is None:
                 raise OSError
             config = GenerationConfig.from_pretrained(options.pretrained, cache_dir=options.cache_dir)
-        except OSError:  # the model that training began with had none
+        except OSError:  # there is no pretrained model, or it has no generation config
             config = GenerationConfig.from_model_config(self.config(torch.float32, special))
         stops = [special[name] for name in ("eos", "end") if name in special]
         if stops:
@@ -85,11 +87,11 @@ class Skeleton:
 
 
 def make_skeleton(options: ModelOptions, shapes: Mapping[str, tuple[int, ...]]) -> Skeleton:
-    """The model of a run, as it leaves.
+    """Build the exported model of a run.
 
     Args:
-        options: the run's ``model:``. shapes: of the checkpoint's tensors, by their name in the root module; the vocabulary
-            is read off them, so that the data need not be at hand.
+        options: the run's ``model:``. shapes: of the checkpoint's tensors, by their names in the root module. They give the
+            vocabulary size, so the data are not needed.
 
     Raises:
         InputError: the checkpoint is of another model.
@@ -114,7 +116,7 @@ def make_skeleton(options: ModelOptions, shapes: Mapping[str, tuple[int, ...]]) 
 
 
 def _build(options: ModelOptions, rows: int) -> tuple[PreTrainedModel, dict[str, str]]:
-    """The decoder as the run builds it, with ``rows`` rows in its embedding, and the code of a remote one."""
+    """Build the run's decoder with ``rows`` embedding rows; return it, and the source files of remote code."""
     if options.pretrained is None:
         with torch.device("meta"):
             plain = options.model_copy(update={"vocab_size": rows, "lora": None})
@@ -127,12 +129,12 @@ def _build(options: ModelOptions, rows: int) -> tuple[PreTrainedModel, dict[str,
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust, dtype=torch.float32)
     except (OSError, ValueError, KeyError) as error:
         text = " ".join(str(error).split())
-        raise InputError(f"model.pretrained: its config is needed: {options.pretrained!r}: {text}") from None
+        raise InputError(f"model.pretrained: cannot load the config of {options.pretrained!r}: {text}") from None
     return model, _remote_code(model)
 
 
 def _remote_code(model: PreTrainedModel) -> dict[str, str]:
-    """The files of a model whose code came with ``pretrained``; its config then names them."""
+    """Return the source files of a model whose code came with ``pretrained``, by name. Its config names them afterwards."""
     if getattr(model, "_auto_class", None) is None:
         return {}
     import tempfile
@@ -146,7 +148,7 @@ def _remote_code(model: PreTrainedModel) -> dict[str, str]:
 
 
 def _check(model: PreTrainedModel, there: Mapping[str, tuple[int, ...]]) -> None:
-    """The checkpoint has the model's tensors and no others."""
+    """Check that the checkpoint has the model's tensors, in their shapes, and no others."""
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     parameters = {id(parameter) for parameter in model.parameters()}
     buffers = {n: tuple(t.shape) for n, t in model.state_dict(keep_vars=True).items() if id(t) not in parameters}
@@ -169,8 +171,9 @@ def _check(model: PreTrainedModel, there: Mapping[str, tuple[int, ...]]) -> None
 
 
 def llama_config(config: JepaDecoderConfig) -> LlamaConfig | None:
-    """The native decoder as a Llama, or None where a Llama cannot be it: with ``logit_scale``, which tied weights have, a
-    bias in the head, PoPE, a norm of the embedding, or a bridge. Dropout and DropPath matter to training alone."""
+    """Return the config of a Llama that is equal to the native decoder, or None if there is none: with tied weights, which
+    come with ``logit_scale``, a bias in the head, PoPE, a norm of the embedding, or a bridge. Dropout and DropPath only affect
+    training."""
     own = config.position_embedding != "rope" or config.embedding_norm or config.bridge_after is not None
     if config.tie_word_embeddings or config.output_bias or own:
         return None

@@ -1,4 +1,4 @@
-"""The native decoder's code as one file that needs torch and transformers alone, made of the project's own sources."""
+"""The native decoder's code as one file, made of the project's sources. It needs only torch and transformers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _OWN = "jepa_scale"
 
 
 def auto_map() -> dict[str, str]:
-    """Which class of the file is whose, for ``trust_remote_code``."""
+    """Return the ``auto_map`` of the config, which names the file's classes for ``trust_remote_code``."""
     stem = FILE.removesuffix(".py")
     classes = {
         "AutoConfig": decoder.JepaDecoderConfig,
@@ -26,10 +26,10 @@ def auto_map() -> dict[str, str]:
 
 
 def modelling_source() -> dict[str, str]:
-    """File name → source text.
+    """Return the file's source text by its name.
 
-    The decoder's module stands there as it is, except that what it takes from other modules of ours is written out before
-    it, and that it does not register itself: whoever loads the file does that.
+    It is the decoder's module with two changes: definitions that it imports from the project's other modules are copied in
+    front of it, and it does not register its classes, because transformers does that for remote code.
     """
     imports, body = _Module(decoder.__name__).written_out()
     text = "\n".join(
@@ -48,15 +48,22 @@ def modelling_source() -> dict[str, str]:
 
 
 class _Module:
-    """A module of ours in pieces."""
+    """Statements of one of the project's modules."""
 
     def __init__(self, name: str) -> None:
         self.source = inspect.getsource(importlib.import_module(name))
         self.statements = ast.parse(self.source).body
 
     def written_out(self, wanted: set[str] | None = None) -> tuple[set[tuple[str, str]], list[str]]:
-        """The statements that define ``wanted`` (None = everything) and what these use, of this and of our other modules,
-        each once, and what they all import from elsewhere: (module, name), the module empty in ``import name``."""
+        """Collect definitions and their dependencies, from this module and the project's others.
+
+        Args:
+            wanted: names to define; None = all of the module's.
+
+        Returns:
+            Imports from other packages as (module, name), the module empty in ``import name``; and the source of the
+            statements, each once.
+        """
         kept, used = self._needed(wanted)
         imports: set[tuple[str, str]] = set()
         body: list[str] = []
@@ -74,8 +81,8 @@ class _Module:
         return imports, list(dict.fromkeys(body + [_text(self.source, node) for node in kept]))
 
     def _needed(self, wanted: set[str] | None) -> tuple[list[ast.stmt], set[str]]:
-        """This module's statements for ``wanted``, and all names that occur in them."""
-        # an Expr: the docstring, registering
+        """Return this module's statements for ``wanted``, and all names that occur in them."""
+        # an Expr is the docstring, or registers a class
         own = [s for s in self.statements if not isinstance(s, ast.Expr | ast.Import | ast.ImportFrom)]
         used = {node: {name.id for name in ast.walk(node) if isinstance(name, ast.Name)} for node in own}
         names = set().union(*map(_defines, own)) if wanted is None else set(wanted)
@@ -88,14 +95,14 @@ class _Module:
 
 
 def _defines(node: ast.stmt) -> set[str]:
-    """Names that a statement of a module gives something to."""
+    """Return the names that a module's statement binds."""
     if isinstance(node, ast.ClassDef | ast.FunctionDef):
         return {node.name}
     return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
 
 
 def _import_lines(imports: set[tuple[str, str]]) -> list[str]:
-    """Of the standard library first, one statement a module."""
+    """Return import statements, one for each module, those of the standard library first."""
     lines: list[str] = []
     for standard in (True, False):
         lines += [""] if lines else []
@@ -107,6 +114,6 @@ def _import_lines(imports: set[tuple[str, str]]) -> list[str]:
 
 
 def _text(source: str, node: ast.stmt) -> str:
-    """A statement as it is written, decorators and comments within it included."""
+    """Return a statement's source text, with its decorators and comments."""
     first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
     return "\n".join(source.splitlines()[first - 1 : node.end_lineno])

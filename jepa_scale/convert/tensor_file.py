@@ -1,4 +1,5 @@
-"""Writing a safetensors file without holding it: its header follows from shapes alone, so tensors can come one by one."""
+"""Writer of safetensors files that never holds a whole file in memory. The header depends on shapes and dtypes only, so tensors
+are written one by one."""
 
 from __future__ import annotations
 
@@ -30,12 +31,12 @@ _NAMES = {
     torch.bool: "BOOL",
 }
 _SLAB = 1 << 20
-"""Elements that are cast and written at a time."""
+"""Number of elements that are cast and written at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A tensor of a file."""
+    """Name, shape and dtype of a tensor in a file."""
 
     name: str
     shape: tuple[int, ...]
@@ -50,14 +51,14 @@ def write_tensors(path: Path, entries: Sequence[Entry], tensors: Iterable[Tensor
     """Write a safetensors file (https://huggingface.co/docs/safetensors, format of 2022). It appears whole or not at all.
 
     Args:
-        entries: what the file holds. Wider dtypes must come first: readers map the file and want tensors aligned.
-        tensors: in the same order; floating ones are cast to the entry's dtype.
+        entries: tensors of the file. Wider dtypes must come first: readers map the file and need aligned tensors.
+        tensors: in the same order; floating-point ones are cast to the entry's dtype.
 
     Returns:
         ``bytes`` and ``sha256`` of the file.
 
     Raises:
-        InputError: a finite value is infinite in the entry's dtype.
+        InputError: a finite value would be infinite in the entry's dtype.
     """
     widths = [entry.dtype.itemsize for entry in entries]
     assert widths == sorted(widths, reverse=True), "wider dtypes first"
@@ -75,7 +76,7 @@ def write_tensors(path: Path, entries: Sequence[Entry], tensors: Iterable[Tensor
             flat = _flat(next(stream), entry)
             for start in range(0, len(flat), _SLAB):
                 put(_cast(flat[start : start + _SLAB], entry).view(torch.uint8).numpy())
-            del flat  # before the next one is made
+            del flat  # frees its memory before the next tensor is made
         assert next(stream, None) is None
         file.flush()
         os.fsync(file.fileno())
@@ -86,7 +87,7 @@ def write_tensors(path: Path, entries: Sequence[Entry], tensors: Iterable[Tensor
 
 
 def _header(entries: Sequence[Entry]) -> bytes:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses files that don't say so
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses files without it
     at = 0
     for entry in entries:
         header[entry.name] = {

@@ -161,7 +161,7 @@ def test_the_native_decoder_with_spare_rows_leaves_too(tmp_path):
     with torch.no_grad():
         for sequence, ours in zip(SEQUENCES, logits(module.backbone, SEQUENCES), strict=True):
             torch.testing.assert_close(loaded(torch.tensor([sequence])).logits[0], ours, rtol=0, atol=1e-5)
-    with pytest.raises(InputError, match="--adapter: peft knows no new rows of an LM head with a bias"):
+    with pytest.raises(InputError, match="--adapter: peft has no format for new rows of an LM head with a bias"):
         export(tmp_path / "run", tmp_path / "adapter", ExportOptions(progress=False, adapter=True))
 
 
