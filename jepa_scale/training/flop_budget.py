@@ -1,5 +1,5 @@
-"""A run's length as a budget of training FLOPs: how many steps it is, known before the first one, so that learning rate and
-momentum schedules end where the run does."""
+"""Length of a run from a budget of training FLOPs. The number of steps is computed before the first one, so that the schedules
+of learning rate and momentum end with the run."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from jepa_scale.objectives.costs import StepFlops
 from jepa_scale.utils.errors import InputError
 
 SAMPLES = 512
-"""Whose views are made at least, of each kind of step."""
+"""Least number of samples to measure for each kind of step."""
 MOST_SAMPLES = 16_384
-"""Whose views are made at most: some seconds."""
+"""Most samples to measure for each kind of step; their views are made in a few seconds."""
 PRECISE = 0.0025
-"""Standard error of the mean cost, as a share of it, that is small enough to stop at."""
+"""Standard error of the mean cost, as a share of the mean, at which measuring stops."""
 MOST_STEPS = 10_000_000
+"""Most steps of a run; a larger budget is refused."""
 
 
 @dataclass(slots=True)
 class _Mean:
-    """Of what a step costs a rank: running mean and sum of squared deviations (Welford 1962)."""
+    """Running mean of a step's FLOPs on one rank, and sum of squared deviations (Welford 1962)."""
 
     count: int = 0
     samples: int = 0
@@ -47,7 +48,7 @@ class _Mean:
 
 
 def whole_steps(loader: Loader, world_size: int) -> list[Loader]:
-    """The loader as every rank has it, each in the calling process."""
+    """Return the loader of every rank, each working in the calling process."""
     assert isinstance(loader.stream, SampleStream | TokenStream)
     loaders = []
     for rank in range(world_size):
@@ -63,17 +64,17 @@ def steps_within(
     flops: StepFlops,
     kind: Callable[[int], Hashable] = lambda step: 0,
 ) -> int:
-    """The number of optimizer steps whose cost, over all ranks, comes closest to the budget; at least 1.
+    """Return the number of optimizer steps whose cost over all ranks is closest to the budget; at least 1.
 
-    The run's first steps are made as the run will make them, and counted, until the mean cost is known; later ones are taken
-    to cost that. The same on every rank, as nothing depends on who asks.
+    The batches of the run's first steps are made and their FLOPs counted, until the mean cost is precise enough. Later steps
+    count with the mean. The result is the same on every rank, because it does not depend on the calling rank.
 
     Args:
-        ranks: the loader of every rank (:func:`whole_steps`).
-        kind: of a step; each kind has a mean of its own.
+        budget: FLOPs of all ranks. ranks: the loader of every rank (:func:`whole_steps`).
+        flops: FLOPs of one rank's micro-batches of a step. kind: step → its kind; each kind has a mean of its own.
 
     Raises:
-        InputError: more steps than anyone means, or a damaged sample.
+        InputError: the budget is more than ``MOST_STEPS`` steps, or a sample is damaged.
     """
     means: dict[Hashable, _Mean] = {}
     total = 0.0
@@ -91,4 +92,4 @@ def steps_within(
         if total + cost >= budget:
             return max(1, step + (total + cost - budget <= budget - total))
         total += cost
-    raise InputError(f"train.flops: {budget:.3g} is more than {MOST_STEPS:,} steps of this model take; give less")
+    raise InputError(f"train.flops: {budget:.3g} is more than {MOST_STEPS:,} steps of this model take; lower it")

@@ -1,4 +1,4 @@
-"""Adds up what the losses report, on the device."""
+"""Sums of the metrics that losses report, accumulated on the device."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from jepa_scale.training.timer import StepClock
 
 T = TypeVar("T")
 COUNTS = ("tokens", "budget", "skipped")
-"""What is added up of a batch's counts, in this order."""
+"""Keys of a batch's counts that are added up, in this order."""
 
 
 class Meter:
-    """Sums of a loss's contributions; :meth:`read` is the only host sync of the training loop."""
+    """Accumulator of a loss's contributions. :meth:`read` is the only host sync of the training loop."""
 
     def __init__(self, device: torch.device, breakdown: bool = False):
         self.device = device
         self.clock = StepClock(device, breakdown)
-        """Tells the parts of a step apart, with ``breakdown``."""
+        """Clock of a step's parts; it measures with ``breakdown``."""
         self.bad_steps: list[int] = []
-        """Steps without a finite gradient among those that the last :meth:`read` was about."""
+        """Steps without a finite gradient among the steps of the last :meth:`read`."""
         self.flops = 0
-        """What all ranks have spent in the steps that the last :meth:`read` was about."""
+        """FLOPs of all ranks in the steps of the last :meth:`read`."""
         self._reset()
 
     def _reset(self) -> None:
@@ -45,7 +45,7 @@ class Meter:
         self._spent = 0
 
     def add(self, loss: Loss, batch: PackedBatch) -> None:
-        """A micro-batch's contributions."""
+        """Add a micro-batch's contributions."""
         for name, value in loss.means.items():
             self._step[name] = self._step[name] + value if name in self._step else value
         self._gauges.update(loss.gauges)
@@ -53,12 +53,12 @@ class Meter:
             self._counts[name] += batch.counts[name]
 
     def spend(self, flops: int) -> None:
-        """What a step costs this rank, whatever becomes of it."""
+        """Add the FLOPs of a step on this rank; they also count if its update is skipped."""
         self._spent += flops
 
     def step_done(self, step: int, grad_norm: Tensor) -> None:
-        """The step's last micro-batch is in. Where the norm is not finite the engine has skipped the update, and the
-        step's contributions, which may be NaN, count for nothing.
+        """Close a step after its last micro-batch. If the norm is not finite, the engine has skipped the update, and the
+        step's contributions, which may be NaN, are dropped.
 
         Args:
             grad_norm: 0-d, the same on every rank.
@@ -77,12 +77,12 @@ class Meter:
         return list(self._steps)
 
     def read(self) -> tuple[dict[str, float], int]:
-        """Means over the optimizer steps since the last call, and the tokens of all ranks in them. Collective.
+        """Return means over the optimizer steps since the last call, and the tokens of all ranks in them. Collective.
 
-        ``data_wait`` is the share of the time since then that a rank waited for data, on average; with a token budget
-        ``packing_efficiency`` is the share of it that was used; ``skipped_samples`` were damaged and left out;
-        ``skipped_steps`` had no finite gradient and are in no mean (:attr:`bad_steps` names them). What the :attr:`clock`
-        measured is there too.
+        ``data_wait`` is the share of the time that a rank waited for data, averaged over ranks. ``packing_efficiency`` is the
+        used share of the token budget, if there is one. ``skipped_samples`` counts damaged samples that were left out.
+        ``skipped_steps`` counts steps without a finite gradient, which are in no mean (:attr:`bad_steps` lists them). The
+        values of :attr:`clock` are included.
         """
         names = sorted(self._sums)
         self._worked += time.perf_counter() - self._busy_since if self._busy_since is not None else 0.0
@@ -108,8 +108,8 @@ class Meter:
         return values, int(tokens)
 
     def waiting(self, batches: Iterable[T]) -> Iterator[T]:
-        """The same batches; the time until each arrives counts as waiting for data. What is done after :meth:`read`, an
-        evaluation perhaps, counts as neither waiting nor working."""
+        """Yield the batches unchanged and measure the time until each arrives as waiting for data. Time after :meth:`read`, for
+        example an evaluation, counts as neither waiting nor working."""
         iterator = iter(batches)
         while True:
             asked = time.perf_counter()

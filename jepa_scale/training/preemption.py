@@ -1,4 +1,4 @@
-"""A polite request to stop: SIGTERM (a scheduler's, Ctrl-C's SIGINT counts, too) or SIGUSR1 to any rank."""
+"""Requests to stop a run: SIGTERM or SIGUSR1, as a scheduler sends them, or SIGINT (Ctrl-C), to any rank."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
-    """Remembers that this process was asked to stop. The ranks agree on it in the loop, by a reduction: a signal may reach
-    one of them alone, and none may leave the others waiting.
+    """Record of a signal that asks this process to stop. The ranks agree on stopping by a reduction in the training loop,
+    because a signal may reach only one of them, and the others would then wait for it.
 
-    ``with StopRequest(device) as stop:`` puts the handlers in place and takes them away again. A second SIGINT raises
-    KeyboardInterrupt: somebody at the keyboard will not wait.
+    ``with StopRequest(device) as stop:`` installs the signal handlers and restores the earlier ones at the end. A second SIGINT
+    raises KeyboardInterrupt, so that Ctrl-C twice stops at once.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.requested = False
         self._device = device
-        self._asked: Callable[[], bool] | None = None  # whether any rank was, in the call before
+        self._asked: Callable[[], bool] | None = None  # the result of the call before
         self.name = ""
         self._before: dict[int, Any] = {}
 
@@ -40,13 +40,14 @@ class StopRequest:
             signal.signal(number, handler)
 
     def agreed(self, asked: Tensor) -> bool:
-        """Whether the ranks have agreed to stop.
+        """Return whether the ranks have agreed to stop.
+
+        On a GPU the result is that of the previous call, which was sent to the host then. To read the current value, the host
+        would have to wait for the device. ``item`` on the previous tensor would wait, too, for all work queued since. This way
+        the host is at most one step ahead.
 
         Args:
-            asked: 0-d, how many ranks were asked to, the same on every rank. On a GPU the answer is that of the call
-                before, which was sent to the host when it was made: reading this one would make the host wait for the device,
-                and so would ``item`` of the one before, for all that the device has been given since. As it is the host is at
-                most a step ahead.
+            asked: 0-d, number of ranks with a request, the same on every rank.
         """
         if asked.device.type == "cpu":
             return bool(asked.item())
@@ -55,10 +56,10 @@ class StopRequest:
         return agreed
 
     def interrupts(self) -> None:
-        """Between the forwards of an evaluation; collective.
+        """Check for a request between the forwards of an evaluation. Collective.
 
         Raises:
-            EvaluationStopped: all ranks have agreed to stop.
+            EvaluationStopped: a rank has a request to stop.
         """
         if total_of_ranks(torch.tensor(float(self.requested), device=self._device)).item():
             raise EvaluationStopped
@@ -70,7 +71,8 @@ class StopRequest:
 
 
 def sent_to_host(value: Tensor) -> Callable[[], bool]:
-    """Send a 0-d tensor of a GPU to the host; whoever asks for it waits for what the device was given before, and no more."""
+    """Send a 0-d tensor of a GPU to the host, and return a function that reads it. The function waits for work queued before
+    this call only."""
     arrived = torch.empty((), dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
     event = torch.cuda.Event()
     event.record()
@@ -83,4 +85,4 @@ def sent_to_host(value: Tensor) -> Callable[[], bool]:
 
 
 class EvaluationStopped(Exception):
-    """All ranks have agreed to stop, in the middle of an evaluation."""
+    """Raised on all ranks when they have agreed to stop during an evaluation."""

@@ -1,6 +1,6 @@
-"""When a run ends before its last step: it no longer gets better, or something is wrong with it (``train.early_stopping`` and
-``train.abort``). Whatever the objective: criteria are about logged metrics, which are the same on every rank, so all ranks
-decide alike."""
+"""Criteria that end a run before its last step: it no longer improves (``train.early_stopping``), or something is wrong
+(``train.abort``). They use logged metrics, which every objective has and which are the same on every rank. So all ranks take
+the same decision."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from jepa_scale.telemetry import FIT, describe
 from jepa_scale.utils.errors import InputError
 
 SOMETIMES = {"skipped_steps", "skipped_samples", "loss_spike"}
-"""Metrics of training that are in a row only where there is something to tell."""
+"""Training metrics that are logged only when they occur."""
 
 
 class Aborted(Exception):
-    """A rule of ``train.abort`` has ended the run; the message is one line."""
+    """Raised when a rule of ``train.abort`` has ended the run. The message is one line."""
 
 
 class Criteria:
-    """Looks at the rows of a run as they are logged.
+    """Check of a run's rows as they are logged.
 
     Attributes:
-        ended: why the run ends now, for people; empty while it goes on.
-        aborted: whether it ends because something is wrong.
+        ended: message with the reason why the run ends now; empty while it continues.
+        aborted: whether it ends because of a rule of ``train.abort``.
     """
 
     def __init__(self, options: TrainConfig) -> None:
@@ -33,7 +33,7 @@ class Criteria:
         self._early: EarlyStopping | None = options.early_stopping
         self._rules: list[AbortRule] = options.abort
         self._best: float | None = None
-        self._best_step = self._since = 0  # evaluations since then
+        self._best_step = self._since = 0  # _since: evaluations since the best one
         self._seen: set[str] = set()
 
     @property
@@ -41,13 +41,14 @@ class Criteria:
         return self._early is not None or bool(self._rules)
 
     def look(self, step: int, rows: Mapping[str, Mapping[str, float]], epochs: Callable[[], float]) -> bool:
-        """Look at what was logged after optimizer step ``step``; whether the run ends.
+        """Check the rows logged after optimizer step ``step``; return whether the run ends.
 
         Args:
-            rows: split → metrics. epochs: how many have been done; asked for only if a rule wants to know. Collective.
+            rows: split → metrics. epochs: returns the number of finished epochs; a collective call, made only if a rule needs
+                it.
 
         Raises:
-            InputError: a criterion is about a metric that its split doesn't have.
+            InputError: a criterion's metric is not logged for its split.
         """
         if not self.active or self.ended or not rows:
             return bool(self.ended)
@@ -69,8 +70,8 @@ class Criteria:
     def _value(
         self, key: str, metric: str, rows: Mapping[str, Mapping[str, float]], values: Mapping[str, float]
     ) -> float | None:
-        """What was logged of a metric; None if nothing was logged of its split. One that has gone is NaN: not a number is left
-        out by some."""
+        """Return the logged value of a metric, or None if its split was not logged. A metric that was logged before and is now
+        missing is NaN, because some rows leave NaN values out."""
         split = metric.rpartition("/")[0]
         if split not in rows or metric in values:
             return values.get(metric)
@@ -79,7 +80,7 @@ class Criteria:
         if split == FIT and metric.rpartition("/")[2] in SOMETIMES:
             return None
         there = ", ".join(sorted(rows[split]))
-        raise InputError(f"{key}: what is logged of {split!r} has no {metric.rpartition('/')[2]!r}; it has {there}")
+        raise InputError(f"{key}: split {split!r} logs no {metric.rpartition('/')[2]!r}; choose one of {there}")
 
     def _follow(self, step: int, value: float) -> None:
         assert self._early is not None
@@ -99,11 +100,11 @@ class Criteria:
             )
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint; plain values."""
+        """Return the state for a checkpoint, as plain values."""
         return {"best": self._best, "best_step": self._best_step, "since": self._since, "seen": sorted(self._seen)}
 
     def resume(self, state: Mapping[str, Any] | None) -> None:
-        """Stand where a :meth:`state` says. A run that has stopped early has ended, unless it is to be more patient now."""
+        """Restore a :meth:`state`. A run that has stopped early stays ended, unless ``patience`` was raised since."""
         if state:
             self._best, self._best_step, self._since = state["best"], state["best_step"], state["since"]
             self._seen = set(state["seen"])
@@ -111,9 +112,9 @@ class Criteria:
 
 
 def _broken(rule: AbortRule, value: float) -> str:
-    """What a rule has against a value; empty if nothing."""
+    """Return how a value breaks a rule; empty if it does not."""
     if not math.isfinite(value):
-        return f"{value}, no finite number"
+        return f"{value}, not a finite number"
     if rule.below is not None and value < rule.below:
         return f"{value:.6g}, below {rule.below:g}"
     if rule.above is not None and value > rule.above:

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: the training loop tells which part of a step begins, and the parts add up to the whole."""
+"""Timing of a step's parts. The training loop marks the begin of each part; the times of the parts add up to the step's."""
 
 from __future__ import annotations
 
@@ -13,41 +13,41 @@ from jepa_scale.telemetry.metrics import STEP_PARTS, STEP_TIME, step_part
 
 
 class StepClock:
-    """Seconds of each of a step's ``STEP_PARTS``.
+    """Clock that measures the seconds of each of a step's ``STEP_PARTS``.
 
-    On a CPU the host's clock tells them. A GPU works behind the host: there each part ends with a CUDA event on the current
-    stream, and what counts is the time between events, so that a part is what the *device* spends on it and ``data`` what the
-    device is idle for want of data. Recording an event waits for nothing; they are read in :meth:`read` alone.
+    On a CPU it uses the host's clock. A GPU runs asynchronously to the host, so there each part ends with a CUDA event on the
+    current stream, and the times between events are measured. A part's time is then the *device's*, and ``data`` is the time
+    that the device is idle because data are missing. Recording an event does not wait. Events are read in :meth:`read` only.
 
     Args:
-        on: whether it measures; otherwise :meth:`enter` does nothing and :meth:`read` gives nothing.
+        on: whether it measures; otherwise :meth:`enter` does nothing and :meth:`read` returns nothing.
         now: the host's clock, in seconds.
     """
 
     def __init__(self, device: torch.device, on: bool = True, now: Callable[[], float] = time.perf_counter) -> None:
         self._device, self._on, self._now = device, on, now
         self._on_gpu = device.type == "cuda"
-        self._marks: list[tuple[str | None, Any]] = []  # the part that begins, and when
+        self._marks: list[tuple[str | None, Any]] = []  # the part that begins, and its time
 
     def enter(self, part: str | None) -> None:
-        """A part of the step begins, and the one before it ends; None = what is not training, which counts for nothing."""
+        """Mark the begin of a part, which ends the part before it. None = no training; this time is not counted."""
         if self._on:
             assert part is None or part in STEP_PARTS, part
             self._marks.append((part, self._mark()))
 
     def read(self, steps: int) -> dict[str, float]:
-        """Means over the ``steps`` steps since the last call and over the ranks, in seconds; parts that no rank was in are left
-        out. Collective; waits for the device.
+        """Return means over the ``steps`` steps since the last call and over the ranks, in seconds. Parts that took no time on
+        any rank are left out. Collective; waits for the device.
 
-        ``time_per_step`` is the sum of the parts; ``time_data_slowest`` is ``time_data`` of the rank that waits longest for
-        data, which all others then wait for.
+        ``time_per_step`` is the sum of the parts. ``time_data_slowest`` is ``time_data`` of the rank that waits longest for
+        data; all others wait for this rank.
         """
         if not self._on:
             return {}
         part = self._marks[-1][0]
         self.enter(part)
         if self._on_gpu:
-            self._marks[-1][1].synchronize()  # the events before it, on the same stream, have passed too
+            self._marks[-1][1].synchronize()  # earlier events on the same stream are then complete, too
         own = dict.fromkeys(STEP_PARTS, 0.0)
         for (name, begin), (_, end) in zip(self._marks, self._marks[1:], strict=False):
             if name is not None:

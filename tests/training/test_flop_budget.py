@@ -93,5 +93,5 @@ def test_every_rank_finds_the_same_number_from_all_ranks_samples(chat, train):
 def test_a_budget_beyond_reason_is_refused(chat, monkeypatch):
     monkeypatch.setattr(flop_budget, "MOST_STEPS", 50)
     loader, flops, _ = run(chat, batch_size=4)
-    with pytest.raises(InputError, match=r"train.flops: 1e\+30 is more than 50 steps of this model take; give less"):
+    with pytest.raises(InputError, match=r"train.flops: 1e\+30 is more than 50 steps of this model take; lower it"):
         steps_within(1e30, whole_steps(loader, 1), flops)

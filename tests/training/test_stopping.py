@@ -77,8 +77,8 @@ def test_a_checkpoint_remembers_and_more_patience_goes_on():
         ({"above": 9.0}, 9.5, 0, "9.5, above 9"),
         ({"below": 1, "above": 2}, 1.5, 0, ""),
         ({}, 3.0, 0, ""),
-        ({}, math.nan, 0, "nan, no finite number"),
-        ({"below": 0.0}, math.inf, 0, "inf, no finite number"),
+        ({}, math.nan, 0, "nan, not a finite number"),
+        ({"below": 0.0}, math.inf, 0, "inf, not a finite number"),
         ({"below": 0.08, "after_epochs": 10}, 0.01, 9, ""),
         ({"below": 0.08, "after_epochs": 10}, 0.01, 10, "0.01, below 0.08"),
         ({"below": 0.08, "after_steps": 7}, 0.01, 0, ""),
@@ -103,10 +103,10 @@ def test_metrics_that_are_not_there_are_named():
         ({"abort": [{"metric": "fit/loss"}, {"metric": "valid/ppk"}]}, "train.abort.1.metric"),
         ({"early_stopping": {"metric": "valid/ppk"}}, "train.early_stopping.metric"),
     ):
-        with pytest.raises(InputError, match=f"{key}: what is logged of 'valid' has no 'ppk'; it has loss, ppl"):
+        with pytest.raises(InputError, match=f"{key}: split 'valid' logs no 'ppk'; choose one of loss, ppl"):
             look(criteria(**options), 5, ppl=1.0, loss=2.0)
     assert not look(criteria(abort=[{"metric": "fit/skipped_steps", "above": 0}]), 5, split="fit", loss=1.0)
-    with pytest.raises(InputError, match="'fit' has no 'los'"):
+    with pytest.raises(InputError, match="'fit' logs no 'los'"):
         look(criteria(abort=[{"metric": "fit/los"}]), 5, split="fit", loss=1.0)
 
 
