@@ -19,11 +19,16 @@ class RotationPredictor(nn.Module):
     def __init__(self, dim: int, hidden: int, relations: int):
         super().__init__()
         if dim % 2:
-            raise ValueError(f"a rotation needs an even concept width, not {dim}")
+            raise ValueError(f"concept_dim: a rotation needs an even width, not {dim}")
         self.angles = nn.Linear(hidden, dim // 2, bias=False)
 
     def forward(self, concept: Tensor, relation: Tensor, index: Tensor) -> Tensor:
-        """Predict the objects' concepts: concept (n, dim), relation embedding (n, hidden), relation index (n,) int64 → (n, dim)."""
+        """Predict the objects' concepts, (n, dim).
+
+        Args:
+            concept: (n, dim), the subjects' concepts. relation: (n, hidden), the relations' embeddings.
+            index: (n,) int64, the relations' indices.
+        """
         theta = self.angles(relation).float()
         cos, sin = theta.cos(), theta.sin()
         x, y = concept.float().chunk(2, dim=-1)

@@ -59,7 +59,7 @@ class GridOptions(Section):
     vq_refresh_every: int = Field(
         3000,
         ge=0,
-        description="Optimizer steps between replacements of dead codes by rows of the batch; 0 = only at the start of training.",
+        description="Optimizer steps between replacements of dead codes by rows of the batch; 0 = only in the first steps.",
     )
     vq_threshold: float = Field(
         0.1, ge=0, description="A code is dead if it is assigned less than this times its equal share, 1 / vq_codes."

@@ -46,9 +46,7 @@ class HorizonOptions(Section):
     lm_weight: float = Field(0.5, ge=0, description="Weight of next-token prediction, at the end of its ramp.")
     lm_start: int = Field(0, ge=0, description="Steps at the start without next-token prediction.")
     lm_ramp: int = Field(0, ge=0, description="Steps over which lm_weight then rises linearly; 0 = at once.")
-    kl_weight: float = Field(
-        0.25, ge=0, description="Weight of the future KL; 0 = it is not computed [kl_future_weight]."
-    )
+    kl_weight: float = Field(0.25, ge=0, description="Weight of the future KL; 0 = not computed [kl_future_weight].")
     kl_temperature: float = Field(
         2.0, gt=0, description="Temperature of both distributions of the future KL [kl_temp]."
     )
