@@ -1,4 +1,4 @@
-"""What one training example is, by the kind of data. Each knows itself as a sequence for next-token prediction."""
+"""Training examples, one class per kind of data. Each converts itself to a sequence for next-token prediction."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ class Document:
     """A text, or a piece of one.
 
     Attributes:
-        tokens: (n,) integer token ids, n ≥ 2. The pieces of a split document overlap by one token, so that each of its
-            tokens but the first is predicted exactly once.
+        tokens: (n,) integer token ids, n ≥ 2. The pieces of a split document overlap by one token, so that every token of
+            the document except the first is predicted exactly once.
     """
 
     tokens: np.ndarray
 
     def lm_sequence(self) -> tuple[np.ndarray, np.ndarray]:
-        """(n,) tokens and (n,) labels: every token but the first is predicted."""
+        """Return (n,) tokens and (n,) labels; every token except the first is predicted."""
         labels = np.full(len(self.tokens), IGNORE, dtype=np.int64)
         labels[:-1] = self.tokens[1:]
         return self.tokens, labels
@@ -30,7 +30,7 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """Tokens ``[start, stop)`` of a conversation that a role said, its closing token included."""
+    """One message of a conversation: its role and its tokens ``[start, stop)``, the closing token included."""
 
     role: str
     start: int
@@ -43,10 +43,10 @@ class Conversation:
 
     Attributes:
         tokens: (n,) integer token ids of the whole conversation, n ≥ 2.
-        turns: what each message's role said, in order. Tokens of the template that open a turn belong to none.
-        messages: the messages as they were, ``{"role", "content"}`` each.
-        train_all: every token is predicted, not the assistant's alone.
-        where: the row that it was, ``file:line``; empty if nobody knows.
+        turns: one turn per message, in order. The template's tokens that open a turn belong to no turn.
+        messages: the messages as in the data, each ``{"role", "content"}``.
+        train_all: predict every token instead of the assistant's tokens only.
+        where: source row of the conversation, ``file:line``; empty if unknown.
     """
 
     tokens: np.ndarray
@@ -56,7 +56,7 @@ class Conversation:
     where: str = ""
 
     def lm_sequence(self) -> tuple[np.ndarray, np.ndarray]:
-        """(n,) tokens and (n,) labels: what the assistant says, its closing token included."""
+        """Return (n,) tokens and (n,) labels; the assistant's tokens are predicted, the closing token included."""
         labels = np.full(len(self.tokens), IGNORE, dtype=np.int64)
         if self.train_all:
             labels[:-1] = self.tokens[1:]
@@ -64,24 +64,24 @@ class Conversation:
         for turn in self.turns:
             if turn.role == "assistant":
                 start = max(turn.start, 1)
-                stop = max(start, min(turn.stop, len(self.tokens)))  # an empty answer has none
+                stop = max(start, min(turn.stop, len(self.tokens)))  # an empty answer has no labels
                 labels[start - 1 : stop - 1] = self.tokens[start:stop]
         return self.tokens, labels
 
 
 GRID_ROW, GRID_END = 10, 11
-"""Token ids after the ten colours: the end of a row, the end of a grid."""
+"""Token ids that follow the ten colours: end of a row, end of a grid."""
 GRID_VOCABULARY = 12
 
 
 @dataclass(frozen=True, slots=True)
 class GridSequence:
-    """Grids of colours 0 … 9, in order; the last one is what the others lead to.
+    """A sequence of grids of colours 0 … 9: context grids, and the target grid that follows them.
 
     Attributes:
-        context: the grids before, each (height, width) int8.
+        context: the grids before the target, each (height, width) int8.
         target: (height, width) int8.
-        where: the record that it was, ``file:line``; empty if nobody knows.
+        where: source record, ``file:line``; empty if unknown.
     """
 
     context: tuple[np.ndarray, ...]
@@ -89,7 +89,8 @@ class GridSequence:
     where: str = ""
 
     def lm_sequence(self) -> tuple[np.ndarray, np.ndarray]:
-        """All grids row by row, each row and each grid closed by a token of its own; the target has labels."""
+        """Return tokens and labels of all grids, row by row. ``GRID_ROW`` ends each row and ``GRID_END`` each grid; only the
+        target has labels."""
         parts = [flatten_grid(grid) for grid in (*self.context, self.target)]
         tokens = np.concatenate(parts)
         labels = np.full(len(tokens), IGNORE, dtype=np.int64)
@@ -100,6 +101,6 @@ class GridSequence:
 
 
 def flatten_grid(grid: np.ndarray) -> np.ndarray:
-    """(height, width) colours → (height · (width + 1) + 1,) int64 token ids."""
+    """Flatten (height, width) colours to (height · (width + 1) + 1,) int64 token ids."""
     rows = np.pad(np.asarray(grid, dtype=np.int64), ((0, 0), (0, 1)), constant_values=GRID_ROW)
     return np.append(rows.reshape(-1), GRID_END)

@@ -1,4 +1,4 @@
-"""Texts with a label each, for probes: JSON lines of ``{"text", "label"}``, perhaps with ``"split"``: train or test."""
+"""Labelled texts for probes: JSON lines of ``{"text", "label"}``, optionally with ``"split"`` (train or test)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ from jepa_scale.utils.errors import InputError
 
 @dataclass(frozen=True, slots=True)
 class LabelledTexts:
-    """Attributes:
-    texts: n of them, in the file's order. where: ``file:line`` of each.
-    labels: (n,) int64, numbers of classes. classes: their labels, sorted; each has texts on both sides.
-    train: (n,) bool, whether a probe learns from the text, or is tested with it.
-    left_out: rows of classes that had texts on one side only.
+    """The labelled texts of a file, divided into training and test texts.
+
+    Attributes:
+        texts: n texts, in the file's order.
+        where: ``file:line`` of each text.
+        labels: (n,) int64, index into ``classes`` of each text.
+        classes: the labels, sorted; each class has training and test texts.
+        train: (n,) bool, True for a text that trains the probe, False for one that tests it.
+        left_out: number of rows dropped because their class had only training texts or only test texts.
     """
 
     texts: list[str]
@@ -32,15 +36,15 @@ class LabelledTexts:
 
 
 def read_labelled(path: Path, test_fraction: float) -> LabelledTexts:
-    """Read the texts of a file.
+    """Read the labelled texts of a file.
 
     Args:
-        test_fraction: of each class, the share of texts that test, at least one and not all, chosen by the label and the
-            order in the file alone; where no row has a split.
+        test_fraction: the share of each class's texts that test the probe, at least one and not all. The choice depends on
+            the label and the order in the file alone. Used only if no row has a split.
 
     Raises:
-        InputError: naming the row: it has no text or label, an unknown split, or a split where others have none; there are
-            not two classes with texts on both sides.
+        InputError: a row has no text or label, an unknown split, or a split where others have none (the message names the
+            row); or fewer than two classes have both training and test texts.
     """
     texts: list[str] = []
     where: list[str] = []
@@ -87,7 +91,7 @@ def read_labelled(path: Path, test_fraction: float) -> LabelledTexts:
 
 
 def _split(labels: Sequence[str], test_fraction: float) -> np.ndarray:
-    """(n,) bool, which texts are trained on. A class of one text has none to test."""
+    """Return (n,) bool, True for training texts. A class with a single text has no test text."""
     rows: dict[str, list[int]] = {}
     for row, label in enumerate(labels):
         rows.setdefault(label, []).append(row)

@@ -1,4 +1,4 @@
-"""Texts to be encoded: read from files, and as examples."""
+"""Texts to encode: read them from files and turn them into examples."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ from jepa_scale.data.prepare.formats.table import read_jsonl
 from jepa_scale.utils.errors import InputError
 
 Text = str | Sequence[int] | np.ndarray
-"""A string, or token ids that are taken as they are."""
+"""A string, or token ids that are used unchanged."""
 
 
 @dataclass(frozen=True, slots=True)
 class NamedText:
-    """where: ``file:line``."""
+    """A text and its origin; ``where`` is ``file:line``."""
 
     where: str
     text: str
 
 
 def read_texts(source: str) -> list[NamedText]:
-    """The texts of a file, at least one.
+    """Read the texts of a file, at least one.
 
     Args:
-        source: ``.txt``, a text a line; ``.jsonl``, a row a line with the key ``text``; ``-``, standard input, a text a line.
+        source: a ``.txt`` file with one text a line; a ``.jsonl`` file with one row a line and the key ``text``; or ``-``
+            for standard input with one text a line.
 
     Raises:
-        InputError: the file cannot be read, or a line has no text; names it.
+        InputError: the file cannot be read, or a line has no text. The message names the file or the line.
     """
     path = Path(source).expanduser()
     if source == "-":
@@ -80,10 +81,10 @@ def _rows(path: Path) -> Iterator[NamedText]:
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """:class:`~jepa_scale.data.base.Examples` of texts.
+    """Tokenized texts as :class:`~jepa_scale.data.base.Examples`.
 
     Attributes:
-        tokens: (n,) int64 ids of each, n ≥ 1: BOS first where that is the tokenizer's habit, no EOS.
+        tokens: (n,) int64 ids of each text, n ≥ 1: BOS first if the tokenizer adds one, no EOS.
     """
 
     tokens: Sequence[np.ndarray]
@@ -95,7 +96,7 @@ class Texts:
         return Document(self.tokens[number])
 
     def sizes(self, numbers: np.ndarray) -> np.ndarray:
-        """(m,) int64 numbers → (m,) int64 tokens of each."""
+        """Return the token counts, (m,) int64, of the texts with the given numbers, (m,) int64."""
         return np.array([len(self.tokens[number]) for number in numbers.tolist()], dtype=np.int64)
 
     @property
@@ -115,17 +116,17 @@ def tokenize(
     name: Callable[[int], str],
     hint: str = "",
 ) -> Texts:
-    """Tokens of texts. A special token's name in a text is text, as in the data that are trained on.
+    """Tokenize texts. The name of a special token within a text is treated as text, as in the training data.
 
     Args:
-        tokenizer: of the data; None = they have none, and texts must be token ids.
-        texts: strings, or token ids that are taken as they are.
-        most: tokens of the longest; None = without limit.
-        name: number of a text → what a message calls it.
-        hint: what to do with a text that is too long; empty = it is cut.
+        tokenizer: the tokenizer of the data; None = the data have none, and the texts must be token ids.
+        texts: strings, or token ids that are used unchanged.
+        most: largest number of tokens in a text; None = no limit.
+        name: number of a text → its name in an error message.
+        hint: advice in the error for a text that is too long; empty = the text is cut, without an error.
 
     Raises:
-        InputError: naming the text: it is empty or too long, or an id is outside the vocabulary.
+        InputError: a text is empty or too long, or an id is outside the vocabulary. The message names the text.
     """
     bos = [] if tokenizer is None else bos_prefix(tokenizer)
     found = []
