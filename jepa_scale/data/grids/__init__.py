@@ -1,1 +1,1 @@
-"""Grids of colours: their objects, their rules, their changes."""
+"""Grids of colours: finding objects, generating sequences by rules, and augmenting samples."""

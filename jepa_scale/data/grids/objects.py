@@ -1,11 +1,11 @@
-"""Objects in grids of colours: connected components, their features, and which of them are near (SPEC row G2).
+"""Objects in grids of colours, for the GridJEPA objective: connected components, their features, and their adjacency.
 
-An *object* is a maximal set of cells of one colour that hang together by their sides; colour 0 is the background. The grids of
-a call are laid end to end and labelled at once, and everything else is a reduction over the cells sorted by object: nothing here
+An *object* is a maximal set of cells of one colour that are connected by their sides; colour 0 is the background. The grids of
+a call are concatenated and labelled at once, and everything else is a reduction over the cells sorted by object. There are no
 loops over grids, cells or objects.
 
 ====== ============= ====================================================================================================
-column feature       what, in which unit
+column feature       definition and unit
 ====== ============= ====================================================================================================
 0      area          cells / 900 (the cells of a grid of 30 × 30, the largest of ARC)
 1, 2   centroid      row and column of the mean cell, in units of 30 cells from the grid's upper left corner
@@ -13,13 +13,13 @@ column feature       what, in which unit
 5, 6   extent        height and width of the bounding box, in units of 30 cells
 7      fill          cells / cells of the bounding box, in (0, 1]
 8      aspect        (width − height) / (width + height), in (−1, 1)
-9      outline       sides of cells that do not border the object itself / 4 sides a cell, in (0, 1]
-10, 11 symmetry      share of the cells whose mirror image in the box is the object's too: left-right, top-bottom
+9      outline       sides of cells that do not border the object itself / (4 · cells), in (0, 1]
+10, 11 symmetry      share of the cells whose mirror image in the box also belongs to the object: left-right, top-bottom
 12     contact       share of the grid's 4 borders that the object touches
 13–22  colour        1 in the slot of the object's colour 0 … 9, else 0 (the first slot is never used)
 ====== ============= ====================================================================================================
 
-Units are cells and not fractions of the grid, so that a step of one cell is the same step in every grid.
+Units are cells, not fractions of the grid, so that a move by one cell changes the features equally in every grid.
 """
 
 from __future__ import annotations
@@ -33,21 +33,23 @@ GEOMETRY = 13
 COLOURS = 10
 FEATURES = GEOMETRY + COLOURS
 SPREAD = (0.01, *[0.1] * 4, *[0.05] * 2, 0.125, 0.3, 0.2, *[0.125] * 2, 0.2, *[0.3] * COLOURS)
-"""About the standard deviation of each feature, in generated grids and in ARC's."""
+"""Approximate standard deviation of each feature, in generated grids and in ARC's."""
 SIDE = 30.0
-"""Cells that are the unit of places and extents."""
+"""Unit of positions and extents, in cells."""
 
 
 class Objects(NamedTuple):
-    """The objects of G grids, grid by grid; within a grid by falling area, then by their first cell in reading order.
+    """The objects of G grids, grid by grid; within a grid by decreasing area, then by their first cell in reading order.
 
     Attributes:
-        features: (n, 23) float32, see above.
-        boxes: (n, 4) int64: top row, left column, bottom row, right column, all of them inside the box.
-        grid: (n,) int64, the grid that each is in. slot: (n,) int64, its place there, from 0.
-        counts: (G,) int64, objects of each grid. found: (G,) int64, how many there were before the cut.
+        features: (n, 23) float32, see the module's table.
+        boxes: (n, 4) int64, bounding boxes: top row, left column, bottom row, right column, all inclusive.
+        grid: (n,) int64, index of each object's grid.
+        slot: (n,) int64, index of each object within its grid, from 0.
+        counts: (G,) int64, objects of each grid that were kept.
+        found: (G,) int64, objects of each grid before the limit to ``slots``.
         cells: (c,) int64, row · width + column of each cell in its grid, object after object, in reading order.
-        sizes: (n,) int64, cells of each.
+        sizes: (n,) int64, number of cells of each object.
     """
 
     features: np.ndarray
@@ -61,15 +63,16 @@ class Objects(NamedTuple):
 
 
 def find_objects(grids: Sequence[np.ndarray], slots: int = 16) -> Objects:
-    """The ``slots`` first objects of each grid. A call takes about 0.2 ms, however few the grids: hand over many.
+    """Find the ``slots`` largest objects of each grid. A call costs about 0.2 ms even for one grid, so pass many at once.
 
     Args:
-        grids: one or more, each (height, width) of colours 0 … 9, one cell or more.
+        grids: one or more grids, each (height, width) of colours 0 … 9 with at least one cell.
+        slots: largest number of objects kept per grid.
     """
     shapes = np.array([grid.shape for grid in grids], dtype=np.int64)
     areas = shapes[:, 0] * shapes[:, 1]
     colours = np.concatenate([grid.ravel() for grid in grids])
-    place = np.flatnonzero(colours)  # of each coloured cell, all grids laid end to end
+    place = np.flatnonzero(colours)  # index of each coloured cell in the concatenated grids
     grid = np.repeat(np.arange(len(grids)), areas)[place]
     height, width = shapes[grid].T
     local = place - (areas.cumsum() - areas)[grid]
@@ -80,18 +83,18 @@ def find_objects(grids: Sequence[np.ndarray], slots: int = 16) -> Objects:
     last = len(colours) - 1
     right = (column + 1 < width) & (
         colours[np.minimum(place + 1, last)] == colour
-    )  # the neighbour is of the object, too
+    )  # the right neighbour belongs to the same object
     below = (row + 1 < height) & (colours[np.minimum(place + width, last)] == colour)
     of = _components(place, right, below, place + width, len(colours))
 
-    order = of.argsort(kind="stable")  # object after object, each in reading order
+    order = of.argsort(kind="stable")  # group cells by object, each in reading order
     row, column, of, place = row[order], column[order], of[order], place[order]
     size = np.bincount(of)
     n = len(size)
     firsts = size.cumsum() - size
     first = order[firsts]
     home, tall, wide = grid[first], height[first], width[first]
-    top, bottom = row[firsts], row[firsts + size - 1]  # rows rise within an object
+    top, bottom = row[firsts], row[firsts + size - 1]  # rows ascend within an object
     left, right_most = (extreme.reduceat(column, firsts) if n else firsts for extreme in (np.minimum, np.maximum))
     box_rows, box_columns = bottom - top + 1, right_most - left + 1
 
@@ -99,7 +102,7 @@ def find_objects(grids: Sequence[np.ndarray], slots: int = 16) -> Objects:
     owner[place] = of
     mirrored = owner[place + (left + right_most)[of] - 2 * column] == of
     flipped = owner[place + ((top + bottom)[of] - 2 * row) * wide[of]] == of
-    neighbours = (right * 1.0 + below)[order]  # each side between two cells of an object once
+    neighbours = (right * 1.0 + below)[order]  # counts each side between two cells of an object once
 
     features = np.zeros((n, FEATURES), dtype=np.float32)
     features[:, :GEOMETRY] = np.stack(
@@ -140,15 +143,17 @@ def find_objects(grids: Sequence[np.ndarray], slots: int = 16) -> Objects:
 
 
 def _components(place: np.ndarray, right: np.ndarray, below: np.ndarray, under: np.ndarray, cells: int) -> np.ndarray:
-    """Number of the object that each coloured cell belongs to, in reading order of the objects' first cells.
+    """Return the object number of each coloured cell; objects are numbered in reading order of their first cells.
 
-    Horizontal runs of a colour are joined where they touch one below the other: every run points to an earlier one of its
-    object, and pointers are followed and lowered until all ends of the joints agree, in about as many rounds as the logarithm
-    of the longest chain (Shiloach & Vishkin, J. Algorithms 3, 1982).
+    Horizontal runs of one colour are joined where they touch vertically. Every run points to an earlier run of its object.
+    Pointers are followed and lowered until both ends of every joint agree. The number of rounds is about the logarithm of
+    the longest chain (Shiloach & Vishkin, J. Algorithms 3, 1982).
 
     Args:
-        place: (c,) of the coloured cells among all, ascending. right, below: (c,) bool, whether the neighbour there is of the
-            same object. under: (c,) place of the cell below. cells: how many places there are.
+        place: (c,) indices of the coloured cells among all cells, ascending.
+        right, below: (c,) bool, whether the right or lower neighbour belongs to the same object.
+        under: (c,) index of the cell below.
+        cells: number of all cells.
     """
     begins = np.ones(len(place), dtype=bool)
     begins[1:] = ~right[:-1]
@@ -168,8 +173,14 @@ def _components(place: np.ndarray, right: np.ndarray, below: np.ndarray, under: 
 
 
 def near(boxes: np.ndarray, others: np.ndarray, reach: int = 1) -> np.ndarray:
-    """(…, n, 4), (…, m, 4) boxes → (…, n, m) bool, whether two boxes overlap once the first has grown by ``reach`` cells on every
-    side: with 1, boxes that overlap or touch, by a side or by a corner."""
+    """Return (…, n, m) bool, whether two bounding boxes overlap after the first has grown by ``reach`` cells on every side.
+
+    With ``reach`` = 1 these are the boxes that overlap or touch, by a side or by a corner.
+
+    Args:
+        boxes: (…, n, 4), in the format of :attr:`Objects.boxes`.
+        others: (…, m, 4), in the same format.
+    """
     one, other = boxes[..., :, None, :], others[..., None, :, :]
     meets = (one[..., :2] - reach <= other[..., 2:]) & (other[..., :2] <= one[..., 2:] + reach)
     return meets[..., 0] & meets[..., 1]

@@ -1,5 +1,7 @@
-"""Sequences of grids in which objects move, change colour, grow and reflect, each by a rule of its own: data to learn from
-without a download. What a frame looks like follows from the ones before it."""
+"""Generated sequences of grids in which every object moves, changes colour, grows or reflects by its own rule.
+
+They are training data that need no download. Each frame is determined by the frames before it.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +12,24 @@ import numpy as np
 from jepa_scale.data.sampling.rng import generator
 
 SIDES = (8, 12)
-"""Least and largest height and width of a grid."""
+"""Smallest and largest height and width of a grid."""
 OBJECTS = (2, 5)
-"""Least and largest number of objects."""
+"""Smallest and largest number of objects in a grid."""
 COLOURS = 9
 
 
 @dataclass(slots=True)
 class _Object:
-    """A sprite and what becomes of it from one frame to the next.
+    """A sprite and the rules that change it from one frame to the next.
 
     Attributes:
-        mask: (h, w) bool. top, left: where its corner lies. colour: 1 … 9.
-        step: rows and columns that it moves; it turns round at a border.
-        recolour: what is added to its colour, cyclically. grow: the side (0 … 3: up, left, down, right) on which its outermost
-            line is repeated, or −1. reflect: the axis (0, 1) along which it is flipped, or −1.
+        mask: (h, w) bool.
+        top, left: row and column of its upper left corner.
+        colour: 1 … 9.
+        step: rows and columns that it moves per frame; the direction reverses at a border.
+        recolour: number added to its colour per frame, cyclically.
+        grow: side on which its outermost line is repeated (0 … 3: up, left, down, right), or −1.
+        reflect: axis (0, 1) along which it is flipped, or −1.
     """
 
     mask: np.ndarray
@@ -58,14 +63,14 @@ class _Object:
 
 
 def _bounce(at: int, step: int, room: int) -> tuple[int, int]:
-    """Place and step after a step within 0 … room."""
+    """Return position and step after one step within 0 … room; the step reverses at either end."""
     if not 0 <= at + step <= room:
         step = -step
     return min(max(at + step, 0), room), step
 
 
 def frames(seed: int, number: int, count: int) -> list[np.ndarray]:
-    """Sequence ``number`` of a seed: ``count`` grids of one shape, int8. A pure function of its arguments."""
+    """Generate sequence ``number`` of a seed: ``count`` int8 grids of one shape. A pure function of its arguments."""
     rng = generator(f"grid_rules/{seed}/{number}")
     height, width = (int(n) for n in rng.integers(SIDES[0], SIDES[1] + 1, 2))
     objects = [_draw(rng, height, width) for _ in range(int(rng.integers(OBJECTS[0], OBJECTS[1] + 1)))]
@@ -100,7 +105,7 @@ def _draw(rng: np.random.Generator, height: int, width: int) -> _Object:
 
 
 def _shape(rng: np.random.Generator) -> np.ndarray:
-    """A connected shape of up to 4 × 4 cells: a rectangle, its outline, or a blob that has grown cell by cell."""
+    """Draw a connected shape of up to 4 × 4 cells: a rectangle, its outline, or the cells visited by a random walk."""
     rows, columns = (int(n) for n in rng.integers(1, 5, 2))
     mask = np.ones((rows, columns), dtype=bool)
     kind = int(rng.integers(3))

@@ -1,6 +1,6 @@
-"""Changes of a sample's grids that leave what happens in them as it is: other colours, another place, another view of it.
+"""Augmentations of a sample's grids that preserve the sample's rule: permute colours, shift, rotate or reflect.
 
-Each is drawn once and applied to all grids of the sample, to the context and to the target alike.
+Each transform is drawn once per sample and applied to all its grids, context and target alike.
 """
 
 from __future__ import annotations
@@ -20,15 +20,17 @@ def recolour(grids: Grids, rng: np.random.Generator) -> list[np.ndarray]:
 
 
 def turn(grids: Grids, rng: np.random.Generator) -> list[np.ndarray]:
-    """One of the 7 rotations and reflections of a square that are not the identity."""
+    """Apply one of the 7 rotations and reflections of a square other than the identity."""
     which = int(rng.integers(1, 8))
     turned = [np.rot90(grid, which % 4) for grid in grids]
     return [np.ascontiguousarray(grid.T if which >= 4 else grid) for grid in turned]
 
 
 def shift(grids: Grids, rng: np.random.Generator) -> list[np.ndarray]:
-    """Move everything by the same number of rows and columns, as far as there is background at the borders of every grid; the
-    grids' shapes stay."""
+    """Move the content of all grids by the same rows and columns, at most by the background margin common to all grids.
+
+    The grids' shapes do not change.
+    """
     coloured = [grid > 0 for grid in grids if grid.any()]
     if not coloured:
         return list(grids)
@@ -46,4 +48,4 @@ TRANSFORMS: dict[str, Callable[[Grids, np.random.Generator], list[np.ndarray]]] 
     "translation": shift,
     "symmetry": turn,
 }
-"""Name → grids of a sample and a generator → the same grids, changed. The arguments stay as they are."""
+"""Transforms by name: (grids of a sample, generator) → transformed grids. The input grids are not modified."""
