@@ -1,1 +1,1 @@
-"""Facts and their reverses."""
+"""Facts and their reverses: generation, files, and the data source."""

@@ -1,15 +1,15 @@
-"""Facts as files: ``train.json``, ``valid.json`` and ``vocab.json`` (SPEC row V2).
+"""GPT2WithJEPA's files of facts: ``train.json``, ``valid.json`` and ``vocab.json``.
 
 ``train.json`` is a list of ``{"input_text": [[e1_f, e1_l], [r], [mask]], "target_text": [[e2_f, e2_l]],
 "type": "train"}`` (or ``"atomic"``), ``valid.json`` is ``{"train": [rows], "atomic": [rows], "test":
-[rows]}``, where the split says the kind. Tokens are ids or strings of ``vocab.json``, names have any number
+[rows]}``, where the split gives the kind. Tokens are ids or strings of ``vocab.json``; names have any number
 of tokens. ``vocab.json`` maps tokens to ids or ids to tokens, or lists the tokens. Its special tokens are
-found by their strings, wherever they stand:
+found by their strings, at any id:
 
-- ``<mask>``: the third part of every ``input_text``, which says what it is when the vocabulary doesn't.
+- ``<mask>``: the third part of every ``input_text``. If the vocabulary lacks it, its id is read from the rows.
 - ``<r_0>`` and ``<r_0_inv>`` …: inverses of each other. Without such names, a relation at an even offset from
-  the first relation is the inverse of its successor (SPEC V4).
-- ``<pad>`` and ``<PRED>``: get new ids above all others when they are missing.
+  the first relation is the inverse of its successor, as in GPT2WithJEPA.
+- ``<pad>`` and ``<PRED>``: get new ids above all others if they are missing.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from jepa_scale.utils.errors import InputError
 
 FILES = ("train.json", "valid.json", "vocab.json")
 SPLITS = {"train": "valid_train", "atomic": "valid_atomic", "test": "test"}
-"""Part of ``valid.json`` → split of prepared shards. The first two are samples of what is trained on."""
+"""Part of ``valid.json`` → split of prepared shards. The first two are samples of the training data."""
 _RELATION = re.compile(r"<r_(\d+)(_inv)?>")
-_TOO_LARGE = 2**24  # for an id: more than any vocabulary has
+_TOO_LARGE = 2**24  # bound on ids, above any real vocabulary
 
 
 def write(data: ReversalData, folder: str | Path, valid_train: int = 10_000, seed: int = 0) -> None:
-    """Write the three files, one row a line. ``valid.json`` holds the splits ``atomic`` and ``test`` whole,
-    and of ``train`` a sample of ``valid_train`` facts, a function of ``seed``.
+    """Write the three files, one row a line. ``valid.json`` holds the whole splits ``atomic`` and ``test``, and a
+    sample of ``valid_train`` facts of ``train``, chosen by ``seed``.
 
     Raises:
-        InputError: one of the files is already there.
+        InputError: one of the files already exists.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         if (folder / name).exists():
-            raise InputError(f"{folder / name}: is already there; remove it or choose another folder")
+            raise InputError(f"{folder / name}: already exists; remove it or choose another folder")
     known = data.splits["train"]
     chosen = generator(f"reversal/{seed}/valid").permutation(len(known))[:valid_train]
     splits = {**data.splits, "train": known.select(np.sort(chosen))}
@@ -81,15 +81,15 @@ def _token_strings(data: ReversalData) -> dict[str, int]:
 
 
 def read(folder: str | Path, first_relation: int | None = None) -> ReversalData:
-    """Read the three files of a folder, whatever wrote them.
+    """Read the three files of a folder.
 
     Args:
-        first_relation: the id of the first relation; inverses are then found by parity even if the vocabulary
+        first_relation: the id of the first relation. If given, inverses are found by parity even if the vocabulary
             names them. Default: ``<r_0>`` of the vocabulary, else the smallest relation of the data.
 
     Raises:
-        InputError: a file is missing or damaged, a row is not as the format says, or a held-out fact is
-            trained on. The message names the file and the row (counted from 1).
+        InputError: a file is missing or damaged, a row does not follow the format, or a held-out fact is also
+            in the training data. The message names the file and the row (counted from 1).
     """
     folder = Path(folder)
     vocabulary = _Vocabulary(folder / "vocab.json")
@@ -99,7 +99,7 @@ def read(folder: str | Path, first_relation: int | None = None) -> ReversalData:
 
 
 def read_shards(located: Located, first_relation: int | None = None) -> ReversalData:
-    """Read the rows of such files out of prepared shards; otherwise as :func:`read`."""
+    """Read facts from prepared shards of such files; otherwise as :func:`read`."""
     folder = located.tokenizer()
     if located.index.kind != "reversal" or folder is None:
         raise InputError(f"data.path: {located.where} holds {located.index.kind}, not reversal")
@@ -116,7 +116,7 @@ def read_shards(located: Located, first_relation: int | None = None) -> Reversal
 def _assemble(
     vocabulary: _Vocabulary, reader: _RowReader, parts: list[_Part], first_relation: int | None
 ) -> ReversalData:
-    """The parts are what is trained on, and the three splits in the order of ``KINDS``."""
+    """Join the parts to a data set: the training facts, then the three splits in the order of ``KINDS``."""
     trained, *valid = parts
     if not len(trained.rows):
         raise InputError(f"{trained.label}: holds no facts")
@@ -139,18 +139,23 @@ def _assemble(
     if leaked.any():
         raise InputError(
             f"{valid[TEST].row(leaked)}: this held-out fact is also in {trained.label}, as are "
-            f"{int(leaked.sum()) - 1} others; a test on it means nothing, remove it from one of the files"
+            f"{int(leaked.sum()) - 1} others; remove them from one of the files, so that the test measures reversal"
         )
     special, size = vocabulary.special(mask, relations)
     return ReversalData(names, train, splits, vocab_size=size, special=special)
 
 
 class _BadRow(Exception):
-    """What is wrong with one row."""
+    """A row that does not follow the format; the message gives the reason."""
 
 
 class _Vocabulary:
-    """``ids``: token → id. ``known``: (largest id + 1,) bool, which ids there are."""
+    """The tokens of ``vocab.json``.
+
+    Attributes:
+        ids: token → id.
+        known: (largest id + 1,) bool, whether the vocabulary has this id.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -173,27 +178,29 @@ class _Vocabulary:
         for token, i in pairs:
             if not isinstance(token, str) or type(i) is not int or not 0 <= i < _TOO_LARGE:
                 raise InputError(
-                    f"{self.path}: entry {_show(token)} ↔ {_show(i)} is no token string with an id below 2^24"
+                    f"{self.path}: entry {_show(token)} ↔ {_show(i)} is not a token string with an id below 2^24"
                 )
             if token in ids:
-                raise InputError(f"{self.path}: token {_show(token)} stands there twice, as {ids[token]} and {i}")
+                raise InputError(
+                    f"{self.path}: token {_show(token)} is listed twice, with ids {ids[token]} and {i}; keep one"
+                )
             ids[token] = i
         return ids
 
     def token(self, raw: Any) -> int:
-        """The id of a token that a file gives as an id or as a string."""
+        """Return the id of a token that a file gives as an id or as a string."""
         if type(raw) is int:
             if not (0 <= raw < len(self.known) and self.known[raw]):
                 raise _BadRow(f"id {raw} is not in {self.path.name}")
             return raw
         if not isinstance(raw, str):
-            raise _BadRow(f"{_show(raw)} is not a token: an id or a string of {self.path.name} must stand there")
+            raise _BadRow(f"{_show(raw)} is not a token; use an id or a string of {self.path.name}")
         if raw not in self.ids:
             raise _BadRow(f"token {_show(raw)} is not in {self.path.name}")
         return self.ids[raw]
 
     def special(self, mask: int, relations: np.ndarray) -> tuple[dict[str, Any], int]:
-        """The special ids of a data set and the size of its vocabulary."""
+        """Return the special ids of a data set and the size of its vocabulary."""
         size = len(self.known)
         special: dict[str, Any] = {"mask": mask}
         for name, token in (("pad", "<pad>"), ("pred", "<PRED>")):
@@ -204,25 +211,29 @@ class _Vocabulary:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """The rows of a file or of a split of it. ``rows``: (F, 5) int64: subject and object as numbers of the
-    reader's entities, in columns 0 and 3, the ids of relation and mask, in 1 and 2, and the kind."""
+    """The rows of a file or of one of its splits.
+
+    Attributes:
+        rows: (F, 5) int64. Columns 0 and 3 are subject and object, as numbers of the reader's entities; columns 1
+            and 2 are the ids of relation and mask; column 4 is the kind.
+    """
 
     label: str
     rows: np.ndarray
 
     def row(self, bad: np.ndarray) -> str:
-        """Names the first of the (F,) rows that are bad."""
+        """Return the name of the first bad row; ``bad`` is (F,) bool."""
         return f"{self.label}, row {int(np.flatnonzero(bad)[0]) + 1}"
 
 
 class _RowReader:
-    """Turns rows into numbers while the JSON is parsed, so that a large file is never whole in memory as
-    objects."""
+    """Converter of rows to numbers while the JSON is parsed, so that the rows of a large file are never all in
+    memory as Python objects."""
 
     def __init__(self, vocabulary: _Vocabulary) -> None:
         self.vocabulary = vocabulary
         self.entities: dict[tuple[int, ...], int] = {}  # tokens → number
-        self._names: dict[tuple[Any, ...], int] = {}  # the same, as the file writes them
+        self._names: dict[tuple[Any, ...], int] = {}  # the same, keyed by tokens as written in the file
         self._singles: dict[Any, int] = {}
         self._typed = True
 
@@ -231,7 +242,7 @@ class _RowReader:
         return [self._part(str(path), _load(path, self._hook))]
 
     def valid(self, path: Path) -> list[_Part]:
-        """The parts in the order of ``KINDS``."""
+        """Read ``valid.json``; returns its parts in the order of ``KINDS``."""
         self._typed = False
         content = _load(path, self._hook)
         if not isinstance(content, dict) or set(content) != set(KINDS):
@@ -242,7 +253,7 @@ class _RowReader:
         return parts
 
     def rows(self, label: str, rows: Iterable[dict[str, Any]], kind: int | None) -> _Part:
-        """Rows one by one; ``kind`` None = each says its own."""
+        """Convert rows one by one; ``kind`` None = each row has its own ``type``."""
         self._typed = kind is None
         part = self._part(label, [self._hook(row) for row in rows])
         if kind is not None:
@@ -259,7 +270,7 @@ class _RowReader:
         return _Part(label, np.array(rows, dtype=np.int64).reshape(-1, 5))
 
     def _hook(self, content: dict[str, Any]) -> Any:
-        """A row's numbers, or what is wrong with it (only the caller knows where it stands)."""
+        """Return a row's numbers, or a ``_BadRow`` that the caller raises with the row's number."""
         if not content.keys() & {"input_text", "target_text"}:
             return content
         try:
@@ -295,7 +306,7 @@ class _RowReader:
         key = tuple(raw)
         try:
             return self._names[key]
-        except (KeyError, TypeError):  # not seen yet, or something in it that is no token
+        except (KeyError, TypeError):  # a new name, or one with an invalid token
             tokens = tuple(self.vocabulary.token(t) for t in raw)
         number = self.entities.setdefault(tokens, len(self.entities))
         self._names[key] = number
@@ -316,13 +327,13 @@ def _mask(vocabulary: _Vocabulary, parts: list[_Part]) -> int:
         bad = part.rows[:, 2] != mask
         if bad.any():
             raise InputError(
-                f"{part.row(bad)}: token {int(part.rows[bad][0, 2])} stands in the mask's place, not {mask}"
+                f"{part.row(bad)}: token {int(part.rows[bad][0, 2])} is in the mask's position, expected {mask}"
             )
     return mask
 
 
 def _relations(vocabulary: _Vocabulary, parts: list[_Part], first: int | None) -> np.ndarray:
-    """(2R,) int32 ids; number i ^ 1 is the inverse of number i."""
+    """Return the ids of the relations, (2R,) int32; relation number i ^ 1 is the inverse of number i."""
     matches = [(_RELATION.fullmatch(token), i) for token, i in vocabulary.ids.items()]
     named = {(int(m[1]), bool(m[2])): i for m, i in matches if m}
     used = np.unique(np.concatenate([part.rows[:, 1] for part in parts]))
@@ -330,7 +341,9 @@ def _relations(vocabulary: _Vocabulary, parts: list[_Part], first: int | None) -
         numbers = sorted({n for n, _ in named})
         for n in numbers:
             if (n, False) not in named or (n, True) not in named:
-                raise InputError(f"{vocabulary.path}: relation <r_{n}> and its inverse <r_{n}_inv> must both be there")
+                raise InputError(
+                    f"{vocabulary.path}: relation <r_{n}> and its inverse <r_{n}_inv> must both exist; add the missing one"
+                )
         relations = np.array([named[n, inverse] for n in numbers for inverse in (False, True)])
     else:
         first = named.get((0, False), int(used[0])) if first is None else first
@@ -342,7 +355,7 @@ def _relations(vocabulary: _Vocabulary, parts: list[_Part], first: int | None) -
             missing = int(relations[~there][0])
             raise InputError(
                 f"{vocabulary.path}: has no id {missing}, but by parity from the first relation {first} it "
-                f"is the inverse of a relation of the data; name the relations <r_0>, <r_0_inv>, … there "
+                f"is the inverse of a relation of the data; name the relations <r_0>, <r_0_inv>, … in that file "
                 f"or set the id of the first relation (data.first_relation_token_id)"
             )
     for part in parts:
@@ -363,7 +376,7 @@ def _load(path: Path, hook: Callable[[dict[str, Any]], Any] | None = None) -> An
         raise InputError(f"{path}: not UTF-8 text at byte {error.start}") from None
     except json.JSONDecodeError as error:
         raise InputError(f"{path}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from None
-    except ValueError as error:  # a number of thousands of digits
+    except ValueError as error:  # e.g. a number with thousands of digits
         raise InputError(f"{path}: not valid JSON: {error}") from None
     except RecursionError:
         raise InputError(f"{path}: lists are nested too deeply to be rows of facts") from None

@@ -75,7 +75,7 @@ def test_written_files_have_the_seeds_format(tmp_path: Path) -> None:
     assert {r["type"] for r in train} == {"train", "atomic"}
     assert list(valid) == ["train", "atomic", "test"]
     assert len((tmp_path / "train.json").read_text().splitlines()) == len(train) + 2  # row n stands in line n + 1
-    with pytest.raises(InputError, match="already there"):
+    with pytest.raises(InputError, match="already exists"):
         write(data, tmp_path)
 
 
@@ -152,7 +152,7 @@ def changed(**change: Any) -> list[Row]:
         (changed(input_text=[["Ann"], "<r_0>", ["<mask>"]]), "row 2: the relation must be a list"),
         (changed(input_text=[["Ann"], ["<r_0>"]]), "row 2: input_text must be"),
         (changed(input_text=[["Ann"], ["Bo"], ["<mask>"]]), "row 2: token 3 is not a relation"),
-        (changed(input_text=[["Ann"], ["<r_0>"], ["Bo"]]), "row 2: token 3 stands in the mask's place, not 5"),
+        (changed(input_text=[["Ann"], ["<r_0>"], ["Bo"]]), "row 2: token 3 is in the mask's position, expected 5"),
         (changed(target_text=["Ann"]), "row 2: the name in target_text must be a list"),
         (changed(target_text=[["Ann"], ["Bo"]]), "row 2: target_text must be"),
         ([], "holds no facts"),
@@ -173,13 +173,13 @@ def test_a_damaged_row_is_named(tmp_path: Path, train: Any, says: str) -> None:
     ("vocabulary", "says"),
     [
         ([], "holds no tokens"),
-        ([*VOCABULARY, "Ann"], "token 'Ann' stands there twice, as 1 and 11"),
-        ([*VOCABULARY, 4], "4 ↔ 11 is no token"),
-        ({"Ann": -1}, "'Ann' ↔ -1 is no token"),
-        ({"Ann": 2**40}, "is no token string with an id"),
-        ({"model": {"Ann": 1}}, "is no token"),
+        ([*VOCABULARY, "Ann"], "token 'Ann' is listed twice, with ids 1 and 11"),
+        ([*VOCABULARY, 4], "4 ↔ 11 is not a token"),
+        ({"Ann": -1}, "'Ann' ↔ -1 is not a token"),
+        ({"Ann": 2**40}, "is not a token string with an id"),
+        ({"model": {"Ann": 1}}, "is not a token"),
         ("3", "must map tokens to ids"),
-        ([*VOCABULARY, "<r_7>"], "<r_7> and its inverse <r_7_inv> must both be there"),
+        ([*VOCABULARY, "<r_7>"], "<r_7> and its inverse <r_7_inv> must both exist"),
     ],
 )
 def test_a_damaged_vocabulary_is_refused(tmp_path: Path, vocabulary: Any, says: str) -> None:
