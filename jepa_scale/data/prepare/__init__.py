@@ -1,1 +1,1 @@
-"""From raw data to shards: readers give records, an encoder makes samples of them, a job writes shards in parallel."""
+"""Preparation of raw data: readers yield records, an encoder turns them into samples, a job writes shards in parallel."""

@@ -1,4 +1,4 @@
-"""Corpora by name: found in a folder of data, downloaded where there is a network, or carried by Python itself."""
+"""Corpora by name: read from a data folder, downloaded, or taken from the Python installation."""
 
 from __future__ import annotations
 
@@ -28,11 +28,13 @@ _TIMEOUT = 30  # seconds without a byte
 
 
 def tiny_shakespeare(options: PrepareOptions) -> Source:
-    """The first 90 % of the text (``1 - valid_fraction`` where that is set), cut at a line end, is ``train``, the rest
-    ``valid``; one document each. With ``valid_path`` all of it is ``train``.
+    """Open Tiny Shakespeare, from a local file or downloaded.
+
+    The first 90 % of the text (``1 - valid_fraction`` if that is set), cut at a line end, is ``train``, the rest ``valid``;
+    one document each. With ``valid_path`` the whole text is ``train``.
 
     Raises:
-        InputError: there is no local file, and it cannot be downloaded.
+        InputError: there is no local file, and the download failed.
     """
     candidates = [place / name for place in data_places() for name in SHAKESPEARE_NAMES]
     file = next((c for c in candidates if c.is_file()), None)
@@ -43,7 +45,7 @@ def tiny_shakespeare(options: PrepareOptions) -> Source:
 
 
 def cut_text(file: Path, fraction: float) -> Source:
-    """A file as one document, or as two where ``fraction`` of it is ``valid``."""
+    """Open a file as one document, or as two if ``fraction`` of it becomes ``valid``."""
     at = cut_at_line(file, 1 - fraction) if fraction else None
     parts = {"train": Part(partial(read_piece, file, 0, at), 1)}
     if at is not None:
@@ -58,7 +60,7 @@ def _download(url: str, file: Path, candidates: list[Path]) -> None:
         with urllib.request.urlopen(url, timeout=_TIMEOUT) as response:
             partial_file.write_bytes(response.read())
         partial_file.replace(file)
-    except (OSError, HTTPException) as error:  # URLError is one of the first, half an answer one of the second
+    except (OSError, HTTPException) as error:  # URLError is an OSError, a truncated answer an HTTPException
         partial_file.unlink(missing_ok=True)
         reason = getattr(error, "reason", error)
         raise InputError(
@@ -68,10 +70,10 @@ def _download(url: str, file: Path, candidates: list[Path]) -> None:
 
 
 def wikitext2(options: PrepareOptions) -> Source:
-    """WikiText-2 (raw), an article a document: local files, else streamed from the Hugging Face hub.
+    """Open WikiText-2 (raw), one article a document: from local files, else streamed from the Hugging Face hub.
 
     Raises:
-        InputError: a local folder without its training file; without a folder, the hub cannot be reached.
+        InputError: a local folder lacks the training file; or there is no folder, and the hub cannot be reached.
     """
     folders = [place / "wikitext2" for place in data_places()]
     for folder in folders:
@@ -79,8 +81,8 @@ def wikitext2(options: PrepareOptions) -> Source:
         if found:
             if "train" not in found:
                 raise InputError(
-                    f"{folder / 'train.txt'}: no such file, though {', '.join(f.name for f in found.values())} are there; "
-                    f"put the training text of WikiText-2 (raw) there"
+                    f"{folder / 'train.txt'}: no such file, but {', '.join(f.name for f in found.values())} exist; "
+                    f"add the training text of WikiText-2 (raw)"
                 )
             files = {split: (file,) for split, file in found.items()}
             read = partial(read_text, documents="heading")
@@ -110,7 +112,7 @@ def _wikitext_lines(split: str) -> Items:
 
 
 def _wikitext_articles(split: str) -> Items:
-    """The hub's rows are lines."""
+    """Yield the articles of a split; the hub's rows are lines of text."""
     lines = (item.value["text"].encode() for item in _wikitext_lines(split) if isinstance(item, Record))
     return split_documents(lines, "heading", partial(_row_name, split))
 
@@ -120,11 +122,13 @@ def _row_name(split: str, line: int) -> str:
 
 
 def nl_rx_synth(options: PrepareOptions) -> Source:
-    """NL-RX-SYNTH (Locascio et al., EMNLP 2016): English descriptions of regular expressions, as chat messages; 8,000 rows to
-    train on and 2,000 as the split ``test``. Files as LLM-JEPA publishes them.
+    """Open NL-RX-SYNTH (Locascio et al., EMNLP 2016), from the files that LLM-JEPA publishes.
+
+    They hold English descriptions of regular expressions as chat messages: 8,000 training rows and 2,000 rows for the split
+    ``test``.
 
     Raises:
-        InputError: they are not there.
+        InputError: the files are missing.
     """
     folders = [place / "nl_rx_synth" for place in data_places()]
     for folder in folders:
@@ -142,8 +146,11 @@ def nl_rx_synth(options: PrepareOptions) -> Source:
 
 
 def python_docs(options: PrepareOptions) -> Source:
-    """The reference topics that every CPython carries (its ``help()``), about 0.5 MB of English; each a document, every
-    tenth one ``valid``. They differ between versions of Python, and so does the fingerprint."""
+    """Open the reference topics of CPython's ``help()``, about 0.5 MB of English text.
+
+    Each topic is a document, and every tenth one is ``valid``. The topics, and so the fingerprint, differ between versions of
+    Python.
+    """
     parts = {"train": Part(partial(_topics, False)), "valid": Part(partial(_topics, True))}
     return Source("text", parts, _identify_topics)
 
@@ -158,7 +165,7 @@ def _all_topics() -> list[tuple[str, str]]:
     try:
         from pydoc_data.topics import topics
     except ImportError:
-        raise InputError("python_docs: this Python carries no pydoc_data; use another Python or other data") from None
+        raise InputError("python_docs: this Python has no pydoc_data; use another Python or other data") from None
     return sorted(topics.items())
 
 
@@ -177,4 +184,4 @@ ALIASES: dict[str, Callable[[PrepareOptions], Source]] = {
     "grid_rules": generated,
     "arc": arc,
 }
-"""A path that is one of these words is not a file's name; ``./tiny`` is."""
+"""Alias → function that opens the corpus. A path equal to an alias never names a file; write ``./tiny`` for a file."""

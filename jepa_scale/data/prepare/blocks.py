@@ -1,4 +1,4 @@
-"""Raw records cut into blocks, and what becomes of a block: one shard, and a record that it is finished."""
+"""Blocks of raw records; each block becomes one shard and a file that records its completion."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from jepa_scale.utils.errors import InputError
 from jepa_scale.utils.io import write_atomic
 
 BLOCK_BYTES = 64 * 2**20
-"""A block is closed when its raw values reach this size (:func:`raw_size`), however few its records are."""
+"""A block is closed when its raw values reach this size (:func:`raw_size`), even with few records."""
 DONE_SUFFIX = ".done.json"
 EXAMPLES = 3
-"""Bad records that are named, per reason."""
+"""Largest number of bad records named per reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Records ``first`` … ``first + len(records) - 1`` of a split, which become shard ``number``."""
+    """Consecutive records of a split, from record ``first`` on, that become shard ``number``."""
 
     split: str
     number: int
@@ -40,14 +40,14 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What became of a block.
+    """The result of a finished block.
 
     Attributes:
         first: number of the block's first record in its split.
-        records: how many it has, bad ones included.
-        shard: None when all of them are bad; the shards' numbers have a gap there.
-        skipped: reason → records left out.
-        examples: reason → the first few of them, for people.
+        records: number of its records, bad ones included.
+        shard: None if all records are bad; the shard numbers then have a gap.
+        skipped: reason → number of records left out.
+        examples: reason → the names of the first few of them, for messages.
     """
 
     first: int
@@ -58,7 +58,7 @@ class Done:
 
 
 def raw_size(value: Any) -> int:
-    """Roughly the bytes of a raw value; the same for equal values on any machine."""
+    """Estimate the bytes of a raw value; equal values have the same size on any machine."""
     if isinstance(value, str | bytes):
         return len(value)
     if isinstance(value, dict):
@@ -69,7 +69,7 @@ def raw_size(value: Any) -> int:
 
 
 def cut(records: Iterable[Record | BadRecord], split: str, most: int) -> Iterator[Block]:
-    """Blocks of ``most`` records, or fewer when they reach ``BLOCK_BYTES``; a function of the records alone."""
+    """Cut records into blocks of ``most``, or fewer if they reach ``BLOCK_BYTES``. The cuts depend on the records alone."""
     number, first, size = 0, 0, 0
     held: list[Record | BadRecord] = []
     for record in records:
@@ -84,14 +84,14 @@ def cut(records: Iterable[Record | BadRecord], split: str, most: int) -> Iterato
 
 @dataclass(frozen=True, slots=True)
 class ShardMaker:
-    """Block → shard; picklable, so that workers can call it."""
+    """Callable that turns a block into a shard; picklable, so that worker processes can call it."""
 
     folder: Path
     encoder: Encoder
     on_error: Literal["stop", "skip"]
 
     def __call__(self, block: Block) -> Done:
-        """Encode the block's records, write its shard and then the record that it is finished.
+        """Encode the block's records, write its shard, and then the file that records its completion.
 
         Raises:
             InputError: a record is bad and ``on_error`` is stop, or the shard cannot be written.
@@ -126,10 +126,10 @@ class ShardMaker:
 
 
 def finished(folder: Path, block: Block) -> Done | None:
-    """What became of the block in an earlier run, when all of it is still there.
+    """Return the block's result from an earlier run if its files are complete, else None.
 
-    Shard and index are read and hashed: that is some ten times as fast as tokenizing, and nothing that a crash of the
-    machine left half written gets into the data.
+    Shard and index are read and hashed. That is about ten times as fast as tokenizing, and keeps files that a crash left
+    half written out of the data.
     """
     try:
         values = json.loads(_done_file(folder, block.shard).read_bytes())
@@ -152,10 +152,10 @@ def sha256(file: Path) -> str:
 
 
 def cannot_write(error: OSError, file: Path) -> InputError:
-    """One line for a full disk, a missing permission and the like; ``file`` is named if the error itself names none."""
+    """Make a one-line error for a full disk, a missing permission or the like. It names the error's own file, else ``file``."""
     name = os.fsdecode(error.filename or file)
     what = " ".join(str(error.strerror or error).split())
-    return InputError(f"{name}: {what}; what is finished stays: put it right and start again")
+    return InputError(f"{name}: {what}; correct this and start again: finished shards are kept")
 
 
 def _done_file(folder: Path, shard: str) -> Path:

@@ -1,4 +1,4 @@
-"""Where corpora that have a name are looked for."""
+"""Folders that are searched for corpora with a name."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from jepa_scale.data.shards.cache import cache_dir
 
 
 def data_places() -> list[Path]:
-    """Folders of data, the first one first: ``$JEPA_SCALE_DATA`` if it is set, and the cache."""
+    """Return the data folders in order of search: ``$JEPA_SCALE_DATA`` if it is set, then the cache."""
     data = os.environ.get("JEPA_SCALE_DATA")
     return [*([Path(data).expanduser()] if data else []), cache_dir()]

@@ -1,4 +1,4 @@
-"""The one way in: a path, whatever it names, as a reader of records."""
+"""Opening of raw data: turn a path of any supported format into a reader of records."""
 
 from __future__ import annotations
 
@@ -31,25 +31,26 @@ _READ: dict[str, Callable[[Path], Items]] = {
 
 
 def open_reader(path: str, options: PrepareOptions) -> Source:
-    """Find out what ``path`` names and read it; ``valid_path``, ``valid_fraction`` and the limits are applied.
+    """Open the data that ``path`` names, with ``valid_path``, ``valid_fraction`` and the limits applied.
 
     Args:
         path: an alias (``tiny_shakespeare``, ``wikitext2``, ``python_docs`` …), a file, a folder, a glob, a brace pattern,
-            or a Hugging Face dataset's name where nothing local is called so. Understood are plain text, JSON lines,
-            JSON, parquet, saved Hugging Face datasets, ARC tasks, webdataset shards, folders of facts
+            or the name of a Hugging Face dataset if no local file or folder has that name. Supported formats are plain
+            text, JSON lines, JSON, parquet, saved Hugging Face datasets, ARC tasks, webdataset shards, folders of facts
             (:mod:`~jepa_scale.data.prepare.formats.facts`) and of token ids (:mod:`~jepa_scale.data.prepare.formats.arrays`).
 
     Raises:
-        InputError: nothing of that name, or its files cannot be what ``options`` say.
+        InputError: nothing has that name, or the files contradict ``options``.
     """
     valid = _open(options.valid_path, options, valid=True) if options.valid_path else None
     return select(_open(path, options), options, valid)
 
 
 def _open(path: str, options: PrepareOptions, valid: bool = False) -> Source:
-    """
+    """Open ``path``, without the selection.
+
     Args:
-        valid: all that is found becomes the split ``valid``, so nothing is told apart or held out.
+        valid: all records are for the split ``valid``, so files are not divided into splits and none are held out.
     """
     if path in ALIASES:
         return _checked(ALIASES[path](options), path, options)
@@ -72,9 +73,9 @@ def _checked(source: Source, path: str, options: PrepareOptions) -> Source:
 
 
 def _open_folder(folder: Path, options: PrepareOptions) -> Source | None:
-    """A folder whose files belong together; None when it is a folder of independent files."""
+    """Open a folder whose files form one data set. Returns None for a folder of independent files."""
     if _is_prepared(folder):
-        raise InputError(f"{folder}: is prepared already, it holds an {INDEX_FILE}; train on it as it is")
+        raise InputError(f"{folder}: is already prepared (it holds an {INDEX_FILE}); train on it directly")
     if options.kind == "reversal" or (options.kind == "auto" and facts.is_fact_folder(folder)):
         return facts.open_facts(folder)
     if arrays.is_token_folder(folder):
@@ -132,9 +133,9 @@ def _open_hub(path: str, options: PrepareOptions) -> Source:
 
 
 def _rows(parts: dict[str, Part], options: PrepareOptions, what: str, identify: Callable[..., str]) -> Source:
-    """Raw rows as records of the kind that the first of them is."""
+    """Make a source from raw rows; the schema of the first row applies to all."""
     if options.kind == "reversal":
-        raise InputError(f"{what}: kind reversal is a folder of train.json, valid.json and vocab.json")
+        raise InputError(f"{what}: data.kind=reversal needs a folder of train.json, valid.json and vocab.json")
     schema = find_schema(parts["train"].read(), options, what)
     converted = {split: expanded(part, schema) for split, part in parts.items()}
     return Source(schema.kind, converted, partial(identify, schema.kind, schema.form, dict(schema.columns)))

@@ -1,4 +1,4 @@
-"""The options of labelled passages."""
+"""Options for cutting labelled passages."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from pydantic import Field, model_validator
 from jepa_scale.config.schema import Section
 
 SHARED = 12
-"""Words in a row that two passages never share."""
+"""Number of consecutive words that no two passages share."""
 
 
 class SectionOptions(Section):
-    """What becomes a passage, and how many of them are taken."""
+    """Length of the passages and the number taken of each section."""
 
-    min_words: int = Field(30, ge=SHARED, description="Words of a passage, at least.")
-    max_words: int = Field(80, ge=SHARED, description="Words of a passage, at most; it ends with a sentence if it can.")
-    max_classes: int = Field(40, ge=2, description="Sections, at most; chosen by seed.")
+    min_words: int = Field(30, ge=SHARED, description="Fewest words of a passage.")
+    max_words: int = Field(80, ge=SHARED, description="Most words of a passage; it ends with a sentence if possible.")
+    max_classes: int = Field(40, ge=2, description="Most sections; if there are more, the seed chooses.")
     per_class: int = Field(30, ge=2, description="Passages of each section; sections with fewer are left out.")
-    seed: int = Field(0, ge=0, description="Of the choice.")
+    seed: int = Field(0, ge=0, description="Seed of the choice of sections and passages.")
 
     @model_validator(mode="after")
     def _complete(self) -> SectionOptions:
         if self.max_words < self.min_words:
-            raise ValueError(f"max_words: {self.max_words} is less than min_words={self.min_words}")
+            raise ValueError(f"max_words: {self.max_words} is less than min_words={self.min_words}; raise it")
         return self

@@ -1,4 +1,4 @@
-"""Passages of a corpus, labelled with the section that they come from: a test of representations for any corpus."""
+"""Passages of a corpus, labelled with their section: probe data for the representations of any corpus."""
 
 from __future__ import annotations
 
@@ -23,14 +23,18 @@ _WORD = re.compile(r"\S+")
 _HEADING = re.compile(r"\s*= .* =\s*")
 _RULE = re.compile(r"\s*([=*~^\"#+\-`'.:_])\1{2,}\s*")
 _SENTENCE_END = re.compile(r".*[.!?][\"')\]]*")
-_FACTOR = 0x9E3779B97F4A7C15  # odd, so that no word's part in a hash is lost
+_FACTOR = 0x9E3779B97F4A7C15  # odd, hence invertible modulo 2^64: every word affects the hash
 
 
 @dataclass(frozen=True, slots=True)
 class Passages:
-    """Attributes:
-    rows: ``{"text", "label"}``, sorted by label, in a section in its order.
-    sections: of the corpus. too_short: of them without enough passages. unclear: those whose name others have, too.
+    """The passages of a corpus, and counts of its sections.
+
+    Attributes:
+        rows: ``{"text", "label"}`` each, sorted by label, then in the section's order.
+        sections: number of sections in the corpus.
+        too_short: number of sections with too few passages.
+        unclear: number of labels left out because several sections have the same title.
     """
 
     rows: list[dict[str, str]]
@@ -40,19 +44,19 @@ class Passages:
 
 
 def passages(sources: Sequence[str], options: SectionOptions) -> Passages:
-    """Passages that do not overlap, as many of each section. The same corpus gives the same ones wherever it lies.
+    """Cut non-overlapping passages, the same number from each section. The result does not depend on the corpus's location.
 
-    Headings, which name the section, are in no passage, and no passage goes across one. Text that stands in several sections
-    (a chapter beside the book that it is in) counts to the shortest of them: no two passages share ``SHARED`` words in a row.
+    Headings name the section, so no passage contains or crosses one. Text that occurs in several sections (a chapter that is
+    also part of a whole book) belongs to the shortest of them: no two passages share ``SHARED`` consecutive words.
 
     Args:
         sources: text files or globs, or one folder of them, or an alias whose documents have names (``python_docs``,
-            ``wikitext2``). A file that begins with a title as WikiText has it (`` = Title = ``) holds an article a title, which
-            is the label; sub-headings don't count. Any other file is labelled with the folder that it is in, counted from
-            where the files have their first folder in common, or with its own name.
+            ``wikitext2``). A file that begins with a WikiText title (`` = Title = ``) holds one article per title, and the
+            title is the label; sub-headings don't count. Any other file is labelled with the first part of its path below
+            the files' common folder: a folder's name or the file's own.
 
     Raises:
-        InputError: there is nothing of that name, it is no text, or there are not two sections with enough passages.
+        InputError: a source does not exist or is not text, or fewer than two sections have enough passages.
     """
     name = ", ".join(sources)
     documents: dict[str, list[str]] = {}
@@ -60,7 +64,7 @@ def passages(sources: Sequence[str], options: SectionOptions) -> Passages:
     for label, text, named in _documents(sources, name):
         documents.setdefault(label, []).append(text)
         titles[label] += named
-    unclear = {label for label, count in titles.items() if count > 1}  # as where WikiText has <unk> for a rare name
+    unclear = {label for label, count in titles.items() if count > 1}  # e.g. WikiText writes <unk> for rare names
     bodies = {label: _Body.of(texts) for label, texts in sorted(documents.items()) if label not in unclear}
     found = {label: _cut(body, options) for label, body in bodies.items()}
     for label, own in _own_words(bodies).items():
@@ -88,7 +92,7 @@ def passages(sources: Sequence[str], options: SectionOptions) -> Passages:
 
 
 def _documents(sources: Sequence[str], name: str) -> Iterator[tuple[str, str, bool]]:
-    """Label, text, and whether the label is a title, of which each should be the only one."""
+    """Yield (label, text, named) of each document. ``named``: the label is a title, which should be unique."""
     if len(sources) == 1 and sources[0] in ALIASES:
         corpus = ALIASES[sources[0]](PrepareOptions())
         if corpus.kind != "text":
@@ -100,7 +104,7 @@ def _documents(sources: Sequence[str], name: str) -> Iterator[tuple[str, str, bo
     for source in sources:
         found = expand(source)
         if not found:
-            raise InputError(f"{source}: no such file or folder; give one, or python_docs, or wikitext2")
+            raise InputError(f"{source}: no such file or folder; correct the path, or use python_docs or wikitext2")
         paths += found
     files = find(list(dict.fromkeys(paths)), by_name=False)
     if files.format != "text":
@@ -114,7 +118,7 @@ def _documents(sources: Sequence[str], name: str) -> Iterator[tuple[str, str, bo
 
 
 def _named(items: Items, name: str) -> Iterator[tuple[str, str, bool]]:
-    """Documents that begin with their title, or whose record has a name after ``#``."""
+    """Yield documents whose label is their title in the first line, or the record's name after ``#``."""
     for where, text in _texts(items):
         first = text.lstrip().partition("\n")[0]
         if is_title(first.encode()):
@@ -148,8 +152,8 @@ class _Body:
     """A section's text without headings.
 
     Attributes:
-        blocks: what stands between headings.
-        words: of all blocks, (block, first character, last one + 1) each.
+        blocks: the texts between headings.
+        words: the words of all blocks, (block, first character, last character + 1) each.
     """
 
     blocks: list[str]
@@ -166,13 +170,13 @@ class _Body:
         return self.blocks[block][start:stop]
 
     def text(self, passage: range) -> str:
-        """The characters from a passage's first word to its last."""
+        """Return the characters from a passage's first word to its last."""
         block, start, _ = self.words[passage.start]
         return self.blocks[block][start : self.words[passage.stop - 1][2]]
 
 
 def _blocks(text: str) -> list[str]:
-    """The text between headings: lines in equals signs, as WikiText has them, and lines that a rule underlines."""
+    """Split a text at its headings: lines enclosed in equals signs (WikiText), and lines underlined by a rule."""
     lines = text.splitlines()
     blocks: list[list[str]] = [[]]
     for number, line in enumerate(lines):
@@ -186,8 +190,11 @@ def _blocks(text: str) -> list[str]:
 
 
 def _cut(body: _Body, options: SectionOptions) -> list[range]:
-    """Passages as ranges of words, one after another; each ends with the first sentence that ends at ``min_words`` or later,
-    else at ``max_words``. What is left of a block, if shorter, is in none."""
+    """Cut a section into passages, as ranges of words.
+
+    A passage ends at the first sentence end from ``min_words`` words on, at the latest at ``max_words``. A rest of a block
+    that is shorter than ``min_words`` is left out.
+    """
     found, start, n = [], 0, len(body.words)
     while start < n:
         block = body.words[start][0]
@@ -203,8 +210,10 @@ def _cut(body: _Body, options: SectionOptions) -> list[range]:
 
 
 def _own_words(bodies: dict[str, _Body]) -> dict[str, np.ndarray]:
-    """Label → of each word of its section, bool: whether the ``SHARED`` words that begin with it stand here first, sections
-    being gone through from the shortest to the longest."""
+    """Return for each label a bool array over the starts of ``SHARED`` consecutive words in its section.
+
+    True means that these words occur here for the first time, when sections are visited from the shortest to the longest.
+    """
     order = sorted(bodies, key=lambda label: (len(bodies[label].words), label))
     ids: dict[str, int] = {}
     hashes = []

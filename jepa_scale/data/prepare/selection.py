@@ -1,4 +1,4 @@
-"""Which records are taken: a part held out for evaluation, a limit, another path's records as ``valid``."""
+"""Selection of records: a fraction held out as ``valid``, limits, and another path's records as ``valid``."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ from jepa_scale.utils.errors import InputError
 
 
 def held_out(number: int, seed: int, fraction: float) -> bool:
-    """Whether record ``number`` belongs to ``valid``: a function of these three alone, true for ``fraction`` of the
-    numbers. A larger fraction holds out the same records and more."""
+    """Return whether record ``number`` belongs to ``valid``, which is so for a share ``fraction`` of all numbers.
+
+    The result depends on the three arguments alone. A larger fraction holds out the same records and more.
+    """
     digest = hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) / 2**64 < fraction
 
 
 def select(source: Source, options: PrepareOptions, valid: Source | None = None) -> Source:
-    """``source`` with ``valid`` (another source's records, or a fraction of its own) and with limits applied.
+    """Return ``source`` with a split ``valid`` (another source's records, or a fraction of its own) and with limits applied.
 
-    Records are numbered as they come, bad ones too, so that repairing one moves no other. ``max_eval_items`` limits
-    every split but ``train``.
+    Records are numbered in order, including bad ones, so that repairing one does not renumber the others.
+    ``max_eval_items`` limits every split except ``train``.
 
     Raises:
-        InputError: ``valid`` is of another kind, or ``valid_fraction`` is set where ``valid`` is there already.
+        InputError: ``valid`` has another kind, or ``valid_fraction`` is set although the data have a split ``valid``.
     """
     if valid is not None:
         source = _with_valid(source, valid)

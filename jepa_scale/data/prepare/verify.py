@@ -1,4 +1,4 @@
-"""Is a folder of shards what its index says?"""
+"""Verification of a folder of shards against its index."""
 
 from __future__ import annotations
 
@@ -16,24 +16,26 @@ from tqdm import tqdm
 from jepa_scale.data.shards.format import SAMPLE, Index, ShardInfo, index_name
 
 THREADS = 8
-"""Shards read at a time; hashing and CRC run without the interpreter's lock."""
+"""Shards read in parallel; hashing and CRC release the interpreter's lock."""
 NAMED = 5
-"""Damaged samples of a shard that are named."""
+"""Largest number of damaged samples named per shard."""
 
 
 def verify(folder: str | Path, progress: bool = True) -> list[str]:
-    """Read every byte of a folder of shards; returns what is damaged, a line each that names the file and, where it can be
-    told, the sample.
+    """Read every byte of a folder of shards and compare it with the index.
+
+    Returns:
+        One line for each damage. It names the file and, where possible, the sample.
 
     Raises:
-        InputError: there is no readable ``index.json``.
+        InputError: ``index.json`` is missing or cannot be read.
     """
     folder = Path(folder)
     index = Index.read(folder)
     infos = [info for shards in index.splits.values() for info in shards]
     damage: list[str] = []
     total = sum(info.bytes for info in infos)
-    disable = None if progress else True  # None: off when stderr is no terminal
+    disable = None if progress else True  # None: off if stderr is not a terminal
     with (
         tqdm(total=total, desc="verify", unit="B", unit_scale=True, dynamic_ncols=True, disable=disable) as bar,
         ThreadPoolExecutor(THREADS) as pool,
@@ -64,7 +66,7 @@ def _shard(folder: Path, info: ShardInfo) -> Iterator[str]:
 
 
 def _table(file: Path, info: ShardInfo) -> tuple[np.ndarray | None, str | None]:
-    """The shard's index, when it can be trusted, and what is wrong with it."""
+    """Return the shard's index and None, or None and the fault of the index."""
     try:
         raw = file.read_bytes()
     except FileNotFoundError:
@@ -95,7 +97,7 @@ def _content(file: Path, info: ShardInfo, data: memoryview, table: np.ndarray | 
     if len(bad) > NAMED:
         yield f"{file}: {len(bad) - NAMED:,} more of its {info.samples:,} samples are damaged"
     if not whole and not bad and len(data) == info.bytes:
-        where = "" if table is None else ", behind its last sample"
+        where = "" if table is None else ", after its last sample"
         yield f"{file}: SHA-256 differs from the index's{where}"
 
 
@@ -105,6 +107,6 @@ def _is_whole(data: memoryview, row: np.void) -> bool:
 
 
 def _member(data: memoryview, start: int, key: str) -> str:
-    """Name of the sample's first member as the tar has it, when that can still be read."""
+    """Return the name of the sample's first member in the tar, or ``key.*`` if the name is damaged."""
     name = bytes(data[start : start + 100]).rstrip(b"\0").decode(errors="replace")
     return name if name.startswith(f"{key}.") else f"{key}.*"

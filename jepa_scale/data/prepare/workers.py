@@ -1,4 +1,4 @@
-"""Blocks to worker processes, and what became of them back in order."""
+"""Worker processes that make shards of blocks and return the results in order."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from jepa_scale.data.prepare.blocks import Block, Done, ShardMaker, finished
 from jepa_scale.utils.errors import InputError
 
 AHEAD = 2
-"""Blocks per process that are held at a time, those being worked on included."""
+"""Blocks per process that are in memory at a time, including those in progress."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Workers:
-    """Processes that make shards of blocks. Leaving the context ends them at once, whatever they are at.
+    """Processes that make shards of blocks. Leaving the context kills them at once, even while they work.
 
-    They are spawned, not forked: the caller may hold a CUDA context, and the threads of ``tokenizers`` and ``datasets``
-    do not survive a fork. Pipes, not an executor's queues: those can hang when a worker dies while a large block is on
-    its way. A process is started when a block finds no other one idle; a block that is the only one is made in this
-    process: starting another takes seconds.
+    Processes are spawned, not forked: the caller may hold a CUDA context, and the threads of ``tokenizers`` and ``datasets``
+    do not survive a fork. They are connected by pipes, because the queues of an executor can hang when a worker dies during
+    the transfer of a large block. A process is started when a block is waiting and no process is idle. A single block is
+    made in this process, because starting another takes seconds.
     """
 
     def __init__(self, make: ShardMaker, processes: int) -> None:
-        """``processes`` = 1 does the work in this process."""
+        """Set up without starting a process; with ``processes`` = 1 the work is done in this process."""
         self._make, self._processes = make, processes
         self._started: list[tuple[SpawnProcess, Connection]] = []
         self._idle: list[Connection] = []
@@ -58,12 +58,13 @@ class Workers:
             process.join()
 
     def finish(self, blocks: Iterable[Block]) -> Iterator[tuple[Done, bool]]:
-        """What became of each block, in their order, and whether it was there before. At most ``AHEAD * processes``
-        blocks are held at a time.
+        """Yield the result of each block, in order, and whether it was finished by an earlier run.
+
+        At most ``AHEAD * processes`` blocks are in memory at a time.
 
         Raises:
-            InputError: what failed first in the order of the records, reader and encoder taken together: the same
-                for any number of processes.
+            InputError: the first failure of reader or encoder in the order of the records; it is the same for any number
+                of processes.
         """
         given = told = 0
         source = iter(blocks)
@@ -71,7 +72,7 @@ class Workers:
         while not failed:
             try:
                 block = next(source, None)
-            except Exception as error:  # told in its turn: blocks before it may hold an earlier one
+            except Exception as error:  # raised in order: an earlier block may fail first
                 self._results[given] = (error, False)
                 given += 1
                 break
@@ -107,10 +108,10 @@ class Workers:
             return
         self._waiting.append((number, block))
         self._collect(0)
-        if self._started or len(self._waiting) > 1:  # else it may be the only one
+        if self._started or len(self._waiting) > 1:  # else this may be the only block
             for _ in range(1 if self._started else 2):
                 if self._waiting and len(self._started) < self._processes:
-                    self._busy.append(self._spawn())  # until it says that it is ready
+                    self._busy.append(self._spawn())  # busy until it reports that it is ready
         while len(self._waiting) + len(self._busy) >= AHEAD * self._processes:
             self._collect(None)
 
@@ -121,7 +122,7 @@ class Workers:
             self._results[number] = (error, False)
 
     def _collect(self, timeout: float | None) -> None:
-        """Take what the workers have to say and give them what waits; without a timeout, until one has spoken."""
+        """Receive the results of the workers and send them waiting blocks. Without a timeout, wait for at least one."""
         for pipe in wait(self._busy, timeout) if self._busy else ():
             assert isinstance(pipe, Connection)
             try:
@@ -141,15 +142,15 @@ class Workers:
                 raise self._ended(pipe) from None
 
     def _spawn(self) -> Connection:
-        resource_tracker.ensure_running()  # it would unblock the signals
+        resource_tracker.ensure_running()  # started later, it would unblock the signals
         mine, theirs = multiprocessing.Pipe()
         process = multiprocessing.get_context("spawn").Process(
             target=_serve, args=(self._make, theirs), daemon=True, name=f"prepare-{len(self._started)}"
         )
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # inherited: Ctrl-C while the worker is importing
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # inherited: no Ctrl-C while the worker imports
         main = sys.modules["__main__"]
-        # a spawned process imports the main module again, but that may be a notebook, or a script without a guard that
-        # would begin anew, and workers need nothing of it
+        # a spawned process imports the main module again. That may be a notebook, or a script without a __main__ guard,
+        # which would run again. Workers do not need it.
         sys.modules["__main__"] = types.ModuleType("__main__")
         try:
             process.start()
@@ -166,14 +167,14 @@ class Workers:
         if process.exitcode is not None and process.exitcode > 0:
             return RuntimeError(f"a worker process ended with exit code {process.exitcode}; its traceback is above")
         return InputError(
-            "a worker process was ended from outside (is the memory full?); what is finished stays: start again, "
+            "a worker process was killed from outside (is the memory full?); finished shards are kept: start again, "
             f"perhaps with fewer than {self._processes} processes"
         )
 
 
 def _serve(make: ShardMaker, pipe: Connection) -> None:
-    """A worker's life: says None when it is ready, then what became of each block with the block's number."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there are as many processes as cores already
+    """Main function of a worker process: send None when ready, then (number, result) for each block received."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is already one process per core
     for number in SIGNALS:  # sent to all processes of a job; the parent decides what to do
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -194,7 +195,7 @@ def _serve(make: ShardMaker, pipe: Connection) -> None:
 
 
 def _end_with_parent() -> None:
-    """A killed parent leaves no orphan that writes into a folder which someone else has taken over."""
+    """Exit when the parent ends, so that no orphan writes into a folder that another run has locked."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -386,7 +386,7 @@ def test_a_full_disk_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(
-        InputError, match=r"train-000001.tar: No space left on device; what is finished stays"
+        InputError, match=r"train-000001.tar: No space left on device; correct this and start again"
     ) as caught:
         prepare(raw, out, OPTIONS, processes=1, progress=False)
     assert "\n" not in str(caught.value)
@@ -490,7 +490,7 @@ def test_few_blocks_are_held_and_a_killed_worker_is_told(tmp_path: Path) -> None
     out.mkdir()
     maker = blocks.ShardMaker(out, lines.WordEncoder(delay=0.002), "stop")
     before = set(children(os.getpid()))
-    with pytest.raises(InputError, match="a worker process was ended from outside"), workers.Workers(maker, 2) as pool:
+    with pytest.raises(InputError, match="a worker process was killed from outside"), workers.Workers(maker, 2) as pool:
         for _ in pool.finish(counted()):
             told += 1
             if told == 25:

@@ -234,7 +234,7 @@ def test_what_is_not_there_is_the_users_error(path, message):
 def test_prepared_data_are_not_prepared_again(tmp_path):
     (tmp_path / "index.json").write_text('{"format": 1, "fingerprint": "x"}')
     (tmp_path / "train-000000.tar").touch()
-    with pytest.raises(InputError, match="is prepared already"):
+    with pytest.raises(InputError, match="is already prepared"):
         opened(tmp_path)
 
 
@@ -242,7 +242,7 @@ def test_the_kind_must_fit(tmp_path):
     jsonl(tmp_path / "a.jsonl", TEXTS)
     with pytest.raises(InputError, match=r"a.jsonl:1: cannot tell what the row is \(kind chat\)"):
         opened(tmp_path / "a.jsonl", kind="chat")
-    with pytest.raises(InputError, match="kind reversal is a folder"):
+    with pytest.raises(InputError, match="data.kind=reversal needs a folder"):
         opened(tmp_path / "a.jsonl", kind="reversal")
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(InputError, match="holds text, not grids"):

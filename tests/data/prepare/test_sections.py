@@ -132,7 +132,7 @@ def test_what_every_python_carries():
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (["nowhere"], r"nowhere: no such file or folder; give one, or python_docs"),
+        (["nowhere"], r"nowhere: no such file or folder; correct the path, or use python_docs"),
         (["rows.jsonl"], "rows.jsonl: holds jsonl, not text files"),
         (["a.txt"], r"a.txt: 1 of 1 sections have 3 passages, and two are needed; give a corpus with more"),
         (["a.txt", "short.txt"], r"1 of 2 sections have 3 passages, and two are needed; lower per-class to 1 or less"),

@@ -65,7 +65,7 @@ def test_a_flipped_bit_in_a_tar(folder: Path, offset: int, says: str, capsys: py
 def test_a_flipped_bit_at_the_end_of_a_tar(folder: Path) -> None:
     flip(folder / "train-000001.tar", -1)
     assert verify(folder, progress=False) == [
-        f"{folder / 'train-000001.tar'}: SHA-256 differs from the index's, behind its last sample"
+        f"{folder / 'train-000001.tar'}: SHA-256 differs from the index's, after its last sample"
     ]
 
 
