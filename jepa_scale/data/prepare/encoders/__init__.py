@@ -1,1 +1,1 @@
-"""From records to samples."""
+"""Encoders, which turn records into samples, and their tokenizers."""

@@ -1,4 +1,4 @@
-"""Conversations: messages of any common form made one form, and tokens with the turns found in them."""
+"""Conversations: normalised messages, and the character spans of the turns in the rendered text."""
 
 from __future__ import annotations
 
@@ -32,15 +32,17 @@ _THINKING = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
 
 
 def normalise(messages: Any, where: str, remove_thinking: bool = False) -> list[Message]:
-    """Messages as ``{"role", "content"}`` with the roles user, assistant, system and tool; ``tool_calls``, ``tool_call_id``
-    and ``name`` are kept.
+    """Convert messages to ``{"role", "content"}`` with the roles user, assistant, system and tool.
+
+    ``tool_calls``, ``tool_call_id`` and ``name`` are kept.
 
     Args:
-        messages: the same, or ShareGPT's ``{"from", "value"}``; a content may be a list of ``{"type": "text"}`` parts.
-        remove_thinking: drop ``<think>…</think>``, and the white space after it, from what the assistant says.
+        messages: in this form or ShareGPT's ``{"from", "value"}``; a content may be a list of ``{"type": "text"}`` parts.
+        remove_thinking: drop ``<think>…</think>``, and the white space after it, from the assistant's messages.
 
     Raises:
-        BadRecord: not messages, an unknown role, no turn of the assistant, or nothing said in any of them.
+        BadRecord: the value is not a list of messages, a role is unknown, there is no message of the assistant, or all of
+            them are empty.
     """
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise BadRecord(where, "not messages", f"must be a list of role and content, got {str(messages)[:60]!r}")
@@ -51,9 +53,9 @@ def normalise(messages: Any, where: str, remove_thinking: bool = False) -> list[
                 message["content"] = _THINKING.sub("", message["content"])
     answers = [m for m in found if m["role"] == "assistant"]
     if not answers:
-        raise BadRecord(where, "no assistant turn", "there is nothing to learn to say")
+        raise BadRecord(where, "no assistant turn", "there is no answer to train on")
     if not any(m["content"].strip() or m.get("tool_calls") for m in answers):
-        raise BadRecord(where, "empty answer", "the assistant says nothing in any turn")
+        raise BadRecord(where, "empty answer", "every message of the assistant is empty")
     return found
 
 
@@ -70,7 +72,7 @@ def _message(raw: Message, where: str, number: int) -> Message:
         raise BadRecord(where, "message without text", f"message {number} has content {str(content)[:60]!r}")
     try:
         content.encode()
-    except UnicodeEncodeError:  # "\ud800" is valid JSON and no character
+    except UnicodeEncodeError:  # "\ud800" is valid JSON, but not a character
         raise BadRecord(where, "invalid UTF-8", f"message {number} holds half of a surrogate pair") from None
     kept = {name: raw[name] for name in ("tool_calls", "tool_call_id", "name") if raw.get(name) is not None}
     return {"role": ROLES[role], "content": content, **kept}
@@ -78,7 +80,7 @@ def _message(raw: Message, where: str, number: int) -> Message:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Characters [start, stop) of a rendered conversation; for a message's turn, and for its content alone."""
+    """Characters [start, stop) of a rendered conversation: a message's turn, or its content alone."""
 
     start: int
     stop: int
@@ -90,22 +92,26 @@ Render = Callable[..., str]
 def turn_spans(
     messages: list[Message], render: Render, special: re.Pattern[str] | None, where: str
 ) -> tuple[str, list[Span], list[Span]]:
-    """The text that a template makes of messages, what of it each message's turn is, and each content's place.
+    """Render messages and locate the turns.
 
-    The assistant's turn goes from the end of the generation prompt to its closing token, the last special token that the
-    template writes when the conversation ends there; without one, to all that it writes. Another role's turn is its content.
+    An assistant's turn begins at the end of the generation prompt. It ends with its closing token: the last special token
+    that the template writes if the conversation ends there; without one, at the end of that text. The turn of another role
+    is its content.
 
-    The template is run once more with marks in the contents' places. Where what is between the marks is the same, nothing
-    has to be searched for, so that a content which looks like a header cannot be mistaken for one. Templates that look
-    into the assistant's words (to remove its thinking) change what is between; then the other roles' contents alone are
-    marked.
+    The template is rendered a second time with marks in place of the contents. If the text between the marks is the same in
+    both, the contents' positions follow from the marks. No search for headers is needed, so a content that resembles a
+    header cannot be mistaken for one. Some templates depend on the assistant's content (they remove its thinking), which
+    changes the text between the marks. Then only the contents of the other roles are marked.
 
     Args:
         render: (messages, add_generation_prompt=False) → text; raises for messages that the template refuses.
         special: matches any special token.
 
+    Returns:
+        The text, the turn of each message, and the contents that were marked.
+
     Raises:
-        BadRecord: the template refuses the messages, or changes what was said so that no turn can be told.
+        BadRecord: the template refuses the messages, or changes contents so that the turns cannot be found.
     """
     text = _rendered(render, messages, where)
     for roles in (None, ("user", "system", "tool")):
@@ -114,25 +120,25 @@ def turn_spans(
             turns = [marked.turn(n, render, special) for n in range(len(messages))]
             if None not in turns:
                 return text, [t for t in turns if t is not None], marked.contents()
-    detail = "the chat template changes what earlier turns say; try data.remove_thinking, or another template"
+    detail = "the chat template changes the content of earlier turns; try data.remove_thinking, or another template"
     raise BadRecord(where, "turns not found", detail)
 
 
 def _rendered(render: Render, messages: list[Message], where: str) -> str:
     try:
         return render(messages)
-    except Exception as error:  # jinja2's, or whatever the template's own expressions raise
+    except Exception as error:  # jinja2's, or from the template's own expressions
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise BadRecord(where, "chat template refuses the messages", reason) from None
 
 
 @dataclass(frozen=True, slots=True)
 class _Marked:
-    """A conversation rendered with marks for contents.
+    """A conversation rendered with marks in place of contents.
 
     Attributes:
-        messages: with marks.
-        text: rendered from these.
+        messages: the messages with marks.
+        text: the text rendered from them.
         marks: number of the message → (start in ``text``, length of the mark, start in the real text, length there).
     """
 
@@ -142,17 +148,17 @@ class _Marked:
 
     @classmethod
     def make(cls, messages: list[Message], render: Render, real: str, roles: tuple[str, ...] | None) -> _Marked | None:
-        """None when the text is not the marked text with the contents put in."""
+        """Render with marks; returns None if ``real`` is not the marked text with the contents inserted."""
         marks = {
             n: f"\ue000{n}\ue001" for n, m in enumerate(messages) if m["content"] and (not roles or m["role"] in roles)
         }
         marked = [{**m, "content": marks.get(n, m["content"])} for n, m in enumerate(messages)]
         try:
             text = render(marked)
-        except Exception:  # a template may look into contents
+        except Exception:  # a template may depend on contents
             return None
         places: dict[int, tuple[int, int, int, int]] = {}
-        done = at = 0  # in the marked text, in the real one
+        done = at = 0  # positions in the marked text and in the real one
         for n, mark in marks.items():
             start = text.find(mark, done)
             if start < 0 or text.count(mark) != 1:
@@ -173,7 +179,7 @@ class _Marked:
         return cls(marked, text, places) if real[at:] == text[done:] else None
 
     def real(self, position: int) -> int:
-        """Where a place outside of the marks is in the real text."""
+        """Map a position of ``text`` outside the marks to the real text."""
         shift = 0
         for start, mark, _, length in self.marks.values():
             if start + mark <= position:
@@ -184,10 +190,10 @@ class _Marked:
         return [Span(at, at + length) for _, _, at, length in self.marks.values()]
 
     def turn(self, number: int, render: Render, special: re.Pattern[str] | None) -> Span | None:
-        """None when it cannot be told."""
+        """Return the turn of a message in the real text; None if it cannot be found."""
         place = self.marks.get(number)
         if self.messages[number]["role"] != "assistant":
-            # an empty content has no place of its own: it lies where the last one before it ends
+            # an empty content has no mark: it is placed where the last content before it ends
             before = max((at + length for n, (_, _, at, length) in self.marks.items() if n < number), default=0)
             return Span(place[2], place[2] + place[3]) if place else Span(before, before)
         prompt = self._prefix(render, self.messages[:number], add_generation_prompt=True)
@@ -207,16 +213,16 @@ class _Marked:
         return Span(self.real(start), self.real(stop))
 
     def _prefix(self, render: Render, messages: list[Message], **options: bool) -> int | None:
-        """Length of what ``messages`` alone are rendered to, when that is how the whole text begins."""
+        """Return the length of the text of ``messages`` alone, if the whole text begins with it; else None."""
         try:
             text = render(messages, **options)
-        except Exception:  # e.g. no messages at all, before an assistant that speaks first
+        except Exception:  # e.g. an empty list, if the assistant's message is the first
             return None
         return len(text) if self.text.startswith(text) else None
 
 
 def special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
-    """Matches any of the tokenizer's special tokens, the longest first."""
+    """Compile a pattern that matches any of the tokenizer's special tokens, the longest first; None without any."""
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     tokens = {str(token.content) for token in added if token.special} | set(tokenizer.all_special_tokens)
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))) if tokens else None

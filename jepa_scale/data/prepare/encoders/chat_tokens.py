@@ -1,4 +1,4 @@
-"""From a conversation's text and its turns' characters to token ids and their turns."""
+"""Tokenization of rendered conversations, with the token range of each turn."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Tokens = tuple[list[int], list[tuple[int, int]]]
-"""Ids, and [start, stop) of each message's turn in them."""
+"""Token ids, and the token range [start, stop) of each message's turn."""
 
 
 TEMPLATE_DATE = "26 Jul 2024"
-"""What templates that write today's date (Llama 3's) write instead, so that the same data are the same tokens on every day.
-It is the date that these templates fall back to themselves."""
+"""Fixed date for templates that would write today's date (Llama 3's), so that equal data give equal tokens on every day.
+It is the default date of these templates."""
 
 
 def render(
@@ -29,14 +29,14 @@ def render(
     add_generation_prompt: bool = False,
     thinking: bool = False,
 ) -> str:
-    """What the tokenizer's chat template makes of messages.
+    """Render messages by the tokenizer's chat template.
 
     Args:
-        thinking: the assistant thinks aloud. If not, templates that offer it (Qwen 3's) put an empty thought into the generation
-            prompt, where it is no part of the answer.
+        thinking: the assistant's messages contain thinking. If False, templates that support it (Qwen 3's) put an empty
+            thought into the generation prompt, where it is not part of the answer.
 
     Raises:
-        Exception: jinja2's, or whatever the template's own expressions raise.
+        Exception: jinja2's, or any that the template's own expressions raise.
     """
     text = tokenizer.apply_chat_template(
         messages,
@@ -50,15 +50,15 @@ def render(
 
 
 def thinks(messages: list[Message]) -> bool:
-    """Whether the assistant thinks aloud in any message."""
+    """Return whether any message of the assistant contains ``<think>``."""
     return any(m["role"] == "assistant" and "<think>" in m["content"] for m in messages)
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, raw: bool = True) -> list[int]:
-    """Ids of a text alone, nothing added.
+    """Tokenize a text without adding special tokens.
 
     Args:
-        raw: a special token's name in the text is text.
+        raw: treat the name of a special token within the text as text.
     """
     return list(tokenizer(text, add_special_tokens=False, split_special_tokens=raw, verbose=False)["input_ids"])
 
@@ -70,10 +70,10 @@ def encode_turns(
     contents: list[Span],
     special: re.Pattern[str] | None,
 ) -> Tokens:
-    """Tokens of a rendered conversation. The template's special tokens are special, those that somebody has said are text.
+    """Tokenize a rendered conversation. Names of special tokens are special in the template, but text within contents.
 
-    The text is tokenised as a whole, as it will be by whoever uses the model; a token across a turn's border belongs to the
-    turn. Piece by piece instead when the tokenizer tells no offsets, or when somebody has said a special token.
+    The text is tokenised as a whole, as in later use of the model; a token across a turn's border belongs to the turn. It is
+    tokenised piece by piece if the tokenizer provides no offsets, or if a content holds the name of a special token.
     """
     said_special = special is not None and any(special.search(text, c.start, c.stop) for c in contents)
     if not tokenizer.is_fast or said_special:
@@ -93,7 +93,7 @@ def encode_turns(
 def _by_pieces(tokenizer: PreTrainedTokenizerBase, text: str, turns: list[Span], contents: list[Span]) -> Tokens:
     borders = sorted({0, len(text)} | {at for span in (*turns, *contents) for at in (span.start, span.stop)})
     ids: list[int] = []
-    before = {0: 0}  # tokens before a border
+    before = {0: 0}  # border → number of tokens before it
     for start, stop in pairwise(borders):
         is_content = any(c.start <= start and stop <= c.stop for c in contents)
         ids += encode_text(tokenizer, text[start:stop], raw=is_content)
@@ -102,8 +102,10 @@ def _by_pieces(tokenizer: PreTrainedTokenizerBase, text: str, turns: list[Span],
 
 
 def encode_plain(tokenizer: PreTrainedTokenizerBase, messages: list[Message], prefix: list[int]) -> Tokens:
-    """Without a template: contents joined by line ends, EOS after each of the assistant's. The line end before an answer is
-    tokenised apart from it, as a prompt that ends there is."""
+    """Tokenize messages without a template: contents joined by line ends, EOS after each answer of the assistant.
+
+    The line end before an answer is tokenised separately, as it is in a prompt that ends there.
+    """
     ids, turns = list(prefix), []
     for number, message in enumerate(messages):
         if number:
@@ -118,6 +120,6 @@ def encode_plain(tokenizer: PreTrainedTokenizerBase, messages: list[Message], pr
 
 
 def bos_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The BOS id if it is this tokenizer's habit to begin a text with it."""
+    """Return the BOS id in a list if this tokenizer begins texts with it, else an empty list."""
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and list(tokenizer("a", verbose=False)["input_ids"])[:1] == [bos] else []

@@ -1,4 +1,4 @@
-"""Encoders: a record becomes samples. One class a kind; all are picklable."""
+"""Encoders, which turn a record into samples; one picklable class per kind of data."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
 
 def make_encoder(reader: Reader, options: PrepareOptions, cache: Path) -> Encoder:
-    """The encoder of a reader's kind. Its tokenizer is trained on the split ``train``, or loaded.
+    """Make the encoder for a reader's kind. Its tokenizer is trained on the split ``train``, or loaded.
 
     Args:
-        cache: folder of the trained tokenizers.
+        cache: folder in whose subfolder ``tokenizers`` trained tokenizers are kept.
 
     Raises:
         InputError: the tokenizer cannot be loaded or has no chat template, or there is no text to train one on.
@@ -58,7 +58,7 @@ def make_encoder(reader: Reader, options: PrepareOptions, cache: Path) -> Encode
 
 
 def _texts(reader: Reader, options: PrepareOptions) -> Iterator[str]:
-    """What a tokenizer is trained on; bad records are the job's to tell."""
+    """Yield the texts on which a tokenizer is trained. Bad records are skipped; the job reports them."""
     for item in reader.records("train"):
         if isinstance(item, BadRecord):
             continue
@@ -73,8 +73,8 @@ def _texts(reader: Reader, options: PrepareOptions) -> Iterator[str]:
 
 
 def cut(tokens: np.ndarray, limit: int) -> list[np.ndarray]:
-    """Pieces of at most ``limit`` tokens, each beginning with the last token of the one before, so that every token but the
-    first is predicted exactly once."""
+    """Cut tokens into pieces of at most ``limit``. Each begins with the last token of the piece before, so that every token
+    except the first is predicted exactly once."""
     return [tokens[start : start + limit] for start in range(0, max(len(tokens) - 1, 1), limit - 1)]
 
 
@@ -86,12 +86,12 @@ def _documents(where: str, tokens: np.ndarray, limit: int, vocab_size: int) -> l
 
 
 def _name(where: str) -> str:
-    """Of a record, without the folder: the same data are the same bytes wherever they lie."""
+    """Return a record's name without the folder, so that equal data give equal bytes in any folder."""
     return where.rpartition("/")[2]
 
 
 class _TokenizerEncoder:
-    """What encoders with a tokenizer share."""
+    """Base class of encoders with a tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
@@ -107,8 +107,7 @@ class _TokenizerEncoder:
 
 
 class TextEncoder(_TokenizerEncoder):
-    """A text: its ids, EOS at the end, BOS before them if that is the tokenizer's habit. A special token's name in a text
-    is text."""
+    """Encoder of texts: BOS if the tokenizer adds one, the ids, EOS. The name of a special token in a text is text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_document_tokens: int) -> None:
         super().__init__(tokenizer)
@@ -117,21 +116,22 @@ class TextEncoder(_TokenizerEncoder):
     def __call__(self, record: Record) -> list[Sample]:
         ids = encode_text(self.tokenizer, record.value)
         if not ids:
-            raise BadRecord(record.where, "empty document", "the tokenizer makes nothing of it")
+            raise BadRecord(record.where, "empty document", "the tokenizer returns no tokens for it")
         end = [self.special["eos"]] if "eos" in self.special else []
         return _documents(record.where, np.array([*self._bos, *ids, *end]), self._limit, self.vocab_size)
 
 
 class ChatEncoder(_TokenizerEncoder):
-    """A conversation: its ids by the tokenizer's chat template, the messages, and the tokens of each message's turn.
-    Conversations are not cut. ``special["end"]`` is the token that closes an answer, where the template has one.
+    """Encoder of conversations: ids by the tokenizer's chat template, the messages, and each message's token range.
+
+    Conversations are not cut. ``special["end"]`` is the token that closes an answer, if the template has one.
 
     Args:
-        plain: no template; see :func:`~jepa_scale.data.prepare.encoders.chat_tokens.encode_plain`.
-        name: of the tokenizer, for errors.
+        plain: use no template; see :func:`~jepa_scale.data.prepare.encoders.chat_tokens.encode_plain`.
+        name: name of the tokenizer, for errors.
 
     Raises:
-        InputError: there is no chat template, or (``plain``) no EOS.
+        InputError: the tokenizer has no chat template, or (``plain``) no EOS.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, plain: bool, remove_thinking: bool, name: str) -> None:
@@ -139,10 +139,12 @@ class ChatEncoder(_TokenizerEncoder):
         self._plain, self._remove_thinking = plain, remove_thinking
         self._pattern = special_pattern(tokenizer)
         if plain and tokenizer.eos_token_id is None:
-            raise InputError(f"data.plain: tokenizer {name!r} has no EOS token to close an answer with")
+            raise InputError(
+                f"data.plain: tokenizer {name!r} has no EOS token to close an answer; use another tokenizer"
+            )
         if not plain and not tokenizer.chat_template:
             raise InputError(
-                f"data.tokenizer: {name!r} has no chat template; take a tokenizer that has one, or set data.plain: true"
+                f"data.tokenizer: {name!r} has no chat template; use a tokenizer that has one, or set data.plain: true"
             )
         end = self._closing_token()
         if end is not None:
@@ -152,7 +154,7 @@ class ChatEncoder(_TokenizerEncoder):
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         try:
             (sample,) = self(Record("", {"messages": messages}))
-        except BadRecord:  # a template that wants more than this
+        except BadRecord:  # the template requires more than this conversation
             return None
         last = int(sample.members["npy"][sample.members["json"]["turns"][1][1] - 1])
         return last if last in self.tokenizer.all_special_ids or self._is_special(last) else None
@@ -178,7 +180,7 @@ class ChatEncoder(_TokenizerEncoder):
 
 
 class TokenEncoder:
-    """Token ids that are there already; nothing is added to them."""
+    """Encoder of data that are token ids already; it adds no tokens."""
 
     tokenizer_fingerprint = ""
 
@@ -194,7 +196,7 @@ class TokenEncoder:
 
 
 class GridEncoder:
-    """Grids as they are; ``tokens`` is the length of the flattened sequence."""
+    """Encoder of grids, which are stored unchanged; ``tokens`` is the length of the flattened sequence."""
 
     vocab_size = GRID_VOCABULARY
     tokenizer_fingerprint = ""
@@ -213,7 +215,7 @@ class GridEncoder:
 
 
 class FactEncoder:
-    """Rows of facts as they are; ``vocab.json`` is kept in the tokenizer's place."""
+    """Encoder of facts, whose rows are stored unchanged; ``vocab.json`` is saved in place of a tokenizer."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         assert vocabulary.file is not None

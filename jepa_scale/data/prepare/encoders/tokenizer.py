@@ -1,4 +1,4 @@
-"""Tokenizers: one trained on the data and kept by what it was trained on, or any of Hugging Face's."""
+"""Tokenizers: a BPE tokenizer trained on the data and cached, or any Hugging Face tokenizer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TRAINED_ON = 64 * 2**20
-"""Bytes of text that a tokenizer is trained on, at most: the first ones."""
+"""Largest number of bytes of text that a tokenizer is trained on; later text is not used."""
 EOS, PAD, MASK = "<|endoftext|>", "<|pad|>", "<|mask|>"
 CHAT = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 CHAT_TEMPLATE = (
@@ -31,14 +31,14 @@ CHAT_TEMPLATE = (
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int, cache: Path, chat: bool) -> PreTrainedTokenizerBase:
-    """A byte-level BPE tokenizer of the texts' first ``TRAINED_ON`` bytes; the same texts give the same one.
+    """Train a byte-level BPE tokenizer on the texts' first ``TRAINED_ON`` bytes. Equal texts give equal tokenizers.
 
-    It is kept in ``cache/tokenizers/<SHA-256 of everything it depends on>`` and taken from there the next time.
+    It is cached in ``cache/tokenizers/<SHA-256 of everything it depends on>`` and loaded from there the next time.
 
     Args:
-        vocab_size: special tokens and the 256 bytes included. Fewer come out when the texts hold no more pairs that occur
-            twice, more when special tokens and bytes alone are more.
-        chat: with the special tokens and the template of conversations.
+        vocab_size: wanted size, special tokens and the 256 bytes included. The result is smaller if no pair is left that
+            occurs twice, and larger if special tokens and bytes alone exceed it.
+        chat: add the special tokens and the template of conversations.
 
     Raises:
         InputError: there is no text.
@@ -48,7 +48,7 @@ def train_bpe(texts: Iterator[str], vocab_size: int, cache: Path, chat: bool) ->
 
     kept = _first_bytes(texts, TRAINED_ON)
     if not kept:
-        raise InputError("data.tokenizer: bpe has no readable text to be trained on; look at what was skipped")
+        raise InputError("data.tokenizer: bpe has no readable text to train on; check which records were skipped")
     special = [EOS, PAD, MASK, *(CHAT if chat else ())]
     name = _digest(kept, [vocab_size, special, CHAT_TEMPLATE if chat else "", tokenizers.__version__])
     folder = cache / "tokenizers" / name
@@ -60,7 +60,7 @@ def train_bpe(texts: Iterator[str], vocab_size: int, cache: Path, chat: bool) ->
             mask_token=MASK,
             extra_special_tokens=list(CHAT) if chat else [],
             clean_up_tokenization_spaces=False,
-            model_max_length=10**30,  # documents are cut later; no warnings about long ones
+            model_max_length=10**30,  # no warnings about long documents, which are cut later
         )
         if chat:
             trained.chat_template = CHAT_TEMPLATE
@@ -107,12 +107,12 @@ def _train(texts: list[str], vocab_size: int, special: list[str]) -> Tokenizer:
 
 
 def _save_atomic(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """The folder appears whole; of two processes that make it, the first one's stays."""
+    """Save the folder atomically; if another process has saved it first, that one is kept."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
     try:
         tokenizer.save_pretrained(temporary)
-        temporary.chmod(0o755)  # mkdtemp makes it private
+        temporary.chmod(0o755)  # mkdtemp creates it for its owner only
         os.rename(temporary, folder)
     except OSError:
         if not folder.is_dir():
@@ -122,16 +122,16 @@ def _save_atomic(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 
 def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """A Hugging Face tokenizer by name or from a folder.
+    """Load a Hugging Face tokenizer by name or from a folder.
 
     Raises:
-        InputError: it cannot be loaded; names it and says what to do.
+        InputError: it cannot be loaded.
     """
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # OSError, ValueError, KeyError, ImportError …, whatever the files are like
+    except Exception as error:  # OSError, ValueError, KeyError, ImportError …, depending on the fault
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"data.tokenizer: {name_or_path!r} cannot be loaded ({reason}); give a local folder made by save_pretrained, a "
@@ -140,7 +140,7 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTra
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """``eos``, ``pad`` (``eos`` where there is none), ``bos`` and ``mask``, those that the tokenizer has."""
+    """Return the ids of ``eos``, ``pad`` (the id of ``eos`` if there is none), ``bos`` and ``mask``, if the tokenizer has them."""
     names = ("eos", "pad", "bos", "mask")
     found = {name: getattr(tokenizer, f"{name}_token_id", None) for name in names}
     if found["pad"] is None:
@@ -149,11 +149,11 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 in hex of what makes the ids: the tokenizer's pipeline and vocabulary, its template, its special ids."""
+    """Return the SHA-256, in hex, of all that determines the ids: pipeline, vocabulary, chat template and special ids."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         content = json.loads(backend.to_str())
-        content |= {"truncation": None, "padding": None}  # set by whoever called it last
+        content |= {"truncation": None, "padding": None}  # state of the last call, not of the tokenizer
     else:
         content = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
     rest = [getattr(tokenizer, "chat_template", None), special_ids(tokenizer)]

@@ -1,1 +1,1 @@
-"""Raw data: a file a format, each of them a reader of records."""
+"""Formats of raw data, one module per format; each reads files as records."""

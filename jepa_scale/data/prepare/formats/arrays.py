@@ -1,4 +1,4 @@
-"""Rows of token ids as NumPy arrays: ``shard_*.npy`` beside ``metadata.json`` (SPEC row S1)."""
+"""SpanJEPA's token files: rows of token ids in NumPy arrays, ``shard_*.npy`` beside ``metadata.json``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jepa_scale.utils.errors import InputError
 
 METADATA = "metadata.json"
 PATTERN = "shard_*.npy"
-_ROWS = 4096  # checked at a time
+_ROWS = 4096  # rows checked at a time
 
 
 def is_token_folder(folder: Path) -> bool:
@@ -30,13 +30,13 @@ def _looks_like_metadata(path: Path) -> bool:
 
 
 def open_tokens(folder: Path) -> Source:
-    """Records whose values are (n,) integer arrays: a row without its padding and its EOS.
+    """Open a folder of token files. A record's value is an (n,) integer array: a row without its padding and EOS.
 
     ``metadata.json`` holds ``vocab_size``, ``max_seq_len``, ``eos_id``, ``pad_id`` and ``mask_id``. All rows are checked
     against it here, before anything is written.
 
     Raises:
-        InputError: a file is missing or damaged, or contradicts the metadata; names file, key and row (from 0).
+        InputError: a file is missing or damaged, or contradicts the metadata. The message names file, key and row (from 0).
     """
     metadata = folder / METADATA
     values = _read_metadata(metadata)
@@ -57,7 +57,7 @@ def _read_metadata(path: Path) -> dict[str, int]:
     try:
         content: Any = json.loads(path.read_bytes())
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}; it says what the ids of {PATTERN} mean") from None
+        raise InputError(f"{path}: cannot be read: {error.strerror}; it must define the ids of {PATTERN}") from None
     except ValueError as error:
         raise InputError(f"{path}: not valid JSON: {error}") from None
     keys = ("vocab_size", "max_seq_len", "eos_id", "pad_id", "mask_id")
@@ -72,7 +72,7 @@ def _read_metadata(path: Path) -> dict[str, int]:
 
 
 def _check(path: Path, metadata: dict[str, int], metadata_file: Path) -> int:
-    """The number of rows."""
+    """Check an array against the metadata; returns its number of rows."""
     array = _load(path)
     if array.ndim != 2 or array.dtype.kind not in "iu":
         raise InputError(f"{path}: must be (rows, T) of integers, is {array.shape} of {array.dtype}")
@@ -87,7 +87,7 @@ def _check(path: Path, metadata: dict[str, int], metadata_file: Path) -> int:
             row = int(np.flatnonzero(bad.any(axis=1))[0])
             raise InputError(
                 f"{path}, row {start + row}: id {int(rows[row][bad[row]][0])} is not in 0 … vocab_size - 1 = "
-                f"{metadata['vocab_size'] - 1} of {metadata_file}"
+                f"{metadata['vocab_size'] - 1}, as given by {metadata_file}"
             )
     return len(array)
 
@@ -96,7 +96,7 @@ def _load(path: Path) -> np.ndarray:
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: not a whole NumPy array: {error}") from None
+        raise InputError(f"{path}: is not a complete NumPy array: {error}") from None
 
 
 def _read(files: tuple[Path, ...], fill: tuple[int, ...]) -> Items:

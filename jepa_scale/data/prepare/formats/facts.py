@@ -1,4 +1,4 @@
-"""Facts in both directions as files (SPEC row V2): rows as they are, checked as a whole."""
+"""GPT2WithJEPA's files of facts in both directions: rows are passed on unchanged, after a check of all files."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ def is_fact_folder(folder: Path) -> bool:
 
 
 def open_facts(folder: Path) -> Source:
-    """Records whose values are rows, ``{"input_text", "target_text", …}``.
+    """Open a folder of facts. A record's value is a row, ``{"input_text", "target_text", …}``.
 
     Raises:
-        InputError: a file is missing or damaged, or a row is not as the format says; see ``reversal_files.read``.
+        InputError: a file is missing or damaged, or a row does not follow the format; see
+            :func:`jepa_scale.data.reversal.files.read`.
     """
     data = reversal_files.read(folder)
     parts = {"train": Part(partial(_read, folder / "train.json", None), len(data.train))}

@@ -1,4 +1,4 @@
-"""From what a user writes (file, folder, glob, brace pattern) to files, by format and by split."""
+"""Resolution of a path (file, folder, glob, brace pattern) to files, with their format and splits."""
 
 from __future__ import annotations
 
@@ -36,15 +36,18 @@ _SPLITS = {
 
 
 def split_of(name: str) -> str | None:
-    """``train``, ``valid`` or ``test`` by the name of a file, folder or Hugging Face split: ``valid.jsonl``,
-    ``train-00000-of-00004.parquet``, ``wiki.test.tokens``; None when it tells nothing."""
+    """Return the split (``train``, ``valid`` or ``test``) in the name of a file, folder or Hugging Face split.
+
+    Examples are ``valid.jsonl``, ``train-00000-of-00004.parquet`` and ``wiki.test.tokens``. Returns None if the name
+    contains no split.
+    """
     words = re.split(r"[-_.]", name.lower())
     return next((_SPLITS[word] for word in words if word in _SPLITS), None)
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Files of one format, by split and in order. ``root`` is the folder that their names are told from."""
+    """Files of one format, by split and in order. ``root`` is the folder to which their names are relative."""
 
     format: str
     splits: dict[str, tuple[Path, ...]]
@@ -52,7 +55,7 @@ class Found:
 
 
 def expand(path: str) -> list[Path]:
-    """What a path, glob or brace pattern names, in order; empty when nothing."""
+    """Return the files and folders that a path, glob or brace pattern names, in order; empty if there are none."""
     from braceexpand import braceexpand
 
     path = os.path.expanduser(path)
@@ -61,7 +64,7 @@ def expand(path: str) -> list[Path]:
     try:
         names = list(braceexpand(path)) if "{" in path else [path]
     except ValueError:  # its UnbalancedBracesError
-        raise InputError(f"data path {path!r}: braces are not closed") from None
+        raise InputError(f"data path {path!r}: braces are not closed; add the missing brace") from None
     found: list[Path] = []
     for name in names:
         if os.path.exists(name):
@@ -74,16 +77,16 @@ def expand(path: str) -> list[Path]:
 
 
 def find(paths: list[Path], by_name: bool = True) -> Found:
-    """The files of one folder, or a list of files.
+    """Find the files of one folder, or of a list of files, and their format and splits.
 
-    Hidden files and a README, licence or the like beside the data are left out; in a list, nothing is.
+    In a folder, hidden files and a README, licence or the like are left out; in a list, nothing is.
 
     Args:
-        by_name: a folder's or list's files named valid or test are these splits, not training data. Text files are
-            told apart so only where one of them is named train, or all are named.
+        by_name: files named valid or test become these splits instead of training data. For text files this applies
+            only if one of them is named train, or all have a split's name.
 
     Raises:
-        InputError: no file, files of several formats, or nothing to train on.
+        InputError: there is no file, there are files of several formats, or no file belongs to the split ``train``.
     """
     folders = [p for p in paths if p.is_dir()]
     if folders and len(paths) > 1:
@@ -96,7 +99,7 @@ def find(paths: list[Path], by_name: bool = True) -> Found:
         if not paths[0].is_absolute():
             root = Path(os.path.relpath(root))
     if not files:
-        raise InputError(f"{root}: holds no files")
+        raise InputError(f"{root}: holds no files; choose a folder with data")
     for file in files:
         if file.suffix.lower() in _PACKED:
             raise InputError(f"{file}: is compressed; unpack it first")
@@ -127,7 +130,9 @@ def _by_split(files: list[Path], root: Path, format_: str) -> dict[str, tuple[Pa
     named = []
     for file in files:
         parts = relative(file, root).split("/")
-        whole = (_SPLITS.get(part.lower()) for part in reversed(parts[:-1]))  # a folder's name, if that is all of it
+        whole = (
+            _SPLITS.get(part.lower()) for part in reversed(parts[:-1])
+        )  # folders count only if the whole name is a split's
         split = split_of(parts[-1]) or next((s for s in whole if s), None)
         named.append(split)
         splits.setdefault(split or "train", []).append(file)

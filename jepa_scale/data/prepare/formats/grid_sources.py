@@ -1,4 +1,4 @@
-"""Sequences of grids by name: generated ones, and chains of ARC's pairs (SPEC row G1)."""
+"""Grid corpora with a name, for GridJEPA: generated sequences, and chains of ARC's pairs."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from jepa_scale.data.prepare.places import data_places
 from jepa_scale.utils.errors import InputError
 
 FRAMES = 6
-"""Grids of a generated sequence: three windows."""
+"""Grids per generated sequence; they make three windows."""
 SEQUENCES = {"train": 2000, "valid": 200}
 _SEEDS = {"train": 0, "valid": 1}
 
 
 def generated(options: PrepareOptions) -> Source:
-    """Windows over sequences of :mod:`jepa_scale.data.grids.rules`: 6,000 to train on and 600 of others as the split ``valid``."""
+    """Open generated windows over sequences of :mod:`jepa_scale.data.grids.rules`.
+
+    There are 6,000 training windows, and 600 of other sequences in the split ``valid``.
+    """
     parts = {split: Part(partial(_generated, split), n * (FRAMES - 3)) for split, n in SEQUENCES.items()}
     return Source("grids", parts, _identify_generated)
 
@@ -33,18 +36,20 @@ def _generated(split: str) -> Items:
 
 
 def _identify_generated() -> str:
-    """By what a few of them look like: whoever changes the rules changes the data."""
+    """Hash a few of the sequences, so that a change of the rules changes the fingerprint."""
     some = [[frame.tolist() for frame in grid_rules.frames(seed, 0, FRAMES)] for seed in _SEEDS.values()]
     return identity("grid_rules", SEQUENCES, FRAMES, some)
 
 
 def arc(options: PrepareOptions) -> Source:
-    """ARC's training tasks (Chollet, arXiv 1911.01547) as chains: the input and the output of one demonstration and the input of
-    another lead to the latter's output, for every two demonstrations of a task. The split ``valid`` has the tasks' tests, each
-    led to by the task's last demonstration.
+    """Open ARC's training tasks (Chollet, arXiv 1911.01547) as chains of two pairs.
+
+    The context is the input and output of one demonstration and the input of another; the target is the latter's output. There
+    is a chain for every ordered pair of demonstrations of a task. In the split ``valid``, the second pair is one of the task's
+    tests and the first is the task's last demonstration.
 
     Raises:
-        InputError: the folder of task files is not there.
+        InputError: the folder of task files is missing.
     """
     folders = [place / "arc" / "training" for place in data_places()]
     for folder in folders:

@@ -1,4 +1,4 @@
-"""Grids of colours: checked, and cut into contexts and targets (SPEC row G1)."""
+"""Rows of grids of colours for GridJEPA: checks, and windows of context and target."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from jepa_scale.data.prepare.base import BadRecord, Record
 from jepa_scale.data.prepare.formats.source import Items
 
 CONTEXT = 3
-"""Grids before the target, at most, in a sliding window over frames."""
+"""Largest number of grids before the target in a sliding window over frames."""
 COLOURS = 10
 
 
 def grid_fault(grid: Any) -> tuple[str, str] | None:
-    """(reason, detail) of what is wrong with a grid, None when nothing is."""
+    """Return (reason, detail) of the fault of a grid, None if the grid is valid."""
     if not isinstance(grid, list) or not all(isinstance(row, list) for row in grid):
         return "not a grid", f"must be a list of rows of colours, got {str(grid)[:40]}"
     if not grid or not grid[0]:
@@ -39,8 +39,11 @@ def looks_like_grids(value: Any) -> bool:
 
 
 def windows(where: str, frames: Any, field: str = "frames") -> Items:
-    """Each grid after the first ``CONTEXT`` with these before it; fewer grids than that make one pair, the last with all
-    before it. A record is called ``where#frames[n]`` by its target."""
+    """Yield windows over frames: each grid from number ``CONTEXT`` on as the target of the ``CONTEXT`` grids before it.
+
+    With too few grids for that, the last one is the target of all grids before it. A record is named ``where#frames[n]`` after
+    its target.
+    """
     if not isinstance(frames, list):
         yield BadRecord(where, "not a grid", f"{field} must be a list of grids")
         return
@@ -57,7 +60,7 @@ def windows(where: str, frames: Any, field: str = "frames") -> Items:
 
 
 def pair(where: str, context: Any, target: Any, names: tuple[str, str]) -> Record | BadRecord:
-    """A context (a list of grids) and what follows it."""
+    """Make a record of a context (a list of grids) and its target; a bad record if a grid is invalid."""
     if not isinstance(context, list) or not context:
         return BadRecord(where, "not a grid", f"{names[0]} must be a list of one or more grids")
     many = names[0] == "context"

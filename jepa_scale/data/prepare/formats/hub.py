@@ -1,4 +1,4 @@
-"""Hugging Face datasets: by name from the hub, streamed, and as ``save_to_disk`` leaves them in a folder."""
+"""Hugging Face datasets: streamed from the hub by name, or read from a folder written by ``save_to_disk``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def looks_like_name(path: str) -> bool:
-    """Whether ``path`` may be a dataset's name on the hub: ``owner/name``, or ``name`` without a suffix."""
+    """Return whether ``path`` may be a dataset's name on the hub: ``owner/name``, or ``name`` without a suffix."""
     return _NAME.fullmatch(path) is not None and ("/" in path or "." not in path)
 
 
@@ -27,11 +27,13 @@ def is_saved(folder: Path) -> bool:
 
 
 def choose_splits(names: list[str], train: str | None, what: str) -> dict[str, str]:
-    """Our name → theirs: the split to train on, and those that are named like an evaluation of it (``validation``, ``test``;
-    of ``train_sft``: ``test_sft``). Others are left alone.
+    """Map the project's split names to the dataset's: the training split and its evaluation splits.
+
+    Evaluation splits are recognised by name (``validation``, ``test``; for ``train_sft``: ``test_sft``). Other splits are not
+    used.
 
     Raises:
-        InputError: there is no split of this name.
+        InputError: the dataset has no split of the wanted name.
     """
     wanted = train or ("train" if "train" in names or len(names) != 1 else names[0])
     if wanted not in names:
@@ -46,7 +48,7 @@ def choose_splits(names: list[str], train: str | None, what: str) -> dict[str, s
 
 
 def saved_parts(folder: Path, options: PrepareOptions) -> dict[str, Part]:
-    """Parts of raw rows, called ``folder/split#n``.
+    """Open the splits of a saved dataset as parts of raw rows, named ``folder/split#n``.
 
     Raises:
         InputError: the folder cannot be read as a dataset, or has no such split.
@@ -61,7 +63,7 @@ def saved_parts(folder: Path, options: PrepareOptions) -> dict[str, Part]:
 
 
 def saved_files(folder: Path) -> tuple[Path, ...]:
-    """The dataset's own files; what the library has cached beside them is left out."""
+    """Return the dataset's own files, without the library's cache files beside them."""
     return tuple(sorted(f for f in folder.rglob("*") if f.is_file() and not f.name.startswith(("cache-", "."))))
 
 
@@ -70,7 +72,7 @@ def _load_saved(folder: Path) -> Any:
 
     try:
         return datasets.load_from_disk(str(folder))
-    except Exception as error:  # whatever the library raises about a damaged folder
+    except Exception as error:  # the library raises many types for a damaged folder
         raise InputError(f"{folder}: cannot be read as a saved dataset: {_first_line(error)}") from None
 
 
@@ -82,7 +84,7 @@ def _saved_rows(folder: Path, split: str | None) -> Items:
 
 
 def hub_parts(name: str, options: PrepareOptions) -> dict[str, Part]:
-    """Parts of raw rows, called ``name/split#n``, read from the hub while they are used.
+    """Open the splits of a dataset on the hub as parts of raw rows, named ``name/split#n``. Rows are streamed.
 
     Raises:
         InputError: the dataset cannot be reached, or has no such split or configuration.
@@ -98,7 +100,7 @@ def hub_parts(name: str, options: PrepareOptions) -> dict[str, Part]:
 
 
 def hub_rows(name: str, config: str | None, split: str) -> Items:
-    """The rows of a split, streamed."""
+    """Stream the rows of a split from the hub."""
     import datasets
 
     try:
@@ -116,7 +118,7 @@ def unreachable(name: str, error: Exception) -> InputError:
 
 
 def identify_hub(name: str, *choices: Any) -> str:
-    """SHA-256 in hex of the name, the newest commit where the hub says it, and the options."""
+    """Return the SHA-256, in hex, of the name, the options, and the newest commit if the hub can be reached."""
     return identity(name, _commit(name), *choices)
 
 
@@ -125,7 +127,7 @@ def _commit(name: str) -> str | None:
         from huggingface_hub import HfApi
 
         return HfApi().dataset_info(name, timeout=20).sha
-    except Exception:  # offline: a name and a configuration are all that is known
+    except Exception:  # offline: only the name and the options identify the data
         return None
 
 

@@ -1,4 +1,4 @@
-"""Files of rows: JSON lines, JSON, parquet. A record's value is a row as a ``dict``."""
+"""Files of rows (JSON lines, JSON, parquet). A record's value is a row as a ``dict``."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from jepa_scale.data.prepare.base import BadRecord, Record
 from jepa_scale.data.prepare.formats.source import Items
 from jepa_scale.utils.errors import InputError
 
-_BATCH = 1024  # rows of a parquet file that are Python objects at a time
+_BATCH = 1024  # rows of a parquet file converted to Python objects at a time
 
 
 def read_jsonl(path: Path) -> Items:
-    """A row a line; blank lines are none. A row is called ``file:line``."""
+    """Read one row a line, skipping blank lines. A row is named ``file:line``."""
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
@@ -26,8 +26,13 @@ def read_jsonl(path: Path) -> Items:
 
 
 def read_json(path: Path) -> Items:
-    """A JSON file of any of these: a list of rows (``file#n``, from 0), one row (``file``), JSON lines under the wrong name
-    (``file:line``), an ARC task, whose rows are its pairs (``file#train[n]``, ``file#test[n]``)."""
+    """Read the rows of a JSON file. The names of the rows depend on its content:
+
+    - a list of rows: ``file#n``, from 0;
+    - a single row: ``file``;
+    - JSON lines with the wrong suffix: ``file:line``;
+    - an ARC task, whose rows are its pairs: ``file#train[n]``, ``file#test[n]``.
+    """
     if _is_lines(path):
         yield from read_jsonl(path)
         return
@@ -52,7 +57,7 @@ def read_json(path: Path) -> Items:
 
 
 def _is_lines(path: Path) -> bool:
-    """Whether the first line is a whole object and another line follows."""
+    """Return whether the first line is a complete object and another line follows."""
     try:
         with open(path, "rb") as file:
             lines = (line for line in file if line.strip())
@@ -63,7 +68,7 @@ def _is_lines(path: Path) -> bool:
 
 
 def parse(data: bytes, where: str) -> Any:
-    """A JSON value, or a BadRecord."""
+    """Parse a JSON value; returns a ``BadRecord`` if it is invalid."""
     try:
         return json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -71,7 +76,7 @@ def parse(data: bytes, where: str) -> Any:
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
         return BadRecord(where, "invalid JSON", f"{error.msg} at {place}")
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
+    except (ValueError, RecursionError) as error:  # e.g. thousands of digits or of brackets
         return BadRecord(where, "invalid JSON", str(error))
 
 
@@ -87,7 +92,7 @@ def _row(value: Any, where: str) -> Record | BadRecord:
 
 
 def read_parquet(path: Path) -> Items:
-    """A row is called ``file#n``, from 0. What comes after a damaged place of a file is given up."""
+    """Read the rows of a parquet file, named ``file#n``, from 0. Rows after a damaged part of the file are lost."""
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
@@ -108,7 +113,7 @@ def _without_nulls(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def count_parquet(path: Path) -> int | None:
-    """Rows, by the file's footer; None when it is damaged."""
+    """Return the number of rows in the file's footer; None if it is damaged."""
     import pyarrow
     from pyarrow.parquet import ParquetFile
 

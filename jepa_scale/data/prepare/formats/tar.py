@@ -1,4 +1,4 @@
-"""Existing webdataset shards: a sample is the members of one name, a row by what its members hold."""
+"""Existing webdataset shards: consecutive members of the same name form a sample, which is read as a row."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from jepa_scale.utils.errors import InputError
 
 _BLOCK = tarfile.BLOCKSIZE
 Member = tuple[str, str, bytes | BadRecord]
-"""Key, extension, content or what is wrong with it."""
+"""Key, extension, and content; or a bad record in place of damaged content."""
 
 
 def read_tar(path: Path) -> Items:
-    """Samples as rows: the fields of the member ``json``, and the member ``txt`` as ``text``; other members are left alone.
+    """Read samples as rows: the fields of the member ``json``, and the member ``txt`` as ``text``. Others are ignored.
 
-    A sample is called ``shard.tar:key``. Whatever is wrong in one of its members makes it a bad record. Where the archive
-    itself is damaged, the samples before that place are given and the rest of the shard is lost.
+    A sample is named ``shard.tar:key``. A fault in any of its members makes it a bad record. If the archive itself is damaged,
+    the samples before the damage are returned and the rest of the shard is lost.
 
     Raises:
-        InputError: a sample holds neither ``txt`` nor ``json``, but token ids as ``npy``.
+        InputError: a sample has neither ``txt`` nor ``json``, but token ids as ``npy``.
     """
     key, members = "", dict[str, bytes]()
     for new_key, extension, content in _members(path):
@@ -42,8 +42,11 @@ def read_tar(path: Path) -> Items:
 
 
 def _members(path: Path) -> Iterator[Member]:
-    """The members in order; what is damaged is the last one. Where nobody knows whose header is damaged, it counts as one of
-    the sample before: that one might have had another member."""
+    """Yield the members in order; reading ends at the first damaged one.
+
+    A damaged header whose sample is unknown counts for the sample before it, because it might have been another member of
+    that sample.
+    """
     key, last = "", "start"
 
     def lost(reason: str, detail: str) -> Member:
@@ -53,7 +56,7 @@ def _members(path: Path) -> Iterator[Member]:
         with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
             size = path.stat().st_size
             while (member := archive.next()) is not None:
-                archive.members = []  # type: ignore[attr-defined]  # else it remembers every one
+                archive.members = []  # type: ignore[attr-defined]  # otherwise it keeps every member in memory
                 last = member.name
                 if not member.isfile():
                     continue
@@ -66,7 +69,7 @@ def _members(path: Path) -> Iterator[Member]:
                 content = archive.extractfile(member)
                 assert content is not None
                 yield key, extension.lower(), content.read()
-            # tarfile takes any block that is no header for the end: a whole archive ends with a block of zeros
+            # tarfile takes any block that is not a header for the end; a complete archive ends with a block of zeros
             file.seek(archive.offset)
             block = file.read(_BLOCK)
             if len(block) < _BLOCK:
@@ -101,8 +104,8 @@ def _sample(path: Path, key: str, members: dict[str, bytes]) -> Record | BadReco
             return BadRecord(f"{path}:{key}.txt", "corrupt member", detail)
     if not row and "npy" in members:
         raise InputError(
-            f"{path}:{key}.npy: token ids alone do not say which vocabulary they are of; shards need the member txt, or "
-            f"json with messages, text, or input and output (ids: put them as {'shard_*.npy'} beside a metadata.json)"
+            f"{path}:{key}.npy: the vocabulary of token ids alone is unknown; shards need the member txt, or "
+            f"json with messages, text, or input and output (for ids: save {'shard_*.npy'} beside a metadata.json)"
         )
     if not row:
         return BadRecord(f"{path}:{key}", "no member txt or json", f"it has {', '.join(sorted(members))}")

@@ -1,4 +1,4 @@
-"""Plain text as documents."""
+"""Plain text files, read as documents."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _TITLE = re.compile(rb"\s*= (?!= ).*(?<! =) =\s*")
 
 
 def read_text(path: Path, documents: str) -> Items:
-    """The documents of a file. By ``file`` a file is whole in memory, else one document is.
+    """Read the documents of a file. With ``file`` the whole file is in memory, otherwise one document at a time.
 
     Args:
-        documents: ``file``; ``line``; ``paragraph``, which blank lines separate; ``heading``, from a line
-            ``= Title =`` (WikiText) to the next.
+        documents: unit of a document: ``file``; ``line``; ``paragraph``, separated by blank lines; or ``heading``, from
+            one line ``= Title =`` (WikiText) to the next.
     """
     if documents == "file":
         yield from read_piece(path, 0, None)
@@ -38,10 +38,10 @@ def _line_name(path: Path, number: int) -> str:
 
 
 def split_documents(lines: Iterable[bytes], documents: str, name: Callable[[int], str]) -> Items:
-    """Group lines (their ends included) by ``line``, ``paragraph`` or ``heading``.
+    """Group lines (line ends included) into documents by ``line``, ``paragraph`` or ``heading``.
 
-    Lines of white space between documents belong to none. Each document is called by its first line, and a byte that
-    is not UTF-8 by its own: ``name`` gives what a line is called, counted from 1.
+    Blank lines between documents belong to none. A document is named after its first line, and a byte that is not UTF-8
+    after its own line; ``name`` maps a line number, counted from 1, to that name.
     """
     group: list[bytes] = []
     first = 1
@@ -67,12 +67,12 @@ def split_documents(lines: Iterable[bytes], documents: str, name: Callable[[int]
 
 
 def is_title(line: bytes) -> bool:
-    """Whether a line is `` = Title = ``, as WikiText writes an article's; `` = = Section = = `` is not."""
+    """Return whether a line is an article's title in WikiText, `` = Title = ``; `` = = Section = = `` is not."""
     return _TITLE.fullmatch(line) is not None
 
 
 def document(data: bytes, where: str, name: Callable[[int], str], first: int = 1) -> Record | BadRecord:
-    """A text that begins at line ``first``. One that is not UTF-8, or is white space alone, is a bad record."""
+    """Make a record of a text that begins at line ``first``; a bad one if it is not UTF-8 or only white space."""
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -82,7 +82,7 @@ def document(data: bytes, where: str, name: Callable[[int], str], first: int = 1
 
 
 def read_piece(path: Path, start: int, stop: int | None) -> Items:
-    """Bytes [start, stop) of a file as one document."""
+    """Read bytes [start, stop) of a file as one document."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -93,8 +93,11 @@ def read_piece(path: Path, start: int, stop: int | None) -> Items:
 
 
 def cut_at_line(path: Path, fraction: float) -> int:
-    """Where to cut a file so that about ``fraction`` of its bytes lie before: after the last line end up to there, else
-    the first one beyond, else (a single line) the last space up to there, else 0."""
+    """Return the byte at which to cut a file so that about ``fraction`` of its bytes lie before the cut.
+
+    The cut is after the last line end before that point, else after the first line end beyond it. In a file of a single
+    line it is after the last space before that point, else 0.
+    """
     data = path.read_bytes()
     at = int(len(data) * fraction)
     before = data.rfind(b"\n", 0, at) + 1

@@ -63,7 +63,7 @@ def test_metadata_that_contradicts_the_shards_is_refused(tmp_path, changes, mess
         (ROWS[0], r"shard_001.npy: must be \(rows, T\) of integers, is \(6,\) of int32"),
         (np.where(ROWS == 7, -3, ROWS), "shard_001.npy, row 0: id -3 is not in"),
         (ROWS[:, :5], "shard_001.npy: rows have 5 ids"),
-        (np.array([[{}]], dtype=object), "shard_001.npy: not a whole NumPy array"),
+        (np.array([[{}]], dtype=object), "shard_001.npy: is not a complete NumPy array"),
     ],
 )
 def test_a_shard_that_contradicts_the_metadata_is_refused(tmp_path, array, message):
@@ -81,7 +81,7 @@ def test_a_bad_id_after_the_first_block_of_rows_is_found(tmp_path):
 def test_missing_and_damaged_files_are_refused(tmp_path):
     folder(tmp_path)
     (tmp_path / "shard_000.npy").write_bytes((tmp_path / "shard_000.npy").read_bytes()[:-9])
-    with pytest.raises(InputError, match="shard_000.npy: not a whole NumPy array"):
+    with pytest.raises(InputError, match="shard_000.npy: is not a complete NumPy array"):
         open_tokens(tmp_path)
     (tmp_path / "metadata.json").write_text("{")
     with pytest.raises(InputError, match="metadata.json: not valid JSON"):
