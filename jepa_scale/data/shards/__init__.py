@@ -1,1 +1,1 @@
-"""Prepared shards: their format, where they are, how samples are read from them."""
+"""Prepared shards: their format, their location (local or by URL), and reading samples from them."""

@@ -1,5 +1,8 @@
-"""The bytes of one sample in a tar → an example. What our shards hold is parsed here, in a few microseconds; anything
-else that is a legal tar or ``.npy`` goes through ``tarfile`` and NumPy."""
+"""Decoding of the bytes of one sample in a tar to an example.
+
+Members in the form that :mod:`jepa_scale.data.shards.format` writes are parsed here, in a few microseconds. Any other valid tar
+or ``.npy`` is read by ``tarfile`` and NumPy.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,12 @@ _NPY = re.compile(
 
 
 class BadSample(Exception):
-    """``extension`` of the member that is bad, or empty; ``what`` is wrong with it."""
+    """A damaged sample.
+
+    Attributes:
+        extension: extension of the bad member; empty if the fault is not in one member.
+        what: the fault.
+    """
 
     def __init__(self, extension: str, what: str) -> None:
         super().__init__(extension, what)
@@ -32,22 +40,23 @@ class BadSample(Exception):
 def decode(
     data: bytes, kind: str, num_tokens: int, vocab_size: int, train_all: bool = False
 ) -> Document | Conversation | GridSequence | dict[str, Any]:
-    """The example in a sample; for the kind ``reversal`` the row as it was written.
+    """Decode the example of a sample; for the kind ``reversal``, the row as it was written.
 
     Args:
-        data: of the sample's members, headers and padding included.
+        data: bytes of the sample's members, headers and padding included.
         kind: :attr:`jepa_scale.data.shards.format.Index.kind`.
-        num_tokens: that the sample must have. vocab_size: that all token ids must be below.
-        train_all: of a conversation.
+        num_tokens: number of tokens that the sample must have.
+        vocab_size: upper bound (exclusive) of all token ids.
+        train_all: :attr:`~jepa_scale.data.examples.Conversation.train_all` of a conversation.
 
     Raises:
-        BadSample: a member is missing or cannot be read, or doesn't hold what it should.
+        BadSample: a member is missing, cannot be read, or has invalid content.
     """
     members = read_members(data)
     if kind == "reversal":
         row = _json(members)
         if not isinstance(row, dict):
-            raise BadSample("json", "is no JSON object")
+            raise BadSample("json", "is not a JSON object")
         return row
     if kind == "grids":
         return _grids(_json(members), num_tokens)
@@ -59,7 +68,7 @@ def decode(
 
 
 def truncate(example: Document | Conversation, size: int) -> Document | Conversation:
-    """The first ``size`` tokens. Turns end there, too, and those that begin later are left out; messages stay whole."""
+    """Keep the first ``size`` tokens. Turns are cut there, and later turns are left out; ``messages`` is not changed."""
     tokens = example.tokens[:size]
     if isinstance(example, Document):
         return Document(tokens)
@@ -68,17 +77,17 @@ def truncate(example: Document | Conversation, size: int) -> Document | Conversa
 
 
 def read_members(data: bytes) -> dict[str, bytes]:
-    """Extension (all after the first dot of the name) → content.
+    """Return the members' contents by extension (the name after its first dot).
 
     Raises:
-        BadSample: not a sequence of tar members.
+        BadSample: the bytes are not a sequence of tar members.
     """
     members = {}
     offset, end = 0, len(data)
     while offset + BLOCK <= end:
         header = data[offset : offset + BLOCK]
         if header[257:263] != b"ustar\0" or header[156] != 48 or header[124] >= 128:
-            return _read_any_members(data)  # GNU, pax, a link, a directory … (a prefix of the name says nothing to us)
+            return _read_any_members(data)  # GNU, pax, a link, a directory … (the name's prefix is not needed)
         try:
             size = int(header[124:136].rstrip(b"\0 "), 8)
         except ValueError:
@@ -118,7 +127,7 @@ def _member(members: dict[str, bytes], extension: str) -> bytes:
 
 
 def _tokens(members: dict[str, bytes], num_tokens: int, vocab_size: int) -> np.ndarray:
-    """(n,) read-only integers, in the type they were stored in."""
+    """Read the token ids as a read-only (n,) array of the stored integer type."""
     raw = _member(members, "npy")
     if (match := _NPY.match(raw)) and match.end() == int.from_bytes(raw[8:10], "little") + 10:
         dtype = np.dtype(match[1].decode())
@@ -135,7 +144,7 @@ def _tokens(members: dict[str, bytes], num_tokens: int, vocab_size: int) -> np.n
         tokens = tokens.astype(tokens.dtype.newbyteorder("="))
         tokens.setflags(write=False)
     if len(tokens) != num_tokens:
-        raise BadSample("npy", f"has {len(tokens):,} tokens, its index says {num_tokens:,}")
+        raise BadSample("npy", f"has {len(tokens):,} tokens, but {num_tokens:,} in its index")
     if num_tokens and (int(tokens.max()) >= vocab_size or (tokens.dtype.kind == "i" and int(tokens.min()) < 0)):
         wrong = next(int(t) for t in tokens if not 0 <= int(t) < vocab_size)
         raise BadSample("npy", f"token id {wrong} is outside the vocabulary of {vocab_size:,}")
@@ -155,7 +164,7 @@ def _conversation(tokens: np.ndarray, values: Any, train_all: bool) -> Conversat
         spans = zip(messages, values["turns"], strict=True)
         turns = tuple(_turn(message["role"], span, len(tokens)) for message, span in spans)
     except (KeyError, TypeError, ValueError) as error:
-        raise BadSample("json", f"has no proper messages and turns ({error!r})") from None
+        raise BadSample("json", f"has no valid messages and turns ({error!r})") from None
     if not isinstance(messages, list):
         raise BadSample("json", "messages must be a list")
     return Conversation(tokens, turns, messages, train_all, str(values.get("where", "")))
@@ -172,15 +181,15 @@ def _grids(values: Any, num_tokens: int) -> GridSequence:
     try:
         context, target = tuple(_grid(grid) for grid in values["context"]), _grid(values["target"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise BadSample("json", f"has no proper context and target ({error!r})") from None
+        raise BadSample("json", f"has no valid context and target ({error!r})") from None
     found = sum(grid.shape[0] * (grid.shape[1] + 1) + 1 for grid in (*context, target))
     if found != num_tokens:
-        raise BadSample("json", f"has {found:,} tokens, its index says {num_tokens:,}")
+        raise BadSample("json", f"has {found:,} tokens, but {num_tokens:,} in its index")
     return GridSequence(context, target, str(values.get("where", "")))
 
 
 def _grid(values: Any) -> np.ndarray:
     grid = np.array(values, dtype=np.int8)
     if grid.ndim != 2 or not grid.size or grid.min() < 0 or grid.max() >= COLOURS:
-        raise ValueError(f"a grid of shape {grid.shape} with values outside 0 … {COLOURS - 1}, or none")
+        raise ValueError(f"a grid of shape {grid.shape} is empty or has values outside 0 … {COLOURS - 1}")
     return grid

@@ -1,4 +1,4 @@
-"""Where prepared shards are: a folder or a pattern, on this machine or behind URLs."""
+"""Location of prepared shards: a folder or a pattern, on this machine or behind URLs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from jepa_scale.utils.lock import locked
 CACHE_BYTES = 64 << 30
 _TAR_NAME = re.compile(r"[^/\s'\"=]+\.tar(?![\w.])")
 _SAFE_NAME = re.compile(r"\w[\w.-]*")
-_TOKENIZER_FILES = (  # what the folder may hold: through a URL it cannot be listed
+_TOKENIZER_FILES = (  # possible files: a folder behind a URL cannot be listed
     "tokenizer_config.json",
     "tokenizer.json",
     "special_tokens_map.json",
@@ -41,12 +41,12 @@ _TOKENIZER_FILES = (  # what the folder may hold: through a URL it cannot be lis
 
 @dataclass(frozen=True)
 class Located:
-    """Prepared shards that were found. Can be pickled; holds nothing open.
+    """Prepared shards that were found. Picklable; holds no open files.
 
     Attributes:
-        index: of the shards that were asked for.
-        where: for messages.
-        source: the local folder, or where to fetch files from.
+        index: index of the selected shards.
+        where: name of the location, for messages.
+        source: the local folder, or the remote location from which files are fetched.
     """
 
     index: Index
@@ -55,7 +55,7 @@ class Located:
 
     @cached_property
     def shards(self) -> dict[str, ShardInfo]:
-        """All shards of all splits, by name."""
+        """The shards of all splits, by name."""
         return {shard.name: shard for shards in self.index.splits.values() for shard in shards}
 
     @property
@@ -63,31 +63,31 @@ class Located:
         return isinstance(self.source, Path)
 
     def path(self, name: str) -> Path:
-        """Where the tar file of a shard is on this machine, or will be once it is fetched."""
+        """Return the path of a shard's tar file on this machine; it may not have been fetched yet."""
         return (self.source if isinstance(self.source, Path) else self.source.folder) / name
 
     def fetch(self, name: str) -> Path:
-        """The tar file of a shard, on this machine. A local one may be missing.
+        """Fetch the tar file of a shard, and return its path on this machine. A local file is not checked and may be missing.
 
         Raises:
-            ShardError: the server doesn't have it, or not the one that the index knows.
-            InputError: it cannot be had now.
+            ShardError: the server doesn't have the file, or its content differs from the index.
+            InputError: the file cannot be fetched now.
         """
         if isinstance(self.source, Path):
             return self.source / name
         return self.source.fetch(name, name, self.shards[name].sha256, self.shards[name].bytes)
 
     def fetch_index(self, name: str) -> Path:
-        """The index file of a shard; as :meth:`fetch`."""
+        """Fetch the index file of a shard; as :meth:`fetch`."""
         if isinstance(self.source, Path):
             return self.source / index_name(name)
         return self.source.fetch(index_name(name), name, self.shards[name].index_sha256)
 
     def tokenizer(self) -> Path | None:
-        """The folder of the tokenizer, on this machine; None when the data have none.
+        """Fetch the tokenizer, and return its folder on this machine; None if the data have none.
 
         Raises:
-            InputError: it is missing.
+            InputError: the tokenizer is missing.
         """
         if self.index.tokenizer is None:
             return None
@@ -113,30 +113,30 @@ def locate(path: str | list[str], cache: Path, cache_bytes: int = CACHE_BYTES) -
     """Find prepared shards.
 
     Args:
-        path: one of, or a list of which all lie in one folder:
+        path: one of the following, or a list of them, all in one folder:
 
             - a folder, or its ``index.json``;
-            - tar files by name, brace pattern or wildcard (``DIR/train-{000000..000003}.tar``, ``DIR/*.tar``): of *every*
-              split only the shards that match;
-            - the same as URL: ``http://``, ``https://``, ``s3://``, ``gs://``, or another that webdataset opens. Wildcards
-              are matched with the names in the index. What follows ``?`` is sent with each file;
-            - ``pipe:COMMAND``, a shell command that writes a file to its standard output, with ``{}`` where the file's name
-              belongs (``pipe:ssh host cat /data/{}``), or, as webdataset has it, with the name or brace pattern of the
-              tar files in that place (``pipe:cat /data/train-{000000..000003}.tar``).
-        cache: folder whose subfolder ``shards`` keeps what was downloaded.
-        cache_bytes: room there; see :class:`jepa_scale.data.shards.cache.Remote`.
+            - tar files by name, brace pattern or wildcard (``DIR/train-{000000..000003}.tar``, ``DIR/*.tar``): in *every*
+              split only the shards that match are used;
+            - any of these as a URL: ``http://``, ``https://``, ``s3://``, ``gs://``, or another that webdataset opens.
+              Wildcards are matched with the names in the index. The query after ``?`` is sent with each file;
+            - ``pipe:COMMAND``, a shell command that writes a file to its standard output, with ``{}`` in place of the file's
+              name (``pipe:ssh host cat /data/{}``). As in webdataset, the name or brace pattern of the tar files may be
+              given instead of ``{}`` (``pipe:cat /data/train-{000000..000003}.tar``).
+        cache: folder whose subfolder ``shards`` holds downloaded files.
+        cache_bytes: size limit of that subfolder; see :class:`jepa_scale.data.shards.cache.Remote`.
 
     Returns:
-        None for a local path without an index: raw data, which must be prepared first.
+        None for a local path without an index: it is raw data, which must be prepared first.
 
     Raises:
-        InputError: an index that cannot be had or read, a name that isn't in it, nothing left in the split ``train``,
-            files of several folders.
+        InputError: the index cannot be fetched or read, a name is not in it, no shard of the split ``train`` is left, or
+            the files are in several folders.
     """
     paths = [path] if isinstance(path, str) else list(path)
     paths = [url2pathname(urlsplit(p).path) if p.startswith("file://") else p for p in paths]
     if not paths:
-        raise InputError("data.path: is an empty list")
+        raise InputError("data.path: is an empty list; give a folder or pattern of shards")
     if all(map(is_url, paths)):
         return _locate_urls(paths, cache / "shards", cache_bytes)
     if any(map(is_url, paths)):
@@ -145,14 +145,13 @@ def locate(path: str | list[str], cache: Path, cache_bytes: int = CACHE_BYTES) -
 
 
 def check(located: Located, on_error: Literal["stop", "skip"] = "stop") -> list[ShardInfo]:
-    """Whether all shards are where they should be, by name and size alone. What is fetched by URL is checked when it
-    arrives.
+    """Check that all local shards exist and have the right size. Files fetched by URL are checked after the download.
 
     Returns:
-        With ``skip``, the shards that are missing or have another size; their samples are skipped when they are read.
+        With ``skip``, the shards that are missing or have another size; their samples are skipped in reading.
 
     Raises:
-        InputError: with ``stop``, naming the first one.
+        InputError: with ``stop``, if a shard is missing or has another size; the message names the first one.
     """
     if not isinstance(located.source, Path):
         return []
@@ -176,12 +175,12 @@ def _fault(folder: Path, shard: ShardInfo) -> str:
     except OSError as error:
         return f"{path}: {error.strerror}"
     if size != shard.bytes:
-        return f"{path}: has {size:,} bytes, its index says {shard.bytes:,}"
-    return "" if index.is_file() else f"{index}: is missing, it belongs to {shard.name}"
+        return f"{path}: has {size:,} bytes, but {shard.bytes:,} in its index"
+    return "" if index.is_file() else f"{index}: the index file of {shard.name} is missing"
 
 
 def _locate_files(paths: list[str]) -> Located | None:
-    folders: dict[Path, list[str] | None] = {}  # → names or patterns, None = everything
+    folders: dict[Path, list[str] | None] = {}  # folder → names or patterns, None = all shards
     for path in paths:
         for place in _expanded(os.path.expanduser(path)):
             if os.path.isdir(place):
@@ -228,7 +227,9 @@ def _locate_urls(paths: list[str], cache: Path, cache_bytes: int) -> Located:
     except InputError as error:
         if url.startswith(("http://", "https://")):
             raise
-        raise InputError(f"{error}; {hint}") from None  # a command fails alike without a network and without a file
+        raise InputError(
+            f"{error}; {hint}"
+        ) from None  # a command's failure has the same form without network and without file
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: not an index of shards ({error}); prepare the data again") from None
     index = _safe(Index.from_json(text, where), where)
@@ -239,7 +240,7 @@ def _locate_urls(paths: list[str], cache: Path, cache_bytes: int) -> Located:
 
 
 def _expanded(path: str) -> list[str]:
-    """The paths that a brace pattern stands for; ``{}`` stays, and so does the name of a file that is there."""
+    """Expand a brace pattern to paths. ``{}`` is kept, and so is the name of an existing file."""
     if "{" not in path or "{}" in path or os.path.exists(path):
         return [path]
     try:
@@ -249,14 +250,14 @@ def _expanded(path: str) -> list[str]:
 
 
 def _template(url: str) -> tuple[str, str | None]:
-    """URL → the URL with ``{}`` in the place of a file's name, and which name or pattern was there."""
+    """Split a URL into a template with ``{}`` in place of the file's name, and that name or pattern (None if there is none)."""
     if "{}" in url:
         return url, None
     if url.startswith("pipe:"):
         tars = list(_TAR_NAME.finditer(url))
         if len(tars) != 1:
             raise InputError(
-                f"data.path: {url!r} does not say where in the command a file's name belongs; write {{}} there, "
+                f"data.path: {url!r} has no place for a file's name in the command; write {{}} there, "
                 "as in pipe:ssh host cat /data/{}"
             )
         return url[: tars[0].start()] + "{}" + url[tars[0].end() :], tars[0].group()
@@ -270,7 +271,7 @@ def _template(url: str) -> tuple[str, str | None]:
 
 
 def _matching(index: Index, names: list[str] | None, where: str) -> tuple[Index, str]:
-    """The index of the shards that one of the names or patterns matches, and how to call it."""
+    """Return the index of the shards that match one of the names or patterns, and its name for messages."""
     if names is None:
         return index, where
     known = {shard.name for shards in index.splits.values() for shard in shards}
@@ -292,7 +293,10 @@ def _some(names: Iterable[str]) -> str:
 
 
 def _safe(index: Index, where: str) -> Index:
-    """Names of files become parts of paths and of shell commands, and the index may come from elsewhere."""
+    """Return the index after a check that its names are plain file names.
+
+    They become parts of paths and shell commands, and the index may come from an untrusted server.
+    """
     names = [shard.name for shards in index.splits.values() for shard in shards]
     for name in [*names, *([] if index.tokenizer is None else [index.tokenizer])]:
         if not _SAFE_NAME.fullmatch(name):
@@ -303,7 +307,7 @@ def _safe(index: Index, where: str) -> Index:
 
 
 def _fetch_if_there(url: str, path: Path) -> bool:
-    pipe = not url.startswith(("http://", "https://"))  # whose failure may as well mean that there is no such file
+    pipe = not url.startswith(("http://", "https://"))  # a pipe's failure may also mean that the file does not exist
     try:
         write_atomic(path, persist(lambda: b"".join(chunks(url)), url, pauses=() if pipe else None))
     except Refused:

@@ -1,4 +1,4 @@
-"""Examples of prepared shards, by number: random access by the shards' index files, every byte checked."""
+"""Examples of prepared shards by number: random access through the shards' index files, with every byte checked."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ ALLOWED: dict[str, tuple[Long, ...]] = {
     "grids": ("drop", "error"),
     "reversal": ("drop", "error"),
 }
-"""What can be done with a sample that is too long, by kind."""
+"""Possible treatments of a sample that is too long, by kind of data."""
 
 OPEN_SHARDS = 64
-"""Shards whose file and table of pieces a process keeps at hand: a file descriptor, and 28 bytes a sample and 24 a piece."""
+"""Shards that a process keeps open: for each a file descriptor, and a table of 28 bytes a sample and 24 a piece."""
 DECODED = 8
-"""Documents that a process keeps decoded, because the pieces of one may be asked for one after another."""
+"""Documents that a process keeps decoded, because pieces of the same document are often read one after another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +46,11 @@ class _Table:
     """A shard's samples and the pieces made of them.
 
     Attributes:
-        start, stop, tokens: (n,) int64 of each sample. crc: (n,) uint32.
-        sample, first: (p,) int64, of which sample a piece is and with which of its tokens it begins.
-        size: (p,) int64 tokens of each piece.
+        start, stop: (n,) int64, byte range of each sample in the tar file.
+        tokens: (n,) int64, tokens of each sample.
+        crc: (n,) uint32, CRC-32 of each sample's bytes.
+        sample, first: (p,) int64, each piece's sample and its first token within that sample.
+        size: (p,) int64, tokens of each piece.
     """
 
     start: np.ndarray
@@ -61,7 +63,7 @@ class _Table:
 
 
 class _File:
-    """A descriptor that lives as long as somebody reads from it."""
+    """A file descriptor that is closed when the last reference to it is dropped."""
 
     __slots__ = ("fd",)
 
@@ -74,33 +76,34 @@ class _File:
 
 
 class ShardExamples(Sequence[Example]):
-    """The examples of one split: a sample each, or several pieces of a long one.
+    """The examples of one split: one for each sample, or several pieces of a long sample.
 
     Piece k of a text is ``tokens[k·L : (k + 1)·L + 1]``: at most L inputs and, as the last label, the first token of the
-    next piece, so that every token but the text's first is predicted exactly once. Pieces are numbered in the order of
-    the index. Files are opened, and fetched, when they are needed; a process holds at most ``OPEN_SHARDS`` of them. It can
-    be pickled and forked; the copies share nothing that moves (reads have no position).
+    next piece. So every token except the text's first is predicted exactly once. Pieces are numbered in the order of the
+    index. Files are fetched and opened when they are needed; a process keeps at most ``OPEN_SHARDS`` of them open. The object
+    can be pickled and forked; the copies share no mutable state (reads use no file position).
 
     Args:
         located: the shards.
         split: one of ``located.index.splits``.
         max_length: L, inputs of a piece (its tokens less one).
-        long: what to do with a sample of more than L + 1 tokens: ``split`` it, ``drop`` it, ``truncate`` it to L + 1
-            tokens, or refuse to begin (``error``); see ``ALLOWED``.
-        fraction: only the first ⌈fraction · total⌉ pieces, in (0, 1].
-        train_all: of the conversations.
-        on_error: a shard whose index file is missing or damaged stops the construction, or is ``skip``-ped.
+        long: treatment of a sample of more than L + 1 tokens: ``split`` it, ``drop`` it, ``truncate`` it to L + 1 tokens,
+            or raise an ``error``; see ``ALLOWED``.
+        fraction: in (0, 1]; only the first ⌈fraction · total⌉ pieces are used.
+        train_all: predict every token of a conversation instead of the assistant's only.
+        on_error: if a shard's index file is missing or damaged, ``stop`` with the error or ``skip`` the shard.
 
     Attributes:
         shard_lengths: (S,) int64 pieces of each shard of the split, in the order of the index; may be 0.
-        counts: of the whole split, whatever the fraction: ``samples``, ``pieces``, ``too_short`` (fewer than two tokens, left
-            out), ``split`` (into more than one piece), ``dropped``, ``truncated``, ``lost`` (with the shards that were skipped).
-        lost: names of the shards that were skipped; part of the fingerprint, because numbers shift without them.
-        max_size: tokens of the largest piece of the whole split. mean_size: of a piece, on average.
+        counts: counts over the whole split, for any fraction: ``samples``, ``pieces``, ``too_short`` (fewer than two tokens,
+            left out), ``split`` (into more than one piece), ``dropped``, ``truncated``, ``lost`` (in skipped shards).
+        lost: names of the skipped shards; part of the fingerprint, because their loss renumbers the pieces.
+        max_size: tokens of the largest piece of the whole split.
+        mean_size: mean tokens of a piece.
 
     Raises:
         ShardError: a shard's index file is missing or damaged (``error.shard`` names the shard).
-        InputError: no such split, ``long`` doesn't suit the kind, or a sample is too long (``error``).
+        InputError: the split does not exist, ``long`` is not allowed for the kind, or a sample is too long (``error``).
     """
 
     def __init__(
@@ -139,7 +142,7 @@ class ShardExamples(Sequence[Example]):
                 self.lost.append(shard.name)
                 self.counts["lost"] += shard.samples
         total = int(lengths.sum())
-        kept = math.ceil(Fraction(str(fraction)) * total)  # the fraction as it was written: 0.07 · 100 is 7
+        kept = math.ceil(Fraction(str(fraction)) * total)  # exact decimal arithmetic: 0.07 · 100 is 7
         ends = np.minimum(np.cumsum(lengths), kept)
         self.shard_lengths = np.diff(ends, prepend=0)
         self._ends: list[int] = ends.tolist()
@@ -159,7 +162,7 @@ class ShardExamples(Sequence[Example]):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 in hex of everything that decides the examples and their order."""
+        """SHA-256, in hex, of everything that determines the examples and their order."""
         values = [self.split, self.max_length, self.long, self.fraction, self.train_all, self.lost]
         return hashlib.sha256(json.dumps([self.located.index.fingerprint, *values]).encode()).hexdigest()
 
@@ -171,7 +174,7 @@ class ShardExamples(Sequence[Example]):
         return self._tokens / max(self.counts["pieces"], 1)
 
     def sizes(self, numbers: np.ndarray) -> np.ndarray:
-        """(m,) int64 piece numbers → (m,) int64 tokens of each, read off the index files alone."""
+        """Return the token counts, (m,) int64, of pieces with the given numbers, (m,) int64. Reads only index files."""
         numbers = np.asarray(numbers, dtype=np.int64)
         if not len(numbers):
             return numbers.copy()
@@ -190,10 +193,10 @@ class ShardExamples(Sequence[Example]):
     def __getitem__(self, number: slice) -> list[Example]: ...
 
     def __getitem__(self, number: int | slice) -> Example | list[Example]:
-        """The example of a piece.
+        """Return the example of a piece.
 
         Raises:
-            ShardError: naming the shard and the sample that is missing or damaged.
+            ShardError: a shard or a sample is missing or damaged; the message names it.
             InputError: a shard cannot be fetched now.
         """
         if isinstance(number, slice):
@@ -222,7 +225,7 @@ class ShardExamples(Sequence[Example]):
         return document.tokens
 
     def _read(self, shard: int, sample: int) -> Example:
-        """A whole sample."""
+        """Read and decode a whole sample."""
         table, file = self._table(shard), self._file(shard)
         start, stop = table.start.item(sample), table.stop.item(sample)
         try:
@@ -239,8 +242,11 @@ class ShardExamples(Sequence[Example]):
             raise self._error(shard, sample, error.what, error.extension) from None
 
     def _open(self, shard: int) -> _File:
-        """Descriptors rather than maps: a file that is cut short, or a disk that fails, is an error that can be told,
-        where a map would be killed by SIGBUS."""
+        """Open a shard's file, and fetch it if necessary.
+
+        It is not memory-mapped: if a file is truncated or a disk fails, a read raises an error, but access to a map would
+        kill the process with SIGBUS.
+        """
         if shard in self._refused:
             raise self._refused[shard]
         name = self.shards[shard].name
@@ -248,17 +254,17 @@ class ShardExamples(Sequence[Example]):
             try:
                 path = self.located.fetch(name)
                 return _File(path)
-            except FileNotFoundError:  # deleted from the cache by another process since it was fetched
+            except FileNotFoundError:  # another process has deleted it from the cache
                 continue
             except OSError as error:
                 raise ShardError(str(path), name, "", f"cannot be opened ({error.strerror})") from None
-            except ShardError as error:  # downloading it for each of its samples again would not mend it
+            except ShardError as error:  # do not download it again for each of its samples
                 self._refused[shard] = error
                 raise
         raise ShardError(self._label(shard), name, "", "is missing")
 
     def _count(self, shard: int) -> int:
-        """Count the pieces of a shard."""
+        """Return the number of pieces of a shard, and add the shard to ``counts``."""
         tokens = self._rows(shard)["tokens"].astype(np.int64)
         too_short, too_long = tokens < 2, tokens > self.max_length + 1
         if self.long == "error" and too_long.any():
@@ -280,14 +286,14 @@ class ShardExamples(Sequence[Example]):
             self.counts[key] += count
         used = tokens[lengths > 0]
         whole = used if self.long == "split" else np.minimum(used, self.max_length + 1)
-        overlaps = counts["pieces"] - len(used)  # one token between two pieces of a sample
+        overlaps = counts["pieces"] - len(used)  # consecutive pieces of a sample share one token
         self._tokens += int(whole.sum()) + overlaps
         if len(used):
             self.max_size = max(self.max_size, min(int(used.max()), self.max_length + 1))
         return counts["pieces"]
 
     def _pieces(self, tokens: np.ndarray) -> np.ndarray:
-        """(n,) tokens of each sample → (n,) pieces made of it."""
+        """Return the number of pieces, (n,), of samples with the given token counts, (n,)."""
         if self.long == "split":
             return np.maximum(-(-(tokens - 1) // self.max_length), 0)
         fits = tokens >= 2
@@ -305,7 +311,7 @@ class ShardExamples(Sequence[Example]):
         return _Table(start, stop, tokens, rows["crc"].copy(), sample, first, size)
 
     def _rows(self, shard: int) -> np.ndarray:
-        """(n,) ``SAMPLE`` rows of a shard's index file."""
+        """Read a shard's index file, (n,) rows of dtype ``SAMPLE``."""
         info = self.shards[shard]
         path = self.located.fetch_index(info.name)
         try:
@@ -314,21 +320,21 @@ class ShardExamples(Sequence[Example]):
             raise ShardError(str(path), info.name, "", f"cannot be read ({error.strerror})") from None
         if hashlib.sha256(raw).hexdigest() != info.index_sha256:
             raise ShardError(
-                str(path), info.name, "", f"checksum differs; it is damaged or not the index of {info.name}"
+                str(path), info.name, "", f"checksum differs; it is damaged or is not the index of {info.name}"
             )
         rows = np.load(io.BytesIO(raw), allow_pickle=False)
         assert rows.dtype == SAMPLE and len(rows) == info.samples, path
         return rows
 
     def _label(self, shard: int) -> str:
-        """The shard for messages: the file that is read, so that people can look at it."""
+        """Return the shard's name for messages: the path of the file that is read, so that it can be inspected."""
         return str(self.located.path(self.shards[shard].name))
 
     def _key(self, shard: int, sample: int) -> str:
         return f"{self.shards[shard].name.removesuffix('.tar')}-{sample:06d}"
 
     def _where(self, shard: int, sample: int) -> str:
-        """`` (file:line)`` of the row that a sample was, where that is known."""
+        """Return `` (file:line)`` of a sample's source row, or an empty string if unknown."""
         with suppress(ShardError, InputError):
             where = getattr(self._read(shard, sample), "where", "")
             return f" ({where})" if where else ""
@@ -337,5 +343,5 @@ class ShardExamples(Sequence[Example]):
     def _error(self, shard: int, sample: int, what: str, extension: str = "") -> ShardError:
         member = self._key(shard, sample) + (f".{extension}" if extension else "")
         if not self.located.is_local:
-            what += " (it is a copy: once deleted, it is fetched again)"
+            what += " (this is a cached copy; delete it to fetch it again)"
         return ShardError(self._label(shard), self.shards[shard].name, member, what)

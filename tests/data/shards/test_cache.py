@@ -247,7 +247,7 @@ def test_a_damaged_copy_is_told_from_a_damaged_shard(server):
     content = bytearray(path.read_bytes())
     content[600] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ShardError, match=rf"{path}, sample train-000000-000000: .*once deleted, it is fetched again"):
+    with pytest.raises(ShardError, match=rf"{path}, sample train-000000-000000: .*delete it to fetch it again"):
         data[0]
     path.write_bytes(content[:-512])
     assert len(examples(found(server))[0].tokens) == 5, "a copy of a wrong size is fetched again at once"

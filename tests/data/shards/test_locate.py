@@ -165,7 +165,7 @@ def test_check_names_the_first_fault_and_counts_them(prepared):
     located = found(str(prepared))
     os.truncate(prepared / TRAIN[1], 1000)
     with pytest.raises(
-        InputError, match=r"train-000001\.tar: has 1,000 bytes, its index says .*\(1 of 5 shards"
+        InputError, match=r"train-000001\.tar: has 1,000 bytes, but .* in its index \(1 of 5 shards"
     ) as error:
         check(located)
     assert "data.on_error=skip" in str(error.value)
@@ -241,8 +241,8 @@ def test_commands_that_fail(prepared, tmp_path, monkeypatch):
         ),
         ("pipe:no_such_program {}", "exit code 127"),
         (f"pipe:cat {prepared}/{{}}; exec >&-; sleep 0.1; exit 3", "exit code 3"),
-        ("pipe:cat /nowhere/data", "does not say where in the command a file's name belongs"),
-        ("pipe:cat /x/a.tar /x/b.tar", "does not say where"),
+        ("pipe:cat /nowhere/data", "has no place for a file's name in the command"),
+        ("pipe:cat /x/a.tar /x/b.tar", "has no place for a file's name"),
         ("pipe:cat /{a,b}/train-000000.tar", "several folders"),
         ("pipe:echo {}", "not an index of shards"),
         ("odd://host/data", "no gopen handler"),
