@@ -1,1 +1,1 @@
-"""Which samples come when, and how they become batches."""
+"""The order of samples, and their grouping into batches."""

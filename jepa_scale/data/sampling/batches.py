@@ -1,9 +1,9 @@
-"""Which samples an optimizer step takes: pure functions of the seed and of how far the run has come.
+"""Batch samplers: the samples of an optimizer step, as pure functions of the seed and of the run's position.
 
-Two ways to cut the endless row of samples (:mod:`jepa_scale.data.sampling.order`) into micro-batches: so many samples
-(:class:`SampleStream`), or as many as fit a budget of tokens (:class:`TokenStream`). Micro-batch j of rank r is slice
-number j·world + r of the step either way: how many ranks there are decides who computes a sample, never which samples a
-step has.
+There are two ways to cut the endless sequence of samples (:mod:`jepa_scale.data.sampling.order`) into micro-batches: a
+fixed number of samples (:class:`SampleStream`), or as many as fit a budget of tokens (:class:`TokenStream`). In both,
+micro-batch j of rank r is slice j·world + r of the step. So the number of ranks decides which rank computes a sample,
+but not which samples a step has.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from jepa_scale.data.sampling.rng import generator
 from jepa_scale.utils.errors import InputError
 
 WINDOW_BINS = 256
-"""Micro-batches' worth of samples among which first-fit packs: the last bin of a window is the only one that stays
-partly empty, so this many lose at most 1/256, and on average half of that."""
+"""Size of a packing window, in micro-batches. Only the last bin of a window stays partly empty, so at most 1/256 of the
+budget is lost, and half of that on average."""
 
 
 @dataclass(frozen=True, slots=True)
 class Dealt:
-    """Who deals with what: micro-batches a rank has in a step, and which rank this is."""
+    """The split of a step over ranks: micro-batches per rank (``accumulation``), this rank, and the number of ranks."""
 
     accumulation: int = 1
     rank: int = 0
@@ -46,10 +46,10 @@ ALONE = Dealt()
 
 
 class Stream(Protocol):
-    """What the loader and the checkpoint need of either stream.
+    """Interface of a batch sampler for the loader and the checkpoint.
 
     Attributes:
-        steps: optimizer steps until the data end; None = they never do.
+        steps: optimizer steps until the data end; None = the data never end.
         accumulation: micro-batches of a rank in a step.
     """
 
@@ -60,27 +60,27 @@ class Stream(Protocol):
     def accumulation(self) -> int: ...
 
     def micro_batch(self, step: int, micro: int) -> tuple[np.ndarray, np.ndarray]:
-        """(m,) int64 epochs and (m,) int64 sample numbers of this rank's micro-batch; m = 0 once the data have ended."""
+        """Return (m,) int64 epochs and (m,) int64 sample numbers of this rank's micro-batch; m = 0 after the data end."""
 
     def max_samples(self, step: int) -> int:
-        """Samples in the largest micro-batch of the step, of any rank; at least 1."""
+        """Return the samples in the largest micro-batch of the step on any rank; at least 1."""
 
     def budget(self) -> int:
-        """Tokens that a micro-batch may hold; 0 = as many as its samples have."""
+        """Return the largest number of tokens in a micro-batch; 0 = no limit."""
 
     def state(self, step: int) -> dict[str, Any]:
-        """Where the stream stands before ``step``, for a checkpoint: the same on every rank."""
+        """Return the sampler's state before ``step``, for a checkpoint; it is the same on every rank."""
 
     def resume(self, state: dict[str, Any], accept_changes: bool = False) -> int:
-        """Stand where a :meth:`state` says, possibly one of another world size or accumulation; the step to go on with.
+        """Restore a :meth:`state`, also one of another world size or accumulation; returns the step to continue with.
 
         Raises:
-            InputError: the state is of other data, another seed or another way of batching.
+            InputError: the state belongs to other data, another seed or another kind of batches.
         """
 
 
 class _Stream:
-    """What both have: whose data and seed a state belongs to."""
+    """Base of both batch samplers: the end of the data, and the check that a state fits data and seed."""
 
     kind: str
 
@@ -104,29 +104,34 @@ class _Stream:
     def _check(self, state: dict[str, Any], accept_changes: bool) -> None:
         if state["batching"] != self.kind:
             raise InputError(
-                f"train: the checkpoint's batches were counted in {state['batching']}, these in {self.kind}; "
+                f"train: the checkpoint's batches are counted in {state['batching']}, this run's in {self.kind}; "
                 "resume with the same one of train.batch_size and train.batch_tokens"
             )
         if state["fingerprint"] != self.fingerprint and not accept_changes:
             raise InputError(
                 "data: is not what the checkpoint was trained on (its fingerprint differs); use the same data, or "
-                "set data.accept_changes=true to go on at the same count in the new data"
+                "set data.accept_changes=true to continue at the same position in the new data"
             )
         if state["seed"] != self.seed:
             raise InputError(f"run.seed: {self.seed} is not the checkpoint's; set it to {state['seed']}")
 
 
 class SampleStream(_Stream):
-    """So many samples a step: step s takes the positions [s·B, (s+1)·B); a step may cross from one epoch into the next.
+    """Batch sampler with a fixed number of samples per step.
+
+    Step s takes the positions [s·B, (s+1)·B). A step may contain the end of one epoch and the start of the next.
 
     Args:
-        order: position → sample. seed: the run's seed.
+        order: position → sample.
+        seed: the run's seed.
         batch_size: B, samples in an optimizer step over all ranks and micro-batches.
-        fingerprint: of the data; a saved position means nothing for other data.
-        epochs: where the data end; 0 = never. The last step may be smaller.
+        dealt: the split of a step over ranks.
+        fingerprint: fingerprint of the data; a saved position is only valid for the same data.
+        epochs: number of epochs after which the data end; 0 = never. The last step may be smaller.
 
     Raises:
-        InputError: there is nothing to train on, or the batch cannot be dealt out evenly.
+        InputError: there are no examples, the order has no epochs though ``epochs`` is set, or the batch cannot be split
+            evenly.
     """
 
     kind = "samples"
@@ -143,7 +148,7 @@ class SampleStream(_Stream):
         super().__init__(order, seed, dealt, fingerprint, epochs)
         if batch_size < 1 or batch_size % dealt.parts:
             raise InputError(
-                f"train.batch_size: {batch_size} samples cannot be dealt out evenly to "
+                f"train.batch_size: {batch_size} samples cannot be split evenly over "
                 f"train.accumulation={dealt.accumulation} micro-batches on each of {dealt.world_size} ranks; "
                 f"make it a multiple of {dealt.parts}"
             )
@@ -183,21 +188,25 @@ class SampleStream(_Stream):
 
 
 class TokenStream(_Stream):
-    """As many samples as a budget of tokens holds: windows of the order are packed into bins by first-fit decreasing,
-    the bins of a window are shuffled, and step s takes the next accumulation · world bins.
+    """Batch sampler with a token budget per micro-batch.
 
-    Which samples share a bin depends on the data, the seed and the budget alone. With the global batch kept (the
-    accumulation follows the world size), another world size gives the very same steps.
+    Windows of the order are packed into bins by first-fit decreasing, and the bins of a window are shuffled. Each step
+    takes the next accumulation · world bins.
 
-    A state is the position where the current window begins, and how many of its bins are done. If the budget differs at
-    :meth:`resume`, that window is planned once more with the old one and what is left of it becomes the first window.
+    The samples of a bin depend on the data, the seed and the budget alone. If the product of accumulation and world size
+    stays the same, another world size gives the same steps.
+
+    A state is the position where the current window begins, and the number of its bins that are done. If the budget has
+    changed at :meth:`resume`, that window is packed again with the old budget, and its remaining samples become the first
+    window.
 
     Args:
-        order: position → sample. seed: the run's seed.
-        sizes: sample numbers (m,) → (m,) tokens that each takes at most, once an objective has made its views.
+        order: position → sample.
+        seed: the run's seed.
+        sizes: (m,) sample numbers → (m,) largest number of tokens of each sample's views, as the objective makes them.
         budget: tokens in a micro-batch of a rank.
-        mean_size: of a sample; it fixes the samples in a window (``WINDOW_BINS`` bins' worth).
-        fingerprint, epochs: as for :class:`SampleStream`.
+        mean_size: mean tokens of a sample; it sets the number of samples in a window (``WINDOW_BINS`` bins on average).
+        dealt, fingerprint, epochs: as for :class:`SampleStream`.
     """
 
     kind = "tokens"
@@ -219,15 +228,18 @@ class TokenStream(_Stream):
         self._begin_at(0)
 
     def _begin_at(self, position: int, skip: int = 0, left: np.ndarray | None = None) -> None:
-        """Windows go on from ``position``, whose first ``skip`` bins are done; the positions ``left`` come before all."""
+        """Restart the windows. Window 0 holds the positions ``left``, if given, and the others begin at ``position``.
+
+        The first ``skip`` bins are done.
+        """
         self.position, self.skip, self.left = position, skip, left
-        self._starts = [0]  # bins before window i, as far as they have been counted
+        self._starts = [0]  # number of bins before window i, for the windows counted so far
         self._planned: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
 
     # -- windows ------------------------------------------------------------------------------------------------------
 
     def _positions(self, number: int) -> np.ndarray:
-        """Positions of window ``number``, ascending; empty beyond the end of the data."""
+        """Return the positions of window ``number``, ascending; empty beyond the end of the data."""
         if self.left is not None:
             if number == 0:
                 return self.left
@@ -237,7 +249,7 @@ class TokenStream(_Stream):
         return np.arange(start, max(start, stop), dtype=np.int64)
 
     def _bins(self, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The bins of a window in the order in which they come: (epochs, samples) of each."""
+        """Return the bins of a window in shuffled order, (epochs, samples) each."""
         if number not in self._planned:
             positions = self._positions(number)
             bins = []
@@ -257,7 +269,7 @@ class TokenStream(_Stream):
         return [packed[i] for i in shuffled]
 
     def _find(self, number: int) -> tuple[int, int]:
-        """The window that bin ``number`` lies in, and its place there. Past the end: (-1, -1)."""
+        """Return the window of bin ``number`` and the bin's index in it; (-1, -1) past the end of the data."""
         while self._starts[-1] <= number:
             bins = self._bins(len(self._starts) - 1)
             if not bins:
@@ -273,7 +285,8 @@ class TokenStream(_Stream):
 
     @property
     def steps(self) -> int | None:
-        """Plans all that is left: some milliseconds a million tokens."""
+        """Optimizer steps until the data end; None = never. Packs all remaining windows: some milliseconds a million
+        tokens."""
         if self.end is None:
             return None
         while self._find(self._starts[-1])[0] >= 0:
@@ -319,15 +332,15 @@ class TokenStream(_Stream):
         if changed or not state["bins_done"]:
             self._begin_at(state["position"], left=left)
             return self.first_step
-        # the window as it was planned when the state was saved
+        # pack the window as it was when the state was saved
         self._budget, self.window = state["budget"], state["window"]
         self._begin_at(state["position"], state["bins_done"], left)
         bins = self._bins(0)
         tokens = int(self.sizes(np.concatenate([samples for _, samples in bins])).sum()) if bins else 0
         if tokens != state["tokens"]:
             raise InputError(
-                "objective: its views take other numbers of tokens than in the checkpoint, so the data cannot go on "
-                "where they stood; resume with the same objective options"
+                "objective: its views have other numbers of tokens than in the checkpoint, so the data cannot continue "
+                "at the same position; resume with the same objective options"
             )
         if (self._budget, self.window) != (budget, window):
             rest = self._remaining(state["bins_done"])
@@ -337,7 +350,7 @@ class TokenStream(_Stream):
         return self.first_step
 
     def _remaining(self, bins_done: int) -> np.ndarray:
-        """Positions of window 0 that are not in its first ``bins_done`` bins, ascending."""
+        """Return the positions of window 0 that are not in its first ``bins_done`` bins, ascending."""
         positions = self._positions(0)
         epochs, samples = self.order.take(int(positions[0]), int(positions[-1] - positions[0]) + 1)
         packed = self._pack(samples[positions - positions[0]], int(positions[0]))

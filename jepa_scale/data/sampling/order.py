@@ -1,7 +1,7 @@
-"""In which order samples come: pure functions of the seed and of a position in the endless concatenation of the epochs.
+"""Orders of samples: pure functions of the seed and of a position in the endless concatenation of the epochs.
 
-Nothing here reads data or keeps a state, so any position can be asked for at any time, at the same cost. That is what
-makes a run resumable at a sample: a rank, a worker or a restart only has to know how far the run has come.
+An order reads no data and has no state besides a cache, so any position can be computed at any time at the same cost. This
+makes a run resumable at any sample: a rank, a worker or a restarted run only needs the position that the run has reached.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from jepa_scale.utils.errors import InputError
 
 
 class Order(Protocol):
-    """Position → sample.
+    """A map from positions to samples.
 
     Attributes:
-        length: samples in an epoch; None when there are no epochs (a mixture).
+        length: samples in an epoch; None if there are no epochs (a mixture).
     """
 
     @property
     def length(self) -> int | None: ...
 
     def take(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """(count,) int64 epochs and (count,) int64 sample numbers at positions [start, start + count)."""
+        """Return (count,) int64 epochs and (count,) int64 sample numbers at positions [start, start + count)."""
 
 
 def _permutation(name: str, n: int) -> np.ndarray:
     return generator(name).permutation(np.arange(n, dtype=np.int64))
 
 
-@lru_cache(maxsize=4)  # a batch may span two epochs; nothing needs more for long
+@lru_cache(maxsize=4)  # a batch may span two epochs; older ones are soon not needed
 def shuffled(seed: int, epoch: int, n: int) -> np.ndarray:
-    """(n,) int64, read-only: the uniformly random permutation of 0 … n-1 that this epoch follows."""
+    """Return this epoch's uniformly random permutation of 0 … n-1, (n,) int64, read-only."""
     permutation = _permutation(f"order/{seed}/{epoch}/{n}", n)
     permutation.setflags(write=False)
     return permutation
@@ -45,10 +45,11 @@ def shuffled(seed: int, epoch: int, n: int) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class Permuted:
-    """Each epoch follows a permutation that is held in memory: for data that are in memory too.
+    """An order by one permutation per epoch, held in memory; meant for data that are in memory too.
 
     Attributes:
-        length: n. permutation: epoch → (n,) int64.
+        length: n, samples in an epoch.
+        permutation: epoch → (n,) int64.
     """
 
     length: int
@@ -65,18 +66,17 @@ class Permuted:
 
 @dataclass(frozen=True)
 class Windowed:
-    """Shards in random order, and within windows of that order samples in random order.
+    """An order of shards in random order, with samples shuffled within windows.
 
-    An epoch lays its shards end to end in an order of its own, cuts the row of samples into windows and permutes each
-    window. A window may span shards, so samples of neighbouring shards mix. Shards are read one after the other, as
-    streaming wants it; memory is the shard permutation and one window of numbers (8 bytes a sample and shard), and
-    never the epoch.
+    Each epoch concatenates the shards in its own random order, cuts the sequence of samples into windows and permutes
+    each window. A window may span shards, so samples of neighbouring shards mix. Shards are read one after the other,
+    which suits streaming. Memory holds the permutation of the shards and single windows (8 bytes a sample and shard),
+    never a whole epoch.
 
     Attributes:
-        lengths: (S,) int64 samples in each shard; a sample's number is its place in the shards laid end to end in their
-            own order.
+        lengths: (S,) int64 samples in each shard; samples are numbered through all shards in the shards' given order.
         seed: the run's seed.
-        window: samples that are shuffled together; 1 = not at all within shards.
+        window: samples that are shuffled together; 1 = no shuffling within shards.
     """
 
     lengths: np.ndarray
@@ -103,12 +103,12 @@ class Windowed:
         return epochs, samples
 
     def _window(self, epoch: int, number: int) -> np.ndarray:
-        """Sample numbers of a window, in the order in which they come."""
+        """Return the sample numbers of a window, in shuffled order."""
         key = ("window", epoch, number)
         if key not in self._cache:
             begin = number * self.window
             size = min(self.window, self.length - begin)
-            rows = begin + _permutation(f"window/{self.seed}/{epoch}/{number}", size)  # places in the epoch's row
+            rows = begin + _permutation(f"window/{self.seed}/{epoch}/{number}", size)  # positions within the epoch
             shards = self._shards(epoch)
             ends = np.cumsum(self.lengths[shards])
             slot = np.searchsorted(ends, rows, side="right")
@@ -130,20 +130,26 @@ class Windowed:
 
 
 MIXTURE_BLOCK = 10_000
-"""Positions in which every part of a mixture gets its exact share: weights are rounded to one part in so many."""
+"""Length of a block of positions in which every part of a mixture has its exact share; weights are rounded to multiples of
+its inverse."""
 
 
 @dataclass(frozen=True)
 class Mixed:
-    """Several orders, interleaved: in each block of ``MIXTURE_BLOCK`` positions part i comes ``quota[i]`` times, at random
-    places. A part goes through its own epochs, at its own pace; a sample's number is its number in its part plus the
-    sizes of the parts before it.
+    """An interleaving of several orders.
+
+    In each block of ``MIXTURE_BLOCK`` positions, part i has ``quota[i]`` random positions. Each part counts its own
+    epochs. A sample's number is its number in its part plus the sizes of the parts before it.
 
     Attributes:
-        parts: the orders. sizes: samples in each. weights: the share of each, in samples. seed: the run's seed.
+        parts: the orders.
+        sizes: samples in each part.
+        weights: relative share of each part, in samples.
+        seed: the run's seed.
+        quota: (parts,) int64 positions of each part in a block.
 
     Raises:
-        InputError: a weight is too small to come even once in a block.
+        InputError: a weight is too small for one position in a block.
     """
 
     parts: Sequence[Order]
@@ -185,5 +191,5 @@ class Mixed:
 
 @lru_cache(maxsize=4)
 def _mixture_block(seed: int, block: int, quota: tuple[int, ...]) -> np.ndarray:
-    """(MIXTURE_BLOCK,) which part comes at each place."""
+    """Return the part at each position of a block, (MIXTURE_BLOCK,) int64."""
     return np.repeat(np.arange(len(quota)), quota)[_permutation(f"mixture/{seed}/{block}", MIXTURE_BLOCK)]

@@ -1,4 +1,4 @@
-"""Which samples travel together in a micro-batch of a fixed token budget."""
+"""Bin packing: group samples into micro-batches of a fixed token budget."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ import numpy as np
 
 
 def first_fit_decreasing(sizes: np.ndarray, budget: int) -> list[np.ndarray]:
-    """Pack items into as few bins as first-fit decreasing does: the largest item first, each into the first bin that has
-    room (at most 11/9 of the least possible number of bins, plus one; Johnson 1973).
+    """Pack items into bins by first-fit decreasing: largest item first, each into the first bin that has room.
 
-    Equal sizes are placed together, so that the cost grows with the number of *different* sizes: a window of 30,000 items
-    takes milliseconds.
+    The number of bins is at most 11/9 of the least possible, plus one (Johnson 1973). Items of equal size are placed
+    together, so the cost grows with the number of *different* sizes: a window of 30,000 items takes milliseconds.
 
     Args:
         sizes: (n,) integers ≥ 0, each at most ``budget``.
 
     Returns:
-        The items of each bin, as ascending numbers 0 … n-1; every item is in exactly one bin.
+        The items of each bin, as ascending item numbers in 0 … n-1; every item is in exactly one bin.
     """
     sizes = np.asarray(sizes, dtype=np.int64)
     if not len(sizes):
@@ -29,7 +28,7 @@ def first_fit_decreasing(sizes: np.ndarray, budget: int) -> list[np.ndarray]:
     for size, items in zip(-values, np.split(order, starts[1:]), strict=True):
         fits = room // max(size, 1) if size else np.full(len(room), len(items))
         before = np.cumsum(fits) - fits
-        taken = np.clip(len(items) - before, 0, fits)  # how many of this size each open bin gets, first bin first
+        taken = np.clip(len(items) - before, 0, fits)  # items of this size per open bin, first bin first
         left = len(items) - int(taken.sum())
         per_bin = budget // size if size else max(left, 1)
         new = np.full(-(-left // per_bin), per_bin, dtype=np.int64)
