@@ -124,7 +124,7 @@ def test_wikitext_without_its_training_file_names_it(tmp_path):
     folder = tmp_path / "data" / "wikitext2"
     folder.mkdir()
     (folder / "valid.txt").write_text("x")
-    with pytest.raises(InputError, match=f"{folder}/train.txt: no such file, though valid.txt"):
+    with pytest.raises(InputError, match=f"{folder}/train.txt: no such file, but valid.txt"):
         ALIASES["wt2"](PrepareOptions())
 
 
