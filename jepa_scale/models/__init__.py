@@ -1,1 +1,1 @@
-"""The decoder backbone: our own, or any causal language model of transformers."""
+"""The decoder backbone: the native decoder, or any causal language model of transformers."""

@@ -1,17 +1,18 @@
-"""Attention over packed streams: one interface, three backends, no padding and no mask of the whole stream.
+"""Attention over packed sequences: one interface, three backends, no padding and no mask of the whole sequence.
 
 ``flash``
     The ``flash_attn`` package (FlashAttention-2), or ``flash_attn_interface`` (FlashAttention-3) on Hopper.
 ``torch``
     ``torch.nn.attention.varlen.varlen_attn``, PyTorch's own build of the same kernel (CUDA, torch ≥ 2.11).
 ``sdpa``
-    ``scaled_dot_product_attention`` by segment: runs of neighbouring segments of equal length are one batched
-    call on views of the stream. Every device and dtype; a CPU's only choice, and the oracle of the others.
+    ``scaled_dot_product_attention`` by segment: neighbouring segments of equal length are one batched call on views of
+    the packed sequence. It runs on every device and dtype, is the only backend of a CPU, and is the reference that the
+    others are tested against.
 
-Tensors without data (the device ``meta``) get the shapes of what a kernel would make (:mod:`jepa_scale.models.attention_meta`).
+On tensors without data (the device ``meta``), only shapes are computed (:mod:`jepa_scale.models.attention_meta`).
 
-Importing this module also registers the interface with transformers under the name :data:`NAME`, so that any
-decoder there trains packed when it is called with ``packed=SegmentTable`` (batch of one, shape (1, T)).
+Importing this module also registers the interface with transformers under the name :data:`NAME`. Any decoder of
+transformers then trains on packed sequences if it is called with ``packed=SegmentTable`` (batch of one, shape (1, T)).
 """
 
 from __future__ import annotations
@@ -35,20 +36,20 @@ from jepa_scale.packing import KeyRows, SegmentTable
 from jepa_scale.utils.errors import InputError
 
 NAME = "jepa_packed"
-"""What transformers calls this attention (``config._attn_implementation``)."""
+"""Name of this attention in transformers (``config._attn_implementation``)."""
 
 VARIABLE = "JEPA_SCALE_ATTENTION"
-"""Environment variable that picks the backend when the caller doesn't."""
+"""Environment variable that selects the backend if the caller does not."""
 
 BACKENDS = ("flash", "torch", "sdpa")
-"""Every backend, fastest first."""
+"""All backends, fastest first."""
 
 SHORT = 128
-"""Keys of a segment up to which a CPU computes bf16 attention in fp32: PyTorch's kernel for bf16 needs up to six times as long
+"""Most keys of a segment for which a CPU computes bf16 attention in fp32. PyTorch's bf16 kernel takes up to six times as long
 (benchmarks/results/attention_bf16.json)."""
 
-_MAX_WIDTH = 256  # widest head that the flash kernels take
-_WIDTH_STEP = 8  # they read heads in vectors of 8 half-precision numbers
+_MAX_WIDTH = 256  # widest head that the flash kernels support
+_WIDTH_STEP = 8  # the flash kernels read heads in vectors of 8 half-precision numbers
 
 
 def attention(
@@ -64,26 +65,28 @@ def attention(
     dropout: float = 0.0,
     backend: str | None = None,
 ) -> Tensor:
-    """softmax(q·kᵀ·scale)·v within each segment.
+    """Compute softmax(q·kᵀ·scale)·v within each segment.
 
-    A segment's last query is aligned with its last key, as in flash-attn: with fewer queries than keys,
-    causal query i of lq sees keys 0 … lk − lq + i.
+    The last query of a segment is aligned with its last key, as in flash-attn: with fewer queries than keys, causal query i
+    of lq sees keys 0 … lk − lq + i.
 
     Args:
-        q: (T_q, H, D). k: (T_k, H_kv, D). v: (T_k, H_kv, D_v). H is a multiple of H_kv.
-        table_q, table_k: the segments of queries and of keys, equally many; ``None`` = as the queries.
-        causal: whether a query sees only keys at or before its place; otherwise the whole segment.
+        q: (T_q, H, D).
+        k: (T_k, H_kv, D).
+        v: (T_k, H_kv, D_v). H is a multiple of H_kv.
+        table_q, table_k: the segments of the queries and of the keys, equally many; ``table_k=None`` = those of the queries.
+        causal: whether a query sees only keys up to its own position; if not, it sees the whole segment.
         scale: factor of the scores; ``None`` = 1/√D.
         window: a causal query sees itself and the ``window − 1`` keys before it (transformers' convention);
-            without ``causal``, the ``window − 1`` keys after it too.
+            without ``causal``, also the ``window − 1`` keys after it.
         dropout: probability with which attention weights are dropped.
-        backend: one of :data:`BACKENDS`; ``None`` = the environment's choice, else the fastest that fits.
+        backend: one of :data:`BACKENDS`; ``None`` = that of the environment variable, else the fastest that can run this.
 
     Returns:
         (T_q, H, D_v), dtype of ``v``.
 
     Raises:
-        InputError: the backend asked for is unknown, or cannot run these tensors here.
+        InputError: the requested backend is unknown, or cannot run these tensors here.
     """
     if table_k is None:
         table_k = table_q
@@ -92,10 +95,10 @@ def attention(
     if scale is None:
         scale = q.shape[-1] ** -0.5
     plan = _plan(table_q.lengths, table_k.lengths)
-    assert plan.tokens_q == q.shape[0] and plan.tokens_k == k.shape[0], "the tables don't fit the streams"
+    assert plan.tokens_q == q.shape[0] and plan.tokens_k == k.shape[0], "the tables do not match the lengths of q and k"
     assert plan.aligned or not (causal or window), "a mask needs at least as many keys as queries"
     if window is not None and window >= plan.max_k:
-        window = None  # it never hides anything, and without it the faster kernels apply
+        window = None  # it hides no key, and without it the faster kernels apply
     if q.is_meta:
         return attention_meta(q, k, v, _pairs(plan, causal, window))[0]
     name = _choose(backend, q, max(q.shape[-1], v.shape[-1]), dropout)
@@ -112,7 +115,7 @@ def attention(
 
 @lru_cache(maxsize=32)
 def available_backends(device: torch.device | str, dtype: torch.dtype) -> tuple[str, ...]:
-    """The backends that can run tensors of this dtype on this device, fastest first."""
+    """Return the backends that can run tensors of this dtype on this device, fastest first."""
     device = torch.device(device)
     found = ["sdpa"]
     half = dtype in (torch.bfloat16, torch.float16)
@@ -132,7 +135,7 @@ def _choose(asked: str | None, q: Tensor, width: int, dropout: float) -> str:
     if asked is None:
         return next(name for name in usable if not _obstacle(name, width, dropout, q.device))
     if asked not in BACKENDS:
-        raise InputError(f"{where}: unknown attention backend {asked!r}; choose from {', '.join(BACKENDS)}")
+        raise InputError(f"{where}: unknown attention backend {asked!r}; choose one of {', '.join(BACKENDS)}")
     if asked not in usable:
         raise InputError(
             f"{where}: attention backend {asked!r} cannot run {str(q.dtype)[6:]} on {q.device.type} here; "
@@ -144,26 +147,26 @@ def _choose(asked: str | None, q: Tensor, width: int, dropout: float) -> str:
 
 
 def _obstacle(name: str, width: int, dropout: float, device: torch.device) -> str:
-    """Why a backend that runs here cannot do this call; empty if it can."""
+    """Return the reason why an available backend cannot run this call; empty if it can."""
     if name == "sdpa":
         return ""
     if width > _MAX_WIDTH:
-        return f"takes heads up to {_MAX_WIDTH} wide, not {width}"
+        return f"supports heads up to a width of {_MAX_WIDTH}, not {width}"
     package = _flash_function(_is_hopper(device)) if name == "flash" else None
     if dropout > 0 and (package is None or package.generation == 3):
-        return "has no dropout"
+        return "does not support dropout"
     return ""
 
 
 def _pairs(plan: _Plan, causal: bool, window: int | None) -> int:
-    """Of a query and a key that it sees."""
+    """Count the pairs of a query and a key that it sees."""
     total = 0
     for run in plan.runs:
         width = run.k if window is None else min(run.k, window)
         hidden = run.k - run.q  # keys before the first query
         if not causal:
             total += run.n * run.q * width
-        else:  # query i sees hidden + i + 1 keys, or as many as the window lets it
+        else:  # query i sees hidden + i + 1 keys, at most `width`
             growing = max(0, min(run.q, width - hidden))
             total += run.n * (growing * hidden + growing * (growing + 1) // 2 + (run.q - growing) * width)
     return total
@@ -191,7 +194,7 @@ class _Plan(NamedTuple):
 
 @lru_cache(maxsize=64)
 def _plan(lengths_q: tuple[int, ...], lengths_k: tuple[int, ...]) -> _Plan:
-    """Found once per stream, since every block of the decoder asks for it again."""
+    """Return the layout of the segments; cached, because every block of the decoder needs that of the same packed sequence."""
     pairs = list(zip(lengths_q, lengths_k, strict=True))
     assert pairs and all(a > 0 and b > 0 for a, b in pairs), "a segment has no tokens"
     return _Plan(
@@ -218,10 +221,10 @@ def _by_segment(
     dropout: float,
 ) -> Tensor:
     shared = q.shape[1] // k.shape[1]
-    if shared > 1 and q.device.type != "cpu":  # CUDA kernels that take fp32 or a mask don't take shared heads
+    if shared > 1 and q.device.type != "cpu":  # CUDA kernels for fp32 or with a mask do not support shared heads
         k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
         shared = 1
-    # split, not slices: the gradient of a slice is a tensor as large as the stream, once per run
+    # split, not slices: the gradient of each slice is a tensor as large as the whole sequence
     parts_q = q.split([run.n * run.q for run in plan.runs])
     sizes_k = [run.n * run.k for run in plan.runs]
     out = []
@@ -246,7 +249,7 @@ def _by_segment(
 
 
 class _InFp32(torch.autograd.Function):
-    """Attention of bf16 tensors, computed in fp32, and once more in the backward pass, so that no fp32 tensor is kept."""
+    """Attention of bf16 tensors, computed in fp32. The backward pass computes it again, so that no fp32 tensor is kept."""
 
     @staticmethod
     def forward(ctx: Any, options: dict[str, Any], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -266,14 +269,15 @@ class _InFp32(torch.autograd.Function):
 
 
 def _batched(x: Tensor, count: int) -> Tensor:
-    """(count·l, H, D) → (count, H, l, D), a view."""
+    """View (count·l, H, D) as (count, H, l, D)."""
     return x.unflatten(0, (count, -1)).transpose(1, 2)
 
 
 def _band(q: int, k: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
-    """(q, k) boolean, true where a query sees a key; the last query is aligned with the last key.
+    """Return a (q, k) boolean mask, true where a query sees a key; the last query is aligned with the last key.
 
-    A corner of a square kept per power of two: the band depends only on the distance of query and key."""
+    It is a view of a square that is cached for each power of two: the mask depends only on the distance of query and key.
+    """
     size = 1 << (k - 1).bit_length()
     return _square(size, causal, window, device)[k - q : k, :k]
 
@@ -292,7 +296,7 @@ def _square(size: int, causal: bool, window: int | None, device: torch.device) -
 
 
 class _Call(NamedTuple):
-    """What both kernels need beside q, k and v. ``sides``: keys seen before and after a query; −1 = all."""
+    """Arguments of both kernels besides q, k and v. ``sides``: keys seen before and after a query; −1 = all."""
 
     cu_q: Tensor
     cu_k: Tensor
@@ -304,7 +308,7 @@ class _Call(NamedTuple):
 
 
 def _equal_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Zero-pad the heads to one width that the kernels take: scores and the columns kept stay the same."""
+    """Zero-pad the heads to one width that the kernels support; scores and the original columns stay the same."""
     width = -(-max(q.shape[-1], v.shape[-1]) // _WIDTH_STEP) * _WIDTH_STEP
     q, k, v = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
     return q, k, v
@@ -322,7 +326,7 @@ class _Flash(NamedTuple):
 
 @lru_cache(maxsize=2)
 def _flash_function(hopper: bool) -> _Flash | None:
-    """The package's function; FlashAttention-3 exists for Hopper only."""
+    """Return the function of the installed package, or None; FlashAttention-3 exists for Hopper only."""
     with suppress(ImportError):
         if hopper:
             from flash_attn_interface import flash_attn_varlen_func
@@ -352,12 +356,12 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> Tensor:
         window_size=call.sides,
         **options,
     )
-    return out[0] if isinstance(out, tuple) else out  # some releases of generation 3 return the log-sum-exp too
+    return out[0] if isinstance(out, tuple) else out  # some releases of FlashAttention-3 return the log-sum-exp too
 
 
 @lru_cache(maxsize=1)
 def _varlen_options() -> frozenset[str] | None:
-    """Which keywords PyTorch's varlen attention takes; ``None`` where it is missing or too old."""
+    """Return the keywords of PyTorch's varlen attention; ``None`` if it is missing or too old."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -398,20 +402,20 @@ def packed_attention(
     packed_keys: KeyRows | None = None,
     **extras: Any,
 ) -> tuple[Tensor, None]:
-    """:func:`attention` as transformers' attention modules call it.
+    """Run :func:`attention` with the signature of transformers' attention interface.
 
     Args:
         query, key, value: (1, H, T, D), (1, H_kv, T, D), (1, H_kv, T, D_v).
-        packed: the segments of the stream, handed to the model's forward as a keyword.
-        packed_queries: the segments' queries, where there are fewer of them than tokens; they are the last ones.
-        packed_keys: the segments' keys and values, where some see tokens of others too.
+        packed: the segments of the packed sequence, passed to the model's forward as a keyword.
+        packed_queries: the queries of each segment, if they are fewer than its tokens; they are its last ones.
+        packed_keys: the keys and values of each segment, if some segments see tokens of others too.
 
     Returns:
-        (1, T, H, D_v) with as many rows as queries, and no weights.
+        (1, T, H, D_v), with one row for each query, and None for the weights.
 
     Raises:
-        ValueError: ``packed`` is missing, i.e. the model was called in the ordinary way.
-        InputError: the model's family asks for something that packed attention doesn't have.
+        ValueError: ``packed`` is missing: the model was called on an ordinary batch.
+        InputError: the model's family needs something that packed attention does not support.
     """
     if packed is None:
         raise ValueError(
@@ -420,7 +424,10 @@ def packed_attention(
         )
     for name in ("softcap", "s_aux", "position_bias"):  # they change the scores and must not be ignored
         if extras.get(name) is not None:
-            raise InputError(f"model: {type(module).__name__} needs {name!r}, which packed attention lacks")
+            raise InputError(
+                f"model: {type(module).__name__} needs {name!r}, which packed attention does not support; "
+                "choose another family"
+            )
     assert attention_mask is None and query.shape[0] == 1
     own_window = getattr(module, "sliding_window", None)
     k, v, table_k = key[0].transpose(0, 1), value[0].transpose(0, 1), packed
@@ -434,13 +441,12 @@ def packed_attention(
         table_k,
         causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
         scale=scaling,
-        window=extras.get("sliding_window", own_window),  # a full-attention layer may say None, and means it
+        window=extras.get("sliding_window", own_window),  # a None passed by a full-attention layer must win
         dropout=dropout,
     )
     return out[None], None
 
 
-# Not registered with AttentionMaskInterface on purpose: for an attention without an entry there, transformers
-# makes no mask at all; for one with an entry it first searches position_ids for packed sequences, and waits for
-# the GPU to tell.
+# Deliberately not registered with AttentionMaskInterface: for an attention without an entry there, transformers
+# creates no mask. For one with an entry it first searches position_ids for packed sequences, which is a host sync.
 AttentionInterface.register(NAME, packed_attention)

@@ -1,8 +1,8 @@
-"""Attention of tensors without data: shapes, what a kernel keeps for its backward, and nothing computed.
+"""Attention of tensors without data: the shapes, and the tensors that a kernel keeps for its backward.
 
-On the ``meta`` device :func:`jepa_scale.models.attention.attention` runs this: as FlashAttention (arXiv 2205.14135, 2307.08691) it
-keeps q, k, v, its output and one fp32 number a query and head, and never the scores. Both directions are operators of their
-own, so that whoever looks at what runs (a planner, selective activation checkpointing) sees them by name.
+:func:`jepa_scale.models.attention.attention` uses it on the ``meta`` device. As FlashAttention (arXiv 2205.14135, 2307.08691)
+does, it keeps q, k, v, its output and one fp32 number for each query and head, but never the scores. Forward and backward are
+operators of their own, so that the planner and selective activation checkpointing can identify them by name.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from torch.utils.flop_counter import register_flop_formula
 
 @torch.library.custom_op("jepa_scale::attention_meta", mutates_args=())
 def attention_meta(q: Tensor, k: Tensor, v: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
-    """(T_q, H, D), (T_k, H_kv, D), (T_k, H_kv, D_v) → (T_q, H, D_v) and (H, T_q) fp32, both without data.
+    """Return the output (T_q, H, D_v) and the log-sum-exp (H, T_q) fp32, both without data.
 
     Args:
-        pairs: of a query and a key that it sees, in one head; FLOPs are counted by them.
+        q, k, v: (T_q, H, D), (T_k, H_kv, D), (T_k, H_kv, D_v).
+        pairs: number of pairs of a query and a key that it sees, in one head; FLOPs are counted from it.
     """
     return q.new_empty(*q.shape[:2], v.shape[-1]), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
 
@@ -49,11 +50,11 @@ attention_meta.register_autograd(_backward, setup_context=_keep)
 
 @register_flop_formula(torch.ops.jepa_scale.attention_meta)
 def _forward_flops(q: Any, k: Any, v: Any, pairs: int, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    """Two products, of scores and of values."""
+    """Count the FLOPs of two products, those of scores and values."""
     return 2 * pairs * q[1] * (q[2] + v[2])
 
 
 @register_flop_formula(torch.ops.jepa_scale.attention_meta_backward)
 def _backward_flops(grad: Any, q: Any, k: Any, v: Any, out: Any, sums: Any, pairs: int, *_: Any, **__: Any) -> int:
-    """Five products: the scores once more, and two for each of those of the forward."""
+    """Count the FLOPs of five products: the scores again, and two for each product of the forward."""
     return 2 * pairs * q[1] * (3 * q[2] + 2 * v[2])

@@ -1,4 +1,4 @@
-"""One backbone for every objective: the native decoder, or any causal language model of transformers, run packed."""
+"""The backbone of every objective: the native decoder or a causal language model of transformers, run on packed sequences."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from jepa_scale.models.decoder import JepaDecoderForCausalLM
 from jepa_scale.packing import PackedStream
 from jepa_scale.utils.errors import InputError
 
-_PIECE = 16_384  # rows of the embedding that are looked up together
+_PIECE = 16_384  # rows of the embedding in one lookup
 
 
 class Backbone(nn.Module):
-    """A decoder that runs packed streams.
+    """A decoder that runs on packed sequences.
 
     Attributes:
-        decoder: the ``…ForCausalLM`` of transformers, its attention set to the packed one.
+        decoder: the ``…ForCausalLM`` of transformers, with packed attention.
         blocks_at: dotted name of the list of blocks within the decoder.
     """
 
@@ -37,7 +37,7 @@ class Backbone(nn.Module):
         decoder.set_attn_implementation(attention.NAME)
         lm_head.adopt(decoder.get_output_embeddings())
         self.team: Team | None = None
-        """The ranks that share each layer, if there are others (:mod:`jepa_scale.models.tensor_parallel`)."""
+        """The tensor-parallel group (:mod:`jepa_scale.models.tensor_parallel`); None without tensor parallelism."""
 
     @property
     def hidden_size(self) -> int:
@@ -49,12 +49,12 @@ class Backbone(nn.Module):
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the embedding, padding of the vocabulary included."""
+        """Number of rows of the embedding, padding of the vocabulary included."""
         return self.decoder.config.vocab_size
 
     @property
     def layers(self) -> nn.ModuleList:
-        """The blocks, first to last."""
+        """The blocks, from first to last."""
         blocks = self.decoder.get_submodule(self.blocks_at)
         assert isinstance(blocks, nn.ModuleList)
         return blocks
@@ -65,17 +65,17 @@ class Backbone(nn.Module):
         return self.decoder.get_submodule(self._norm_at)
 
     def normed(self, rows: Tensor) -> Tensor:
-        """The final norm of an objective's own rows (n, d), which all ranks that share the decoder's layers have alike.
+        """Apply the final norm to an objective's own rows (n, d), which all ranks of a tensor-parallel group have alike.
 
-        Within the decoder each of them norms its own tokens, so that the weight's gradients add up; those of these rows are
-        whole on every rank.
+        Within the decoder each rank of the group normalises its own tokens, so the gradients of the weight are summed over
+        the group. For these rows every rank has the whole gradient.
         """
         with nullcontext() if self.team is None else self.team.whole_tokens():
             return self.norm(rows)
 
     @property
     def norm_name(self) -> str:
-        """Its dotted name within this module."""
+        """Dotted name of the final norm within this module."""
         return f"decoder.{self._norm_at}"
 
     @property
@@ -86,12 +86,12 @@ class Backbone(nn.Module):
 
     @property
     def head_size(self) -> int:
-        """Width of the states that the LM head reads; not :attr:`hidden_size` in every family."""
+        """Width of the LM head's input; in some families it differs from :attr:`hidden_size`."""
         return int(self.decoder.get_output_embeddings().weight.shape[1])
 
     def parameters_above(self, tap: int) -> Iterator[nn.Parameter]:
-        """Everything after block ``tap``: a bridge that follows it or a later one, the blocks above, the final norm, and the
-        head if it is not tied."""
+        """Yield the parameters after block ``tap``: those of a bridge after it or after a later block, of the blocks above, of
+        the final norm, and of the head if it is not tied."""
         parts: list[nn.Module | None] = [*self.layers[tap:], self.norm]
         parts += [self._bridge_above(tap), self.decoder.get_output_embeddings()]
         shared = set(self.decoder.get_input_embeddings().parameters())
@@ -100,34 +100,36 @@ class Backbone(nn.Module):
                 yield from (parameter for parameter in part.parameters() if parameter not in shared)
 
     def _bridge_above(self, tap: int) -> nn.Module | None:
-        """The native decoder's bridge, if the states after block ``tap`` are made without it."""
+        """Return the native decoder's bridge if the states after block ``tap`` do not depend on it, else None."""
         bridge = getattr(self.decoder.base_model, "bridge", None)
         return bridge if bridge is not None and self.decoder.config.bridge_after >= tap else None
 
     @property
     def barrier(self) -> int:
-        """Number of the last block that no gradient reaches from above; 0 if there is no such barrier."""
+        """Number of the block after which a stop-gradient layer blocks the gradients from above; 0 without such a layer."""
         config = self.decoder.config
         return config.bridge_after or 0 if getattr(config, "bridge_grad_barrier", False) else 0
 
     @property
     def gate(self) -> Tensor | None:
-        """0-d, how far the native decoder's bridge was open in the last forward, in (0, 1); None if it has none."""
+        """Gate σ(g) of the native decoder's bridge in the last forward, 0-d, in (0, 1); None without a bridge."""
         bridge = getattr(self.decoder.base_model, "bridge", None)
         return None if bridge is None else bridge.opening
 
     def embed(self, ids: Tensor) -> Tensor:
-        """(T,) int64 ids → (T, d) embeddings, as :meth:`hidden` takes them: before the native decoder's embedding norm, which
-        is a part of the decoder and normalises whatever is put in."""
+        """Look up (T,) int64 ids → (T, d) embeddings, as :meth:`hidden` takes them.
+
+        They have not passed the native decoder's embedding norm, which is part of the decoder and normalises any input.
+        """
         return self.decoder.get_input_embeddings()(ids)
 
     def hidden(self, stream: PackedStream, inputs_embeds: Tensor | None = None, until: int | None = None) -> Tensor:
-        """States of a packed stream.
+        """Compute the hidden states of a packed sequence.
 
         Args:
             stream: T tokens in segments.
-            inputs_embeds: (T, d) instead of the embeddings of ``stream.input_ids``.
-            until: ``None`` = all blocks and the final norm; k in 1 … L = only the first k blocks, and no final norm.
+            inputs_embeds: (T, d) to use instead of the embeddings of ``stream.input_ids``.
+            until: ``None`` = all blocks and the final norm; k in 1 … L = only the first k blocks, without the final norm.
 
         Returns:
             (T, d).
@@ -141,7 +143,10 @@ class Backbone(nn.Module):
     def hidden_and_tap(
         self, stream: PackedStream, tap: int, inputs_embeds: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """:meth:`hidden` (T, d), and on the way the states after block ``tap`` (T, d), before a bridge that may follow."""
+        """Return :meth:`hidden` (T, d) and, from the same pass, the states after block ``tap`` (T, d).
+
+        A bridge after that block is not included in the latter.
+        """
         tapped: list[Tensor] = []
 
         def look(block: nn.Module, args: Any, output: Any) -> None:
@@ -156,14 +161,14 @@ class Backbone(nn.Module):
         return hidden, tokens[0]
 
     def forward(self, stream: PackedStream, tap: int | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """As :meth:`hidden`, or with a ``tap`` as :meth:`hidden_and_tap`; for whoever has no more than a module to call."""
+        """Run :meth:`hidden`, or with a ``tap`` :meth:`hidden_and_tap`, for callers that can only call a module."""
         return self.hidden(stream) if tap is None else self.hidden_and_tap(stream, tap)
 
     def lower(self, until: int | None) -> Backbone:
-        """A copy of its own of the first ``until`` blocks with the embedding; its :meth:`hidden` are the states after them.
+        """Return a deep copy of the embedding and the first ``until`` blocks; its :meth:`hidden` gives the states after them.
 
-        It has no final norm and no LM head, and a bridge only where one comes before its last block; whatever is left has
-        the name that it has here. ``None`` = all but the LM head.
+        The copy has no final norm and no LM head, and a bridge only if that comes before its last block. Modules keep their
+        names. ``None`` = everything but the LM head.
         """
         head = self.decoder.get_output_embeddings()
         bridge = self._bridge_above(until) if until is not None else None
@@ -179,8 +184,10 @@ class Backbone(nn.Module):
                     self.decoder.base_model.bridge = bridge
 
     def last_hidden(self, stream: PackedStream, until: int | None = None) -> Tensor:
-        """As :meth:`hidden`, (S, d): only at the last token of each segment. The native decoder then spares its last
-        block the other places."""
+        """Return :meth:`hidden` at the last token of each segment only, (S, d).
+
+        The last block of the native decoder then skips the other token positions.
+        """
         if not isinstance(self.decoder, JepaDecoderForCausalLM) or self.team is not None:
             return self.hidden(stream, until=until)[stream.last]
         return self._run(self.embed(stream.input_ids), stream, until, readout=stream.last)
@@ -191,7 +198,10 @@ class Backbone(nn.Module):
             extras["segment_seeds"] = stream.seeds
         limit = getattr(self.decoder.config, "max_position_embeddings", None)
         if limit is not None and (longest := max(stream.key_lengths)) > limit:
-            raise ValueError(f"a segment of {longest} tokens: the model is made for {limit} (max_position_embeddings)")
+            raise ValueError(
+                f"a segment has {longest} tokens, more than the model's max_position_embeddings, {limit}; "
+                "shorten the segments or raise it"
+            )
         if stream.keys is not None:
             extras["packed_keys"] = stream.keys
         tokens = x[None]
@@ -208,9 +218,9 @@ class Backbone(nn.Module):
         return (states if self.team is None else self.team.join_tokens(states, len(x)))[0]
 
     def logits(self, rows: Tensor, frozen: bool = False) -> Tensor:
-        """(n, d) states after the final norm → (n, V). n may be 0; the head's parameters take part nonetheless.
+        """Compute logits: (n, d) states after the final norm → (n, V). With n = 0 the head's parameters still take part.
 
-        With ``frozen`` the gradient reaches ``rows`` and not the head's own parameters.
+        With ``frozen`` the gradient reaches ``rows`` but not the head's own parameters.
         """
         head = self.decoder.get_output_embeddings()
         with _frozen(head) if frozen else nullcontext():
@@ -220,7 +230,7 @@ class Backbone(nn.Module):
 
     @property
     def _shape(self) -> lm_head.Shape | None:
-        """What the family makes of the head's product; None = nothing."""
+        """Element-wise function that the family applies to the head's product; None = no such function."""
         config = self.decoder.config
         factor = getattr(config, "logit_scale", None)  # Cohere
         divisor = getattr(config, "logits_scaling", None)  # Granite
@@ -238,13 +248,18 @@ class Backbone(nn.Module):
         return shape
 
     def label_losses(self, rows: Tensor, labels: Tensor) -> Tensor:
-        """(n, d) states after the final norm, (n,) int64 → (n,) fp32, the negative log-probability of each label. No more logits
-        exist at a time than :data:`jepa_scale.models.head.CHUNK_BYTES`, and a team never has all of them in one place."""
+        """Return the negative log-probability of each label: (n, d) states after the final norm, (n,) int64 → (n,) fp32.
+
+        At most :data:`jepa_scale.models.head.CHUNK_BYTES` of logits exist at a time, and no rank of a tensor-parallel group
+        holds all of them.
+        """
         return self._label_losses(rows, labels, None)[0]
 
     def label_losses_and_logits(self, rows: Tensor, labels: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-        """:meth:`label_losses`, and (m, V) fp32, the logits of the rows (m,) int64 ``places``, without gradient; zeros if there
-        are no rows."""
+        """Return :meth:`label_losses`, and (m, V) fp32: the logits of the rows ``places``, (m,) int64, without gradient.
+
+        The logits are zeros if there are no rows.
+        """
         losses, logits = self._label_losses(rows, labels, places if len(rows) else places[:0])
         assert logits is not None
         return losses, logits if len(rows) else logits.new_zeros(len(places), self.vocab_size)
@@ -252,7 +267,7 @@ class Backbone(nn.Module):
     def _label_losses(self, rows: Tensor, labels: Tensor, places: Tensor | None) -> tuple[Tensor, Tensor | None]:
         head, team = self.decoder.get_output_embeddings(), self.team
         part = slice(0, self.vocab_size) if team is None else team.part(self.vocab_size)
-        own = part.stop - part.start  # of the vocabulary, on this rank
+        own = part.stop - part.start  # columns of the vocabulary on this rank
         with nullcontext() if team is None else team.split_vocabulary():
             if lm_head.columns(len(rows), own) < own and lm_head.can_measure(head):
                 *found, kept = lm_head.measure(head, rows, labels - part.start, self._shape, places)
@@ -270,11 +285,11 @@ class Backbone(nn.Module):
         return team.label_losses(normalizers, chosen), kept
 
     def unembed(self, states: Tensor, normalized: bool = True) -> Tensor:
-        """(n, d) states → (n, V), their products with the token embeddings.
+        """Compute the products of states with the token embeddings, (n, d) → (n, V).
 
         Args:
-            normalized: with the embeddings as they enter the first block, through the native decoder's embedding norm.
-                Without such a norm it makes no difference.
+            normalized: whether the embeddings first pass the native decoder's embedding norm, as they do before the first
+                block. It has no effect without such a norm.
         """
         embedding = self.decoder.get_input_embeddings()
         norm = getattr(self.decoder.base_model, "embedding_norm", None) if normalized else None
@@ -286,7 +301,7 @@ class Backbone(nn.Module):
 
     @contextmanager
     def unpacked(self) -> Iterator[PreTrainedModel]:
-        """The decoder with ordinary (batch, sequence) attention, for ``generate`` and a key-value cache."""
+        """Yield the decoder with ordinary (batch, sequence) attention, for ``generate`` and a key-value cache."""
         self.decoder.set_attn_implementation("sdpa")
         try:
             with nullcontext() if self.team is None else self.team.whole_tokens():
@@ -296,17 +311,17 @@ class Backbone(nn.Module):
 
     @contextmanager
     def _cut(self, until: int | None) -> Iterator[None]:
-        """For the duration of one call the decoder ends after block ``until``, without final norm.
+        """Make the decoder end after block ``until``, without the final norm, for the duration of one call.
 
-        The same block modules run in the same order, so the hooks of ZeRO-3 and FSDP2 fire as ever; leaving early by
-        an exception would skip some of them.
+        The block modules run as usual and in their usual order, so the hooks of ZeRO-3 and FSDP2 run too; leaving the
+        forward by an exception would skip some of them.
         """
         if until is None:
             yield
             return
         blocks = self.layers
         if not 1 <= until <= len(blocks):
-            raise ValueError(f"until={until}: the decoder has blocks 1 … {len(blocks)}")
+            raise ValueError(f"until={until}: the decoder has blocks 1 … {len(blocks)}; choose one of these")
         norm = self.norm
         self._swap(blocks[:until], nn.Identity())
         try:
@@ -322,7 +337,7 @@ class Backbone(nn.Module):
 
 @contextmanager
 def _frozen(module: nn.Module) -> Iterator[None]:
-    """Calls of ``module`` see its parameters detached, those of the modules in it as well."""
+    """Make calls of ``module`` use detached parameters, in its sub-modules too."""
     with ExitStack() as stack:
         for part in module.modules():
             stack.enter_context(_frozen_alone(part))
@@ -331,8 +346,11 @@ def _frozen(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _frozen_alone(module: nn.Module) -> Iterator[None]:
-    """Calls of ``module`` see its own parameters detached. It happens within the call, by the last hook before the forward and
-    the first after it, when ZeRO-3 and FSDP2 have gathered them; what autograd saves is the gathered memory."""
+    """Make calls of ``module`` use its own parameters detached.
+
+    The last hook before the forward detaches them and the first hook after it restores them: in between ZeRO-3 and FSDP2 have
+    gathered them, so autograd saves the gathered memory.
+    """
     kept: dict[str, Any] = {}
 
     def detach(module: nn.Module, args: Any) -> None:
@@ -348,14 +366,18 @@ def _frozen_alone(module: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        module._parameters.update(kept)  # of a call that raised; after others, an engine may have sharded them again
+        module._parameters.update(kept)  # not empty only if the call raised; else an engine may have resharded them
         for handle in handles:
             handle.remove()
 
 
 def _locate(decoder: PreTrainedModel) -> tuple[str, str]:
-    """Paths of the list of blocks and of the final norm within the decoder."""
-    depth = getattr(decoder.config, "num_hidden_layers", None)  # a model of several modalities has none of its own
+    """Find the paths of the list of blocks and of the final norm within the decoder.
+
+    Raises:
+        InputError: the decoder is not one stack of blocks with one norm after it.
+    """
+    depth = getattr(decoder.config, "num_hidden_layers", None)  # the config of a multi-modal model has no such key
     for path, module in decoder.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             owner, _, name = path.rpartition(".")
@@ -365,5 +387,5 @@ def _locate(decoder: PreTrainedModel) -> tuple[str, str]:
             if len(norms) == 1:
                 return path, f"{owner}.{norms[0]}" if owner else norms[0]
     raise InputError(
-        f"model: {type(decoder).__name__} is not one stack of blocks and a final norm; choose another family"
+        f"model: {type(decoder).__name__} is not a single stack of blocks with a final norm; choose another family"
     )

@@ -11,17 +11,19 @@ import torch
 from torch import nn
 
 LIMIT = 32
-"""Graphs of one function, per process; PyTorch's default is 8."""
+"""Most graphs of one function in a process; PyTorch's default is 8."""
 
 
 def compile_blocks(blocks: Sequence[nn.Module], backend: str = "inductor") -> None:
-    """Have each block compile its forward when it first runs, in place; names and parameters stay.
+    """Make each block compile its forward when it first runs, in place; names and parameters stay.
 
-    What is compiled is the ``forward`` that the class itself defines, once for all of its blocks, with sizes left open. Hooks
-    (FSDP2's, DeepSpeed's), transformers' wrapper around each forward and recomputing (:mod:`jepa_scale.models.recompute`, which
-    comes after this) stay outside: compiled with it, each would be a function that many classes share, and the compiler would
-    soon have compiled that as often as it is willing to, and go on without. That limit is raised: with and without gradients, student and
-    teacher, the first block's input (a view) and those of others, and a stream of one token are graphs of their own.
+    The ``forward`` that the class itself defines is compiled once for all of its blocks, with dynamic sizes. Hooks (FSDP2's,
+    DeepSpeed's), transformers' wrapper around each forward, and recomputation (:mod:`jepa_scale.models.recompute`, applied
+    after this) stay outside. Compiled too, each of them would be one function shared by many classes; it would soon reach
+    PyTorch's limit of recompilations, beyond which code runs uncompiled.
+
+    That limit is raised here, because these need graphs of their own: with and without gradients, student and teacher, the
+    first block's input (a view) and the other blocks', and a packed sequence of one token.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, LIMIT)
     for block in blocks:

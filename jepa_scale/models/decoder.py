@@ -1,9 +1,9 @@
-"""The native decoder: pre-norm RMSNorm, SwiGLU, RoPE or PoPE, optionally tied weights, a normalised embedding, DropPath and
-a gated bridge after one of its blocks (rows R1, R3, S5 and S6 of the specification).
+"""The native decoder: pre-norm RMSNorm, SwiGLU, and RoPE or PoPE; as options tied weights, a normalised embedding, DropPath and
+a gated bridge after one of its blocks.
 
-A transformers model in every respect (Auto classes, ``generate`` with a cache, ``save_pretrained``), with Llama's
-parameter names, so that whatever works on Llama by name works on it. It calls attention through transformers' registry:
-the packed path and the ordinary one are the same code.
+It is a complete transformers model (Auto classes, ``generate`` with a cache, ``save_pretrained``) with Llama's parameter
+names, so code that addresses Llama's parameters by name works on it. It calls attention through transformers' registry: the
+same code runs on packed sequences and on ordinary batches.
 """
 
 from __future__ import annotations
@@ -34,23 +34,26 @@ from jepa_scale.packing import SegmentTable
 
 
 class JepaDecoderConfig(PreTrainedConfig):
-    """Shape of the native decoder.
+    """Configuration of the native decoder.
 
-    Llama's keys mean what they mean there; ``rope_theta`` may be given by itself (default 10,000). Of our own:
+    Llama's keys have their usual meaning; ``rope_theta`` may be given on its own (default 10,000). The decoder's own keys, and
+    those with another default:
 
     Attributes:
         intermediate_size: inner width of the SwiGLU; ``None`` = 4 · hidden_size.
         output_bias: whether the LM head has a bias.
         embedding_init_std: standard deviation of the initial embeddings; ``None`` = initializer_range.
-        position_embedding: ``"rope"``, or ``"pope"`` (:mod:`jepa_scale.models.layers.pope`), which has ``rope_theta`` as its base.
-        embedding_norm: an RMSNorm on what enters the first block, ids' embeddings or ``inputs_embeds``; its gain starts at
-            embedding_init_std, so that the embeddings' scale is the usual one.
+        position_embedding: ``"rope"``, or ``"pope"`` (:mod:`jepa_scale.models.layers.pope`), whose base is ``rope_theta``.
+        embedding_norm: whether an RMSNorm is applied to the input of the first block (embeddings of ids or
+            ``inputs_embeds``). Its gain starts at embedding_init_std, so that the embeddings have their usual scale.
         hidden_dropout: dropout on the output of each attention and MLP branch.
-        drop_path: probability with which the last block leaves out a branch (:mod:`jepa_scale.models.layers.drop_path`).
-        bridge_after: the block (from 1; negative: from the end) whose output x goes on as x + σ(g)·B(x), see
+        drop_path: probability with which the last block drops a branch (:mod:`jepa_scale.models.layers.drop_path`).
+        bridge_after: the block (from 1; negative: from the end) whose output x becomes x + σ(g)·B(x), see
             :class:`jepa_scale.models.layers.bridge.Bridge`; ``None`` = no bridge.
-        bridge_intermediate_size: inner width of B; ``None`` = hidden_size. bridge_dropout: in it. bridge_gate_init: g.
-        bridge_grad_barrier: no gradient from the upper blocks reaches the lower ones.
+        bridge_intermediate_size: inner width of B; ``None`` = hidden_size.
+        bridge_dropout: dropout within B.
+        bridge_gate_init: initial value of g.
+        bridge_grad_barrier: whether the bridge's stop-gradient layer keeps gradients of the upper blocks from the lower ones.
     """
 
     model_type = "jepa_decoder"
@@ -124,16 +127,16 @@ class JepaDecoderConfig(PreTrainedConfig):
 
 
 def position_table(config: JepaDecoderConfig, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the angles of positions (B, T), as :class:`JepaAttention` takes them."""
+    """Return cosine and sine of the angles of positions (B, T), as :class:`JepaAttention` takes them."""
     width = config.head_dim * (2 if config.position_embedding == "pope" else 1)
     cos, sin = rotary_table(position_ids, width, config.rope_parameters["rope_theta"])
     return cos.to(dtype), sin.to(dtype)
 
 
 class JepaAttention(nn.Module):
-    """Self-attention; which kernel runs it is the config's ``_attn_implementation``."""
+    """Self-attention; the config's ``_attn_implementation`` selects its kernel."""
 
-    is_causal = True  # a stack that isn't sets it on its own layers
+    is_causal = True  # a bidirectional stack sets it to False on its own layers
 
     def __init__(self, config: JepaDecoderConfig, layer_idx: int) -> None:
         super().__init__()
@@ -161,11 +164,12 @@ class JepaAttention(nn.Module):
         rows: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, T, d) → (B, T, d) and, from the eager implementation, the weights (B, H, T, T_k).
+        """Attend, (B, T, d) → (B, T, d); the eager implementation also returns the weights (B, H, T, T_k).
 
-        With ``readout`` (S,), the places of the last token of each segment of a packed stream, and ``packed_queries``, S segments
-        of one query: → (1, S, d), what attention gives there. ``rows`` (M,) are any places: → (B, M, d); attention is spared
-        nothing, its output matrix is.
+        Args:
+            readout: (S,) positions of the last token of each segment of a packed sequence. Queries are computed there only,
+                → (1, S, d); ``packed_queries`` then has S segments of one query.
+            rows: (M,) positions, → (B, M, d). Attention runs at all positions, the output projection at these.
         """
         heads = (*x.shape[:2], -1, self.head_dim)
         asking, angles = x, rotary
@@ -194,7 +198,7 @@ def eager_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention spelled out, with its weights. ``attention_mask`` is added to the scores."""
+    """Compute softmax attention from plain operations, with its weights; ``attention_mask`` is added to the scores."""
     shared = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)
     scores = query @ key.transpose(-1, -2) * scaling
@@ -238,9 +242,9 @@ class JepaDecoderLayer(GradientCheckpointingLayer):
         kept: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """(B, T, d) → (B, T, d), or with ``readout`` (S,) or ``rows`` (M,) only the rows of those places.
+        """Run the block, (B, T, d) → (B, T, d); with ``readout`` (S,) or ``rows`` (M,) only at those positions.
 
-        ``kept`` (2, B, T) or (2, B, 1) bool: where the branches are, see :mod:`jepa_scale.models.layers.drop_path`.
+        ``kept`` (2, B, T) or (2, B, 1) bool: where the two branches are kept, see :mod:`jepa_scale.models.layers.drop_path`.
         """
         branch, _ = self.self_attn(self.input_layernorm(x), readout=readout, rows=rows, **kwargs)
         wanted = rows if readout is None else readout
@@ -252,14 +256,14 @@ class JepaDecoderLayer(GradientCheckpointingLayer):
 
 
 class EmbeddingNorm(nn.RMSNorm):
-    """A class of its own because its gain starts at the embeddings' scale and not at 1."""
+    """RMSNorm of the embeddings; a class of its own because its gain starts at the embeddings' scale and not at 1."""
 
 
 class JepaLMHead(LMHead):
-    """Hidden states to logits. With tied weights the states are first multiplied by the learnable ``logit_scale``.
+    """The LM head, hidden states to logits. With tied weights the states are first multiplied by the learnable ``logit_scale``.
 
-    The scale lives in this module, not beside it, and is a vector of one element: ZeRO-3 gathers a parameter only for
-    the module that owns it, and FSDP2 shards no scalars.
+    The scale belongs to this module because ZeRO-3 gathers a parameter only for the module that owns it. It is a vector of
+    one element because FSDP2 shards no scalars.
     """
 
     def __init__(self, config: JepaDecoderConfig) -> None:
@@ -282,7 +286,8 @@ class JepaDecoderPreTrainedModel(PreTrainedModel):
 
     @property
     def _supports_flash_attn(self) -> bool:  # type: ignore[override]
-        """transformers hands its flash kernels heads of one width; PoPE's keys are wider than its values."""
+        """Return whether transformers' flash kernels apply: they take heads of one width, and PoPE's keys are wider than its
+        values."""
         return self.config.position_embedding == "rope"
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -291,7 +296,7 @@ class JepaDecoderPreTrainedModel(PreTrainedModel):
 
 @torch.no_grad()
 def initialize(module: nn.Module, config: JepaDecoderConfig) -> None:
-    """Initial weights of one module of the decoder, its sub-modules left out."""
+    """Set the initial weights of one module of the decoder, without its sub-modules."""
     if isinstance(module, nn.Linear):
         init.normal_(module.weight, std=config.initializer_range)
         if module.bias is not None:
@@ -311,7 +316,7 @@ def initialize(module: nn.Module, config: JepaDecoderConfig) -> None:
 
 
 class JepaDecoderModel(JepaDecoderPreTrainedModel):
-    """Embedding, blocks and final norm: ids or embeddings to hidden states."""
+    """Embedding, blocks and final norm: from ids or embeddings to hidden states."""
 
     def __init__(self, config: JepaDecoderConfig) -> None:
         super().__init__(config)
@@ -340,15 +345,18 @@ class JepaDecoderModel(JepaDecoderPreTrainedModel):
         segment_seeds: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """(B, T) ids or (B, T, d) embeddings → ``last_hidden_state`` (B, T, d), after the final norm.
+        """Run the decoder: (B, T) ids or (B, T, d) embeddings → ``last_hidden_state`` (B, T, d), after the final norm.
 
-        With the packed attention: B = 1, ``position_ids`` (1, T) and ``packed=SegmentTable``, with branches also
-        ``packed_keys=KeyRows``; there ``readout`` (S,), the places of the segments' last tokens, asks for those rows alone,
-        (1, S, d), and saves the last block the others. ``segment_seeds`` (S,) int64 say which branches DropPath takes
-        from a segment in training.
+        Packed attention takes B = 1, ``position_ids`` (1, T), ``packed=SegmentTable`` and, with branches,
+        ``packed_keys=KeyRows``. It also admits these:
+
+        Args:
+            readout: (S,) positions of the segments' last tokens: only those rows are returned, (1, S, d), and the last block
+                skips the others.
+            segment_seeds: (S,) int64; in training they determine which branches DropPath drops for a segment.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
+            raise ValueError("input_ids, inputs_embeds: both or neither is given; pass one of them")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
@@ -381,14 +389,14 @@ class JepaDecoderModel(JepaDecoderPreTrainedModel):
             )
             if self.bridge is not None and number == self.config.bridge_after < len(
                 self.layers
-            ):  # cut there: no bridge
+            ):  # a decoder cut after this block has no bridge
                 x = x.detach() if self.config.bridge_grad_barrier else x
                 x = x + self.bridge(x)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
 
     def _kept(self, x: Tensor, packed: SegmentTable | None, seeds: Tensor | None) -> Tensor | None:
-        """(L, 2, B, 1 or T) bool, which branches are; None where all are."""
-        rate, blocks = self.config.drop_path, self.config.num_hidden_layers  # L, also of a decoder that is cut
+        """Return which branches DropPath keeps, (L, 2, B, 1 or T) bool; None if it keeps all of them."""
+        rate, blocks = self.config.drop_path, self.config.num_hidden_layers  # L, also if the decoder is cut
         if not self.training or rate == 0:
             return None
         if packed is None:
@@ -398,8 +406,8 @@ class JepaDecoderModel(JepaDecoderPreTrainedModel):
 
 
 def _one_each(count: int, device: torch.device) -> SegmentTable:
-    """Not in a block: compiled there, each ``count`` would be a new program."""
-    ends = torch.arange(count + 1, dtype=torch.int32, device=device)  # made there: no copy to wait for
+    """Return a table of ``count`` segments of one token. Outside of the blocks, which would be compiled for each ``count``."""
+    ends = torch.arange(count + 1, dtype=torch.int32, device=device)  # made on the device: no copy to wait for
     return SegmentTable(ends, (1,) * count)
 
 
@@ -428,10 +436,11 @@ class JepaDecoderForCausalLM(JepaDecoderPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """As :class:`JepaDecoderModel`, with ``logits`` (B, T, V).
+        """Run :class:`JepaDecoderModel` and compute ``logits`` (B, T, V).
 
-        ``labels`` (B, T) are token ids, shifted here as in every transformers model. ``logits_to_keep``: the last n
-        positions, or an index tensor; 0 = all.
+        Args:
+            labels: (B, T) token ids, shifted here as in every transformers model.
+            logits_to_keep: logits of the last n positions, or of an index tensor; 0 = all.
         """
         outputs = self.model(
             input_ids=input_ids,

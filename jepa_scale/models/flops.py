@@ -1,22 +1,23 @@
-"""How many floating-point operations a decoder's pass over a packed stream takes, and how many a device could do.
+"""Floating-point operations of a decoder's pass over a packed sequence, and the peak rate of a device.
 
-Counted, as :mod:`torch.utils.flop_counter` does: matrix products alone, two operations for each multiply-add. Norms,
-activations, softmax, rotary embeddings and optimizers are left out; so is whatever activation checkpointing computes again, and
-the logits that :mod:`jepa_scale.models.head` makes twice.
-The quotient of these operations per second and :func:`peak_flops` is thus the model FLOPs utilization of PaLM
-(Chowdhery et al. 2022, arXiv 2204.02311, appendix B), with one difference: a causal query is charged for the keys that it
-may see, n(n+1)/2 pairs in a segment of n tokens, n·m more in a branch that sees a prefix of m, and for ``window`` of them
-under a sliding window.
+As in :mod:`torch.utils.flop_counter`, only matrix products count, with two operations for each multiply-add. Norms,
+activations, softmax, rotary embeddings and optimizers are left out. So are what activation checkpointing computes again, and
+the logits that :mod:`jepa_scale.models.head` computes a second time.
 
-``FlopCounterMode`` charges all n² pairs, causal or not, windowed or not; ``square=True`` counts like that. For the backward of
-a fused attention kernel it counts five products where the definition has four, since the kernel makes the scores again.
-(The fused kernel of the CPU it doesn't know at all.)
+These operations per second, divided by :func:`peak_flops`, are the model FLOPs utilization of PaLM (Chowdhery et al. 2022,
+arXiv 2204.02311, appendix B), with one difference: a causal query is charged only for the keys that it may see. These are
+n(n+1)/2 pairs in a segment of n tokens, n·m more in a branch that sees a prefix of m tokens, and at most ``window`` keys a
+query under a sliding window.
 
-**Backward.** A product x·W has one product of the same size for W's gradient, if W trains, and one for x's, if anything that
-trains lies before it; attention's two products have two each. "Before" is known block by block: within the lowest block
-that has anything to train, every product is taken to pass a gradient on. That is exact where the first thing in this block
-is a norm that trains; otherwise (LoRA under a frozen embedding) the products that read the block's input, one in each of
-its projections, are counted once too often, in this one block. A loss is taken to reach all that trains.
+``FlopCounterMode`` charges all n² pairs, causal or not, windowed or not; ``square=True`` counts in this way. For the backward
+of a fused attention kernel it counts five products where the definition has four, because the kernel computes the scores
+again. It does not count the CPU's fused kernel at all.
+
+**Backward.** A product x·W adds one product of the same size for the gradient of W, if W trains, and one for that of x, if
+anything before it trains; each of attention's two products adds two. "Before" is resolved by block: within the lowest block
+with trainable parameters, every product counts as passing a gradient on. That is exact if the block begins with a trainable
+norm. Otherwise (LoRA with a frozen embedding) the products that read the block's input, one in each of its projections, are
+charged one product too many, in this block only. A loss is assumed to reach all trainable parameters.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from jepa_scale.packing import PackedStream
 
 
 class Cost(NamedTuple):
-    """FLOPs of one token, one pair or one row: of its forward, and of the backward that training adds to it."""
+    """FLOPs of one token, one pair or one row: those of the forward, and those that the backward adds in training."""
 
     forward: int = 0
     backward: int = 0
@@ -43,14 +44,14 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class DecoderFlops:
-    """What a pass costs: three coefficients and the lengths of the segments, all of them plain integers.
+    """FLOPs of a pass, from three coefficients and the lengths of the segments, all of them plain integers.
 
     Attributes:
-        per_token: all matrices of the blocks, of a bridge between them and around them, but the LM head.
-        per_pair: sliding window (``None`` = none) → scores and values of one query and one key, summed over the blocks with
-            this window.
-        per_row: the LM head. Where the head's weights are frozen for one call, training costs twice its ``forward``.
-        uncounted: parameters that look like matrices but are used in a way unknown here; empty for the usual families.
+        per_token: cost of all matrices of the decoder except those of the LM head: blocks, bridge and the rest.
+        per_pair: sliding window (``None`` = none) → cost of scores and values of one query and one key, summed over the
+            blocks with this window.
+        per_row: cost of the LM head. If the head's weights are frozen for one call, training costs twice its ``forward``.
+        uncounted: parameters that look like matrices but whose use is unknown here; empty for the usual families.
     """
 
     per_token: Cost
@@ -60,10 +61,10 @@ class DecoderFlops:
 
     @classmethod
     def of(cls, backbone: Backbone, until: int | None = None) -> DecoderFlops:
-        """Read off the modules, once, while the weights are whole: before an engine shards them.
+        """Count the FLOPs from the modules, while the weights are whole: before an engine shards them.
 
         Args:
-            until: as in :meth:`Backbone.hidden`: only the first so many blocks, 1 … L.
+            until: number of blocks that run, 1 … L, as in :meth:`Backbone.hidden`; ``None`` = all.
         """
         assert until is None or 1 <= until <= backbone.num_layers
         decoder, config = backbone.decoder, backbone.decoder.config
@@ -77,7 +78,7 @@ class DecoderFlops:
         tokens: list[Cost] = []
         pairs: dict[int | None, Cost] = {}
         unknown = list(around.unknown)
-        reached = any(p.requires_grad for m in embeddings for p in m.parameters())  # whether anything before trains
+        reached = any(p.requires_grad for m in embeddings for p in m.parameters())  # whether anything earlier trains
         for number, block in enumerate(blocks, 1):
             found = _read(block, top_k)
             reached |= found.trains
@@ -106,13 +107,13 @@ class DecoderFlops:
         square: bool = False,
         key_lengths: Sequence[int] | None = None,
     ) -> int:
-        """FLOPs of a pass without gradient: an evaluation, a teacher, a collecting pass.
+        """Return the FLOPs of a pass without gradient: an evaluation, a teacher's forward, a gather pass.
 
         Args:
-            lengths: tokens of each segment, ``PackedStream.table.lengths``.
-            head_rows: rows that the LM head runs on.
-            square: charge all n² pairs of a segment, as ``FlopCounterMode`` does.
-            key_lengths: tokens that each segment sees, ``PackedStream.key_lengths``; ``None`` = its own alone.
+            lengths: number of tokens of each segment, ``PackedStream.table.lengths``.
+            head_rows: number of rows that the LM head runs on.
+            square: whether to charge all n² pairs of a segment, as ``FlopCounterMode`` does.
+            key_lengths: number of tokens that each segment sees, ``PackedStream.key_lengths``; ``None`` = only its own.
         """
         return self._total(0, lengths, head_rows, square, key_lengths)
 
@@ -124,11 +125,11 @@ class DecoderFlops:
         square: bool = False,
         key_lengths: Sequence[int] | None = None,
     ) -> int:
-        """As :meth:`forward`, with the backward."""
+        """Return the FLOPs of :meth:`forward` and of its backward."""
         return sum(self._total(way, lengths, head_rows, square, key_lengths) for way in (0, 1))
 
     def of_stream(self, stream: PackedStream, training: bool, rows: int | None = None, square: bool = False) -> int:
-        """FLOPs of a stream, all of whose segments run; of the LM head on ``rows``, ``None`` = the labelled places."""
+        """Return the FLOPs of a whole packed sequence, with the LM head on ``rows`` rows; ``None`` = the labelled ones."""
         run = self.training if training else self.forward
         rows = len(stream.labelled) if rows is None else rows
         return run(stream.table.lengths, rows, square=square, key_lengths=stream.key_lengths)
@@ -145,12 +146,15 @@ class DecoderFlops:
 
 @dataclass(frozen=True, slots=True)
 class ReadoutFlops:
-    """What :meth:`Backbone.last_hidden` costs: of the native decoder's last block, keys and values at all places, and the
-    rest at the last place of each segment; of others all of it everywhere.
+    """FLOPs of :meth:`Backbone.last_hidden`.
+
+    The native decoder's last block computes keys and values at all token positions, and the rest at the last position of each
+    segment. Other decoders compute everything at all positions.
 
     Attributes:
-        blocks: as if nothing were spared. spared: of a place that is no segment's last. pairs: of one query and one key in
-            the last block.
+        blocks: cost without anything skipped.
+        spared: cost that the last block saves at a position that is not the last of its segment.
+        pairs: cost of one query and one key in the last block.
     """
 
     blocks: DecoderFlops
@@ -159,7 +163,7 @@ class ReadoutFlops:
 
     @classmethod
     def of(cls, backbone: Backbone, until: int) -> ReadoutFlops:
-        """As :meth:`DecoderFlops.of`."""
+        """Count the FLOPs from the modules, as :meth:`DecoderFlops.of`."""
         blocks = DecoderFlops.of(backbone, until)
         if not isinstance(backbone.decoder, JepaDecoderForCausalLM):
             return cls(blocks, Cost(), Cost())
@@ -175,10 +179,10 @@ class ReadoutFlops:
         )
 
     def of_stream(self, stream: PackedStream, training: bool, square: bool = False) -> int:
-        """FLOPs of a stream without branches."""
+        """Return the FLOPs of a packed sequence without branches."""
         lengths = stream.table.lengths
         full = self.blocks.of_stream(stream, training, 0, square)
-        # a segment's last place sees all n of its keys
+        # the last query of a segment sees all n of its keys
         unseen = attention_pairs(lengths, causal=not square) - sum(lengths)
         spared = [c * (sum(lengths) - len(lengths)) + p * unseen for c, p in zip(self.spared, self.pairs, strict=True)]
         return full - spared[0] - spared[1] * training
@@ -190,16 +194,19 @@ def attention_pairs(
     causal: bool = True,
     key_lengths: Sequence[int] | None = None,
 ) -> int:
-    """Pairs of a query and a key that it sees, over segments of these lengths; without ``causal`` all of each.
+    """Count the pairs of a query and a key that it sees, over segments of these lengths; without ``causal`` all pairs.
 
-    ``window``: a causal query sees itself and the ``window − 1`` keys before it. ``key_lengths``: of each segment's keys,
-    the last of which is its last query's own; ``None`` = as many as its queries.
+    Args:
+        lengths: number of queries of each segment.
+        window: a causal query sees itself and the ``window − 1`` keys before it.
+        causal: whether a query sees only its own key and those before it.
+        key_lengths: number of keys of each segment, the last of them aligned with the last query; ``None`` = ``lengths``.
     """
     if key_lengths is not None:
         pairs = list(zip(lengths, key_lengths, strict=True))
         if not causal:
             return sum(n * keys for n, keys in pairs)
-        # all that the keys' tokens would see, less what those of the prefix would
+        # the pairs of all key positions as queries, less those of the prefix
         return attention_pairs(key_lengths, window) - attention_pairs([keys - n for n, keys in pairs], window)
     if not causal:
         return sum(n * n for n in lengths)
@@ -210,9 +217,9 @@ def attention_pairs(
 
 
 def linear_cost(module: nn.Module) -> Cost:
-    """Of one row through all linear layers in an objective's head, the gradient of the module's input included.
+    """Return the cost of one row through all linear layers of an objective's head, the gradient of its input included.
 
-    Products of activations, a predictor's attention perhaps, are not in it; nor are matrices picked by an index.
+    Products of activations, such as a predictor's attention, are not included; nor are matrices selected by an index.
     """
     return _read(module, None).cost(True)
 
@@ -221,22 +228,22 @@ def linear_cost(module: nn.Module) -> Cost:
 
 
 class _Matrix(NamedTuple):
-    flops: int  # of one row
+    flops: int  # for one row
     trains: bool
 
 
 class _Found(NamedTuple):
     matrices: list[_Matrix]
-    trains: bool  # any parameter, a norm's too
+    trains: bool  # whether any parameter trains, a norm's included
     unknown: list[str]
 
     def cost(self, reached: bool) -> Cost:
-        """``reached``: whether the gradient goes on to what the matrices are applied to."""
+        """Sum up the cost of one row; ``reached``: whether the matrices' inputs need a gradient too."""
         return Cost(sum(m.flops for m in self.matrices), sum(m.flops * (m.trains + reached) for m in self.matrices))
 
 
 def _read(root: nn.Module, top_k: int | None, skip: Collection[nn.Module] = ()) -> _Found:
-    """The matrices within ``root`` but not within ``skip``. ``top_k``: experts that a token goes through."""
+    """Find the matrices within ``root`` but not within ``skip``; ``top_k``: number of experts that a token uses."""
     skipped = {module for part in skip for module in part.modules()}
     lists = {f"{name}.": len(m) for name, m in root.named_modules() if isinstance(m, nn.ModuleList)}
     choices = {path: n for path, n in lists.items() if path.endswith("experts.") and "shared" not in path}
@@ -258,8 +265,8 @@ def _read(root: nn.Module, top_k: int | None, skip: Collection[nn.Module] = ()) 
 
 
 def _multiply_adds(module: nn.Module, key: str, parameter: nn.Parameter, top_k: int | None) -> int | None:
-    """Of one row with this parameter; 0 if it is no matrix, None if nobody knows what is done with it."""
-    if isinstance(module, nn.Linear):  # asked for its sizes: a quantized weight has another shape
+    """Count the multiply-adds of one row with this parameter: 0 if it is no matrix, None if its use is unknown."""
+    if isinstance(module, nn.Linear):  # by the layer's sizes: a quantized weight has another shape
         return module.in_features * module.out_features if key == "weight" else 0
     if parameter.dim() < 2 or isinstance(module, nn.Embedding):
         return 0
@@ -269,7 +276,7 @@ def _multiply_adds(module: nn.Module, key: str, parameter: nn.Parameter, top_k: 
 
 
 def _attention(block: nn.Module, index: int, config: object) -> tuple[int, int | None, bool]:
-    """FLOPs of one pair, the sliding window, and whether the heads found are those of the output projection."""
+    """Return the FLOPs of one pair, the sliding window, and whether the heads found match the output projection."""
     module = next((m for m in block.modules() if hasattr(m, "is_causal")), block)
 
     def first(*names: str) -> int | None:
@@ -281,7 +288,9 @@ def _attention(block: nn.Module, index: int, config: object) -> tuple[int, int |
     width = first("head_dim", "head_size") or hidden // heads
     width_k, width_v = first("qk_head_dim") or width, first("v_head_dim") or width
     kinds = getattr(config, "layer_types", None)
-    by_config = kinds is None or kinds[index] == "sliding_attention"  # of families whose modules don't say
+    by_config = (
+        kinds is None or kinds[index] == "sliding_attention"
+    )  # for families whose modules have no such attribute
     window: Any = getattr(config, "sliding_window", None) if by_config else None
     window = getattr(module, "sliding_window", window)
     inputs = {m.in_features for m in module.modules() if isinstance(m, nn.Linear)}
@@ -293,7 +302,7 @@ def _attention(block: nn.Module, index: int, config: object) -> tuple[int, int |
 
 
 class _Peak(NamedTuple):
-    """TFLOP/s, dense, products of half precision accumulated in fp32."""
+    """Peak TFLOP/s of dense products; those of half precision accumulate in fp32."""
 
     bf16: float
     fp16: float
@@ -316,7 +325,7 @@ _PEAKS: tuple[tuple[str, _Peak], ...] = (
 
 
 def peak_of(device: torch.device, precision: str, tf32: bool) -> float | None:
-    """:func:`peak_flops` of a rank's device; ``precision``: ``engine.precision``. ``None`` where there is no GPU."""
+    """Return :func:`peak_flops` of a rank's device, or ``None`` if it is no GPU; ``precision``: ``engine.precision``."""
     if device.type != "cuda":
         return None
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -324,18 +333,18 @@ def peak_of(device: torch.device, precision: str, tf32: bool) -> float | None:
 
 
 def peak_flops(name: str, dtype: torch.dtype, tf32: bool = False) -> float | None:
-    """FLOP/s of dense matrix products that a device's vendor promises, without structured sparsity.
+    """Return the vendor's peak FLOP/s of a device for dense matrix products, without structured sparsity.
 
-    The sources, the vendors' data sheets and white papers, stand with the numbers above; where a sheet has only the rate with
-    sparsity, half of it is taken. A part of a device (MIG), a laptop's variant and a name that isn't known have no entry.
+    The sources, data sheets and white papers of the vendors, are cited at the numbers above; if a sheet has only the rate with
+    sparsity, half of it is used. A part of a device (MIG), a laptop variant or another device has no entry.
 
     Args:
         name: ``torch.cuda.get_device_name()``.
-        dtype: of the factors: ``bfloat16``, ``float16`` or ``float32``.
+        dtype: dtype of the factors: ``bfloat16``, ``float16`` or ``float32``.
         tf32: whether products of ``float32`` may run in TF32.
 
     Returns:
-        ``None`` if unknown.
+        FLOP/s, or ``None`` if unknown.
     """
     known = (peak for pattern, peak in _PEAKS if re.fullmatch(pattern, name.strip().lower()))
     peak = next(known, None)

@@ -1,4 +1,4 @@
-"""State of a module that training writes to: it stays in fp32, and a teacher's copy has an average of it."""
+"""Module state that training writes to: it stays in fp32, and a teacher's copy has an average of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 class Fp32State(nn.Module):
     """A module whose own floating-point buffers keep their dtype when it is cast.
 
-    They are moving averages and tables that training writes to: in bf16 an average with a decay of .95 would stand still.
+    They are moving averages and tables that training writes to. In bf16 an average with a decay of .95 would never move, and
     DeepSpeed casts the whole module, buffers included.
     """
 
@@ -27,9 +27,10 @@ class Fp32State(nn.Module):
 
 
 class AveragedState(Fp32State):
-    """State that describes what the module's weights give, such as codes and moments. A teacher's weights are averages, so
-    its copy of the module reads averages of the state, which the student keeps beside it with the teacher's momentum: a
-    teacher copies a student's buffers as they are.
+    """A module with state that depends on its weights, such as codes and moments, and with averages of that state.
+
+    A teacher's weights are averages, so its copy of the module must use averages of the state. As a teacher copies the
+    student's buffers unchanged, the student keeps these averages too, with the teacher's momentum.
 
     Attributes:
         of_teacher: whether this is a teacher's copy; set on the copy.
@@ -38,23 +39,23 @@ class AveragedState(Fp32State):
     of_teacher = False
 
     def register_averaged(self, name: str, value: Tensor) -> None:
-        """A buffer ``name``, and ``average_<name>``."""
+        """Register the buffers ``name`` and ``average_<name>``."""
         self.register_buffer(name, value)
         self.register_buffer(f"average_{name}", value.clone())
 
     def read(self, name: str) -> Tensor:
-        """The state, or in a teacher's copy its average."""
+        """Return the state, or in a teacher's copy its average."""
         value = getattr(self, f"average_{name}" if self.of_teacher else name)
         assert isinstance(value, Tensor)
         return value
 
     @torch.no_grad()
     def write(self, name: str, value: Tensor, momentum: float, fresh: Tensor, when: Tensor) -> None:
-        """Write the state, and let its average follow: m · average + (1 − m) · value.
+        """Write the state and update its average: m · average + (1 − m) · value.
 
         Args:
-            fresh: bool, broadcast to the value: where it has no past, and the average becomes the value itself.
-            when: 0-d bool; nothing is written where it is false.
+            fresh: bool, broadcast to the value; where it is true, this is the first value and the average is set to it.
+            when: 0-d bool; if it is false nothing is written.
         """
         average = getattr(self, f"average_{name}")
         overwrite(average, torch.where(fresh, value, torch.lerp(average, value, 1.0 - momentum)), when)
@@ -63,5 +64,5 @@ class AveragedState(Fp32State):
 
 @torch.no_grad()
 def overwrite(buffer: Tensor, value: Tensor, when: Tensor) -> None:
-    """Write ``value`` into the buffer where the 0-d bool ``when`` is true, without asking the device for it."""
+    """Write ``value`` into the buffer if the 0-d bool ``when`` is true, without a host sync."""
     buffer.copy_(torch.where(when, value.to(buffer.dtype), buffer))

@@ -1,4 +1,6 @@
-"""Greedy generation in batches, by transformers' ``generate``: every rank its own prompts, all ranks in step."""
+"""Greedy generation in batches, by transformers' ``generate``. Each rank generates for its own prompts, and all ranks run the
+same number of forwards.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """Prompts filled up on the left to the length of the longest.
+    """Prompts, padded on the left to the length of the longest.
 
     Attributes:
         ids: (B, L) int64.
-        mask: (B, L) int64, 1 where there is a token of the prompt.
+        mask: (B, L) int64, 1 at a token of the prompt and 0 at padding.
     """
 
     ids: Tensor
@@ -31,7 +33,7 @@ class Prompts:
 
     @classmethod
     def of(cls, prompts: Sequence[np.ndarray]) -> Prompts:
-        """At least one prompt, each (n,) of n ≥ 1 token ids."""
+        """Pad a batch of at least one prompt, each (n,) of n ≥ 1 token ids."""
         longest = max(map(len, prompts))
         ids = np.zeros((len(prompts), longest), dtype=np.int64)
         mask = np.zeros_like(ids)
@@ -44,9 +46,14 @@ class Prompts:
         return Prompts(self.ids.to(device, non_blocking=True), self.mask.to(device, non_blocking=True))
 
 
-class Generated(NamedTuple):  # a tuple, because the engines look for tensors in what the root module returns
-    """tokens: (B, n) int64, what came after each prompt. lengths: (B,) int64, how many of them before a token that stops.
-    stopped: (B,) bool, whether one came."""
+class Generated(NamedTuple):  # a tuple: the engines find tensors in the root module's output only in such containers
+    """Generated tokens of a batch of prompts.
+
+    Attributes:
+        tokens: (B, n) int64, the tokens after each prompt.
+        lengths: (B,) int64, the number of them before the first stop token.
+        stopped: (B,) bool, whether a stop token was generated.
+    """
 
     tokens: Tensor
     lengths: Tensor
@@ -54,7 +61,13 @@ class Generated(NamedTuple):  # a tuple, because the engines look for tensors in
 
 
 class Answer(NamedTuple):
-    """number: of the prompt. tokens: what was generated, without the token that stops. stopped: whether one came."""
+    """Answer to one prompt.
+
+    Attributes:
+        number: index of the prompt.
+        tokens: the generated tokens, without the stop token.
+        stopped: whether a stop token was generated.
+    """
 
     number: int
     tokens: list[int]
@@ -62,23 +75,27 @@ class Answer(NamedTuple):
 
 
 class Round(NamedTuple):
-    """prompts: their numbers, to be dealt out to the ranks. room: tokens that each may be answered with."""
+    """Prompts that are answered together.
+
+    Attributes:
+        prompts: their indices, to be split over the ranks.
+        room: the most tokens that may be generated for each.
+    """
 
     prompts: list[int]
     room: int
 
 
 def rounds(lengths: Sequence[int], new_tokens: int, positions: int | None, size: int) -> list[Round]:
-    """Which prompts are answered together: those of like length, the longest first, so that what does not fit into the
-    memory shows at once.
+    """Group prompts of similar length into rounds, the longest first, so that a lack of memory shows in the first round.
 
-    All prompts of a round have the same room: ranks that have finished go on until the last one has, and none may pass
+    All prompts of a round have the same room: ranks that have finished continue until the last one has, and none may exceed
     the decoder's last position meanwhile. A prompt that leaves no room is in no round.
 
     Args:
-        lengths: tokens of each prompt.
-        new_tokens: room where the positions don't limit it.
-        positions: that the decoder has; None = without limit.
+        lengths: number of tokens of each prompt.
+        new_tokens: room where the positions do not limit it.
+        positions: number of positions of the decoder; None = no limit.
         size: prompts in a round, over all ranks.
     """
 
@@ -96,12 +113,13 @@ def rounds(lengths: Sequence[int], new_tokens: int, positions: int | None, size:
 def answer(
     call: Callable[..., Any], prompts: Sequence[np.ndarray], part: Round, stop: Sequence[int], ranks: Ranks
 ) -> list[Answer]:
-    """This rank's answers of a round, every ``world_size``-th. Collective; a rank without any answers another one's prompt
-    and drops what came of it.
+    """Return this rank's answers of a round: those of every ``data_size``-th prompt. Collective.
+
+    A rank without a prompt generates for the round's first one and discards the result.
 
     Args:
         call: ``call("generate", Prompts, stop, room)`` → :class:`Generated`, through the engine.
-        stop: ids of tokens after which an answer is over.
+        stop: ids of the tokens that end an answer.
     """
     mine = part.prompts[ranks.data_rank :: ranks.data_size]
     batch = Prompts.of([prompts[number] for number in mine or part.prompts[:1]])
@@ -112,15 +130,15 @@ def answer(
 
 @torch.no_grad()
 def greedy(decoder: PreTrainedModel, prompts: Prompts, stop: Sequence[int], new_tokens: int) -> Generated:
-    """The likeliest next token, again and again, with a key-value cache, until each row has met one that stops.
+    """Generate the most likely next token, with a key-value cache, until each row has a stop token.
 
-    Beside ``stop``, the decoder's own ``generation_config.eos_token_id`` stops. Nothing else of that configuration counts:
-    a checkpoint's may ask for sampling or penalise repetition, which would not be greedy. Collective where there are
-    several ranks: each forward of a sharded decoder is.
+    Besides ``stop``, the decoder's own ``generation_config.eos_token_id`` is a stop token. The rest of that configuration is
+    ignored: a checkpoint's may request sampling or a repetition penalty, which would not be greedy. With several ranks this
+    is collective, as each forward of a sharded decoder is.
 
     Args:
-        decoder: with ordinary attention (:meth:`jepa_scale.models.backbone.Backbone.unpacked`).
-        new_tokens: at most, the one that stops included; ≥ 1.
+        decoder: a decoder with ordinary attention (:meth:`jepa_scale.models.backbone.Backbone.unpacked`).
+        new_tokens: the most tokens to generate, the stop token included; ≥ 1.
     """
     from transformers import GenerationConfig
 
@@ -131,12 +149,12 @@ def greedy(decoder: PreTrainedModel, prompts: Prompts, stop: Sequence[int], new_
         do_sample=False,
         use_cache=True,
         eos_token_id=ends or None,
-        pad_token_id=ends[0] if ends else None,  # behind a finished row; cut off below
+        pad_token_id=ends[0] if ends else None,  # after the end of a finished row; removed below
     )
-    decoder.generation_config = GenerationConfig()  # what `wanted` leaves open is filled in from there
+    decoder.generation_config = GenerationConfig()  # transformers takes what `wanted` leaves open from it
     try:
-        with torch.compiler.set_stance("force_eager"):  # the cache grows with every token: no shape comes twice
-            model: Any = decoder  # its class has `generate` from a mixin
+        with torch.compiler.set_stance("force_eager"):  # the cache grows with every token: no shape occurs twice
+            model: Any = decoder  # its class inherits `generate` from a mixin
             whole = model.generate(
                 prompts.ids,
                 attention_mask=prompts.mask,

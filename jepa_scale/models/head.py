@@ -1,16 +1,18 @@
-"""The LM head and the loss behind it, with as many logits at a time as fit into :data:`CHUNK_BYTES`.
+"""The LM head and its loss, with at most :data:`CHUNK_BYTES` of logits at a time.
 
-The negative log-probability of a label y is log Σ e^z − z_y, and both terms come together piece by piece over the vocabulary.
-So the logits z of all rows are made for some columns of the vocabulary, give their part of the sum, and are gone; the backward
-pass makes them again and turns them into their part of the gradients, e^(z − log Σ e^z) less one at the label. Only log Σ e^z, a
-number a row, is kept between the two, as in FlashAttention (Dao et al., arXiv 2205.14135, section 3.1) and in cut cross-entropy
-(Wijmans et al., arXiv 2411.09009, section 4).
+The negative log-probability of a label y is log Σ e^z − z_y. Both terms are computed piece by piece over the vocabulary: the
+forward pass computes the logits z of all rows for some columns of the vocabulary, adds their part of the sum, and frees them.
+The backward pass computes them again and turns them into their part of the gradients, e^(z − log Σ e^z) less one at the label.
+Only log Σ e^z, one number a row, is kept in between, as in FlashAttention (Dao et al., arXiv 2205.14135, section 3.1) and in cut
+cross-entropy (Wijmans et al., arXiv 2411.09009, section 4).
 
-Pieces are columns and not rows because then each row of the weight's gradient is made whole by one product, rounded once and
-written where it stays; because the pieces of a vocabulary that lies in two layers (:class:`jepa_scale.models.lora.GrownHead`) or
-on several ranks (:mod:`jepa_scale.distributed.tp_group`) come together as any others; and because ranks with unlike numbers of pieces still
-call the same modules and collectives. Gradients are made in the backward pass and not in the forward, since a row may have any
-weight in the loss and the sum over a team's ranks is not known before. That costs one product more: four where there are three.
+Pieces are columns and not rows for three reasons. One product then computes a whole row of the weight's gradient, which is
+rounded once and written in place. Pieces of a vocabulary that lies in two layers (:class:`jepa_scale.models.lora.GrownHead`) or
+on several ranks (:mod:`jepa_scale.distributed.tp_group`) are combined like any others. And ranks with different numbers of pieces
+still call the same modules and collectives.
+
+Gradients are computed in the backward pass and not in the forward, because a row may have any weight in the loss, and the sum
+over a tensor-parallel group is not known earlier. That costs one product more: four instead of three.
 """
 
 from __future__ import annotations
@@ -26,18 +28,18 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 CHUNK_BYTES = 256 * 2**20
-"""Bytes of fp32 logits that may exist at a time. Losses that need no more are made of all logits at once."""
-_ALIGNED = 128  # columns: matrix units like such widths
+"""Most bytes of fp32 logits at a time. Losses that need no more are computed from all logits at once."""
+_ALIGNED = 128  # columns of a piece are a multiple of this, for the matrix units
 
 Shape = Callable[[Tensor], Tensor]
-"""What becomes of a product, element by element, before it is a logit: a scale, a soft cap."""
+"""Element-wise function from the head's product to logits: a scale, a soft cap."""
 
 
 class LMHead(nn.Linear):
-    """A linear layer that can be told to do something else with its input and weight than their product.
+    """A linear layer whose ``product`` of input and weight can be replaced.
 
     Attributes:
-        compiles: whether what is done to a piece's logits is compiled (:func:`compile_head`).
+        compiles: whether the operations on a piece's logits are compiled (:func:`compile_head`).
     """
 
     compiles = False
@@ -50,34 +52,40 @@ class LMHead(nn.Linear):
 
 
 def adopt(head: nn.Module | None) -> None:
-    """Have a linear layer be an :class:`LMHead`, in place; anything else stays what it is."""
+    """Turn a linear layer into an :class:`LMHead`, in place; leave any other module unchanged."""
     if type(head) is nn.Linear:
         head.__class__ = LMHead
 
 
 def compile_head(head: nn.Module | None) -> None:
-    """Have what is done to the logits of a piece be one kernel that reads them once, compiled when it is first called. As it is
-    written, each of its operations reads all of them and writes all of them."""
+    """Compile the operations on the logits of a piece, at their first call, to one kernel that reads the logits once.
+
+    Uncompiled, each operation reads and writes all of them.
+    """
     for part in [] if head is None else _parts(head):
         part.compiles = True
 
 
 def can_measure(head: nn.Module) -> bool:
-    """Whether all of a head's parameters are those of :class:`LMHead` layers. Of others all logits are made at once."""
+    """Return whether all of a head's parameters belong to :class:`LMHead` layers. If not, all logits are computed at once."""
     parts = _parts(head)
     own = {id(parameter) for part in parts for parameter in part.parameters()}
     return bool(parts) and all(id(parameter) in own for parameter in head.parameters())
 
 
 def columns(rows: int, vocabulary: int) -> int:
-    """Of the vocabulary, that a piece of ``rows`` rows has: all of them if they fit into :data:`CHUNK_BYTES`."""
+    """Return the number of vocabulary columns of a piece of ``rows`` rows: all of them if they fit into :data:`CHUNK_BYTES`."""
     most = CHUNK_BYTES // (4 * max(1, rows))
     return vocabulary if vocabulary <= most else max(1, most // _ALIGNED * _ALIGNED or most)
 
 
 def statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, v) fp32 logits, (n,) int64 columns that may lie outside of 0 … v − 1 → (n,) log Σ e^z, and (n,) the target's logit or
-    0 if it is outside."""
+    """Return log Σ e^z, (n,), and the target's logit, (n,), which is 0 if the target is not among the columns.
+
+    Args:
+        logits: (n, v) fp32.
+        targets: (n,) int64 columns, which may lie outside of 0 … v − 1.
+    """
     place, here = _places(targets, 0, logits.shape[1])
     return logits.logsumexp(dim=-1), logits.gather(1, place)[:, 0].where(here, 0)
 
@@ -85,13 +93,15 @@ def statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 def measure(
     head: nn.Module, rows: Tensor, targets: Tensor, shape: Shape | None, places: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """:func:`statistics` of a head's logits, without ever having more than a piece of them. The head is called once, as ever, so
-    that whatever an engine does around the call and its backward is done.
+    """Compute :func:`statistics` of a head's logits with only one piece of them at a time.
+
+    The head is called once, as usual, so that an engine's hooks around the call and its backward run.
 
     Args:
-        rows: (n, d). targets: (n,) int64, counted from the head's first column.
-        shape: of the head's product; None = it is the logit.
-        places: (m,) int64, rows whose logits are wanted, without gradient.
+        rows: (n, d).
+        targets: (n,) int64, counted from the head's first column.
+        shape: function from the head's product to logits; None = the product is the logit.
+        places: (m,) int64, rows whose logits are returned too, without gradient.
 
     Returns:
         (n,) fp32, (n,) fp32 and (m, v) fp32 or None.
@@ -109,7 +119,7 @@ def measure(
         for part in parts:
             stack.enter_context(_instead(part, partial(run, part, targets - first)))
             first += part.out_features
-        found = head(rows)  # two numbers a part, where its logits would be
+        found = head(rows)  # two numbers for each part, in place of its logits
     normalizers, chosen = found.view(len(rows), len(parts), 2).unbind(dim=-1)
     return normalizers.logsumexp(dim=-1), chosen.sum(dim=-1), torch.cat(kept, dim=-1) if kept else None
 
@@ -128,13 +138,13 @@ def _instead(part: LMHead, product: Callable[..., Tensor]) -> Iterator[None]:
 
 
 def _places(targets: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """(n,) columns → (n, 1) places within ``start`` … ``stop`` − 1, and (n,) whether they are there."""
+    """Return the offsets of (n,) columns within ``start`` … ``stop`` − 1, (n, 1), and whether they are in it, (n,)."""
     here = (targets >= start) & (targets < stop)
     return (targets - start).clamp(0, stop - start - 1)[:, None], here
 
 
 class _Measure(torch.autograd.Function):
-    """(n, d), (v, d), (v,) or None → (n, 2) fp32: log Σ e^z and the target's logit, 0 if it is not here."""
+    """Compute, from (n, d), (v, d) and (v,) or None, (n, 2) fp32: log Σ e^z, and the target's logit or 0 if it is elsewhere."""
 
     @staticmethod
     def forward(
@@ -155,7 +165,7 @@ class _Measure(torch.autograd.Function):
             place, here = _places(targets, start, stop)
             chosen += z.gather(1, place)[:, 0].float().where(here, 0)
             normalizers = torch.logaddexp(normalizers, normalizers_(z))
-            del z  # before the next is made
+            del z  # free it before the next one
         ctx.save_for_backward(x, weight, bias, targets, normalizers)
         ctx.shape, ctx.compiles = shape, compiles
         return torch.stack([normalizers, chosen], dim=-1)
@@ -180,7 +190,7 @@ class _Measure(torch.autograd.Function):
             of_label += to_chosen * here
             z = shaped.detach() if ctx.shape is None else shaped.detach().clone()
             grad = probabilities_(z, normalizers, to_normalizer)
-            # where the label is elsewhere, this is what is there already
+            # where the label is in another piece, this writes the value that is already there
             grad.scatter_(1, place, of_label.to(grad.dtype)[:, None])
             if ctx.shape is not None:
                 (grad,) = torch.autograd.grad(shaped, product, grad)
@@ -196,14 +206,17 @@ class _Measure(torch.autograd.Function):
 
 
 def _normalizers_(z: Tensor) -> Tensor:
-    """(n, v) → (n,) fp32, log Σ e^z; fp32 logits are overwritten."""
+    """Compute log Σ e^z, (n, v) → (n,) fp32; fp32 logits are overwritten."""
     z = z.float()
     highest = z.amax(dim=-1)
     return z.sub_(highest[:, None]).exp_().sum(dim=-1).log_().add_(highest)
 
 
 def _probabilities_(z: Tensor, normalizers: Tensor, factors: Tensor) -> Tensor:
-    """(n, v), (n,) and (n,) fp32 → (n, v) in the dtype of ``z``, e^(z − normalizer) · factor; fp32 logits are overwritten."""
+    """Compute e^(z − normalizer) · factor: (n, v), (n,) fp32 and (n,) fp32 → (n, v) in the dtype of ``z``.
+
+    fp32 logits are overwritten.
+    """
     return z.float().sub_(normalizers[:, None]).exp_().mul_(factors[:, None]).to(z.dtype)
 
 

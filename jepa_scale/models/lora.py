@@ -1,11 +1,11 @@
-"""LoRA: frozen matrices with trainable products of low rank beside them, and trainable rows for tokens that are new.
+"""LoRA: frozen matrices with trainable low-rank updates, and trainable embedding rows for new tokens.
 
-The layers are those of ``peft``, put in place without a wrapper around the model: ``….q_proj`` becomes a module whose
-``base_layer`` is what was there.
+The LoRA layers are those of ``peft``, inserted without a wrapper around the model: ``….q_proj`` becomes a module whose
+``base_layer`` is the original layer.
 
-New rows are ours. peft's ``TrainableTokensLayer`` reads its base layer's weight without calling that layer, which under
-ZeRO-3 has no elements then, and makes a changed copy of the whole embedding in every forward. Here the frozen rows and the
-trained ones are two layers that are called like any others.
+The layers for new rows are not from peft. Its ``TrainableTokensLayer`` reads its base layer's weight without calling that
+layer, although the weight has no elements then under ZeRO-3, and makes a modified copy of the whole embedding in every
+forward. Here the frozen rows and the trained ones are two layers, each called as usual.
 """
 
 from __future__ import annotations
@@ -25,30 +25,32 @@ from jepa_scale.utils.errors import InputError
 
 M = TypeVar("M", bound=nn.Module)
 ADAPTER = "default"
-"""peft's name of the adapter, part of its parameters' names."""
+"""Name of the adapter in peft, part of its parameters' names."""
 BASE_OF, NEW_OF = ".base_layer.", ".new_rows."
-"""In the names of parameters: what was there before, and the rows that are trained."""
+"""Parts of parameter names that mark an original layer and trained rows."""
 
 
 def add_lora(decoder: PreTrainedModel, blocks: str, options: LoraOptions, known: int) -> None:
-    """Freeze a decoder and give it trainable adapters, in place. A is random, from torch's global seed, and B is zero: the
-    decoder computes what it did (Hu et al. 2021, arXiv 2106.09685, section 4.1).
+    """Freeze a decoder and add trainable adapters, in place.
+
+    A is random, from torch's global seed, and B is zero, so the decoder's function is unchanged at first (Hu et al. 2021,
+    arXiv 2106.09685, section 4.1).
 
     Args:
         blocks: dotted name of the list of blocks.
-        known: rows of the embedding that came with the weights; later ones are trained.
+        known: number of embedding rows that came with the weights; later rows are trained.
 
     Raises:
-        InputError: an option that this decoder cannot have.
+        InputError: an option does not fit this decoder.
     """
-    import peft  # a second and more, for those who use it
+    import peft  # here, because it takes more than a second
 
     names = target_layers(decoder, blocks, options.targets)
     for name in names:
         narrow = min(matrix_shape(decoder.get_submodule(name)))
         if options.rank > narrow:
             raise InputError(
-                f"model.lora.rank: {options.rank} is more than the rank of {name}, a matrix of "
+                f"model.lora.rank: {options.rank} is higher than the rank of {name}, a matrix of "
                 f"{' x '.join(map(str, matrix_shape(decoder.get_submodule(name))))}; make it {narrow} or less"
             )
     rows = len(cast(Tensor, decoder.get_input_embeddings().weight))
@@ -56,7 +58,7 @@ def add_lora(decoder: PreTrainedModel, blocks: str, options: LoraOptions, known:
     peft.inject_adapter_in_model(  # it freezes the rest
         peft.LoraConfig(
             r=options.rank,
-            lora_alpha=options.scale * options.rank,  # type: ignore[arg-type]  # an int is not needed
+            lora_alpha=options.scale * options.rank,  # type: ignore[arg-type]  # a float works too
             lora_dropout=options.dropout,
             target_modules=names,
             fan_in_fan_out=all(isinstance(decoder.get_submodule(name), Conv1D) for name in names),
@@ -71,41 +73,44 @@ def _first_new(asked: int | None, known: int, rows: int) -> int:
     if asked is None:
         return known
     if asked >= rows:
-        raise InputError(f"model.lora.new_ids_from: {asked} is beyond the embedding's {rows} rows; lower it")
+        raise InputError(f"model.lora.new_ids_from: {asked} is not below the embedding's {rows} rows; lower it")
     if asked > known:
         raise InputError(
-            f"model.lora.new_ids_from: {asked} would freeze rows that are new, those from {known} on; lower it"
+            f"model.lora.new_ids_from: {asked} would freeze the new rows from {known} on; lower it"
         )
     return asked
 
 
 def target_layers(decoder: PreTrainedModel, blocks: str, targets: Sequence[str] | None) -> list[str]:
-    """Dotted names of the linear layers to adapt, never the LM head.
+    """Return the dotted names of the linear layers to adapt, without the LM head.
 
     Args:
-        blocks: dotted name of the list of blocks. targets: endings of names; None = all linear layers of the blocks.
+        blocks: dotted name of the list of blocks.
+        targets: endings of names; None = all linear layers of the blocks.
 
     Raises:
-        InputError: an ending that no linear layer has.
+        InputError: no linear layer's name has one of the endings.
     """
     head = decoder.get_output_embeddings()
     linear = [n for n, m in decoder.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
     if targets is None:
         names = [name for name in linear if name.startswith(f"{blocks}.")]
         if not names:
-            raise InputError(f"model.lora: {type(decoder).__name__} has no linear layers in its blocks")
+            raise InputError(
+                f"model.lora: {type(decoder).__name__} has no linear layers in its blocks; set model.lora.targets"
+            )
         return names
     for target in targets:
         if not any(f".{name}".endswith(f".{target}") for name in linear):
             kinds = sorted({name.rpartition(".")[2] for name in linear})
             near = difflib.get_close_matches(target, kinds, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(kinds)}"
+            hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(kinds)}"
             raise InputError(f"model.lora.targets: no linear layer's name ends with {target!r}; {hint}")
     return [name for name in linear if any(f".{name}".endswith(f".{target}") for target in targets)]
 
 
 def matrix_shape(layer: nn.Module) -> tuple[int, int]:
-    """Inputs and outputs of a linear layer; GPT-2's keeps its weight the other way round."""
+    """Return the numbers of inputs and outputs of a linear layer; the weight of GPT-2's ``Conv1D`` is transposed."""
     if isinstance(layer, Conv1D):
         return int(layer.weight.shape[0]), int(layer.weight.shape[1])
     assert isinstance(layer, nn.Linear), layer
@@ -116,10 +121,11 @@ def matrix_shape(layer: nn.Module) -> tuple[int, int]:
 
 
 class GrownEmbedding(nn.Module):
-    """An embedding in two parts: the first rows, frozen, and the rest.
+    """An embedding in two parts: the first rows, frozen, and the trainable rest.
 
     Args:
-        base_layer: its first rows. new_rows: a layer of the same class with the others.
+        base_layer: layer with the first rows.
+        new_rows: layer of the same class with the other rows.
     """
 
     def __init__(self, base_layer: nn.Embedding, new_rows: nn.Embedding) -> None:
@@ -130,11 +136,11 @@ class GrownEmbedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The frozen rows, for whoever asks for width, dtype or device."""
+        """The frozen rows, for callers that read width, dtype or device."""
         return self.base_layer.weight
 
     def forward(self, ids: Tensor) -> Tensor:
-        """(…) int64 → (…, d). Both layers run whatever the ids are, so that all ranks gather alike."""
+        """Look up (…) int64 → (…, d). Both layers run for any ids, so that all ranks gather the same parameters."""
         first = self.base_layer.num_embeddings
         old = self.base_layer(ids.clamp(max=first - 1))
         new = self.new_rows((ids - first).clamp(min=0))
@@ -142,10 +148,11 @@ class GrownEmbedding(nn.Module):
 
 
 class GrownHead(nn.Module):
-    """An LM head in two parts: the first ids' rows, frozen, and the rest.
+    """An LM head in two parts: the rows of the first ids, frozen, and the trainable rest.
 
     Args:
-        base_layer: the first rows. new_rows: a layer of the same class with the others.
+        base_layer: layer with the first rows.
+        new_rows: layer of the same class with the other rows.
     """
 
     def __init__(self, base_layer: nn.Linear, new_rows: nn.Linear) -> None:
@@ -156,22 +163,22 @@ class GrownHead(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The frozen rows, for whoever asks for width, dtype or device."""
+        """The frozen rows, for callers that read width, dtype or device."""
         return self.base_layer.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, d) → (…, V)."""
+        """Compute logits, (…, d) → (…, V)."""
         return torch.cat([self.base_layer(x), self.new_rows(x)], dim=-1)
 
 
 def split_rows(decoder: PreTrainedModel, first: int) -> None:
-    """Let the rows from ``first`` on of the embedding and the LM head train, in place; tied ones stay tied."""
+    """Make the rows from ``first`` on of the embedding and the LM head trainable, in place; tied ones stay tied."""
     embedding, head = decoder.get_input_embeddings(), decoder.get_output_embeddings()
     assert isinstance(embedding, nn.Embedding) and isinstance(head, nn.Linear), (type(embedding), type(head))
     tied = head.weight is embedding.weight
     new = _cut(embedding, first)
     embedding.num_embeddings, new.num_embeddings = first, new.num_embeddings - first
-    embedding.padding_idx = new.padding_idx = None  # it may be of the other part; in the frozen one it changes nothing
+    embedding.padding_idx = new.padding_idx = None  # it may be in the other part, and has no effect on frozen rows
     decoder.set_input_embeddings(GrownEmbedding(embedding, new))
 
     new_head = _cut(head, first)
@@ -182,8 +189,10 @@ def split_rows(decoder: PreTrainedModel, first: int) -> None:
 
 
 def _cut(layer: M, first: int) -> M:
-    """Leave a layer its rows before ``first``, frozen; a copy of it gets the others, to train. Parameters that have no rows
-    (a scale) are shared."""
+    """Keep a layer's rows before ``first``, frozen, and return a copy of the layer with the others, trainable.
+
+    Parameters without rows (a scale) are shared.
+    """
     rows = len(layer.weight)  # type: ignore[arg-type]
     own = {name: p for name, p in layer.named_parameters(recurse=False) if p.dim() and len(p) == rows}
     memo = {id(p): p for p in layer.parameters()}
@@ -196,10 +205,10 @@ def _cut(layer: M, first: int) -> M:
 
 @torch.no_grad()
 def copy_plain(state: Mapping[str, Tensor], decoder: nn.Module) -> None:
-    """Give a decoder the weights of a plain one, in place; adapters keep theirs.
+    """Copy the weights of a decoder without adapters into one with adapters, in place; the adapters keep theirs.
 
     Args:
-        state: of a decoder without adapters, with as many rows in its embedding.
+        state: weights of a decoder without adapters, with the same number of embedding rows.
     """
     for name, tensor in decoder.state_dict().items():
         if BASE_OF in name:

@@ -1,4 +1,4 @@
-"""The keys of ``model:``."""
+"""The keys of the config section ``model:``."""
 
 from __future__ import annotations
 
@@ -17,124 +17,136 @@ class LoraOptions(Section):
     """The keys of ``model.lora:``."""
 
     rank: int = Field(16, ge=1, description="Rank r of the update B·A of each matrix.")
-    alpha: float | None = Field(None, gt=0, description="The update is scaled by alpha / rank; null = 2 * rank.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of what A is applied to.")
+    alpha: float | None = Field(None, gt=0, description="Scale of the update, which is alpha / rank; null = 2 * rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability of A's input.")
     targets: list[str] | None = Field(
         None,
         min_length=1,
-        description="Endings of the names of the linear layers to adapt, e.g. [q_proj, v_proj]; null = all in the blocks.",
+        description="Name endings of the linear layers to adapt, e.g. [q_proj, v_proj]; null = all layers in the blocks.",
     )
     new_ids_from: int | None = Field(
         None,
         ge=1,
-        description="Ids from this one on are new: their rows of the embedding and the LM head train. null = those that "
-        "the checkpoint lacks. Set it where the checkpoint has spare rows that no token has used.",
+        description="First new token id; the rows of the embedding and the LM head from it on are trained. null = the ids "
+        "that the checkpoint lacks. Set it if the checkpoint has spare rows that no token has used.",
     )
 
     @property
     def scale(self) -> float:
-        """Of B·A."""
+        """Factor of the update B·A."""
         return (2 * self.rank if self.alpha is None else self.alpha) / self.rank
 
 
 class ModelOptions(Section):
-    """The keys of ``model:``. ``family`` says which of them apply."""
+    """The keys of ``model:``; ``family`` selects the ones that apply."""
 
     family: Literal["native", "huggingface"] = Field(
-        "native", description="native = our own decoder; huggingface = a causal language model of transformers."
+        "native", description="native = the native decoder; huggingface = a causal language model of transformers."
     )
     vocab_size: int | None = Field(
-        None, ge=1, description="Rows of the embedding; null = as many as the data needs (or the checkpoint has)."
+        None, ge=1, description="Number of embedding rows; null = as many as the data needs (or the checkpoint has)."
     )
     hidden_size: int = Field(256, ge=2, description="native: width of the residual stream.")
     intermediate_size: int | None = Field(
         None, ge=1, description="native: inner width of the SwiGLU; null = 4 * hidden_size."
     )
-    num_hidden_layers: int = Field(6, ge=1, description="native: blocks.")
-    num_attention_heads: int = Field(4, ge=1, description="native: query heads; divides hidden_size evenly.")
+    num_hidden_layers: int = Field(6, ge=1, description="native: number of blocks.")
+    num_attention_heads: int = Field(
+        4, ge=1, description="native: number of query heads; hidden_size must be an even multiple of it."
+    )
     num_key_value_heads: int | None = Field(
-        None, ge=1, description="native: key and value heads; null = num_attention_heads."
+        None, ge=1, description="native: number of key and value heads; null = num_attention_heads."
     )
     max_position_embeddings: int = Field(
-        2048, ge=1, description="native: longest segment the model is meant for; recorded for export."
+        2048, ge=1, description="native: most tokens of a segment, its prefix included; written to exported models."
     )
     rope_theta: float = Field(10_000.0, gt=0, description="native: base of the rotary embedding.")
     rms_norm_eps: float = Field(1e-6, gt=0, description="native: epsilon of the norms.")
     tie_word_embeddings: bool = Field(
-        False, description="native: share embedding and LM head; adds the learnable logit_scale, 1/sqrt(d) at first."
+        False, description="native: share embedding and LM head; adds the learnable logit_scale, initially 1/sqrt(d)."
     )
-    output_bias: bool = Field(False, description="native: bias in the LM head.")
-    initializer_range: float = Field(0.02, gt=0, description="native: std of the initial weight matrices.")
+    output_bias: bool = Field(False, description="native: whether the LM head has a bias.")
+    initializer_range: float = Field(
+        0.02, gt=0, description="native: standard deviation of the initial weight matrices."
+    )
     embedding_init_std: float | None = Field(
-        None, gt=0, description="native: std of the initial embeddings; null = initializer_range."
+        None, gt=0, description="native: standard deviation of the initial embeddings; null = initializer_range."
     )
     position_embedding: Literal["rope", "pope"] = Field(
         "rope",
-        description="native: rope = rotary; pope = polar (arXiv 2509.10534): angles are position alone, lengths content "
-        "alone. Its queries and keys are twice as wide in attention, and rope_theta is its base too.",
+        description="native: rope = rotary; pope = polar (arXiv 2509.10534): angles depend on the position only, lengths "
+        "on the content only. With pope, queries and keys are twice as wide in attention; rope_theta is its base too.",
     )
     embedding_norm: bool = Field(
-        False, description="native: RMSNorm right after the embedding; its gain starts at embedding_init_std."
+        False, description="native: RMSNorm after the embedding, with an initial gain of embedding_init_std."
     )
-    hidden_dropout: float = Field(0.0, ge=0, lt=1, description="native: dropout after each attention and MLP branch.")
+    hidden_dropout: float = Field(
+        0.0, ge=0, lt=1, description="native: dropout probability after each attention and MLP branch."
+    )
     drop_path: float = Field(
         0.0,
         ge=0,
         lt=1,
-        description="native: stochastic depth: probability with which a sample skips a branch of the last block; it grows "
-        "linearly from 0 in the first.",
+        description="native: stochastic depth: probability with which a segment skips a branch of the last block; over the "
+        "blocks it grows linearly from 0 in the first.",
     )
     bridge_after: int | None = Field(
         None,
-        description="native: a gated bridge joins the stream after this block (negative = from the end); null = none.",
+        description="native: block after which a gated bridge is added (from 1; negative = from the end); null = none.",
     )
     bridge_intermediate_size: int | None = Field(
         None, ge=1, description="native: inner width of the bridge; null = hidden_size."
     )
-    bridge_dropout: float = Field(0.0, ge=0, lt=1, description="native: dropout inside the bridge.")
-    bridge_gate_init: float = Field(-2.0, description="native: the bridge's gate before the sigmoid, at the start.")
+    bridge_dropout: float = Field(0.0, ge=0, lt=1, description="native: dropout probability inside the bridge.")
+    bridge_gate_init: float = Field(-2.0, description="native: initial value of the bridge's gate, before the sigmoid.")
     bridge_grad_barrier: bool = Field(
         False,
-        description="native: no gradient passes the bridge; the blocks below learn from the objective's tap alone.",
+        description="native: stop-gradient layer at the bridge: the blocks below learn from the objective's tap only.",
     )
     config: dict[str, Any] | None = Field(
-        None, description="huggingface: model_type and that family's config keys; weights start random."
+        None, description="huggingface: model_type and that family's config keys; the initial weights are random."
     )
     pretrained: str | None = Field(None, description="huggingface: hub name or local folder to load weights from.")
     random_init: bool = Field(
         False,
-        description="huggingface: of `pretrained` the architecture and the vocabulary alone; weights start random.",
+        description="huggingface: use only the architecture and vocabulary of `pretrained`, with random initial weights.",
     )
     cache_dir: str | None = Field(
-        None, description="huggingface: folder for what `pretrained` downloads; null = that of huggingface_hub."
+        None, description="huggingface: folder for the downloads of `pretrained`; null = that of huggingface_hub."
     )
     trust_remote_code: bool = Field(False, description="huggingface: run the model code that comes with `pretrained`.")
     lora: LoraOptions | None = Field(
-        None, description="Freeze the weights and train adapters of low rank beside them; null = train everything."
+        None, description="Freeze the weights and train low-rank adapters; null = train all weights."
     )
 
     def resolved(self) -> dict[str, Any]:
-        """The keys of this family."""
+        """Return the keys of this family with their values."""
         values = super().resolved()
         foreign = (HUGGINGFACE_KEYS if self.family == "native" else values.keys() - HUGGINGFACE_KEYS) - SHARED_KEYS
         return {key: value for key, value in values.items() if key not in foreign}
 
 
 def check_options(options: ModelOptions) -> None:
-    """Every key that says something must be one of the family's own."""
+    """Check that every key with another value than its default belongs to the family.
+
+    Raises:
+        InputError: a key belongs to the other family, or needs another key.
+    """
     fields = type(options).model_fields
     given = {key for key in fields if getattr(options, key) != fields[key].default} - SHARED_KEYS
     if options.family == "native":
         if wrong := sorted(given & HUGGINGFACE_KEYS):
-            raise InputError(f"model.{wrong[0]}: needs model.family: huggingface")
+            raise InputError(f"model.{wrong[0]}: needs model.family: huggingface; set that or remove the key")
         return
     if wrong := sorted(given - HUGGINGFACE_KEYS):
         raise InputError(f"model.{wrong[0]}: belongs to model.family: native; put it under model.config instead")
     if (options.config is None) == (options.pretrained is None):
-        raise InputError("model.family: huggingface needs either model.config or model.pretrained")
+        raise InputError("model.family: huggingface needs either model.config or model.pretrained; set one of them")
     if options.trust_remote_code and options.pretrained is None:
-        raise InputError("model.trust_remote_code: needs model.pretrained; the families of model.config are built in")
+        raise InputError(
+            "model.trust_remote_code: needs model.pretrained; remove it, as model.config runs no such code"
+        )
     if options.random_init and options.pretrained is None:
-        raise InputError("model.random_init: needs model.pretrained; the weights of model.config are random as it is")
+        raise InputError("model.random_init: needs model.pretrained; remove it, as weights of model.config are random")
     if options.cache_dir is not None and options.pretrained is None:
-        raise InputError("model.cache_dir: needs model.pretrained; nothing is downloaded for model.config")
+        raise InputError("model.cache_dir: needs model.pretrained; remove it, as model.config downloads nothing")

@@ -1,8 +1,8 @@
-"""Activation checkpointing (Chen et al., arXiv 1604.06174): blocks keep their input alone, or little more, and compute the rest again
+"""Activation checkpointing (Chen et al., arXiv 1604.06174): blocks keep little more than their input and compute the rest again
 in the backward pass.
 
-``full`` keeps a block's input. ``selective`` also keeps the results of matrix products and attention, which are most of the work, and
-repeats only what is element by element. Numbers are those of the first pass: dropout draws the same again.
+``full`` keeps a block's input. ``selective`` also keeps the results of matrix products and attention, which are most of the
+work, and repeats only the element-wise operations. The values are those of the first pass: dropout draws the same again.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ KEPT = {
 }
 """Operators whose results ``selective`` keeps."""
 SELECTIVE = "recomputes_selectively"
-"""Attribute of a block that watches each operator as it runs, the second time for those that it has kept."""
+"""Attribute of a block that recomputes selectively; such a block intercepts every operator, in the forward and again in the
+backward pass."""
 
 
 def recompute(blocks: Sequence[nn.Module], how: str) -> None:
-    """Have each block recompute, in place; their names and parameters stay. ``how``: ``"none"``, ``"selective"`` or ``"full"``."""
+    """Make each block recompute, in place; names and parameters stay. ``how``: ``"none"``, ``"selective"`` or ``"full"``."""
     if how != "none":
         for block in blocks:
             block.__class__ = _recomputing(type(block), how == "selective")  # type: ignore[arg-type]

@@ -1,12 +1,12 @@
-"""Tensor parallelism: a decoder whose layers are split over a team of ranks, by the plan beside it.
+"""Tensor parallelism: the layers of a decoder split over a tensor-parallel group, by its plan (:mod:`jepa_scale.models.tp_plan`).
 
-Each rank keeps its part of a weight as an ordinary parameter, under the name of the whole, and the modules that need others'
-parts become sub-classes of themselves that ask for them. So engines shard and step what a rank has without knowing of teams,
-and only a checkpoint has to be told where in the whole it lies (:class:`jepa_scale.distributed.tp_group.Split`).
+Each rank keeps its part of a weight as an ordinary parameter, under the name of the whole weight. Modules that need other
+ranks' parts become sub-classes that communicate. So engines shard and update the parts like any parameters; only a checkpoint
+needs the position of a part in the whole (:class:`jepa_scale.distributed.tp_group.Split`).
 
-* embedding and LM head: by vocabulary; the loss is made without ever having all logits in one place;
-* attention by heads, MLP by inner channels; norms and whatever else is between them by tokens;
-* what an objective adds is whole on every rank, and all ranks of a team compute it alike.
+* Embedding and LM head are split by vocabulary; the loss is computed without all logits on one rank.
+* Attention is split by heads, the MLP by inner channels; norms and other layers between them are split by tokens.
+* Modules that an objective adds are whole on every rank, and all ranks of a group compute them alike.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from jepa_scale.utils.errors import InputError
 
 
 def check(backbone: Backbone, size: int) -> None:
-    """Whether a decoder can be split over ``size`` ranks.
+    """Check that a decoder can be split over ``size`` ranks.
 
     Raises:
-        InputError: what cannot, by name.
+        InputError: it cannot; the message names the key or module that prevents it.
     """
     decoder = backbone.decoder
     config: Any = decoder.config
@@ -40,20 +40,20 @@ def check(backbone: Backbone, size: int) -> None:
         if count is not None and count % size:
             raise InputError(f"engine.tp: {size} does not divide model.{key}, which is {count}; choose a divisor of it")
     if any(name.rpartition(".")[2].startswith("lora_") for name, _ in decoder.named_modules()):
-        raise InputError("engine.tp: a model with model.lora is not split; set it to 1")
+        raise InputError("engine.tp: tensor parallelism does not support model.lora; set engine.tp=1")
     dropped = [name for name, part in decoder.named_modules() if isinstance(part, nn.Dropout) and part.p > 0]
     if dropped or getattr(config, "attention_dropout", None):
         raise InputError(
-            f"engine.tp: the ranks of a team would drop out other channels than one rank does "
+            f"engine.tp: tensor parallelism does not support dropout, which would drop other channels than on one rank "
             f"({dropped[0] if dropped else 'attention_dropout'}); set the model's dropout to 0"
         )
 
 
 def split(backbone: Backbone, team: Team) -> dict[str, Split]:
-    """Keep this rank's parts of the decoder, in place. Every rank has the same whole weights before.
+    """Reduce the decoder to this rank's parts, in place. All ranks start from the same whole weights.
 
     Returns:
-        Name of each split parameter within the backbone → where in the whole this rank's part is.
+        Name of each split parameter within the backbone → position of this rank's part in the whole.
     """
     check(backbone, team.size)
     decoder, plan = backbone.decoder, plan_of(backbone.decoder)
@@ -90,7 +90,7 @@ def split(backbone: Backbone, team: Team) -> dict[str, Split]:
     vocabulary = len(cast(Tensor, embedding.weight))
     cutter.cut(embedding, {"weight": 0})
     _become(embedding, _Embedding, team, _first=team.part(vocabulary).start)
-    padding: Any = embedding.padding_idx  # a row that does not learn
+    padding: Any = embedding.padding_idx  # this row gets no gradient
     rows = team.part(vocabulary)
     here = padding is not None and rows.start <= padding < rows.stop
     embedding.padding_idx = padding - rows.start if here else None  # type: ignore[assignment]
@@ -109,7 +109,7 @@ def _way(plan: dict[str, str], name: str) -> str | None:
 
 
 def _check_plan(decoder: nn.Module, ways: dict[str, str], shared: set[str]) -> None:
-    """Of what the plan leaves out inside attention and MLP, we must know that every rank computes it alike."""
+    """Check that the plan covers attention and MLP: every rank must compute alike any module that the plan leaves out there."""
     base = cast(nn.Module, decoder.base_model)
     for parent in shared:
         inside = {name: way for name, way in ways.items() if name.rpartition(".")[0] == parent}
@@ -117,12 +117,12 @@ def _check_plan(decoder: nn.Module, ways: dict[str, str], shared: set[str]) -> N
         for name, module in base.get_submodule(parent).named_modules(prefix=parent):
             if name not in ways and any(p is not None for p in module._parameters.values()) and not joined:
                 raise InputError(
-                    f"engine.tp: the plan of {type(decoder).__name__} does not say how {name} is split; set it to 1"
+                    f"engine.tp: the plan of {type(decoder).__name__} does not cover {name}; set engine.tp=1"
                 )
     for name, way in ways.items():
         module = base.get_submodule(name)
         if way.startswith(("colwise", "rowwise")) and not isinstance(module, nn.Linear):
-            raise InputError(f"engine.tp: {name} is a {type(module).__name__} and no linear layer; set it to 1")
+            raise InputError(f"engine.tp: {name} is a {type(module).__name__} and no linear layer; set engine.tp=1")
 
 
 class _Cutter:
@@ -136,7 +136,7 @@ class _Cutter:
     def cut(self, module: nn.Module, dims: dict[str, int]) -> None:
         for name, dim in dims.items():
             whole = module._parameters.get(name)
-            if whole is None or whole in self.splits:  # a tied one, and done
+            if whole is None or whole in self.splits:  # absent, or tied to one that is split already
                 continue
             if whole not in self._of_whole:
                 part = self.team.part(whole.shape[dim])
@@ -161,7 +161,7 @@ def _mixed(mixin: type, cls: type) -> type:
 
 
 class _Reading:
-    """A module whose forward sees other values in its parameters' place; everybody else sees the parameters."""
+    """A module whose forward uses other values in place of its parameters; outside the forward the parameters are unchanged."""
 
     _runs = False
 
@@ -183,8 +183,10 @@ def _reading(name: str, read: Callable[[Any, Tensor], Tensor]) -> property:
 
 @cache
 def _added_up(names: tuple[str, ...]) -> type:
-    """A whole parameter that each rank uses for its own tokens or heads: the gradients add up. Where all use it for the same
-    tokens, each has the whole gradient."""
+    """Return a class for whole parameters that each rank uses for its own tokens or heads: their gradients are summed.
+
+    While all ranks use the parameters for the same tokens, each has the whole gradient and nothing is summed.
+    """
 
     def read(team: Team, parameter: Tensor) -> Tensor:
         return team.enter(parameter) if team.splits_tokens else parameter
@@ -194,13 +196,13 @@ def _added_up(names: tuple[str, ...]) -> type:
 
 @cache
 def _bias_once() -> type:
-    """Parts of a sum: one of them has the bias."""
+    """Return a class for layers whose outputs are summed over ranks: only rank 0 adds the bias."""
     once = _reading("bias", lambda team, bias: team.enter(bias) * float(team.rank == 0))
     return type("_BiasOnce", (_Reading,), {"bias": once})
 
 
 class _Joined:
-    """A linear layer whose output all ranks have."""
+    """A linear layer whose output channels are gathered on all ranks."""
 
     _team: Team
     _channels: int
@@ -210,7 +212,7 @@ class _Joined:
 
 
 class _SplitInput:
-    """A linear layer whose input all ranks have."""
+    """A linear layer whose whole input is on all ranks and is split by channels."""
 
     _team: Team
 
@@ -219,13 +221,13 @@ class _SplitInput:
 
 
 class _Shared:
-    """Attention or MLP: all tokens go in, and a part of a sum comes out."""
+    """Attention or MLP: each rank takes all tokens and computes one term of a sum over ranks."""
 
     _team: Team
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         team = self._team
-        if not team.splits_tokens:  # generation: nothing wants a gradient
+        if not team.splits_tokens:  # generation, without gradients
             return _replaced(super().forward(*args, **kwargs), team.leave)  # type: ignore[misc]
         x = args[0] if args else kwargs["hidden_states"]
         x = _all_tokens(x, kwargs.get("packed"), team)
@@ -238,7 +240,7 @@ class _Shared:
 
 @torch.compiler.disable  # a batch's lengths are in Python: compiled, each number of segments would be a new program
 def _all_tokens(x: Tensor, table: SegmentTable | None, team: Team) -> Tensor:
-    """The MLP has no table: what fills up the tokens may go through it."""
+    """Gather the tokens of all ranks. Without a table, in the MLP, the padding tokens stay: they do no harm there."""
     return team.gather_tokens(x, x.shape[1] * team.size if table is None else sum(table.lengths))
 
 
@@ -247,7 +249,7 @@ def _replaced(output: Any, function: Any) -> Any:
 
 
 def _own_branches(team: Team) -> Any:
-    """DropPath's choice for each token, (2, 1, T) → for this rank's tokens."""
+    """Return a hook that reduces DropPath's choices, (2, 1, T), to this rank's tokens."""
 
     def choose(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         kept = kwargs.get("kept")
@@ -261,7 +263,7 @@ def _own_branches(team: Team) -> Any:
 
 
 class _Embedding:
-    """Some rows of the table; the sum over the ranks has every token's, into what all compute alike."""
+    """Some rows of the embedding. The sum over the ranks has the row of every token, and all ranks compute on it alike."""
 
     _team: Team
     _first: int
@@ -274,7 +276,7 @@ class _Embedding:
 
 
 class _Head:
-    """Some rows of the LM head: this rank's logits, or all of them."""
+    """Some rows of the LM head; returns this rank's logits, or all of them."""
 
     _team: Team
     _vocabulary: int

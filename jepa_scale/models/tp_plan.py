@@ -1,17 +1,17 @@
-"""Which layers of a decoder are split in which way over a team of ranks: a plan beside the model, by the names of its modules.
+"""The tensor-parallel plan of a decoder: how each layer is split over a tensor-parallel group, by module name.
 
-The names of the ways are transformers', whose families carry such a plan themselves (``base_model_tp_plan``):
+The names of the ways to split are those of transformers, whose model families have such a plan (``base_model_tp_plan``):
 
 ``colwise``
-    output channels: each rank has some of a linear layer's rows.
+    Split by output channels: each rank has some rows of a linear layer's weight.
 ``rowwise``
-    input channels: each rank has some of its columns, and gives a part of a sum.
+    Split by input channels: each rank has some columns and computes one term of a sum.
 ``colwise_gather_output``, ``rowwise_split_input``
-    the same, with all channels on every rank in between, which compute alike: for norms over all heads.
+    The same, but between the two layers every rank has all channels and computes alike. For norms over all heads.
 ``replicated_with_grad_allreduce``
-    whole on every rank, and each uses it for its own heads.
+    Whole on every rank; each rank uses it for its own heads.
 ``headwise``
-    (our own) any parameters of one dimension, heads first.
+    (Not from transformers.) One-dimensional parameters whose elements are ordered by head.
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ WAYS = {
 
 
 def plan_of(decoder: PreTrainedModel) -> dict[str, str]:
-    """Pattern of a module's name within the base model (``*`` stands for a block's number) → way.
+    """Return the plan: pattern of a module's name within the base model (``*`` = a block's number) → way to split.
 
     Raises:
-        InputError: the family has no plan, or splits something in a way that is not offered.
+        InputError: the family has no plan, or uses a way to split that is not supported.
     """
     if isinstance(decoder, JepaDecoderForCausalLM):
         return NATIVE
     plan: dict[str, str] = getattr(decoder.config, "base_model_tp_plan", None) or {}
     if not plan:
         raise InputError(
-            f"engine.tp: transformers has no tensor-parallel plan for {type(decoder).__name__}; set it to 1"
+            f"engine.tp: transformers has no tensor-parallel plan for {type(decoder).__name__}; set engine.tp=1"
         )
     for pattern, way in plan.items():
         if way not in WAYS:
             raise InputError(
-                f"engine.tp: {type(decoder).__name__} splits {pattern} {way!r}, which is not offered; set it to 1"
+                f"engine.tp: {type(decoder).__name__} splits {pattern} {way!r}, which is not supported; set engine.tp=1"
             )
     return plan

@@ -208,7 +208,7 @@ def test_a_branch_is_as_long_as_with_its_prefix():
         return pack([views]).streams["main"]
 
     backbone.hidden(stream(2))
-    with pytest.raises(ValueError, match="a segment of 9 tokens: the model is made for 8"):
+    with pytest.raises(ValueError, match="a segment has 9 tokens, more than the model.s max_position_embeddings, 8"):
         backbone.hidden(stream(3))
 
 

@@ -105,7 +105,10 @@ def test_no_special_token_is_assumed():
         (dict(family="huggingface", pretrained="no/such/folder"), "model.pretrained: can't load 'no/such/folder'"),
         (huggingface(model_type="gemma2"), "attn_logit_softcapping"),
         (dict(family="huggingface", config=dict(model_type="llama4_text", num_hidden_layers=4)), "'chunked_attention'"),
-        (dict(family="huggingface", config=dict(model_type="gemma3")), "is not one stack of blocks and a final norm"),
+        (
+            dict(family="huggingface", config=dict(model_type="gemma3")),
+            "is not a single stack of blocks with a final norm",
+        ),
         (dict(family="huggingface", config=dict(model_type="mamba", num_hidden_layers=1)), "model: MambaForCausalLM"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

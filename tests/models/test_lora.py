@@ -212,19 +212,19 @@ def test_cache_dir_is_where_the_loaders_look(base, tmp_path):
         (dict(rnk=2), "model.lora.rnk: unknown key; did you mean 'rank'?"),
         (
             dict(rank=17),
-            "model.lora.rank: 17 is more than the rank of model.layers.0.self_attn.k_proj, a matrix of 32 x 16",
+            "model.lora.rank: 17 is higher than the rank of model.layers.0.self_attn.k_proj, a matrix of 32 x 16",
         ),
         (
             dict(targets=["q_prj"]),
             "model.lora.targets: no linear layer's name ends with 'q_prj'; did you mean 'q_proj'?",
         ),
         (dict(targets=["proj"]), "model.lora.targets: no linear layer's name ends with 'proj'; "),
-        (dict(targets=["lm_head"]), "model.lora.targets: no linear layer's name ends with 'lm_head'; there are "),
+        (dict(targets=["lm_head"]), "model.lora.targets: no linear layer's name ends with 'lm_head'; choose from "),
         (dict(targets=["q_proj", "norm"]), "model.lora.targets: no linear layer's name ends with 'norm'"),
         (dict(targets=[]), "model.lora.targets: "),
         (dict(dropout=1.0), "model.lora.dropout: "),
         (dict(alpha=0), "model.lora.alpha: "),
-        (dict(new_ids_from=53), "model.lora.new_ids_from: 53 is beyond the embedding's 53 rows"),
+        (dict(new_ids_from=53), "model.lora.new_ids_from: 53 is not below the embedding's 53 rows"),
     ],
 )
 def test_what_cannot_work_is_refused_by_key(keys, message):
@@ -234,9 +234,7 @@ def test_what_cannot_work_is_refused_by_key(keys, message):
 
 
 def test_new_rows_are_not_left_frozen(base):
-    with pytest.raises(
-        InputError, match="model.lora.new_ids_from: 51 would freeze rows that are new, those from 50 on"
-    ):
+    with pytest.raises(InputError, match="model.lora.new_ids_from: 51 would freeze the new rows from 50 on"):
         build(**pretrained(base, lora={"new_ids_from": 51}))
 
 

@@ -149,7 +149,7 @@ def test_cross_entropy_of_a_vocabulary_in_parts(size):
         (SHAPE, 4, "engine.tp: 4 does not divide model.num_key_value_heads, which is 2"),
         ({**SHAPE, "intermediate_size": 33}, 2, "engine.tp: 2 does not divide model.intermediate_size, which is 33"),
         ({**SHAPE, "hidden_dropout": 0.1}, 2, "set the model's dropout to 0"),
-        ({**SHAPE, "lora": {"rank": 2}}, 2, "engine.tp: a model with model.lora is not split"),
+        ({**SHAPE, "lora": {"rank": 2}}, 2, "engine.tp: tensor parallelism does not support model.lora"),
         (
             {"family": "huggingface", "config": {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2}},
             2,

@@ -1,4 +1,4 @@
-"""The gated bridge: how a predicted latent re-enters the decoder (LitJEPA's bridge at the tap)."""
+"""The gated bridge, which feeds a predicted latent back into the decoder (LitJEPA's bridge at the tap)."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 
 class Bridge(nn.Module):
-    """σ(g)·B(z) with B = RMSNorm → Linear → GELU → Dropout → Linear; the caller adds it to the state that it joins.
+    """Gated branch σ(g)·B(z) with B = RMSNorm → Linear → GELU → Dropout → Linear; the caller adds it to the hidden state.
 
-    ``gate_init`` −2 opens the gate to 0.12, so that an untrained latent hardly disturbs the decoder at first.
+    With ``gate_init`` −2 the gate starts at 0.12, so that an untrained latent hardly disturbs the decoder.
     """
 
     def __init__(
@@ -23,10 +23,10 @@ class Bridge(nn.Module):
         self.drop = nn.Dropout(dropout)
         self.down = nn.Linear(inner, hidden)
         self.gate = nn.Parameter(torch.full((1,), float(gate_init)))  # 1-d: FSDP2 shards no scalars
-        self.opening: Tensor | None = None  # 0-d, σ(g) of the last forward; outside of it the gate may be a shard
+        self.opening: Tensor | None = None  # 0-d, σ(g) of the last forward; outside a forward the gate may be a shard
 
     def forward(self, latent: Tensor) -> Tensor:
-        """(n, latent) → (n, hidden)."""
+        """Compute the gated branch, (n, latent) → (n, hidden)."""
         x = self.norm(latent.to(self.up.weight.dtype))
         gate = torch.sigmoid(self.gate)
         self.opening = gate.detach()[0]

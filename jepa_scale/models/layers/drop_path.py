@@ -1,8 +1,8 @@
-"""Stochastic depth (Huang et al. 2016, arXiv 1603.09382), called DropPath where it is decided sample by sample.
+"""Stochastic depth (Huang et al. 2016, arXiv 1603.09382), called DropPath when it is drawn for each sample.
 
-Block i of L, from 0, leaves out each of its two branches with probability r·i/(L − 1); a branch that is kept counts
-1/(1 − p) times. In a packed stream a segment is the sample. Which branches a segment goes without follows from its seed, the
-block and the branch alone, so that a pass that is made again, on another rank, in other company or after a resume, is the same.
+Block i of L, from 0, drops each of its two branches with probability p = r·i/(L − 1); a kept branch is scaled by 1/(1 − p).
+In a packed sequence each segment is a sample. Whether a branch is dropped depends only on the segment's seed, the block and
+the branch. So a repeated pass is the same on another rank, among other segments, or after a resume.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from torch import Tensor, nn
 
 from jepa_scale.packing import SegmentTable
 
-_BITS = 53  # of a uniform number; all is done in integers, hence the same on every device
+_BITS = 53  # of a uniform number; integer arithmetic gives the same result on every device
 
 
 class DropPath(nn.Module):
-    """A branch in training: dropped where it says so, else scaled by 1/(1 − ``rate``)."""
+    """Drop a branch in training where ``kept`` is false, and scale it by 1/(1 − ``rate``) elsewhere."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
 
     def forward(self, branch: Tensor, kept: Tensor | None) -> Tensor:
-        """branch (B, T, d); kept (B, T) or (B, 1) bool, ``None`` = everywhere and unscaled → (B, T, d)."""
+        """Apply DropPath: branch (B, T, d), kept (B, T) or (B, 1) bool → (B, T, d); ``None`` = kept and unscaled."""
         if kept is None or self.rate == 0:
             return branch
         return torch.where(kept[..., None], branch * (1 / (1 - self.rate)), 0)
@@ -33,16 +33,17 @@ class DropPath(nn.Module):
 
 
 def drop_rate(rate: float, block: int, blocks: int) -> float:
-    """Of block 0 … ``blocks`` − 1: linear from 0 to ``rate``."""
+    """Return the drop probability of block 0 … ``blocks`` − 1: linear from 0 to ``rate``."""
     return rate * block / max(1, blocks - 1)
 
 
 def segments_kept(seeds: Tensor, table: SegmentTable, rate: float, blocks: int, stack: int = 0) -> Tensor:
-    """Which branches the tokens of a packed stream go through.
+    """Draw the branches that are kept for each token of a packed sequence.
 
     Args:
-        seeds: (S,) int64, of the segments. rate: of the last block.
-        stack: number of the stack of blocks; stacks decide independently of each other.
+        seeds: (S,) int64, the segments' seeds.
+        rate: drop probability of the last block.
+        stack: number of the stack of blocks; stacks draw independently.
 
     Returns:
         (blocks, 2, 1, T) bool.
@@ -58,26 +59,26 @@ def segments_kept(seeds: Tensor, table: SegmentTable, rate: float, blocks: int, 
 
 
 def rows_kept(rows: int, rate: float, blocks: int, device: torch.device) -> Tensor:
-    """The same of the rows of an ordinary batch, from torch's own generator: (blocks, 2, rows, 1) bool."""
+    """Draw the branches that are kept for each row of an ordinary batch, by torch's generator: (blocks, 2, rows, 1) bool."""
     drawn = torch.randint(1 << _BITS, (blocks, 2, rows, 1), device=device)
     return drawn >= (_step(rate, blocks) * torch.arange(blocks, device=device))[:, None, None, None]
 
 
 def _step(rate: float, blocks: int) -> int:
-    """What the probability of dropping grows by from block to block, in units of 2^−53."""
+    """Return the increase of the drop probability from block to block, in units of 2^−53."""
     return int(rate * (1 << _BITS)) // max(1, blocks - 1)
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """The output function of SplitMix64 (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators", with the
-    constants of Stafford's variant 13), on int64 that wrap around."""
+    """Apply the output function of SplitMix64 (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators", with
+    the constants of Stafford's variant 13) to int64 that wrap around."""
     x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
     return x ^ _shifted(x, 31)
 
 
 def _shifted(x: Tensor, n: int) -> Tensor:
-    """To the right as if it had no sign."""
+    """Shift to the right by ``n`` bits without sign extension."""
     return (x >> n) & ((1 << (64 - n)) - 1)
 
 

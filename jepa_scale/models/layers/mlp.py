@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class Mlp(nn.Module):
-    """Linear(in, m · out) → GELU → Dropout → Linear(m · out, out)."""
+    """Perceptron Linear(in, m · out) → GELU → Dropout → Linear(m · out, out), with m = ``multiple``."""
 
     def __init__(self, size_in: int, size_out: int, multiple: int = 2, dropout: float = 0.0):
         super().__init__()
@@ -16,5 +16,5 @@ class Mlp(nn.Module):
         self.down = nn.Linear(multiple * size_out, size_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, in) → (…, out)."""
+        """Map (…, in) → (…, out)."""
         return self.down(self.drop(self.act(self.up(x))))

@@ -1,4 +1,4 @@
-"""Rows with mean 0 and variance 1 in each channel, by moments that follow the global batch."""
+"""Standardisation of rows to mean 0 and variance 1 in each channel, by moments that follow the global batch."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from jepa_scale.distributed.comm import all_reduce_sum
 from jepa_scale.models.fp32_state import AveragedState, overwrite
 
 DECAY = 0.5
-"""Of the moments, an optimizer step: they must keep up with weights that move."""
+"""Decay of the moments per optimizer step; low, because they must follow the changing weights."""
 EPSILON = 1e-3
 
 
 class Standardize(AveragedState):
-    """(x − mean) / deviation, channel by channel, with the moments of the last few steps, which get no gradient.
+    """Layer (x − mean) / deviation for each channel, with the moments of the last few steps, which get no gradient.
 
-    Before a codebook it is what keeps codes in use: while an encoder learns, all its rows drift the same way, and a code that
-    nothing is assigned to would be left behind; here rows and codes share their origin and scale. (Shared moments of rows and
+    Before a codebook this layer keeps codes in use. While an encoder learns, all its rows drift together, and a code without
+    assigned rows would stay behind; after the layer, rows and codes share their origin and scale. (Shared moments of rows and
     codes: Huh et al., arXiv 2305.08842, section 4; batch normalisation before a codebook: Łańcucki et al., arXiv 2005.08520.)
-    Moments of the present batch would do the same, but then a micro-batch could not be encoded before all others.
+    Moments of the current batch would do the same, but a micro-batch could then not be encoded before all the others.
 
-    As in :class:`jepa_scale.objectives.grid.quantizer.Quantizer`, :meth:`observe` notes and :meth:`update` writes.
+    As in :class:`jepa_scale.objectives.grid.quantizer.Quantizer`, :meth:`observe` records and :meth:`update` writes.
     """
 
     updates: Tensor
@@ -34,27 +34,28 @@ class Standardize(AveragedState):
         self._noted: list[Tensor] = []
 
     def forward(self, rows: Tensor) -> Tensor:
-        """(n, d) → (n, d), the same dtype."""
+        """Standardise rows, (n, d) → (n, d), in the same dtype."""
         return ((rows.float() - self.read("mean")) / self.read("deviation")).to(rows.dtype)
 
     @torch.no_grad()
     def observe(self, standardized: Tensor) -> None:
-        """Note a micro-batch of this rank: what :meth:`forward` has given, (n, d)."""
+        """Record a micro-batch of this rank: the output of :meth:`forward`, (n, d)."""
         rows = standardized.detach().float()
         count = torch.full_like(rows[:1].sum(dim=0), len(rows))
         self._noted.append(torch.stack([count, rows.sum(dim=0), rows.square().sum(dim=0)]))
 
     @torch.no_grad()
     def update(self, good: Tensor, momentum: float) -> None:
-        """Move the moments by what was noted on all ranks since the last call. Collective.
+        """Update the moments from the rows recorded on all ranks since the last call. Collective.
 
         Args:
-            good: 0-d bool; if it is false nothing changes. momentum: of the teacher, for the averages.
+            good: 0-d bool; if it is false nothing changes.
+            momentum: momentum of the teacher, for the averages.
         """
         count, total, squares = all_reduce_sum(torch.stack(self._noted).sum(dim=0))
         self._noted = []
         n = count.clamp(min=1)
-        # of rows that are almost standardised already, so that nothing cancels
+        # moments of rows that are almost standardised already, so the difference of squares does not cancel
         shift = total / n
         spread = (squares / n - shift.square()).clamp(min=0)
         mean, deviation = self.read("mean"), self.read("deviation")
