@@ -75,9 +75,7 @@ def _first_new(asked: int | None, known: int, rows: int) -> int:
     if asked >= rows:
         raise InputError(f"model.lora.new_ids_from: {asked} is not below the embedding's {rows} rows; lower it")
     if asked > known:
-        raise InputError(
-            f"model.lora.new_ids_from: {asked} would freeze the new rows from {known} on; lower it"
-        )
+        raise InputError(f"model.lora.new_ids_from: {asked} would freeze the new rows from {known} on; lower it")
     return asked
 
 

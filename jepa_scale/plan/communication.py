@@ -1,7 +1,7 @@
-"""What a rank sends in an optimizer step, by collective.
+"""Bytes that a rank sends in an optimizer step, by collective.
 
-A ring over n ranks has each of them send (n − 1)/n of the whole in an all-gather or a reduce-scatter, and twice that in an
-all-reduce (Patarasu & Yuan 2009, Bandwidth optimal all-reduce algorithms, section 3).
+In a ring of n ranks each rank sends (n − 1)/n of the whole tensor in an all-gather or a reduce-scatter, and twice as much in
+an all-reduce (Patarasu & Yuan 2009, Bandwidth optimal all-reduce algorithms, section 3).
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ from jepa_scale.plan.zero import module_units
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """One kind of collective of a step.
+    """All collectives of one kind and purpose in a step.
 
     Attributes:
-        kind: ``"all-gather"``, ``"reduce-scatter"`` or ``"all-reduce"``. what: is sent. ranks: that take part.
-        span: neighbouring ranks that these lie among. size: bytes of the whole, all of the step's together. overlaps:
-            whether computing goes on meanwhile.
+        kind: ``"all-gather"``, ``"reduce-scatter"`` or ``"all-reduce"``.
+        what: description of the tensors that are sent.
+        ranks: number of ranks that take part.
+        span: number of neighbouring ranks over which these are spread.
+        size: bytes of the whole tensors, summed over the step.
+        overlaps: whether computation continues meanwhile.
     """
 
     kind: str
@@ -40,7 +43,10 @@ class Traffic:
 
 
 def traffic_of(model: Modelled, layout: Layout, accumulation: int, tokens: int) -> list[Traffic]:
-    """Of a step of ``accumulation`` micro-batches of ``tokens`` tokens each, for a model before its engine."""
+    """Return the traffic of a step of ``accumulation`` micro-batches of ``tokens`` tokens each.
+
+    ``model`` has not been changed by an engine yet.
+    """
     data = _fsdp(model, layout, accumulation) if layout.engine == "fsdp" else _zero(model, layout, accumulation)
     if layout.tp > 1:
         data += _tensor_parallel(model, layout, accumulation, tokens)
@@ -48,12 +54,12 @@ def traffic_of(model: Modelled, layout: Layout, accumulation: int, tokens: int) 
 
 
 def _passes(model: Modelled, accumulation: int) -> int:
-    """Forwards of a step, collecting ones included."""
+    """Return the number of forwards of a step, gather passes included."""
     return accumulation * (2 if model.objective.collects and accumulation > 1 else 1)
 
 
 def _padded(unit: Unit, layout: Layout) -> int:
-    """Elements of a unit with its padding."""
+    """Return the number of elements of a unit, padding included."""
     return layout.shards * sum(shard_numel(tuple(p.shape), layout.shards) for p in unit.parameters.values())
 
 
@@ -81,8 +87,10 @@ def _fsdp(model: Modelled, layout: Layout, accumulation: int) -> list[Traffic]:
 
 
 def _zero(model: Modelled, layout: Layout, accumulation: int) -> list[Traffic]:
-    """DeepSpeed reduces in fp32 as the engine has it. Stages 1 and 2 all-reduce whole buckets, of which each rank keeps its
-    part (``use_multi_rank_bucket_allreduce``)."""
+    """Return the traffic of ZeRO, whose reductions the engine sets to fp32.
+
+    Stages 1 and 2 all-reduce whole buckets, of which each rank keeps its part (``use_multi_rank_bucket_allreduce``).
+    """
     ranks, span = layout.shards, layout.world_size
     total = sum(s.numel for s in model.parameters.values())
     trained = sum(s.numel for s in model.parameters.values() if s.trains)
@@ -94,7 +102,7 @@ def _zero(model: Modelled, layout: Layout, accumulation: int) -> list[Traffic]:
             p.numel() for unit in module_units(model.module, threshold) for p in unit.parameters.values()
         )
         reuse = int(layout.zero.get("stage3_max_reuse_distance", 1_000_000_000))
-        again = max(0, gathered - layout.width * reuse // 2)  # what is used soon after is not gathered twice
+        again = max(0, gathered - layout.width * reuse // 2)  # parameters that are soon reused are not gathered again
         return [
             Traffic("all-gather", "parameters", ranks, span, gathered * forwards + again * accumulation, True),
             Traffic("reduce-scatter", "gradients", ranks, span, 4 * trained * accumulation, True),
@@ -110,8 +118,12 @@ def _zero(model: Modelled, layout: Layout, accumulation: int) -> list[Traffic]:
 
 
 def _tensor_parallel(model: Modelled, layout: Layout, accumulation: int, tokens: int) -> list[Traffic]:
-    """Two exchanges of the stream a block and direction (Korthikanti et al., arXiv 2205.05198, section 4.2.2), and one each
-    around embedding and LM head; an exchange is an all-gather and a reduce-scatter. What is recomputed is exchanged again."""
+    """Return the traffic of tensor parallelism.
+
+    There are two exchanges of the residual stream for each block and direction (Korthikanti et al., arXiv 2205.05198, section
+    4.2.2), and one each around embedding and LM head. An exchange is an all-gather and a reduce-scatter. Recomputation repeats
+    its exchanges.
+    """
     stream = layout.width * tokens * model.backbone.hidden_size
     again = 0 if layout.checkpointing == "none" else 1
     exchanges = model.backbone.num_layers * (4 + 2 * again) + 4

@@ -1,13 +1,14 @@
-"""What FSDP2 (:class:`jepa_scale.engines.fsdp.engine.FSDPEngine`) keeps and moves on a rank.
+"""Model of the memory of FSDP2 (:class:`jepa_scale.engines.fsdp.engine.FSDPEngine`) on a rank.
 
-Parameters, gradients and moments are fp32 shards along the first dimension, cut to ⌈rows / shards⌉; rank 0, which this is, never
-has fewer than another. A unit (a block; the rest is the root's) is gathered for its forward and again for its backward, in the
-compute dtype; the root's stays from its forward to the end of the backward. As ``torch.distributed.fsdp`` does it:
+Parameters, gradients and moments are fp32 shards along the first dimension, of ⌈rows / shards⌉ rows. The model is that of rank
+0, which never has fewer than another rank. A unit (a block, or the root with the rest) is gathered for its forward and again
+for its backward, in the compute dtype; that of the root stays from its forward to the end of the backward. As in
+``torch.distributed.fsdp``:
 
-* an all-gather fills one flat buffer, which is then copied into the parameters; a forward's buffer lives until the next copy;
-* in the backward the unit before is gathered ahead;
-* a unit's gradients are copied into one flat buffer of the reduction's dtype, which lives until the next reduction. A rank that is
-  alone keeps that buffer as its gradients.
+* an all-gather fills one flat buffer, which is then copied into the parameters; a forward's buffer exists until the next copy;
+* during the backward of a unit the preceding unit is prefetched;
+* a unit's gradients are copied into one flat buffer of the reduction's dtype, which exists until the next reduction. A single
+  rank keeps that buffer as its gradients.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ from jepa_scale.plan.model import Sizes
 from jepa_scale.plan.units import EngineModel, Unit, units_of
 
 REDUCED = 4
-"""Bytes of a gradient's element while it is reduced: fp32 always."""
+"""Bytes of a gradient's element during the reduction, which is always in fp32."""
 
 
 def shard_numel(shape: tuple[int, ...], shards: int) -> int:
-    """Elements that rank 0 has of a parameter; the ranks' buffers are all as large."""
+    """Return the number of elements of rank 0's shard of a parameter; the buffers of all ranks have this size."""
     return -(-shape[0] // shards) * prod(shape[1:])
 
 
 class FsdpModel(EngineModel):
-    """The training engine."""
+    """Model of the training engine."""
 
     def __init__(
         self,
@@ -48,8 +49,8 @@ class FsdpModel(EngineModel):
         self._gathering = Gathering(self.units, layout, ledger)
         self.root = self.units[-1]
         self._reducing = 0  # bytes of the last reduction's buffer
-        self._order: list[Unit] = []  # of this micro-batch's forwards
-        self._reduced: set[str] = set()  # parameters that have a gradient already
+        self._order: list[Unit] = []  # order of this micro-batch's forwards
+        self._reduced: set[str] = set()  # parameters that already have a gradient
 
     def _shard(self, name: str) -> int:
         return shard_numel(self.parameters[name].shape, self.layout.shards)
@@ -100,14 +101,14 @@ class FsdpModel(EngineModel):
         self.ledger.add("buffers", self._reducing)
         for name in names:
             unit.parameters[name].grad = None
-        if shards == 1 and not alone:  # divided on the way, by 1
+        if shards == 1 and not alone:  # replicas only: FSDP2 divides the gradients by 1, into a new tensor
             with self.ledger.briefly("buffers", own):
                 self.ledger.add("gradients", own)
         elif not alone or first:
             self.ledger.add("gradients", own)
         self._reduced.update(names)
         if not first and not alone:
-            self.ledger.free("gradients", own)  # added to what was there
+            self.ledger.free("gradients", own)  # added to the existing gradient, then freed
 
     def after_backward(self, last: bool) -> None:
         for unit in self.units:
@@ -118,24 +119,24 @@ class FsdpModel(EngineModel):
         self._order.clear()
 
     def post_backward_if_due(self, unit: Unit) -> None:
-        """What the root's last callback does: units whose inputs needed no gradient, and the root."""
+        """End the backward of the root, or of a unit whose inputs needed no gradient, as the root's final callback does."""
         if unit.gathered or any(p.grad is not None for p in unit.parameters.values()):
             self.post_backward(unit)
 
     def step(self) -> None:
         missing = self.gradients() - self.ledger.live["gradients"]
-        self.ledger.add("gradients", max(0, missing))  # zeros for those that had none
+        self.ledger.add("gradients", max(0, missing))  # zeros for parameters without a gradient
         self.ledger.free("gradients", self.ledger.live["gradients"])
         self._reduced = set()
 
 
 class Gathering:
-    """All-gathers of units."""
+    """Model of the all-gathers of units."""
 
     def __init__(self, units: list[Unit], layout: Layout, ledger: Ledger) -> None:
         self.layout, self.ledger = layout, ledger
         self._kept = 0  # bytes of the last forward's buffer
-        self._ahead: dict[Unit, int] = {}  # gathered ahead → bytes of its buffer
+        self._ahead: dict[Unit, int] = {}  # prefetched unit → bytes of its buffer
         for unit in units:
             own = sum(shard_numel(tuple(p.shape), layout.shards) for p in unit.parameters.values())
             unit.size = own * layout.shards * layout.width
@@ -158,7 +159,7 @@ class Gathering:
             self.ledger.free("buffers", buffer)
 
     def _start(self, unit: Unit) -> int:
-        cast = unit.size // self.layout.shards if self.layout.width != 4 else 0  # of its own shards, on the way
+        cast = unit.size // self.layout.shards if self.layout.width != 4 else 0  # temporary cast of the own shards
         self.ledger.add("buffers", cast)
         self.ledger.add("buffers", unit.size)
         self.ledger.free("buffers", cast)
@@ -184,7 +185,7 @@ class Gathering:
 
 
 class FsdpCopyModel(EngineModel):
-    """The teacher's copy (:class:`jepa_scale.engines.fsdp.ema.FSDPCopy`): fp32 shards, gathered as the engine's are."""
+    """Model of the teacher's copy (:class:`jepa_scale.engines.fsdp.ema.FSDPCopy`): fp32 shards, gathered as the engine's."""
 
     def __init__(self, module: nn.Module, modules: list[nn.Module], layout: Layout, ledger: Ledger) -> None:
         self.layout, self.ledger, self.module = layout, ledger, module

@@ -1,6 +1,6 @@
-"""GPUs that can be planned for: memory, memory bandwidth and links, as their vendors state them.
+"""The GPUs that the planner supports: memory, memory bandwidth and links, as stated by their vendors.
 
-FLOP/s are those of :func:`jepa_scale.models.flops.peak_flops`, found by the name that the driver gives the GPU.
+FLOP/s are those of :func:`jepa_scale.models.flops.peak_flops` for the driver's name of the GPU.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ GIB = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One GPU in the usual machine of its kind.
+    """A GPU in the usual machine of its kind.
 
     Attributes:
-        name: as ``torch.cuda.get_device_name()`` says. memory: GiB that the driver offers. bandwidth: of it, bytes/s.
-        link: bytes/s in one direction to the other GPUs of the machine. network: bytes/s in one direction of its share of
-            the machine's network cards. per_node: GPUs of a machine.
+        name: ``torch.cuda.get_device_name()``.
+        memory: GiB that the driver offers.
+        bandwidth: memory bandwidth, bytes/s.
+        link: bytes/s in one direction to the other GPUs of the machine.
+        network: bytes/s in one direction of its share of the machine's network cards.
+        per_node: number of GPUs in a machine.
     """
 
     name: str
@@ -31,10 +34,10 @@ class Gpu:
     per_node: int = 8
 
     def flops(self, precision: str, tf32: bool) -> float:
-        """FLOP/s of dense matrix products."""
+        """Return the peak FLOP/s of dense matrix products."""
         import torch
 
-        from jepa_scale.models.flops import peak_flops  # here: an unknown name is refused without torch
+        from jepa_scale.models.flops import peak_flops  # here: unknown names are refused without torch
 
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         peak = peak_flops(self.name, dtype, tf32)
@@ -42,10 +45,10 @@ class Gpu:
         return peak
 
     def reach(self, ranks: int, span: int) -> float:
-        """Bytes/s at which each of ``ranks``, evenly spread over ``span`` neighbouring ranks, sends in a collective.
+        """Return the bytes/s at which each of ``ranks``, evenly spread over ``span`` neighbouring ranks, sends in a collective.
 
-        Between machines NCCL's rings use all network cards of a machine whose GPUs take part, and what goes from one machine
-        to the next has gone through each of these GPUs: the more of them take part, the faster.
+        Between machines NCCL's rings use the network cards of all GPUs that take part. Data on its way from one machine to
+        the next passes through each of these GPUs, so the rate grows with their number.
         """
         if span <= self.per_node:
             return self.link
@@ -63,20 +66,22 @@ GPUS = {
     # NVIDIA L40S data sheet: no NVLink, PCIe 4.0 x16; 200 Gbit/s for two GPUs in NVIDIA's reference servers
     "l40s": Gpu("NVIDIA L40S", 44.5, 0.864e12, 32e9, 12.5e9),
 }
-"""Name on the command line → GPU."""
+"""The GPUs by their names on the command line."""
 
 RESERVED = 0.08
-"""Share of the memory that is left out: CUDA's context, libraries' workspaces, NCCL's buffers, fragmentation. A margin, not a
-measurement."""
+"""Fraction of the memory that the planner leaves free: CUDA's context, libraries' workspaces, NCCL's buffers, fragmentation. It is
+a margin, not a measurement."""
 
 
 def find_gpu(name: str) -> Gpu:
-    """Raises:
-    InputError: it is none of :data:`GPUS`.
+    """Return the GPU of a name on the command line.
+
+    Raises:
+        InputError: the name is not one of :data:`GPUS`.
     """
     key = name.lower()
     if key in GPUS:
         return GPUS[key]
     near = difflib.get_close_matches(key, GPUS, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(GPUS)}"
+    hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(GPUS)}"
     raise InputError(f"--gpu: unknown GPU {name!r}; {hint}")

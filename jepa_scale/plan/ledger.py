@@ -1,4 +1,4 @@
-"""Bytes that live on a rank at a time, by what they are for, and their peak."""
+"""A ledger of the bytes allocated on a rank, by kind, and of their peak."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 KINDS = ("parameters", "gradients", "optimizer", "teacher", "activations", "buffers")
-"""What memory is for. ``activations``: all that a forward or backward makes, temporaries included, but logits. ``buffers``:
-gathered parameters, communication buckets, logits. Where logits are made piece by piece, a piece is an activation."""
+"""Kinds of memory. ``activations``: tensors that a forward or backward creates, temporaries included, logits excluded.
+``buffers``: gathered parameters, communication buckets, logits. If logits are computed in pieces, a piece is an activation."""
 
 
 class Ledger:
-    """Bytes by kind: now, when their sum was largest, and the most that each has been by itself."""
+    """Bytes by kind: the current ones, those at the peak of their sum, and the maximum of each kind."""
 
     def __init__(self) -> None:
         self.live: Counter[str] = Counter()
@@ -46,14 +46,15 @@ class Ledger:
 
     @contextmanager
     def briefly(self, kind: str, size: int) -> Iterator[None]:
-        """Something that lives as long as the block."""
+        """Account for memory that is allocated for the duration of a ``with`` block."""
         self.add(kind, size)
         yield
         self.free(kind, size)
 
 
 class OpCost:
-    """FLOPs of an operator (as :class:`torch.utils.flop_counter.FlopCounterMode` counts) and bytes that it reads and writes."""
+    """FLOPs of an operator, as :class:`torch.utils.flop_counter.FlopCounterMode` counts them, and bytes that it reads and
+    writes."""
 
     __slots__ = ("bytes", "flops")
 
@@ -62,26 +63,26 @@ class OpCost:
 
 
 class Watch(TorchDispatchMode):
-    """Enters every new storage into a ledger for as long as it lives, and notes what each operator costs.
+    """Dispatch mode that enters every new storage into a ledger for its lifetime, and records the cost of each operator.
 
-    It works on tensors without data. Storages that were there before are not its business.
+    It works on tensors without data. Storages that existed before are ignored.
 
     Args:
-        vocab: tensors whose last dimension is this are logits; 0 = none are.
+        vocab: last dimension of logits; 0 = no tensor counts as logits.
     """
 
     def __init__(self, ledger: Ledger, vocab: int = 0) -> None:
         super().__init__()
         self.ledger, self.vocab = ledger, vocab
         self.ops: list[OpCost] = []
-        self._kinds: WeakIdKeyDictionary = WeakIdKeyDictionary()  # storage → its kind, in a list of one; [] = not ours
+        self._kinds: WeakIdKeyDictionary = WeakIdKeyDictionary()  # storage → its kind, in a list of one; [] = ignored
         self._ends: list[Any] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         read = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         for tensor in read:
-            self._kinds.setdefault(tensor.untyped_storage(), [])  # it was there before: parameters, the batch
+            self._kinds.setdefault(tensor.untyped_storage(), [])  # it existed before: parameters, the batch
         out = func(*args, **kwargs)
         made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         for tensor in made:
@@ -107,7 +108,7 @@ class Watch(TorchDispatchMode):
         self.ledger.free(box[0], size)
 
     def become(self, tensor: Tensor, kind: str) -> None:
-        """What was an activation turns out to be something else."""
+        """Change the kind of a storage that was entered as an activation."""
         storage = tensor.untyped_storage()
         box = self._kinds.get(storage)
         if box and box[0] != kind:
@@ -116,7 +117,7 @@ class Watch(TorchDispatchMode):
             box[0] = kind
 
     def close(self) -> None:
-        """What still lives is nobody's business any more."""
+        """Stop tracking the storages that still exist."""
         for end in self._ends:
             end.detach()
 
@@ -126,7 +127,7 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _is_free(func: Any) -> bool:
-    """Whether an operator moves nothing: a view, or memory that nobody has written yet."""
+    """Return whether an operator moves no bytes: it returns a view or uninitialised memory."""
     returns = func._schema.returns
     view = bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
     return view or func._overloadpacket in _EMPTY

@@ -1,7 +1,7 @@
-"""How long a step takes at least: the roofline of each operator, and of each link.
+"""Lower bound of the time of a step: the roofline of each operator, and the bandwidth of each link.
 
-An operator takes no less than its FLOPs at the GPU's peak, nor than its bytes at the memory's bandwidth (Williams et al. 2009,
-Roofline: an insightful visual performance model). It is a bound: real kernels reach a part of it, which ``efficiency`` may say.
+An operator takes at least its FLOPs at the GPU's peak rate, and at least its bytes at the memory bandwidth (Williams et al.
+2009, Roofline: an insightful visual performance model). Real kernels reach a part of this bound, which ``efficiency`` sets.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from jepa_scale.plan.layout import Layout
 from jepa_scale.plan.ledger import OpCost
 
 STEPPED = 28
-"""Bytes that AdamW reads and writes an element: parameter, gradient and two moments in, parameter and moments out, fp32."""
+"""Bytes that AdamW reads (parameter, gradient, two moments) and writes (parameter, two moments) per element, in fp32."""
 AVERAGED = 12
-"""Bytes that a teacher's update does."""
+"""Bytes that a teacher's update reads and writes per element, in fp32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +25,11 @@ class Estimate:
     """Seconds of a step.
 
     Attributes:
-        compute: forward, backward and optimizer. hidden: communication that computing covers, or could. exposed:
-            communication during which nothing is computed. model_flops: of this rank's share, recomputation left out.
+        compute: seconds of forward, backward and optimizer.
+        hidden: seconds of communication that can overlap with computation.
+        exposed: seconds of communication during which nothing is computed.
+        model_flops: FLOPs of this rank's share of the model, without recomputation.
+        peak: FLOP/s of the GPU.
     """
 
     compute: float
@@ -46,7 +49,7 @@ class Estimate:
 
     @property
     def bound(self) -> str:
-        """What a step waits for."""
+        """The bottleneck of the step: ``"communication"`` or ``"compute"``."""
         return "communication" if self.hidden > self.compute or self.exposed > self.compute else "compute"
 
 
@@ -62,10 +65,14 @@ def estimate(
     tf32: bool,
     efficiency: float = 1.0,
 ) -> Estimate:
-    """
+    """Estimate the time of a step on one rank.
+
     Args:
-        ops: of one micro-batch. stepped: elements that this rank's optimizer steps. averaged: of its teacher.
-        efficiency: share of the roofline that operators reach; links are taken to reach all of theirs.
+        ops: operators of one micro-batch.
+        stepped: number of elements that this rank's optimizer updates.
+        averaged: number of elements that this rank's teacher updates.
+        model_flops: FLOPs of this rank's share of the model, without recomputation.
+        efficiency: fraction of the roofline that operators reach; links are assumed to reach their full bandwidth.
     """
     peak = gpu.flops(layout.precision, tf32)
     passes = sum(max(op.flops / peak, op.bytes / gpu.bandwidth) for op in ops) * accumulation

@@ -1,4 +1,4 @@
-"""One optimizer step without numbers: the objective's own code on the ``meta`` device, beside a model of the engine."""
+"""Simulation of one optimizer step without data: the objective's own code on the ``meta`` device, with a modelled engine."""
 
 from __future__ import annotations
 
@@ -26,12 +26,14 @@ from jepa_scale.plan.zero import Zero3Model, ZeroCopyModel, ZeroModel
 
 @dataclass(frozen=True, slots=True)
 class Simulated:
-    """What a step was seen to take.
+    """Memory and operators of a simulated step.
 
     Attributes:
-        state: kind → bytes between steps. peak: bytes. at_peak: kind → bytes at that time; most: and whenever
-            it was most.
-        ops: of one micro-batch, its collecting pass and teacher included.
+        state: kind → bytes between steps.
+        peak: most bytes at a time.
+        at_peak: kind → bytes at the peak.
+        most: kind → largest number of bytes of this kind at any time.
+        ops: operators of one micro-batch, those of its gather pass and teacher included.
     """
 
     state: dict[str, int]
@@ -43,8 +45,8 @@ class Simulated:
 
 @contextmanager
 def fake_ranks(count: int) -> Iterator[None]:
-    """A process group of ``count`` ranks of which this is rank 0 and the others are not there; nothing is sent."""
-    assert not dist.is_initialized(), "there is a process group already"
+    """Create a fake process group of ``count`` ranks, with this process as rank 0 and no others; nothing is sent."""
+    assert not dist.is_initialized(), "a process group exists already"
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
     try:
         yield
@@ -53,12 +55,13 @@ def fake_ranks(count: int) -> Iterator[None]:
 
 
 def simulate(model: Modelled, layout: Layout, batch: PackedBatch, accumulation: int, gpu: bool) -> Simulated:
-    """Run a step of ``accumulation`` micro-batches like ``batch`` (on ``meta``), on rank 0.
+    """Simulate a step of ``accumulation`` micro-batches like ``batch`` (on ``meta``), on rank 0.
 
-    ``model`` is used up: hooks stay in it. Called among :func:`fake_ranks` of as many as there are data ranks.
+    Hooks stay in ``model``, which cannot be used again. Call this within :func:`fake_ranks`, with the number of data-parallel
+    ranks.
 
     Args:
-        gpu: whether kernels are a GPU's.
+        gpu: whether the kernels are those of a GPU.
     """
     ledger = Ledger()
     watch = Watch(ledger, model.logits_width)
@@ -93,7 +96,7 @@ def simulate(model: Modelled, layout: Layout, batch: PackedBatch, accumulation: 
             kept = sum(x.untyped_storage().nbytes() for x in tree_leaves(one) if isinstance(x, torch.Tensor))
             ledger.add("activations", kept * (accumulation - 1))
         collecting = list(watch.ops)
-        for micro in range(min(accumulation, 2)):  # the second finds gradients, and so do the others
+        for micro in range(min(accumulation, 2)):  # two suffice: all after the first find existing gradients
             watch.ops = list(collecting)
             last = micro == min(accumulation, 2) - 1
             loss = run("loss", batch, collected, micro)
@@ -127,7 +130,7 @@ def _copy(model: Modelled, layout: Layout, ledger: Ledger) -> EngineModel:
 
 
 class _Teacher(Teacher):
-    """Runs the copies, and follows nobody."""
+    """A teacher that runs the copies and is never updated."""
 
     def __init__(self, model: Modelled) -> None:
         assert model.teacher is not None

@@ -1,5 +1,7 @@
-"""A rank of a team that is not there, for the sizes of what it has: the real one (:mod:`jepa_scale.models.tensor_parallel`), on tensors
-without numbers."""
+"""One rank of a tensor-parallel group that does not exist, for the sizes of its tensors.
+
+The model is split by the real code (:mod:`jepa_scale.models.tensor_parallel`), on tensors without data.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from jepa_scale.models.backbone import Backbone
 
 
 class _Alone(Team):
-    """Nobody answers; what would come has its shape already."""
+    """A tensor-parallel group without communication: the output tensors of its collectives already have their shapes."""
 
     def _all_reduce(self, x: Tensor, op: Any = None) -> None:
         pass
@@ -26,9 +28,9 @@ class _Alone(Team):
 
 
 def cut_for_rank(backbone: Backbone, tp: int) -> None:
-    """Keep what the first of ``tp`` ranks has.
+    """Reduce a decoder to the parts of the first of ``tp`` ranks, in place.
 
     Raises:
-        InputError: the decoder cannot be split so.
+        InputError: the decoder cannot be split over that many ranks.
     """
     tensor_parallel.split(backbone, _Alone(None, 0, tp))

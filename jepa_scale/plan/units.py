@@ -1,4 +1,4 @@
-"""What both engine models share: modules with parameters of their own, and hooks around their forwards and backwards."""
+"""Common parts of the engine models: units of parameters, and hooks around the forwards and backwards of their modules."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ class Unit:
     """Parameters that are gathered and freed together.
 
     Attributes:
-        gathered: whether they are there just now. size: bytes of them, gathered.
+        gathered: whether they are gathered at the moment.
+        size: their bytes when gathered.
     """
 
     def __init__(self, module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -27,7 +28,10 @@ class Unit:
 
 
 def units_of(root: nn.Module, modules: Sequence[nn.Module]) -> list[Unit]:
-    """A unit of each module, and one of the root with what is in none of them, last; a shared parameter is in the first."""
+    """Return a unit for each module and, last, one for the root with all remaining parameters.
+
+    A shared parameter is in the first unit that contains it.
+    """
     seen: set[nn.Parameter] = set()
     names = {parameter: name for name, parameter in root.named_parameters()}
     units = []
@@ -39,9 +43,9 @@ def units_of(root: nn.Module, modules: Sequence[nn.Module]) -> list[Unit]:
 
 
 class EngineModel(ABC):
-    """What an engine keeps on a rank, and what it makes and frees while a step runs, entered into a ledger.
+    """Model of an engine's memory on a rank: what it keeps, and what it allocates and frees during a step, in a ledger.
 
-    ``attach`` puts hooks into the module, which has no numbers.
+    ``attach`` adds hooks to the module, whose tensors have no data.
     """
 
     ledger: Ledger
@@ -49,25 +53,25 @@ class EngineModel(ABC):
 
     @abstractmethod
     def state(self) -> dict[str, int]:
-        """Kind → bytes that are there all the time."""
+        """Return the bytes that are allocated all the time, by kind."""
 
     @abstractmethod
     def attach(self) -> None: ...
 
     @abstractmethod
     def after_backward(self, last: bool) -> None:
-        """A micro-batch is done; ``last``: of the step."""
+        """Account for the end of a micro-batch; ``last``: whether it is the last of the step."""
 
     @abstractmethod
     def step(self) -> None:
-        """The optimizer's step."""
+        """Account for the optimizer's step."""
 
     def hook_units(self, units: Sequence[Unit]) -> None:
         for unit in units:
             _hook(self, unit)
 
     def gather(self, unit: Unit) -> None:
-        """Its parameters come to be there, with no buffer on the way."""
+        """Account for the gathered parameters of a unit, without an intermediate buffer."""
         if not unit.gathered:
             unit.gathered = True
             self.ledger.add("buffers", unit.size)
@@ -77,7 +81,7 @@ class EngineModel(ABC):
             unit.gathered = False
             self.ledger.free("buffers", unit.size)
 
-    def pre_forward(self, unit: Unit) -> None:  # noqa: B027  (a hook that a model may leave alone)
+    def pre_forward(self, unit: Unit) -> None:  # noqa: B027  (an optional hook)
         pass
 
     def post_forward(self, unit: Unit) -> None:  # noqa: B027
@@ -91,7 +95,7 @@ class EngineModel(ABC):
 
 
 class _PostBackward(torch.autograd.Function):
-    """The identity of a module's inputs; its backward comes when the module's own is done."""
+    """Identity on a module's inputs, whose backward runs after the module's own backward."""
 
     @staticmethod
     def forward(ctx: Any, call: Any, *inputs: Tensor) -> tuple[Tensor, ...]:

@@ -1,16 +1,16 @@
-"""What DeepSpeed's ZeRO keeps and moves on a rank, as :class:`jepa_scale.engines.deepspeed.engine.DeepSpeedEngine` runs it.
+"""Model of the memory of DeepSpeed's ZeRO on a rank, as :class:`jepa_scale.engines.deepspeed.engine.DeepSpeedEngine` uses it.
 
-P parameters, N ranks, w bytes of the compute dtype; Rajbhandari et al. (arXiv 1910.02054), section 3, and what DeepSpeed 0.19 does
-beyond it (measured by ``benchmarks/plan.py``):
+Bytes for each parameter, with N ranks and a compute dtype of w bytes, after Rajbhandari et al. (arXiv 1910.02054), section 3,
+and the behaviour of DeepSpeed 0.19 that goes beyond it (measured by ``benchmarks/plan.py``):
 
-=====  ====  =========================================================================================================
-stage  bf16  fp32
-=====  ====  =========================================================================================================
-0      2 + 4 masters + 8 moments, gradients of w; fp32: 4 + 8, gradients of 4
-1      2 + 12/N, and whole gradients in fp32 from the start; fp32: as stage 2
-2      w + 12/N; gradients travel through two buckets, and this rank's 4/N stay
+=====  ===============================================================================================================
+stage  bytes for each parameter
+=====  ===============================================================================================================
+0      bf16: 2 + 4 masters + 8 moments, and gradients of w; fp32: 4 + 8 moments, and gradients of 4
+1      bf16: 2 + 12/N, and whole gradients in fp32 from the start; fp32: as stage 2
+2      w + 12/N; gradients pass through two buckets, and this rank's 4/N remain
 3      w/N + 12/N + 4/N gradients from the start, and one fp32 bucket
-=====  ====  =========================================================================================================
+=====  ===============================================================================================================
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from jepa_scale.plan.model import Sizes
 from jepa_scale.plan.units import EngineModel, Unit
 
 ALL_REDUCED = 500_000_000
-"""Elements that DeepSpeed all-reduces together in stages 0 and 1 (``MEMORY_OPT_ALLREDUCE_SIZE``)."""
+"""Most elements in one of DeepSpeed's all-reduces in stages 0 and 1 (``MEMORY_OPT_ALLREDUCE_SIZE``)."""
 
 
 class ZeroModel(EngineModel):
-    """Stages 0, 1 and 2, and what stage 3 shares with them."""
+    """Model of ZeRO stages 0, 1 and 2, and base class of stage 3."""
 
     def __init__(
         self,
@@ -49,14 +49,14 @@ class ZeroModel(EngineModel):
         self.trained = sum(s.numel for s in parameters.values() if s.trains)
         self.bucket = int(layout.zero.get("reduce_bucket_size", 500_000_000))
         self._used = 0  # elements in the bucket
-        self._waiting: set[int] = set()  # groups that these are of
+        self._waiting: set[int] = set()  # parameter groups of these elements
         self._kept: set[int] = set()  # groups that have memory for this rank's gradients
         self._held = 0  # bytes of the buckets
 
     # -- sizes ----------------------------------------------------------------------------------------------------
 
     def own(self, per_moment: bool = False, group: int | None = None) -> int:
-        """Elements of the flat groups that this rank steps, or elements of moments; of one ``group`` or all."""
+        """Count the elements of the flat groups that this rank updates, or those of their moments; of one ``group`` or all."""
         count, total = self.layout.shards if self.layout.stage > 0 else 1, 0
         groups: dict[int, list[Sizes]] = {}
         for sizes in self.parameters.values():
@@ -74,7 +74,7 @@ class ZeroModel(EngineModel):
 
     @property
     def whole_gradients(self) -> bool:
-        """Whether fp32 gradients of everything are there from the start: DeepSpeed's ``BF16_Optimizer``."""
+        """Whether whole fp32 gradients exist from the start, as in DeepSpeed's ``BF16_Optimizer``."""
         return self.layout.stage == 1 and self.half
 
     def state(self) -> dict[str, int]:
@@ -94,7 +94,7 @@ class ZeroModel(EngineModel):
 
     @property
     def buckets(self) -> int:
-        """Bytes of the buckets of stages 1 (fp32) and 2."""
+        """Bytes of the gradient buckets of stages 1 (fp32) and 2."""
         zero = self.layout.zero
         overlaps = zero.get("overlap_comm", False) and not (self.layout.stage == 1 and self.accumulation > 1)
         return self.bucket * self.layout.width * (2 if overlaps else 1) * bool(zero.get("contiguous_gradients", True))
@@ -104,7 +104,7 @@ class ZeroModel(EngineModel):
         return self.layout.stage == 2 or (self.layout.stage == 1 and not self.half)
 
     def _ready(self, parameter: Any) -> None:
-        """A parameter's gradient is there."""
+        """Account for a parameter's new gradient."""
         assert parameter.grad is not None
         if not self.through_buckets:
             self.watch.become(parameter.grad, "gradients")
@@ -117,16 +117,16 @@ class ZeroModel(EngineModel):
             self._flush()
         self._used += numel
         self._waiting.add(self.parameters[self.names[parameter]].group)
-        if numel > self.bucket:  # stays where it is, and is reduced by itself
+        if numel > self.bucket:  # not copied into the bucket, but reduced on its own
             self._flush()
         parameter.grad = None
 
     def _flush(self) -> None:
-        """Reduce the bucket in fp32, and keep this rank's part."""
+        """Account for the reduction of the bucket in fp32, of which this rank's part is kept."""
         if self.half:
             self.ledger.add("buffers", 4 * self._used)
             self.ledger.free("buffers", 4 * self._used)
-        for group in self._waiting - self._kept:  # the first time, memory for all of a group's
+        for group in self._waiting - self._kept:  # a group's first gradient allocates memory for the whole group
             self.ledger.add("gradients", 4 * self.own(group=group))
         self._kept |= self._waiting
         self._waiting = set()
@@ -138,7 +138,7 @@ class ZeroModel(EngineModel):
             self.ledger.free("buffers", self._held)
             self._held = 0
             return
-        if last and self.layout.shards > 1:  # flat, and in fp32 if it isn't
+        if last and self.layout.shards > 1:  # a flat copy, and an fp32 one if the gradients are not fp32
             together = min(self.trained, ALL_REDUCED)
             width = 4 if self.whole_gradients or not self.half else 6
             with self.ledger.briefly("buffers", together * width):
@@ -147,9 +147,9 @@ class ZeroModel(EngineModel):
     def step(self) -> None:
         extra = 0
         if self.layout.stage == 0 and self.half:
-            extra = 4 * self.trained  # gradients in fp32
+            extra = 4 * self.trained  # fp32 copy of the gradients
         elif self.through_buckets and not self.half:
-            extra = 4 * self.own()  # flat ones
+            extra = 4 * self.own()  # flat copy of the gradients
         with self.ledger.briefly("gradients", extra):
             pass
         for parameter in self.module.parameters():
@@ -160,10 +160,10 @@ class ZeroModel(EngineModel):
 
 
 class Zero3Model(ZeroModel):
-    """Stage 3: every module gathers its own parameters for its forward and for its backward.
+    """Model of stage 3: every module gathers its own parameters for its forward and for its backward.
 
-    Parameters smaller than ``stage3_param_persistence_threshold`` stay whole; one that is needed again within
-    ``stage3_max_reuse_distance`` is not freed in between; ``stage3_prefetch_bucket_size`` are gathered ahead.
+    Parameters smaller than ``stage3_param_persistence_threshold`` stay whole. A parameter that is needed again within
+    ``stage3_max_reuse_distance`` elements is not freed in between. ``stage3_prefetch_bucket_size`` elements are gathered ahead.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -178,7 +178,7 @@ class Zero3Model(ZeroModel):
         self._after = self._distances()
 
     def _distances(self) -> dict[Unit, int]:
-        """Elements that are used between a unit's forward and its backward, in the order of the modules."""
+        """Count the elements that are used between each unit's forward and its backward, in module order."""
         after, found = 0, {}
         for unit in reversed(self.units):
             found[unit] = 2 * after
@@ -236,7 +236,7 @@ class Zero3Model(ZeroModel):
         parameter.grad = None
 
     def _flush(self) -> None:
-        """Reduce-scatter the bucket by way of a buffer as large."""
+        """Account for the reduce-scatter of the bucket through a buffer of the same size."""
         if self.layout.shards > 1:
             self.ledger.add("buffers", 4 * self._used)
             self.ledger.free("buffers", 4 * self._used)
@@ -254,7 +254,7 @@ class Zero3Model(ZeroModel):
 
 
 def module_units(root: nn.Module, threshold: int) -> list[Unit]:
-    """A unit of each module with parameters of its own of at least ``threshold`` elements."""
+    """Return one unit for each module that directly owns parameters of at least ``threshold`` elements."""
     names = {parameter: name for name, parameter in root.named_parameters()}
     units = []
     for module in root.modules():
@@ -265,9 +265,13 @@ def module_units(root: nn.Module, threshold: int) -> list[Unit]:
 
 
 class ZeroCopyModel(EngineModel):
-    """The teacher's copy beside ZeRO: whole in the compute dtype, and this rank's averages in fp32 (stages 0 to 2:
-    :class:`jepa_scale.engines.deepspeed.ema.ReplicatedCopy`), or partitioned (stage 3). A rank averages what it has the masters
-    of: in stages 1 and 2, where they are cut out of one long row, some ranks have more of the copy than others."""
+    """Model of the teacher's copy under ZeRO.
+
+    In stages 0 to 2 it is whole in the compute dtype, with this rank's EMA parameters in fp32
+    (:class:`jepa_scale.engines.deepspeed.ema.ReplicatedCopy`); in stage 3 it is partitioned. A rank averages the parameters
+    whose masters it has. In stages 1 and 2 the masters are cut out of one flat tensor, so some ranks have more of the copy
+    than others.
+    """
 
     def __init__(self, module: nn.Module, parameters: Mapping[str, Sizes], layout: Layout, ledger: Ledger) -> None:
         self.module, self.parameters, self.layout, self.ledger = module, parameters, layout, ledger
@@ -283,11 +287,11 @@ class ZeroCopyModel(EngineModel):
         else:
             copied = sum(sizes.values())
             averaged = self._most() if self.layout.stage > 0 else -(-copied // self.layout.shards)
-        averages = 4 * averaged if self.layout.width != 4 else 0  # in fp32 the copy is the averages
+        averages = 4 * averaged if self.layout.width != 4 else 0  # in fp32 the copy itself holds the averages
         return {"teacher": self.layout.width * copied + averages}
 
     def _most(self) -> int:
-        """Elements of the copy that the rank with most of them has the masters of."""
+        """Return the largest number, over the ranks, of elements of the copy whose masters a rank has."""
         copied = {name for name, _ in self.module.named_parameters()}
         of_ranks: Counter[int] = Counter()
         groups: dict[int, list[tuple[str, int]]] = {}
