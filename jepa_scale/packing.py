@@ -1,12 +1,13 @@
-"""Everything is a segment: flat token streams without padding, and the packer that makes them.
+"""Packed sequences: segments of tokens laid end to end without padding, and the packer that builds them.
 
-A *segment* is a run of tokens that attend only to each other. A *stream* is many segments laid end to end with their
-boundaries in ``cu_seqlens``. A micro-batch holds one or more streams, because an objective may send different segments
-through different parts of the decoder (names through the lower blocks, answers through all of them).
+A *segment* is a run of tokens that attend only to each other. A *packed sequence*, or *stream* in names, is a number of
+segments laid end to end, with their boundaries in ``cu_seqlens``. A micro-batch has one or more packed sequences, because an
+objective may run different segments through different parts of the decoder (names through the lower blocks, answers through
+all of them).
 
-Because attention is causal, a view that begins like another segment of its sample need not be computed again: its own
-tokens are a *branch*, whose queries also see the first n tokens of the other segment, the branch's *parent*. The parent
-never sees the branch.
+Because attention is causal, a view with the same beginning as another segment of its sample need not compute it again: its
+remaining tokens are a *branch*, whose queries also see the first n tokens of the other segment, the branch's *parent*. The
+parent never sees the branch.
 """
 
 from __future__ import annotations
@@ -20,24 +21,24 @@ import torch
 from torch import Tensor
 
 IGNORE = -100
-"""Label of a position from which nothing is predicted (the convention of ``torch.nn.functional.cross_entropy``)."""
+"""Label of a position without a prediction (the convention of ``torch.nn.functional.cross_entropy``)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Tokens that attend only within themselves, and, in a branch, to the beginning of another segment.
+    """Tokens that attend only to each other and, in a branch, to the beginning of another segment.
 
     Attributes:
         tokens: n token ids.
-        role: what the segment is to its objective, e.g. ``"forward"``; the objective finds it by this name.
+        role: purpose of the segment in its objective, e.g. ``"forward"``; the objective finds it by this name.
         labels: n ids; ``labels[t]`` is the token to predict *from* position t (already shifted), ``IGNORE`` for none.
-            ``None`` means nothing is predicted.
-        positions: n position ids; ``None`` means 0 … n-1, in a branch those that follow its prefix.
-        stream: the stream that the segment travels in.
+            ``None`` = nothing is predicted.
+        positions: n position ids; ``None`` = 0 … n-1, or in a branch the n positions after its prefix.
+        stream: name of the packed sequence that holds the segment.
         key: segments of one micro-batch with the same stream, role and key are packed once and shared by their samples.
-        places: name → offsets of tokens within the segment, those that the objective reads out or puts something in.
-        prefix: makes the segment a branch: (role, m), its tokens see the first m ≥ 1 tokens of the sample's one segment of
-            that role too. That segment travels in the same stream and is no branch itself; a branch has no ``key``.
+        places: name → offsets within the segment of the tokens whose states the objective reads or replaces.
+        prefix: (role, m) makes the segment a branch, whose tokens also see the first m ≥ 1 tokens of the sample's only
+            segment of that role. That segment is in the same packed sequence and is no branch itself; a branch has no ``key``.
     """
 
     tokens: Sequence[int]
@@ -52,15 +53,15 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Views:
-    """What an objective makes of one example.
+    """Segments and arrays that an objective makes from one example.
 
     Attributes:
-        segments: its segments.
-        values: name → an array of the same shape for every sample; they are stacked.
-        rows: name → an array with a row for each of whatever a sample may have a varying number of, a horizon for each of
-            its pairs perhaps; they are laid end to end.
-        counts: added up over the global batch; they are the denominators of the objective's means.
-        seed: where the model's own random choices for this sample come from, in [0, 2⁶²); the loader sets it.
+        segments: the segments.
+        values: name → an array of the same shape for every sample; the arrays are stacked.
+        rows: name → an array with a varying number of rows a sample, such as a horizon for each of its pairs; the arrays are
+            concatenated.
+        counts: name → a number to be summed over the global batch; the sums are the denominators of the objective's means.
+        seed: seed of the model's random choices for this sample, in [0, 2⁶²); set by the loader.
     """
 
     segments: list[Segment]
@@ -72,11 +73,11 @@ class Views:
 
 @dataclass(frozen=True, slots=True)
 class SegmentTable:
-    """Where the segments of a stream lie.
+    """Boundaries of the segments of a packed sequence.
 
     Attributes:
-        cu_seqlens: (S+1,) int32 on the stream's device; segment s is ``[cu_seqlens[s], cu_seqlens[s+1])``.
-        lengths: the S lengths as plain integers, so that no kernel choice needs a device-to-host copy.
+        cu_seqlens: (S+1,) int32 on the device of the tokens; segment s is ``[cu_seqlens[s], cu_seqlens[s+1])``.
+        lengths: the S lengths as plain integers, so that choosing a kernel needs no device-to-host copy.
     """
 
     cu_seqlens: Tensor
@@ -94,11 +95,11 @@ class SegmentTable:
 
 @dataclass(frozen=True, slots=True)
 class KeyRows:
-    """What the segments of a stream with branches see: keys and values are rows of the stream, some of them several times.
+    """Keys and values of the segments of a packed sequence with branches, as rows of that sequence, some of them repeated.
 
     Attributes:
-        index: (T_k,) int64, the rows; of a branch, first those of its prefix, then its own.
-        table: where the segments' keys lie within ``index``; the segments are those of the stream, in its order.
+        index: (T_k,) int64, the rows; for a branch, first those of its prefix, then its own.
+        table: boundaries of each segment's keys within ``index``, in the order of the segments.
     """
 
     index: Tensor
@@ -110,15 +111,17 @@ class KeyRows:
 
 @dataclass(frozen=True, slots=True)
 class PackedStream:
-    """One flat stream.
+    """One packed sequence.
 
     Attributes:
-        input_ids: (T,) int64. position_ids: (T,) int64. labels: (T,) int64 with ``IGNORE``.
-        labelled: (L,) int64, the places in the stream that have a label, so that the LM head runs on them alone.
-        table: where the segments lie.
-        keys: what they see, if there is a branch among them; ``None`` = each itself.
-        seeds: (S,) int64, another one for each segment of a sample and wherever the segment lies; ``None`` = not packed
-            from views. A shared segment has that of the first sample that asks for it.
+        input_ids: (T,) int64.
+        position_ids: (T,) int64.
+        labels: (T,) int64 with ``IGNORE``.
+        labelled: (L,) int64, the token positions with a label; the LM head runs only on these.
+        table: boundaries of the segments.
+        keys: keys of each segment, if one of them is a branch; ``None`` = each segment sees only itself.
+        seeds: (S,) int64, a seed for each segment of each sample, which does not depend on the segment's place in the packed
+            sequence; ``None`` = not packed from views. A shared segment has the seed of its first sample.
     """
 
     input_ids: Tensor
@@ -135,17 +138,17 @@ class PackedStream:
 
     @property
     def key_lengths(self) -> tuple[int, ...]:
-        """Of each segment, the tokens that its last one sees: its own and, in a branch, those of its prefix."""
+        """Number of tokens that each segment's last token sees: those of the segment and, in a branch, of its prefix."""
         return (self.table if self.keys is None else self.keys.table).lengths
 
     @property
     def first(self) -> Tensor:
-        """(S,) place of each segment's first token."""
+        """Position of each segment's first token, (S,)."""
         return self.table.cu_seqlens[:-1].long()
 
     @property
     def last(self) -> Tensor:
-        """(S,) place of each segment's last token."""
+        """Position of each segment's last token, (S,)."""
         return self.table.cu_seqlens[1:].long() - 1
 
     def to(self, device: torch.device | str) -> PackedStream:
@@ -166,17 +169,18 @@ class PackedBatch:
     """One micro-batch of one rank.
 
     Attributes:
-        streams: the streams by name.
-        segments: role → (n,) int64, the number of the segment within its stream, one entry for every segment that the
-            samples asked for (a shared segment appears more than once).
-        samples: role → (n,) int64, the sample (row of ``values``) that each of those entries belongs to.
-        values: name → (N, …) stacked over the N samples.
-        places: name → (n,) int64, tokens of the stream that the segments named so, sample by sample.
-        rows: name → (n, …) laid end to end, sample by sample.
+        streams: the packed sequences by name.
+        segments: role → (n,) int64, the index of the segment within its packed sequence, with one entry for each segment of
+            each sample (a shared segment has several entries).
+        samples: role → (n,) int64, the sample (row of ``values``) of each of those entries.
+        values: name → (N, …), stacked over the N samples.
+        places: name → (n,) int64, positions in the packed sequence of the tokens of this name, sample by sample.
+        rows: name → (n, …), concatenated sample by sample.
         counts: name → the sum over this micro-batch, plain integers.
         totals: name → 0-d float tensor, the sum over the *global* batch (all ranks, all micro-batches). Set by the loop.
-        max_samples: samples in the largest micro-batch of the step, of any rank: what ranks pad to when they gather rows.
-        step: optimizer step that the batch belongs to; ``seed``: the run's seed.
+        max_samples: number of samples in the largest micro-batch of the step on any rank; ranks pad to it to gather rows.
+        step: optimizer step of the batch.
+        seed: the run's seed.
     """
 
     streams: dict[str, PackedStream]
@@ -212,12 +216,17 @@ class PackedBatch:
 def pack_stream(
     segments: Sequence[Segment], parents: Mapping[int, int] | None = None, seeds: Sequence[int] | None = None
 ) -> PackedStream:
-    """Lay segments end to end in the order given. An empty list gives one unlabelled filler token, because every rank
-    must run the same modules even when it has nothing to say (ZeRO-3 and FSDP2 wait for each other).
+    """Lay segments end to end in the given order.
+
+    An empty list gives one unlabelled filler token, because every rank must run the same modules even without any segments
+    (ranks wait for each other under ZeRO-3 and FSDP2).
 
     Args:
-        parents: number of a branch → number of the segment that its ``prefix`` is part of; of every branch.
-        seeds: of each segment.
+        parents: index of each branch → index of its parent.
+        seeds: the seed of each segment.
+
+    Raises:
+        ValueError: a segment has no tokens.
     """
     if not segments:
         segments, seeds = [Segment(tokens=[0], role="filler")], None if seeds is None else [0]
@@ -276,41 +285,41 @@ def pack(
 ) -> PackedBatch:
     """Pack the views of a micro-batch's samples.
 
-    Segments are laid out by length, and by the length of their prefix, so that equal shapes are neighbours and the CPU
-    attention can batch them as plain slices; ``segments`` and ``samples`` say which is whose. ``counts["tokens"]``,
-    ``["labels"]`` and ``["samples"]`` are always there; a branch's tokens are its own alone.
+    Segments are ordered by length, and by the length of their prefix, so that equal shapes are neighbours and the CPU
+    attention can batch them as plain slices; ``segments`` and ``samples`` map them to their samples. ``counts["tokens"]``,
+    ``["labels"]`` and ``["samples"]`` are always set; the tokens of a branch are counted without its prefix.
 
     Args:
-        max_samples: of the largest micro-batch of the step; by default this one is the largest.
-        like: views that an empty micro-batch takes its roles, values and their shapes from, with zero rows of each.
+        max_samples: number of samples of the step's largest micro-batch; by default this one is the largest.
+        like: views that give an empty micro-batch its roles, values and their shapes, with zero rows of each.
 
     Raises:
-        ValueError: a segment names a stream that is not in ``streams``, or a prefix that there isn't.
+        ValueError: a segment names a stream that is not in ``streams``, or a prefix that does not exist.
     """
     unique: dict[str, list[Segment]] = {name: [] for name in streams}
-    seeds: dict[str, list[int]] = {name: [] for name in streams}  # of those
-    parents: dict[str, dict[int, int]] = {name: {} for name in streams}  # numbers there: of a branch → of its parent
+    seeds: dict[str, list[int]] = {name: [] for name in streams}  # one for each of `unique`
+    parents: dict[str, dict[int, int]] = {name: {} for name in streams}  # index in `unique` of a branch → of its parent
     seen: dict[tuple[str, str, Hashable], int] = {}
     refs: dict[str, list[int]] = {}
     owners: dict[str, list[int]] = {}
     stream_of: dict[str, str] = {}
-    marked: dict[str, list[tuple[str, int, Sequence[int]]]] = {}  # name → stream, number of the segment, offsets
+    marked: dict[str, list[tuple[str, int, Sequence[int]]]] = {}  # name → stream, index of the segment, offsets
     counts: dict[str, int] = {"samples": len(views)}
     for sample, view in enumerate(views):
         for name, n in view.counts.items():
             counts[name] = counts.get(name, 0) + n
-        numbers: list[int] = []  # of the sample's segments
-        branches: list[int] = []  # which of them are branches
+        numbers: list[int] = []  # index in `unique` of each of the sample's segments
+        branches: list[int] = []  # positions in `numbers` of the branches
         for segment in view.segments:
             if segment.stream not in unique:
-                raise ValueError(f"segment of role {segment.role!r} names the unknown stream {segment.stream!r}")
+                raise ValueError(f"a segment of role {segment.role!r} names the unknown stream {segment.stream!r}")
             pool = unique[segment.stream]
             number = len(pool)
             if segment.key is not None:
                 number = seen.setdefault((segment.stream, segment.role, segment.key), number)
             if number == len(pool):
                 pool.append(segment)
-                seeds[segment.stream].append(view.seed + len(numbers))  # whoever uses them hashes them
+                seeds[segment.stream].append(view.seed + len(numbers))  # neighbouring seeds: users hash them
             if segment.prefix is not None:
                 branches.append(len(numbers))
             numbers.append(number)
@@ -324,9 +333,9 @@ def pack(
             parents[segment.stream][numbers[i]] = numbers[_parent(segment, view.segments)]
 
     packed: dict[str, PackedStream] = {}
-    place: dict[str, np.ndarray] = {}  # number in the order asked for → number in the stream
+    place: dict[str, np.ndarray] = {}  # index in `unique` → index in the packed sequence
     for name, pool in unique.items():
-        lengths = [len(s.tokens) for s in pool]  # the first thing to sort by: lexsort takes it last
+        lengths = [len(s.tokens) for s in pool]  # the primary sort key, which lexsort takes last
         order = np.lexsort((_prefix_lengths(pool), lengths)) if parents[name] else np.argsort(lengths, kind="stable")
         place[name] = np.empty(len(pool), dtype=np.int64)
         place[name][order] = np.arange(len(pool))
@@ -367,19 +376,23 @@ def pack(
 
 
 def _parent(branch: Segment, segments: Sequence[Segment]) -> int:
-    """Which of a sample's segments a branch's prefix is part of."""
+    """Return the index, among a sample's segments, of a branch's parent.
+
+    Raises:
+        ValueError: the branch has a key, or no segment of the sample can be its parent.
+    """
     assert branch.prefix is not None
     role, n = branch.prefix
     found = [i for i, segment in enumerate(segments) if segment.role == role]
     trouble = ""
     if branch.key is not None:
-        trouble = "a branch is never shared: it takes no key"
+        trouble = "a branch cannot be shared; remove its key"
     elif len(found) != 1:
         trouble = f"the sample has {len(found)} segments of that role, not one"
     elif (parent := segments[found[0]]).prefix is not None:
         trouble = "that segment is a branch itself"
     elif parent.stream != branch.stream:
-        trouble = f"that segment travels in the stream {parent.stream!r}, not in {branch.stream!r}"
+        trouble = f"that segment is in the stream {parent.stream!r}, not in {branch.stream!r}"
     elif not 1 <= n <= len(parent.tokens):
         trouble = f"it has {len(parent.tokens)} tokens"
     if trouble:
@@ -396,7 +409,7 @@ def _rows(values: Sequence[Any]) -> Tensor:
 
 
 def add_counts(batches: Iterable[PackedBatch]) -> Mapping[str, int]:
-    """Sum of the counts of several micro-batches."""
+    """Return the sum of the counts of several micro-batches."""
     total: dict[str, int] = {}
     for batch in batches:
         for name, n in batch.counts.items():

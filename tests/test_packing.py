@@ -360,7 +360,7 @@ PARENT = Segment([1, 2, 3], "p")
         ([PARENT, Segment([9], "b", prefix=("p", 4))], "it has 3 tokens"),
         ([PARENT, Segment([9], "b", prefix=("p", 0))], "it has 3 tokens"),
         ([PARENT, Segment([9], "b", prefix=("p", -1))], "it has 3 tokens"),
-        ([PARENT, Segment([9], "b", key=1, prefix=("p", 1))], "takes no key"),
+        ([PARENT, Segment([9], "b", key=1, prefix=("p", 1))], "remove its key"),
         ([PARENT, Segment([9], "b", stream="names", prefix=("p", 1))], "the stream 'main', not in 'names'"),
         ([Segment([9], "b", prefix=("b", 1))], "is a branch itself"),
         ([PARENT, Segment([9], "b", prefix=("p", 1)), Segment([8], "c", prefix=("b", 1))], "is a branch itself"),

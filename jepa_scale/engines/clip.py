@@ -1,8 +1,8 @@
 """Gradient clipping by group of parameters: the arithmetic, which is the same on every engine.
 
-The norm of each group is clipped by itself (Pascanu et al., arXiv 1211.5063, section 3.2, once a group), so that a part of
-the model with large gradients does not scale down the others. An engine says which pieces of the gradient this rank has;
-it measures them all before it scales one of them.
+The norm of each group is clipped separately (Pascanu et al., arXiv 1211.5063, section 3.2, for each group), so that a part of
+the model with large gradients does not scale down the others. An engine provides the pieces of the gradient on this rank; it
+measures all of them before it scales any.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ T = TypeVar("T")
 
 
 class Clipping:
-    """Which parameter is clipped with which others, and what the last step's norms ask for.
+    """The groups of parameters to clip, and the coefficients from the last step's norms.
 
     Args:
-        module: the root; all of its parameters that require a gradient are clipped.
-        groups: group name → names of parameters, the first ones as in ``module.named_parameters()``; every trainable
-            parameter in exactly one of them. Empty: one group of everything, which has no name.
+        module: the root module; all of its parameters that require a gradient are clipped.
+        groups: group name → names of parameters, of tied ones the first name as in ``module.named_parameters()``. Every
+            trainable parameter is in exactly one group. Empty: one group of all parameters, without a name.
         clip_norm: the limit of each group's norm; 0 = no limit.
-        split: names of the parameters of which each of a ``team`` of ranks has a part; of the others they all have the whole.
+        split: names of the parameters that are split over the tensor-parallel group; all its ranks have the others whole.
+        team: number of ranks in the tensor-parallel group.
     """
 
     def __init__(
@@ -43,12 +44,12 @@ class Clipping:
         if groups:
             _check(names, groups)
         self.names = tuple(groups)
-        """Of the groups; none if there are none."""
+        """Names of the groups; empty if ``groups`` is."""
         self.clip_norm = clip_norm
         self._group_of = dict.fromkeys(names, 0)
         for i, group in enumerate(groups.values()):
             self._group_of.update(dict.fromkeys(group, i))
-        # in a team, a second row of the same groups: of the parameters that are split
+        # with tensor parallelism, a second set of the same groups, for the parameters that are split
         self.team, self._count = team, max(1, len(self.names))
         for name in split if team > 1 else ():
             if name in self._group_of:
@@ -56,28 +57,28 @@ class Clipping:
         self._coefficients: Tensor | None = None
 
     def group_of(self, name: str) -> int:
-        """Number of the list that a parameter's gradients are in."""
+        """Return the index, in the lists of :meth:`sort`, of a parameter's group."""
         return self._group_of[name]
 
     def sort(self, items: Iterable[tuple[int, T]]) -> list[list[T]]:
-        """Items by the number that stands beside each."""
+        """Sort (group index, item) pairs into one list of items for each group."""
         by_group: list[list[T]] = [[] for _ in range(self._count * (1 + (self.team > 1)))]
         for group, item in items:
             by_group[group].append(item)
         return by_group
 
     def measure(self, gradients: list[list[Tensor]], copies: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Norms of this step's gradients, which :meth:`scale` then goes by. Collective unless every rank has everything.
+        """Measure the norms of this step's gradients, for :meth:`scale`. Collective unless every rank has all gradients.
 
         Args:
-            gradients: as :meth:`sort` gives it, what this rank has, in any pieces and of any dtype.
-            copies: how many of the ranks with different samples have the same elements.
+            gradients: this rank's gradients, sorted by :meth:`sort`, in any pieces and of any dtype.
+            copies: number of data-parallel ranks that have the same elements.
 
         Returns:
             The total norm, 0-d, and each group's, shape (groups,), in fp32. They are infinite if their square overflows.
         """
         squares = torch.stack([_norm(of_group, device) for of_group in gradients]).square()
-        if world_size() > copies:  # over all ranks, each counting for as many as have the same
+        if world_size() > copies:  # sum over all ranks, divided by the number of ranks with the same elements
             if self.team > 1:
                 squares = squares.view(2, -1)
                 squares = squares[0] / self.team + squares[1]
@@ -90,7 +91,7 @@ class Clipping:
     def scale(self, gradients: list[list[Tensor]]) -> None:
         """Scale pieces of each group in place by min(1, clip_norm / (norm + 1e-6)).
 
-        They become NaN or 0 where a norm is not finite; the caller sees to it that nothing is updated then.
+        They become NaN or 0 if a norm is not finite; the caller must then skip the update.
         """
         if self.clip_norm == 0:
             return
@@ -112,7 +113,7 @@ def _check(names: Sequence[str], groups: Mapping[str, Sequence[str]]) -> None:
 
 
 def _norm(pieces: list[Tensor], device: torch.device) -> Tensor:
-    """0-d fp32; of bf16 gradients too, without a copy of them."""
+    """Return the norm of all pieces together, 0-d fp32, without an fp32 copy of bf16 gradients."""
     pieces = [piece for piece in pieces if piece.numel() > 0]
     if not pieces:
         return torch.zeros((), device=device)
@@ -120,7 +121,7 @@ def _norm(pieces: list[Tensor], device: torch.device) -> Tensor:
 
 
 class Range(NamedTuple):
-    """Elements ``begin`` … ``end - 1`` of a flat tensor are of parameters of one group."""
+    """Elements ``begin`` … ``end - 1`` of a flat tensor, which belong to parameters of one group."""
 
     group: int
     begin: int
@@ -128,7 +129,7 @@ class Range(NamedTuple):
 
 
 def join(ranges: Iterable[Range]) -> list[Range]:
-    """Sort ranges of one tensor, and make one of neighbours of the same group."""
+    """Sort ranges of one tensor, and merge adjacent ones of the same group."""
     joined: list[Range] = []
     for group, begin, end in sorted(ranges, key=lambda r: r.begin):
         if joined and joined[-1].group == group and joined[-1].end == begin:
@@ -138,10 +139,10 @@ def join(ranges: Iterable[Range]) -> list[Range]:
 
 
 def cut(fragments: Iterable[Tensor], ranges: Sequence[Range]) -> Iterator[tuple[int, Tensor]]:
-    """Group and values of every part of a tensor that is inside a range, to read.
+    """Yield group and values of every part of a tensor that is inside a range; the values are to be read only.
 
     Args:
-        fragments: flattened, one after the other, they are the tensor, or its beginning: the rest is zero.
+        fragments: flattened and concatenated, they are the tensor, or its beginning if the rest is zero.
         ranges: sorted, as :func:`join` returns them.
     """
     at, i = 0, 0

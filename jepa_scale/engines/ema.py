@@ -1,7 +1,7 @@
-"""The teacher: an exponential moving average of parts of the model, sharded as the engine shards the model.
+"""The teacher: an exponential moving average (EMA) of parts of the model, sharded as the engine shards the model.
 
-After each optimizer step ``average ← m · average + (1 − m) · student``, in fp32 and on this rank's own part: in bf16 an
-average with m ≥ 0.99 would never move, as its steps are smaller than half the distance of two bf16 numbers.
+After each optimizer step ``average ← m · average + (1 − m) · student``, in fp32 and on this rank's own part. In bf16 an
+average with m ≥ 0.99 would never move, because its steps are smaller than half the distance of two bf16 numbers.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from jepa_scale.config.ema import TeacherOptions
 from jepa_scale.engines.base import Engine
 
 TEACHER = "teacher/"
-"""Of the teacher's tensors in a checkpoint."""
+"""Name prefix of the teacher's tensors in a checkpoint."""
 
 
 def momentum_at(step: int, options: TeacherOptions, total_steps: int) -> float:
-    """Momentum of update number ``step``, counted from 0: ``m0 + (m1 − m0) · shape(min(1, s / S))`` with the shape x, or
-    ½ (1 − cos πx) as in BYOL (Grill et al. 2020, section 3.3)."""
+    """Return the momentum of update number ``step``, counted from 0.
+
+    It is ``m0 + (m1 − m0) · shape(min(1, s / S))`` with the shape x, or ½ (1 − cos πx) as in BYOL (Grill et al. 2020,
+    section 3.3).
+    """
     first = options.momentum
     final = first if options.final_momentum is None else options.final_momentum
     if options.schedule == "constant":
@@ -34,9 +37,9 @@ def momentum_at(step: int, options: TeacherOptions, total_steps: int) -> float:
 
 
 class TeacherModel(nn.Module):
-    """Copies of sub-modules at the names that they have in the root module.
+    """Copies of sub-modules, under the names that they have in the root module.
 
-    An objective makes them by ``copy.deepcopy`` before the engine shards the student; a copy may have fewer parameters
+    An objective creates them by ``copy.deepcopy`` before the engine shards the student; a copy may have fewer parameters
     than the student's sub-module.
 
     Args:
@@ -45,7 +48,7 @@ class TeacherModel(nn.Module):
 
     def __init__(self, copies: Mapping[str, nn.Module]) -> None:
         super().__init__()
-        assert copies, "a teacher of nothing"
+        assert copies, "a teacher without any copies"
         for path, module in copies.items():
             *parents, name = path.split(".")
             owner: nn.Module = self
@@ -65,63 +68,65 @@ class TeacherModel(nn.Module):
 class Teacher:
     """A moving average of the engine's model, and its forward.
 
-    Built right after the engine and before its first forward; collective, as is everything but :meth:`state`. It starts as the
-    student, whatever the copies' values are.
+    It is built right after the engine and before its first forward. That is collective, as is every method except
+    :meth:`state`. It starts with the student's values, whatever those of the copies are.
 
     Args:
-        model: the copies, whole on every rank; it belongs to the teacher from now on.
-        total_steps: optimizer steps of the run.
+        model: the copies, whole on every rank; owned by the teacher from now on.
+        total_steps: number of optimizer steps of the run.
     """
 
     def __init__(self, engine: Engine, model: TeacherModel, options: TeacherOptions, total_steps: int) -> None:
         self.options, self.total_steps = options, total_steps
         self._copy = engine.copy_of(model)
         students = dict(engine.module.named_modules(remove_duplicate=False))
-        # By module and key: a cast or an assignment puts another tensor in a buffer's place.
+        # By module and key: a cast or an assignment replaces the tensor of a buffer.
         self._buffers = [
             (part, students[name], key)
             for name, part in self._copy.module.named_modules()
             for key, buffer in part._buffers.items()
             if buffer is not None
         ]
-        for part, student, key in self._buffers:  # in the student's dtype, and every rank's its own
+        for part, student, key in self._buffers:  # each rank's own values, in the student's dtype
             its = student._buffers[key]
             assert its is not None, key
             part._buffers[key] = its.detach().clone()
 
     def momentum(self, step: int) -> float:
-        """Of update number ``step``, counted from 0."""
+        """Return the momentum of update number ``step``, counted from 0."""
         return momentum_at(step, self.options, self.total_steps)
 
     def forward(self, path: str, *args: Any, **kwargs: Any) -> Any:
-        """Run the copy at ``path``, in eval mode and without gradient, as often as one likes in a step: inside the student's
-        forward or outside of it."""
+        """Run the copy at ``path``, in eval mode and without gradient.
+
+        Any number of times in a step, within the student's forward or outside of it.
+        """
         return self._copy.forward(path, *args, **kwargs)
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Follow the student. Called once after each optimizer step; the host waits for no device.
+        """Update the averages from the student. Called once after each optimizer step; without a host sync.
 
         Args:
-            step: how many updates there have been before this one.
+            step: number of earlier updates.
         """
         averages = self._copy.averages
         if averages:
-            # in Python's doubles, as 1 − m in fp32 would have lost half of its digits
+            # 1 − m in Python's doubles; in fp32 it would lose half of its digits
             torch._foreach_lerp_(averages, self._copy.sources, 1.0 - self.momentum(step))
         self._copy_buffers()
         self._copy.refresh()
 
     @torch.no_grad()
     def _copy_buffers(self) -> None:
-        """Statistics of a normalisation and tables are the student's own, not averages."""
+        """Copy the student's buffers: statistics of a normalisation and tables are not averaged."""
         for part, student, key in self._buffers:
             mine, its = part._buffers[key], student._buffers[key]
             assert isinstance(mine, Tensor) and isinstance(its, Tensor), key
             mine.copy_(its)
 
     def state(self) -> dict[str, Boxes]:
-        """``teacher/<name>``: each parameter (averages in fp32) and persistent buffer, by its name in the root module."""
+        """Return ``teacher/<name>``, by name in the root module: parameters (averages in fp32) and persistent buffers."""
         return {f"{TEACHER}{name}": boxes for name, boxes in self._copy.state().items()}
 
     def loaded(self, updates: int) -> None:

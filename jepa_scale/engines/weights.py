@@ -1,8 +1,7 @@
-"""The weights that a model begins with: whole in rank 0's host memory alone, and from there with the ranks one parameter at a
-time.
+"""Initial weights of a model: whole in the host memory of rank 0 only, and sent to the ranks one parameter at a time.
 
-So no device has the whole model at any time, unless the engine keeps it whole, nor has any other rank's host. Rank 0 alone
-initialises or reads the weights, as one process would; the others build the same modules on PyTorch's ``meta`` device.
+So no device and no other rank's host ever holds the whole model, unless the engine keeps it whole. Rank 0 alone initialises
+or reads the weights, as a single process would; the others build the same modules on PyTorch's ``meta`` device.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ from jepa_scale.utils.errors import InputError
 
 T = TypeVar("T")
 Split = tuple[int, int, int]
-"""Of a tensor of which a rank has a part: it has ``[start, …)`` of the ``size`` of dimension ``dim`` (dim, start, size)."""
+"""Position of a rank's part of a tensor, (dim, start, size): it begins at ``start`` of the ``size`` of dimension ``dim``."""
 
 
 def built_by_rank_0(build: Callable[[], T], ranks: Ranks) -> T:
-    """What ``build`` makes: with weights on rank 0, without numbers on the others. Collective.
+    """Return the result of ``build``, with weights on rank 0 and on the ``meta`` device on the others. Collective.
 
-    Torch's global generator is rank 0's on every rank afterwards.
+    Afterwards torch's global generator is in the state of rank 0 on every rank.
 
     Raises:
-        InputError: of ``build``, on whatever rank, on every rank.
+        InputError: ``build`` raised it on this rank or on rank 0.
     """
     made, error = None, None
     with nullcontext() if ranks.is_main else torch.device("meta"):
@@ -48,16 +47,16 @@ def built_by_rank_0(build: Callable[[], T], ranks: Ranks) -> T:
 
 
 class Weights:
-    """The initial parameters of a module, taken out of it: from now on it has shapes alone, on every rank. Collective.
+    """The initial parameters of a module, moved out of it: the module keeps only their shapes, on every rank. Collective.
 
-    Buffers are small: they come to the device at once, as rank 0 has them, and stay in the module.
+    Buffers are small: they are sent from rank 0 to every device at once, and stay in the module.
 
     Args:
-        module: on rank 0 whole, in host memory; on the others its numbers, if it has any, do not count. It keeps its
+        module: on rank 0 whole, in host memory; on the others its values, if any, are ignored. It keeps its
             :class:`torch.nn.Parameter` objects.
 
     Raises:
-        InputError: rank 0's module has other parameters than this rank's.
+        InputError: the parameters of rank 0's module differ from those of this rank's.
     """
 
     def __init__(self, module: nn.Module, ranks: Ranks) -> None:
@@ -67,8 +66,8 @@ class Weights:
         if there != self._shapes:
             name = next(iter(dict(there.items() ^ self._shapes.items())))
             raise InputError(
-                f"model: {name} is another parameter, or one tied to another, on rank 0, which has read the weights, than what the "
-                "model's config says; correct the config (tie_word_embeddings?)"
+                f"model: {name} in the weights read by rank 0 has another shape than in the model's config, or is missing or tied "
+                "in only one of them; correct the config (tie_word_embeddings?)"
             )
         values = {name: strip(parameter) for name, parameter in module.named_parameters()}
         self._values = values if ranks.is_main else {}
@@ -76,10 +75,10 @@ class Weights:
 
     @torch.no_grad()
     def take(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """A parameter, whole, on this rank's device; nothing is kept of it here. Collective, once for each parameter.
+        """Return a parameter, whole, on this rank's device, and drop it here. Collective, once for each parameter.
 
         Args:
-            name: the first of a tied one, as in ``module.named_parameters()``.
+            name: name of the parameter, the first name if it is tied, as in ``module.named_parameters()``.
         """
         shape = self._shapes.pop(name)
         if self.ranks.is_main:
@@ -91,13 +90,13 @@ class Weights:
         return whole
 
     def take_part(self, name: str, like: Tensor, dtype: torch.dtype, split: Split | None) -> Tensor:
-        """As :meth:`take`, of what a team splits this rank's part, in memory of its own; it has the shape of ``like``."""
+        """Return the result of :meth:`take`, or if tensor parallelism splits it a copy of this rank's part, shaped as ``like``."""
         whole = self.take(name, dtype)
         return whole if split is None else part_of(whole, like.shape, split).clone()
 
 
 def part_of(whole: Tensor, shape: torch.Size, split: Split | None) -> Tensor:
-    """View of a rank's part of a tensor, which has ``shape``; ``split=None`` = it is all of it."""
+    """Return a view of a rank's part, of shape ``shape``, of a tensor; ``split=None`` = the whole tensor."""
     if split is None:
         return whole
     dim, start, _ = split
@@ -106,38 +105,40 @@ def part_of(whole: Tensor, shape: torch.Size, split: Split | None) -> Tensor:
 
 @torch.no_grad()
 def replace(parameter: nn.Parameter, value: Tensor) -> Tensor:
-    """Give a parameter other numbers, in place, whatever device they are on.
+    """Replace the values of a parameter, in place; the new ones may be on another device.
 
     Returns:
-        Its numbers until now.
+        The former values.
     """
     other = nn.Parameter(value, requires_grad=parameter.requires_grad)
     other.__dict__.update(parameter.__dict__)
-    torch.utils.swap_tensors(parameter, other)  # the object stays: groups of an optimizer and tied modules have it
+    torch.utils.swap_tensors(parameter, other)  # keeps the object, which parameter groups and tied modules refer to
     return other.detach()
 
 
 def strip(parameter: nn.Parameter) -> Tensor:
-    """Leave a parameter its shape alone, in place; what :func:`replace` returns."""
+    """Drop the values of a parameter and keep its shape, in place; return the values."""
     return replace(parameter, torch.empty_like(parameter, device="meta"))
 
 
 def strip_all(module: nn.Module) -> None:
-    """Leave every parameter of a module its shape alone, in place."""
+    """Drop the values of every parameter of a module and keep the shapes, in place."""
     for parameter in module.parameters():
         strip(parameter)
 
 
 class OneByOne(nn.Module):
-    """The parameters of a module for one who goes through them once and keeps a part of each: each is filled as it is asked for.
+    """A module whose ``parameters()`` fills each parameter of another module when it is reached.
+
+    It is for callers that iterate over the parameters once and keep a part of each.
 
     Args:
-        fill: name and parameter, whose numbers it replaces.
+        fill: called with name and parameter, to set the parameter's values.
     """
 
     def __init__(self, module: nn.Module, fill: Callable[[str, nn.Parameter], object]) -> None:
         super().__init__()
-        self._of, self._fill = [module], fill  # in a list: it is not a part of this one
+        self._of, self._fill = [module], fill  # in a list, so that it is not registered as a sub-module
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         for name, parameter in self._of[0].named_parameters():
@@ -146,7 +147,7 @@ class OneByOne(nn.Module):
 
 
 def _send_buffers(module: nn.Module, ranks: Ranks) -> None:
-    """Rank 0's buffers, on every rank's device; one that several modules share stays one."""
+    """Send rank 0's buffers to every rank's device; a buffer shared by several modules stays shared."""
     sent: dict[Tensor, Tensor] = {}
     for part in module.modules():
         for name, buffer in part._buffers.items():

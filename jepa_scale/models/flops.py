@@ -288,9 +288,7 @@ def _attention(block: nn.Module, index: int, config: object) -> tuple[int, int |
     width = first("head_dim", "head_size") or hidden // heads
     width_k, width_v = first("qk_head_dim") or width, first("v_head_dim") or width
     kinds = getattr(config, "layer_types", None)
-    by_config = (
-        kinds is None or kinds[index] == "sliding_attention"
-    )  # for families whose modules have no such attribute
+    by_config = kinds is None or kinds[index] == "sliding_attention"  # where the module has no sliding_window
     window: Any = getattr(config, "sliding_window", None) if by_config else None
     window = getattr(module, "sliding_window", window)
     inputs = {m.in_features for m in module.modules() if isinstance(m, nn.Linear)}

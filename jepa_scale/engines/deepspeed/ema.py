@@ -1,4 +1,4 @@
-"""Frozen copies beside a DeepSpeed engine: whole ones under ZeRO 0, 1 and 2, partitioned ones under ZeRO-3."""
+"""Frozen copies of parts of a DeepSpeed engine's model: whole under ZeRO 0, 1 and 2, partitioned under ZeRO-3."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jepa_scale.engines.weights import replace
 
 
 class Share(NamedTuple):
-    """``owner`` averages ``length`` elements of a flattened parameter, from ``start``."""
+    """The ``length`` elements of a flattened parameter, from ``start``, that rank ``owner`` averages."""
 
     owner: int
     start: int
@@ -28,7 +28,7 @@ class Share(NamedTuple):
 
 
 class Stretch(NamedTuple):
-    """Elements [begin, end) of the flat copy are all averaged by ``owner``."""
+    """Elements [begin, end) of the flat copy, all of which rank ``owner`` averages."""
 
     owner: int
     begin: int
@@ -36,17 +36,19 @@ class Stretch(NamedTuple):
 
 
 class ReplicatedCopy(ShardedCopy):
-    """Every rank has the copy whole, in the compute dtype; each averages the elements whose masters it has.
+    """A copy that every rank has whole, in the compute dtype; each rank averages the elements whose masters it has.
 
-    All averaged parameters are views into one flat tensor, in the order of the student's in DeepSpeed's flat groups. So the
-    elements of a rank are few long stretches of it, which the ranks broadcast in place: no memory is needed for that.
+    All averaged parameters are views into one flat tensor, in the order of the student's parameters in DeepSpeed's flat
+    groups. So the elements of a rank form a few long ranges of it, which the ranks broadcast in place, without extra memory.
 
-    * In fp32 those stretches are the averages; in bf16 a rank has its own elements a second time, in fp32.
-    * Under stage 0 every rank has all masters: in fp32 each of them averages everything and nothing is sent; in bf16 they
-      share the averages evenly.
+    * In fp32 those ranges are the EMA parameters themselves; in bf16 a rank has its own elements a second time, in fp32.
+    * Under stage 0 every rank has all masters. In fp32 each rank averages all elements and nothing is sent; in bf16 the
+      averaging is split evenly over the ranks.
 
     Args:
-        module: the copy, without numbers. view: of the engine. dtype, device: that it computes in and on.
+        module: the copy, without data.
+        view: state of the engine.
+        dtype, device: compute dtype and device of the copy.
     """
 
     def __init__(self, module: nn.Module, view: StateView, dtype: torch.dtype, device: torch.device) -> None:
@@ -59,7 +61,7 @@ class ReplicatedCopy(ShardedCopy):
             replace(parameter, students[name].detach().clone())
         self._aliases = (
             dtype == torch.float32 and device == view.device
-        )  # else masters are in host memory, and averages too
+        )  # if not, the copy is bf16, or masters and averages are in host memory
         self._sends = data_size() > 1 and (view.stage > 0 or dtype != torch.float32)
         shares = _shares(averaged, students, view, alone=not self._sends)
 
@@ -77,7 +79,7 @@ class ReplicatedCopy(ShardedCopy):
             if stretch.owner == data_rank()
         }
 
-        self._parts: dict[str, tuple[torch.Size, int, Tensor]] = {}  # shape, and what this rank averages, from where
+        self._parts: dict[str, tuple[torch.Size, int, Tensor]] = {}  # shape, and offset and values of this rank's part
         self._averages: list[Tensor] = []
         self._sources: list[Tensor] = []
         for name, of_parameter in shares.items():
@@ -100,7 +102,7 @@ class ReplicatedCopy(ShardedCopy):
         return self._flat[stretch.begin : stretch.end]
 
     def _average(self, begin: int, length: int) -> Tensor:
-        """What this rank averages of the flat copy's elements from ``begin``."""
+        """Return this rank's averages of ``length`` elements of the flat copy, from ``begin``."""
         stretch, mine = next((s, mine) for s, mine in self._mine.items() if s.begin <= begin < s.end)
         assert begin + length <= stretch.end, (begin, length, stretch)
         return mine[begin - stretch.begin : begin - stretch.begin + length]
@@ -133,14 +135,17 @@ class ReplicatedCopy(ShardedCopy):
 
 
 class PartitionedCopy(ShardedCopy):
-    """The copy is a second stage-3 engine, without an optimizer: its hooks gather and free each module's parameters.
+    """A copy in a second stage-3 engine, without an optimizer, whose hooks gather and free each module's parameters.
 
-    Its partitions lie as the student's do. In fp32 they are the averages; in bf16 a rank has its own elements a second
-    time, in fp32.
+    It is partitioned like the student. In fp32 the partitions are the EMA parameters themselves; in bf16 a rank has its own
+    elements a second time, in fp32.
 
     Args:
-        module: the copy, without numbers. view: of the engine. dtype: that it computes in.
+        module: the copy, without data.
+        view: state of the engine.
+        dtype: compute dtype of the copy.
         zero: ``zero_optimization`` of the engine's JSON.
+        ranks: the ranks of the run.
     """
 
     def __init__(
@@ -150,14 +155,14 @@ class PartitionedCopy(ShardedCopy):
 
         students = _students(module, view)
         config = {
-            "train_micro_batch_size_per_gpu": 1,  # it insists on it
+            "train_micro_batch_size_per_gpu": 1,  # required, but without effect here
             "bf16": {"enabled": dtype == torch.bfloat16},
             "timers": {"throughput": {"enabled": False}},
             "zero_optimization": {
                 **{key: zero[key] for key in _SHARED if key in zero},
                 "stage": 3,
-                "overlap_comm": False,  # a stream of its own would gather without waiting for an update to be done
-                # nothing may stay gathered: it would not see the next update
+                "overlap_comm": False,  # a separate CUDA stream would gather without waiting for the end of an update
+                # parameters that stay gathered would miss the next update
                 "stage3_param_persistence_threshold": 0,
                 "stage3_max_reuse_distance": 0,
             },
@@ -172,21 +177,21 @@ class PartitionedCopy(ShardedCopy):
         self._ds, *_ = deepspeed.initialize(model=module, config=config, dist_init_required=False, mpu=topology)
         self._ds.eval()
 
-        self._shards: dict[str, tuple[torch.Size, int, Tensor]] = {}  # shape, and what state() shows, from where
+        self._shards: dict[str, tuple[torch.Size, int, Tensor]] = {}  # shape, and offset and values of this rank's part
         self._averages: list[Tensor] = []
         self._sources: list[Tensor] = []
         self._computed: list[Tensor] = []
         for name, parameter in module.named_parameters():
             student: Any = students[name]
             start, count = shard(parameter)
-            assert shard(student) == (start, count), f"{name} is partitioned in another way than the student's"
+            assert shard(student) == (start, count), f"{name} is partitioned differently from the student's"
             value = internals.local_part(parameter)
             if student not in view.pieces:
                 value.copy_(internals.local_part(student))
             elif piece := view.pieces[student]:
                 assert (piece.start, piece.length) == (start, count), name
                 self._computed.append(value)
-                value = value.to(view.device, torch.float32)  # in fp32 the same memory, unless masters are the host's
+                value = value.to(view.device, torch.float32)  # in fp32 the same memory, unless masters are on the host
                 self._averages.append(value)
                 self._sources.append(piece.stepped.detach()[piece.at : piece.at + count])
                 value.copy_(self._sources[-1])
@@ -220,12 +225,12 @@ class PartitionedCopy(ShardedCopy):
 
 
 _SHARED = ("stage3_prefetch_bucket_size", "stage3_max_live_parameters")
-"""Keys of ``zero_optimization`` that a copy has from the engine. Not among them is whatever would leave a copy's weights as
-they are once gathered (secondary partitions) or round them (quantization of frozen weights)."""
+"""Keys of ``zero_optimization`` that a copy takes over from the engine. Others are left out because they would make a copy use
+outdated weights (secondary partitions) or rounded ones (quantization of frozen weights)."""
 
 
 def _students(module: nn.Module, view: StateView) -> dict[str, nn.Parameter]:
-    """The engine's parameter of each name that the copy has."""
+    """Return the engine's parameters with the names of the copy's."""
     there = dict(view.module.named_parameters(remove_duplicate=False))
     students = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -237,10 +242,10 @@ def _students(module: nn.Module, view: StateView) -> dict[str, nn.Parameter]:
 def _shares(
     averaged: Mapping[str, nn.Parameter], students: Mapping[str, nn.Parameter], view: StateView, alone: bool
 ) -> dict[str, list[Share]]:
-    """Who averages which elements of each parameter, in their order; the parameters in that of the student's flat groups.
+    """Return the shares of each parameter, in the order of its elements; parameters are in the order of the flat groups.
 
     Args:
-        alone: this rank averages everything.
+        alone: whether this rank averages all elements.
     """
     if alone:
         return {name: [Share(data_rank(), 0, parameter.numel())] for name, parameter in averaged.items()}
@@ -260,12 +265,12 @@ def _shares(
         for name, (group, at, start, length) in table.items():
             shares[name].append(Share(owner, start, length))
             places[name] = min(places.get(name, (group, owner, at)), (group, owner, at))
-    order = sorted(shares, key=lambda name: places.get(name, (-1, 0, 0)))  # one without elements is nowhere
+    order = sorted(shares, key=lambda name: places.get(name, (-1, 0, 0)))  # one without elements has no place
     return {name: sorted(shares[name], key=lambda share: share.start) for name in order}
 
 
 def even_shares(sizes: Mapping[str, int], world_size: int) -> dict[str, list[Share]]:
-    """Cut the concatenation of parameters into equal parts, one a rank. ``sizes``: name → elements."""
+    """Cut the concatenation of parameters into equal parts, one for each rank. ``sizes``: name → number of elements."""
     each = max(1, -(-sum(sizes.values()) // world_size))
     shares: dict[str, list[Share]] = {}
     at = 0
@@ -277,12 +282,12 @@ def even_shares(sizes: Mapping[str, int], world_size: int) -> dict[str, list[Sha
 
 
 def stretches(shares: Mapping[str, list[Share]], offsets: Mapping[str, int]) -> Iterator[Stretch]:
-    """The shares in the flat copy, those of one rank that lie side by side as one."""
+    """Yield the shares as ranges of the flat copy, with adjacent shares of one rank merged."""
     last = Stretch(-1, 0, 0)
     for name, of_parameter in shares.items():
         for share in of_parameter:
             begin = offsets[name] + share.start
-            assert begin == last.end, f"nobody averages some elements before {begin}, of {name}"
+            assert begin == last.end, f"no rank averages some elements before {begin}, of {name}"
             if share.owner != last.owner:
                 if last.owner >= 0:
                     yield last

@@ -1,8 +1,9 @@
 """The parts of DeepSpeed without a public interface that the engine patches or reads, each with the reason.
 
-Every function was written against the version of DeepSpeed that its docstring names. ``pyproject.toml`` admits no
-other minor version, and ``tests/engines/deepspeed/test_internals.py`` fails by a function's name where what it needs
-has changed. No other file imports a submodule of DeepSpeed or touches an attribute that DeepSpeed does not document.
+Every function was written against the version of DeepSpeed that its docstring names. ``pyproject.toml`` admits no other minor
+version. If DeepSpeed changes what a function needs, the test of that function in
+``tests/engines/deepspeed/test_internals.py`` fails. No other file imports a submodule of DeepSpeed or touches an attribute
+that DeepSpeed does not document.
 """
 
 from __future__ import annotations
@@ -25,15 +26,14 @@ if TYPE_CHECKING:
 # ------------------------------------------------------------------------------------------------- before an engine
 
 EXPECTED = ("untested optimizer", "unknown inputs or outputs type", "OVERFLOW!")
-"""Words of warnings about what is so by design here: torch's AdamW, packed batches as arguments; and of skipped
-steps, which the trainer reports for every engine."""
+"""Words of warnings that are expected: about torch's AdamW and packed batches as arguments, which are intended, and about
+skipped steps, which the trainer reports for every engine."""
 
 
 def drop_expected_warnings() -> None:
-    """Keep DeepSpeed's log to warnings, without those of ``EXPECTED``.
+    """Limit DeepSpeed's log to warnings, without those of ``EXPECTED``.
 
-    DeepSpeed 0.19.8 sends all messages to ``deepspeed.utils.logger``. Reason: the user of a config can act on none of
-    these.
+    DeepSpeed 0.19.8 sends all messages to ``deepspeed.utils.logger``. Reason: a user cannot act on the others.
     """
     from deepspeed.utils import logger
 
@@ -61,11 +61,10 @@ def check_zero_section(zero: Mapping[str, Any]) -> None:
 
 
 def build_no_ops() -> None:
-    """Make DeepSpeed take every compiled op for one that cannot be built.
+    """Make DeepSpeed treat every compiled op as one that cannot be built.
 
-    DeepSpeed 0.19.8 fills ``deepspeed.ops.__compatible_ops__`` when it is first read. Reason: on a CPU it would
-    compile an op for inference, for more than a minute, where it finds ninja and a compiler; and twenty processes
-    would look for them.
+    DeepSpeed 0.19.8 fills ``deepspeed.ops.__compatible_ops__`` when it is first read. Reason: on a CPU with ninja and a
+    compiler it would compile an op for inference, for more than a minute; and twenty processes would search for them.
     """
     import deepspeed
 
@@ -84,23 +83,21 @@ def silence_memory_reports() -> None:
 
 
 def count_on_every_rank(module: nn.Module) -> None:
-    """Mark all parameters as split by tensor parallelism, so that the norm of ``BF16_Optimizer`` counts them on every
-    rank.
+    """Mark all parameters as split by tensor parallelism, so that the norm of ``BF16_Optimizer`` counts them on every rank.
 
-    DeepSpeed 0.19.8 reads the attribute ``tensor_model_parallel`` of a parameter. Reason: on the later ranks of a
-    tensor-parallel group the norm, which only shows whether the gradient is finite, leaves out what has no such mark,
-    and fails where that leaves nothing. (We clip by a norm of our own.)
+    DeepSpeed 0.19.8 reads the attribute ``tensor_model_parallel`` of a parameter. Reason: on all but the first rank of a
+    tensor-parallel group the norm omits parameters without this mark, and fails if none remain. That norm only shows whether
+    the gradient is finite; the engine clips by its own norm.
     """
     for parameter in module.parameters():
         parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
 
 def forget_groups() -> None:
-    """Remove what an engine before this one has left in the globals of ``deepspeed.utils.groups``.
+    """Reset the globals of ``deepspeed.utils.groups`` that an earlier engine has set.
 
-    DeepSpeed 0.19.8 keeps ``mpu`` and the group of secondary shards there. Reason: an engine takes both over if it is
-    given none of its own. The engine of an EMA teacher must have no secondary shards: they would be out of date after
-    the first update.
+    DeepSpeed 0.19.8 keeps ``mpu`` and the group of secondary shards there. Reason: an engine uses both if it is given none of
+    its own. The engine of an EMA teacher must have no secondary shards: they would be out of date after the first update.
     """
     from deepspeed.utils import groups
 
@@ -110,14 +107,14 @@ def forget_groups() -> None:
 def partition(
     module: nn.Module, fill: Callable[[str, nn.Parameter], object], config: dict[str, Any], topology: Topology | None
 ) -> None:
-    """Have ZeRO-3 take its part of each parameter of a module, one after the other. Collective.
+    """Partition the parameters of a module by ZeRO-3, one after the other. Collective.
 
-    DeepSpeed 0.19.8: ``zero.Init`` goes once through ``module.parameters(recurse=True)``. Reason: no device has the
-    module whole, as each parameter gets its numbers when its turn comes.
+    DeepSpeed 0.19.8: ``zero.Init`` iterates once over ``module.parameters(recurse=True)``. Reason: each parameter gets its
+    values only when it is reached, so no device has the whole module.
 
     Args:
-        fill: gives a parameter its numbers, on the device and in the compute dtype. config, topology: as
-            ``deepspeed.initialize`` will get them.
+        fill: sets the values of a parameter, on the device and in the compute dtype.
+        config, topology: the arguments ``config`` and ``mpu`` of ``deepspeed.initialize``.
     """
     import deepspeed
 
@@ -137,7 +134,7 @@ class FlatGroup(NamedTuple):
 
     Attributes:
         parameters: its trainable parameters, each a view into ``flat``.
-        stepped: fp32 masters of this rank's part, which the optimizer steps.
+        stepped: fp32 masters of this rank's part, which the optimizer updates.
         flat: the whole group, flattened, in the compute dtype.
         part: this rank's part of ``flat``, a view.
     """
@@ -162,7 +159,7 @@ def flat_groups(wrapped: Any) -> Iterator[FlatGroup]:
     """Yield the groups of ZeRO 1 and 2.
 
     DeepSpeed 0.19.8: lists of ``BF16_Optimizer`` (ZeRO-1 in bf16) or of ``DeepSpeedZeroOptimizer``, by group. Reason:
-    a parameter's place in a flat group shows which elements of it this rank steps (``_hp_mapping`` is wrong under
+    a parameter's position in a flat group determines which elements of it this rank updates (``_hp_mapping`` is wrong under
     ``round_robin_gradients``).
     """
     z = wrapped
@@ -189,11 +186,11 @@ def sub_groups(wrapped: Any) -> Iterator[tuple[Sequence[nn.Parameter], Tensor]]:
 
 
 def reduced_gradients(wrapped: Any, groups: int) -> Iterator[Sequence[Tensor]]:
-    """Yield the gradient of each group's ``stepped``, of ZeRO 1 to 3, in fragments that lie end to end.
+    """Yield the gradient of each group's masters, under ZeRO 1 to 3, in consecutive fragments.
 
     DeepSpeed 0.19.8 has it in ``fp32_groups_gradient_flat_partition`` (``BF16_Optimizer``) or ``averaged_gradients``,
-    between the last backward of a step and the step. Reason: gradients are measured before DeepSpeed's step, to be
-    clipped in it.
+    between the last backward of a step and the step. Reason: gradients are measured before DeepSpeed's step, and clipped in
+    it.
     """
     if _is_bf16_optimizer(wrapped):
         yield from ([gradient] for gradient in wrapped.fp32_groups_gradient_flat_partition)
@@ -202,7 +199,7 @@ def reduced_gradients(wrapped: Any, groups: int) -> Iterator[Sequence[Tensor]]:
 
 
 def clear_gradient_buffer(wrapped: Any) -> None:
-    """Set the buffer to zero in which ZeRO-3 collects gradients.
+    """Set to zero the buffer in which ZeRO-3 accumulates gradients.
 
     DeepSpeed 0.19.8: ``grad_partitions_flat_buffer``. Reason: a parameter without a gradient in the next step would
     get this step's again.
@@ -212,10 +209,10 @@ def clear_gradient_buffer(wrapped: Any) -> None:
 
 @contextmanager
 def filled_param_groups(wrapped: Any) -> Iterator[None]:
-    """Put what ZeRO-3 steps into the groups of our optimizer for the length of a ``with``.
+    """Put ZeRO-3's masters into the groups of the wrapped optimizer for the duration of a ``with`` block.
 
-    DeepSpeed 0.19.8: ``_set_fp32_optimizer_param_groups`` and ``_clear_fp32_optimizer_param_groups``. Reason: the
-    groups are empty but while it steps one of them, and the state of our optimizer is created beforehand.
+    DeepSpeed 0.19.8: ``_set_fp32_optimizer_param_groups`` and ``_clear_fp32_optimizer_param_groups``. Reason: the groups are
+    empty except while DeepSpeed updates one of them, but the optimizer's state is created earlier.
     """
     wrapped._set_fp32_optimizer_param_groups()
     yield
@@ -225,9 +222,9 @@ def filled_param_groups(wrapped: Any) -> Iterator[None]:
 def renew_parameters(wrapped: Any, stage: int) -> None:
     """Copy the masters to the parameters, under ZeRO 1 to 3. Collective.
 
-    DeepSpeed 0.19.8: ``update_lp_params``; of ZeRO-3 ``_reassign_or_swap_out_partitioned_parameters`` of each
-    sub-group, between the two that free what is gathered and gather what stays gathered. Reason: a checkpoint is read
-    into the masters.
+    DeepSpeed 0.19.8: ``update_lp_params``; under ZeRO-3 ``_reassign_or_swap_out_partitioned_parameters`` for each sub-group,
+    between the function that frees gathered parameters and the one that gathers persistent ones again. Reason: a checkpoint
+    is read into the masters.
     """
     if stage < 3:
         wrapped.update_lp_params()
@@ -239,20 +236,19 @@ def renew_parameters(wrapped: Any, stage: int) -> None:
 
 
 def release_gathered(wrapped: Any) -> None:
-    """Free what ZeRO-3 has gathered, also ahead of its use.
+    """Free the parameters that ZeRO-3 has gathered, prefetched ones included.
 
-    DeepSpeed 0.19.8: ``partition_all_parameters`` of the offload object that an engine without an optimizer has.
-    Reason: its trace of what comes next may be another call's, and what it has gathered ahead would be out of date
-    after an update.
+    DeepSpeed 0.19.8: ``partition_all_parameters`` of the offload object of an engine without an optimizer. Reason: its trace
+    of the next modules may come from another call, and prefetched parameters would be out of date after an update.
     """
     wrapped.partition_all_parameters()
 
 
 def found_overflow(wrapped: Any) -> bool:
-    """Whether DeepSpeed has itself found that the gradient is not finite, in its last step.
+    """Return whether DeepSpeed found in its last step that the gradient is not finite.
 
-    DeepSpeed 0.19.8: ``overflow``, which our optimizer has not where it is not wrapped. Reason: in some stages it
-    takes a norm in any case, and may round one to infinity that is almost infinite.
+    DeepSpeed 0.19.8: ``overflow``, which an optimizer that DeepSpeed does not wrap lacks. Reason: in some stages DeepSpeed
+    computes a norm in any case, and may round a very large one to infinity.
     """
     return bool(getattr(wrapped, "overflow", False))
 
@@ -265,19 +261,18 @@ def _is_bf16_optimizer(wrapped: Any) -> bool:
 
 
 def true_shape(parameter: nn.Parameter) -> torch.Size:
-    """The shape of a parameter, of ZeRO-3 or not.
+    """Return the shape of a parameter, under ZeRO-3 or not.
 
-    DeepSpeed 0.19.8: ``ds_shape``. Reason: one that is not gathered has no elements.
+    DeepSpeed 0.19.8: ``ds_shape``. Reason: a parameter that is not gathered has no elements.
     """
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def shard(parameter: Any) -> tuple[int, int]:
-    """The first element of this rank's part of a parameter of ZeRO-3, and the part's length without the padding of
-    the last one.
+    """Return the first element of this rank's part of a ZeRO-3 parameter, and the part's length without padding.
 
-    DeepSpeed 0.19.8: ``ds_numel``, ``ds_process_group`` and ``ds_tensor.ds_numel``. Reason: checkpoints hold elements
-    by place.
+    DeepSpeed 0.19.8: ``ds_numel``, ``ds_process_group`` and ``ds_tensor.ds_numel``. Reason: checkpoints address elements by
+    their position in the whole parameter.
     """
     each = padded_length(parameter)
     start = min(dist.get_rank(parameter.ds_process_group) * each, parameter.ds_numel)
@@ -285,18 +280,17 @@ def shard(parameter: Any) -> tuple[int, int]:
 
 
 def padded_length(parameter: Any) -> int:
-    """Elements of a rank's part of a parameter of ZeRO-3, with the padding.
+    """Return the number of elements of a rank's part of a ZeRO-3 parameter, padding included.
 
-    DeepSpeed 0.19.8: ``ds_tensor.ds_numel``. Reason: parts lie in the masters with it.
+    DeepSpeed 0.19.8: ``ds_tensor.ds_numel``. Reason: the parts in the masters are padded.
     """
     return int(parameter.ds_tensor.ds_numel)
 
 
 def local_part(parameter: Any) -> Tensor:
-    """This rank's part of a parameter of ZeRO-3 in the compute dtype, flat and without padding: a view.
+    """Return this rank's part of a ZeRO-3 parameter in the compute dtype, as a flat view without padding.
 
-    DeepSpeed 0.19.8: ``ds_tensor``. Reason: frozen parameters have no master; an EMA teacher is written where it is
-    read.
+    DeepSpeed 0.19.8: ``ds_tensor``. Reason: frozen parameters have no master, and EMA parameters are written in place.
     """
     part: Tensor = parameter.ds_tensor.view(-1)[: shard(parameter)[1]]
     return part
@@ -305,8 +299,8 @@ def local_part(parameter: Any) -> Tensor:
 def hide_hooks(module: nn.Module) -> None:
     """Hide the operators of ZeRO-3's hooks from the blocks that recompute selectively.
 
-    DeepSpeed 0.19.8 registers forward hooks on every module, from functions of its own modules. Reason: what they do
-    with memory is not the same in each forward, and a selective checkpoint compares the operators of two of them.
+    DeepSpeed 0.19.8 registers forward hooks on every module; their functions are defined in DeepSpeed's own modules. Reason:
+    their memory operations differ from forward to forward, but selective checkpointing compares the operators of two forwards.
     """
     for block in module.modules():
         if getattr(block, "recomputes_selectively", False):

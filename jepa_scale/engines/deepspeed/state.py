@@ -1,14 +1,14 @@
-"""Where DeepSpeed keeps what training changes, and a view of it by parameter.
+"""A view, by parameter, of the state that training changes under DeepSpeed.
 
-The optimizer that we give to ``deepspeed.initialize`` does not step our parameters but tensors of DeepSpeed's:
+The optimizer that is passed to ``deepspeed.initialize`` does not update the model's parameters but tensors of DeepSpeed:
 
-* stage 0: the parameters, whole; in bf16 an fp32 master of each;
-* stages 1 and 2: of each parameter group, this rank's part of the flattened fp32 masters. The parameters themselves are
-  views into the whole flat group, which is how we know where each of them lies;
-* stage 3: of each sub-group of parameters, the concatenation of this rank's part of each of them, padded to equal sizes.
+* stage 0: the whole parameters; in bf16 an fp32 master of each;
+* stages 1 and 2: for each parameter group, this rank's part of the flattened fp32 masters. The parameters themselves are
+  views into the whole flat group, which gives the position of each;
+* stage 3: for each sub-group of parameters, the concatenation of this rank's parts, padded to equal sizes.
 
-Moments have the layout of the tensor that is stepped. So everything follows from a list of pieces: these elements of that
-parameter are there in that tensor.
+Moments have the layout of the tensor that is updated. So a list of pieces describes everything: each piece maps elements of a
+parameter to elements of such a tensor.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ from jepa_scale.optim import Part
 
 
 class Piece(NamedTuple):
-    """``length`` elements of the flattened ``parameter``, from ``start``, are in the flat ``stepped`` from ``at``; or all
-    of them, in the same shape."""
+    """Map of ``length`` elements of the flattened ``parameter``, from ``start``, to the flat tensor ``stepped``, from ``at``.
+
+    Or both tensors have the same shape, and the piece is the whole parameter.
+    """
 
     parameter: nn.Parameter
     start: int
@@ -38,7 +40,7 @@ class Piece(NamedTuple):
     length: int
 
     def boxes(self, values: Tensor) -> Boxes:
-        """The same elements of a tensor of the layout of ``stepped``: itself or a moment."""
+        """Return the piece's elements of ``values``, a tensor with the layout of ``stepped``: itself or a moment."""
         shape = true_shape(self.parameter)
         if self.length == values.numel() and values.shape == shape:
             return Boxes.whole(values.detach())
@@ -46,11 +48,14 @@ class Piece(NamedTuple):
 
 
 class StateView:
-    """Everything that training changes in a module under DeepSpeed, by name.
+    """All state that training changes in a module under DeepSpeed, by name.
 
     Args:
-        module: the root. wrapped: DeepSpeed's optimizer. optimizer: ours inside it, whose state exists.
-        stage: of ZeRO. offloaded: what is stepped is in host memory, and its gradient is with it.
+        module: the root module.
+        wrapped: DeepSpeed's optimizer.
+        optimizer: the optimizer inside it, with existing state.
+        stage: ZeRO stage.
+        offloaded: whether the tensors that are updated, and their gradients, are in host memory.
     """
 
     def __init__(
@@ -60,16 +65,16 @@ class StateView:
         self.offloaded = offloaded
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.stepped = {parameter: stepped for parameters, stepped in self._tensors() for parameter in parameters}
-        """Of each trainable parameter the tensor that is stepped for it, in which this rank may have nothing of it."""
+        """Trainable parameter → the tensor that is updated for it, which may contain none of its elements on this rank."""
         self.pieces: dict[nn.Parameter, Piece | None] = dict.fromkeys(trainable)
-        """Of each trainable parameter what this rank updates; None where that is nothing."""
+        """Trainable parameter → the piece of it that this rank updates; None if there is none."""
         for piece in self._pieces():
             assert piece.parameter in self.pieces and self.pieces[piece.parameter] is None, "a parameter in two pieces"
             self.pieces[piece.parameter] = piece
         self._check()
 
     def _tensors(self) -> Iterator[tuple[Sequence[nn.Parameter], Tensor]]:
-        """Each tensor that is stepped, and the parameters that it is stepped for; on all ranks in the same order."""
+        """Yield each tensor that is updated, and the parameters that it belongs to, in the same order on all ranks."""
         if self.stage == 3:
             yield from internals.sub_groups(self.wrapped)
         elif self.stage > 0:
@@ -103,10 +108,10 @@ class StateView:
                     yield Piece(parameter, left - first, stepped, left - begin, right - left)
 
     def gradients(self) -> Iterator[tuple[Tensor, Sequence[Tensor]]]:
-        """Each tensor that is stepped, and its gradient, between the last backward of a step and DeepSpeed's step.
+        """Yield each tensor that is updated, and its gradient, between the last backward of a step and DeepSpeed's step.
 
-        The gradient is reduced over ranks and has not been clipped. It is in fragments, of the dtype that DeepSpeed
-        accumulates in, which one after the other have the layout of the tensor; where they end before it, it is zero.
+        The gradient is reduced over ranks and not clipped. It consists of fragments, in the dtype in which DeepSpeed
+        accumulates. Their concatenation has the layout of the tensor; if it is shorter, the rest of the gradient is zero.
         """
         if self.offloaded:
             for _, stepped in self._tensors():
@@ -120,7 +125,7 @@ class StateView:
             yield from zip(tensors, internals.reduced_gradients(self.wrapped, len(tensors)), strict=True)
 
     def clear_gradients(self) -> None:
-        """Where gradients stay in place, set them to zero."""
+        """Set to zero the gradients that DeepSpeed keeps in place after a step."""
         if self.offloaded:
             for _, stepped in self._tensors():
                 if stepped.grad is not None:
@@ -129,7 +134,7 @@ class StateView:
             internals.clear_gradient_buffer(self.wrapped)
 
     def boxes(self) -> dict[str, Boxes]:
-        """:meth:`jepa_scale.engines.base.Engine.state` but for the buffers."""
+        """Return the content of :meth:`jepa_scale.engines.base.Engine.state`, without the buffers."""
         boxes = {}
         for name, parameter in self.module.named_parameters():
             if parameter not in self.pieces:
@@ -146,8 +151,11 @@ class StateView:
         return {name: value for name, value in state.items() if torch.is_tensor(value) and value.shape == stepped.shape}
 
     def parts_of(self, matrices: Iterable[str]) -> list[tuple[Tensor, list[Part]]]:
-        """Where these parameters are, for :meth:`jepa_scale.optim.MatrixOptimizer.bind`: the tensors that are stepped for them,
-        and what this rank has of each."""
+        """Locate parameters for :meth:`jepa_scale.optim.MatrixOptimizer.bind`.
+
+        Returns:
+            The tensors that are updated for them, each with this rank's parts of the parameters.
+        """
         parameters = dict(self.module.named_parameters())
         parts: dict[Tensor, list[Part]] = {}
         for name in matrices:
@@ -162,7 +170,7 @@ class StateView:
         return Boxes.of_range(true_shape(parameter), shard(parameter)[0], internals.local_part(parameter).detach())
 
     def refresh(self) -> None:
-        """Renew the parameters from what is stepped. Collective."""
+        """Update the parameters from the tensors that the optimizer updates. Collective."""
         if self.stage == 0:
             for piece in self._pieces():
                 piece.parameter.data.copy_(piece.stepped.data)
@@ -170,7 +178,7 @@ class StateView:
             internals.renew_parameters(self.wrapped, self.stage)
 
     def whole(self, parameter: nn.Parameter) -> Tensor:
-        """The fp32 master of a trainable parameter, whole on all ranks. Collective."""
+        """Return the fp32 master of a trainable parameter, whole on all ranks. Collective."""
         piece = self.pieces[parameter]
         if self.stage == 0:
             assert piece is not None
@@ -187,17 +195,17 @@ class StateView:
         return next(iter(self.optimizer.state)).device
 
     def _check(self) -> None:
-        """Every element of every trainable parameter is updated by exactly one rank (by all of them in stage 0)."""
+        """Check that every element of every trainable parameter is updated by exactly one rank (in stage 0 by all ranks)."""
         counts = torch.tensor([piece.length if piece else 0 for piece in self.pieces.values()], device=self.device)
         if self.stage > 0:
             dist.all_reduce(counts, group=data_group())
         expected = [true_shape(parameter).numel() for parameter in self.pieces]
-        assert counts.tolist() == expected, "the ranks' pieces of a parameter are not the parameter"
+        assert counts.tolist() == expected, "the ranks' pieces of a parameter do not add up to the parameter"
         assert all(piece.stepped in self.optimizer.state for piece in self.pieces.values() if piece)
 
 
 def _offset(view: Tensor, flat: Tensor) -> int:
-    """Where in a flat tensor a view of it begins."""
+    """Return the offset of a view within a flat tensor."""
     apart = view.data_ptr() - flat.data_ptr()
     assert 0 <= apart <= (flat.numel() - view.numel()) * flat.element_size(), "not a view into the flat group"
     return apart // flat.element_size()

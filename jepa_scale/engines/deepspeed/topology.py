@@ -1,4 +1,4 @@
-"""What DeepSpeed asks about teams of ranks (Megatron-LM's interface, which it calls ``mpu``)."""
+"""The process groups of tensor and data parallelism for DeepSpeed, in Megatron-LM's interface, which it calls ``mpu``."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from jepa_scale.engines.deepspeed import internals
 
 
 def topology_of(ranks: Ranks) -> Topology | None:
-    """The ``mpu`` of ``deepspeed.initialize``; None without tensor parallelism. What an engine before has left is forgotten."""
+    """Return the ``mpu`` of ``deepspeed.initialize``, or None without tensor parallelism; clear the groups of an earlier engine."""
     internals.forget_groups()
     return Topology(ranks) if ranks.team > 1 else None
 
 
 class Topology:
-    """ZeRO shards over the ranks with different samples; what a rank of a team has of a split parameter is a parameter to it."""
+    """The process groups of a rank. ZeRO shards over the data-parallel ranks; to ZeRO, a rank's part of a parameter split by
+    tensor parallelism is an ordinary parameter."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks

@@ -1,4 +1,4 @@
-"""A frozen copy beside an FSDP2 engine: the same shards of the same parameters."""
+"""A frozen copy of parts of an FSDP2 engine's model, with the same shards of the same parameters."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from jepa_scale.engines.weights import strip_all
 
 
 class FSDPCopy(ShardedCopy):
-    """The averages are the copy's own fp32 shards: 1/N of fp32 on each of N ranks is all the memory that it takes.
+    """A copy whose own fp32 shards are the EMA parameters; each of N ranks only needs memory for 1/N of them.
 
-    A forward gathers from the shards, in the compute dtype, and frees what it has gathered. The root frees too, which it
-    would not by default: its next forward would use the weights of the last one, whatever has become of the shards.
+    A forward gathers the shards, in the compute dtype, and frees the gathered parameters. The root also frees its own, which
+    it does not by default: otherwise its next forward would use the gathered weights from before the update of the shards.
 
     Args:
-        module: the copy. student: the engine's module, its parameters sharded. mesh, policy: the engine's.
+        module: the copy.
+        student: the engine's module, with sharded parameters.
+        mesh, policy: those of the engine.
     """
 
     def __init__(self, module: nn.Module, student: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
@@ -47,7 +49,7 @@ class FSDPCopy(ShardedCopy):
                 self._sources.append(master)
         self._groups = [_group(part) for part in module.modules() if isinstance(part, FSDPModule)]
 
-    # Looked up anew each time: FSDP2 may replace a shard's storage in the first forward, the DTensor stays.
+    # Looked up each time: FSDP2 may replace a shard's storage in the first forward, but keeps the DTensor.
 
     @property
     def averages(self) -> list[Tensor]:
@@ -59,9 +61,9 @@ class FSDPCopy(ShardedCopy):
 
     def refresh(self) -> None:
         for group in filter(None, self._groups):
-            # Every forward notes its order for a backward that never comes: a list that would grow as long as we train.
+            # Every forward records its order for a backward that never runs, in lists that would grow without end.
             group._post_forward_indices.clear()
-            getattr(group.comm_ctx, "post_forward_order", []).clear()  # there from the first forward on
+            getattr(group.comm_ctx, "post_forward_order", []).clear()  # exists from the first forward on
             assert group.is_sharded, "a forward of the copy has left parameters gathered"
 
     def state(self) -> dict[str, Boxes]:
@@ -71,15 +73,15 @@ class FSDPCopy(ShardedCopy):
 
 
 def allocate(module: nn.Module, device: torch.device) -> None:
-    """Memory for the shards of a module that was sharded without numbers; and the device for its buffers."""
+    """Allocate the shards of a module that was sharded without data, and move its buffers to the device."""
     module._apply(lambda x: torch.zeros_like(x, device=device) if x.is_meta else x.to(device))
 
 
 def _runs(module: nn.Module) -> bool:
-    """Whether a module has a forward: one that has none, a plain container, is never there to gather its parameters."""
+    """Return whether a module has a forward. A plain container has none, so its hooks would never gather its parameters."""
     return type(module).forward is not nn.Module.forward
 
 
 def _group(part: FSDPModule) -> Any:
-    """FSDP2's parameter group of a module; None if the module has no parameters of its own."""
+    """Return FSDP2's parameter group of a module, or None if the module has no parameters of its own."""
     return part._get_fsdp_state()._fsdp_param_group

@@ -1,4 +1,4 @@
-"""FSDP2 (``torch.distributed.fsdp.fully_shard``)."""
+"""The FSDP2 engine (``torch.distributed.fsdp.fully_shard``)."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from jepa_scale.optim import MatrixOptimizer, Part, build_optimizer
 
 
 class FSDPEngine(Engine):
-    """Parameters, gradients and moments sharded over all ranks as fp32 DTensors, or over those of each replica (HSDP).
+    """Engine that shards parameters, gradients and moments as fp32 DTensors over all ranks, or over each replica's (HSDP).
 
-    In bf16 the gathered parameters are bf16 and gradients are reduced in fp32. Inputs are not cast, as they are not
-    under DeepSpeed, so that a model runs on both or on neither.
+    In bf16 the gathered parameters are bf16 and gradients are reduced in fp32. Inputs are not cast, as under DeepSpeed, so
+    that a model runs on both engines or on neither.
     """
 
     name = "fsdp"
@@ -68,11 +68,11 @@ class FSDPEngine(Engine):
         for sharded_part in self._fsdp_modules():
             if mesh.size() == 1:
                 sharded_part.set_custom_reduce_scatter(_NothingToReduce())  # type: ignore[arg-type]
-            else:  # both lines together: a plain sum over ranks, on gloo too
+            else:  # the two lines together give a plain sum over ranks, on gloo too
                 sharded_part.set_gradient_divide_factor(1.0)
                 sharded_part.set_force_sum_reduction_for_comms(True)
 
-        sharded = dict(module.named_parameters())  # fully_shard has put new parameters in the module
+        sharded = dict(module.named_parameters())  # fully_shard has replaced the module's parameters
         groups = [
             {**group, "params": [sharded[name] for name in of_group]}
             for group, of_group in zip(groups, group_names, strict=True)
@@ -87,7 +87,7 @@ class FSDPEngine(Engine):
 
     @torch.no_grad()
     def _fill(self, sharded: Mapping[str, nn.Parameter], weights: Weights) -> None:
-        """Give each parameter its initial numbers; beside the shards a device has one whole parameter."""
+        """Set each parameter's initial values; besides the shards a device holds one whole parameter at a time."""
         for name, parameter in sharded.items():
             boxes = Boxes.of_dtensor(cast(DTensor, parameter))
             mine = part_of(weights.take(name), boxes.shape, self.options.split.get(name))
@@ -154,14 +154,17 @@ class FSDPEngine(Engine):
         return FSDPCopy(module, self.module, self._mesh, self._policy)
 
     def _reshard(self) -> None:
-        """An evaluation leaves the root's parameters gathered; they would hide the shards, and be used once more."""
+        """Free gathered parameters. An evaluation leaves those of the root gathered; they would hide the shards and be reused."""
         for part in self._fsdp_modules():
             part.reshard()
 
 
 class _NothingToReduce:
-    """The reduce-scatter of a rank that is alone: its output is its input. FSDP2 asks for the two buffers one after the other,
-    and then copies the one into the other, which of the same tensor is nothing."""
+    """Reduce-scatter of a single rank, whose output is its input.
+
+    FSDP2 allocates the two buffers one after the other and then copies the one into the other. Here both are the same tensor,
+    so that the copy does nothing.
+    """
 
     def __init__(self) -> None:
         self._input: Tensor | None = None
@@ -174,12 +177,14 @@ class _NothingToReduce:
         return buffer
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        raise AssertionError("one rank, and something to reduce")
+        raise AssertionError("a single rank has nothing to reduce")
 
 
 def _mesh(ranks: Ranks, replicas: int) -> DeviceMesh:
-    """Of the ranks with different samples: one dimension, or replicas × shards. (A team has no part in it: to FSDP2, what a
-    rank has of a split parameter is a parameter.)"""
+    """Return the mesh of the data-parallel ranks, with one dimension or with replicas × shards.
+
+    The tensor-parallel group is no dimension of it: to FSDP2, a rank's part of a split parameter is an ordinary parameter.
+    """
     kind = ranks.device.type
     if ranks.team == 1 and replicas == 1:
         return init_device_mesh(kind, (ranks.world_size,), mesh_dim_names=("shard",))
@@ -189,7 +194,7 @@ def _mesh(ranks: Ranks, replicas: int) -> DeviceMesh:
 
 
 def _rows(name: str, matrix: nn.Parameter) -> Part:
-    """This rank's rows of a matrix."""
+    """Return this rank's rows of a matrix, as a part."""
     tensor = cast(DTensor, matrix)
     (rows, cols), (first, _) = compute_local_shape_and_global_offset(
         tensor.shape, tensor.device_mesh, tensor.placements
