@@ -194,7 +194,7 @@ class _Plan(NamedTuple):
 
 @lru_cache(maxsize=64)
 def _plan(lengths_q: tuple[int, ...], lengths_k: tuple[int, ...]) -> _Plan:
-    """Return the layout of the segments; cached, because every block of the decoder needs that of the same packed sequence."""
+    """Return the layout of the segments. Cached, because every block needs the layout of the same packed sequence."""
     pairs = list(zip(lengths_q, lengths_k, strict=True))
     assert pairs and all(a > 0 and b > 0 for a, b in pairs), "a segment has no tokens"
     return _Plan(

@@ -1,4 +1,4 @@
-"""The backbone of every objective: the native decoder or a causal language model of transformers, run on packed sequences."""
+"""The backbone of every objective: a decoder, native or from transformers, that runs on packed sequences."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""The native decoder: pre-norm RMSNorm, SwiGLU, and RoPE or PoPE; as options tied weights, a normalised embedding, DropPath and
-a gated bridge after one of its blocks.
+"""The native decoder: pre-norm RMSNorm, SwiGLU, and RoPE or PoPE.
+
+Options are tied weights, a normalised embedding, DropPath, and a gated bridge after one of its blocks.
 
 It is a complete transformers model (Auto classes, ``generate`` with a cache, ``save_pretrained``) with Llama's parameter
 names, so code that addresses Llama's parameters by name works on it. It calls attention through transformers' registry: the
@@ -260,10 +261,10 @@ class EmbeddingNorm(nn.RMSNorm):
 
 
 class JepaLMHead(LMHead):
-    """The LM head, hidden states to logits. With tied weights the states are first multiplied by the learnable ``logit_scale``.
+    """The LM head, from hidden states to logits.
 
-    The scale belongs to this module because ZeRO-3 gathers a parameter only for the module that owns it. It is a vector of
-    one element because FSDP2 shards no scalars.
+    With tied weights the states are first multiplied by the learnable ``logit_scale``. The scale belongs to this module because
+    ZeRO-3 gathers a parameter only for the module that owns it. It is a vector of one element because FSDP2 shards no scalars.
     """
 
     def __init__(self, config: JepaDecoderConfig) -> None:
@@ -286,8 +287,10 @@ class JepaDecoderPreTrainedModel(PreTrainedModel):
 
     @property
     def _supports_flash_attn(self) -> bool:  # type: ignore[override]
-        """Return whether transformers' flash kernels apply: they take heads of one width, and PoPE's keys are wider than its
-        values."""
+        """Return whether transformers' flash kernels apply.
+
+        They take heads of a single width, and the keys of PoPE are wider than its values.
+        """
         return self.config.position_embedding == "rope"
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -406,7 +409,10 @@ class JepaDecoderModel(JepaDecoderPreTrainedModel):
 
 
 def _one_each(count: int, device: torch.device) -> SegmentTable:
-    """Return a table of ``count`` segments of one token. Outside of the blocks, which would be compiled for each ``count``."""
+    """Return a table of ``count`` segments of one token.
+
+    It is built outside of the blocks, which would otherwise be compiled again for each ``count``.
+    """
     ends = torch.arange(count + 1, dtype=torch.int32, device=device)  # made on the device: no copy to wait for
     return SegmentTable(ends, (1,) * count)
 

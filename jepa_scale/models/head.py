@@ -74,7 +74,7 @@ def can_measure(head: nn.Module) -> bool:
 
 
 def columns(rows: int, vocabulary: int) -> int:
-    """Return the number of vocabulary columns of a piece of ``rows`` rows: all of them if they fit into :data:`CHUNK_BYTES`."""
+    """Return the number of columns of a piece with ``rows`` rows: the whole vocabulary if it fits into :data:`CHUNK_BYTES`."""
     most = CHUNK_BYTES // (4 * max(1, rows))
     return vocabulary if vocabulary <= most else max(1, most // _ALIGNED * _ALIGNED or most)
 
@@ -144,7 +144,7 @@ def _places(targets: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
 
 
 class _Measure(torch.autograd.Function):
-    """Compute, from (n, d), (v, d) and (v,) or None, (n, 2) fp32: log Σ e^z, and the target's logit or 0 if it is elsewhere."""
+    """Function from (n, d), (v, d) and (v,) or None to (n, 2) fp32: log Σ e^z, and the target's logit or 0 if it is elsewhere."""
 
     @staticmethod
     def forward(

@@ -17,7 +17,9 @@ class LoraOptions(Section):
     """The keys of ``model.lora:``."""
 
     rank: int = Field(16, ge=1, description="Rank r of the update B·A of each matrix.")
-    alpha: float | None = Field(None, gt=0, description="Scale of the update, which is alpha / rank; null = 2 * rank.")
+    alpha: float | None = Field(
+        None, gt=0, description="Numerator of the update's scale alpha / rank; null = 2 * rank."
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability of A's input.")
     targets: list[str] | None = Field(
         None,

@@ -1,5 +1,6 @@
-"""Tensor parallelism: the layers of a decoder split over a tensor-parallel group, by its plan (:mod:`jepa_scale.models.tp_plan`).
+"""Tensor parallelism: the layers of a decoder split over a tensor-parallel group.
 
+The decoder's plan (:mod:`jepa_scale.models.tp_plan`) determines how each layer is split.
 Each rank keeps its part of a weight as an ordinary parameter, under the name of the whole weight. Modules that need other
 ranks' parts become sub-classes that communicate. So engines shard and update the parts like any parameters; only a checkpoint
 needs the position of a part in the whole (:class:`jepa_scale.distributed.tp_group.Split`).
@@ -109,7 +110,7 @@ def _way(plan: dict[str, str], name: str) -> str | None:
 
 
 def _check_plan(decoder: nn.Module, ways: dict[str, str], shared: set[str]) -> None:
-    """Check that the plan covers attention and MLP: every rank must compute alike any module that the plan leaves out there."""
+    """Check the plan: any module that it leaves out within attention or MLP must be computed alike by every rank."""
     base = cast(nn.Module, decoder.base_model)
     for parent in shared:
         inside = {name: way for name, way in ways.items() if name.rpartition(".")[0] == parent}
@@ -146,7 +147,7 @@ class _Cutter:
             module._parameters[name] = self._of_whole[whole]
 
 
-# ------------------------------------------------------------------------------------------ what modules become
+# ---------------------------------------------------------------------------------- split versions of modules
 
 
 def _become(module: nn.Module, mixin: type, team: Team, **attributes: Any) -> None:
@@ -161,7 +162,7 @@ def _mixed(mixin: type, cls: type) -> type:
 
 
 class _Reading:
-    """A module whose forward uses other values in place of its parameters; outside the forward the parameters are unchanged."""
+    """A module whose forward uses other values in place of its parameters. Outside of the forward they are as usual."""
 
     _runs = False
 
@@ -240,7 +241,7 @@ class _Shared:
 
 @torch.compiler.disable  # a batch's lengths are in Python: compiled, each number of segments would be a new program
 def _all_tokens(x: Tensor, table: SegmentTable | None, team: Team) -> Tensor:
-    """Gather the tokens of all ranks. Without a table, in the MLP, the padding tokens stay: they do no harm there."""
+    """Gather the tokens of all ranks. The MLP has no table, so padding tokens are kept: they have no effect there."""
     return team.gather_tokens(x, x.shape[1] * team.size if table is None else sum(table.lengths))
 
 
@@ -263,7 +264,7 @@ def _own_branches(team: Team) -> Any:
 
 
 class _Embedding:
-    """Some rows of the embedding. The sum over the ranks has the row of every token, and all ranks compute on it alike."""
+    """Some rows of the embedding. The outputs are summed over the ranks, so that every rank has the rows of all tokens."""
 
     _team: Team
     _first: int

@@ -45,8 +45,9 @@ class Gpu:
         return peak
 
     def reach(self, ranks: int, span: int) -> float:
-        """Return the bytes/s at which each of ``ranks``, evenly spread over ``span`` neighbouring ranks, sends in a collective.
+        """Return the bytes/s at which each rank sends in a collective.
 
+        The ``ranks`` ranks that take part are evenly spread over ``span`` neighbouring ranks.
         Between machines NCCL's rings use the network cards of all GPUs that take part. Data on its way from one machine to
         the next passes through each of these GPUs, so the rate grows with their number.
         """

@@ -186,5 +186,5 @@ def test_impossible_shapes_are_refused(options, message):
 
 
 def test_ids_or_embeddings_but_not_both():
-    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+    with pytest.raises(ValueError, match="input_ids, inputs_embeds: both or neither"):
         make().model(ids(1, 3), inputs_embeds=torch.randn(1, 3, 32))

@@ -33,7 +33,7 @@ skipped steps, which the trainer reports for every engine."""
 def drop_expected_warnings() -> None:
     """Limit DeepSpeed's log to warnings, without those of ``EXPECTED``.
 
-    DeepSpeed 0.19.8 sends all messages to ``deepspeed.utils.logger``. Reason: a user cannot act on the others.
+    DeepSpeed 0.19.8 sends all messages to ``deepspeed.utils.logger``. Reason: a user cannot act on the dropped messages.
     """
     from deepspeed.utils import logger
 

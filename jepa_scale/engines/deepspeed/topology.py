@@ -9,14 +9,20 @@ from jepa_scale.engines.deepspeed import internals
 
 
 def topology_of(ranks: Ranks) -> Topology | None:
-    """Return the ``mpu`` of ``deepspeed.initialize``, or None without tensor parallelism; clear the groups of an earlier engine."""
+    """Return the ``mpu`` of ``deepspeed.initialize``, or None without tensor parallelism.
+
+    Also reset the global groups of an earlier engine.
+    """
     internals.forget_groups()
     return Topology(ranks) if ranks.team > 1 else None
 
 
 class Topology:
-    """The process groups of a rank. ZeRO shards over the data-parallel ranks; to ZeRO, a rank's part of a parameter split by
-    tensor parallelism is an ordinary parameter."""
+    """The process groups of a rank.
+
+    ZeRO shards over the data-parallel ranks. To ZeRO, a rank's part of a parameter that tensor parallelism splits is an
+    ordinary parameter.
+    """
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks

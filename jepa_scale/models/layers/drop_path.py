@@ -59,7 +59,11 @@ def segments_kept(seeds: Tensor, table: SegmentTable, rate: float, blocks: int, 
 
 
 def rows_kept(rows: int, rate: float, blocks: int, device: torch.device) -> Tensor:
-    """Draw the branches that are kept for each row of an ordinary batch, by torch's generator: (blocks, 2, rows, 1) bool."""
+    """Draw the branches that are kept for each row of an ordinary batch, with torch's generator.
+
+    Returns:
+        (blocks, 2, rows, 1) bool.
+    """
     drawn = torch.randint(1 << _BITS, (blocks, 2, rows, 1), device=device)
     return drawn >= (_step(rate, blocks) * torch.arange(blocks, device=device))[:, None, None, None]
 
