@@ -2,6 +2,10 @@
 
     python benchmarks/reversal.py --seeds 5 --json benchmarks/results/reversal.json
 
+    python benchmarks/reversal.py --json benchmarks/results/reversal.json --draw benchmarks/results/reversal.png
+
+The table and the figure stand in docs/results/reversal.md. ``--draw`` draws the figure from the file of ``--json`` and trains nothing.
+
 Each run is a process of its own, of the configs as shipped; a seed changes the data, the weights and the order. Runs
 that are already complete in --dir are not repeated.
 """
@@ -9,6 +13,7 @@ that are already complete in --dir are not repeated.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 from pathlib import Path
@@ -17,6 +22,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
+from benchmarks.figures import COLOURS, panels  # noqa: E402
 from benchmarks.rows import row, write  # noqa: E402
 from benchmarks.study import train  # noqa: E402
 from jepa_scale.telemetry import load_run  # noqa: E402
@@ -38,6 +44,35 @@ def arguments(case: str, seed: int, threads: int) -> list[str]:
     return [*CASES[case][0], f"run.seed={seed}", f"data.seed={seed}", f"engine.threads={threads}", "train.eval_every=0"]
 
 
+DRAWN = {
+    "lm": "lm",
+    "two_view": "two_view",
+    "mlp": "concept, mlp",
+    "linear": "concept, linear",
+    "concept": "concept, rotation",
+}
+"""Case → its label in the figure."""
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw bars of exact match on facts of which one direction was trained, and on their held-out reverses; mean and range over seeds."""
+    by_name = {r["name"]: r for r in rows}
+    figure, (axis,) = panels(1)
+    splits = {"atomic": "fact, as trained", "test": "its reverse, held out"}
+    for i, (split, label) in enumerate(splits.items()):
+        found = [by_name[f"{case}/{split}/exact_match"] for case in DRAWN]
+        places = [j + (i - 0.5) * 0.38 for j in range(len(found))]
+        ranges = [[r["value"] - r["min"] for r in found], [r["max"] - r["value"] for r in found]]
+        bars = axis.bar(places, [r["value"] for r in found], 0.36, yerr=ranges, color=COLOURS[i], label=label)
+        if split == "test":
+            axis.bar_label(bars, [f"{r['value']:.3f}" for r in found], padding=3, fontsize=8)
+    axis.set_xticks(range(len(DRAWN)), [label.replace(", ", "\n") for label in DRAWN.values()], fontsize=8)
+    axis.set_ylabel("exact match")
+    axis.set_ylim(0, 1.12)
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False, fontsize=8)
+    figure.savefig(path, metadata={"Software": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
@@ -45,7 +80,11 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, default=Path("runs/benchmark_reversal"))
     parser.add_argument("--threads", type=int, default=0, help="CPU threads a run; 0 = all cores")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--draw", type=Path, metavar="PNG", help="only draw the figure of the file of --json")
     args = parser.parse_args()
+    if args.draw:
+        draw(json.loads(args.json.read_text(encoding="utf-8"))["rows"], args.draw)
+        return
 
     rows: list[dict[str, Any]] = []
     table: list[list[str]] = []
