@@ -1,4 +1,4 @@
-"""The commands that README.md and docs/*.md show, as lists of words."""
+"""The commands that README.md and the pages of docs/ show, as lists of words."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 PROGRAMS = ("jepa-scale ", "python ", "torchrun ", "deepspeed ", "scripts/", "sbatch ", "kubectl ", "source ")
 VARIABLE = re.compile(r"^[A-Z_]+=\S*\s+")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -37,7 +37,7 @@ def is_command(line: str) -> bool:
 
 def commands_of(page: Path) -> list[Command]:
     """Every line of a fenced shell block, every indented line and every span of code that is a command with arguments."""
-    text, name = page.read_text(), page.name
+    text, name = page.read_text(), str(page.relative_to(REPOSITORY))
     found = []
     for language, block in FENCE.findall(text):
         if language in SHELL:

@@ -29,7 +29,8 @@ FOREIGN = {
 NOT_RUN = {
     r"^scripts/(quickstart|test)\.sh": "installs, and runs everything: the scripts themselves are tested by CI",
     r"^scripts/install_integration\.sh": "installs packages of the system",
-    r"^source \.venv/bin/activate$": "the shell's",
+    r"^(source \.venv/bin/activate|cd jepa_scale)$": "the shell's",
+    r"^git clone ": "needs the network",
     r"^kubectl ": "needs a cluster; the file is checked by tests/test_k8s.py",
     r"^python benchmarks/": "takes minutes to hours",
     r"^python scripts/gallery/": "run by tests/test_gallery.py",

@@ -44,7 +44,7 @@ KEY = re.compile(rf"`({'|'.join(KNOWN)})\.([a-z_0-9]+)[^`]*`")
 FOREIGN = {"data.module", "model.name", "model.use_lora", "model.lora_rank", "model.pretrain"}
 
 
-@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: str(page.relative_to(DOCS)))
 def test_keys_exist(page):
     for section, key in KEY.findall(page.read_text()):
         name = f"{section}.{key}"

@@ -56,8 +56,8 @@ def site(tmp_path_factory):
 
 def test_every_page_is_there(site):
     pages, _ = site
-    for source in (REPOSITORY / "docs").glob("*.md"):
-        assert Path(f"{source.stem}.html") in pages, source.name
+    for source in (REPOSITORY / "docs").rglob("*.md"):
+        assert source.relative_to(REPOSITORY / "docs").with_suffix(".html") in pages, source.name
 
 
 def test_links_and_anchors_lead_somewhere(site):
