@@ -15,7 +15,7 @@ HEAD = """# Every key of a config
 An experiment is one YAML file of these sections. `jepa-scale config C` prints a file with every default filled in, and where
 each value is from; `section.key=value` after `--config C` overrides one. `jepa-scale config --schema > schema.json` writes a
 JSON Schema: with `# yaml-language-server: $schema=schema.json` as a config's first line an editor completes and checks it.
-A name in [brackets] is what the system that the objective comes from calls the key (`docs/from-*.md`).
+A name in [brackets] is what the system that the objective comes from calls the key (`docs/migration.md`).
 
 This page is written by `jepa-scale config --reference > docs/config.md`.
 """
