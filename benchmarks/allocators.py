@@ -71,8 +71,8 @@ class Measured:
         if what == "views":
             self.ours = scaling.program(scaling.config_file(scratch, what, VIEWS, threads), ranks, scratch)
         else:
-            config = peers.config_of(what, threads, BATCHES[what], "nl_rx_synth", "python_docs", peers.LLAMA)
-            self.ours = Ours(config, ranks, scratch)
+            experiment = peers.experiment_of(what, threads, BATCHES[what], "nl_rx_synth", "python_docs", peers.LLAMA)
+            self.ours = Ours(experiment, ranks, scratch)
 
     def step(self) -> dict[str, float]:
         before = resource.getrusage(resource.RUSAGE_SELF)

@@ -41,7 +41,7 @@ sys.path.insert(0, str(REPOSITORY))
 from benchmarks.rows import row, write  # noqa: E402
 from jepa_scale import checkpoint  # noqa: E402
 from jepa_scale.checkpoint import Manifest, Policy, Saver  # noqa: E402
-from jepa_scale.config.schema import load_config  # noqa: E402
+from jepa_scale.config.loading import load_config  # noqa: E402
 from jepa_scale.distributed.comm import Ranks, all_reduce_sum  # noqa: E402
 from jepa_scale.experiment import validate  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402

@@ -30,12 +30,13 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.rows import row, write  # noqa: E402
-from jepa_scale.config.schema import load_config  # noqa: E402
-from jepa_scale.data import load_data  # noqa: E402
+from jepa_scale.config.loading import load_config  # noqa: E402
+from jepa_scale.data import load_data, parse_data  # noqa: E402
 from jepa_scale.data.examples import Conversation, Document, Turn  # noqa: E402
 from jepa_scale.data.sampling.batches import WINDOW_BINS, TokenStream  # noqa: E402
 from jepa_scale.data.sampling.loader import Loader  # noqa: E402
 from jepa_scale.distributed.comm import Ranks  # noqa: E402
+from jepa_scale.experiment import validate  # noqa: E402
 from jepa_scale.objectives.lm import lm_views  # noqa: E402
 from jepa_scale.packing import IGNORE  # noqa: E402
 from jepa_scale.telemetry import load_run  # noqa: E402
@@ -195,10 +196,10 @@ def main() -> None:
     config = "configs/tiny_corpus.yaml"
     rows: list[dict[str, Any]] = []
     for name, values in sources.items():
-        data = load_data({**values, "max_length": MICRO_TOKENS} if values["source"] == "text" else values)
+        data = load_data(parse_data({**values, "max_length": MICRO_TOKENS} if values["source"] == "text" else values))
         rows += compare(name, data, args)
-        rows += efficiency(name, load_data(values))
-    rows += efficiency("reversal", load_data(load_config("configs/reversal.yaml").data))
+        rows += efficiency(name, load_data(parse_data(values)))
+    rows += efficiency("reversal", load_data(validate(load_config("configs/reversal.yaml")).data))
     with tempfile.TemporaryDirectory() as folder:
         for name, values in sources.items():
             overrides = [f"data.{key}={value}" for key, value in values.items()]

@@ -33,7 +33,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from benchmarks.rows import as_table, row, write  # noqa: E402
-from jepa_scale.config.schema import load_config  # noqa: E402
+from jepa_scale.config.loading import load_config  # noqa: E402
 from jepa_scale.distributed import comm  # noqa: E402
 from jepa_scale.experiment import validate  # noqa: E402
 from jepa_scale.models.attention import attention, available_backends  # noqa: E402

@@ -80,7 +80,7 @@ def write_untrained(target: Path) -> None:
     import torch
 
     from jepa_scale import checkpoint
-    from jepa_scale.config.schema import load_config
+    from jepa_scale.config.loading import load_config
     from jepa_scale.distributed import comm
     from jepa_scale.experiment import validate
     from jepa_scale.training.build import build

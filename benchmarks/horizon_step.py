@@ -31,7 +31,7 @@ sys.path.insert(0, str(REPOSITORY))
 import torch  # noqa: E402
 
 from benchmarks.rows import row, write  # noqa: E402
-from jepa_scale.config.schema import load_config  # noqa: E402
+from jepa_scale.config.loading import load_config  # noqa: E402
 from jepa_scale.distributed import comm  # noqa: E402
 from jepa_scale.experiment import validate  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402

@@ -29,9 +29,11 @@ step of LLM-JEPA has a benchmark of its own, ``benchmarks/two_view.py``.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +48,10 @@ from benchmarks.peer_programs.ours import Found, Ours, Program, Samples  # noqa:
 from benchmarks.peer_programs.plain import FsdpLoop, PlainLoop  # noqa: E402
 from benchmarks.peer_programs.trainer import HuggingFaceTrainer  # noqa: E402
 from benchmarks.rows import row, write  # noqa: E402
-from jepa_scale.config.schema import Config, load_config  # noqa: E402
+from jepa_scale.config.loading import load_config  # noqa: E402
 from jepa_scale.distributed import comm  # noqa: E402
 from jepa_scale.engines.precision import has_bf16  # noqa: E402
+from jepa_scale.experiment import Experiment, validate  # noqa: E402
 from jepa_scale.telemetry import quiet_libraries  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
 from jepa_scale.utils import allocator  # noqa: E402
@@ -92,25 +95,23 @@ OTHERS: dict[str, Makers] = {
 }
 
 
-def config_of(name: str, threads: int, batch_size: int, chat: str, horizon_data: str, llama: dict[str, Any]) -> Config:
-    """Of our side of a comparison."""
+def experiment_of(
+    name: str, threads: int, batch_size: int, chat: str, horizon_data: str, llama: dict[str, Any], *overrides: str
+) -> Experiment:
+    """Our side of a comparison."""
     common = [f"engine.threads={threads}", "data.workers=0"]
     if name == "horizon":
         sizes = ["train.batch_tokens=0", "train.micro_tokens=0", f"train.batch_size={batch_size}"]
-        return load_config("configs/tiny_shakespeare.yaml", [*common, *sizes, f"data.path={horizon_data}"])
+        given = [*common, *sizes, f"data.path={horizon_data}", *overrides]
+        return validate(load_config("configs/tiny_shakespeare.yaml", given))
     model = {"family": "huggingface", "config": llama, "vocab_size": 32_000 if name == "chat" else None}
     if name == "chat":
-        config = load_config(
-            "configs/nl_rx_synth_lm.yaml", [*common, f"data.path={chat}", f"train.batch_size={batch_size}"]
-        )
-        config.data["max_length"], config.train.epochs = PAD, 0
+        file = "configs/nl_rx_synth_lm.yaml"
+        given = [f"data.path={chat}", f"data.max_length={PAD}", f"train.batch_size={batch_size}", "train.epochs=0"]
     else:
         sizes = ["train.batch_tokens=0", "train.micro_tokens=0", f"train.batch_size={batch_size}"]
-        config = load_config(
-            "configs/tiny_corpus_lm.yaml", [*common, *sizes, "data.vocab_size=8192", "data.max_length=256"]
-        )
-    config.model = model
-    return config
+        file, given = "configs/tiny_corpus_lm.yaml", [*sizes, "data.vocab_size=8192", "data.max_length=256"]
+    return validate(load_config(file, [*common, f"model={json.dumps(model)}", *given, *overrides]))
 
 
 class Side:
@@ -126,8 +127,8 @@ class Side:
         torch.set_float32_matmul_precision("highest")
         ranks = comm.setup()
         batch_size = {"chat": args.chat_batch, "text": args.text_batch, "horizon": args.horizon_batch}[name]
-        config = config_of(name, args.threads, batch_size, args.chat, args.horizon_data, LLAMA)
-        ours = Ours(config, ranks, scratch)
+        experiment = experiment_of(name, args.threads, batch_size, args.chat, args.horizon_data, LLAMA)
+        ours = Ours(experiment, ranks, scratch)
         self.open, self.samples = [ours], ours.samples
         self.programs: dict[str, Program] = {}
         if who == "ours_system":
@@ -135,8 +136,7 @@ class Side:
         elif who != "others":
             self.programs["ours"] = ours
             if has_bf16(ranks.device):
-                in_bf16 = config.model_copy(deep=True)
-                in_bf16.engine.precision = "bf16"
+                in_bf16 = replace(experiment, engine=experiment.engine.model_copy(update={"precision": "bf16"}))
                 self.open.append(Ours(in_bf16, ranks, scratch))
                 self.programs["ours_bf16"] = self.open[-1]
         if who in ("others", "all"):

@@ -44,7 +44,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.rows import row, write  # noqa: E402
-from jepa_scale.config.schema import load_config  # noqa: E402
+from jepa_scale.config.loading import load_config  # noqa: E402
 from jepa_scale.distributed.comm import Ranks  # noqa: E402
 from jepa_scale.experiment import validate  # noqa: E402
 from jepa_scale.plan.hardware import find_gpu  # noqa: E402
@@ -252,7 +252,7 @@ def measured(world_size: int, folder: Path, device: str, files: list[Path]) -> I
 
 def planned(file: Path, world_size: int, device: str) -> dict[str, float]:
     gpu = None if device == "cpu" else find_gpu("h100")  # any: its kernels are alike, its memory is not asked
-    plan = make_plan(load_config(file), Request(world_size, gpu, search=False))
+    plan = make_plan(validate(load_config(file)), Request(world_size, gpu, search=False))
     return {"peak": plan.memory.peak, "state": sum(plan.memory.state.values()), "start": plan.start}
 
 

@@ -18,7 +18,8 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from jepa_scale.config.schema import load_config  # noqa: E402
+from jepa_scale.config.loading import load_config  # noqa: E402
+from jepa_scale.experiment import validate  # noqa: E402
 from jepa_scale.plan.hardware import GIB, find_gpu  # noqa: E402
 from jepa_scale.plan.planner import Request, RunPlan, make_plan  # noqa: E402
 from jepa_scale.telemetry import quiet_libraries  # noqa: E402
@@ -82,7 +83,7 @@ def planned(size: dict[str, Any], gpus: int, engine: str, tp: int, replicas: int
     step = micro * ranks * max(1, STEP_TOKENS // (micro * ranks))
     batch = [f"train.micro_tokens={micro}", f"train.batch_tokens={step}", f"engine.name={engine}"]
     config = load_config(REPOSITORY / size["config"], [*size["set"], *batch])
-    return make_plan(config, Request(gpus, find_gpu(gpu), tp, replicas, size["checkpointing"], 1e12))
+    return make_plan(validate(config), Request(gpus, find_gpu(gpu), tp, replicas, size["checkpointing"], 1e12))
 
 
 def cells(name: str, gpus: int, layout: str, plan: RunPlan) -> list[str]:

@@ -33,9 +33,10 @@ import numpy as np  # noqa: E402
 from benchmarks.figures import COLOURS, panels  # noqa: E402
 from benchmarks.peer_programs.ours import Ours  # noqa: E402
 from benchmarks.rows import row, write  # noqa: E402
-from jepa_scale.config.schema import load_config  # noqa: E402
+from jepa_scale.config.loading import load_config  # noqa: E402
 from jepa_scale.distributed import comm  # noqa: E402
 from jepa_scale.distributed.comm import Ranks  # noqa: E402
+from jepa_scale.experiment import validate  # noqa: E402
 from jepa_scale.telemetry import quiet_libraries  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
 from jepa_scale.utils.format import text_table  # noqa: E402
@@ -92,7 +93,7 @@ def config_file(folder: Path, what: str, size: int, threads: int) -> Path:
 
 
 def program(file: Path, ranks: Ranks, scratch: Path) -> Ours:
-    return Ours(load_config(str(file), []), ranks, scratch)
+    return Ours(validate(load_config(str(file), [])), ranks, scratch)
 
 
 def step_flops(ours: Ours) -> int:

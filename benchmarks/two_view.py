@@ -49,7 +49,7 @@ from torch import Tensor  # noqa: E402
 
 from benchmarks.rows import row, write  # noqa: E402
 from jepa_scale.config.schema import OptimConfig  # noqa: E402
-from jepa_scale.data import load_data  # noqa: E402
+from jepa_scale.data import load_data, parse_data  # noqa: E402
 from jepa_scale.data.sampling.rng import Draw  # noqa: E402
 from jepa_scale.distributed.comm import Ranks  # noqa: E402
 from jepa_scale.losses.distance import cosine  # noqa: E402
@@ -99,10 +99,12 @@ def load(vocab_size: int, scratch: Path) -> tuple[Any, str]:
     root = os.environ.get("JEPA_SCALE_DATA", "")
     keys = {"source": "chat", "tokenizer": "bpe", "vocab_size": vocab_size, "max_length": WIDTH}
     if root and (Path(root).expanduser() / "nl_rx_synth" / "train.jsonl").is_file():
-        return load_data({**keys, "path": "nl_rx_synth"}), "NL-RX-SYNTH"
+        return load_data(parse_data({**keys, "path": "nl_rx_synth"})), "NL-RX-SYNTH"
     file = scratch / "rows.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in made_rows(4000)), encoding="utf-8")
-    return load_data({**keys, "path": str(file), "cache": str(scratch / "cache")}), "made rows of NL-RX-SYNTH's lengths"
+    return load_data(
+        parse_data({**keys, "path": str(file), "cache": str(scratch / "cache")})
+    ), "made rows of NL-RX-SYNTH's lengths"
 
 
 class Rows(NamedTuple):

@@ -1,4 +1,4 @@
-"""A config becomes a plan: every section is checked against the options of what it names, before anything is built.
+"""A config becomes an experiment: every section is checked against the options of what it names, before anything is built.
 
 Nothing here takes torch: options are declared in modules of their own, beside the code that they are for, and a class is
 imported when somebody asks for it. So whatever can be said of a config alone is said within a fraction of a second.
@@ -8,16 +8,32 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import json
+import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jepa_scale.config.schema import Config, Section, parse_section
-from jepa_scale.data import DataOptions, parse_data
-from jepa_scale.evaluation.options import OPTIONS
+from jepa_scale.config.loading import to_yaml
+from jepa_scale.config.parsing import parse_section
+from jepa_scale.config.schema import (
+    CheckpointConfig,
+    Config,
+    EngineConfig,
+    LogConfig,
+    OptimConfig,
+    RunConfig,
+    Section,
+    TrainConfig,
+)
+from jepa_scale.data import SourceOptions, parse_data
+from jepa_scale.evaluation.options import OPTIONS, EvaluationOptions
 from jepa_scale.models.options import ModelOptions
+from jepa_scale.telemetry.records import SUMMARY_FILE
 from jepa_scale.utils.errors import InputError
 
 if TYPE_CHECKING:
+    from jepa_scale.models.backbone import Backbone
     from jepa_scale.objectives.base import Objective
 
 OBJECTIVES = {
@@ -42,19 +58,63 @@ OBJECTIVES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """A config whose every section has been validated; nothing has been built yet."""
+class ChosenObjective:
+    """An objective and its options."""
 
-    config: Config
-    data: DataOptions
-    model: ModelOptions
-    objective: Section
-    evaluation: Section
+    name: str
+    options: Section
 
     @property
-    def objective_class(self) -> type[Objective]:
+    def cls(self) -> type[Objective]:
         """The class that ``objective.name`` names."""
-        return objective_class(self.config.objective["name"])
+        return objective_class(self.name)
+
+    def build(self, backbone: Backbone, data: Any) -> Objective:
+        """Build the objective, with new heads."""
+        return self.cls(self.options, backbone, data)
+
+    def resolved(self) -> dict[str, Any]:
+        """``objective:`` with its defaults filled in."""
+        return {"name": self.name, **self.options.resolved()}
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """A validated config: the options of every section. Nothing has been built yet.
+
+    It is frozen. To change a value, such as a precision that the devices decide, make a new experiment with
+    :func:`dataclasses.replace` and ``section.model_copy(update={...})``.
+    """
+
+    run: RunConfig
+    engine: EngineConfig
+    model: ModelOptions
+    data: SourceOptions
+    objective: ChosenObjective
+    optim: OptimConfig
+    train: TrainConfig
+    checkpoint: CheckpointConfig
+    eval: EvaluationOptions
+    log: LogConfig
+
+    def resolved(self) -> dict[str, Any]:
+        """The config with every default filled in, as plain YAML values; it loads again as the same experiment."""
+        return {
+            "run": self.run.model_dump(mode="json"),
+            "engine": self.engine.model_dump(mode="json"),
+            "model": self.model.resolved(),
+            "data": self.data.resolved(),
+            "objective": self.objective.resolved(),
+            "optim": self.optim.model_dump(mode="json"),
+            "train": self.train.model_dump(mode="json"),
+            "checkpoint": self.checkpoint.model_dump(mode="json"),
+            "eval": self.eval.resolved(),
+            "log": self.log.model_dump(mode="json"),
+        }
+
+    def to_yaml(self) -> str:
+        """The text of :meth:`resolved`, as a run saves it."""
+        return to_yaml(self.resolved())
 
 
 def objective_class(name: str) -> type[Objective]:
@@ -105,8 +165,8 @@ def _named(place: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-def validate(config: Config) -> Plan:
-    """Check every section and write its defaults back into the config, so that the saved config is complete.
+def validate(config: Config) -> Experiment:
+    """Check every section against the options of what it names.
 
     Raises:
         InputError: names the key.
@@ -115,10 +175,51 @@ def validate(config: Config) -> Plan:
     name = options.pop("name", None)
     if not isinstance(name, str):
         raise InputError(f"objective.name: required key is missing; one of {', '.join(OBJECTIVES)}")
-    objective = parse_section(objective_options(name), options, "objective")
+    objective = ChosenObjective(name, parse_section(objective_options(name), options, "objective"))
     data = parse_data(config.data)
-    model = parse_section(ModelOptions, config.model, "model")
-    evaluation = parse_section(OPTIONS[data.evaluation], config.eval, "eval")
-    config.objective = {"name": name, **objective.resolved()}
-    config.data, config.model, config.eval = data.resolved(), model.resolved(), evaluation.resolved()
-    return Plan(config, data, model, objective, evaluation)
+    data = parse_data(data.resolved())  # as a saved config has it: without keys that have no meaning beside the others
+    return Experiment(
+        run=config.run,
+        engine=config.engine,
+        model=parse_section(ModelOptions, config.model, "model"),
+        data=data,
+        objective=objective,
+        optim=config.optim,
+        train=_with_flops(config.train),
+        checkpoint=config.checkpoint,
+        eval=parse_section(OPTIONS[data.evaluation], config.eval, "eval"),
+        log=config.log,
+    )
+
+
+def _with_flops(train: TrainConfig) -> TrainConfig:
+    """Set ``train.flops`` to what the run of ``train.same_flops_as`` took.
+
+    Raises:
+        InputError: that run's summary does not give its FLOPs.
+    """
+    if not train.same_flops_as:
+        return train
+    return train.model_copy(update={"flops": _flops_of(train.same_flops_as, train.flops)})
+
+
+def _flops_of(run: str, known: float) -> float:
+    """The FLOPs of a run, from its summary. A resolved config holds the number too, and does not need the run any more."""
+    problem, flops = "", None
+    try:
+        summary = json.loads((Path(run).expanduser() / SUMMARY_FILE).read_text(encoding="utf-8"))
+        flops = summary.get("flops") if isinstance(summary, dict) else None
+    except OSError:
+        problem = f"{run!r} is no run directory with a summary.json; give one of a run that has ended"
+    except ValueError:
+        problem = f"the summary.json of {run!r} is damaged; give another run"
+    if not problem and not (isinstance(flops, int | float) and math.isfinite(flops) and flops > 0):
+        problem = f"the summary.json of {run!r} has no flops; train that run again, or give train.flops"
+    if not problem and known and flops != known:
+        problem = f"{run!r} took {flops:.4g} FLOPs, and train.flops is {known:.4g}; remove one"
+    if not problem:
+        assert flops is not None
+        return float(flops)
+    if known and flops is None:
+        return known
+    raise InputError(f"train: same_flops_as: {problem}")

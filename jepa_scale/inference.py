@@ -17,17 +17,18 @@ from tqdm import tqdm
 from jepa_scale.checkpoint import Manifest, complete, store
 from jepa_scale.checkpoint.boxes import Boxes
 from jepa_scale.checkpoint.manifest import FILE, TENSORS
-from jepa_scale.config.schema import Config, load_config
+from jepa_scale.config.loading import load_config
 from jepa_scale.convert.from_hf import state_tensors
-from jepa_scale.data import load_data
+from jepa_scale.data import SourceOptions, load_data
 from jepa_scale.data.base import Dataset
+from jepa_scale.data.options import MixtureOptions
 from jepa_scale.data.prepare.base import BadRecord, Record
 from jepa_scale.data.prepare.encoders.chat_tokens import bos_prefix, encode_text
 from jepa_scale.data.prepare.encoders.encode import ChatEncoder
 from jepa_scale.data.texts import Text, Texts, tokenize
 from jepa_scale.distributed.comm import Ranks
 from jepa_scale.evaluation.encode import EncodedTexts, encode_texts
-from jepa_scale.experiment import validate
+from jepa_scale.experiment import Experiment, validate
 from jepa_scale.models.generation import answer, rounds
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.objectives.base import JepaModel
@@ -48,7 +49,7 @@ class LoadedRun:
         tokenizer: Hugging Face's, None if the data have none (token ids can still be encoded).
     """
 
-    config: Config
+    experiment: Experiment
     checkpoint: Path
     module: JepaModel
     data: Any
@@ -155,7 +156,7 @@ class LoadedRun:
                 room.
         """
         if not self.module.objective.predicts_tokens:
-            raise InputError(f"objective {self.config.objective['name']!r} does not train next-token prediction")
+            raise InputError(f"objective {self.experiment.objective.name!r} does not train next-token prediction")
         if self.tokenizer is None:
             raise InputError("the run's data have no tokenizer to read prompts with")
         ids = [self._prompt(prompt, f"prompts[{n}]") for n, prompt in enumerate(prompts)]
@@ -176,7 +177,7 @@ class LoadedRun:
 
     @property
     def _chats(self) -> bool:
-        return getattr(self.data, "kind", "") == "chat"
+        return bool(self.data.kind == "chat")
 
     def _prompt(self, text: str, name: str) -> np.ndarray:
         """Token ids up to where the answer begins, as in training."""
@@ -212,19 +213,18 @@ def load(run_dir: str | Path, checkpoint: str | Path = "auto", device: str | tor
     run = Path(run_dir).expanduser()
     file = config_of(run)
     where = _device(device)
-    config = load_config(file.absolute())
-    plan = validate(config)
-    found = find_checkpoint(run, checkpoint, config.checkpoint.verify)
-    data: Any = open_data(config.data)
+    experiment = validate(load_config(file.absolute()))
+    found = find_checkpoint(run, checkpoint, experiment.checkpoint.verify)
+    data: Any = open_data(experiment.data)
     with torch.random.fork_rng(devices=[]):  # the weights that are made here are replaced
-        backbone = build_backbone(plan.model, data.vocab_size)
-        module = JepaModel(backbone, plan.objective_class(plan.objective, backbone, data))
+        backbone = build_backbone(experiment.model, data.vocab_size)
+        module = JepaModel(backbone, experiment.objective.build(backbone, data))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # DCP speaks of its internals
         boxes = {name: Boxes.whole(tensor) for name, tensor in state_tensors(module).items()}
         store.read(found / TENSORS, boxes, alone=True)
     tokenizer = data.load_tokenizer() if getattr(data, "tokenizer", None) is not None else None
-    return LoadedRun(config, found, module.to(where).eval(), data, tokenizer, where)
+    return LoadedRun(experiment, found, module.to(where).eval(), data, tokenizer, where)
 
 
 def _device(name: str | torch.device) -> torch.device:
@@ -257,18 +257,18 @@ def find_checkpoint(run: Path, which: str | Path, hashes: bool) -> Path:
     raise InputError(f"{directory}: holds no whole checkpoint")
 
 
-def open_data(values: dict[str, Any]) -> Dataset:
+def open_data(options: SourceOptions) -> Dataset:
     """The data set that ``data:`` describes, though shards of it may be missing: nobody will read them.
 
     Raises:
         InputError: it is gone, with its tokenizer.
     """
     with suppress(InputError):
-        return load_data(values)
-    with_gaps = {**values, "on_error": "skip"}
-    if "parts" in values:
-        with_gaps["parts"] = [{**part, "on_error": "skip"} for part in values["parts"]]
+        return load_data(options)
+    skip: dict[str, Any] = {"on_error": "skip"}
+    if isinstance(options, MixtureOptions):
+        skip["parts"] = [part.model_copy(update={"on_error": "skip"}) for part in options.parts]
     try:
-        return load_data(with_gaps)
+        return load_data(options.model_copy(update=skip))
     except InputError as error:
         raise InputError(f"{error} (the tokenizer of the run comes with its data)") from None

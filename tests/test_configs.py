@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from jepa_scale.config.schema import load_config, to_yaml
+from jepa_scale.config.loading import load_config
 from jepa_scale.experiment import validate
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -13,15 +13,15 @@ EXPERIMENTS = sorted(CONFIGS.glob("*.yaml"))
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
 def test_experiment_validates(path):
-    assert validate(load_config(path)).config.run.name == path.stem
+    assert validate(load_config(path)).run.name == path.stem
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
 @pytest.mark.parametrize("model", [None, "configs/models/gpt2_tiny.yaml"])
 def test_a_resolved_experiment_resolves_to_itself(path, model, tmp_path):
-    once = to_yaml(validate(load_config(path, [f"model={model}"] if model else [])).config)
+    once = validate(load_config(path, [f"model={model}"] if model else [])).to_yaml()
     (tmp_path / path.name).write_text(once)
-    assert to_yaml(validate(load_config(tmp_path / path.name)).config) == once
+    assert validate(load_config(tmp_path / path.name)).to_yaml() == once
 
 
 @pytest.mark.parametrize("path", [*EXPERIMENTS, *sorted(CONFIGS.glob("models/*.yaml"))], ids=lambda p: p.stem)

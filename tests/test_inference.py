@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import jepa_scale
 from jepa_scale import checkpoint
-from jepa_scale.config.schema import load_config
+from jepa_scale.config.loading import load_config
 from jepa_scale.data.examples import Document
 from jepa_scale.data.sampling.rng import Draw
 from jepa_scale.distributed.comm import Ranks
@@ -45,7 +45,7 @@ def train_and_encode(ranks: Ranks, config: str, ids: list[list[int]]) -> dict[st
     """Train, build the run anew, and encode with the engine what its checkpoint holds, in the order of the texts."""
     train_runs(ranks, [(config, None)])
     run = build(validate(load_config(config)), ranks)
-    found = checkpoint.find(Path(run.config.run.dir) / run.config.run.name, "auto")
+    found = checkpoint.find(Path(run.experiment.run.dir) / run.experiment.run.name, "auto")
     assert found is not None
     checkpoint.load(found, run.parts)
     run.engine.eval()
@@ -184,7 +184,7 @@ def test_unembedding_is_by_the_embeddings(run):
 
 
 def test_without_a_tokenizer_ids_can_be_encoded(run):
-    bare = LoadedRun(run.config, run.checkpoint, run.module, run.data, None, run.device)
+    bare = LoadedRun(run.experiment, run.checkpoint, run.module, run.data, None, run.device)
     np.testing.assert_array_equal(bare.encode([[5, 6, 7]]), run.encode([[5, 6, 7]]))
     with pytest.raises(InputError, match=r"texts\[0\]: is a text, but the run's data have no tokenizer"):
         bare.encode(["a"])

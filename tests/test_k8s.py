@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jepa_scale.config.schema import load_config
+from jepa_scale.config.loading import load_config
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")

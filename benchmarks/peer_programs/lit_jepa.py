@@ -41,7 +41,7 @@ class PaddedHorizon(Loop):
         ids, labels = np.zeros((len(numbers), self.width), np.int64), np.full((len(numbers), self.width), IGNORE)
         pairs: list[tuple[np.ndarray, ...]] = []
         for row, (epoch, number) in enumerate(zip(epochs, numbers, strict=True)):
-            draw = Draw(self.config.run.seed, int(epoch), step, int(number))
+            draw = Draw(self.experiment.run.seed, int(epoch), step, int(number))
             view = make(self.samples.run.data.train[int(number)], draw)
             segment = view.segments[0]
             ids[row, : len(segment.tokens)], labels[row, : len(segment.tokens)] = segment.tokens, segment.labels

@@ -20,9 +20,9 @@ class Loop:
     """
 
     def __init__(self, samples: Samples, model: nn.Module, clipped: Iterable[list[nn.Parameter]] | None = None) -> None:
-        self.samples, self.config, self.done, self.model = samples, samples.plan.config, 0, model
+        self.samples, self.experiment, self.done, self.model = samples, samples.experiment, 0, model
         self.clipped = [list(model.parameters())] if clipped is None else list(clipped)
-        optim = self.config.optim
+        optim = self.experiment.optim
         groups: list[dict[str, Any]] = [
             {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": optim.weight_decay},
             {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
@@ -48,11 +48,11 @@ class Loop:
             loss = self.loss(step)
             loss.backward()
             for parameters in self.clipped:
-                torch.nn.utils.clip_grad_norm_(parameters, self.config.optim.clip_norm)
+                torch.nn.utils.clip_grad_norm_(parameters, self.experiment.optim.clip_norm)
             self.optimizer.step()
             self.optimizer.zero_grad()
             self.updated(step)
-            if (step + 1) % self.config.train.log_every == 0:
+            if (step + 1) % self.experiment.train.log_every == 0:
                 float(loss.detach())
             found.append(time.perf_counter() - started)
         self.done += count

@@ -15,9 +15,8 @@ import numpy as np
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from jepa_scale.config.schema import Config, to_yaml
 from jepa_scale.distributed.comm import Ranks
-from jepa_scale.experiment import Plan, validate
+from jepa_scale.experiment import Experiment
 from jepa_scale.objectives.base import JepaModel
 from jepa_scale.packing import IGNORE
 from jepa_scale.telemetry import RunLog, prepare_run_dir
@@ -68,11 +67,11 @@ class Samples:
     """What a step trains on: the rows that our run takes in that step, in its order.
 
     Attributes:
-        plan: of the run; ``run`` itself.
+        experiment: of the run; ``run`` itself.
     """
 
-    def __init__(self, plan: Plan, run: Run) -> None:
-        self.plan, self.run = plan, run
+    def __init__(self, experiment: Experiment, run: Run) -> None:
+        self.experiment, self.run = experiment, run
 
     def of_step(self, step: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """(n,) ids and (n,) labels of each sample, as transformers takes them: not shifted."""
@@ -90,28 +89,32 @@ class Samples:
 
     def fresh_model(self) -> JepaModel:
         """The weights that the run began with, in an ordinary module."""
-        return model_of(self.plan, self.run.data)
+        return model_of(self.experiment, self.run.data)
 
 
 class Ours:
     """:class:`jepa_scale.training.trainer.Trainer` on a run, stopped after so many steps and gone on with."""
 
-    def __init__(self, config: Config, ranks: Ranks, scratch: Path) -> None:
-        config.run.dir, config.run.name = str(scratch), f"run{next(_numbers)}"
-        config.log.progress = config.log.report = False
-        config.train.steps, config.train.eval_every, config.checkpoint.every = STEPS, 0, 0
-        plan = validate(config)
-        self.run, self.ranks, self.done = build(plan, ranks), ranks, 0
-        self.samples = Samples(plan, self.run)
+    def __init__(self, experiment: Experiment, ranks: Ranks, scratch: Path) -> None:
+        name = f"run{next(_numbers)}"
+        experiment = replace(
+            experiment,
+            run=experiment.run.model_copy(update={"dir": str(scratch), "name": name}),
+            log=experiment.log.model_copy(update={"progress": False, "report": False}),
+            train=experiment.train.model_copy(update={"steps": STEPS, "eval_every": 0}),
+            checkpoint=experiment.checkpoint.model_copy(update={"every": 0}),
+        )
+        self.run, self.ranks, self.done = build(experiment, ranks), ranks, 0
+        self.samples = Samples(experiment, self.run)
         self.stack = ExitStack()
-        folder = scratch / config.run.name
+        folder = scratch / name
         prepare_run_dir(folder, resume=False)
         self.log = self.stack.enter_context(
-            RunLog(folder, config.log, ranks, config.run.name, STEPS, to_yaml(config), data=self.run.data.counts)
+            RunLog(folder, experiment.log, ranks, name, STEPS, experiment.to_yaml(), data=self.run.data.counts)
         )
         self.stop = self.stack.enter_context(StopRequest(ranks.device))
         self.watchdog = self.stack.enter_context(Watchdog(folder, ranks, 0))
-        self.saver = saver_of(config, folder)
+        self.saver = saver_of(experiment.checkpoint, folder)
 
     def look(self, step: int) -> Found:
         batches = list(self.run.batches(step, step + 1))[0]
@@ -138,9 +141,9 @@ class Ours:
 
         self.run.batches = some  # type: ignore[assignment]
         try:
-            Trainer(self.run, self.log, self.saver, self.watchdog, self.stop, Criteria(self.run.config.train)).train(
-                start
-            )
+            Trainer(
+                self.run, self.log, self.saver, self.watchdog, self.stop, Criteria(self.run.experiment.train)
+            ).train(start)
         finally:
             self.run.batches = whole
         self.done += count

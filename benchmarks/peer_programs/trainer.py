@@ -61,7 +61,7 @@ class HuggingFaceTrainer:
         return [{"input_ids": i.tolist(), "labels": y.tolist()} for i, y in self.samples.of_step(step)]
 
     def trainer(self, count: int) -> tuple[Trainer, _Clock]:
-        optim, clock = self.samples.plan.config.optim, _Clock()
+        optim, clock = self.samples.experiment.optim, _Clock()
         dataset = [row for step in range(self.done, self.done + count) for row in self.rows(step)]
         arguments = TrainingArguments(
             output_dir=str(self.scratch / "trainer"),

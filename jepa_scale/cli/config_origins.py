@@ -8,23 +8,25 @@ from typing import Any
 
 import yaml
 
-from jepa_scale.config.schema import Config, Section, find_file, to_yaml
+from jepa_scale.config.loading import find_file
+from jepa_scale.config.schema import Section
+from jepa_scale.experiment import Experiment
 
 FOLLOWS = "follows from other keys"
 
 
-def annotate(config: Config, path: str | Path, overrides: Sequence[str] = ()) -> str:
-    """The config as YAML, each value with its origin as a comment; it loads again as the same config.
+def annotate(experiment: Experiment, path: str | Path, overrides: Sequence[str] = ()) -> str:
+    """The experiment as YAML, each value with its origin as a comment; it loads again as the same experiment.
 
     Args:
-        config: what ``path`` and ``overrides`` were resolved to.
+        experiment: what ``path`` and ``overrides`` were resolved to.
     """
     given = _given(find_file(path, "--config"), overrides)
-    text = to_yaml(config)
+    text = experiment.to_yaml()
     lines = text.splitlines()
     comments: dict[int, str] = {}
     for keys, line in _leaves(yaml.compose(text, yaml.SafeLoader)):
-        comments[line] = _origin(config, keys, given)
+        comments[line] = _origin(experiment, keys, given)
     column = max(min(len(lines[line]), 48) for line in comments) + 2
     return "".join(
         f"{line:{column - 2}}  # {comments[number]}\n" if number in comments else f"{line}\n"
@@ -69,13 +71,13 @@ def _leaves(node: yaml.Node, keys: tuple[str, ...] = (), at_key: bool = False) -
             yield path, (value.end_mark if ends else key.start_mark).line
 
 
-def _origin(config: Config, keys: tuple[str, ...], given: dict[tuple[str, ...], str]) -> str:
+def _origin(experiment: Experiment, keys: tuple[str, ...], given: dict[tuple[str, ...], str]) -> str:
     for length in range(len(keys), 0, -1):  # a list or mapping may have been given whole
         if where := given.get(keys[:length]):
             return where
     if keys == ("run", "name"):
         return "name of the file"
-    section: Any = getattr(config, keys[0])
+    section: Any = getattr(experiment, keys[0])
     if isinstance(section, Section) and len(keys) == 2:
         default = type(section).model_fields[keys[1]].get_default(call_default_factory=True)
         if getattr(section, keys[1]) != default:

@@ -91,6 +91,8 @@ def _section(value: Schema, definitions: Schema) -> Schema | None:
 def _type(value: Schema, definitions: Schema) -> str:
     if "anyOf" in value:
         return " or ".join(_type(choice, definitions) for choice in value["anyOf"])
+    if "oneOf" in value:  # a part of a mixture: the keys of some source
+        return "mapping"
     if "$ref" in value:
         return "keys below"
     if "enum" in value or "const" in value:

@@ -22,7 +22,7 @@ def kinds() -> dict[str, dict[str, type[Section]]]:
         "model": {"": ModelOptions},
         "data": dict(SOURCES),
         "objective": {name: objective_options(name) for name in OBJECTIVES},
-        "eval": dict(OPTIONS),
+        "eval": {name: cls for name, cls in OPTIONS.items()},
     }
 
 

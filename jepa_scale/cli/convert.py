@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,12 +130,12 @@ def import_model(args: argparse.Namespace) -> int:
     from jepa_scale.telemetry import quiet_libraries
 
     quiet_libraries()
-    from jepa_scale.config.schema import load_config, to_yaml
+    from jepa_scale.config.loading import load_config
     from jepa_scale.experiment import validate
 
-    config = load_config(args.config, args.overrides)
-    config.run.dir, config.run.name = str(args.out.parent), args.out.name
-    plan = validate(config)
+    experiment = validate(load_config(args.config, args.overrides))
+    run = experiment.run.model_copy(update={"dir": str(args.out.parent), "name": args.out.name})
+    experiment = replace(experiment, run=run)
 
     import torch
     from transformers.utils import logging
@@ -151,19 +152,19 @@ def import_model(args: argparse.Namespace) -> int:
 
     if args.no_progress:
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    data = load_data(config.data)
-    torch.manual_seed(config.run.seed)  # as a run is built, so that heads without a file start as they would there
-    backbone = build_backbone(plan.model, data.vocab_size)
-    objective = plan.objective_class(plan.objective, backbone, data)
+    data = load_data(experiment.data)
+    torch.manual_seed(experiment.run.seed)  # as a run is built, so that heads without a file start as they would there
+    backbone = build_backbone(experiment.model, data.vocab_size)
+    objective = experiment.objective.build(backbone, data)
     module = JepaModel(backbone, objective)
     load_decoder(backbone.decoder, args.source)
     heads = load_heads(module, args.source)
 
-    stream = create_stream(config, data, objective, Ranks(0, 1, 0, torch.device("cpu"), "python"))
+    stream = create_stream(experiment, data, objective, Ranks(0, 1, 0, torch.device("cpu"), "python"))
     prepare_run_dir(args.out, resume=False)
     state = {"data": stream.state(0), "tokens": 0, "seconds": 0.0}
-    checkpoint = write_checkpoint(args.out / "checkpoints", module, state, config.model_dump(mode="json"))
-    write_atomic(args.out / CONFIG_FILE, to_yaml(config))
+    checkpoint = write_checkpoint(args.out / "checkpoints", module, state, experiment.optim, experiment.resolved())
+    write_atomic(args.out / CONFIG_FILE, experiment.to_yaml())
     own = sum(1 for _ in objective.parameters())
     told = "" if not own else ", the objective's parameters too" if heads else ", the objective freshly initialised"
     print(f"{args.source} → {checkpoint}: {type(backbone.decoder).__name__}{told}")

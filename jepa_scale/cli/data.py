@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from jepa_scale.cli.flags import logging_flags
 from jepa_scale.cli.signals import stopped_by_signals
-from jepa_scale.config.schema import parse_section
+from jepa_scale.config.parsing import parse_section
 from jepa_scale.data.prepare.base import PrepareOptions
 from jepa_scale.data.prepare.section_options import SectionOptions
 from jepa_scale.utils.errors import InputError

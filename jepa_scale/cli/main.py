@@ -121,7 +121,7 @@ def evaluate_run(args: argparse.Namespace) -> int:
 
 def print_config(args: argparse.Namespace) -> int:
     if args.list:
-        from jepa_scale.config.schema import shipped_configs
+        from jepa_scale.config.loading import shipped_configs
 
         for name, about in shipped_configs():
             print(f"{name:40s} {about}")
@@ -137,12 +137,11 @@ def print_config(args: argparse.Namespace) -> int:
         print(reference(), end="")
         return 0
     from jepa_scale.cli.config_origins import annotate
-    from jepa_scale.config.schema import load_config
+    from jepa_scale.config.loading import load_config
     from jepa_scale.experiment import validate
 
-    config = load_config(args.config, args.overrides)
-    validate(config)
-    print(annotate(config, args.config, args.overrides), end="")
+    experiment = validate(load_config(args.config, args.overrides))
+    print(annotate(experiment, args.config, args.overrides), end="")
     return 0
 
 

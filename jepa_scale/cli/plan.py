@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
 
 def print_plan(args: argparse.Namespace) -> int:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed checks its JSON, and looks for a GPU otherwise
-    from jepa_scale.config.schema import load_config
+    from jepa_scale.config.loading import load_config
     from jepa_scale.experiment import validate
     from jepa_scale.plan.hardware import find_gpu
     from jepa_scale.telemetry import quiet_libraries
@@ -64,15 +64,14 @@ def print_plan(args: argparse.Namespace) -> int:
     ):
         if value is not None and value < 1:
             raise InputError(f"{flag} {value}: must be at least 1")
-    config = load_config(args.config, args.overrides)
-    validate(config)
+    experiment = validate(load_config(args.config, args.overrides))
     from jepa_scale.plan.planner import Request, make_plan  # takes torch, and seconds
 
     request = Request(
         args.world_size, gpu, args.tp, args.replicas, args.activation_checkpointing, args.tokens, args.vocab_size,
         args.sample_tokens, args.efficiency, not args.no_search,
     )  # fmt: skip
-    plan = make_plan(config, request)
+    plan = make_plan(experiment, request)
     print(report(plan, args.gpu, args.efficiency))
     if args.json:
         try:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jepa_scale.cli.flags import logging_flags
-from jepa_scale.config.schema import load_config
+from jepa_scale.config.loading import load_config
 from jepa_scale.experiment import validate
 from jepa_scale.telemetry.records import config_of
 from jepa_scale.utils.errors import DataError, InputError

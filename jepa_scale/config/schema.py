@@ -1,38 +1,36 @@
-"""Configuration: YAML file + dotted overrides → one typed, validated, fully resolved object.
+"""The sections of a config and their keys.
 
 Sections are pydantic models: unknown keys and wrong types are errors that name the key, and every key's description
-travels with it. An objective's and a source's own options are declared beside their code as :class:`Section` classes
-and checked by :func:`parse_section` when they are built.
+travels with it. The options of an objective, a source, a model and an evaluation are declared as :class:`Section` classes
+beside their code.
 """
 
 from __future__ import annotations
 
-import difflib
-import json
-import math
 import warnings
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from jepa_scale.utils.errors import InputError
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-SHIPPED = REPOSITORY if (REPOSITORY / "configs").is_dir() else Path(__file__).resolve().parents[1]
-"""Where ``configs/`` lies: in the repository, or in the package if that was installed from a wheel."""
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
-    """A group of keys. Unknown keys are errors."""
+    """A group of keys. Unknown keys are errors, and a section is frozen once it has been checked.
+
+    To change a value, make a new section with ``section.model_copy(update={...})``. The new value is not checked.
+    """
 
     # what checks a section is built when it is first used: of the many sections an experiment has a few
-    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=(), defer_build=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), defer_build=True
+    )
 
     def resolved(self) -> dict[str, Any]:
         """All keys that mean something, defaults filled in, as plain YAML values; they load again as the same section."""
         return self.model_dump(mode="json", exclude_none=True)
+
+    def _fill(self, **values: Any) -> None:
+        """Set keys that follow from others. Only a validator of the section may call this: it runs before the section is in use."""
+        self.__dict__.update(values)
 
 
 class RunConfig(Section):
@@ -217,43 +215,19 @@ class TrainConfig(Section):
             raise ValueError(
                 f"{given}: says how long to train, and so does {'steps' if self.steps else 'epochs'}; remove one"
             )
-        if self.same_flops_as:
-            self.flops = _flops_of(self.same_flops_as, self.flops)
-        if not self.steps and not self.epochs and not self.flops:
-            self.steps = 1000
+        if not (self.steps or self.epochs or self.flops or self.same_flops_as):
+            self._fill(steps=1000)
         if self.early_stopping and not self.eval_every:
             raise ValueError("early_stopping: needs evaluations to look at; set eval_every")
         if self.batch_size and self.batch_tokens:
             raise ValueError("give one of batch_size (samples) and batch_tokens, and leave the other one 0")
         if not self.batch_size and not self.batch_tokens:
-            self.batch_size = 256
+            self._fill(batch_size=256)
         if bool(self.batch_tokens) != bool(self.micro_tokens):
             raise ValueError("batch_tokens and micro_tokens belong together")
         if self.batch_tokens and self.accumulation != 1:
             raise ValueError("with batch_tokens the accumulation follows from micro_tokens; leave it out")
         return self
-
-
-def _flops_of(run: str, known: float) -> float:
-    """What a run took by its summary. A resolved config has it beside the run's name, and needs the run no more."""
-    problem, flops = "", None
-    try:
-        summary = json.loads((Path(run).expanduser() / "summary.json").read_text(encoding="utf-8"))
-        flops = summary.get("flops") if isinstance(summary, dict) else None
-    except OSError:
-        problem = f"{run!r} is no run directory with a summary.json; give one of a run that has ended"
-    except ValueError:
-        problem = f"the summary.json of {run!r} is damaged; give another run"
-    if not problem and not (isinstance(flops, int | float) and math.isfinite(flops) and flops > 0):
-        problem = f"the summary.json of {run!r} has no flops; train that run again, or give train.flops"
-    if not problem and known and flops != known:
-        problem = f"{run!r} took {flops:.4g} FLOPs, and train.flops is {known:.4g}; remove one"
-    if not problem:
-        assert flops is not None
-        return float(flops)
-    if known and flops is None:
-        return known
-    raise ValueError(f"same_flops_as: {problem}")
 
 
 class CheckpointConfig(Section):
@@ -285,6 +259,8 @@ class LogConfig(Section):
 class Config(Section):
     """A whole experiment."""
 
+    # The four mappings stay as they are written, because their keys depend on what they name.
+    # jepa_scale.experiment.validate turns them into options, and the config into an Experiment.
     run: RunConfig = Field(RunConfig(), description="Name, place and seed.")
     engine: EngineConfig = Field(EngineConfig(), description="Who shards the model.")
     model: dict[str, Any] = Field(description="Backbone: a file of configs/models or its keys (jepa_scale.models).")
@@ -295,125 +271,3 @@ class Config(Section):
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="When to save and what to keep.")
     eval: dict[str, Any] = Field(default_factory=dict, description="Evaluation options (jepa_scale.evaluation).")
     log: LogConfig = Field(LogConfig(), description="Where metrics go.")
-
-
-S = TypeVar("S", bound=Section)
-
-
-def parse_section(cls: type[S], values: Any, prefix: str) -> S:
-    """Validate ``values`` as ``cls``.
-
-    Raises:
-        InputError: one line naming ``prefix.key``, what is wrong with it and, for an unknown key, the nearest known one.
-    """
-    if not isinstance(values, dict):
-        raise InputError(f"{prefix or 'config'}: must be a mapping of keys, not {type(values).__name__}")
-    try:
-        return cls.model_validate(values)
-    except ValidationError as error:
-        raise InputError(_explain(cls, error, prefix)) from None
-
-
-def _explain(cls: type[Section], error: ValidationError, prefix: str) -> str:
-    first = error.errors()[0]
-    path = [str(p) for p in first["loc"] if not str(p).startswith("function-")]
-    name = ".".join([prefix, *path] if prefix else path)
-    if first["type"] == "extra_forbidden":
-        owner: Any = cls
-        for part in path[:-1]:
-            annotation = owner.model_fields[part].annotation
-            kinds = [annotation, *get_args(annotation)]  # a section, or one or null
-            owner = next((k for k in kinds if isinstance(k, type) and issubclass(k, Section)), owner)
-        near = difflib.get_close_matches(path[-1], owner.model_fields, n=1, cutoff=0.5)
-        known = (
-            f"known keys: {', '.join(sorted(owner.model_fields))}" if owner.model_fields else "there are no keys here"
-        )
-        hint = f"did you mean {near[0]!r}?" if near else known
-        return f"{name}: unknown key; {hint}"
-    if first["type"] == "missing":
-        return f"{name}: required key is missing"
-    if first["type"] == "value_error":  # of a validator of ours, which knows what to say
-        said = str(first["ctx"]["error"])
-        key = said.partition(":")[0]
-        return ".".join(filter(None, [prefix, said])) if not path and key in cls.model_fields else f"{name}: {said}"
-    return f"{name}: {first['msg'][0].lower() + first['msg'][1:]}, got {first['input']!r}"
-
-
-def find_file(path: str | Path, key: str, beside: Path | None = None) -> Path:
-    """The file that ``path`` means: as given, beside the config that names it, or among those of jepa_scale (:data:`SHIPPED`).
-
-    Raises:
-        InputError: no such file in any of these places.
-    """
-    path = Path(path).expanduser()
-    places = [path] if path.is_absolute() else [Path.cwd() / path, *([beside / path] if beside else []), SHIPPED / path]
-    for place in places:
-        if place.is_file():
-            return place
-    raise InputError(f"{key}: no file {str(path)!r} (looked for {', '.join(str(p) for p in places)})")
-
-
-def shipped_configs() -> list[tuple[str, str]]:
-    """Names for ``--config``, and the first line of the comment that each begins with."""
-    files = sorted((SHIPPED / "configs").glob("*.yaml"))
-    return [
-        (f"configs/{file.name}", file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")) for file in files
-    ]
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping from a file, with the file and line in the error when it is damaged."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise InputError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: must hold a mapping of keys, not {type(values).__name__}")
-    return values
-
-
-def apply_override(values: dict[str, Any], override: str) -> None:
-    """Set ``a.b=value`` in place; the value is read as YAML (``1e-3`` as a number too)."""
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise InputError(f"override {override!r}: must look like section.key=value")
-    *parents, leaf = key.split(".")
-    for parent in parents:
-        child = values.setdefault(parent, {})
-        if not isinstance(child, dict):
-            raise InputError(f"override {override!r}: {parent!r} is not a section")
-        values = child
-    try:
-        values[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise InputError(f"override {override!r}: {text!r} is not a YAML value") from None
-
-
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read, override, validate.
-
-    ``model:`` may name a file of its own (``model: configs/models/tiny.yaml``); overrides such as ``model.hidden_size=64``
-    change that file's keys.
-
-    Raises:
-        InputError: with the key or file that is wrong and what to do.
-    """
-    file = find_file(path, "--config")
-    values = read_yaml(file)
-    if any(o.startswith("model=") for o in overrides):
-        apply_override(values, [o for o in overrides if o.startswith("model=")][-1])
-    if isinstance(values.get("model"), str):
-        values["model"] = read_yaml(find_file(values["model"], "model", file.parent))
-    for override in overrides:
-        if not override.startswith("model="):
-            apply_override(values, override)
-    config = parse_section(Config, values, "")
-    if not config.run.name:
-        config.run.name = file.stem
-    return config
-
-
-def to_yaml(config: Config) -> str:
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100)

@@ -169,12 +169,15 @@ def state_tensors(module: nn.Module, part: str = MODEL) -> dict[str, torch.Tenso
     return tensors
 
 
-def write_checkpoint(directory: Path, module: JepaModel, state: Mapping[str, Any], config: Mapping[str, Any]) -> Path:
+def write_checkpoint(
+    directory: Path, module: JepaModel, state: Mapping[str, Any], optim: OptimConfig, config: Mapping[str, Any]
+) -> Path:
     """Write ``step_00000000`` with the module's tensors and moments of zero, and the objective's EMA teacher, which starts
     as the module. It appears whole or not at all.
 
     Args:
-        directory: the run's ``checkpoints``. state: of the run at its start. config: of the run, resolved.
+        directory: the run's ``checkpoints``. state: of the run at its start. optim: which moments there are.
+        config: of the run, resolved; the manifest keeps it.
     """
     final = directory / "step_00000000"
     partial = final.with_name(f"{final.name}.partial")
@@ -184,7 +187,7 @@ def write_checkpoint(directory: Path, module: JepaModel, state: Mapping[str, Any
     if copies := module.objective.teacher_copies(module.backbone):
         tensors |= state_tensors(TeacherModel(copies), TEACHER)
     boxes = {name: Boxes.whole(tensor) for name, tensor in tensors.items()}
-    for group in parameter_groups(module, OptimConfig.model_validate(config.get("optim", {})), ()):
+    for group in parameter_groups(module, optim, ()):
         for name, parameter in zip(group["names"], group["params"], strict=True):
             nothing = torch.zeros((), dtype=torch.float32).expand(parameter.shape)  # takes no memory
             boxes |= {f"{moment}/{name}": Boxes.whole(nothing) for moment in MOMENTS[group["method"]]}

@@ -24,7 +24,9 @@ from jepa_scale import __version__
 from jepa_scale.checkpoint import store
 from jepa_scale.checkpoint.manifest import FILE, TENSORS, Manifest
 from jepa_scale.checkpoint.retention import complete
-from jepa_scale.config.schema import Config, load_config, parse_section
+from jepa_scale.config.loading import load_config
+from jepa_scale.config.parsing import parse_section
+from jepa_scale.config.schema import Config
 from jepa_scale.convert.adapter import CONFIG_FILE as ADAPTER_CONFIG
 from jepa_scale.convert.adapter import adapter_config, adapter_plan, check_adapter
 from jepa_scale.convert.card import Card
@@ -33,7 +35,8 @@ from jepa_scale.convert.merge import plain_sources
 from jepa_scale.convert.plan import HEADS_FILE, MODEL, Plan, Unit, groups, make_plan, outputs_of
 from jepa_scale.convert.skeleton import PREFIX, Skeleton, make_skeleton
 from jepa_scale.convert.tensor_file import Entry, write_tensors
-from jepa_scale.convert.tokenizer import Tokenizer, find_tokenizer
+from jepa_scale.convert.tokenizer import Tokenizer, data_tokenizer, named_tokenizer
+from jepa_scale.data import parse_data
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.telemetry.records import FIT, SUMMARY_FILE, config_of, read_rows, summarize
 from jepa_scale.utils.errors import InputError
@@ -107,7 +110,9 @@ def export(run: Path, out: Path, options: ExportOptions = ExportOptions()) -> Ex
         plan = adapter_plan(skeleton.model, sources, shapes, DTYPES[options.dtype], options.heads)
     else:
         plan = make_plan(skeleton.model, sources, shapes, DTYPES[options.dtype], options.shard_bytes, options.heads)
-    tokenizer = find_tokenizer(config.data, options.tokenizer)
+    tokenizer = (
+        data_tokenizer(parse_data(config.data)) if options.tokenizer is None else named_tokenizer(options.tokenizer)
+    )
     if tokenizer.size > skeleton.vocab_size:
         raise InputError(
             f"the tokenizer has {tokenizer.size:,} ids, the model's embedding {skeleton.vocab_size:,} rows; "

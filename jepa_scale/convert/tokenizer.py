@@ -6,10 +6,8 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from jepa_scale.data import parse_data
-from jepa_scale.data.options import ShardOptions
+from jepa_scale.data.options import MixtureOptions, ReversalOptions, SourceOptions
 from jepa_scale.data.prepare.encoders.tokenizer import load_tokenizer, special_ids
 from jepa_scale.data.shards.cache import cache_dir
 from jepa_scale.data.shards.source import open_shards
@@ -30,24 +28,23 @@ class Tokenizer:
     chat: bool = False
 
 
-def find_tokenizer(data: dict[str, Any], given: str | None) -> Tokenizer:
-    """The tokenizer of a run.
-
-    Args:
-        data: the run's ``data:``. given: a folder to take instead, or ``"none"``; None = that of the data.
+def named_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer of a folder; ``"none"`` = none.
 
     Raises:
-        InputError: the data or the folder cannot be read.
+        InputError: the folder cannot be read.
     """
-    if given == "none":
-        return Tokenizer()
-    if given is not None:
-        return _load(given, {})
-    values = dict(data)
-    while values.get("source") == "mixture":  # its parts share one tokenizer
-        values = {k: v for k, v in values["parts"][0].items() if k not in ("weight", "name")}
-    options = parse_data(values)
-    if not isinstance(options, ShardOptions):
+    return Tokenizer() if name == "none" else _load(name, {})
+
+
+def data_tokenizer(data: SourceOptions) -> Tokenizer:
+    """The tokenizer that a run's data were made with.
+
+    Raises:
+        InputError: the data cannot be read.
+    """
+    options = data.parts[0] if isinstance(data, MixtureOptions) else data  # the parts share one tokenizer
+    if isinstance(options, MixtureOptions | ReversalOptions):
         return Tokenizer()
     try:
         located = open_shards(options, cache_dir(options.cache))

@@ -15,10 +15,15 @@ if TYPE_CHECKING:  # options are checked before anything that takes time is impo
     from jepa_scale.data.sampling.order import Order
 
 
+Evaluation = Literal["answers", "perplexity", "chat"]
+Kind = Literal["reversal", "text", "chat", "grids"]
+"""What examples are: facts, documents, conversations or sequences of grids."""
+
+
 class DataOptions(Section):
     """Keys of ``data:`` that every source has."""
 
-    evaluation: ClassVar[str] = "answers"
+    evaluation: ClassVar[Evaluation] = "answers"
     """How splits are evaluated: ``answers`` (they hold questions), ``perplexity`` or ``chat``."""
 
     source: str = Field(description="Which source.")
@@ -62,6 +67,10 @@ class Dataset(Protocol):
     into segments. Evaluation splits are never trained on, unless a split says by its name that it is a sample of the
     training data (``train``).
     """
+
+    @property
+    def kind(self) -> Kind:
+        """What the examples are; ``chat`` for a mixture with conversations in any part."""
 
     @property
     def train(self) -> Examples:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+import difflib
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from jepa_scale.data.base import DataOptions
+from jepa_scale.config.parsing import parse_section
+from jepa_scale.config.schema import Section
+from jepa_scale.data.base import DataOptions, Evaluation
 from jepa_scale.data.prepare.base import RecordOptions
+from jepa_scale.utils.errors import InputError
 
 GENERATOR_KEYS = {"entities_a", "comb", "relations", "seed"}
-OF_A_PART = ("weight", "name")
-"""Keys of a mixture's part beside those of its source."""
 
 
 class ReversalOptions(DataOptions):
@@ -42,7 +44,7 @@ class ReversalOptions(DataOptions):
 class ShardOptions(RecordOptions, DataOptions):
     """Keys of ``data:`` that text, chat and grids share."""
 
-    evaluation: ClassVar[str] = "perplexity"
+    evaluation: ClassVar[Evaluation] = "perplexity"
 
     path: str | list[str] = Field(
         description="Alias, file, folder, glob or Hugging Face name; or prepared shards: folder, pattern, URL."
@@ -69,7 +71,7 @@ class TextOptions(ShardOptions):
 
 
 class ChatOptions(ShardOptions):
-    evaluation: ClassVar[str] = "chat"
+    evaluation: ClassVar[Evaluation] = "chat"
 
     source: Literal["chat"] = Field("chat", description="Conversations; what the assistant says is predicted.")
     train_all: bool = Field(False, description="Predict every token, not the assistant's alone.")
@@ -79,13 +81,114 @@ class GridOptions(ShardOptions):
     source: Literal["grids"] = Field("grids", description="Sequences of grids of colours.")
 
 
-class MixtureOptions(DataOptions):
-    """Keys of ``data:`` with ``source: mixture``. A part has the keys of its own source, and two more: ``weight``, and
-    ``name``, which its splits are called by."""
+class PartKeys(Section):
+    """Keys of a part of a mixture, beside those of its source."""
 
-    evaluation: ClassVar[str] = "perplexity"
+    weight: int | float = Field(
+        1.0, description="Share of the mixture's tokens; a number above 0, relative to the other parts."
+    )
+    name: str | None = Field(None, description="First part of the names of its splits; null = part and its number.")
+
+    @field_validator("weight", mode="before")
+    @classmethod
+    def _is_a_share(cls, value: Any) -> Any:
+        if not isinstance(value, int | float) or not value > 0:
+            raise ValueError(f"must be a number above 0, got {value!r}")
+        return value
+
+    @field_validator("name", mode="before")
+    @classmethod
+    def _is_a_text(cls, value: Any) -> Any:
+        return value if value is None else str(value)
+
+
+class ReversalPart(PartKeys, ReversalOptions):
+    """Facts as a part. Its keys are checked like those of any part; loading the mixture refuses it."""
+
+
+class TextPart(PartKeys, TextOptions):
+    """Texts as a part."""
+
+
+class ChatPart(PartKeys, ChatOptions):
+    """Conversations as a part."""
+
+
+class GridPart(PartKeys, GridOptions):
+    """Sequences of grids as a part."""
+
+
+Part = Annotated[ReversalPart | TextPart | ChatPart | GridPart, Field(discriminator="source")]
+
+
+class MixtureOptions(DataOptions):
+    """Keys of ``data:`` with ``source: mixture``. A part has the keys of its own source, and those of :class:`PartKeys`."""
+
+    evaluation: ClassVar[Evaluation] = "perplexity"
 
     source: Literal["mixture"] = Field("mixture", description="Several sources, interleaved.")
-    parts: list[dict[str, Any]] = Field(
-        description="Each a source with its keys, weight (share of the tokens) and name."
-    )
+    parts: list[Part] = Field(description="Each a source with its keys, weight (share of the tokens) and name.")
+
+    def resolved(self) -> dict[str, Any]:
+        """The keys of this section. A part has those that were given, without defaults."""
+        parts = [part.model_dump(mode="json", exclude_unset=True) for part in self.parts]
+        return {**super().resolved(), "parts": parts}
+
+
+SourceOptions = ReversalOptions | TextOptions | ChatOptions | GridOptions | MixtureOptions
+"""The keys of ``data:``: one class for each ``source``."""
+
+SOURCES: dict[str, type[SourceOptions]] = {
+    "reversal": ReversalOptions,
+    "text": TextOptions,
+    "chat": ChatOptions,
+    "grids": GridOptions,
+    "mixture": MixtureOptions,
+}
+"""Name of a source → its keys."""
+PARTS: dict[str, type[ReversalPart | TextPart | ChatPart | GridPart]] = {
+    "reversal": ReversalPart,
+    "text": TextPart,
+    "chat": ChatPart,
+    "grids": GridPart,
+}
+"""Name of a source → its keys as a part of a mixture."""
+
+
+def parse_data(values: dict[str, Any], prefix: str = "data") -> SourceOptions:
+    """Check the keys of ``data:`` without loading anything.
+
+    Raises:
+        InputError: naming the key.
+    """
+    given = values
+    if _source_of(values, prefix) == "mixture" and isinstance(values.get("parts"), list):
+        parts = [_parse_part(part, f"{prefix}.parts.{number}") for number, part in enumerate(values["parts"])]
+        given = {**values, "parts": parts}
+    return parse_section(SOURCES[values["source"]], given, prefix)
+
+
+def _parse_part(values: Any, prefix: str) -> Part:
+    """Check the keys of a part of a mixture."""
+    if not isinstance(values, dict):
+        raise InputError(f"{prefix}: input should be a valid dictionary, got {values!r}")
+    name = _source_of(values, prefix)
+    if name not in PARTS:
+        raise InputError(f"{prefix}.source: {name} cannot be mixed")
+    return parse_section(PARTS[name], values, prefix)
+
+
+def _source_of(values: Any, prefix: str) -> str:
+    """The source that ``values`` name.
+
+    Raises:
+        InputError: the source is missing or unknown.
+    """
+    name = values.get("source") if isinstance(values, dict) else None
+    if isinstance(name, str) and name in SOURCES:
+        return name
+    if name is None:
+        raise InputError(f"{prefix}.source: required key is missing; sources: {', '.join(sorted(SOURCES))}")
+    near = difflib.get_close_matches(str(name), SOURCES, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"sources: {', '.join(sorted(SOURCES))}"
+    raise InputError(f"{prefix}.source: unknown source {name!r}; {hint}")

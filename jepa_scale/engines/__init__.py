@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from jepa_scale.config.schema import Config, OptimConfig
+from jepa_scale.config.schema import EngineConfig, OptimConfig
 from jepa_scale.distributed.comm import Ranks
 from jepa_scale.engines.base import Engine, EngineOptions
 from jepa_scale.engines.weights import Weights
@@ -29,14 +29,13 @@ def resolve(name: str, ranks: Ranks) -> str:
     return name
 
 
-def check_engine(name: str, config: Config, ranks: Ranks) -> None:
+def check_engine(name: str, options: EngineConfig, optim: OptimConfig, ranks: Ranks) -> None:
     """Look at what the engine will need, before anything is built.
 
     Raises:
         InputError: ``engine.deepspeed`` is not a JSON that the DeepSpeed engine can use (FSDP2 doesn't read it), or the engine
             cannot shard over these ranks as it is told to.
     """
-    options = config.engine
     if name == "deepspeed":
         from jepa_scale.engines.deepspeed.engine import validate_deepspeed_config
 
@@ -60,7 +59,7 @@ def check_engine(name: str, config: Config, ranks: Ranks) -> None:
             f"engine.replicas: {options.replicas} does not divide the {ranks.data_size} ranks with different samples "
             f"({ranks.world_size} ranks, engine.tp={options.tp})"
         )
-    if config.optim.uses_muon and (options.tp > 1 or options.replicas > 1):
+    if optim.uses_muon and (options.tp > 1 or options.replicas > 1):
         key = "tp" if options.tp > 1 else "replicas"
         raise InputError(
             f"engine.{key}: Muon needs whole matrices, which are put together from one rank each; set it to 1, or "

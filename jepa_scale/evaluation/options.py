@@ -8,6 +8,7 @@ import re
 from pydantic import Field, model_validator
 
 from jepa_scale.config.schema import Section
+from jepa_scale.data.base import Evaluation
 from jepa_scale.metrics.text_match import METRICS
 
 DATABASE = "{db_id}"
@@ -75,7 +76,10 @@ class ChatEvalOptions(PerplexityOptions):
         return self
 
 
-OPTIONS: dict[str, type[Section]] = {
+EvaluationOptions = EvalOptions | PerplexityOptions | ChatEvalOptions
+"""The keys of ``eval:``: which class applies follows from ``data.source``."""
+
+OPTIONS: dict[Evaluation, type[EvaluationOptions]] = {
     "answers": EvalOptions,
     "perplexity": PerplexityOptions,
     "chat": ChatEvalOptions,

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 
-from jepa_scale.config.schema import Section
 from jepa_scale.data.sampling.rng import ViewMaker
 from jepa_scale.distributed.comm import Ranks
 from jepa_scale.evaluation import chat, perplexity, reversal
 from jepa_scale.evaluation.encode import Call, text_batches
-from jepa_scale.evaluation.options import ChatEvalOptions
+from jepa_scale.evaluation.options import ChatEvalOptions, EvalOptions, EvaluationOptions
 from jepa_scale.evaluation.snapshot import save_snapshot
 from jepa_scale.evaluation.text_probe import SPLIT, ProbeTest
 from jepa_scale.models.backbone import Backbone
@@ -25,7 +24,9 @@ from jepa_scale.utils.errors import InputError
 Results = dict[str, dict[str, float]]
 
 
-def chat_test(options: Section, data: Any, backbone: Backbone, predicts_tokens: bool = True) -> chat.ChatTest | None:
+def chat_test(
+    options: EvaluationOptions, data: Any, backbone: Backbone, predicts_tokens: bool = True
+) -> chat.ChatTest | None:
     """What generation will ask; None if the evaluation generates nothing. Reads the rows of every split.
 
     Raises:
@@ -58,11 +59,10 @@ def chat_test(options: Section, data: Any, backbone: Backbone, predicts_tokens: 
 
 
 def evaluate(
-    name: str,
     objective: Objective,
     call: Call,
     data: Any,
-    options: Any,
+    options: EvaluationOptions,
     ranks: Ranks,
     test: chat.ChatTest | None = None,
     place: chat.Place | None = None,
@@ -74,7 +74,7 @@ def evaluate(
         test: of :func:`chat_test`. place: where its generations are saved.
         probe: of :func:`jepa_scale.evaluation.text_probe.probe_test`.
     """
-    if name == "answers":
+    if isinstance(options, EvalOptions):
         return reversal.evaluate(objective.answerer(call), data.splits, data.names, options, ranks.device)
 
     def batches(examples: Any, views: ViewMaker, samples: int, **more: Any) -> Iterator[PackedBatch]:

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jepa_scale.config.schema import find_file
+from jepa_scale.config.loading import find_file
 from jepa_scale.data.labelled import LabelledTexts, read_labelled
 from jepa_scale.data.sampling.rng import Draw
 from jepa_scale.data.texts import Texts, tokenize
 from jepa_scale.distributed.comm import Ranks, all_reduce_sum, broadcast_object, rank
 from jepa_scale.evaluation.encode import Call, encode_texts
-from jepa_scale.evaluation.options import PerplexityOptions
+from jepa_scale.evaluation.options import EvaluationOptions, PerplexityOptions
 from jepa_scale.metrics.geometry import uniformity
 from jepa_scale.metrics.probe import Labelled, accuracy, linear_probe, majority, neighbour_predictions
 from jepa_scale.metrics.spectrum import effective_rank
@@ -98,7 +98,7 @@ class ProbeTest:
         }
 
 
-def probe_test(options: Any, data: Any, backbone: Backbone, objective: Objective) -> ProbeTest | None:
+def probe_test(options: EvaluationOptions, data: Any, backbone: Backbone, objective: Objective) -> ProbeTest | None:
     """The texts of ``eval.probe``; None if there are none.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from jepa_scale.config.schema import Config
+from jepa_scale.config.schema import EngineConfig
 from jepa_scale.engines.precision import compute_dtype
 from jepa_scale.utils.errors import InputError
 
@@ -62,7 +62,7 @@ class Layout:
 
 
 def layout_of(
-    config: Config,
+    section: EngineConfig,
     world_size: int,
     tp: int | None = None,
     replicas: int | None = None,
@@ -75,7 +75,6 @@ def layout_of(
     Raises:
         InputError: the ranks cannot be divided so, or the DeepSpeed JSON is not one that the engine takes.
     """
-    section = config.engine
     tp = tp or section.tp
     replicas = replicas or section.replicas
     checkpointing = checkpointing or section.activation_checkpointing

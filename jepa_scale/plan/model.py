@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from jepa_scale.config.schema import OptimConfig
 from jepa_scale.engines.ema import TeacherModel
-from jepa_scale.experiment import Plan
+from jepa_scale.experiment import Experiment
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.objectives.base import JepaModel, Objective
@@ -77,15 +78,15 @@ class Modelled:
         return int(head.weight.shape[0])
 
 
-def model_on_meta(plan: Plan, data: Any, layout: Layout) -> Modelled:
+def model_on_meta(experiment: Experiment, data: Any, layout: Layout) -> Modelled:
     """Build what :func:`jepa_scale.training.build.build` would, as rank 0 of each group has it.
 
     Raises:
         InputError: the model, the objective or the layout does not fit the others.
     """
     with torch.device("meta"):
-        backbone = build_backbone(plan.model, data.vocab_size)
-        objective = plan.objective_class(plan.objective, backbone, data)
+        backbone = build_backbone(experiment.model, data.vocab_size)
+        objective = experiment.objective.build(backbone, data)
     module = JepaModel(backbone, objective).to("meta")
     flops = objective.flops(backbone)
     whole = sum(parameter.numel() for parameter in module.parameters())
@@ -95,7 +96,7 @@ def model_on_meta(plan: Plan, data: Any, layout: Layout) -> Modelled:
         cut_for_rank(backbone, layout.tp)
     copies = objective.teacher_copies(backbone)
     teacher = TeacherModel({path: copied.to("meta") for path, copied in copies.items()}) if copies else None
-    moments, groups = _optimized(module, plan, objective, backbone)
+    moments, groups = _optimized(module, experiment.optim, objective, backbone)
     parameters = {
         name: Sizes(tuple(p.shape), p.requires_grad, moments.get(name, 0), groups.get(name, -1))
         for name, p in module.named_parameters()
@@ -111,12 +112,12 @@ def model_on_meta(plan: Plan, data: Any, layout: Layout) -> Modelled:
 
 
 def _optimized(
-    module: JepaModel, plan: Plan, objective: Objective, backbone: Backbone
+    module: JepaModel, optim: OptimConfig, objective: Objective, backbone: Backbone
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Name of each trainable parameter → moments that the optimizer keeps of it, and the number of its group."""
     names = {parameter: name for name, parameter in module.named_parameters()}
     moments, groups = {}, {}
-    for number, group in enumerate(parameter_groups(module, plan.config.optim, objective.head_prefixes(backbone))):
+    for number, group in enumerate(parameter_groups(module, optim, objective.head_prefixes(backbone))):
         for parameter in group["params"]:
             moments[names[parameter]] = len(MOMENTS[group["method"]])
             groups[names[parameter]] = number

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from jepa_scale.config.schema import Config
-from jepa_scale.experiment import Plan, validate
+from jepa_scale.config.schema import TrainConfig
+from jepa_scale.experiment import Experiment
 from jepa_scale.plan.communication import Traffic, traffic_of
 from jepa_scale.plan.hardware import GIB, RESERVED, Gpu
 from jepa_scale.plan.layout import Layout, layout_of
@@ -94,19 +94,18 @@ class RunPlan:
         return None if per_day is None or self.tokens is None else self.tokens / per_day
 
 
-def make_plan(config: Config, request: Request) -> RunPlan:
+def make_plan(experiment: Experiment, request: Request) -> RunPlan:
     """Plan a run; takes seconds, whatever its number of ranks.
 
     Raises:
-        InputError: the config is wrong, the ranks don't fit the layout or the batch, or a size is not known.
+        InputError: the ranks don't fit the layout or the batch, or a size is not known.
     """
-    plan = validate(config)
-    layout = layout_of(config, request.world_size, request.tp, request.replicas, request.checkpointing)
+    layout = layout_of(experiment.engine, request.world_size, request.tp, request.replicas, request.checkpointing)
     with fake_ranks(layout.data_ranks):
-        data = stand_in(plan, request.vocab_size, request.sample_tokens)
-        trial = _Trial(plan, data, layout, request)
-        model = model_on_meta(plan, data, layout)
-        tokens, samples, accumulation = _batch(config, model, data, layout)
+        data = stand_in(experiment, request.vocab_size, request.sample_tokens)
+        trial = _Trial(experiment, data, layout, request)
+        model = model_on_meta(experiment, data, layout)
+        tokens, samples, accumulation = _batch(experiment.train, model, data, layout)
         batch = micro_batch(model.objective, data, tokens, samples)
         flops = model.flops([batch] * accumulation)
         traffic = traffic_of(model, layout, accumulation, batch.num_tokens)
@@ -130,7 +129,7 @@ def make_plan(config: Config, request: Request) -> RunPlan:
             flops / layout.tp,
             request.gpu,
             layout,
-            config.engine.tf32,
+            experiment.engine.tf32,
             request.efficiency,
         )
     return RunPlan(
@@ -150,13 +149,12 @@ def make_plan(config: Config, request: Request) -> RunPlan:
         flops // accumulation,
         time,
         request.tokens,
-        _notes(layout, data, config),
+        _notes(layout, data, experiment),
     )
 
 
-def _batch(config: Config, model: Modelled, data: Any, layout: Layout) -> tuple[int, int, int]:
+def _batch(train: TrainConfig, model: Modelled, data: Any, layout: Layout) -> tuple[int, int, int]:
     """Tokens of a micro-batch or else samples, and micro-batches a rank and step."""
-    train = config.train
     if train.batch_tokens:
         accumulation, rest = divmod(train.batch_tokens, train.micro_tokens * layout.data_ranks)
         if rest or not accumulation:
@@ -186,11 +184,11 @@ def _start(layout: Layout, state: Mapping[str, int], largest: int, sizes: Mappin
 class _Trial:
     """Peaks of micro-batches of other sizes."""
 
-    def __init__(self, plan: Plan, data: Any, layout: Layout, request: Request) -> None:
-        self.plan, self.data, self.layout, self.request = plan, data, layout, request
+    def __init__(self, experiment: Experiment, data: Any, layout: Layout, request: Request) -> None:
+        self.experiment, self.data, self.layout, self.request = experiment, data, layout, request
 
     def peak(self, tokens: int, samples: int, accumulation: int) -> int:
-        model = model_on_meta(self.plan, self.data, self.layout)
+        model = model_on_meta(self.experiment, self.data, self.layout)
         batch = micro_batch(model.objective, self.data, tokens, samples)
         return simulate(model, self.layout, on_meta(batch), accumulation, gpu=self.request.gpu is not None).peak
 
@@ -241,17 +239,17 @@ def largest_within(peak: Callable[[int], int], usable: int, limit: int) -> int:
     return low
 
 
-def _notes(layout: Layout, data: Any, config: Config) -> list[str]:
+def _notes(layout: Layout, data: Any, experiment: Experiment) -> list[str]:
     notes = []
     if isinstance(data, StandIn):
         notes.append(
             f"no data are read: every sample has {data.train.size:,} tokens, of a vocabulary of {data.vocab_size:,}"
         )
-    if config.engine.name == "auto":
+    if experiment.engine.name == "auto":
         notes.append("engine.name: auto is planned as fsdp; --set engine.name=deepspeed for ZeRO")
     if layout.compile:
         notes.append("engine.compile: a compiled block keeps and moves less than is planned here")
-    methods = [config.optim.method, *(override.method for override in config.optim.overrides.values())]
+    methods = [experiment.optim.method, *(override.method for override in experiment.optim.overrides.values())]
     if "muon" in methods:
         notes.append("optim.method: what Muon gathers to orthogonalise is not counted")
     return notes

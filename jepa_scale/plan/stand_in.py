@@ -13,10 +13,11 @@ import numpy as np
 import torch
 
 from jepa_scale.data import load_data
+from jepa_scale.data.base import Kind
 from jepa_scale.data.examples import GRID_VOCABULARY, Conversation, Document, GridSequence, Turn
-from jepa_scale.data.options import ShardOptions
+from jepa_scale.data.options import MixtureOptions, ReversalOptions
 from jepa_scale.data.sampling.rng import Draw, views_of
-from jepa_scale.experiment import Plan
+from jepa_scale.experiment import Experiment
 from jepa_scale.objectives.base import Objective
 from jepa_scale.packing import PackedBatch, pack
 from jepa_scale.utils.errors import DataError, InputError
@@ -28,7 +29,7 @@ SPECIAL = {"bos": 0, "eos": 1, "pad": 2, "end": 3}
 class _Examples:
     """Samples of one length; ``make`` makes one of n tokens."""
 
-    kind: str
+    kind: Kind
     size: int
     vocab: int
 
@@ -68,7 +69,7 @@ class _Examples:
 class StandIn:
     """As much of a :class:`jepa_scale.data.base.Dataset` as models and objectives ask for."""
 
-    kind: str
+    kind: Kind
     train: _Examples
     vocab_size: int
     special: Mapping[str, int] = field(default_factory=lambda: dict(SPECIAL))
@@ -95,8 +96,8 @@ class _Tokenizer:
         return [self.bos_token_id]
 
 
-def stand_in(plan: Plan, vocab_size: int | None, sample_tokens: int | None) -> Any:
-    """Data of a validated config.
+def stand_in(experiment: Experiment, vocab_size: int | None, sample_tokens: int | None) -> Any:
+    """Data such as an experiment's.
 
     Args:
         vocab_size: rows of the embedding; ``None`` = as the config says. sample_tokens: of a sample; ``None`` =
@@ -105,14 +106,13 @@ def stand_in(plan: Plan, vocab_size: int | None, sample_tokens: int | None) -> A
     Raises:
         InputError: nothing says how large the vocabulary is, or the source's data are of another kind.
     """
-    options: Any = plan.data
-    source = options.source
-    if source == "mixture":
+    options = experiment.data
+    if isinstance(options, MixtureOptions):
         raise InputError("data.source: a mixture cannot be planned; plan one of its parts")
-    if not isinstance(options, ShardOptions):
-        return load_data(plan.config.data)  # made, not read
+    if isinstance(options, ReversalOptions):
+        return load_data(options)  # made, not read
     trained = options.vocab_size if options.tokenizer == "bpe" else None  # on the data, to that size
-    found = vocab_size or plan.model.vocab_size or (GRID_VOCABULARY if source == "grids" else trained)
+    found = vocab_size or experiment.model.vocab_size or (GRID_VOCABULARY if options.source == "grids" else trained)
     if not found:
         raise InputError(
             "model.vocab_size: no data are read to plan, and nothing says how many tokens there are; set it, "
@@ -123,7 +123,7 @@ def stand_in(plan: Plan, vocab_size: int | None, sample_tokens: int | None) -> A
         raise InputError(
             f"--sample-tokens {size}: no sample has more than data.max_length={options.max_length}; raise that, or give less"
         )
-    return StandIn(source, _Examples(source, size, found), found)
+    return StandIn(options.source, _Examples(options.source, size, found), found)
 
 
 def micro_batch(objective: Objective, data: Any, tokens: int = 0, samples: int = 0) -> PackedBatch:

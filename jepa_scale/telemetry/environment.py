@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from jepa_scale import __version__
-from jepa_scale.config.schema import REPOSITORY
+from jepa_scale.config.loading import REPOSITORY
 from jepa_scale.distributed.comm import Ranks
 from jepa_scale.utils import allocator
 

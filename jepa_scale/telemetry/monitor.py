@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jepa_scale.checkpoint.retention import complete
-from jepa_scale.config.schema import read_yaml
+from jepa_scale.config.loading import read_yaml
 from jepa_scale.telemetry.records import CONFIG_FILE, FIT, METRICS_FILE, SUMMARY_FILE, Row, config_of, read_rows
 from jepa_scale.utils.format import format_number
 

@@ -12,8 +12,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import yaml
-
 from jepa_scale.config.schema import LogConfig
 from jepa_scale.distributed.comm import Ranks, broadcast_object
 from jepa_scale.telemetry import records
@@ -73,7 +71,7 @@ class RunLog:
         start_step: the step of the checkpoint that a run is resumed from: later rows are dropped, and tokens
             and time continue from ``state`` (what :meth:`state` gave when the checkpoint was made), else from
             the last row kept.
-        engine: name of the engine when the config leaves the choice open.
+        engine, precision: as the run was built, for the summary.
         peak: FLOP/s that a rank's device can do at most, for the column ``mfu``; without it there is none.
         budget: FLOPs that the run was to take, for the summary; 0 = none were given.
         data: what became of the source's records (samples, split, dropped …), for the summary and one line at the start.
@@ -90,7 +88,8 @@ class RunLog:
         *,
         start_step: int = 0,
         state: Mapping[str, float] | None = None,
-        engine: str | None = None,
+        engine: str = "",
+        precision: str = "",
         data: Mapping[str, int] | None = None,
         peak: float | None = None,
         budget: float = 0.0,
@@ -104,7 +103,8 @@ class RunLog:
         self.clock = Stopwatch()
         self._peak, self._budget = peak, budget
         self._log, self._ranks, self._config_yaml = log, ranks, config_yaml
-        self._start_step, self._state, self._engine, self._data = start_step, state, engine, dict(data or {})
+        self._start_step, self._state, self._data = start_step, state, dict(data or {})
+        self._engine, self._precision = engine, precision
         self._file: RowFile | None = None
         self._loggers = Loggers()
         self._progress: Progress | None = None
@@ -133,10 +133,7 @@ class RunLog:
         kept = records.truncate_rows(self.run_dir, self._start_step)
         write_atomic(self.run_dir / records.CONFIG_FILE, self._config_yaml)
         self._file = RowFile(self.run_dir / records.METRICS_FILE)
-        engine = (yaml.safe_load(self._config_yaml) or {}).get("engine") or {}
-        self._environment = describe_environment(
-            self._ranks, self._engine or engine.get("name", ""), engine.get("precision", "")
-        )
+        self._environment = describe_environment(self._ranks, self._engine, self._precision)
         if self._data:
             self._environment["data"] = self._data
             logger.info("data: " + ", ".join(f"{n:,} {what}" for what, n in self._data.items() if n))

@@ -1,10 +1,10 @@
-"""Config → model, objective, engine, data, evaluation: the one place that knows every part."""
+"""Experiment → model, objective, engine, data, evaluation: the one place that knows every part."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 
 from jepa_scale.checkpoint.boxes import Stateful
 from jepa_scale.checkpoint.split_state import SplitState
-from jepa_scale.config.schema import Config
+from jepa_scale.config.schema import EngineConfig
 from jepa_scale.data import load_data
 from jepa_scale.data.sampling.batches import Dealt, SampleStream, Stream, TokenStream
 from jepa_scale.data.sampling.loader import Loader
@@ -27,7 +27,7 @@ from jepa_scale.engines.weights import Weights, built_by_rank_0
 from jepa_scale.evaluation.chat import Place
 from jepa_scale.evaluation.run import Results, chat_test, device_call, evaluate
 from jepa_scale.evaluation.text_probe import probe_test
-from jepa_scale.experiment import Plan
+from jepa_scale.experiment import Experiment
 from jepa_scale.models import tensor_parallel
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.compiling import compile_blocks
@@ -45,7 +45,8 @@ from jepa_scale.utils.errors import InputError
 class Run:
     """Everything a training loop needs."""
 
-    config: Config
+    experiment: Experiment
+    """``engine.precision`` is ``fp32`` or ``bf16`` here, never ``auto``."""
     ranks: Ranks
     engine: Engine
     objective: Objective
@@ -67,30 +68,31 @@ class Run:
         return [SplitState(part, self.splits) for part in parts] if self.splits else parts
 
 
-def set_threads(config: Config, ranks: Ranks) -> None:
+def set_threads(options: EngineConfig, ranks: Ranks) -> None:
     """Share the host's cores among its ranks; BLAS threads that outnumber the cores fight each other."""
     if ranks.device.type == "cpu":
         local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
-        torch.set_num_threads(config.engine.threads or max(1, len(os.sched_getaffinity(0)) // local))
+        torch.set_num_threads(options.threads or max(1, len(os.sched_getaffinity(0)) // local))
 
 
-def create_stream(config: Config, data: Any, objective: Objective, ranks: Ranks) -> Stream:
+def create_stream(experiment: Experiment, data: Any, objective: Objective, ranks: Ranks) -> Stream:
     """Batches counted in samples or in tokens, as ``train:`` says.
 
     Raises:
         InputError: the batch cannot be dealt out to so many ranks, or a sample's views do not fit a micro-batch.
     """
-    train, order = config.train, data.order(config.run.seed)
+    train, seed = experiment.train, experiment.run.seed
+    order = data.order(seed)
     sizes = objective.view_tokens(np.array([data.train.mean_size])) if train.batch_tokens else np.ones(1)
     samples = train.batch_size or int(train.batch_tokens / sizes[0])
     if samples < objective.least_samples:
         raise InputError(
             f"train.{'batch_size' if train.batch_size else 'batch_tokens'}: about {samples} samples in a step; objective "
-            f"{config.objective['name']!r} compares the samples of a step, and needs at least {objective.least_samples}"
+            f"{experiment.objective.name!r} compares the samples of a step, and needs at least {objective.least_samples}"
         )
     if train.batch_size:
         dealt = Dealt(train.accumulation, ranks.data_rank, ranks.data_size)
-        return SampleStream(order, config.run.seed, train.batch_size, dealt, data.fingerprint, train.epochs)
+        return SampleStream(order, seed, train.batch_size, dealt, data.fingerprint, train.epochs)
     accumulation, rest = divmod(train.batch_tokens, train.micro_tokens * ranks.data_size)
     if rest:
         raise InputError(
@@ -105,7 +107,7 @@ def create_stream(config: Config, data: Any, objective: Objective, ranks: Ranks)
         )
     return TokenStream(
         order,
-        config.run.seed,
+        seed,
         lambda samples: objective.view_tokens(data.train.sizes(samples)),
         train.micro_tokens,
         float(sizes[0]),
@@ -115,27 +117,28 @@ def create_stream(config: Config, data: Any, objective: Objective, ranks: Ranks)
     )
 
 
-def build(plan: Plan, ranks: Ranks, steps: int = 0) -> Run:
+def build(experiment: Experiment, ranks: Ranks, steps: int = 0) -> Run:
     """Build all parts, identically on every rank but for the weights: rank 0 has them, and the engine takes them one at a time.
 
     Args:
         steps: what ``train.flops`` came to when the run began; 0 = find out.
     """
-    config = plan.config
-    set_threads(config, ranks)
-    torch.set_float32_matmul_precision("high" if config.engine.tf32 else "highest")
-    config.engine.precision = settle_precision(config.engine.precision, ranks)
-    engine_name = resolve(config.engine.name, ranks)
-    ranks = form_teams(ranks, config.engine.tp)
-    check_engine(engine_name, config, ranks)  # before the data is read and the model made
+    precision = settle_precision(experiment.engine.precision, ranks)
+    experiment = replace(experiment, engine=experiment.engine.model_copy(update={"precision": precision}))
+    options, optim, train = experiment.engine, experiment.optim, experiment.train
+    set_threads(options, ranks)
+    torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
+    engine_name = resolve(options.name, ranks)
+    ranks = form_teams(ranks, options.tp)
+    check_engine(engine_name, options, optim, ranks)  # before the data is read and the model made
 
-    data = load_data(config.data)
-    module = built_by_rank_0(lambda: model_of(plan, data), ranks)
+    data = load_data(experiment.data)
+    module = built_by_rank_0(lambda: model_of(experiment, data), ranks)
     backbone, objective = module.backbone, module.objective
     if backbone.barrier and (objective.tap or backbone.num_layers) > backbone.barrier:
         raise InputError(
             f"model.bridge_grad_barrier: nothing would train blocks 1 to {backbone.barrier}, as objective "
-            f"{config.objective['name']!r} has no tap there; remove it, or lower objective.tap_layer"
+            f"{experiment.objective.name!r} has no tap there; remove it, or lower objective.tap_layer"
         )
     positions = getattr(backbone.decoder.config, "max_position_embeddings", None)
     longest = data.train.max_size - 1  # nothing follows the last token
@@ -144,9 +147,9 @@ def build(plan: Plan, ranks: Ranks, steps: int = 0) -> Run:
             f"data.max_length: a sample has {longest} tokens to predict from, and the model is made for {positions}; lower it, or "
             "raise model.max_position_embeddings if this decoder is a new one"
         )
-    test = chat_test(plan.evaluation, data, backbone, objective.predicts_tokens)
-    probe = probe_test(plan.evaluation, data, backbone, objective)
-    stream = create_stream(config, data, objective, ranks)
+    test = chat_test(experiment.eval, data, backbone, objective.predicts_tokens)
+    probe = probe_test(experiment.eval, data, backbone, objective)
+    stream = create_stream(experiment, data, objective, ranks)
     flops = objective.flops(backbone)
     weights = Weights(module, ranks)
     splits = split_over_team(backbone, ranks)
@@ -160,38 +163,38 @@ def build(plan: Plan, ranks: Ranks, steps: int = 0) -> Run:
             streams=objective.streams,
             start_step=start_step,
             steps=steps,
-            seed=config.run.seed,
-            workers=plan.data.workers,
-            on_error=plan.data.on_error,
+            seed=experiment.run.seed,
+            workers=experiment.data.workers,
+            on_error=experiment.data.on_error,
         )
 
-    if not config.train.flops:
-        steps = min(n for n in (config.train.steps, stream.steps) if n)
+    if not train.flops:
+        steps = min(n for n in (train.steps, stream.steps) if n)
     elif not steps:
         loaders = whole_steps(batches(0, 0), ranks.data_size)
         steps = steps_within(
-            config.train.flops, loaders, flops, lambda step: objective.kind_of_step(step, config.run.seed)
+            train.flops, loaders, flops, lambda step: objective.kind_of_step(step, experiment.run.seed)
         )
     blocks = [*backbone.layers, *objective.blocks]
-    if config.engine.compile:
+    if options.compile:
         compile_blocks(blocks)
         compile_head(backbone.decoder.get_output_embeddings())
-    recompute(blocks, config.engine.activation_checkpointing)
+    recompute(blocks, options.activation_checkpointing)
 
     engine = create_engine(
         engine_name,
         module,
         shard=blocks,
-        groups=parameter_groups(module, config.optim, objective.head_prefixes(backbone)),
-        optim_options=config.optim,
+        groups=parameter_groups(module, optim, objective.head_prefixes(backbone)),
+        optim_options=optim,
         engine_options=EngineOptions(
-            precision=config.engine.precision,
-            clip_norm=config.optim.clip_norm,
+            precision=precision,
+            clip_norm=optim.clip_norm,
             accumulation=stream.accumulation,
-            deepspeed=Path(config.engine.deepspeed),
+            deepspeed=Path(options.deepspeed),
             clip_groups=objective.clip_groups(module),
             split=splits,
-            replicas=config.engine.replicas,
+            replicas=options.replicas,
             bounds=objective.bounds,
         ),
         ranks=ranks,
@@ -205,24 +208,25 @@ def build(plan: Plan, ranks: Ranks, steps: int = 0) -> Run:
     def run_evaluation(
         between: Callable[[], None] = lambda: None, step: int = 0, run_dir: Path | None = None
     ) -> Results:
-        place = Place(run_dir, step, config.log.progress)
+        place = Place(run_dir, step, experiment.log.progress)
         engine.eval()
         try:
             with torch.no_grad():
                 call = device_call(engine, ranks.device, between)
-                options = plan.evaluation
-                return evaluate(plan.data.evaluation, objective, call, data, options, ranks, test, place, probe)
+                return evaluate(objective, call, data, experiment.eval, ranks, test, place, probe)
         finally:
             engine.train()
 
-    return Run(config, ranks, engine, objective, teacher, data, stream, batches, run_evaluation, steps, flops, splits)
+    return Run(
+        experiment, ranks, engine, objective, teacher, data, stream, batches, run_evaluation, steps, flops, splits
+    )
 
 
-def model_of(plan: Plan, data: Any) -> JepaModel:
+def model_of(experiment: Experiment, data: Any) -> JepaModel:
     """The model of a run of this seed, on one device."""
-    torch.manual_seed(plan.config.run.seed)  # the backbone first: its weights do not depend on the objective
-    backbone = build_backbone(plan.model, data.vocab_size)
-    return JepaModel(backbone, plan.objective_class(plan.objective, backbone, data))
+    torch.manual_seed(experiment.run.seed)  # the backbone first: its weights do not depend on the objective
+    backbone = build_backbone(experiment.model, data.vocab_size)
+    return JepaModel(backbone, experiment.objective.build(backbone, data))
 
 
 def split_over_team(backbone: Backbone, ranks: Ranks) -> dict[str, Split]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from jepa_scale import checkpoint
 from jepa_scale.checkpoint import Saver
-from jepa_scale.config.schema import Config, load_config, to_yaml
+from jepa_scale.config.loading import load_config
+from jepa_scale.config.schema import CheckpointConfig
 from jepa_scale.distributed import comm
 from jepa_scale.evaluation.chat import generations_file
 from jepa_scale.experiment import validate
@@ -37,40 +39,45 @@ def run_training(args: argparse.Namespace) -> None:
         InputError: something that the user gave is wrong; nothing has been trained then.
         Aborted: a rule of ``train.abort`` has ended the run.
     """
-    config = load_config(args.config, args.overrides)
-    plan = validate(config)
+    experiment = validate(load_config(args.config, args.overrides))
     quiet_libraries()
     ranks = comm.setup()
-    run_dir = run_dir_of(config)
+    run_dir = run_dir_of(experiment.run)
     prepare_run_dir(run_dir, resume=args.resume is not None)
-    found = checkpoint.find(run_dir, args.resume, config.checkpoint.verify) if args.resume else None
+    found = checkpoint.find(run_dir, args.resume, experiment.checkpoint.verify) if args.resume else None
 
-    run = build(plan, ranks, steps_of(found, config))
+    run = build(experiment, ranks, steps_of(found, experiment.train.flops))
+    experiment = run.experiment  # with the precision that this run has
     logger.debug(f"{run.engine.layout} on {ranks.device}, started by {ranks.launcher}; {run.steps:,} steps")
-    start, counts, criteria = 0, None, Criteria(config.train)
+    start, counts, criteria = 0, None, Criteria(experiment.train)
     if found:
         state = checkpoint.load(found, run.parts).state
-        start = run.stream.resume(state["data"], accept_changes=config.data["accept_changes"])
+        start = run.stream.resume(state["data"], accept_changes=experiment.data.accept_changes)
         criteria.resume(state.get("criteria"))
         counts = {name: state.get(name, 0) for name in ("tokens", "seconds", "flops")}
 
     log = RunLog(
         run_dir,
-        config.log,
+        experiment.log,
         ranks,
-        config.run.name,
+        experiment.run.name,
         run.steps,
-        to_yaml(config),
+        experiment.to_yaml(),
         start_step=start,
         state=counts,
         engine=run.engine.layout,
+        precision=experiment.engine.precision,
         data=run.data.counts,
-        peak=peak_of(ranks.device, config.engine.precision, config.engine.tf32),
-        budget=config.train.flops,
+        peak=peak_of(ranks.device, experiment.engine.precision, experiment.engine.tf32),
+        budget=experiment.train.flops,
     )
-    saver = saver_of(config, run_dir)
+    saver = saver_of(experiment.checkpoint, run_dir)
     allocator.advise(ranks.device)
-    with log, StopRequest(ranks.device) as stop, Watchdog(run_dir, ranks, 60 * config.train.hang_minutes) as watchdog:
+    with (
+        log,
+        StopRequest(ranks.device) as stop,
+        Watchdog(run_dir, ranks, 60 * experiment.train.hang_minutes) as watchdog,
+    ):
         trainer = Trainer(run, log, saver, watchdog, stop, criteria)
         try:
             trainer.train(start)
@@ -86,32 +93,31 @@ def run_training(args: argparse.Namespace) -> None:
 
 def conclude(trainer: Trainer, run_dir: Path) -> None:
     """Log how a run has ended, and write its report unless it is to go on."""
-    config, criteria = trainer.config, trainer.criteria
+    log, criteria = trainer.experiment.log, trainer.criteria
     if criteria.ended and not criteria.aborted:
         logger.info(criteria.ended)
     if trainer.stopping:
         by = trainer.stop.name or "a signal to another rank"
         logger.warning(f"stopped by {by} after step {trainer.done}; go on with --resume auto")
-    elif config.log.report:
+    elif log.report:
         from jepa_scale.report.page import write_report  # draws: other ranks, and the start, need no matplotlib
 
         print(f"report: {write_report(run_dir)}", flush=True)
-    if config.log.breakdown and (table := breakdown_table(read_rows(run_dir))):
+    if log.breakdown and (table := breakdown_table(read_rows(run_dir))):
         print(table, flush=True)
 
 
-def steps_of(found: Path | None, config: Config) -> int:
+def steps_of(found: Path | None, flops: float) -> int:
     """What ``train.flops`` came to when the checkpoint's run began; 0 if that is not known, or the budget is another one now."""
-    if found is None or not config.train.flops:
+    if found is None or not flops:
         return 0
     manifest = checkpoint.Manifest.read(found)
-    same = manifest.config.get("train", {}).get("flops") == config.train.flops
+    same = manifest.config.get("train", {}).get("flops") == flops
     return int(manifest.state.get("steps", 0)) if same else 0
 
 
-def saver_of(config: Config, run_dir: Path) -> Saver:
+def saver_of(keep: CheckpointConfig, run_dir: Path) -> Saver:
     """Writes and keeps checkpoints as the section ``checkpoint`` says."""
-    keep = config.checkpoint
     higher = bool(keep.keep_best) and describe(str(keep.keep_best).rpartition("/")[2]).better == "higher"
     policy = checkpoint.Policy(keep.keep_last, keep.keep_every, keep.keep_best, higher)
     return Saver(
@@ -141,15 +147,16 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
     Args:
         args: ``run``, ``checkpoint`` and ``overrides`` of the command line.
     """
-    config = load_config(config_of(args.run), args.overrides)
+    experiment = validate(load_config(config_of(args.run), args.overrides))
     quiet_libraries()
     ranks = comm.setup()
-    found = checkpoint.find(args.run, args.checkpoint, config.checkpoint.verify)
+    found = checkpoint.find(args.run, args.checkpoint, experiment.checkpoint.verify)
     if found is None:
         raise InputError(f"{args.run}: has no checkpoint to evaluate")
-    if ranks.data_size % (config.engine.tp * config.engine.replicas):  # trained by more ranks than there are now
-        config.engine.tp = config.engine.replicas = 1
-    run = build(validate(config), ranks, steps_of(found, config))
+    engine = experiment.engine
+    if ranks.data_size % (engine.tp * engine.replicas):  # trained by more ranks than there are now
+        experiment = replace(experiment, engine=engine.model_copy(update={"tp": 1, "replicas": 1}))
+    run = build(experiment, ranks, steps_of(found, experiment.train.flops))
     step = checkpoint.load(found, run.parts).step
     results = run.evaluate(step=step, run_dir=args.run)
     if ranks.is_main:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from jepa_scale import checkpoint
 from jepa_scale.checkpoint import Saver
-from jepa_scale.config.schema import Config
+from jepa_scale.config.schema import RunConfig
 from jepa_scale.distributed import comm
 from jepa_scale.evaluation.run import Results
 from jepa_scale.optim import lr_factor
@@ -56,9 +56,9 @@ class Trainer:
     ) -> None:
         self.run, self.log, self.saver, self.watchdog = run, log, saver, watchdog
         self.stop, self.criteria = stop, criteria
-        self.config, self.ranks = run.config, run.ranks
+        self.experiment, self.ranks = run.experiment, run.ranks
         self.engine, self.objective, self.teacher = run.engine, run.objective, run.teacher
-        self.meter, self.guard = Meter(run.ranks.device, run.config.log.breakdown), LossGuard(run.config.train)
+        self.meter, self.guard = Meter(run.ranks.device, run.experiment.log.breakdown), LossGuard(run.experiment.train)
         self.done, self.stopping = 0, False
 
     def train(self, start: int) -> None:
@@ -92,7 +92,7 @@ class Trainer:
     def train_step(self, step: int, batches: list[PackedBatch]) -> Tensor:
         """One update of the weights from this rank's micro-batches; returns the gradient norm before clipping, 0-d."""
         self.watchdog.enter(step + 1, "forward and backward")
-        self.engine.scale_lr(lr_factor(step, self.config.optim, self.run.steps))
+        self.engine.scale_lr(lr_factor(step, self.experiment.optim, self.run.steps))
 
         # means are over the global batch: every rank needs its denominators before it can back-propagate
         totals = global_totals(batches, self.ranks.device, self.stop.requested, self.ranks.team)
@@ -129,7 +129,7 @@ class Trainer:
 
         with self.pause("evaluation"):
             try:
-                results = self.run.evaluate(between, self.done, run_dir_of(self.config))
+                results = self.run.evaluate(between, self.done, run_dir_of(self.experiment.run))
             except EvaluationStopped:
                 self.stopping = True
                 return {}
@@ -192,10 +192,10 @@ class Trainer:
         self.meter.clock.enter("other")
 
     def logs(self) -> bool:
-        return due(self.done, self.config.train.log_every, self.run.steps)
+        return due(self.done, self.experiment.train.log_every, self.run.steps)
 
     def evaluates(self) -> bool:
-        return due(self.done, self.config.train.eval_every, self.run.steps)
+        return due(self.done, self.experiment.train.eval_every, self.run.steps)
 
     def check(self, rows: Results) -> bool:
         """Whether a criterion ends the run, after these rows were logged. Collective."""
@@ -204,7 +204,7 @@ class Trainer:
     def epochs(self) -> float:
         """Whole passes over the data so far. Collective: a step may begin in one epoch and end in the next."""
         epochs, _ = self.run.stream.micro_batch(self.done, 0)
-        at_the_end = float(self.config.train.epochs)  # nothing comes any more
+        at_the_end = float(self.experiment.train.epochs)  # nothing comes any more
         return comm.broadcast_object(float(epochs[0]) if len(epochs) else at_the_end)
 
     def manifest(self, results: Results, permanent: bool) -> checkpoint.Manifest:
@@ -223,7 +223,7 @@ class Trainer:
                 "criteria": self.criteria.state(),
                 **self.log.state(),
             },
-            config=self.config.model_dump(mode="json"),
+            config=self.experiment.resolved(),
             versions=package_versions(),
         )
 
@@ -233,8 +233,8 @@ def due(done: int, every: int, last: int = 0) -> bool:
     return done == last or (every > 0 and done % every == 0)
 
 
-def run_dir_of(config: Config) -> Path:
-    return Path(config.run.dir) / config.run.name
+def run_dir_of(options: RunConfig) -> Path:
+    return Path(options.dir) / options.name
 
 
 def global_totals(batches: list[PackedBatch], device: torch.device, stop: bool, team: int = 1) -> dict[str, Tensor]:

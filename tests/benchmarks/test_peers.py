@@ -8,7 +8,7 @@ import pytest
 from benchmarks.peer_programs.ours import Ours
 from benchmarks.peer_programs.plain import PlainLoop
 from benchmarks.peer_programs.trainer import HuggingFaceTrainer
-from benchmarks.peers import config_of
+from benchmarks.peers import experiment_of
 from jepa_scale.distributed import comm
 
 TINY = {
@@ -44,10 +44,8 @@ def ours(ranks, tmp_path_factory):
         rows.append(json.dumps({"messages": said}) + "\n")
     file = folder / "rows.jsonl"
     file.write_text("".join(rows), encoding="utf-8")
-    config = config_of("chat", 1, 4, str(file), "", TINY)
-    config.data |= {"vocab_size": 300, "cache": str(folder / "cache")}
-    config.model["vocab_size"] = None
-    program = Ours(config, ranks, folder)
+    changes = ["data.vocab_size=300", f"data.cache={folder / 'cache'}", "model.vocab_size=null"]
+    program = Ours(experiment_of("chat", 1, 4, str(file), "", TINY, *changes), ranks, folder)
     yield program, folder
     program.close()
 

@@ -1,5 +1,6 @@
 """Where the values of a resolved config come from."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jepa_scale.cli.config_origins import annotate
-from jepa_scale.config.schema import load_config
+from jepa_scale.config.loading import load_config
 from jepa_scale.experiment import validate
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -30,10 +31,9 @@ def origins(folder, overrides=(), text=EXPERIMENT):
     (folder / "run.yaml").write_text(text)
     (folder / "small.yaml").write_text("# a model\nfamily: native\nhidden_size: 32\n")
     (folder / "large.yaml").write_text("family: native\n\nhidden_size: 64\n")
-    config = load_config(folder / "run.yaml", list(overrides))
-    validate(config)
-    annotated = annotate(config, folder / "run.yaml", list(overrides))
-    assert yaml.safe_load(annotated) == config.model_dump(mode="json")
+    experiment = validate(load_config(folder / "run.yaml", list(overrides)))
+    annotated = annotate(experiment, folder / "run.yaml", list(overrides))
+    assert yaml.safe_load(annotated) == experiment.resolved()
     found, path = {}, []
     for line in annotated.splitlines():
         key, _, rest = line.partition(":")
@@ -74,16 +74,15 @@ def test_a_section_that_is_given_whole(tmp_path):
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
 def test_of_every_experiment(path, tmp_path):
     """It loads again as the same config, and only what nobody wrote is a default."""
-    config = load_config(path)
-    validate(config)
-    annotated = annotate(config, path)
+    experiment = validate(load_config(path))
+    annotated = annotate(experiment, path)
     (tmp_path / path.name).write_text(annotated)
-    assert load_config(tmp_path / path.name) == config
+    assert validate(load_config(tmp_path / path.name)) == experiment
     assert f"configs/{path.name}, line " in annotated
 
 
 @given(st.text(st.characters(blacklist_categories=["Cs"]), max_size=200))
 def test_whatever_a_text_holds_the_result_is_yaml(text):
-    config = load_config(CONFIGS / "reversal.yaml")
-    config.run.dir = text
-    assert yaml.safe_load(annotate(config, CONFIGS / "reversal.yaml")) == config.model_dump(mode="json")
+    experiment = validate(load_config(CONFIGS / "reversal.yaml"))
+    experiment = replace(experiment, run=experiment.run.model_copy(update={"dir": text}))
+    assert yaml.safe_load(annotate(experiment, CONFIGS / "reversal.yaml")) == experiment.resolved()

@@ -10,7 +10,7 @@ import yaml
 from jepa_scale.cli.config_reference import reference
 from jepa_scale.cli.config_schema import config_schema, kinds
 from jepa_scale.cli.main import main
-from jepa_scale.config.schema import load_config
+from jepa_scale.config.loading import load_config
 from jepa_scale.experiment import OBJECTIVES, validate
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -30,9 +30,7 @@ def test_it_is_a_schema(capsys):
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
 def test_shipped_configs_fit(schema, path):
     schema.validate(yaml.safe_load(path.read_text()))
-    config = load_config(path)
-    validate(config)
-    schema.validate(config.model_dump(mode="json"))
+    schema.validate(validate(load_config(path)).resolved())
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 
 from jepa_scale.cli import data as data_cli
 from jepa_scale.cli.main import main
-from jepa_scale.config.schema import parse_section
+from jepa_scale.config.parsing import parse_section
 from jepa_scale.data.prepare.base import PrepareOptions
 from jepa_scale.data.shards.format import Index
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jepa_scale.checkpoint.manifest import Manifest
-from jepa_scale.config.schema import load_config
+from jepa_scale.config.loading import load_config
 from jepa_scale.experiment import OBJECTIVES, objective_class, objective_options, validate
 from jepa_scale.utils.errors import InputError
 
@@ -252,11 +252,10 @@ def test_an_objective_of_ones_own_is_checked_by_its_class(tmp_path, monkeypatch)
         "class MyOptions(Section):\n    width: int = 3\n\n\nclass Mine(LanguageModeling):\n    Options = MyOptions\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    config = load_config(REPOSITORY / FACTS)
-    config.objective = {"name": "mine_at_startup:Mine", "widht": 4}
+    config = load_config(REPOSITORY / FACTS, ["objective={name: mine_at_startup:Mine}"])
+    misspelt = config.model_copy(update={"objective": {**config.objective, "widht": 4}})
     with pytest.raises(InputError, match=r"^objective\.widht: unknown key; did you mean 'width'\?$"):
-        validate(config)
-    config.objective = {"name": "mine_at_startup:Mine"}
-    plan = validate(config)
-    assert plan.config.objective == {"name": "mine_at_startup:Mine", "width": 3}
-    assert plan.objective_class.__name__ == "Mine"
+        validate(misspelt)
+    experiment = validate(config)
+    assert experiment.resolved()["objective"] == {"name": "mine_at_startup:Mine", "width": 3}
+    assert experiment.objective.cls.__name__ == "Mine"

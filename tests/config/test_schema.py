@@ -3,7 +3,10 @@
 import pytest
 import yaml
 
-from jepa_scale.config.schema import Config, OptimConfig, load_config, parse_section, to_yaml
+from jepa_scale.config.loading import load_config, to_yaml
+from jepa_scale.config.parsing import parse_section
+from jepa_scale.config.schema import Config, OptimConfig
+from jepa_scale.experiment import validate
 from jepa_scale.utils.errors import InputError
 
 MINIMAL = {"model": {"family": "native"}, "data": {"source": "reversal"}, "objective": {"name": "lm"}}
@@ -41,7 +44,7 @@ def test_model_may_be_a_file_of_its_own(tmp_path):
 
 def test_a_resolved_config_loads_again_as_itself(tmp_path):
     config = load_config(write(tmp_path, MINIMAL), ["train.steps=7"])
-    again = load_config(write(tmp_path, to_yaml(config), "again.yaml"))
+    again = load_config(write(tmp_path, to_yaml(config.model_dump(mode="json")), "again.yaml"))
     assert again == config
 
 
@@ -51,12 +54,17 @@ def test_a_length_in_flops(tmp_path):
     other = tmp_path / "runs" / "lm"
     other.mkdir(parents=True)
     (other / "summary.json").write_text('{"steps": 7, "flops": 1234567}')
-    config = load_config(path, [f"train.same_flops_as={other}"])
-    assert (config.train.flops, config.train.steps, config.train.epochs) == (1234567.0, 0, 0)
-    resolved = write(tmp_path, to_yaml(config), "again.yaml")
-    assert load_config(resolved) == config
+    experiment = validate(load_config(path, ["run.name=a", f"train.same_flops_as={other}"]))
+    assert (experiment.train.flops, experiment.train.steps, experiment.train.epochs) == (1234567.0, 0, 0)
+    resolved = write(tmp_path, experiment.to_yaml(), "again.yaml")
+    assert validate(load_config(resolved)) == experiment
     (other / "summary.json").unlink()
-    assert load_config(resolved) == config  # it knows the number, and needs the run no more
+    assert validate(load_config(resolved)) == experiment  # it has the number, and needs the run no more
+
+
+def test_a_config_is_read_without_the_files_of_another_run(tmp_path):
+    """That run may lie on another machine; only what trains needs its number."""
+    assert load_config(write(tmp_path, MINIMAL), ["train.same_flops_as=nowhere"]).train.steps == 0
 
 
 @pytest.mark.parametrize(
@@ -79,7 +87,7 @@ def test_a_length_in_flops_that_is_none(tmp_path, monkeypatch, train, summary, m
         (tmp_path / "x").mkdir()
         (tmp_path / "x" / "summary.json").write_text(summary)
     with pytest.raises(InputError, match=r"^train.*" + message):
-        load_config(write(tmp_path, {**MINIMAL, "train": train}))
+        validate(load_config(write(tmp_path, {**MINIMAL, "train": train})))
 
 
 @pytest.mark.parametrize(
@@ -92,6 +100,8 @@ def test_a_length_in_flops_that_is_none(tmp_path, monkeypatch, train, summary, m
         ({"train": {"batch_size": 8, "batch_tokens": 64}}, r"train: .*one of batch_size"),
         ({"train": {"batch_tokens": 64}}, r"train: .*batch_tokens and micro_tokens"),
         ({"train": {"batch_tokens": 64, "micro_tokens": 32, "accumulation": 2}}, r"train: .*accumulation"),
+        ({"train": {"abort": [{"metric": "fit/loss", "abov": 1}]}}, r"^train\.abort\.0\.abov: .*mean 'above'\?$"),
+        ({"optim": {"overrides": {"backbone.x": {"lrr": 1}}}}, r"^optim\.overrides\.backbone\.x\.lrr: .*mean 'lr'\?$"),
         ({"engine": {"precision": "fp8"}}, r"engine\.precision: .*'auto', 'fp32' or 'bf16'.*'fp8'"),
         ({"objective": None}, r"objective: .*dictionary"),
         ({"train": 3}, r"train: .*"),

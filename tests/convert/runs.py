@@ -17,7 +17,7 @@ from torch import Tensor
 
 from jepa_scale.checkpoint import Manifest, store
 from jepa_scale.checkpoint.boxes import Boxes
-from jepa_scale.config.schema import load_config, to_yaml
+from jepa_scale.config.loading import load_config
 from jepa_scale.data import load_data
 from jepa_scale.experiment import validate
 from jepa_scale.models.backbone import Backbone
@@ -81,18 +81,17 @@ def make_run(
     folder: Path, name: str, model: dict[str, Any], step: int = 7, seed: int = 1, **sections: Any
 ) -> JepaModel:
     """A run directory ``folder/name`` with one checkpoint; returns the model whose tensors are in it."""
-    config = load_config(config_file(folder, name, model, **sections))
-    plan = validate(config)
-    data = load_data(config.data)
+    experiment = validate(load_config(config_file(folder, name, model, **sections)))
+    data = load_data(experiment.data)
     torch.manual_seed(seed)
-    backbone = build_backbone(plan.model, data.vocab_size)
-    module = JepaModel(backbone, plan.objective_class(plan.objective, backbone, data))
+    backbone = build_backbone(experiment.model, data.vocab_size)
+    module = JepaModel(backbone, experiment.objective.build(backbone, data))
     with torch.no_grad():
         for parameter in module.parameters():  # norms and biases too: what is one or zero hides mistakes
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     run = folder / name
     run.mkdir()
-    (run / "config.yaml").write_text(to_yaml(config))
+    (run / "config.yaml").write_text(experiment.to_yaml())
     tensors = {f"model/{n}": p.detach() for n, p in module.named_parameters()}
     tensors |= {f"exp_avg/{n}": torch.full_like(p, 5.0) for n, p in module.named_parameters()}
     write_checkpoint(run, step, tensors)

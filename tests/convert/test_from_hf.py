@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from jepa_scale import train
 from jepa_scale.checkpoint import Manifest, store
 from jepa_scale.cli.convert import import_model, parser
-from jepa_scale.config.schema import load_config
+from jepa_scale.config.loading import load_config
 from jepa_scale.convert.to_hf import ExportOptions, export
 from jepa_scale.data import load_data
 from jepa_scale.experiment import validate
@@ -90,11 +90,11 @@ def test_heads_come_back_or_begin_as_in_a_new_run(tmp_path):
 
     (tmp_path / "hf" / "jepa_heads.safetensors").unlink()
     found = bring(tmp_path / "hf", tmp_path / "run.yaml", tmp_path / "fresh")
-    plan = validate(load_config(tmp_path / "run.yaml"))
-    data = load_data(plan.config.data)
+    experiment = validate(load_config(tmp_path / "run.yaml"))
+    data = load_data(experiment.data)
     torch.manual_seed(3)  # run.seed
-    backbone = build_backbone(plan.model, data.vocab_size)
-    new = JepaModel(backbone, plan.objective_class(plan.objective, backbone, data))
+    backbone = build_backbone(experiment.model, data.vocab_size)
+    new = JepaModel(backbone, experiment.objective.build(backbone, data))
     for name, parameter in new.objective.named_parameters():
         assert torch.equal(found[f"model/objective.{name}"], parameter)
     norm = "backbone.decoder.model.norm.weight"

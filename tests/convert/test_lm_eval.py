@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from jepa_scale.convert.to_hf import ExportOptions, export
-from jepa_scale.data import load_data
+from jepa_scale.data import load_data, parse_data
 from jepa_scale.data.prepare.encoders.tokenizer import load_tokenizer
 from tests.convert.runs import MODELS, logits, make_run, without_jepa_scale
 
@@ -61,7 +61,7 @@ def test_harness_gives_the_model_s_own_log_likelihoods(tmp_path, name):
     )
     found = without_jepa_scale(HARNESS, str(tasks), str(tmp_path / "hf"), HF_DATASETS_CACHE=str(tmp_path / "hf_cache"))
 
-    tokenizer = load_tokenizer(str(load_data(data).tokenizer))
+    tokenizer = load_tokenizer(str(load_data(parse_data(data)).tokenizer))
     right = 0
     for row, scores in zip(rows, found["scores"], strict=True):
         ours = []

@@ -18,7 +18,7 @@ from jepa_scale.cli import main as cli
 from jepa_scale.convert import to_hf
 from jepa_scale.convert.from_hf import state_tensors
 from jepa_scale.convert.to_hf import ExportOptions, export
-from jepa_scale.data import load_data
+from jepa_scale.data import load_data, parse_data
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.utils.errors import InputError
@@ -33,7 +33,7 @@ BASES = {
     "olmo2": huggingface("olmo2"),
     "gpt2": GPT2,
 }
-ROWS = load_data(REVERSAL).vocab_size
+ROWS = load_data(parse_data(REVERSAL)).vocab_size
 NEW = ROWS - 4
 SEQUENCES = [[1, 5, ROWS - 1, 2, NEW, 7, 3], [NEW - 1, 4, 8], [11, 3, ROWS - 2, 30, 12]]
 

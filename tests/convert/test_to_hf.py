@@ -15,7 +15,7 @@ from jepa_scale import train
 from jepa_scale.checkpoint import Manifest
 from jepa_scale.convert.skeleton import llama_config
 from jepa_scale.convert.to_hf import ExportOptions, export, metrics_at
-from jepa_scale.data import load_data
+from jepa_scale.data import load_data, parse_data
 from jepa_scale.models.decoder import JepaDecoderConfig
 from jepa_scale.utils.errors import InputError
 from jepa_scale.utils.format import format_number
@@ -166,7 +166,7 @@ def test_a_trained_run_scores_in_transformers_what_its_own_evaluation_says(tmp_p
     assert made.checkpoint.name == "step_00000012"
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     total, count = 0.0, 0
-    valid = load_data(data).splits["valid"]
+    valid = load_data(parse_data(data)).splits["valid"]
     for number in range(len(valid)):
         tokens, _ = valid[number].lm_sequence()
         ids = torch.tensor(list(map(int, tokens)))[None]
@@ -321,7 +321,7 @@ def with_tokenizers(tmp_path_factory):
         }
         make_run(folder, name, model, data=data)
         export(folder / name, folder / "hf" / name, QUIET)
-        datas[name] = load_data(data)
+        datas[name] = load_data(parse_data(data))
     return folder, datas
 
 

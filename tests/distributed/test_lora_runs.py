@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from jepa_scale.config.ema import TeacherOptions
 from jepa_scale.config.schema import OptimConfig
 from jepa_scale.convert.to_hf import ExportOptions, export
-from jepa_scale.data import load_data
+from jepa_scale.data import load_data, parse_data
 from jepa_scale.distributed.comm import Ranks
 from jepa_scale.engines.ema import Teacher, TeacherModel
 from jepa_scale.models.backbone import Backbone
@@ -236,7 +236,7 @@ def test_a_run_goes_on_with_fewer_ranks_and_leaves_as_what_it_was(corpus, tmp_pa
     export(tmp_path / "moved", tmp_path / "hf", ExportOptions(progress=False, tokenizer="none"))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     total, count = 0.0, 0
-    for example in load_data({"source": "text", "path": str(corpus), "max_length": 24}).splits["valid"]:
+    for example in load_data(parse_data({"source": "text", "path": str(corpus), "max_length": 24})).splits["valid"]:
         ids = torch.tensor(list(map(int, example.lm_sequence()[0])))[None]
         if ids.shape[1] > 1:
             with torch.no_grad():

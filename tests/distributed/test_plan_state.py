@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from jepa_scale.config.schema import load_config
+from jepa_scale.config.loading import load_config
 from jepa_scale.experiment import validate
 from jepa_scale.plan.planner import Request, make_plan
 from jepa_scale.training.build import build
@@ -68,7 +68,7 @@ def test_a_rank_keeps_what_is_planned(world_size, tmp_path):
     files = [config_of(tmp_path, *case) for case in cases]
     of_ranks = run_ranks(sizes_of_engines, world_size, [str(file) for file in files])
     for case, file, *real in zip(cases, files, *of_ranks, strict=True):
-        plan = make_plan(load_config(file), Request(world_size, None))
+        plan = make_plan(validate(load_config(file)), Request(world_size, None))
         for kind in KINDS:
             most = max(sizes[kind] for sizes in real)
             # parts are padded to equal sizes, of small parameters by a few percent

@@ -181,7 +181,7 @@ def test_a_teams_checkpoint_becomes_a_hugging_face_model(team, tmp_path):
 
 
 def refused(ranks: Ranks, file: str) -> str:
-    from jepa_scale.config.schema import load_config
+    from jepa_scale.config.loading import load_config
     from jepa_scale.experiment import validate
     from jepa_scale.training.build import build
     from jepa_scale.utils.errors import InputError

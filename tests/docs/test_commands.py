@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from jepa_scale.cli.main import main
-from jepa_scale.config.schema import load_config
+from jepa_scale.config.loading import load_config
 from jepa_scale.experiment import validate
 from tests.distributed.processes import HANG
 from tests.docs.commands import PAGES, REPOSITORY, VARIABLE, Command, alternatives, commands_of

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from jepa_scale.config.ema import TeacherOptions
-from jepa_scale.config.schema import parse_section
+from jepa_scale.config.parsing import parse_section
 from jepa_scale.engines.ema import TeacherModel, momentum_at
 from jepa_scale.utils.errors import InputError
 

@@ -17,8 +17,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jepa_scale.config.schema import parse_section
-from jepa_scale.data import load_data
+from jepa_scale.config.parsing import parse_section
+from jepa_scale.data import load_data, parse_data
 from jepa_scale.data.examples import Conversation, Turn
 from jepa_scale.data.shards.decode import truncate
 from jepa_scale.distributed.comm import Ranks
@@ -324,8 +324,10 @@ def test_prompts_and_texts_of_prepared_conversations(tmp_path):
     for name in ("train", "valid"):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
     data = load_data(
-        {"source": "chat", "path": str(tmp_path / "train.jsonl"), "valid_path": str(tmp_path / "valid.jsonl")}
-        | {"vocab_size": 300, "cache": str(tmp_path / "cache")}
+        parse_data(
+            {"source": "chat", "path": str(tmp_path / "train.jsonl"), "valid_path": str(tmp_path / "valid.jsonl")}
+            | {"vocab_size": 300, "cache": str(tmp_path / "cache")}
+        )
     )
     torch.manual_seed(0)
     model = ModelOptions(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, max_position_embeddings=50)

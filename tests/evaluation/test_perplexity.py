@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from jepa_scale.data import load_data
+from jepa_scale.data import load_data, parse_data
 from jepa_scale.distributed.comm import Ranks
 from jepa_scale.evaluation.encode import text_batches
 from jepa_scale.evaluation.options import PerplexityOptions
@@ -31,7 +31,7 @@ def model():
 
 
 def load(folder: Path):
-    return load_data({"source": "text", "path": str(folder), "max_length": 8})
+    return load_data(parse_data({"source": "text", "path": str(folder), "max_length": 8}))
 
 
 def evaluate_on_rank(ranks: Ranks, folder: str) -> None:
@@ -44,7 +44,7 @@ def evaluate_on_rank(ranks: Ranks, folder: str) -> None:
         return getattr(objective, task)(backbone, batch)
 
     with torch.no_grad():
-        results = evaluate("perplexity", objective, call, data, PerplexityOptions(micro_tokens=13), ranks)
+        results = evaluate(objective, call, data, PerplexityOptions(micro_tokens=13), ranks)
     Path(folder, f"{ranks.world_size}-{ranks.rank}.json").write_text(json.dumps([results, len(calls)]))
 
 

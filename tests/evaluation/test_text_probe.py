@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from jepa_scale.config.schema import load_config
+from jepa_scale.config.loading import load_config
 from jepa_scale.data import load_data
 from jepa_scale.data.sampling.rng import Draw
 from jepa_scale.distributed.comm import Ranks
@@ -38,12 +38,12 @@ RANKS = Ranks(0, 1, 0, torch.device("cpu"), "python")
 
 
 def parts(config: str) -> tuple[Any, Any, Any, Any]:
-    """plan, data, backbone, objective."""
-    plan = validate(load_config(config))
-    data = load_data(plan.config.data)
+    """experiment, data, backbone, objective."""
+    experiment = validate(load_config(config))
+    data = load_data(experiment.data)
     torch.manual_seed(0)
-    backbone = build_backbone(plan.model, data.vocab_size)
-    return plan, data, backbone.eval(), plan.objective_class(plan.objective, backbone, data)
+    backbone = build_backbone(experiment.model, data.vocab_size)
+    return experiment, data, backbone.eval(), experiment.objective.build(backbone, data)
 
 
 class Silent(LanguageModeling):
@@ -57,10 +57,10 @@ class Silent(LanguageModeling):
 
 
 def evaluate_on_rank(ranks: Ranks, config: str, silent: bool) -> tuple[Any, list[str]]:
-    plan, data, backbone, objective = parts(config)
+    experiment, data, backbone, objective = parts(config)
     if silent:
         objective = Silent(LmOptions(), backbone, data)
-    test = probe_test(plan.evaluation, data, backbone, objective)
+    test = probe_test(experiment.eval, data, backbone, objective)
     calls: list[str] = []
 
     def call(task: str, batch: Any) -> Any:
@@ -68,7 +68,7 @@ def evaluate_on_rank(ranks: Ranks, config: str, silent: bool) -> tuple[Any, list
         return getattr(objective, task)(backbone, batch)
 
     with torch.no_grad():
-        results = evaluate("perplexity", objective, call, data, plan.evaluation, ranks, probe=test)
+        results = evaluate(objective, call, data, experiment.eval, ranks, probe=test)
     return results, calls
 
 
@@ -89,10 +89,10 @@ def test_figures_are_those_of_texts_encoded_one_by_one(config, world_size, silen
     assert results.keys() == ({"probe"} if silent else {"valid", "probe"})
     assert ("label_log_probs" in calls) is not silent
 
-    plan, data, backbone, _ = parts(config)
+    experiment, data, backbone, _ = parts(config)
     tokenizer = data.load_tokenizer()
     pooled, every, labels = [], [], []
-    for line in Path(plan.config.eval["probe"]).read_text().splitlines():
+    for line in Path(experiment.eval.probe).read_text().splitlines():
         row = json.loads(line)
         ids = tokenizer(row["text"], add_special_tokens=False)["input_ids"]
         with torch.no_grad():
@@ -100,7 +100,7 @@ def test_figures_are_those_of_texts_encoded_one_by_one(config, world_size, silen
         pooled.append(states[-1] if silent else states.mean(0))
         every.append(states)
         labels.append(["court", "farm", "kitchen", "sea"].index(row["label"]))
-    test = probe_test(plan.evaluation, data, backbone, LanguageModeling(LmOptions(), backbone, data))
+    test = probe_test(experiment.eval, data, backbone, LanguageModeling(LmOptions(), backbone, data))
     assert test is not None
     x, y, train = torch.stack(pooled), torch.tensor(labels), torch.from_numpy(test.labelled.train)
     known = Labelled(x[train], y[train])
@@ -123,9 +123,9 @@ def stream_from(ids: list[int], start: int) -> Any:
 
 
 def test_some_token_states_are_evenly_spread(config, monkeypatch):
-    plan, data, backbone, objective = parts(config)
+    experiment, data, backbone, objective = parts(config)
     monkeypatch.setattr("jepa_scale.evaluation.text_probe.TOKENS", 7)
-    test = probe_test(plan.evaluation, data, backbone, objective)
+    test = probe_test(experiment.eval, data, backbone, objective)
     assert test is not None
     with torch.no_grad():
         _, tokens = test.states(objective, lambda task, batch: getattr(objective, task)(backbone, batch), RANKS)
@@ -134,8 +134,8 @@ def test_some_token_states_are_evenly_spread(config, monkeypatch):
 
 
 def test_states_that_are_not_finite_have_no_figures(config):
-    plan, data, backbone, objective = parts(config)
-    test = probe_test(plan.evaluation, data, backbone, objective)
+    experiment, data, backbone, objective = parts(config)
+    test = probe_test(experiment.eval, data, backbone, objective)
     assert test is not None
     found = test.measure(torch.full((40, 4), torch.nan), torch.full((9, 4), torch.inf))
     assert all(np.isnan(found[name]) for name in ("knn_accuracy", "probe_accuracy", "uniformity", "effective_rank"))
@@ -177,9 +177,9 @@ def test_a_file_that_cannot_be_used(tmp_path, config, lines, message):
     path = tmp_path / "labelled.jsonl"
     if lines is not None:
         path.write_text("\n".join(lines) + "\n")
-    plan, data, backbone, objective = parts(config)
+    experiment, data, backbone, objective = parts(config)
     with pytest.raises(InputError, match=message):
-        probe_test(plan.evaluation.model_copy(update={"probe": str(path)}), data, backbone, objective)
+        probe_test(experiment.eval.model_copy(update={"probe": str(path)}), data, backbone, objective)
 
 
 def test_it_ends_the_run_before_it_begins(config):
@@ -188,18 +188,18 @@ def test_it_ends_the_run_before_it_begins(config):
 
 
 def test_data_without_a_tokenizer_and_a_split_of_that_name_are_refused(config):
-    plan, data, backbone, objective = parts(config)
+    experiment, data, backbone, objective = parts(config)
 
     class Other:
         tokenizer = None
         splits = {"valid": []}
 
     with pytest.raises(InputError, match=r"eval.probe: the data have no tokenizer"):
-        probe_test(plan.evaluation, Other, backbone, objective)
+        probe_test(experiment.eval, Other, backbone, objective)
     Other.tokenizer, Other.splits = data.tokenizer, {"probe": []}
     with pytest.raises(InputError, match=r"eval.probe: its metrics are called probe"):
-        probe_test(plan.evaluation, Other, backbone, objective)
-    assert probe_test(plan.evaluation.model_copy(update={"probe": None}), data, backbone, objective) is None
+        probe_test(experiment.eval, Other, backbone, objective)
+    assert probe_test(experiment.eval.model_copy(update={"probe": None}), data, backbone, objective) is None
 
 
 def test_an_objective_that_predicts_no_tokens_is_not_asked_for_answers():

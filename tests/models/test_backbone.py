@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
 
-from jepa_scale.config.schema import parse_section, read_yaml
+from jepa_scale.config.loading import read_yaml
+from jepa_scale.config.parsing import parse_section
 from jepa_scale.models import backbone as backbone_module
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions

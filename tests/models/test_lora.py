@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from jepa_scale.config.schema import parse_section
+from jepa_scale.config.parsing import parse_section
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import LoraOptions, ModelOptions
 from jepa_scale.packing import Segment, pack_stream

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from jepa_scale.data import load_data
+from jepa_scale.data import load_data, parse_data
 from jepa_scale.data.prepare.encoders.tokenizer import train_bpe
 from jepa_scale.data.sampling.rng import Draw
 from jepa_scale.models.loading import build_backbone
@@ -103,7 +103,7 @@ def chat_data(folder: Path, family: str, rows: list[list[dict[str, str]]], **key
     """The rows as prepared data, by the real way: a JSONL file, shards in a cache, the source ``chat``."""
     file = write_rows(folder, rows)
     named = {"tokenizer": str(tokenizer(folder, family)), "plain": family == "gpt2", "cache": str(folder / "cache")}
-    return load_data({"source": "chat", "path": str(file), **named, **keys})
+    return load_data(parse_data({"source": "chat", "path": str(file), **named, **keys}))
 
 
 def backbone(family: str, vocab_size: int, seed: int = 0) -> Any:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jepa_scale.config.schema import parse_section
+from jepa_scale.config.parsing import parse_section
 from jepa_scale.data.examples import Conversation, Document, Turn
 from jepa_scale.data.sampling.rng import Draw, generator
 from jepa_scale.experiment import objective_class

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from jepa_scale.config.schema import GroupOverride, OptimConfig, parse_section
+from jepa_scale.config.parsing import parse_section
+from jepa_scale.config.schema import GroupOverride, OptimConfig
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.optim import build_optimizer, parameter_groups

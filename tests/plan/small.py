@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from jepa_scale.config.schema import Config, parse_section
+from jepa_scale.config.parsing import parse_section
+from jepa_scale.config.schema import Config
 from jepa_scale.experiment import validate
 from jepa_scale.plan.layout import Layout, layout_of
 from jepa_scale.plan.model import Modelled, model_on_meta
@@ -42,10 +43,11 @@ def zero(stage: int, **more: Any) -> dict[str, Any]:
 
 
 def modelled(config: Config, world_size: int = 1, tp: int = 1) -> tuple[Modelled, Layout]:
-    plan = validate(config)
-    layout = layout_of(config, world_size, tp)
-    return model_on_meta(plan, stand_in(plan, None, None), layout), layout
+    experiment = validate(config)
+    layout = layout_of(experiment.engine, world_size, tp)
+    return model_on_meta(experiment, stand_in(experiment, None, None), layout), layout
 
 
 def planned(config: Config, world_size: int = 1, **more: Any) -> RunPlan:
-    return make_plan(config, Request(world_size, more.pop("gpu", None), search=more.pop("search", False), **more))
+    request = Request(world_size, more.pop("gpu", None), search=more.pop("search", False), **more)
+    return make_plan(validate(config), request)

@@ -8,18 +8,18 @@ from tests.plan.small import config, zero
 
 
 def test_ranks_are_replicas_times_shards_times_tp():
-    layout = layout_of(config({"precision": "bf16"}), 4096, tp=8, replicas=16)
+    layout = layout_of(config({"precision": "bf16"}).engine, 4096, tp=8, replicas=16)
     assert (layout.shards, layout.data_ranks, layout.width) == (32, 512, 2)
     assert "32 shards × 16 replicas × tp 8" in str(layout)
 
 
 def test_auto_precision_is_that_of_gpus():
-    assert layout_of(config({"precision": "auto"}), 8).precision == "bf16"
+    assert layout_of(config({"precision": "auto"}).engine, 8).precision == "bf16"
 
 
 def test_zero_has_the_stage_of_its_json():
-    assert [layout_of(config(zero(stage)), 2).stage for stage in range(4)] == [0, 1, 2, 3]
-    assert layout_of(config(zero(2)), 2).zero["reduce_bucket_size"] == 50_000_000
+    assert [layout_of(config(zero(stage)).engine, 2).stage for stage in range(4)] == [0, 1, 2, 3]
+    assert layout_of(config(zero(2)).engine, 2).zero["reduce_bucket_size"] == 50_000_000
 
 
 @pytest.mark.parametrize(
@@ -35,4 +35,4 @@ def test_zero_has_the_stage_of_its_json():
 )
 def test_what_does_not_fit_is_refused_by_name(engine, arguments, message):
     with pytest.raises(InputError, match=message.replace("(", r"\(")):
-        layout_of(config(engine), *arguments)
+        layout_of(config(engine).engine, *arguments)

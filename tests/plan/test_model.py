@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from jepa_scale.experiment import objective_class, validate
+from jepa_scale.experiment import validate
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.objectives.base import JepaModel
 from jepa_scale.plan.stand_in import stand_in
@@ -17,10 +17,10 @@ def test_parameters_in_closed_form():
 
 
 def test_names_and_shapes_are_those_of_the_built_model():
-    plan = validate(config(objective=HORIZON))
-    data = stand_in(plan, None, None)
-    backbone = build_backbone(plan.model, data.vocab_size)
-    real = JepaModel(backbone, objective_class("horizon")(plan.objective, backbone, data))
+    experiment = validate(config(objective=HORIZON))
+    data = stand_in(experiment, None, None)
+    backbone = build_backbone(experiment.model, data.vocab_size)
+    real = JepaModel(backbone, experiment.objective.build(backbone, data))
     model, _ = modelled(config(objective=HORIZON))
     assert {n: tuple(p.shape) for n, p in real.named_parameters()} == {n: s.shape for n, s in model.parameters.items()}
     assert all(p.is_meta for p in model.module.parameters())

@@ -14,7 +14,7 @@ PEAK = 989.4e12
 
 
 def of(ops, traffic=(), accumulation=1, stepped=0, averaged=0, efficiency=1.0):
-    layout = layout_of(config({"precision": "bf16"}), 16)
+    layout = layout_of(config({"precision": "bf16"}).engine, 16)
     flops = sum(op.flops for op in ops) * accumulation
     return estimate(ops, accumulation, stepped, averaged, traffic, flops, GPU, layout, True, efficiency)
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from jepa_scale.config.schema import load_config
+from jepa_scale.config.loading import load_config
+from jepa_scale.experiment import validate
 from jepa_scale.plan.hardware import find_gpu
 from jepa_scale.plan.planner import Request, make_plan
 
@@ -21,8 +22,8 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
     ],
 )
 def test_fits_on_gpus_with_80_gb(name, gpus, billions, engine):
-    config = load_config(CONFIGS / f"{name}.yaml", [f"engine.name={engine}"])
-    plan = make_plan(config, Request(gpus, find_gpu("h100"), search=False))
+    experiment = validate(load_config(CONFIGS / f"{name}.yaml", [f"engine.name={engine}"]))
+    plan = make_plan(experiment, Request(gpus, find_gpu("h100"), search=False))
     assert plan.fits
     assert plan.parameters / 1e9 == pytest.approx(billions, rel=0.08)  # the objective's heads come on top
-    assert plan.step_tokens == config.train.batch_tokens
+    assert plan.step_tokens == experiment.train.batch_tokens

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from jepa_scale.models import head as lm_head
-from jepa_scale.plan.planner import Request, make_plan
 from jepa_scale.plan.simulate import fake_ranks
 from tests.plan.small import HORIZON, LAYERS, WIDTH, config, modelled, planned
 
@@ -74,7 +73,7 @@ def test_a_gpu_keeps_less_of_norms():
 @pytest.mark.parametrize("ranks", [2, 64])
 def test_losses_over_all_ranks_see_all_ranks(ranks):
     objective = {"name": "horizon", **{k: v for k, v in HORIZON.items() if k != "name"}, "loss": "barlow"}
-    plan = make_plan(config(objective=objective, train={"batch_size": ranks * 2}), Request(ranks, None))
+    plan = planned(config(objective=objective, train={"batch_size": ranks * 2}), ranks)
     assert plan.step_tokens == ranks * plan.micro_tokens
 
 

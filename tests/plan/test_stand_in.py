@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jepa_scale.config.schema import load_config
+from jepa_scale.config.loading import load_config
 from jepa_scale.experiment import validate
 from jepa_scale.plan.planner import Request, make_plan
 from jepa_scale.plan.stand_in import micro_batch, stand_in
@@ -16,8 +16,8 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def test_a_micro_batch_is_full():
-    plan = validate(config(train={"batch_tokens": 100, "micro_tokens": 100}))
-    data = stand_in(plan, None, None)
+    experiment = validate(config(train={"batch_tokens": 100, "micro_tokens": 100}))
+    data = stand_in(experiment, None, None)
     objective = modelled(config())[0].objective
     batch = micro_batch(objective, data, tokens=100)
     assert batch.streams["main"].table.lengths == (16,) * 6  # 17 tokens, the last one only predicted; 4 are too few
@@ -47,6 +47,6 @@ def test_a_sample_is_not_longer_than_the_config_allows():
     "name", ["reversal", "reversal_two_view", "tiny_corpus", "nl_rx_synth", "nl_rx_synth_stp", "span_tiny", "grid_arc"]
 )
 def test_every_objective_is_planned(name):
-    plan = make_plan(load_config(CONFIGS / f"{name}.yaml"), Request(2, None))
+    plan = make_plan(validate(load_config(CONFIGS / f"{name}.yaml")), Request(2, None))
     assert plan.memory.peak > sum(plan.memory.state.values()) > 0
     assert plan.flops > 0 and plan.micro_tokens > 0

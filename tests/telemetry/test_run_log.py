@@ -41,7 +41,7 @@ def run_log(directory, total=10, rank=0, world_size=1, **options):
 
 
 def test_rows_and_summary_round_trip(tmp_path):
-    with run_log(tmp_path, engine="fsdp") as log:
+    with run_log(tmp_path, engine="fsdp", precision="bf16") as log:
         for step in range(1, 5):
             log.tick(step, tokens=50)
             if step % 2 == 0:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from jepa_scale.config.schema import load_config
+from jepa_scale.config.loading import load_config
 from jepa_scale.distributed import comm
 from jepa_scale.experiment import validate
 from jepa_scale.training.build import build
@@ -43,3 +43,14 @@ def test_an_engine_keeps_the_bounds_of_the_objective(ranks, tmp_path):
     run.engine.backward(run.engine.forward("loss", batch, [], 0).total)
     run.engine.step()
     assert scale.full_tensor().item() == pytest.approx(math.log(5.0))
+
+
+def test_a_run_has_the_precision_that_its_devices_settle(ranks, tmp_path):
+    """``auto`` is what is asked for; what the run is built with is what it saves."""
+    values = {**VALUES, "engine": {**VALUES["engine"], "precision": "auto"}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    asked = validate(load_config(tmp_path / "run.yaml"))
+    run = build(asked, ranks)
+    settled = run.experiment.engine.precision
+    assert settled in ("fp32", "bf16") and settled == run.engine.options.precision
+    assert f"precision: {settled}" in run.experiment.to_yaml() and asked.engine.precision == "auto"

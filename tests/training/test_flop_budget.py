@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from jepa_scale.config.schema import parse_section
+from jepa_scale.config.parsing import parse_section
 from jepa_scale.data.sampling.batches import Dealt
 from jepa_scale.data.sampling.loader import Loader
 from jepa_scale.objectives.lm import LanguageModeling
@@ -33,8 +33,8 @@ def run(chat, options=None, rank=0, world_size=1, **train):
     else:
         objective = TwoView(parse_section(TwoViewOptions, options, "objective"), model, chat)
     keys = {"batch_size": 0, "batch_tokens": 0, "micro_tokens": 0, "accumulation": 1, "epochs": 0, **train}
-    config = SimpleNamespace(train=SimpleNamespace(**keys), run=SimpleNamespace(seed=SEED))
-    stream = create_stream(config, chat, objective, SimpleNamespace(data_rank=rank, data_size=world_size))
+    experiment = SimpleNamespace(train=SimpleNamespace(**keys), run=SimpleNamespace(seed=SEED))
+    stream = create_stream(experiment, chat, objective, SimpleNamespace(data_rank=rank, data_size=world_size))
     loader = Loader(chat.train, stream, objective.view_maker(), objective.streams, 0, 0, SEED)
     return loader, objective.flops(model), lambda step: objective.kind_of_step(step, SEED)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from pydantic import Field
 
 from jepa_scale.config.schema import Section
+from jepa_scale.data.base import Kind
 
 if TYPE_CHECKING:  # options are checked before anything that takes time is imported
     from jepa_scale.data.shards.format import Sample
@@ -98,8 +99,8 @@ class Reader(Protocol):
     """Raw data as records, in an order that never changes."""
 
     @property
-    def kind(self) -> str:
-        """``text``, ``chat``, ``reversal`` or ``grids``."""
+    def kind(self) -> Kind:
+        """What the records are."""
 
     @property
     def splits(self) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from typing import Any, overload
 
 import numpy as np
 
+from jepa_scale.data.base import Kind
 from jepa_scale.data.sampling.order import Permuted, shuffled
 from jepa_scale.data.sampling.rng import generator
 from jepa_scale.packing import IGNORE
@@ -180,6 +181,10 @@ class ReversalData:
     vocab_size: int
     special: dict[str, Any]
     by_name: bool = False
+
+    @property
+    def kind(self) -> Kind:
+        return "reversal"
 
     def order(self, seed: int) -> Permuted:
         """Each epoch uniformly shuffled, or ``by_name``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from jepa_scale.config.schema import find_file
+from jepa_scale.config.loading import find_file
 from jepa_scale.data.options import GENERATOR_KEYS, ReversalOptions
 from jepa_scale.data.reversal.facts import ReversalData, generate
 from jepa_scale.data.reversal.files import read, read_shards

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from jepa_scale.data.options import MixtureOptions
+from jepa_scale.data.base import Kind
+from jepa_scale.data.options import MixtureOptions, ReversalPart, SourceOptions
 from jepa_scale.data.sampling.order import Mixed
 from jepa_scale.utils.errors import InputError
 
@@ -91,7 +92,7 @@ class MixtureData:
         return [part for part in self.parts.values() if part.kind == "chat"]
 
     @property
-    def kind(self) -> str:
+    def kind(self) -> Kind:
         """``chat`` if any part is; documents among conversations are only predicted."""
         return "chat" if self._chat else self._first.kind
 
@@ -118,8 +119,8 @@ class MixtureData:
         )
 
 
-def load(options: MixtureOptions, load_part: Callable[[dict[str, Any], str], Any]) -> MixtureData:
-    """Load every part by ``load_part(its keys, the key's dotted name)``.
+def load(options: MixtureOptions, load_part: Callable[[SourceOptions], Any]) -> MixtureData:
+    """Load every part with ``load_part``.
 
     Raises:
         InputError: a part is wrong, or has another vocabulary than the first one.
@@ -127,22 +128,19 @@ def load(options: MixtureOptions, load_part: Callable[[dict[str, Any], str], Any
     parts: dict[str, Any] = {}
     weights = []
     for number, given in enumerate(options.parts):
-        values, where = dict(given), f"data.parts.{number}"
-        weight, name = values.pop("weight", 1.0), str(values.pop("name", f"part{number}"))
-        if not isinstance(weight, (int, float)) or not weight > 0:
-            raise InputError(f"{where}.weight: must be a number above 0, got {weight!r}")
+        where, name = f"data.parts.{number}", f"part{number}" if given.name is None else given.name
         if name in parts:
             raise InputError(f"{where}.name: {name!r} is another part's name too")
-        part = load_part(values, where)
+        if isinstance(given, ReversalPart):
+            raise InputError(f"{where}.source: {given.source} cannot be mixed")
+        part = load_part(given)
         first = next(iter(parts.values()), part)
-        if getattr(part, "tokenizer_fingerprint", None) is None:
-            raise InputError(f"{where}.source: {values.get('source')} cannot be mixed")
         if part.tokenizer_fingerprint != first.tokenizer_fingerprint or part.vocab_size != first.vocab_size:
             raise InputError(
                 f"{where}: has another tokenizer than data.parts.0; prepare all parts with one (tokenizer: a folder or name)"
             )
         parts[name] = part
-        weights.append(weight / part.train.mean_size)
+        weights.append(given.weight / part.train.mean_size)
     if not parts:
         raise InputError("data.parts: give at least one part")
     share = [w / sum(weights) for w in weights]

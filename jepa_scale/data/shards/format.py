@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from webdataset import TarWriter
 
+from jepa_scale.data.base import Kind
 from jepa_scale.utils.errors import InputError
 from jepa_scale.utils.io import write_atomic
 
@@ -64,7 +65,7 @@ class Index:
         made_from: what was prepared, with which options; for people to read.
     """
 
-    kind: str
+    kind: Kind
     splits: dict[str, list[ShardInfo]]
     vocab_size: int
     special: dict[str, Any]

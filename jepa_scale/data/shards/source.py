@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jepa_scale.data.base import Kind
 from jepa_scale.data.options import ChatOptions, ShardOptions
 from jepa_scale.data.prepare.base import PrepareOptions, RecordOptions
 from jepa_scale.data.sampling.order import Windowed
@@ -48,7 +49,7 @@ class ShardData:
         return load_tokenizer(str(self.tokenizer), self.trust_remote_code)
 
     @property
-    def kind(self) -> str:
+    def kind(self) -> Kind:
         """``text``, ``chat`` or ``grids``."""
         return self.train.located.index.kind
 

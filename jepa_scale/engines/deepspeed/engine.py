@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from jepa_scale.checkpoint.boxes import Boxes
-from jepa_scale.config.schema import OptimConfig, find_file
+from jepa_scale.config.loading import find_file
+from jepa_scale.config.schema import OptimConfig
 from jepa_scale.distributed.comm import Ranks
 from jepa_scale.engines.base import (
     Engine,

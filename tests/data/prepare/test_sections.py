@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jepa_scale.cli.main import main
-from jepa_scale.config.schema import parse_section
+from jepa_scale.config.parsing import parse_section
 from jepa_scale.data.labelled import read_labelled
 from jepa_scale.data.prepare.section_options import SHARED, SectionOptions
 from jepa_scale.data.prepare.sections import _Body, _cut, passages

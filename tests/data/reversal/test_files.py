@@ -239,12 +239,15 @@ def test_the_type_of_a_row_of_valid_is_its_split(tmp_path: Path) -> None:
 
 
 def test_load_data_generates_or_reads(tmp_path: Path) -> None:
-    data = load_data({"source": "reversal", "entities_a": 100, "comb": 4, "relations": 2, "seed": 3})
+    data = load_data(parse_data({"source": "reversal", "entities_a": 100, "comb": 4, "relations": 2, "seed": 3}))
     assert data.fingerprint == generate(100, 4, 2, 3).fingerprint
     assert set(data.splits) == {"train", "atomic", "test"}
     assert len(data.train) == 260
     write(generate(100, 4, 2, 3), tmp_path)
-    assert load_data({"source": "reversal", "path": str(tmp_path), "workers": 2}).fingerprint == data.fingerprint
+    assert (
+        load_data(parse_data({"source": "reversal", "path": str(tmp_path), "workers": 2})).fingerprint
+        == data.fingerprint
+    )
     assert parse_data({"source": "reversal", "path": str(tmp_path), "workers": 2}).workers == 2
 
 
@@ -263,11 +266,11 @@ def test_load_data_generates_or_reads(tmp_path: Path) -> None:
 )
 def test_wrong_keys_are_named(values: dict[str, Any], says: str) -> None:
     with pytest.raises(InputError, match=says):
-        load_data(values)
+        load_data(parse_data(values))
 
 
 def test_prepared_shards_hold_the_same_facts(tmp_path: Path) -> None:
-    from jepa_scale.data import load_data
+    from jepa_scale.data import load_data, parse_data
     from jepa_scale.data.prepare.base import PrepareOptions
     from jepa_scale.data.prepare.job import prepare
 
@@ -275,8 +278,8 @@ def test_prepared_shards_hold_the_same_facts(tmp_path: Path) -> None:
     write(data, tmp_path / "files")
     prepare(tmp_path / "files", tmp_path / "shards", PrepareOptions(shard_samples=40), processes=1, progress=False)
     options = {"source": "reversal", "atomic_repeats": 2}
-    from_files = load_data({**options, "path": str(tmp_path / "files")})
-    from_shards = load_data({**options, "path": str(tmp_path / "shards")})
+    from_files = load_data(parse_data({**options, "path": str(tmp_path / "files")}))
+    from_shards = load_data(parse_data({**options, "path": str(tmp_path / "shards")}))
     assert from_shards.fingerprint == from_files.fingerprint
     assert from_shards.special == from_files.special
     for split in ("train", "atomic", "test"):

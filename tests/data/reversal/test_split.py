@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jepa_scale.config.schema import load_config
+from jepa_scale.config.loading import load_config
 from jepa_scale.data import load_data
 from jepa_scale.data.sampling.batches import SampleStream
 from jepa_scale.data.sampling.loader import Loader
@@ -14,11 +14,13 @@ from jepa_scale.packing import IGNORE
 
 @pytest.mark.parametrize("name", ["reversal", "reversal_lm", "reversal_two_view"])
 def test_no_batch_of_an_epoch_holds_a_held_out_fact(name):
-    plan = validate(load_config(f"configs/{name}.yaml", ["data.entities_a=50", "data.comb=5", "train.batch_size=30"]))
-    data = load_data(plan.config.data)
+    experiment = validate(
+        load_config(f"configs/{name}.yaml", ["data.entities_a=50", "data.comb=5", "train.batch_size=30"])
+    )
+    data = load_data(experiment.data)
     held_out = {(f.subject, f.relation, f.object) for f in data.splits["test"]}
-    objective = plan.objective_class(plan.objective, build_backbone(plan.model, data.vocab_size), data)
-    assert isinstance(objective, objective_class(plan.config.objective["name"]))
+    objective = experiment.objective.build(build_backbone(experiment.model, data.vocab_size), data)
+    assert isinstance(objective, objective_class(experiment.objective.name))
     stream = SampleStream(data.order(0), 0, 30)
     steps = -(-len(data.train) // 30)
     seen_facts, seen_tokens = set(), []

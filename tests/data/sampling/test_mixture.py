@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jepa_scale.data import load_data
+from jepa_scale.data import load_data, parse_data
 from jepa_scale.utils.errors import InputError
 from tests.data.corpus import write_text
 
@@ -23,7 +23,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def mixture(*parts: dict[str, Any]) -> Any:
-    return load_data({"source": "mixture", "parts": list(parts)})
+    return load_data(parse_data({"source": "mixture", "parts": list(parts)}))
 
 
 def test_weights_are_shares_of_the_tokens(folders: tuple[Path, Path]) -> None:

@@ -3,13 +3,13 @@ from typing import Any
 
 import pytest
 
-from jepa_scale.data import load_data
+from jepa_scale.data import load_data, parse_data
 from jepa_scale.utils.errors import DataError, InputError
 from tests.data.corpus import write_text
 
 
 def load(path: Path | str, **keys: Any) -> Any:
-    return load_data({"source": "text", "path": str(path), "max_length": 8, **keys})
+    return load_data(parse_data({"source": "text", "path": str(path), "max_length": 8, **keys}))
 
 
 def test_prepared_shards_are_opened_where_they_lie(tmp_path: Path) -> None:
@@ -75,6 +75,6 @@ def test_missing_shards_stop_the_run_or_are_told_and_the_order_stays(tmp_path: P
 def test_data_of_another_kind_are_refused(tmp_path: Path) -> None:
     write_text(tmp_path, [3])
     with pytest.raises(InputError, match=r"^data.source: .* holds text, not chat"):
-        load_data({"source": "chat", "path": str(tmp_path)})
+        load_data(parse_data({"source": "chat", "path": str(tmp_path)}))
     with pytest.raises(InputError, match=r"^data.path: a list names prepared shards"):
-        load_data({"source": "text", "path": [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]})
+        load_data(parse_data({"source": "text", "path": [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]}))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from jepa_scale.config.schema import parse_section
+from jepa_scale.config.parsing import parse_section
 from jepa_scale.data.examples import GridSequence
 from jepa_scale.data.sampling.rng import Draw
 from jepa_scale.objectives.grid.config import GridOptions

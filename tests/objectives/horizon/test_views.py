@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jepa_scale.config.schema import parse_section
+from jepa_scale.config.parsing import parse_section
 from jepa_scale.data.examples import Conversation, Document, Turn
 from jepa_scale.data.sampling.batches import ALONE, SampleStream
 from jepa_scale.data.sampling.loader import Loader

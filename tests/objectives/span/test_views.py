@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jepa_scale.config.schema import parse_section
+from jepa_scale.config.parsing import parse_section
 from jepa_scale.data.examples import Document
 from jepa_scale.data.sampling.rng import Draw, generator
 from jepa_scale.objectives.span.config import SpanOptions

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoTokenizer
 
-from jepa_scale.config.schema import parse_section
+from jepa_scale.config.parsing import parse_section
 from jepa_scale.data.sampling.rng import Draw
 from jepa_scale.objectives.base import JepaModel
 from jepa_scale.objectives.two_view.objective import TwoView, TwoViewOptions

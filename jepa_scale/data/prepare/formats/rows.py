@@ -8,6 +8,7 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+from jepa_scale.data.base import Kind
 from jepa_scale.data.prepare.base import BadRecord, PrepareOptions, Record
 from jepa_scale.data.prepare.formats.grids import looks_like_grid, looks_like_grids, pair, windows
 from jepa_scale.data.prepare.formats.source import Items, Part
@@ -27,7 +28,7 @@ _LOOK = 100  # rows at the start that may be damaged before nobody can say what 
 class Schema:
     """What rows are: their kind, the form they have it in, and role → column."""
 
-    kind: str
+    kind: Kind
     form: str
     columns: Mapping[str, str]
 

@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from jepa_scale.data.base import Kind
 from jepa_scale.data.prepare.base import BadRecord, Record
 
 Items = Iterator[Record | BadRecord]
@@ -54,7 +55,7 @@ class Source:
         cut: ``valid`` was cut off the training text already, as ``valid_fraction`` says.
     """
 
-    kind: str
+    kind: Kind
     parts: Mapping[str, Part]
     identify: Callable[[], str]
     vocabulary: Vocabulary | None = None

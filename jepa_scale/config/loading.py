@@ -1,0 +1,97 @@
+"""Read a config from a YAML file and dotted overrides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jepa_scale.config.parsing import parse_section
+from jepa_scale.config.schema import Config
+from jepa_scale.utils.errors import InputError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SHIPPED = REPOSITORY if (REPOSITORY / "configs").is_dir() else Path(__file__).resolve().parents[1]
+"""Where ``configs/`` lies: in the repository, or in the package if that was installed from a wheel."""
+
+
+def find_file(path: str | Path, key: str, beside: Path | None = None) -> Path:
+    """The file that ``path`` means: as given, beside the config that names it, or among those of jepa_scale (:data:`SHIPPED`).
+
+    Raises:
+        InputError: no such file in any of these places.
+    """
+    path = Path(path).expanduser()
+    places = [path] if path.is_absolute() else [Path.cwd() / path, *([beside / path] if beside else []), SHIPPED / path]
+    for place in places:
+        if place.is_file():
+            return place
+    raise InputError(f"{key}: no file {str(path)!r} (looked for {', '.join(str(p) for p in places)})")
+
+
+def shipped_configs() -> list[tuple[str, str]]:
+    """Names for ``--config``, and the first line of the comment that each begins with."""
+    files = sorted((SHIPPED / "configs").glob("*.yaml"))
+    return [
+        (f"configs/{file.name}", file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")) for file in files
+    ]
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping from a file, with the file and line in the error when it is damaged."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise InputError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: must hold a mapping of keys, not {type(values).__name__}")
+    return values
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set ``a.b=value`` in place; the value is read as YAML (``1e-3`` as a number too)."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"override {override!r}: must look like section.key=value")
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        child = values.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise InputError(f"override {override!r}: {parent!r} is not a section")
+        values = child
+    try:
+        values[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"override {override!r}: {text!r} is not a YAML value") from None
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a config file, apply the overrides, and check the keys of the common sections.
+
+    ``model:`` may name a file of its own (``model: configs/models/tiny.yaml``); overrides such as ``model.hidden_size=64``
+    change that file's keys.
+
+    Raises:
+        InputError: with the key or file that is wrong and what to do.
+    """
+    file = find_file(path, "--config")
+    values = read_yaml(file)
+    if any(o.startswith("model=") for o in overrides):
+        apply_override(values, [o for o in overrides if o.startswith("model=")][-1])
+    if isinstance(values.get("model"), str):
+        values["model"] = read_yaml(find_file(values["model"], "model", file.parent))
+    for override in overrides:
+        if not override.startswith("model="):
+            apply_override(values, override)
+    config = parse_section(Config, values, "")
+    if config.run.name:
+        return config
+    return config.model_copy(update={"run": config.run.model_copy(update={"name": file.stem})})
+
+
+def to_yaml(values: dict[str, Any]) -> str:
+    """The text of a config file that holds these values."""
+    return yaml.safe_dump(values, sort_keys=False, width=100)

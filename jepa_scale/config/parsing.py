@@ -1,0 +1,60 @@
+"""Turn values into a section, or into one line that names the key that is wrong."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from typing import Any, TypeVar, get_args
+
+from pydantic import ValidationError
+
+from jepa_scale.config.schema import Section
+from jepa_scale.utils.errors import InputError
+
+S = TypeVar("S", bound=Section)
+
+
+def parse_section(cls: type[S], values: Any, prefix: str) -> S:
+    """Validate ``values`` as ``cls``.
+
+    Raises:
+        InputError: one line naming ``prefix.key``, what is wrong with it and, for an unknown key, the nearest known one.
+    """
+    if not isinstance(values, dict):
+        raise InputError(f"{prefix or 'config'}: must be a mapping of keys, not {type(values).__name__}")
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        raise InputError(_explain(cls, error, prefix)) from None
+
+
+def _sections_in(annotation: Any) -> Iterator[type[Section]]:
+    """The sections that a value of this type may hold, also as an item of a list or a mapping."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _sections_in(inner)
+
+
+def _explain(cls: type[Section], error: ValidationError, prefix: str) -> str:
+    first = error.errors()[0]
+    path = [str(p) for p in first["loc"] if not str(p).startswith("function-")]
+    name = ".".join([prefix, *path] if prefix else path)
+    if first["type"] == "extra_forbidden":
+        owner: Any = cls
+        for part in path[:-1]:
+            if part in owner.model_fields:  # else a number in a list, or a name in a mapping
+                owner = next(_sections_in(owner.model_fields[part].annotation), owner)
+        near = difflib.get_close_matches(path[-1], owner.model_fields, n=1, cutoff=0.5)
+        known = (
+            f"known keys: {', '.join(sorted(owner.model_fields))}" if owner.model_fields else "there are no keys here"
+        )
+        hint = f"did you mean {near[0]!r}?" if near else known
+        return f"{name}: unknown key; {hint}"
+    if first["type"] == "missing":
+        return f"{name}: required key is missing"
+    if first["type"] == "value_error":  # of a validator of ours, which knows what to say
+        said = str(first["ctx"]["error"])
+        key = said.partition(":")[0]
+        return ".".join(filter(None, [prefix, said])) if not path and key in cls.model_fields else f"{name}: {said}"
+    return f"{name}: {first['msg'][0].lower() + first['msg'][1:]}, got {first['input']!r}"
