@@ -32,6 +32,7 @@ from jepa_scale.experiment import Experiment, validate
 from jepa_scale.models.generation import answer, rounds
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.objectives.base import JepaModel
+from jepa_scale.objectives.tasks import Task
 from jepa_scale.telemetry.records import config_of
 from jepa_scale.utils.errors import InputError
 
@@ -142,7 +143,7 @@ class LoadedRun:
                 bar.update(len(part.numbers))
 
     @torch.no_grad()
-    def _call(self, task: str, batch: Any, *args: Any) -> Any:
+    def _call(self, task: Task, batch: Any, *args: Any) -> Any:
         return self.module(task, batch.to(self.device), *args)
 
     # -- generation ---------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from jepa_scale.distributed.comm import Ranks, all_gather_object
 from jepa_scale.evaluation.options import DATABASE, ChatEvalOptions
 from jepa_scale.metrics.text_match import METRICS, Wanted
 from jepa_scale.models.generation import Answer, answer, rounds
+from jepa_scale.objectives.tasks import Call
 from jepa_scale.utils.errors import DataError, InputError
 from jepa_scale.utils.io import write_atomic
 from jepa_scale.utils.logging import shows_progress
@@ -95,7 +96,7 @@ class ChatTest:
     stop: tuple[int, ...]
     positions: int | None = None
 
-    def run(self, call: Callable[..., Any], ranks: Ranks, place: Place) -> dict[str, dict[str, float]]:
+    def run(self, call: Call, ranks: Ranks, place: Place) -> dict[str, dict[str, float]]:
         """Answer all questions. Collective; the same result on every rank.
 
         Of each split the mean of every value of the metrics over the rows that can be scored by all of them,
@@ -115,7 +116,7 @@ class ChatTest:
         return results
 
     def _answers(
-        self, call: Callable[..., Any], split: str, questions: Sequence[Question], ranks: Ranks, place: Place
+        self, call: Call, split: str, questions: Sequence[Question], ranks: Ranks, place: Place
     ) -> Iterator[dict[str, Any]]:
         """This rank's records, as they come."""
         asked = [q for q in questions if not q.problem]

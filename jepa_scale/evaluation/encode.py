@@ -16,10 +16,8 @@ from jepa_scale.data.sampling.rng import Draw, ViewMaker
 from jepa_scale.data.texts import Texts
 from jepa_scale.distributed.comm import Ranks
 from jepa_scale.objectives.base import Objective
+from jepa_scale.objectives.tasks import Call
 from jepa_scale.packing import PackedBatch, Views
-
-Call = Callable[..., Any]
-"""``call(task, batch, …)`` runs a task of the objective without gradient, on all ranks together."""
 
 
 class EncodedTexts(NamedTuple):

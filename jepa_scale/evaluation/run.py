@@ -11,13 +11,14 @@ import torch
 from jepa_scale.data.sampling.rng import ViewMaker
 from jepa_scale.distributed.comm import Ranks
 from jepa_scale.evaluation import chat, perplexity, reversal
-from jepa_scale.evaluation.encode import Call, text_batches
+from jepa_scale.evaluation.encode import text_batches
 from jepa_scale.evaluation.options import ChatEvalOptions, EvalOptions, EvaluationOptions
 from jepa_scale.evaluation.snapshot import save_snapshot
 from jepa_scale.evaluation.text_probe import SPLIT, ProbeTest
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.objectives.base import Objective
 from jepa_scale.objectives.lm import lm_views
+from jepa_scale.objectives.tasks import Call, Task
 from jepa_scale.packing import PackedBatch
 from jepa_scale.utils.errors import InputError
 
@@ -101,9 +102,9 @@ def evaluate(
 
 
 def device_call(engine: Any, device: torch.device, between: Callable[[], None]) -> Call:
-    """:data:`Call` through an engine; ``between`` is called before each forward."""
+    """:class:`Call` through an engine; ``between`` is called before each forward."""
 
-    def call(task: str, batch: Any, *args: Any) -> Any:
+    def call(task: Task, batch: Any, *args: Any) -> Any:
         between()
         return engine.forward(task, batch.to(device), *args)
 

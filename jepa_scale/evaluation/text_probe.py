@@ -15,13 +15,14 @@ from jepa_scale.data.labelled import LabelledTexts, read_labelled
 from jepa_scale.data.sampling.rng import Draw
 from jepa_scale.data.texts import Texts, tokenize
 from jepa_scale.distributed.comm import Ranks, all_reduce_sum, broadcast_object, rank
-from jepa_scale.evaluation.encode import Call, encode_texts
+from jepa_scale.evaluation.encode import encode_texts
 from jepa_scale.evaluation.options import EvaluationOptions, PerplexityOptions
 from jepa_scale.metrics.geometry import uniformity
 from jepa_scale.metrics.probe import Labelled, accuracy, linear_probe, majority, neighbour_predictions
 from jepa_scale.metrics.spectrum import effective_rank
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.objectives.base import Objective
+from jepa_scale.objectives.tasks import Call
 from jepa_scale.utils.errors import InputError
 
 logger = logging.getLogger(__name__)

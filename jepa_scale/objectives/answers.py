@@ -6,13 +6,14 @@ plain next-token prediction supplies its own :class:`Answerer`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from jepa_scale.objectives.tasks import Call
 from jepa_scale.packing import IGNORE, Segment, Views, pack
 
 
@@ -40,10 +41,6 @@ class Answerer(Protocol):
 
     def ranks(self, questions: Sequence[Question]) -> np.ndarray:
         """(n,) rank of the right answer among all answers, 1 = best; ties count against the right one by half."""
-
-
-Call = Callable[..., Any]
-"""``call(task, batch, …)`` runs a task of the objective through the engine, without gradient, on all ranks together."""
 
 
 def stream_of(segments: Sequence[Segment]) -> Any:

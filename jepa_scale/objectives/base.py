@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -17,6 +17,7 @@ from jepa_scale.models.flops import DecoderFlops
 from jepa_scale.models.generation import Generated, Prompts, greedy
 from jepa_scale.objectives.answers import Answerer, LanguageModelAnswerer
 from jepa_scale.objectives.costs import StepFlops
+from jepa_scale.objectives.tasks import TASKS, Call, Task
 from jepa_scale.packing import PackedBatch, Segment, Views
 from jepa_scale.utils.errors import InputError
 
@@ -90,6 +91,9 @@ class Objective(nn.Module):
     """Number of the block after which the objective reads the decoder's states; 0 = it reads the last ones alone."""
     least_samples: int = 1
     """Fewer samples in an optimizer step, over all ranks, say nothing to the loss."""
+    own_tasks: ClassVar[tuple[str, ...]] = ()
+    """Names of further tasks, beside :data:`jepa_scale.objectives.tasks.TASKS`: methods that the objective's own answerer or
+    diagnostics call through the engine. Each takes the backbone first."""
     teacher: TargetEncoder
     """The EMA teacher, set before the first forward if :meth:`teacher_copies` gives something to teach with."""
 
@@ -178,7 +182,7 @@ class Objective(nn.Module):
         """What the other micro-batches need to know of this one; called without gradient, on every rank."""
         raise NotImplementedError
 
-    def answerer(self, call: Callable[..., Any]) -> Answerer:
+    def answerer(self, call: Call) -> Answerer:
         """How this objective's model answers questions at evaluation. ``call(task, *args)`` runs the task of that name
         through the engine without gradient, on all ranks together."""
         return LanguageModelAnswerer(call)
@@ -207,9 +211,13 @@ class Objective(nn.Module):
         mean = torch.segment_reduce(states, "mean", lengths=lengths, axis=0)
         return {"tokens": states, "last": states[stream.last], "mean": mean}
 
-    def diagnostics(self, call: Callable[..., Any]) -> Diagnostics | None:
+    def diagnostics(self, call: Call) -> Diagnostics | None:
         """What else an evaluation on text looks at, beside the perplexity."""
         return None
+
+    def diagnose(self, backbone: Backbone, batch: PackedBatch) -> Any:
+        """Compute what the objective's :meth:`diagnostics` need of a micro-batch: tensors, in a tuple or dict."""
+        raise NotImplementedError
 
     def next_token_logits(self, backbone: Backbone, batch: PackedBatch) -> Tensor:
         """(S, V) fp32, the logits after each segment of the stream ``"main"``."""
@@ -238,8 +246,12 @@ class JepaModel(nn.Module):
         self.backbone = backbone
         self.objective = objective
 
-    def forward(self, task: str, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, task: Task, *args: Any, **kwargs: Any) -> Any:
         """Run the objective's method ``task`` on the backbone and the arguments."""
+        own = self.objective.own_tasks
+        assert task in TASKS or task in own, (
+            f"{task!r} is no task of {type(self.objective).__name__}; there are {', '.join(sorted({*TASKS, *own}))}"
+        )
         return getattr(self.objective, task)(self.backbone, *args, **kwargs)
 
 

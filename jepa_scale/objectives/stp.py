@@ -11,7 +11,7 @@ neither world size nor accumulation enters.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ from jepa_scale.models.backbone import Backbone
 from jepa_scale.objectives.base import Loss, Objective, lm_loss, resolve_tap, share
 from jepa_scale.objectives.ramp import ramp
 from jepa_scale.objectives.stp_options import Form, StpOptions
+from jepa_scale.objectives.tasks import Call
 from jepa_scale.packing import PackedBatch, Segment, Views
 
 SHORTEST = 1e-3
@@ -155,7 +156,7 @@ class Stp(Objective):
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
-    def diagnostics(self, call: Callable[..., Any]) -> StpDiagnostics | None:
+    def diagnostics(self, call: Call) -> StpDiagnostics | None:
         return StpDiagnostics(self.options, call) if self.options.eval_spans else None
 
     def diagnose(self, backbone: Backbone, batch: PackedBatch) -> tuple[Tensor, Tensor]:
@@ -172,7 +173,7 @@ class StpDiagnostics:
     :class:`jepa_scale.objectives.base.Diagnostics`."""
 
     options: StpOptions
-    call: Callable[..., Any]
+    call: Call
     representations: dict[str, Tensor] = field(default_factory=dict)
 
     @property

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jepa_scale.distributed.comm import all_gather_rows, data_rank, data_size
-from jepa_scale.objectives.answers import Call, rank_of, sum_by_segment
+from jepa_scale.objectives.answers import rank_of, sum_by_segment
+from jepa_scale.objectives.tasks import Call
 from jepa_scale.packing import PackedBatch, Segment, Views, pack
 
 

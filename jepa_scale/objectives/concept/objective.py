@@ -35,6 +35,7 @@ from jepa_scale.objectives.concept.config import ConceptOptions
 from jepa_scale.objectives.concept.memory import ConceptMemory
 from jepa_scale.objectives.concept.predictors import PREDICTORS
 from jepa_scale.objectives.costs import StepFlops, contrast_flops
+from jepa_scale.objectives.tasks import Call
 from jepa_scale.packing import PackedBatch, Segment, Views
 from jepa_scale.utils.errors import InputError
 
@@ -139,7 +140,7 @@ class Concept(Objective):
     def view_tokens(self, sizes: np.ndarray) -> np.ndarray:
         return 2 * sizes  # two names, and one of them to be spoken: less than the fact twice
 
-    def answerer(self, call: Any) -> ConceptAnswerer:
+    def answerer(self, call: Call) -> ConceptAnswerer:
         snap = self.options.snap or self.options.memory
         return ConceptAnswerer(call, self.view_maker(), say_segment, self.streams, snap)
 

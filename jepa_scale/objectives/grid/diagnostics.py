@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from jepa_scale.objectives.grid.config import GridOptions
 from jepa_scale.objectives.grid.quantizer import Quantizer
 from jepa_scale.objectives.grid.queue import TargetQueue
 from jepa_scale.objectives.grid.views import GridViews
+from jepa_scale.objectives.tasks import Call
 from jepa_scale.packing import PackedBatch
 
 CHUNK = 1024
@@ -48,7 +48,7 @@ class GridDiagnostics:
     options: GridOptions
     quantizer: Quantizer | None
     queue: TargetQueue | None
-    call: Callable[..., Any]
+    call: Call
     representations: dict[str, Tensor] = field(default_factory=dict)
 
     @property

@@ -42,6 +42,7 @@ from jepa_scale.objectives.grid.queue import TargetQueue
 from jepa_scale.objectives.grid.temperature import Temperature
 from jepa_scale.objectives.grid.temporal_attention import temporal
 from jepa_scale.objectives.grid.views import TARGETS, GridViews
+from jepa_scale.objectives.tasks import Call
 from jepa_scale.packing import PackedBatch
 from jepa_scale.utils.errors import InputError
 
@@ -56,7 +57,7 @@ class Grid(Objective):
     def __init__(self, options: GridOptions, backbone: Backbone, data: Any):
         super().__init__()
         o = self.options = options
-        if getattr(data, "kind", "") != "grids":
+        if data.kind != "grids":
             raise InputError("objective.name: grid needs sequences of grids (data.source: grids)")
         self.predicts_tokens = o.lm_weight > 0
         self.streams = ("main", TARGETS)
@@ -299,7 +300,7 @@ class Grid(Objective):
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
-    def diagnostics(self, call: Any) -> GridDiagnostics:
+    def diagnostics(self, call: Call) -> GridDiagnostics:
         return GridDiagnostics(self.options, self.encoder.quantizer, self.queue, call)
 
     def diagnose(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:

@@ -4,9 +4,8 @@ latents, and the future KL, on pairs that are the same in every evaluation."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from jepa_scale.metrics.spectrum import effective_rank
 from jepa_scale.objectives.horizon.config import HorizonOptions
 from jepa_scale.objectives.horizon.losses import distance, is_statistic, statistic
 from jepa_scale.objectives.horizon.views import HorizonViews
+from jepa_scale.objectives.tasks import Call
 from jepa_scale.packing import PackedBatch
 
 
@@ -26,7 +26,7 @@ class HorizonDiagnostics:
     """See :class:`jepa_scale.objectives.base.Diagnostics`."""
 
     options: HorizonOptions
-    call: Callable[..., Any]
+    call: Call
     representations: dict[str, Tensor] = field(default_factory=dict)
 
     @property

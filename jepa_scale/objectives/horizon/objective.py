@@ -29,6 +29,7 @@ from jepa_scale.objectives.horizon.diagnostics import HorizonDiagnostics
 from jepa_scale.objectives.horizon.losses import distance, is_statistic, statistic
 from jepa_scale.objectives.horizon.views import HorizonViews, check_horizons
 from jepa_scale.objectives.ramp import ramp
+from jepa_scale.objectives.tasks import Call
 from jepa_scale.packing import PackedBatch
 from jepa_scale.utils.errors import InputError
 
@@ -213,7 +214,7 @@ class Horizon(Objective):
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
-    def diagnostics(self, call: Any) -> HorizonDiagnostics | None:
+    def diagnostics(self, call: Call) -> HorizonDiagnostics | None:
         return HorizonDiagnostics(self.options, call) if self.options.eval_pairs else None
 
     def diagnose(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from jepa_scale.metrics.geometry import alignment, uniformity
 from jepa_scale.metrics.representation import retrieval
 from jepa_scale.metrics.spectrum import effective_rank
 from jepa_scale.objectives.span.views import SpanViews
+from jepa_scale.objectives.tasks import Call
 from jepa_scale.packing import PackedBatch
 
 
@@ -37,7 +37,7 @@ class SpanDiagnostics:
 
     made: SpanViews
     distance: Callable[[Tensor, Tensor], Tensor]
-    call: Callable[..., Any]
+    call: Call
     representations: dict[str, Tensor] = field(default_factory=dict)
 
     @property

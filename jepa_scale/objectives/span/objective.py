@@ -28,6 +28,7 @@ from jepa_scale.objectives.span.config import SpanOptions
 from jepa_scale.objectives.span.diagnostics import SpanDiagnostics
 from jepa_scale.objectives.span.predictor import SpanPredictor
 from jepa_scale.objectives.span.views import PREDICTOR, TARGETS, SpanViews
+from jepa_scale.objectives.tasks import Call
 from jepa_scale.packing import PackedBatch
 from jepa_scale.utils.errors import InputError
 
@@ -65,7 +66,7 @@ class Span(Objective):
     def __init__(self, options: SpanOptions, backbone: Backbone, data: Any):
         super().__init__()
         o = self.options = options
-        if getattr(data, "kind", "") not in ("text", "chat"):
+        if data.kind not in ("text", "chat"):
             raise InputError("objective.name: span needs texts (data.source: text)")
         longest = int(data.train.max_size)
         places = o.max_positions or longest
@@ -247,7 +248,7 @@ class Span(Objective):
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
-    def diagnostics(self, call: Any) -> SpanDiagnostics | None:
+    def diagnostics(self, call: Call) -> SpanDiagnostics | None:
         return SpanDiagnostics(self.views, self.distance, call) if self.options.eval_samples else None
 
     def diagnose(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:

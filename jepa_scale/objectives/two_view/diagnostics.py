@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from jepa_scale.distributed.comm import all_gather_object
 from jepa_scale.losses.distance import cosine
 from jepa_scale.metrics.representation import retrieval, std_gap
 from jepa_scale.metrics.spectrum import effective_rank, effective_rank_of_directions
+from jepa_scale.objectives.tasks import Call
 from jepa_scale.objectives.two_view.views import ChatViews
 from jepa_scale.packing import PackedBatch
 
@@ -29,7 +29,7 @@ class TwoViewDiagnostics:
     """
 
     chat_views: ChatViews
-    call: Callable[..., Any]
+    call: Call
     representations: dict[str, Tensor] = field(default_factory=dict)
 
     @property

@@ -28,6 +28,7 @@ from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.flops import Cost, DecoderFlops, linear_cost
 from jepa_scale.objectives.base import Loss, Objective, lm_loss, resolve_tap, share
 from jepa_scale.objectives.costs import StepFlops, contrast_flops, moments_flops, sigreg_flops
+from jepa_scale.objectives.tasks import Call
 from jepa_scale.objectives.two_view.config import TwoViewOptions
 from jepa_scale.objectives.two_view.diagnostics import TwoViewDiagnostics
 from jepa_scale.objectives.two_view.views import ChatViews, FactViews, Frame, paired_at
@@ -57,7 +58,7 @@ class TwoView(Objective):
         self.collects = o.jepa_weight > 0 and not o.legacy_loss and (o.distance == "infonce" or o.regularizer != "none")
         self.predictors: nn.Embedding | None = None
         self.linear = _linear(backbone.hidden_size) if o.linear_predictor else None
-        if "pred" in data.special:
+        if data.kind == "reversal":
             self._views: FactViews | ChatViews = self._fact_views(data)
         else:
             self._views = self._chat_views(data, backbone)
@@ -82,7 +83,7 @@ class TwoView(Objective):
 
     def _chat_views(self, data: Any, backbone: Backbone) -> ChatViews:
         o = self.options
-        if getattr(data, "kind", "") != "chat":
+        if data.kind != "chat":
             raise InputError("objective.name: two_view needs conversations (data.source: chat) or facts (reversal)")
         tokenizer = data.load_tokenizer()
         frame = Frame() if o.plain_views else Frame.of(tokenizer, data.plain)
@@ -271,7 +272,7 @@ class TwoView(Objective):
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
-    def diagnostics(self, call: Any) -> TwoViewDiagnostics | None:
+    def diagnostics(self, call: Call) -> TwoViewDiagnostics | None:
         if not self.options.eval_pairs or not isinstance(self._views, ChatViews):
             return None
         return TwoViewDiagnostics(self._views, call)

@@ -1,6 +1,7 @@
 """``grid`` against its definition, sample by sample; what must not depend on how a batch is cut; what training writes."""
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -247,7 +248,7 @@ def test_options_that_do_not_fit_are_named(options, message):
 
 def test_other_data_are_refused():
     with pytest.raises(InputError, match="grid needs sequences of grids"):
-        Grid(GridOptions(), backbone(), None)
+        Grid(GridOptions(), backbone(), SimpleNamespace(kind="text"))
 
 
 def test_lots_are_drawn_where_codes_may_need_a_place_alone():

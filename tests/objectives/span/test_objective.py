@@ -178,7 +178,7 @@ def test_bad_input_is_named():
             Span(SpanOptions(**keys), module.backbone, data)
 
     refuse("objective.max_positions: 20 places have a mask embedding, and the longest sample has 24", max_positions=20)
-    facts = SimpleNamespace(special={}, train=DATA.train)
+    facts = SimpleNamespace(kind="reversal", special={}, train=DATA.train)
     refuse("objective.name: span needs texts", data=facts)
     assert Span(SpanOptions(max_positions=30), module.backbone, DATA).predictor.mask_embedding.num_embeddings == 30
     assert Span(SpanOptions(), module.backbone, DATA).least_samples > 1
