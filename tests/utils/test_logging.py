@@ -1,4 +1,4 @@
-"""Where messages go: stderr, with time, level and rank; how many, the flags say."""
+"""Messages go to stderr with time, level and rank; flags choose how many."""
 
 import logging
 import os
@@ -80,7 +80,7 @@ def test_configuring_again_repeats_nothing_and_neither_does_the_root_logger(caps
     assert said(capsys) == ["INFO a note", "WARNING a warning"]
 
 
-def test_who_asks_for_warnings_alone_sees_no_progress():
+def test_with_warnings_alone_there_is_no_progress():
     assert configured_level() is None and shows_progress()
     for level, shown in ((logging.DEBUG, True), (logging.INFO, True), (logging.WARNING, False)):
         configure(level)

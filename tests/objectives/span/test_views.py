@@ -196,7 +196,7 @@ def test_a_text_of_eos_alone_is_refused():
         ({"global_ratio": [0.3, 1.0]}, r"objective.global_ratio: \[0.3, 1.0\] must be two shares"),
         ({"local_ratio": [0.5, 0.4]}, "objective.local_ratio"),
         ({"local_ratio": [-0.1, 0.4]}, "objective.local_ratio"),
-        ({"jepa_weight": 0}, "objective.jepa_weight: it and lm_weight are both 0"),
+        ({"jepa_weight": 0}, "objective.jepa_weight: jepa_weight and lm_weight are both 0"),
         ({"global_views": 0}, "objective.global_views"),
         ({"span_lenght": 3}, "did you mean 'span_length'"),
     ],
