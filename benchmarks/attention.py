@@ -40,7 +40,7 @@ from torch import Tensor  # noqa: E402
 
 from benchmarks.figures import COLOURS, panels  # noqa: E402
 from benchmarks.rows import row, write  # noqa: E402
-from jepa_scale.distributed.comm import Ranks  # noqa: E402
+from jepa_scale.distributed.comm import ParallelContext  # noqa: E402
 from jepa_scale.models.attention import attention, available_backends  # noqa: E402
 from jepa_scale.models.flops import attention_pairs  # noqa: E402
 from jepa_scale.packing import SegmentTable  # noqa: E402
@@ -220,7 +220,7 @@ def main() -> None:
                     ]
     settings = {key: str(value) for key, value in vars(args).items() if key not in ("json", "plot")}
     precision = "fp32" if args.device == "cpu" else "bf16"
-    machine = describe_environment(Ranks(0, 1, 0, torch.device(args.device), "python"), "none", precision)
+    machine = describe_environment(ParallelContext(0, 1, 0, torch.device(args.device), "python"), "none", precision)
     if args.json:
         write(args.json, {**machine, "settings": settings}, rows)
     if args.plot:

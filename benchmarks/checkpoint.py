@@ -42,10 +42,10 @@ from benchmarks.rows import row, write  # noqa: E402
 from jepa_scale import checkpoint  # noqa: E402
 from jepa_scale.checkpoint import Manifest, Policy, Saver  # noqa: E402
 from jepa_scale.config.loading import load_config  # noqa: E402
-from jepa_scale.distributed.comm import Ranks, all_reduce_sum  # noqa: E402
+from jepa_scale.distributed.comm import ParallelContext, all_reduce_sum  # noqa: E402
 from jepa_scale.experiment import validate  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
-from jepa_scale.training.build import Run, build  # noqa: E402
+from jepa_scale.training.build import TrainingComponents, build  # noqa: E402
 from jepa_scale.training.trainer import global_totals  # noqa: E402
 from jepa_scale.utils.format import text_table  # noqa: E402
 
@@ -68,7 +68,7 @@ RATIOS = [
 ]
 
 
-def steps(run: Run, device: torch.device) -> Generator[None, None, None]:
+def steps(run: TrainingComponents, device: torch.device) -> Generator[None, None, None]:
     """Training, a step a turn."""
     for batches in run.batches(0, run.steps):
         totals = global_totals(batches, device, False)
@@ -99,7 +99,7 @@ def measure(rank: int, world_size: int, folder: str, rounds: int, results: Any) 
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-    ranks = Ranks(rank, world_size, rank, torch.device("cpu"), "torchrun")
+    ranks = ParallelContext(rank, world_size, rank, torch.device("cpu"), "torchrun")
     run = build(validate(load_config(f"{folder}/config.yaml")), ranks)
     training = steps(run, ranks.device)
     for _ in range(2):
@@ -158,7 +158,7 @@ def measure(rank: int, world_size: int, folder: str, rounds: int, results: Any) 
     dist.destroy_process_group()
 
 
-def save_plainly(run: Run, ranks: Ranks, file: Path, sync: bool) -> None:
+def save_plainly(run: TrainingComponents, ranks: ParallelContext, file: Path, sync: bool) -> None:
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     model, optimizer = get_state_dict(run.engine.module, run.engine.optimizer, options=options)  # type: ignore[attr-defined]
     if ranks.is_main:
@@ -210,7 +210,7 @@ def main() -> None:
     cells = [[r["name"], f"{r['value']:,.4g}", f"{r['min']:,.4g}", f"{r['max']:,.4g}", r["unit"]] for r in rows]
     print(text_table(["", "median", "min", "max", "unit"], cells))
     if args.json:
-        machine = describe_environment(Ranks(0, 1, 0, torch.device("cpu"), "python"), "fsdp", "fp32")
+        machine = describe_environment(ParallelContext(0, 1, 0, torch.device("cpu"), "python"), "fsdp", "fp32")
         write(args.json, machine, rows)
 
 

@@ -33,9 +33,9 @@ from benchmarks.rows import row, write  # noqa: E402
 from jepa_scale.config.loading import load_config  # noqa: E402
 from jepa_scale.data import load_data, parse_data  # noqa: E402
 from jepa_scale.data.examples import Conversation, Document, Turn  # noqa: E402
-from jepa_scale.data.sampling.batches import WINDOW_BINS, TokenStream  # noqa: E402
+from jepa_scale.data.sampling.batches import WINDOW_BINS, TokenBatchSampler  # noqa: E402
 from jepa_scale.data.sampling.loader import Loader  # noqa: E402
-from jepa_scale.distributed.comm import Ranks  # noqa: E402
+from jepa_scale.distributed.comm import ParallelContext  # noqa: E402
 from jepa_scale.experiment import validate  # noqa: E402
 from jepa_scale.objectives.lm import lm_views  # noqa: E402
 from jepa_scale.packing import IGNORE  # noqa: E402
@@ -51,7 +51,7 @@ Counted = Iterator[tuple[int, int]]  # samples and tokens of each batch
 def ours(data: Any, workers: int) -> Counted:
     """Packed batches of ``MICRO_TOKENS`` tokens, by the loader that training uses."""
     sizes = data.train.sizes
-    stream = TokenStream(data.order(0), 0, lambda s: sizes(s) - 1, MICRO_TOKENS, data.train.mean_size)
+    stream = TokenBatchSampler(data.order(0), 0, lambda s: sizes(s) - 1, MICRO_TOKENS, data.train.mean_size)
     for (batch,) in Loader(data.train, stream, lm_views, ("main",), 0, 10**9, 0, workers):
         yield batch.counts["samples"], batch.counts["tokens"]
 
@@ -146,7 +146,7 @@ def efficiency(name: str, data: Any) -> list[dict[str, Any]]:
     sizes = data.train.sizes
     rows = []
     for budget in (4096, MICRO_TOKENS):
-        stream = TokenStream(data.order(0), 0, lambda s: sizes(s) - 1, budget, data.train.mean_size - 1)
+        stream = TokenBatchSampler(data.order(0), 0, lambda s: sizes(s) - 1, budget, data.train.mean_size - 1)
         steps = 2 * WINDOW_BINS
         used = sum(int((sizes(stream.micro_batch(step, 0)[1]) - 1).sum()) for step in range(steps))
         rows.append(row(f"packing_efficiency/{name}/{budget}", [used / (steps * budget)], "fraction"))
@@ -209,7 +209,7 @@ def main() -> None:
     cells = [[r["name"], f"{r['value']:,.4g}", f"{r['min']:,.4g}", f"{r['max']:,.4g}", r["unit"]] for r in rows]
     print(text_table(["", "median", "min", "max", "unit"], cells))
     if args.json:
-        machine = describe_environment(Ranks(0, 1, 0, torch.device("cpu"), "python"), "", "")
+        machine = describe_environment(ParallelContext(0, 1, 0, torch.device("cpu"), "python"), "", "")
         write(args.json, machine, rows)
 
 

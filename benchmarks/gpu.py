@@ -41,7 +41,7 @@ from jepa_scale.models.flops import peak_of  # noqa: E402
 from jepa_scale.objectives.base import Objective  # noqa: E402
 from jepa_scale.packing import SegmentTable  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
-from jepa_scale.training.build import Run, build  # noqa: E402
+from jepa_scale.training.build import TrainingComponents, build  # noqa: E402
 from jepa_scale.training.trainer import global_totals  # noqa: E402
 
 TEXT = "configs/tiny_corpus.yaml"
@@ -162,7 +162,7 @@ def attentions() -> list[dict[str, Any]]:
     return rows
 
 
-def measure(name: str, args: argparse.Namespace, folder: Path, ranks: comm.Ranks) -> list[dict[str, Any]]:
+def measure(name: str, args: argparse.Namespace, folder: Path, ranks: comm.ParallelContext) -> list[dict[str, Any]]:
     """Steps of one run."""
     file, overrides = RUNS[name]
     overrides = [f"model={args.model}", "engine.precision=bf16", "data.workers=0", *overrides]
@@ -213,7 +213,7 @@ def kernels(steps: Iterator[Any], count: int) -> str:
     return "\n".join([f"{total:9.3f} ms of kernels a step", *lines]) + "\n"
 
 
-def run_steps(run: Run, device: torch.device) -> Iterator[tuple[float, int, int, int]]:
+def run_steps(run: TrainingComponents, device: torch.device) -> Iterator[tuple[float, int, int, int]]:
     """Of one optimizer step after the other: seconds, FLOPs, the decoder's own FLOPs, tokens of all streams."""
     alone = Objective.flops
     count = alone(run.objective, run.engine.module.backbone) if whole(run) else None
@@ -235,7 +235,7 @@ def run_steps(run: Run, device: torch.device) -> Iterator[tuple[float, int, int,
         yield seconds, run.flops(batches), count(batches) if count else 0, tokens
 
 
-def whole(run: Run) -> bool:
+def whole(run: TrainingComponents) -> bool:
     """Whether shapes of the parameters can be read off the module: one rank has them all."""
     return run.ranks.world_size == 1
 

@@ -27,7 +27,7 @@ from benchmarks.rows import row, write  # noqa: E402
 from jepa_scale.data.grids.objects import find_objects  # noqa: E402
 from jepa_scale.data.grids.rules import frames  # noqa: E402
 from jepa_scale.data.prepare.places import data_places  # noqa: E402
-from jepa_scale.distributed.comm import Ranks  # noqa: E402
+from jepa_scale.distributed.comm import ParallelContext  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
 from jepa_scale.utils.format import text_table  # noqa: E402
 from tests.data.grids.flood_fill import flood_fill  # noqa: E402
@@ -95,7 +95,7 @@ def main() -> None:
             table.append([name, str(len(grids)), str(int(found.found.sum())), contender, *cells])
     print(text_table(["grids", "how many", "objects", "by", "µs a grid", "times ours"], table))
     if args.json:
-        write(args.json, describe_environment(Ranks(0, 1, 0, torch.device("cpu"), "python"), "", ""), rows)
+        write(args.json, describe_environment(ParallelContext(0, 1, 0, torch.device("cpu"), "python"), "", ""), rows)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from jepa_scale.config.loading import load_config  # noqa: E402
 from jepa_scale.distributed import comm  # noqa: E402
 from jepa_scale.experiment import validate  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
-from jepa_scale.training.build import Run, build  # noqa: E402
+from jepa_scale.training.build import TrainingComponents, build  # noqa: E402
 from jepa_scale.training.trainer import global_totals  # noqa: E402
 from jepa_scale.utils.format import text_table  # noqa: E402
 
@@ -51,7 +51,7 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
 }
 
 
-def steps_of(run: Run, device: torch.device) -> Iterator[float]:
+def steps_of(run: TrainingComponents, device: torch.device) -> Iterator[float]:
     """Seconds of one optimizer step after the other, as the training loop does them, without waiting for data."""
     for step, batches in enumerate(run.batches(0, run.steps)):
         started = time.perf_counter()

@@ -41,16 +41,16 @@ sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.rows import row, write  # noqa: E402
 from jepa_scale.config.schema import OptimConfig  # noqa: E402
-from jepa_scale.distributed.comm import Ranks  # noqa: E402
+from jepa_scale.distributed.comm import ParallelContext  # noqa: E402
 from jepa_scale.engines import create_engine  # noqa: E402
 from jepa_scale.engines.base import EngineOptions  # noqa: E402
 from jepa_scale.models.backbone import Backbone  # noqa: E402
 from jepa_scale.models.loading import build_backbone  # noqa: E402
 from jepa_scale.models.options import ModelOptions  # noqa: E402
 from jepa_scale.optim import MatrixOptimizer, parameter_groups  # noqa: E402
-from jepa_scale.optim.exchange import Plan  # noqa: E402
+from jepa_scale.optim.exchange import ExchangePlan  # noqa: E402
 from jepa_scale.optim.newton_schulz import orthogonalize  # noqa: E402
-from jepa_scale.packing import PackedStream, Segment, pack_stream  # noqa: E402
+from jepa_scale.packing import PackedSequence, Segment, pack_sequence  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
 from jepa_scale.utils.format import text_table  # noqa: E402
 
@@ -67,17 +67,17 @@ class Root(nn.Module):
         super().__init__()
         self.backbone = backbone
 
-    def forward(self, stream: PackedStream) -> Tensor:
+    def forward(self, stream: PackedSequence) -> Tensor:
         logits = self.backbone.logits(self.backbone.hidden(stream)[stream.labelled]).float()
         return F.cross_entropy(logits, stream.labels[stream.labelled]) / dist.get_world_size()
 
 
-def segments(tokens: int, rank: int) -> PackedStream:
+def segments(tokens: int, rank: int) -> PackedSequence:
     ids = torch.randint(VOCAB, (tokens // LENGTH, LENGTH), generator=torch.Generator().manual_seed(rank))
-    return pack_stream([Segment(row, "text", labels=row[1:] + [-100]) for row in ids.tolist()])
+    return pack_sequence([Segment(row, "text", labels=row[1:] + [-100]) for row in ids.tolist()])
 
 
-def everywhere(optimizer: MatrixOptimizer, plan: Plan, updates: dict[int, Tensor]) -> Tensor:
+def everywhere(optimizer: MatrixOptimizer, plan: ExchangePlan, updates: dict[int, Tensor]) -> Tensor:
     """Instead of ``MatrixOptimizer._orthogonal``: all ranges to all ranks, and all matrices on each of them."""
     layout = optimizer._layout
     assert layout is not None
@@ -114,7 +114,7 @@ def everywhere(optimizer: MatrixOptimizer, plan: Plan, updates: dict[int, Tensor
 class Trial:
     """An engine with one of the optimizers."""
 
-    def __init__(self, name: str, method: str, ranks: Ranks, stream: PackedStream) -> None:
+    def __init__(self, name: str, method: str, ranks: ParallelContext, stream: PackedSequence) -> None:
         self.name, self.method, self.stream = name, method, stream
         torch.manual_seed(0)
         root = Root(build_backbone(ModelOptions.model_validate(MODEL), VOCAB))
@@ -163,7 +163,7 @@ def measure(rank: int, folder: str, names: list[str], tokens: int, rounds: int, 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", FutureWarning)  # torch's, of collectives that it calls itself
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", RANKS), rank=rank, world_size=RANKS)
-    ranks = Ranks(rank, RANKS, rank, torch.device("cpu"), "torchrun")
+    ranks = ParallelContext(rank, RANKS, rank, torch.device("cpu"), "torchrun")
     stream = segments(tokens, rank)
     found: dict[str, list[float]] = {}
     trials = {(name, method): Trial(name, method, ranks, stream) for name in names for method in METHODS}
@@ -234,7 +234,7 @@ def main() -> None:
     cells = [[r["name"], f"{r['value']:,.4g}", f"{r['min']:,.4g}", f"{r['max']:,.4g}", r["unit"]] for r in rows]
     print(text_table(["", "median", "min", "max", "unit"], cells))
     if args.json:
-        machine = describe_environment(Ranks(0, 1, 0, torch.device("cpu"), "python"), "fsdp", "fp32")
+        machine = describe_environment(ParallelContext(0, 1, 0, torch.device("cpu"), "python"), "fsdp", "fp32")
         write(args.json, machine, rows)
 
 

@@ -45,12 +45,12 @@ sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.rows import row, write  # noqa: E402
 from jepa_scale.config.loading import load_config  # noqa: E402
-from jepa_scale.distributed.comm import Ranks  # noqa: E402
+from jepa_scale.distributed.comm import ParallelContext  # noqa: E402
 from jepa_scale.experiment import validate  # noqa: E402
 from jepa_scale.plan.hardware import find_gpu  # noqa: E402
 from jepa_scale.plan.planner import Request, make_plan  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
-from jepa_scale.training.build import Run, build  # noqa: E402
+from jepa_scale.training.build import TrainingComponents, build  # noqa: E402
 from jepa_scale.training.trainer import global_totals  # noqa: E402
 from jepa_scale.utils.format import text_table  # noqa: E402
 
@@ -123,7 +123,7 @@ def config_file(folder: Path, kind: str, engine: str, precision: str, world_size
     return file
 
 
-class Meter:
+class MetricAccumulator:
     """Peaks of named stretches of time, of a device's memory."""
 
     def __init__(self, device: torch.device) -> None:
@@ -131,7 +131,7 @@ class Meter:
         self.peaks: dict[str, int] = {}
         self._marks: list[tuple[int, str]] = []
 
-    def __enter__(self) -> Meter:
+    def __enter__(self) -> MetricAccumulator:
         gc.collect()
         if self.device.type == "cpu":
             activities = [torch.profiler.ProfilerActivity.CPU]
@@ -170,7 +170,7 @@ class Meter:
             self.peaks[name], self.peaks["state"] = peak, live
 
 
-def settle(ranks: Ranks) -> None:
+def settle(ranks: ParallelContext) -> None:
     """Have gloo let go of what it holds."""
     if ranks.device.type == "cpu":  # of one rank too: its collectives are as real
         for _ in range(4):
@@ -179,7 +179,7 @@ def settle(ranks: Ranks) -> None:
                 work.wait()
 
 
-def train(run: Run, ranks: Ranks, meter: Meter) -> None:
+def train(run: TrainingComponents, ranks: ParallelContext, meter: MetricAccumulator) -> None:
     """The loop of :meth:`jepa_scale.training.trainer.Trainer.train`, without what is around it."""
     run.engine.train()
     meter.mark("step 0")
@@ -219,8 +219,8 @@ def measure(rank: int, world_size: int, store: str, device: str, file: Path, res
         torch.cuda.set_device(where)
     backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)
-    ranks = Ranks(rank, world_size, rank, where, "torchrun")
-    with Meter(ranks.device) as meter:
+    ranks = ParallelContext(rank, world_size, rank, where, "torchrun")
+    with MetricAccumulator(ranks.device) as meter:
         train(build(validate(load_config(file)), ranks), ranks, meter)
     names = ("start", f"step {STEPS - 1}", "state")
     most = torch.tensor([float(meter.peaks[name]) for name in names])
@@ -312,7 +312,7 @@ def main() -> None:
     sizes = SIZES[args.device]
     rows, cells = [], []
     before = json.loads(args.json.read_text())["rows"] if args.append else []
-    machine = describe_environment(Ranks(0, 1, 0, torch.device(args.device), "python"), "all", "both")
+    machine = describe_environment(ParallelContext(0, 1, 0, torch.device(args.device), "python"), "all", "both")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder, sizes)

@@ -35,7 +35,7 @@ from benchmarks.peer_programs.ours import Ours  # noqa: E402
 from benchmarks.rows import row, write  # noqa: E402
 from jepa_scale.config.loading import load_config  # noqa: E402
 from jepa_scale.distributed import comm  # noqa: E402
-from jepa_scale.distributed.comm import Ranks  # noqa: E402
+from jepa_scale.distributed.comm import ParallelContext  # noqa: E402
 from jepa_scale.experiment import validate  # noqa: E402
 from jepa_scale.telemetry import quiet_libraries  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
@@ -92,7 +92,7 @@ def config_file(folder: Path, what: str, size: int, threads: int) -> Path:
     return file
 
 
-def program(file: Path, ranks: Ranks, scratch: Path) -> Ours:
+def program(file: Path, ranks: ParallelContext, scratch: Path) -> Ours:
     return Ours(validate(load_config(str(file), [])), ranks, scratch)
 
 
@@ -100,7 +100,9 @@ def step_flops(ours: Ours) -> int:
     return int(ours.run.flops(next(iter(ours.run.batches(0, 1)))))
 
 
-def in_turns(what: str, folder: Path, rounds: int, threads: int, ranks: Ranks) -> dict[int, tuple[list[float], int]]:
+def in_turns(
+    what: str, folder: Path, rounds: int, threads: int, ranks: ParallelContext
+) -> dict[int, tuple[list[float], int]]:
     """Size → seconds of its steps, and FLOPs of one."""
     programs = {size: program(config_file(folder, what, size, threads), ranks, folder) for size in SIZES[what]}
     flops = {size: step_flops(ours) for size, ours in programs.items()}

@@ -32,8 +32,8 @@ from torch import Tensor, nn  # noqa: E402
 from benchmarks.rows import row, write  # noqa: E402
 from jepa_scale.config.schema import OptimConfig  # noqa: E402
 from jepa_scale.data.examples import Document  # noqa: E402
-from jepa_scale.data.sampling.rng import Draw  # noqa: E402
-from jepa_scale.distributed.comm import Ranks  # noqa: E402
+from jepa_scale.data.sampling.rng import SampleRNG  # noqa: E402
+from jepa_scale.distributed.comm import ParallelContext  # noqa: E402
 from jepa_scale.models.decoder import position_table  # noqa: E402
 from jepa_scale.models.loading import build_backbone  # noqa: E402
 from jepa_scale.models.options import ModelOptions  # noqa: E402
@@ -157,16 +157,16 @@ class Dense:
 
 def build_variants(args: argparse.Namespace, device: torch.device) -> dict[str, Variant]:
     ours, dense, plain = (model(args, device) for _ in range(3))
-    make = ours.objective.view_maker()
+    make = ours.objective.view_transform()
     rng = np.random.default_rng(0)
     packed, rows, texts = [], [], []
     for number in range(args.batches):
         documents = [Document(np.append(r, 0)) for r in rng.integers(1, VOCABULARY, (args.batch_size, args.length))]
-        views = [make(x, Draw(0, 0, number, i)) for i, x in enumerate(documents)]
+        views = [make(x, SampleRNG(0, 0, number, i)) for i, x in enumerate(documents)]
         batch = with_totals(pack(views, ours.objective.streams, step=number)).to(device)
         packed.append(batch)
         rows.append(Dense(dense, batch, views, device))
-        texts.append(with_totals(pack([lm_views(x, Draw(0, 0, number, 0)) for x in documents])).to(device))
+        texts.append(with_totals(pack([lm_views(x, SampleRNG(0, 0, number, 0)) for x in documents])).to(device))
 
     def losses(module: JepaModel, encoded: Encoded, batch: PackedBatch) -> Losses:
         terms = module.objective.terms(encoded, batch, [], 0)
@@ -296,7 +296,7 @@ def main() -> None:
     print(text_table(["", "median", "min", "max", ""], cells))
     if args.json:
         settings = {key: str(value) for key, value in vars(args).items() if key != "json"}
-        ranks = Ranks(0, 1, 0, device, "python")
+        ranks = ParallelContext(0, 1, 0, device, "python")
         write(args.json, {**describe_environment(ranks, "none", "fp32"), "settings": settings}, rows)
 
 

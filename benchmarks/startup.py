@@ -69,10 +69,10 @@ def main() -> None:
     if args.json:
         import torch  # only now: a process that is started is as large as this one, for a moment
 
-        from jepa_scale.distributed.comm import Ranks
+        from jepa_scale.distributed.comm import ParallelContext
         from jepa_scale.telemetry.environment import describe_environment
 
-        machine = describe_environment(Ranks(0, 1, 0, torch.device("cpu"), "python"), "", "")
+        machine = describe_environment(ParallelContext(0, 1, 0, torch.device("cpu"), "python"), "", "")
         write(args.json, {**machine, "settings": {"rounds": args.rounds}}, rows)
 
 

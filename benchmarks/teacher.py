@@ -39,15 +39,15 @@ sys.path.insert(0, str(REPOSITORY))
 from benchmarks.rows import row, write  # noqa: E402
 from jepa_scale.config.ema import TeacherOptions  # noqa: E402
 from jepa_scale.config.schema import OptimConfig  # noqa: E402
-from jepa_scale.distributed.comm import Ranks  # noqa: E402
+from jepa_scale.distributed.comm import ParallelContext  # noqa: E402
 from jepa_scale.engines import create_engine  # noqa: E402
-from jepa_scale.engines.base import EngineOptions, ShardedCopy  # noqa: E402
+from jepa_scale.engines.base import EngineOptions, ShardedEMA  # noqa: E402
 from jepa_scale.engines.ema import Teacher, TeacherModel  # noqa: E402
 from jepa_scale.models.backbone import Backbone  # noqa: E402
 from jepa_scale.models.loading import build_backbone  # noqa: E402
 from jepa_scale.models.options import ModelOptions  # noqa: E402
 from jepa_scale.optim import parameter_groups  # noqa: E402
-from jepa_scale.packing import PackedStream, Segment, pack_stream  # noqa: E402
+from jepa_scale.packing import PackedSequence, Segment, pack_sequence  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
 from jepa_scale.utils.format import text_table  # noqa: E402
 
@@ -64,7 +64,7 @@ class Root(nn.Module):
         self.backbone = backbone
         self.predictor = nn.Linear(backbone.hidden_size, backbone.hidden_size)
 
-    def forward(self, stream: PackedStream, teacher: Teacher | None) -> Tensor:
+    def forward(self, stream: PackedSequence, teacher: Teacher | None) -> Tensor:
         hidden = self.backbone.hidden(stream)
         logits = self.backbone.logits(hidden[stream.labelled]).float()
         loss = F.cross_entropy(logits, stream.labels[stream.labelled])
@@ -73,12 +73,12 @@ class Root(nn.Module):
         return (loss + (predicted - target).float().square().mean()) / dist.get_world_size()
 
 
-def segments(tokens: int, rank: int) -> PackedStream:
+def segments(tokens: int, rank: int) -> PackedSequence:
     ids = torch.randint(VOCAB, (tokens // LENGTH, LENGTH), generator=torch.Generator().manual_seed(rank))
-    return pack_stream([Segment(row, "text", labels=row[1:] + [-100]) for row in ids.tolist()])
+    return pack_sequence([Segment(row, "text", labels=row[1:] + [-100]) for row in ids.tolist()])
 
 
-def extra_bytes(copied: ShardedCopy) -> int:
+def extra_bytes(copied: ShardedEMA) -> int:
     """Of the storages of a copy's tensors."""
     tensors = [*copied.averages, *copied.module.buffers()]
     for parameter in copied.module.parameters():
@@ -100,7 +100,7 @@ def measure(
     warnings.simplefilter("ignore", FutureWarning)  # torch's, of collectives that it calls itself
     store = dist.FileStore(f"{folder}/store", world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-    ranks = Ranks(rank, world_size, rank, torch.device("cpu"), "torchrun")
+    ranks = ParallelContext(rank, world_size, rank, torch.device("cpu"), "torchrun")
     stream = segments(tokens, rank)
     found: dict[str, list[float]] = {}
     trials = [Trial(name, precision, ranks, stream, found) for name in names]
@@ -129,7 +129,7 @@ class Trial:
     """An engine with a teacher, and its times; they are added to ``found``."""
 
     def __init__(
-        self, name: str, precision: str, ranks: Ranks, stream: PackedStream, found: dict[str, list[float]]
+        self, name: str, precision: str, ranks: ParallelContext, stream: PackedSequence, found: dict[str, list[float]]
     ) -> None:
         self.name, self.stream, self.found = name, stream, found
         torch.manual_seed(0)
@@ -218,7 +218,7 @@ def main() -> None:
     cells = [[r["name"], f"{r['value']:,.4g}", f"{r['min']:,.4g}", f"{r['max']:,.4g}", r["unit"]] for r in rows]
     print(text_table(["", "median", "min", "max", "unit"], cells))
     if args.json:
-        machine = describe_environment(Ranks(0, 1, 0, torch.device("cpu"), "python"), "fsdp", args.precision)
+        machine = describe_environment(ParallelContext(0, 1, 0, torch.device("cpu"), "python"), "fsdp", args.precision)
         write(args.json, machine, rows)
 
 

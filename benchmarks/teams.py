@@ -33,12 +33,12 @@ import torch.distributed as dist  # noqa: E402
 
 from benchmarks.rows import as_table, row, write  # noqa: E402
 from jepa_scale.distributed import comm  # noqa: E402
-from jepa_scale.distributed.tp_group import Team  # noqa: E402
+from jepa_scale.distributed.tp_group import TensorParallelGroup  # noqa: E402
 from jepa_scale.models import tensor_parallel  # noqa: E402
 from jepa_scale.models.loading import build_backbone  # noqa: E402
 from jepa_scale.models.options import ModelOptions  # noqa: E402
 from jepa_scale.models.recompute import recompute  # noqa: E402
-from jepa_scale.packing import Segment, pack_stream  # noqa: E402
+from jepa_scale.packing import Segment, pack_sequence  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
 
 MODEL = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4}
@@ -78,12 +78,12 @@ def of_rank(rank: int, size: int, how: str, tokens: int, store: str) -> dict[str
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     torch.manual_seed(0)
     backbone = build_backbone(ModelOptions(**MODEL, max_position_embeddings=tokens), VOCAB)
-    ranks = comm.form_teams(comm.Ranks(rank, size, rank, torch.device("cpu"), "python"), size)
-    if (group := comm.team_group()) is not None:
-        tensor_parallel.split(backbone, Team(group, rank, ranks.team))
+    ranks = comm.init_tp_group(comm.ParallelContext(rank, size, rank, torch.device("cpu"), "python"), size)
+    if (group := comm.tp_group()) is not None:
+        tensor_parallel.split(backbone, TensorParallelGroup(group, rank, ranks.team))
     recompute(backbone.layers, how)
     ids = torch.randint(0, VOCAB, (tokens + 1,), generator=torch.Generator().manual_seed(1)).tolist()
-    stream = pack_stream([Segment(ids[:-1], "text", labels=ids[1:])])
+    stream = pack_sequence([Segment(ids[:-1], "text", labels=ids[1:])])
     times, kept, sent = [], 0.0, 0.0
     for _ in range(4):
         began = time.perf_counter()

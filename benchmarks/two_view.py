@@ -50,8 +50,8 @@ from torch import Tensor  # noqa: E402
 from benchmarks.rows import row, write  # noqa: E402
 from jepa_scale.config.schema import OptimConfig  # noqa: E402
 from jepa_scale.data import load_data, parse_data  # noqa: E402
-from jepa_scale.data.sampling.rng import Draw  # noqa: E402
-from jepa_scale.distributed.comm import Ranks  # noqa: E402
+from jepa_scale.data.sampling.rng import SampleRNG  # noqa: E402
+from jepa_scale.distributed.comm import ParallelContext  # noqa: E402
 from jepa_scale.losses.distance import cosine  # noqa: E402
 from jepa_scale.models.loading import build_backbone  # noqa: E402
 from jepa_scale.models.options import ModelOptions  # noqa: E402
@@ -214,8 +214,8 @@ def build_variants(args: argparse.Namespace, data: Any, device: torch.device) ->
     batches = [[data.train[int(i)] for i in some] for some in numbers.reshape(args.batches, args.batch_size)]
 
     def views_of(name: str, examples: list[Any]) -> list[Any]:
-        make = objectives[name].view_maker()
-        return [make(example, Draw(0, 0, 0, i)) for i, example in enumerate(examples)]
+        make = objectives[name].view_transform()
+        return [make(example, SampleRNG(0, 0, 0, i)) for i, example in enumerate(examples)]
 
     def packed(name: str) -> Variant:
         model = JepaModel(copy.deepcopy(backbone), objectives[name]).to(device)
@@ -345,7 +345,7 @@ def main() -> None:
         )
     )
     if args.json:
-        ranks = Ranks(0, 1, 0, device, "python")
+        ranks = ParallelContext(0, 1, 0, device, "python")
         settings = {key: str(value) for key, value in vars(args).items() if key != "json"}
         facts = {"data": origin, "mean_tokens": float(data.train.mean_size), "parameters": parameters}
         write(args.json, {**describe_environment(ranks, "none", "fp32"), **facts, "settings": settings}, rows)

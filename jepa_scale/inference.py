@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from jepa_scale.checkpoint import Manifest, complete, store
-from jepa_scale.checkpoint.boxes import Boxes
+from jepa_scale.checkpoint.boxes import ShardView
 from jepa_scale.checkpoint.manifest import FILE, TENSORS
 from jepa_scale.config.loading import load_config
 from jepa_scale.convert.from_hf import state_tensors
@@ -26,7 +26,7 @@ from jepa_scale.data.prepare.base import BadRecord, Record
 from jepa_scale.data.prepare.encoders.chat_tokens import bos_prefix, encode_text
 from jepa_scale.data.prepare.encoders.encode import ChatEncoder
 from jepa_scale.data.texts import Text, Texts, tokenize
-from jepa_scale.distributed.comm import Ranks
+from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.evaluation.encode import EncodedTexts, encode_texts
 from jepa_scale.experiment import Experiment, validate
 from jepa_scale.models.generation import answer, rounds
@@ -56,10 +56,10 @@ class LoadedRun:
     data: Any
     tokenizer: Any
     device: torch.device
-    _ranks: Ranks = field(init=False)
+    _ranks: ParallelContext = field(init=False)
 
     def __post_init__(self) -> None:
-        self._ranks = Ranks(0, 1, 0, self.device, "python")
+        self._ranks = ParallelContext(0, 1, 0, self.device, "python")
 
     @property
     def vocab_size(self) -> int:
@@ -222,7 +222,7 @@ def load(run_dir: str | Path, checkpoint: str | Path = "auto", device: str | tor
         module = JepaModel(backbone, experiment.objective.build(backbone, data))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # DCP speaks of its internals
-        boxes = {name: Boxes.whole(tensor) for name, tensor in state_tensors(module).items()}
+        boxes = {name: ShardView.whole(tensor) for name, tensor in state_tensors(module).items()}
         store.read(found / TENSORS, boxes, alone=True)
     tokenizer = data.load_tokenizer() if getattr(data, "tokenizer", None) is not None else None
     return LoadedRun(experiment, found, module.to(where).eval(), data, tokenizer, where)

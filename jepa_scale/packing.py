@@ -110,7 +110,7 @@ class KeyRows:
 
 
 @dataclass(frozen=True, slots=True)
-class PackedStream:
+class PackedSequence:
     """One packed sequence.
 
     Attributes:
@@ -151,9 +151,9 @@ class PackedStream:
         """Position of each segment's last token, (S,)."""
         return self.table.cu_seqlens[1:].long() - 1
 
-    def to(self, device: torch.device | str) -> PackedStream:
+    def to(self, device: torch.device | str) -> PackedSequence:
         move = lambda x: x.to(device, non_blocking=True)  # noqa: E731
-        return PackedStream(
+        return PackedSequence(
             move(self.input_ids),
             move(self.position_ids),
             move(self.labels),
@@ -183,7 +183,7 @@ class PackedBatch:
         seed: the run's seed.
     """
 
-    streams: dict[str, PackedStream]
+    streams: dict[str, PackedSequence]
     segments: dict[str, Tensor]
     samples: dict[str, Tensor]
     values: dict[str, Tensor]
@@ -213,9 +213,9 @@ class PackedBatch:
         )
 
 
-def pack_stream(
+def pack_sequence(
     segments: Sequence[Segment], parents: Mapping[int, int] | None = None, seeds: Sequence[int] | None = None
-) -> PackedStream:
+) -> PackedSequence:
     """Lay segments end to end in the given order.
 
     An empty list gives one unlabelled filler token, because every rank must run the same modules even without any segments
@@ -248,7 +248,7 @@ def pack_stream(
         if segment.labels is not None:
             labels[at : at + n] = segment.labels
         at += n
-    return PackedStream(
+    return PackedSequence(
         input_ids=torch.from_numpy(ids),
         position_ids=torch.from_numpy(positions),
         labels=torch.from_numpy(labels),
@@ -332,7 +332,7 @@ def pack(
             segment = view.segments[i]
             parents[segment.stream][numbers[i]] = numbers[_parent(segment, view.segments)]
 
-    packed: dict[str, PackedStream] = {}
+    packed: dict[str, PackedSequence] = {}
     place: dict[str, np.ndarray] = {}  # index in `unique` → index in the packed sequence
     for name, pool in unique.items():
         lengths = [len(s.tokens) for s in pool]  # the primary sort key, which lexsort takes last
@@ -340,7 +340,7 @@ def pack(
         place[name] = np.empty(len(pool), dtype=np.int64)
         place[name][order] = np.arange(len(pool))
         moved = {int(place[name][branch]): int(place[name][parent]) for branch, parent in parents[name].items()}
-        packed[name] = pack_stream([pool[i] for i in order], moved, [seeds[name][i] for i in order])
+        packed[name] = pack_sequence([pool[i] for i in order], moved, [seeds[name][i] for i in order])
 
     counts["tokens"] = sum(len(s.tokens) for pool in unique.values() for s in pool)
     counts["labels"] = sum(len(p.labelled) for p in packed.values())

@@ -1,7 +1,7 @@
 """The same runs by two revisions of the source: what scripts/same_runs.sh trains and compares.
 
 The tree that trains is the one that this file is started in, which need not be the one that it lies in: all that is used
-of it is its command line, its configs and ``Nursery`` of its tests.
+of it is its command line, its configs and ``ProcessPool`` of its tests.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ def overrides(config: dict[str, Any], steps: int) -> list[str]:
 
 def train(out: Path, steps: int, configs: list[str]) -> None:
     """Train each config on each engine, ``out/CONFIG-ENGINE`` each."""
-    from tests.distributed.processes import Nursery
+    from tests.distributed.processes import ProcessPool
 
     out.mkdir(parents=True)
-    nursery = Nursery(out)
+    process_pool = ProcessPool(out)
     try:
         for file in configs or sorted(map(str, Path("configs").glob("*.yaml"))):
             name = Path(file).stem
@@ -61,11 +61,11 @@ def train(out: Path, steps: int, configs: list[str]) -> None:
             config = yaml.safe_load(Path(file).read_text())
             for engine, chosen in ENGINES.items():
                 place = [f"run.dir={out}", f"run.name={name}-{engine}"]
-                run = nursery.start(["--config", file, *place, *chosen, *overrides(config, steps)], RANKS)
+                run = process_pool.start(["--config", file, *place, *chosen, *overrides(config, steps)], RANKS)
                 if any(codes := run.wait()):
                     print(f"{name}-{engine}: left out: {run.output(0).strip().splitlines()[-1:]} {codes}", flush=True)
     finally:
-        nursery.close()
+        process_pool.close()
 
 
 def rows(run: Path) -> list[dict[str, Any]]:

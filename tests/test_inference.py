@@ -18,8 +18,8 @@ import jepa_scale
 from jepa_scale import checkpoint
 from jepa_scale.config.loading import load_config
 from jepa_scale.data.examples import Document
-from jepa_scale.data.sampling.rng import Draw
-from jepa_scale.distributed.comm import Ranks
+from jepa_scale.data.sampling.rng import SampleRNG
+from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.experiment import validate
 from jepa_scale.inference import LoadedRun
 from jepa_scale.models.loading import build_backbone
@@ -41,7 +41,7 @@ TEXTS = ["the wave", "judge of the law with a trial", "ship", "a goat near the b
 # --------------------------------------------------------------------------------------------- after training on ranks
 
 
-def train_and_encode(ranks: Ranks, config: str, ids: list[list[int]]) -> dict[str, torch.Tensor]:
+def train_and_encode(ranks: ParallelContext, config: str, ids: list[list[int]]) -> dict[str, torch.Tensor]:
     """Train, build the run anew, and encode with the engine what its checkpoint holds, in the order of the texts."""
     train_runs(ranks, [(config, None)])
     run = build(validate(load_config(config)), ranks)
@@ -49,7 +49,7 @@ def train_and_encode(ranks: Ranks, config: str, ids: list[list[int]]) -> dict[st
     assert found is not None
     checkpoint.load(found, run.parts)
     run.engine.eval()
-    views = [run.objective.text_views(Document(np.array(tokens)), Draw(0, 0, 0, 0)) for tokens in ids]
+    views = [run.objective.text_views(Document(np.array(tokens)), SampleRNG(0, 0, 0, 0)) for tokens in ids]
     batch = pack(views)
     with torch.no_grad():
         out = run.engine.forward("encode", batch)

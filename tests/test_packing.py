@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from jepa_scale.data.sampling.loader import _Pickler
 from jepa_scale.models.attention import attention
-from jepa_scale.packing import IGNORE, PackedBatch, Segment, SegmentTable, Views, add_counts, pack, pack_stream
+from jepa_scale.packing import IGNORE, PackedBatch, Segment, SegmentTable, Views, add_counts, pack, pack_sequence
 
 ROLES = ("forward", "reverse")
 
@@ -46,7 +46,7 @@ def written(segment):
 @settings(max_examples=60)
 @given(st.lists(segments(), min_size=1, max_size=8))
 def test_a_stream_holds_its_segments_in_the_order_given(given_segments):
-    stream = pack_stream(given_segments)
+    stream = pack_sequence(given_segments)
     assert [read(stream, i) for i in range(len(given_segments))] == [written(s) for s in given_segments]
     assert stream.num_tokens == sum(stream.table.lengths) == len(stream.labels)
     assert stream.labelled.tolist() == [t for t, label in enumerate(stream.labels.tolist()) if label != IGNORE]
@@ -146,7 +146,7 @@ def test_what_cannot_be_packed_is_refused(segment, message):
 @pytest.mark.parametrize("labels", [[1, 2], [1]])
 def test_labels_must_be_as_many_as_tokens(labels):
     with pytest.raises(AssertionError, match="labels"):
-        pack_stream([Segment([1, 2, 3], "a", labels=labels)])
+        pack_sequence([Segment([1, 2, 3], "a", labels=labels)])
 
 
 def test_boundaries_are_int32():
@@ -377,8 +377,8 @@ def test_a_prefix_that_there_is_not_is_refused_by_role(segments, message):
 def test_a_stream_laid_out_by_hand_needs_the_parents():
     segments = [PARENT, Segment([9], "b", prefix=("p", 2))]
     with pytest.raises(AssertionError, match="without a parent"):
-        pack_stream(segments)
-    assert pack_stream(segments, {1: 0}).keys.index.tolist() == [0, 1, 2, 0, 1, 3]
+        pack_sequence(segments)
+    assert pack_sequence(segments, {1: 0}).keys.index.tolist() == [0, 1, 2, 0, 1, 3]
 
 
 def test_key_rows_move_and_are_pickled_with_their_stream():
@@ -423,14 +423,14 @@ def test_streams_of_a_sample_and_shared_segments_have_seeds_too():
     assert batch.streams["names"].seeds.tolist() == [101]  # of the first sample that asked
     assert batch.streams["empty"].seeds.tolist() == [0]
     assert pack([], streams=("main", "names"), like=views[0]).streams["main"].seeds.tolist() == [0]
-    assert pack_stream([name]).seeds is None
-    assert pack_stream([name, name], seeds=[5, 2**62]).seeds.tolist() == [5, 2**62]
+    assert pack_sequence([name]).seeds is None
+    assert pack_sequence([name, name], seeds=[5, 2**62]).seeds.tolist() == [5, 2**62]
 
 
 def test_seeds_move_and_are_pickled_with_their_stream():
     batch = pack([Views([Segment([1, 2], "a")], seed=2**62 - 1)])
     assert batch.to("meta").streams["main"].seeds.is_meta
-    assert pack_stream([Segment([1], "a")]).to("meta").seeds is None
+    assert pack_sequence([Segment([1], "a")]).to("meta").seeds is None
     sent = io.BytesIO()
     _Pickler(sent, protocol=5).dump(batch)
     assert pickle.loads(sent.getvalue()).streams["main"].seeds.tolist() == [2**62 - 1]

@@ -16,7 +16,7 @@ from jepa_scale.data.reversal.facts import generate
 from jepa_scale.data.reversal.files import write
 from jepa_scale.engines import precision
 from tests.data.corpus import write_text
-from tests.distributed.processes import Nursery, shared_nursery
+from tests.distributed.processes import ProcessPool, shared_process_pool
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -40,8 +40,8 @@ def config(tmp_path):
 
 
 @pytest.fixture
-def nursery() -> Nursery:
-    return shared_nursery()
+def process_pool() -> ProcessPool:
+    return shared_process_pool()
 
 
 def run(config, *arguments):
@@ -249,22 +249,22 @@ def launch(*command: str) -> subprocess.CompletedProcess:
     return subprocess.run([*command], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
 
 
-def test_a_used_run_directory_is_refused_by_every_rank(nursery, config, tmp_path):
+def test_a_used_run_directory_is_refused_by_every_rank(process_pool, config, tmp_path):
     arguments = ["--config", str(config), "log.report=false", "train.steps=2"]
-    nursery.run(arguments, 2)
-    refused = nursery.start(arguments, 2)
+    process_pool.run(arguments, 2)
+    refused = process_pool.start(arguments, 2)
     assert refused.wait() == [2, 2], refused.output()
     assert refused.output().count("already holds a run") == 1
 
 
-def test_eval_takes_the_engine_that_wrote_the_checkpoint(nursery, config, tmp_path):
+def test_eval_takes_the_engine_that_wrote_the_checkpoint(process_pool, config, tmp_path):
     """Trained by DeepSpeed, evaluated from a shell, where `auto` would mean FSDP2."""
-    nursery.run(["--config", str(config), "engine.name=deepspeed", "log.report=false", "train.steps=2"])
+    process_pool.run(["--config", str(config), "engine.name=deepspeed", "log.report=false", "train.steps=2"])
     runs = tmp_path / "runs" / "small"
     resolved = yaml.safe_load((runs / "config.yaml").read_text())
     resolved["engine"]["name"] = "auto"
     (runs / "config.yaml").write_text(yaml.safe_dump(resolved))
-    done = nursery.run(["eval", str(runs)], program="jepa_scale.cli.main")
+    done = process_pool.run(["eval", str(runs)], program="jepa_scale.cli.main")
     row = json.loads((runs / "metrics.jsonl").read_text().splitlines()[-1])
     assert f"test     exact_match {row['exact_match']:.4f}  mrr {row['mrr']:.4f}" in done.output()
 

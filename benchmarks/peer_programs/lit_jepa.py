@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.peer_programs.loop import Loop
 from benchmarks.peer_programs.ours import Samples
-from jepa_scale.data.sampling.rng import Draw
+from jepa_scale.data.sampling.rng import SampleRNG
 from jepa_scale.engines.ema import momentum_at
 from jepa_scale.packing import IGNORE
 
@@ -36,12 +36,12 @@ class PaddedHorizon(Loop):
 
     def batch(self, step: int) -> tuple[Tensor, ...]:
         """ids (B, W), labels (B, W) of what follows each place, and the pairs' rows, anchors, targets, horizons (n,)."""
-        make, stream = self.heads.view_maker(), self.samples.run.stream
+        make, stream = self.heads.view_transform(), self.samples.run.stream
         epochs, numbers = stream.micro_batch(step, 0)
         ids, labels = np.zeros((len(numbers), self.width), np.int64), np.full((len(numbers), self.width), IGNORE)
         pairs: list[tuple[np.ndarray, ...]] = []
         for row, (epoch, number) in enumerate(zip(epochs, numbers, strict=True)):
-            draw = Draw(self.experiment.run.seed, int(epoch), step, int(number))
+            draw = SampleRNG(self.experiment.run.seed, int(epoch), step, int(number))
             view = make(self.samples.run.data.train[int(number)], draw)
             segment = view.segments[0]
             ids[row, : len(segment.tokens)], labels[row, : len(segment.tokens)] = segment.tokens, segment.labels

@@ -15,15 +15,15 @@ import numpy as np
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from jepa_scale.distributed.comm import Ranks
+from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.experiment import Experiment
 from jepa_scale.objectives.base import JepaModel
 from jepa_scale.packing import IGNORE
 from jepa_scale.telemetry import RunLog, prepare_run_dir
-from jepa_scale.training.build import Run, build, model_of
+from jepa_scale.training.build import TrainingComponents, build, model_of
 from jepa_scale.training.preemption import StopRequest
 from jepa_scale.training.run import saver_of
-from jepa_scale.training.stopping import Criteria
+from jepa_scale.training.stopping import StoppingRules
 from jepa_scale.training.trainer import Trainer, global_totals
 from jepa_scale.training.watchdog import Watchdog
 
@@ -70,7 +70,7 @@ class Samples:
         experiment: of the run; ``run`` itself.
     """
 
-    def __init__(self, experiment: Experiment, run: Run) -> None:
+    def __init__(self, experiment: Experiment, run: TrainingComponents) -> None:
         self.experiment, self.run = experiment, run
 
     def of_step(self, step: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -95,7 +95,7 @@ class Samples:
 class Ours:
     """:class:`jepa_scale.training.trainer.Trainer` on a run, stopped after so many steps and gone on with."""
 
-    def __init__(self, experiment: Experiment, ranks: Ranks, scratch: Path) -> None:
+    def __init__(self, experiment: Experiment, ranks: ParallelContext, scratch: Path) -> None:
         name = f"run{next(_numbers)}"
         experiment = replace(
             experiment,
@@ -142,7 +142,7 @@ class Ours:
         self.run.batches = some  # type: ignore[assignment]
         try:
             Trainer(
-                self.run, self.log, self.saver, self.watchdog, self.stop, Criteria(self.run.experiment.train)
+                self.run, self.log, self.saver, self.watchdog, self.stop, StoppingRules(self.run.experiment.train)
             ).train(start)
         finally:
             self.run.batches = whole

@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from jepa_scale.config.schema import Section
-from jepa_scale.data.sampling.rng import Draw, ViewMaker
+from jepa_scale.data.sampling.rng import SampleRNG, ViewTransform
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.objectives.base import Loss, Objective, lm_loss, share
 from jepa_scale.packing import PackedBatch, Segment, Views
@@ -39,7 +39,7 @@ class NeighbourViews:
 
     options: NeighbourOptions
 
-    def __call__(self, example: Any, draw: Draw) -> Views:
+    def __call__(self, example: Any, draw: SampleRNG) -> Views:
         tokens, labels = example.lm_sequence()
         tokens, labels = tokens[:-1], labels[:-1]  # nothing follows the last token
         room = max(0, len(tokens) - self.options.distance)
@@ -59,7 +59,7 @@ class Neighbour(Objective):
         self.options = options
         self.predictor = nn.Linear(backbone.hidden_size, backbone.hidden_size, bias=False)
 
-    def view_maker(self) -> ViewMaker:
+    def view_transform(self) -> ViewTransform:
         return NeighbourViews(self.options)
 
     def view_tokens(self, sizes: np.ndarray) -> np.ndarray:

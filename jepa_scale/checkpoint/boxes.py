@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
-class Boxes:
+class ShardView:
     """Shard views of this rank in one tensor, which DCP writes and reads into.
 
     Attributes:
@@ -32,12 +32,12 @@ class Boxes:
         self.shape, self.dtype, self.parts = torch.Size(shape), dtype, parts
 
     @classmethod
-    def whole(cls, tensor: Tensor) -> Boxes:
+    def whole(cls, tensor: Tensor) -> ShardView:
         """One shard view of a whole tensor."""
         return cls(tensor.shape, tensor.dtype, [((0,) * tensor.dim(), tensor)])
 
     @classmethod
-    def of_range(cls, shape: Sequence[int], start: int, flat: Tensor) -> Boxes:
+    def of_range(cls, shape: Sequence[int], start: int, flat: Tensor) -> ShardView:
         """Shard views of the elements [start, start + len(flat)) of the tensor flattened in row-major order.
 
         Args:
@@ -47,23 +47,23 @@ class Boxes:
         return cls(shape, flat.dtype, list(_boxes(tuple(shape), start, flat)))
 
     @classmethod
-    def of_dtensor(cls, tensor: DTensor) -> Boxes:
+    def of_dtensor(cls, tensor: DTensor) -> ShardView:
         """Shard view of the local shard of a DTensor."""
         local = tensor.to_local()
         sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
         assert tuple(sizes) == tuple(local.shape), (sizes, local.shape)
         return cls(tensor.shape, tensor.dtype, [(tuple(offsets), local)] if local.numel() else [])
 
-    def within(self, dim: int, start: int, size: int) -> Boxes:
+    def within(self, dim: int, start: int, size: int) -> ShardView:
         """Return the same elements as a part of a larger tensor, from ``start`` in dimension ``dim`` of size ``size``."""
         shape = (*self.shape[:dim], size, *self.shape[dim + 1 :])
         parts = [((*at[:dim], at[dim] + start, *at[dim + 1 :]), box) for at, box in self.parts]
-        return Boxes(shape, self.dtype, parts)
+        return ShardView(shape, self.dtype, parts)
 
-    def copy(self) -> Boxes:
+    def copy(self) -> ShardView:
         """Return a copy in host memory."""
         parts = [(offset, box.detach().to("cpu", copy=True)) for offset, box in self.parts]
-        return Boxes(self.shape, self.dtype, parts)
+        return ShardView(self.shape, self.dtype, parts)
 
     def size(self) -> torch.Size:
         return self.shape
@@ -99,14 +99,14 @@ class Boxes:
         raise AssertionError(f"{index.fqn}: this rank has no shard at {index.offset}")
 
 
-class Stateful(Protocol):
+class Checkpointable(Protocol):
     """Object whose tensors a checkpoint keeps: the engine, a teacher, a queue.
 
     The engine's state contains all parameters and persistent buffers of the root module. Objects outside the root module
     are passed to the saver and to ``load`` beside the engine.
     """
 
-    def state(self) -> dict[str, Boxes]:
+    def state(self) -> dict[str, ShardView]:
         """Return name → shard views of this rank, which loading writes through.
 
         Names are unique among all objects, and every rank has every name.
@@ -116,9 +116,9 @@ class Stateful(Protocol):
         """Finish loading after the views were written; ``updates`` is the optimizer's count. Collective."""
 
 
-def state_of(parts: Sequence[Stateful]) -> dict[str, Boxes]:
+def state_of(parts: Sequence[Checkpointable]) -> dict[str, ShardView]:
     """Return the tensors of all objects together."""
-    state: dict[str, Boxes] = {}
+    state: dict[str, ShardView] = {}
     for part in parts:
         more = part.state()
         assert not state.keys() & more.keys(), sorted(state.keys() & more.keys())[:3]

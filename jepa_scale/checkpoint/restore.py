@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from jepa_scale.checkpoint import store
-from jepa_scale.checkpoint.boxes import Stateful, state_of
+from jepa_scale.checkpoint.boxes import Checkpointable, state_of
 from jepa_scale.checkpoint.generators import set_rng_state
 from jepa_scale.checkpoint.manifest import FILE, TENSORS, Manifest
 from jepa_scale.checkpoint.retention import NAME
@@ -74,7 +74,7 @@ def _newest_whole(directory: Path, hashes: bool) -> Path | None:
     return None
 
 
-def load(path: Path, parts: Sequence[Stateful]) -> Manifest:
+def load(path: Path, parts: Sequence[Checkpointable]) -> Manifest:
     """Restore the parts (the engine first) from a checkpoint of any engine and world size. Collective.
 
     At the world size of the checkpoint this rank's random number generators are restored, too.

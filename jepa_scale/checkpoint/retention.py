@@ -15,7 +15,7 @@ NAME = re.compile(r"step_(\d{8,})")
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class CheckpointInfo:
     """A checkpoint that has a readable manifest."""
 
     path: Path
@@ -26,13 +26,13 @@ class Found:
         return self.manifest.step
 
 
-def complete(directory: Path) -> list[Found]:
+def complete(directory: Path) -> list[CheckpointInfo]:
     """Return the complete checkpoints of a folder, oldest step first. Only manifests are read, no other files."""
     found = []
     for path in directory.glob("step_*"):
         if NAME.fullmatch(path.name) and (path / FILE).is_file():
             try:
-                found.append(Found(path, Manifest.read(path)))
+                found.append(CheckpointInfo(path, Manifest.read(path)))
             except InputError:
                 continue  # a damaged one does not count; `checkpoint ls` reports it
     return sorted(found, key=lambda f: f.step)
@@ -56,7 +56,7 @@ class Policy:
     higher: bool = False
     ephemeral: int = 1
 
-    def remaining(self, found: Sequence[Found]) -> set[int]:
+    def remaining(self, found: Sequence[CheckpointInfo]) -> set[int]:
         """Return the steps of the checkpoints that are kept. The newest checkpoint is always kept."""
         permanent = [f for f in found if f.manifest.permanent]
         stay = {f.step for f in permanent[-self.last :]}
@@ -81,10 +81,10 @@ def prune(directory: Path, policy: Policy) -> list[Path]:
     stay = policy.remaining(found)
     gone = [f.path for f in found if f.step not in stay]
     for path in gone:
-        grave = path.with_name(f"{path.name}.removed")
-        shutil.rmtree(grave, ignore_errors=True)
-        path.rename(grave)
-        shutil.rmtree(grave, ignore_errors=True)
+        trash = path.with_name(f"{path.name}.removed")
+        shutil.rmtree(trash, ignore_errors=True)
+        path.rename(trash)
+        shutil.rmtree(trash, ignore_errors=True)
     return gone
 
 

@@ -23,14 +23,14 @@ import torch
 import torch.distributed as dist
 
 from jepa_scale.checkpoint import store
-from jepa_scale.checkpoint.boxes import Boxes, Stateful, state_of
+from jepa_scale.checkpoint.boxes import Checkpointable, ShardView, state_of
 from jepa_scale.checkpoint.generators import rng_state
 from jepa_scale.checkpoint.manifest import TENSORS, Manifest, describe
 from jepa_scale.checkpoint.retention import Policy, prune, sweep
 from jepa_scale.distributed.comm import barrier, rank, world_size
 from jepa_scale.utils.io import sync_folder, write_atomic
 
-PATIENCE = (1.0, 5.0)
+RETRY_DELAYS = (1.0, 5.0)
 """Seconds before each retry of a failed save."""
 GROUP_TIMEOUT = timedelta(hours=2)
 """Maximum time that ranks wait for each other in a save."""
@@ -59,7 +59,7 @@ class Report:
 @dataclass(slots=True)
 class _Job:
     manifest: Manifest
-    tensors: Mapping[str, Boxes]
+    tensors: Mapping[str, ShardView]
     generators: dict[str, Any]
     report: Report
     began: float
@@ -106,7 +106,7 @@ class Saver:
         """Return whether that checkpoint is permanent; otherwise it is ephemeral, and later ones replace it."""
         return done == last or (self._every > 0 and done % self._every == 0)
 
-    def save(self, parts: Sequence[Stateful], manifest: Manifest) -> None:
+    def save(self, parts: Sequence[Checkpointable], manifest: Manifest) -> None:
         """Save the state of ``parts``, the random number generators and the manifest. Collective.
 
         The call first waits for a save in progress. A save that fails is reported; the run continues, the older checkpoints
@@ -163,7 +163,7 @@ class Saver:
 
     def _write(self, job: _Job) -> None:
         try:
-            for pause in (*PATIENCE, None):
+            for pause in (*RETRY_DELAYS, None):
                 problem = self._agree(self._try(job))
                 if not problem:
                     job.report.path = self.directory / f"step_{job.manifest.step:08d}"

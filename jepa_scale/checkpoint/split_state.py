@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from jepa_scale.checkpoint.boxes import Boxes, Stateful
+from jepa_scale.checkpoint.boxes import Checkpointable, ShardView
 
 
 class SplitState:
@@ -20,13 +20,13 @@ class SplitState:
             (:class:`jepa_scale.distributed.tp_group.Split`).
     """
 
-    def __init__(self, part: Stateful, splits: Mapping[str, tuple[int, int, int]]) -> None:
+    def __init__(self, part: Checkpointable, splits: Mapping[str, tuple[int, int, int]]) -> None:
         self.part, self.splits = part, splits
 
-    def state(self) -> dict[str, Boxes]:
+    def state(self) -> dict[str, ShardView]:
         return {name: self._whole(name, boxes) for name, boxes in self.part.state().items()}
 
-    def _whole(self, name: str, boxes: Boxes) -> Boxes:
+    def _whole(self, name: str, boxes: ShardView) -> ShardView:
         split = self.splits.get(name.partition("/")[2])  # strip "model/", "teacher/" or a moment's name
         return boxes if split is None else boxes.within(*split)
 

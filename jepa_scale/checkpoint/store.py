@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from jepa_scale.checkpoint.boxes import Boxes
+from jepa_scale.checkpoint.boxes import ShardView
 from jepa_scale.checkpoint.manifest import describe
 from jepa_scale.utils.errors import InputError
 
@@ -128,7 +128,7 @@ def shapes(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     return {name: (tensor.size, tensor.properties.dtype) for name, tensor in found.items()}
 
 
-def write(folder: Path, tensors: Mapping[str, Boxes], group: dist.ProcessGroup | None = None) -> dict[str, Any]:
+def write(folder: Path, tensors: Mapping[str, ShardView], group: dist.ProcessGroup | None = None) -> dict[str, Any]:
     """Write the tensors; each rank writes files of its own. Collective over ``group``.
 
     It may run in a thread of its own if nothing else uses the group.
@@ -151,7 +151,7 @@ def write(folder: Path, tensors: Mapping[str, Boxes], group: dist.ProcessGroup |
 
 
 def read(
-    folder: Path, tensors: Mapping[str, Boxes], group: dist.ProcessGroup | None = None, alone: bool = False
+    folder: Path, tensors: Mapping[str, ShardView], group: dist.ProcessGroup | None = None, alone: bool = False
 ) -> None:
     """Fill the shard views of this rank from a folder that any engine and world size wrote. Collective over ``group``.
 
@@ -202,7 +202,7 @@ def read_whole(folder: Path, names: list[str]) -> dict[str, Tensor]:
         if name not in there:
             raise InputError(f"{folder}: holds no tensor {name!r}")
     tensors = {name: torch.empty(there[name][0], dtype=there[name][1]) for name in names}
-    _load(folder, {name: Boxes.whole(tensor) for name, tensor in tensors.items()}, no_dist=True)
+    _load(folder, {name: ShardView.whole(tensor) for name, tensor in tensors.items()}, no_dist=True)
     return tensors
 
 

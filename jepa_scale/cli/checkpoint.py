@@ -6,7 +6,7 @@ import argparse
 import shutil
 from pathlib import Path
 
-from jepa_scale.checkpoint.retention import NAME, Found, Policy, complete, prune
+from jepa_scale.checkpoint.retention import NAME, CheckpointInfo, Policy, complete, prune
 from jepa_scale.cli.flags import logging_flags
 from jepa_scale.utils.errors import InputError
 from jepa_scale.utils.format import text_table
@@ -51,7 +51,7 @@ def size(path: Path) -> int:
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
-def broken(folder: Path, found: list[Found]) -> list[Path]:
+def broken(folder: Path, found: list[CheckpointInfo]) -> list[Path]:
     """Folders of checkpoints that are not complete: of saves that were killed, or without a readable manifest."""
     whole = {f.path for f in found}
     return sorted(p for p in folder.iterdir() if p.is_dir() and NAME.match(p.name) and p not in whole)

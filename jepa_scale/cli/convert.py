@@ -142,12 +142,12 @@ def import_model(args: argparse.Namespace) -> int:
 
     from jepa_scale.convert.from_hf import load_decoder, load_heads, write_checkpoint
     from jepa_scale.data import load_data
-    from jepa_scale.distributed.comm import Ranks
+    from jepa_scale.distributed.comm import ParallelContext
     from jepa_scale.models.loading import build_backbone
     from jepa_scale.objectives.base import JepaModel
     from jepa_scale.telemetry import prepare_run_dir
     from jepa_scale.telemetry.records import CONFIG_FILE
-    from jepa_scale.training.build import create_stream
+    from jepa_scale.training.build import create_sampler
     from jepa_scale.utils.io import write_atomic
 
     if args.no_progress:
@@ -160,7 +160,7 @@ def import_model(args: argparse.Namespace) -> int:
     load_decoder(backbone.decoder, args.source)
     heads = load_heads(module, args.source)
 
-    stream = create_stream(experiment, data, objective, Ranks(0, 1, 0, torch.device("cpu"), "python"))
+    stream = create_sampler(experiment, data, objective, ParallelContext(0, 1, 0, torch.device("cpu"), "python"))
     prepare_run_dir(args.out, resume=False)
     state = {"data": stream.state(0), "tokens": 0, "seconds": 0.0}
     checkpoint = write_checkpoint(args.out / "checkpoints", module, state, experiment.optim, experiment.resolved())

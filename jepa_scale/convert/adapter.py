@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from jepa_scale.convert.merge import Shapes, Source
-from jepa_scale.convert.plan import MODEL, Plan, Unit, heads_of
+from jepa_scale.convert.plan import MODEL, ConversionPlan, Unit, heads_of
 from jepa_scale.convert.skeleton import PREFIX
 from jepa_scale.convert.tensor_file import Entry
 from jepa_scale.models.head import LMHead
@@ -38,7 +38,7 @@ def check_adapter(options: ModelOptions) -> None:
 
 def adapter_plan(
     model: PreTrainedModel, sources: Mapping[str, Source], shapes: Shapes, dtype: torch.dtype, heads: bool
-) -> Plan:
+) -> ConversionPlan:
     """Plan one file with A and B of each adapted layer, and the new rows of the embedding.
 
     Args:
@@ -52,7 +52,7 @@ def adapter_plan(
             owner = name.rpartition(".")[0]
             theirs = dict(_names(owner, source))
             units += [_unit(made, f"{_OF_PEFT}{theirs[made]}", shapes, dtype) for made in theirs]
-    return Plan({WEIGHTS_FILE: units}, heads_of(shapes) if heads else [])
+    return ConversionPlan({WEIGHTS_FILE: units}, heads_of(shapes) if heads else [])
 
 
 def _names(owner: str, source: Source) -> Iterator[tuple[str, str]]:

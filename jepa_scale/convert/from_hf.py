@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from jepa_scale.checkpoint import store
-from jepa_scale.checkpoint.boxes import Boxes
+from jepa_scale.checkpoint.boxes import ShardView
 from jepa_scale.checkpoint.generators import rng_state
 from jepa_scale.checkpoint.manifest import TENSORS, Manifest
 from jepa_scale.config.schema import OptimConfig
@@ -186,11 +186,11 @@ def write_checkpoint(
     tensors = state_tensors(module)
     if copies := module.objective.teacher_copies(module.backbone):
         tensors |= state_tensors(TeacherModel(copies), TEACHER)
-    boxes = {name: Boxes.whole(tensor) for name, tensor in tensors.items()}
+    boxes = {name: ShardView.whole(tensor) for name, tensor in tensors.items()}
     for group in parameter_groups(module, optim, ()):
         for name, parameter in zip(group["names"], group["params"], strict=True):
             nothing = torch.zeros((), dtype=torch.float32).expand(parameter.shape)  # takes no memory
-            boxes |= {f"{moment}/{name}": Boxes.whole(nothing) for moment in MOMENTS[group["method"]]}
+            boxes |= {f"{moment}/{name}": ShardView.whole(nothing) for moment in MOMENTS[group["method"]]}
     files = {f"{TENSORS}/{name}": told for name, told in store.write(partial / TENSORS, boxes).items()}
     generators = partial / "rng_rank00000.pt"
     torch.save(rng_state(), generators)

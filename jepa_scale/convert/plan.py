@@ -57,7 +57,7 @@ class Unit:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ConversionPlan:
     """Units of each file.
 
     Attributes:
@@ -98,7 +98,7 @@ def make_plan(
     dtype: torch.dtype,
     shard_bytes: int,
     heads: bool,
-) -> Plan:
+) -> ConversionPlan:
     """Distribute the checkpoint's tensors over files.
 
     Args:
@@ -124,7 +124,7 @@ def make_plan(
     names = ["model.safetensors"]
     if len(shards) > 1:
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    return Plan(dict(zip(names, shards, strict=True)), heads_of(shapes) if heads else [])
+    return ConversionPlan(dict(zip(names, shards, strict=True)), heads_of(shapes) if heads else [])
 
 
 def heads_of(shapes: Shapes) -> list[Unit]:

@@ -32,7 +32,7 @@ from jepa_scale.convert.adapter import adapter_config, adapter_plan, check_adapt
 from jepa_scale.convert.card import Card
 from jepa_scale.convert.folder import Folder, Journal, read_journal
 from jepa_scale.convert.merge import plain_sources
-from jepa_scale.convert.plan import HEADS_FILE, MODEL, Plan, Unit, groups, make_plan, outputs_of
+from jepa_scale.convert.plan import HEADS_FILE, MODEL, ConversionPlan, Unit, groups, make_plan, outputs_of
 from jepa_scale.convert.skeleton import PREFIX, Skeleton, make_skeleton
 from jepa_scale.convert.tensor_file import Entry, write_tensors
 from jepa_scale.convert.tokenizer import Tokenizer, data_tokenizer, named_tokenizer
@@ -170,7 +170,9 @@ def find_checkpoint(run: Path, options: ExportOptions, begun: Journal | None, ou
     raise InputError(f"{directory}: holds no whole checkpoint to convert")
 
 
-def _write_tensors(folder: Folder, plan: Plan, model: PreTrainedModel, tensors: Path, options: ExportOptions) -> None:
+def _write_tensors(
+    folder: Folder, plan: ConversionPlan, model: PreTrainedModel, tensors: Path, options: ExportOptions
+) -> None:
     bar = tqdm(
         total=plan.out_bytes,
         desc="convert",
@@ -203,7 +205,7 @@ def _read(tensors: Path, units: Sequence[Unit], model: PreTrainedModel, limit: i
 
 
 def _small_files(
-    skeleton: Skeleton, plan: Plan, tokenizer: Tokenizer, options: ExportOptions, model: ModelOptions
+    skeleton: Skeleton, plan: ConversionPlan, tokenizer: Tokenizer, options: ExportOptions, model: ModelOptions
 ) -> dict[str, str | bytes]:
     files: dict[str, str | bytes] = {**tokenizer.files, **skeleton.code}
     files["config.json"] = skeleton.config(DTYPES[options.dtype], tokenizer.special).to_json_string(use_diff=True)
@@ -213,7 +215,9 @@ def _small_files(
     return files
 
 
-def _journal(checkpoint: Path, manifest: Manifest, plan: Plan, small: list[str], options: ExportOptions) -> Journal:
+def _journal(
+    checkpoint: Path, manifest: Manifest, plan: ConversionPlan, small: list[str], options: ExportOptions
+) -> Journal:
     files = {
         file: [(_told(unit), [(e.name, e.shape, str(e.dtype)) for e in unit.entries]) for unit in units]
         for file, units in plan.all_files().items()
@@ -247,7 +251,7 @@ def _card(
     config: Config,
     manifest: Manifest,
     skeleton: Skeleton,
-    plan: Plan,
+    plan: ConversionPlan,
     tokenizer: Tokenizer,
     options: ExportOptions,
 ) -> Card:

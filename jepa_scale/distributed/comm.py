@@ -21,7 +21,7 @@ from jepa_scale.utils.errors import InputError
 
 
 @dataclass(frozen=True, slots=True)
-class Ranks:
+class ParallelContext:
     """Rank and device of this process.
 
     Attributes:
@@ -41,12 +41,12 @@ class Ranks:
         return self.rank == 0
 
     @property
-    def data_rank(self) -> int:
-        """Index of this rank's part of the global batch, of ``data_size`` parts."""
+    def dp_rank(self) -> int:
+        """Index of this rank's part of the global batch, of ``dp_size`` parts."""
         return self.rank // self.team
 
     @property
-    def data_size(self) -> int:
+    def dp_size(self) -> int:
         return self.world_size // self.team
 
 
@@ -59,7 +59,7 @@ def launcher() -> str:
     return "torchrun" if "WORLD_SIZE" in os.environ else "python"
 
 
-def setup(timeout_minutes: float = 30.0) -> Ranks:
+def setup(timeout_minutes: float = 30.0) -> ParallelContext:
     """Join the process group and select the device of this rank; without a launcher the group has one process."""
     how = launcher()
     rank = int(os.environ.get("RANK", 0))
@@ -76,7 +76,7 @@ def setup(timeout_minutes: float = 30.0) -> Ranks:
         if how == "python":  # no launcher: a private store, so that concurrent runs cannot meet
             options["store"] = dist.HashStore()
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", rank=rank, world_size=world_size, **options)
-    return Ranks(rank, world_size, local_rank, device, how)
+    return ParallelContext(rank, world_size, local_rank, device, how)
 
 
 def teardown() -> None:
@@ -104,7 +104,7 @@ class _Groups:
 _groups = _Groups()
 
 
-def form_teams(ranks: Ranks, size: int) -> Ranks:
+def init_tp_group(ranks: ParallelContext, size: int) -> ParallelContext:
     """Form tensor-parallel groups of ``size`` consecutive ranks, and return ``ranks`` with this degree. Collective.
 
     Raises:
@@ -128,12 +128,12 @@ def _own_group(partition: list[list[int]], rank: int) -> dist.ProcessGroup:
     return next(group for group, members in zip(groups, partition, strict=True) if rank in members)
 
 
-def data_group() -> dist.ProcessGroup | None:
+def dp_group() -> dist.ProcessGroup | None:
     """Process group of the data-parallel ranks, which have different samples; None = all ranks."""
     return _groups.data
 
 
-def team_group() -> dist.ProcessGroup | None:
+def tp_group() -> dist.ProcessGroup | None:
     """Tensor-parallel group of this rank, all of whose ranks have the same samples; None = this rank alone."""
     return _groups.team
 
@@ -146,12 +146,12 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def data_size() -> int:
+def dp_size() -> int:
     """Number of data-parallel ranks, which is the number of parts of the global batch."""
     return world_size() // _groups.size
 
 
-def data_rank() -> int:
+def dp_rank() -> int:
     """Index of this rank's part of the global batch."""
     return rank() // _groups.size
 
@@ -159,7 +159,7 @@ def data_rank() -> int:
 def all_reduce_sum(x: Tensor) -> Tensor:
     """Sum over the data-parallel ranks, as a new tensor. No gradient."""
     y = x.detach().clone()
-    if data_size() > 1:
+    if dp_size() > 1:
         dist.all_reduce(y, group=_groups.data)
     return y
 
@@ -177,9 +177,9 @@ def all_gather_rows(x: Tensor) -> Tensor:
 
     n must be equal on all ranks.
     """
-    if data_size() == 1:
+    if dp_size() == 1:
         return x.detach()
-    parts = [torch.empty_like(x) for _ in range(data_size())]
+    parts = [torch.empty_like(x) for _ in range(dp_size())]
     dist.all_gather(parts, x.detach().contiguous(), group=_groups.data)
     return torch.cat(parts)
 
@@ -203,12 +203,12 @@ class _GatherRows(torch.autograd.Function):
             dist.reduce_scatter_tensor(own, grad, group=_groups.data)
             return own
         dist.all_reduce(grad, group=_groups.data)
-        return grad[data_rank() * ctx.rows : (data_rank() + 1) * ctx.rows]
+        return grad[dp_rank() * ctx.rows : (dp_rank() + 1) * ctx.rows]
 
 
 def all_gather_rows_with_grad(x: Tensor) -> Tensor:
     """Concatenate as :func:`all_gather_rows`; the gradient of each row is summed over the ranks."""
-    return x if data_size() == 1 else _GatherRows.apply(x)
+    return x if dp_size() == 1 else _GatherRows.apply(x)
 
 
 def pad_rows(x: Tensor, rows: int, value: float = 0) -> Tensor:
@@ -229,9 +229,9 @@ def broadcast_object(value: Any) -> Any:
 
 def all_gather_object(value: Any) -> list[Any]:
     """Return the values of all data-parallel ranks, in rank order."""
-    if data_size() == 1:
+    if dp_size() == 1:
         return [value]
-    values: list[Any] = [None] * data_size()
+    values: list[Any] = [None] * dp_size()
     dist.all_gather_object(values, value, group=_groups.data)
     return values
 

@@ -30,7 +30,7 @@ class Split(NamedTuple):
     size: int
 
 
-class Team:
+class TensorParallelGroup:
     """A tensor-parallel group of ``size`` ranks; this process is rank ``rank`` in it.
 
     Attributes:
@@ -44,7 +44,7 @@ class Team:
         self.splits_tokens = True
         self.splits_vocabulary = False
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Team:
+    def __deepcopy__(self, memo: dict[int, Any]) -> TensorParallelGroup:
         return self
 
     @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from jepa_scale.config.schema import EngineConfig, OptimConfig
-from jepa_scale.distributed.comm import Ranks
+from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.engines.base import Engine, EngineOptions
 from jepa_scale.engines.weights import Weights
 from jepa_scale.utils.errors import InputError
@@ -16,7 +16,7 @@ from jepa_scale.utils.errors import InputError
 NAMES = ("deepspeed", "fsdp")
 
 
-def resolve(name: str, ranks: Ranks) -> str:
+def resolve(name: str, ranks: ParallelContext) -> str:
     """``"auto"`` is DeepSpeed under DeepSpeed's own launcher and FSDP2 otherwise.
 
     Raises:
@@ -29,7 +29,7 @@ def resolve(name: str, ranks: Ranks) -> str:
     return name
 
 
-def check_engine(name: str, options: EngineConfig, optim: OptimConfig, ranks: Ranks) -> None:
+def check_engine(name: str, options: EngineConfig, optim: OptimConfig, ranks: ParallelContext) -> None:
     """Look at what the engine will need, before anything is built.
 
     Raises:
@@ -54,9 +54,9 @@ def check_engine(name: str, options: EngineConfig, optim: OptimConfig, ranks: Ra
             raise InputError(
                 "engine.replicas: is FSDP2's; for ZeRO-3 within a node see zero_hpz_partition_size (configs/ds/zero3_hpz.json)"
             )
-    if ranks.data_size % options.replicas:
+    if ranks.dp_size % options.replicas:
         raise InputError(
-            f"engine.replicas: {options.replicas} does not divide the {ranks.data_size} ranks with different samples "
+            f"engine.replicas: {options.replicas} does not divide the {ranks.dp_size} ranks with different samples "
             f"({ranks.world_size} ranks, engine.tp={options.tp})"
         )
     if optim.uses_muon and (options.tp > 1 or options.replicas > 1):
@@ -74,7 +74,7 @@ def create_engine(
     groups: Sequence[dict[str, Any]],
     optim_options: OptimConfig,
     engine_options: EngineOptions,
-    ranks: Ranks,
+    ranks: ParallelContext,
     weights: Weights | None = None,
 ) -> Engine:
     """Shard ``module`` and build its optimizer. Collective.

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from jepa_scale.distributed.comm import Ranks
+from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.engines.clip import Clipping
 from jepa_scale.engines.weights import Split
 
 if TYPE_CHECKING:
-    from jepa_scale.checkpoint.boxes import Boxes
+    from jepa_scale.checkpoint.boxes import ShardView
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class EngineOptions:
     replicas: int = 1  # copies of the model, each sharded over its own ranks
 
 
-class ShardedCopy(ABC):
+class ShardedEMA(ABC):
     """A frozen copy of parts of an engine's module, sharded as the engine shards the module itself.
 
     The EMA parameters are in fp32 and sharded like the student's masters, so that an update of the copy only uses this rank's
@@ -73,7 +73,7 @@ class ShardedCopy(ABC):
         """Update the weights of :meth:`forward` after ``averages`` were written to. Collective, without a host sync."""
 
     @abstractmethod
-    def state(self) -> dict[str, Boxes]:
+    def state(self) -> dict[str, ShardView]:
         """Return this rank's shard of each parameter and persistent buffer, by the copy's own names.
 
         The shards are views, through which loading writes. Every rank has every name.
@@ -104,7 +104,7 @@ class Engine(ABC):
     layout: str
     """Description of the layout, e.g. ``"ZeRO-2 bf16"``; any layout reads the checkpoint of any other."""
 
-    def __init__(self, module: nn.Module, options: EngineOptions, ranks: Ranks):
+    def __init__(self, module: nn.Module, options: EngineOptions, ranks: ParallelContext):
         self.module = module
         """The sharded root module. Call it through :meth:`forward` only."""
         self.options = options
@@ -171,7 +171,7 @@ class Engine(ABC):
         return int(high)
 
     @abstractmethod
-    def state(self) -> dict[str, Boxes]:
+    def state(self) -> dict[str, ShardView]:
         """Return this rank's shards of all state that training changes, as views: reading a checkpoint writes through them.
 
         Every rank has every name, but possibly without any elements:
@@ -199,7 +199,7 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def copy_of(self, module: nn.Module) -> ShardedCopy:
+    def shard_ema(self, module: nn.Module) -> ShardedEMA:
         """Shard a copy of parts of the root module, and set it to the engine's current values. Collective.
 
         It is called right after the engine was built.

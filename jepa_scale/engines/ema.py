@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jepa_scale.checkpoint.boxes import Boxes
+from jepa_scale.checkpoint.boxes import ShardView
 from jepa_scale.config.ema import TeacherOptions
 from jepa_scale.engines.base import Engine
 
@@ -78,7 +78,7 @@ class Teacher:
 
     def __init__(self, engine: Engine, model: TeacherModel, options: TeacherOptions, total_steps: int) -> None:
         self.options, self.total_steps = options, total_steps
-        self._copy = engine.copy_of(model)
+        self._copy = engine.shard_ema(model)
         students = dict(engine.module.named_modules(remove_duplicate=False))
         # By module and key: a cast or an assignment replaces the tensor of a buffer.
         self._buffers = [
@@ -125,7 +125,7 @@ class Teacher:
             assert isinstance(mine, Tensor) and isinstance(its, Tensor), key
             mine.copy_(its)
 
-    def state(self) -> dict[str, Boxes]:
+    def state(self) -> dict[str, ShardView]:
         """Return ``teacher/<name>``, by name in the root module: parameters (averages in fp32) and persistent buffers."""
         return {f"{TEACHER}{name}": boxes for name, boxes in self._copy.state().items()}
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from jepa_scale.distributed.comm import Ranks, all_ranks_objects
+from jepa_scale.distributed.comm import ParallelContext, all_ranks_objects
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ def has_bf16(device: torch.device) -> bool:
     return any(there for name, there in torch.cpu.get_capabilities().items() if "bf16" in name)
 
 
-def settle_precision(asked: Literal["auto", "fp32", "bf16"], ranks: Ranks) -> Literal["fp32", "bf16"]:
+def resolve_precision(asked: Literal["auto", "fp32", "bf16"], ranks: ParallelContext) -> Literal["fp32", "bf16"]:
     """``auto`` is bf16 if every rank's device has instructions for it, else fp32; the others stay what they are, and rank 0 tells of
     bf16 on a CPU that has none. Collective."""
     if asked == "fp32":

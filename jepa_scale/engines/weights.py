@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from jepa_scale.distributed.comm import Ranks, broadcast_object
+from jepa_scale.distributed.comm import ParallelContext, broadcast_object
 from jepa_scale.utils.errors import InputError
 
 T = TypeVar("T")
@@ -22,7 +22,7 @@ Split = tuple[int, int, int]
 """Position of a rank's part of a tensor, (dim, start, size): it begins at ``start`` of the ``size`` of dimension ``dim``."""
 
 
-def built_by_rank_0(build: Callable[[], T], ranks: Ranks) -> T:
+def built_by_rank_0(build: Callable[[], T], ranks: ParallelContext) -> T:
     """Return the result of ``build``, with weights on rank 0 and on the ``meta`` device on the others. Collective.
 
     Afterwards torch's global generator is in the state of rank 0 on every rank.
@@ -59,7 +59,7 @@ class Weights:
         InputError: the parameters of rank 0's module differ from those of this rank's.
     """
 
-    def __init__(self, module: nn.Module, ranks: Ranks) -> None:
+    def __init__(self, module: nn.Module, ranks: ParallelContext) -> None:
         self.ranks = ranks
         self._shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
         there = broadcast_object(self._shapes)
@@ -127,7 +127,7 @@ def strip_all(module: nn.Module) -> None:
         strip(parameter)
 
 
-class OneByOne(nn.Module):
+class StreamingParameterLoader(nn.Module):
     """A module whose ``parameters()`` fills each parameter of another module when it is reached.
 
     It is for callers that iterate over the parameters once and keep a part of each.
@@ -146,7 +146,7 @@ class OneByOne(nn.Module):
             yield parameter
 
 
-def _send_buffers(module: nn.Module, ranks: Ranks) -> None:
+def _send_buffers(module: nn.Module, ranks: ParallelContext) -> None:
     """Send rank 0's buffers to every rank's device; a buffer shared by several modules stays shared."""
     sent: dict[Tensor, Tensor] = {}
     for part in module.modules():

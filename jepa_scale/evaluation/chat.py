@@ -15,7 +15,7 @@ from typing import Any, Protocol, TextIO
 import numpy as np
 from tqdm import tqdm
 
-from jepa_scale.distributed.comm import Ranks, all_gather_object
+from jepa_scale.distributed.comm import ParallelContext, all_gather_object
 from jepa_scale.evaluation.options import DATABASE, ChatEvalOptions
 from jepa_scale.metrics.text_match import METRICS, Wanted
 from jepa_scale.models.generation import Answer, answer, rounds
@@ -96,7 +96,7 @@ class ChatTest:
     stop: tuple[int, ...]
     positions: int | None = None
 
-    def run(self, call: Call, ranks: Ranks, place: Place) -> dict[str, dict[str, float]]:
+    def run(self, call: Call, ranks: ParallelContext, place: Place) -> dict[str, dict[str, float]]:
         """Answer all questions. Collective; the same result on every rank.
 
         Of each split the mean of every value of the metrics over the rows that can be scored by all of them,
@@ -116,12 +116,12 @@ class ChatTest:
         return results
 
     def _answers(
-        self, call: Call, split: str, questions: Sequence[Question], ranks: Ranks, place: Place
+        self, call: Call, split: str, questions: Sequence[Question], ranks: ParallelContext, place: Place
     ) -> Iterator[dict[str, Any]]:
         """This rank's records, as they come."""
         asked = [q for q in questions if not q.problem]
         prompts = [q.prompt for q in asked]
-        size = self.options.generation_batch * ranks.data_size
+        size = self.options.generation_batch * ranks.dp_size
         plan = rounds([len(p) for p in prompts], self.options.max_new_tokens, self.positions, size)
         with Counter(f"generate {split}", len(asked), place.progress and ranks.is_main) as counter:
             for part in plan:
@@ -131,9 +131,9 @@ class ChatTest:
         planned = {number for part in plan for number in part.prompts}
         without_room = [q for number, q in enumerate(asked) if number not in planned]
         without_prompt = [q for q in questions if q.problem]
-        for question in without_room[ranks.data_rank :: ranks.data_size]:
+        for question in without_room[ranks.dp_rank :: ranks.dp_size]:
             yield self._record(question, Answer(0, [], False))
-        for question in without_prompt[ranks.data_rank :: ranks.data_size]:
+        for question in without_prompt[ranks.dp_rank :: ranks.dp_size]:
             yield self._record(question, None)
 
     def _record(self, question: Question, said: Answer | None) -> dict[str, Any]:

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from jepa_scale.data.sampling.batches import Dealt, TokenStream
+from jepa_scale.data.sampling.batches import DataParallelSlice, TokenBatchSampler
 from jepa_scale.data.sampling.loader import Loader
 from jepa_scale.data.sampling.order import Permuted
-from jepa_scale.data.sampling.rng import Draw, ViewMaker
+from jepa_scale.data.sampling.rng import SampleRNG, ViewTransform
 from jepa_scale.data.texts import Texts
-from jepa_scale.distributed.comm import Ranks
+from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.objectives.base import Objective
 from jepa_scale.objectives.tasks import Call
 from jepa_scale.packing import PackedBatch, Views
@@ -40,14 +40,19 @@ class Numbered:
 
     objective: Objective
 
-    def __call__(self, example: Any, draw: Draw) -> Views:
+    def __call__(self, example: Any, draw: SampleRNG) -> Views:
         views = self.objective.text_views(example, draw)
         assert [(s.role, s.stream) for s in views.segments] == [("text", "main")], "text_views gives one segment"
         return replace(views, values={**views.values, "text_number": draw.sample})
 
 
 def encode_texts(
-    objective: Objective, call: Call, texts: Texts, micro_tokens: int, ranks: Ranks, pooling: str | None = None
+    objective: Objective,
+    call: Call,
+    texts: Texts,
+    micro_tokens: int,
+    ranks: ParallelContext,
+    pooling: str | None = None,
 ) -> Iterator[EncodedTexts]:
     """The states of texts, each of them on one rank and once. Collective; ranks with less to do yield no texts now and then.
 
@@ -68,10 +73,10 @@ def encode_texts(
 
 def text_batches(
     examples: Any,
-    views: ViewMaker,
+    views: ViewTransform,
     samples: int,
     micro_tokens: int,
-    ranks: Ranks,
+    ranks: ParallelContext,
     streams: tuple[str, ...] = ("main",),
     tokens: Callable[[np.ndarray], np.ndarray] = lambda sizes: sizes - 1,
 ) -> Iterator[PackedBatch]:
@@ -86,13 +91,13 @@ def text_batches(
         return
     wanted = min(n, samples or n)
     numbers = np.arange(wanted, dtype=np.int64) * n // wanted
-    stream = TokenStream(
+    stream = TokenBatchSampler(
         Permuted(wanted, lambda epoch: numbers),
         seed=0,
         sizes=lambda samples: tokens(examples.sizes(samples)),
         budget=max(micro_tokens, int(tokens(np.array([examples.max_size]))[0])),
         mean_size=float(tokens(np.array([examples.mean_size]))[0]),
-        dealt=Dealt(rank=ranks.data_rank, world_size=ranks.data_size),
+        dealt=DataParallelSlice(rank=ranks.dp_rank, world_size=ranks.dp_size),
         epochs=1,
     )
     steps = stream.steps

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from jepa_scale.distributed.comm import all_reduce_sum, data_rank, data_size
+from jepa_scale.distributed.comm import all_reduce_sum, dp_rank, dp_size
 from jepa_scale.evaluation.options import EvalOptions
-from jepa_scale.objectives.answers import Answerer
+from jepa_scale.objectives.answers import AnswerGenerator
 
 
 def evaluate(
-    answerer: Answerer,
+    answer_generator: AnswerGenerator,
     splits: Mapping[str, Sequence[Any]],
     names: Sequence[tuple[int, ...]],
     options: EvalOptions,
@@ -27,7 +27,7 @@ def evaluate(
     A generated name is compared up to the length of the right one. A split without facts has no metrics. The facts are split
     over the ranks. Every rank makes the same number of calls; the last are padded with a repeated fact of weight zero.
     """
-    answerer.prepare(names)
+    answer_generator.prepare(names)
     length = max(len(name) for name in names)  # the same on every rank: each generated token is a collective call
     results: dict[str, dict[str, float]] = {}
     for split, facts in splits.items():
@@ -38,13 +38,13 @@ def evaluate(
         ranked = chosen[: options.rank_facts] if options.rank_facts else chosen
         sums = np.zeros(5)
         for questions, weight in _batches(facts, chosen, options.batch_size):
-            spoken = answerer.speak(questions, length)
+            spoken = answer_generator.speak(questions, length)
             right = [s[: len(q.answer)] == tuple(q.answer) for s, q in zip(spoken, questions, strict=True)]
             sums[0] += (weight * np.array(right)).sum()
-            sums[1] += (weight * answerer.nll(questions)).sum()
+            sums[1] += (weight * answer_generator.nll(questions)).sum()
             sums[2] += weight.sum()
         for questions, weight in _batches(facts, ranked, options.batch_size):
-            sums[3] += (weight / answerer.ranks(questions)).sum()
+            sums[3] += (weight / answer_generator.ranks(questions)).sum()
             sums[4] += weight.sum()
         total = all_reduce_sum(torch.from_numpy(sums).to(device)).cpu().numpy()
         results[split] = {
@@ -57,8 +57,8 @@ def evaluate(
 
 def _batches(facts: Sequence[Any], chosen: np.ndarray, size: int) -> list[tuple[list[Any], np.ndarray]]:
     """Return this rank's questions in batches, and their weights: 0 for padding, which makes all ranks' calls equal."""
-    mine = chosen[data_rank() :: data_size()]
-    longest = -(-len(chosen) // data_size())  # ceil: the number of the first rank's facts
+    mine = chosen[dp_rank() :: dp_size()]
+    longest = -(-len(chosen) // dp_size())  # ceil: the number of the first rank's facts
     batches = []
     for start in range(0, longest, size):
         n = min(size, longest - start)

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from jepa_scale.data.sampling.rng import ViewMaker
-from jepa_scale.distributed.comm import Ranks
+from jepa_scale.data.sampling.rng import ViewTransform
+from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.evaluation import chat, perplexity, reversal
 from jepa_scale.evaluation.encode import text_batches
 from jepa_scale.evaluation.options import ChatEvalOptions, EvalOptions, EvaluationOptions
@@ -64,7 +64,7 @@ def evaluate(
     call: Call,
     data: Any,
     options: EvaluationOptions,
-    ranks: Ranks,
+    ranks: ParallelContext,
     test: chat.ChatTest | None = None,
     place: chat.Place | None = None,
     probe: ProbeTest | None = None,
@@ -76,9 +76,9 @@ def evaluate(
         probe: of :func:`jepa_scale.evaluation.text_probe.probe_test`.
     """
     if isinstance(options, EvalOptions):
-        return reversal.evaluate(objective.answerer(call), data.splits, data.names, options, ranks.device)
+        return reversal.evaluate(objective.answer_generator(call), data.splits, data.names, options, ranks.device)
 
-    def batches(examples: Any, views: ViewMaker, samples: int, **more: Any) -> Iterator[PackedBatch]:
+    def batches(examples: Any, views: ViewTransform, samples: int, **more: Any) -> Iterator[PackedBatch]:
         return text_batches(examples, views, samples, options.micro_tokens, ranks, **more)
 
     results: Results = {split: {} for split, each in data.splits.items() if len(each)}

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from jepa_scale.config.loading import find_file
 from jepa_scale.data.labelled import LabelledTexts, read_labelled
-from jepa_scale.data.sampling.rng import Draw
+from jepa_scale.data.sampling.rng import SampleRNG
 from jepa_scale.data.texts import Texts, tokenize
-from jepa_scale.distributed.comm import Ranks, all_reduce_sum, broadcast_object, rank
+from jepa_scale.distributed.comm import ParallelContext, all_reduce_sum, broadcast_object, rank
 from jepa_scale.evaluation.encode import encode_texts
 from jepa_scale.evaluation.options import EvaluationOptions, PerplexityOptions
 from jepa_scale.metrics.geometry import uniformity
@@ -49,7 +49,7 @@ class ProbeTest:
     neighbours: int
     micro_tokens: int
 
-    def run(self, objective: Objective, call: Call, ranks: Ranks) -> dict[str, float]:
+    def run(self, objective: Objective, call: Call, ranks: ParallelContext) -> dict[str, float]:
         """Encode all texts with the objective's own pooling, and probe them. Collective; the same result on every rank.
 
         ``knn_accuracy`` and ``probe_accuracy`` (see :mod:`jepa_scale.metrics.probe`), ``chance`` (the majority's share),
@@ -59,7 +59,7 @@ class ProbeTest:
         pooled, tokens = self.states(objective, call, ranks)
         return broadcast_object(self.measure(pooled, tokens) if ranks.is_main else None)
 
-    def states(self, objective: Objective, call: Call, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    def states(self, objective: Objective, call: Call, ranks: ParallelContext) -> tuple[Tensor, Tensor]:
         """(n, d) pooled and (m, d) token states, fp32, whole on every rank. Collective."""
         n, total = len(self.texts), int(self.starts[-1])
         wanted = np.arange(min(TOKENS, total)) * total // min(TOKENS, total)  # states, counted through
@@ -125,7 +125,7 @@ def probe_test(options: EvaluationOptions, data: Any, backbone: Backbone, object
         logger.warning(
             f"eval.probe: {labelled.left_out} rows are left out: no other text of their label is left to test them with"
         )
-    seen = [len(objective.text_views(texts[n], Draw(0, 0, 0, n)).segments[0].tokens) for n in range(len(texts))]
+    seen = [len(objective.text_views(texts[n], SampleRNG(0, 0, 0, n)).segments[0].tokens) for n in range(len(texts))]
     return ProbeTest(
         labelled, texts, np.cumsum([0, *seen], dtype=np.int64), options.probe_neighbours, options.micro_tokens
     )

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from jepa_scale.distributed.comm import all_reduce_sum, data_size
+from jepa_scale.distributed.comm import all_reduce_sum, dp_size
 from jepa_scale.losses.precision import without_autocast
 
 
@@ -39,7 +39,7 @@ def global_sum(x: Tensor) -> Tensor:
     ``x`` has any shape, equal on every rank; the result has the same.
     """
     x = x.float()
-    return x if data_size() == 1 else _GlobalSum.apply(x)
+    return x if dp_size() == 1 else _GlobalSum.apply(x)
 
 
 def global_sums(*parts: Tensor) -> list[Tensor]:

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from jepa_scale.distributed.tp_group import Team
+from jepa_scale.distributed.tp_group import TensorParallelGroup
 from jepa_scale.models import attention
 from jepa_scale.models import head as lm_head
 from jepa_scale.models.decoder import JepaDecoderForCausalLM
-from jepa_scale.packing import PackedStream
+from jepa_scale.packing import PackedSequence
 from jepa_scale.utils.errors import InputError
 
 _PIECE = 16_384  # rows of the embedding in one lookup
@@ -36,7 +36,7 @@ class Backbone(nn.Module):
         self.blocks_at, self._norm_at = _locate(decoder)
         decoder.set_attn_implementation(attention.NAME)
         lm_head.adopt(decoder.get_output_embeddings())
-        self.team: Team | None = None
+        self.team: TensorParallelGroup | None = None
         """The tensor-parallel group (:mod:`jepa_scale.models.tensor_parallel`); None without tensor parallelism."""
 
     @property
@@ -123,7 +123,7 @@ class Backbone(nn.Module):
         """
         return self.decoder.get_input_embeddings()(ids)
 
-    def hidden(self, stream: PackedStream, inputs_embeds: Tensor | None = None, until: int | None = None) -> Tensor:
+    def hidden(self, stream: PackedSequence, inputs_embeds: Tensor | None = None, until: int | None = None) -> Tensor:
         """Compute the hidden states of a packed sequence.
 
         Args:
@@ -141,7 +141,7 @@ class Backbone(nn.Module):
         return self._run(x, stream, until)
 
     def hidden_and_tap(
-        self, stream: PackedStream, tap: int, inputs_embeds: Tensor | None = None
+        self, stream: PackedSequence, tap: int, inputs_embeds: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return :meth:`hidden` (T, d) and, from the same pass, the states after block ``tap`` (T, d).
 
@@ -160,7 +160,7 @@ class Backbone(nn.Module):
         tokens = tapped[0] if self.team is None else self.team.join_tokens(tapped[0], len(hidden))
         return hidden, tokens[0]
 
-    def forward(self, stream: PackedStream, tap: int | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, stream: PackedSequence, tap: int | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Run :meth:`hidden`, or with a ``tap`` :meth:`hidden_and_tap`, for callers that can only call a module."""
         return self.hidden(stream) if tap is None else self.hidden_and_tap(stream, tap)
 
@@ -183,7 +183,7 @@ class Backbone(nn.Module):
                 if bridge is not None:
                     self.decoder.base_model.bridge = bridge
 
-    def last_hidden(self, stream: PackedStream, until: int | None = None) -> Tensor:
+    def last_hidden(self, stream: PackedSequence, until: int | None = None) -> Tensor:
         """Return :meth:`hidden` at the last token of each segment only, (S, d).
 
         The last block of the native decoder then skips the other token positions.
@@ -192,7 +192,7 @@ class Backbone(nn.Module):
             return self.hidden(stream, until=until)[stream.last]
         return self._run(self.embed(stream.input_ids), stream, until, readout=stream.last)
 
-    def _run(self, x: Tensor, stream: PackedStream, until: int | None, **extras: Any) -> Tensor:
+    def _run(self, x: Tensor, stream: PackedSequence, until: int | None, **extras: Any) -> Tensor:
         native = isinstance(self.decoder, JepaDecoderForCausalLM)
         if native and self.decoder.training and self.decoder.config.drop_path:
             extras["segment_seeds"] = stream.seeds

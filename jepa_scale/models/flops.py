@@ -32,7 +32,7 @@ from torch import nn
 
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.decoder import EmbeddingNorm, JepaDecoderForCausalLM
-from jepa_scale.packing import PackedStream
+from jepa_scale.packing import PackedSequence
 
 
 class Cost(NamedTuple):
@@ -110,10 +110,10 @@ class DecoderFlops:
         """Return the FLOPs of a pass without gradient: an evaluation, a teacher's forward, a gather pass.
 
         Args:
-            lengths: number of tokens of each segment, ``PackedStream.table.lengths``.
+            lengths: number of tokens of each segment, ``PackedSequence.table.lengths``.
             head_rows: number of rows that the LM head runs on.
             square: whether to charge all n² pairs of a segment, as ``FlopCounterMode`` does.
-            key_lengths: number of tokens that each segment sees, ``PackedStream.key_lengths``; ``None`` = only its own.
+            key_lengths: number of tokens that each segment sees, ``PackedSequence.key_lengths``; ``None`` = only its own.
         """
         return self._total(0, lengths, head_rows, square, key_lengths)
 
@@ -128,7 +128,7 @@ class DecoderFlops:
         """Return the FLOPs of :meth:`forward` and of its backward."""
         return sum(self._total(way, lengths, head_rows, square, key_lengths) for way in (0, 1))
 
-    def of_stream(self, stream: PackedStream, training: bool, rows: int | None = None, square: bool = False) -> int:
+    def of_stream(self, stream: PackedSequence, training: bool, rows: int | None = None, square: bool = False) -> int:
         """Return the FLOPs of a whole packed sequence, with the LM head on ``rows`` rows; ``None`` = the labelled ones."""
         run = self.training if training else self.forward
         rows = len(stream.labelled) if rows is None else rows
@@ -178,7 +178,7 @@ class ReadoutFlops:
             Cost(pairs.forward // until, pairs.backward // until),
         )
 
-    def of_stream(self, stream: PackedStream, training: bool, square: bool = False) -> int:
+    def of_stream(self, stream: PackedSequence, training: bool, square: bool = False) -> int:
         """Return the FLOPs of a packed sequence without branches."""
         lengths = stream.table.lengths
         full = self.blocks.of_stream(stream, training, 0, square)

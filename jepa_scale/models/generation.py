@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jepa_scale.distributed.comm import Ranks, world_size
+from jepa_scale.distributed.comm import ParallelContext, world_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -111,9 +111,9 @@ def rounds(lengths: Sequence[int], new_tokens: int, positions: int | None, size:
 
 
 def answer(
-    call: Callable[..., Any], prompts: Sequence[np.ndarray], part: Round, stop: Sequence[int], ranks: Ranks
+    call: Callable[..., Any], prompts: Sequence[np.ndarray], part: Round, stop: Sequence[int], ranks: ParallelContext
 ) -> list[Answer]:
-    """Return this rank's answers of a round: those of every ``data_size``-th prompt. Collective.
+    """Return this rank's answers of a round: those of every ``dp_size``-th prompt. Collective.
 
     A rank without a prompt generates for the round's first one and discards the result.
 
@@ -121,7 +121,7 @@ def answer(
         call: ``call("generate", Prompts, stop, room)`` → :class:`Generated`, through the engine.
         stop: ids of the tokens that end an answer.
     """
-    mine = part.prompts[ranks.data_rank :: ranks.data_size]
+    mine = part.prompts[ranks.dp_rank :: ranks.dp_size]
     batch = Prompts.of([prompts[number] for number in mine or part.prompts[:1]])
     out = Generated(*(x.cpu() for x in call("generate", batch, tuple(stop), part.room)))
     rows = zip(out.tokens.tolist(), out.lengths.tolist(), out.stopped.tolist(), strict=True)

@@ -20,7 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from jepa_scale.distributed.tp_group import Split, Team
+from jepa_scale.distributed.tp_group import Split, TensorParallelGroup
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.tp_plan import plan_of
 from jepa_scale.packing import SegmentTable
@@ -50,7 +50,7 @@ def check(backbone: Backbone, size: int) -> None:
         )
 
 
-def split(backbone: Backbone, team: Team) -> dict[str, Split]:
+def split(backbone: Backbone, team: TensorParallelGroup) -> dict[str, Split]:
     """Reduce the decoder to this rank's parts, in place. All ranks start from the same whole weights.
 
     Returns:
@@ -129,7 +129,7 @@ def _check_plan(decoder: nn.Module, ways: dict[str, str], shared: set[str]) -> N
 class _Cutter:
     """Replaces parameters by this rank's part; tied ones stay tied."""
 
-    def __init__(self, team: Team) -> None:
+    def __init__(self, team: TensorParallelGroup) -> None:
         self.team = team
         self.splits: dict[nn.Parameter, Split] = {}
         self._of_whole: dict[nn.Parameter, nn.Parameter] = {}
@@ -150,7 +150,7 @@ class _Cutter:
 # ---------------------------------------------------------------------------------- split versions of modules
 
 
-def _become(module: nn.Module, mixin: type, team: Team, **attributes: Any) -> None:
+def _become(module: nn.Module, mixin: type, team: TensorParallelGroup, **attributes: Any) -> None:
     module.__class__ = _mixed(mixin, type(module))  # type: ignore[arg-type]
     for name, value in {"_team": team, **attributes}.items():
         object.__setattr__(module, name, value)
@@ -189,7 +189,7 @@ def _added_up(names: tuple[str, ...]) -> type:
     While all ranks use the parameters for the same tokens, each has the whole gradient and nothing is summed.
     """
 
-    def read(team: Team, parameter: Tensor) -> Tensor:
+    def read(team: TensorParallelGroup, parameter: Tensor) -> Tensor:
         return team.enter(parameter) if team.splits_tokens else parameter
 
     return type("_AddedUp", (_Reading,), {name: _reading(name, read) for name in names})
@@ -205,7 +205,7 @@ def _bias_once() -> type:
 class _Joined:
     """A linear layer whose output channels are gathered on all ranks."""
 
-    _team: Team
+    _team: TensorParallelGroup
     _channels: int
 
     def forward(self, x: Tensor) -> Tensor:
@@ -215,7 +215,7 @@ class _Joined:
 class _SplitInput:
     """A linear layer whose whole input is on all ranks and is split by channels."""
 
-    _team: Team
+    _team: TensorParallelGroup
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(self._team.split_channels(x))  # type: ignore[misc]
@@ -224,7 +224,7 @@ class _SplitInput:
 class _Shared:
     """Attention or MLP: each rank takes all tokens and computes one term of a sum over ranks."""
 
-    _team: Team
+    _team: TensorParallelGroup
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         team = self._team
@@ -240,7 +240,7 @@ class _Shared:
 
 
 @torch.compiler.disable  # a batch's lengths are in Python: compiled, each number of segments would be a new program
-def _all_tokens(x: Tensor, table: SegmentTable | None, team: Team) -> Tensor:
+def _all_tokens(x: Tensor, table: SegmentTable | None, team: TensorParallelGroup) -> Tensor:
     """Gather the tokens of all ranks. The MLP has no table, so padding tokens are kept: they have no effect there."""
     return team.gather_tokens(x, x.shape[1] * team.size if table is None else sum(table.lengths))
 
@@ -249,7 +249,7 @@ def _replaced(output: Any, function: Any) -> Any:
     return (function(output[0]), *output[1:]) if isinstance(output, tuple) else function(output)
 
 
-def _own_branches(team: Team) -> Any:
+def _own_branches(team: TensorParallelGroup) -> Any:
     """Return a hook that reduces DropPath's choices, (2, 1, T), to this rank's tokens."""
 
     def choose(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -266,7 +266,7 @@ def _own_branches(team: Team) -> Any:
 class _Embedding:
     """Some rows of the embedding. The outputs are summed over the ranks, so that every rank has the rows of all tokens."""
 
-    _team: Team
+    _team: TensorParallelGroup
     _first: int
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -279,7 +279,7 @@ class _Embedding:
 class _Head:
     """Some rows of the LM head; returns this rank's logits, or all of them."""
 
-    _team: Team
+    _team: TensorParallelGroup
     _vocabulary: int
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """How a model answers a question: by speaking, by the likelihood of an answer, by its rank among all answers.
 
 A *question* is a prompt (token ids); an *answer* is a run of token ids. An objective that answers in another way than
-plain next-token prediction supplies its own :class:`Answerer`.
+plain next-token prediction supplies its own :class:`AnswerGenerator`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Question(Protocol):
     def answer(self) -> tuple[int, ...]: ...
 
 
-class Answerer(Protocol):
+class AnswerGenerator(Protocol):
     """All methods are collective: every rank calls them equally often, each with its own questions (at least one)."""
 
     def prepare(self, answers: Sequence[tuple[int, ...]]) -> None:
@@ -48,7 +48,7 @@ def stream_of(segments: Sequence[Segment]) -> Any:
     return pack([Views([s]) for s in segments])
 
 
-class LanguageModelAnswerer:
+class LanguageModelAnswerGenerator:
     """Answers with a plain language model, packed and greedy."""
 
     def __init__(self, call: Call, chunk: int = 16384):

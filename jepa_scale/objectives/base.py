@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from jepa_scale.config.ema import TeacherOptions
 from jepa_scale.config.schema import Section
-from jepa_scale.data.sampling.rng import Draw, ViewMaker
+from jepa_scale.data.sampling.rng import SampleRNG, ViewTransform
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.flops import DecoderFlops
 from jepa_scale.models.generation import Generated, Prompts, greedy
-from jepa_scale.objectives.answers import Answerer, LanguageModelAnswerer
+from jepa_scale.objectives.answers import AnswerGenerator, LanguageModelAnswerGenerator
 from jepa_scale.objectives.costs import StepFlops
 from jepa_scale.objectives.tasks import TASKS, Call, Task
 from jepa_scale.packing import PackedBatch, Segment, Views
@@ -50,7 +50,7 @@ class Diagnostics(Protocol):
         """How many of the split to look at, evenly spread; 0 = all."""
 
     @property
-    def views(self) -> ViewMaker:
+    def views(self) -> ViewTransform:
         """Makes an example's views."""
 
     def view_tokens(self, sizes: np.ndarray) -> np.ndarray:
@@ -74,7 +74,7 @@ class Objective(nn.Module):
     """Base of every objective.
 
     A subclass declares its ``Options`` and its ``streams``, builds its heads in ``__init__(options, backbone, data)``,
-    makes its views in :meth:`view_maker` and its loss in :meth:`loss`. Every head must be used on every rank in every
+    makes its views in :meth:`view_transform` and its loss in :meth:`loss`. Every head must be used on every rank in every
     step, with weight zero if need be, and parameters live in sub-modules: the collectives of ZeRO-3 and FSDP2 are issued
     by modules as they run.
     """
@@ -133,7 +133,7 @@ class Objective(nn.Module):
             grad_norm: 0-d, not finite if nothing was updated; the device knows, the host is not to ask it.
         """
 
-    def view_maker(self) -> ViewMaker:
+    def view_transform(self) -> ViewTransform:
         """Example → views; returned as an object of its own because loader workers get a copy of it."""
         raise NotImplementedError
 
@@ -182,12 +182,12 @@ class Objective(nn.Module):
         """What the other micro-batches need to know of this one; called without gradient, on every rank."""
         raise NotImplementedError
 
-    def answerer(self, call: Call) -> Answerer:
+    def answer_generator(self, call: Call) -> AnswerGenerator:
         """How this objective's model answers questions at evaluation. ``call(task, *args)`` runs the task of that name
         through the engine without gradient, on all ranks together."""
-        return LanguageModelAnswerer(call)
+        return LanguageModelAnswerGenerator(call)
 
-    def text_views(self, example: Any, draw: Draw) -> Views:
+    def text_views(self, example: Any, draw: SampleRNG) -> Views:
         """A text to be encoded → one segment of the stream ``"main"`` with role ``"text"``, of no more tokens than the text has.
         As it stands here, of all of them.
 

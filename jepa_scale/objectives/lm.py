@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from jepa_scale.data.sampling.rng import Draw, ViewMaker
+from jepa_scale.data.sampling.rng import SampleRNG, ViewTransform
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.objectives.base import Loss, Objective, lm_loss
 from jepa_scale.objectives.lm_options import LmOptions
 from jepa_scale.packing import PackedBatch, Segment, Views
 
 
-def lm_views(example: Any, draw: Draw) -> Views:
+def lm_views(example: Any, draw: SampleRNG) -> Views:
     """Return one segment for each example: the question and the answer without its last token, which has no next token."""
     tokens, labels = example.lm_sequence()
     return Views([Segment(tokens[:-1], "text", labels=labels[:-1])])
@@ -28,7 +28,7 @@ class LanguageModeling(Objective):
     def __init__(self, options: LmOptions, backbone: Backbone, data: Any):
         super().__init__()
 
-    def view_maker(self) -> ViewMaker:
+    def view_transform(self) -> ViewTransform:
         return lm_views
 
     def view_tokens(self, sizes: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from jepa_scale.data.examples import Conversation
-from jepa_scale.data.sampling.rng import Draw, ViewMaker
+from jepa_scale.data.sampling.rng import SampleRNG, ViewTransform
 from jepa_scale.distributed.comm import all_gather_object
 from jepa_scale.metrics.spectrum import effective_rank
 from jepa_scale.models.backbone import Backbone
@@ -87,7 +87,7 @@ class StpViews:
 
     options: StpOptions
 
-    def __call__(self, example: Any, draw: Draw) -> Views:
+    def __call__(self, example: Any, draw: SampleRNG) -> Views:
         tokens, labels = example.lm_sequence()
         tokens, labels = tokens[:-1], labels[:-1]
         path, o, rng = path_of(example, len(tokens)), self.options, draw.rng("stp")
@@ -129,7 +129,7 @@ class Stp(Objective):
         if options.tap_layer is not None:
             self.tap = resolve_tap(options.tap_layer, backbone.num_layers, "objective.tap_layer")
 
-    def view_maker(self) -> ViewMaker:
+    def view_transform(self) -> ViewTransform:
         return StpViews(self.options)
 
     def view_tokens(self, sizes: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from jepa_scale.distributed.comm import all_gather_object, data_group, data_rank, data_size
+from jepa_scale.distributed.comm import all_gather_object, dp_group, dp_rank, dp_size
 from jepa_scale.optim.matrices import Matrix
 
 BATCH_ELEMENTS = 1 << 24
@@ -57,7 +57,7 @@ class Route(NamedTuple):
         return sum(self.splits)
 
 
-class Plan(NamedTuple):
+class ExchangePlan(NamedTuple):
     """Communication and work of one rank in an optimizer step of certain tensors.
 
     Attributes:
@@ -102,7 +102,7 @@ class Layout:
         ranks = [piece.rank for piece in pieces]
         assert len(set(ranks)) == len(ranks), f"{matrix.name}: a rank holds two parts of this matrix"
         if self.replicated:
-            whole = all((p.start, p.length) == (0, matrix.numel) for p in pieces) and len(pieces) == data_size()
+            whole = all((p.start, p.length) == (0, matrix.numel) for p in pieces) and len(pieces) == dp_size()
         else:
             whole, end = True, 0
             for piece in sorted(pieces, key=lambda piece: piece.start):
@@ -110,19 +110,19 @@ class Layout:
             whole = whole and end == matrix.numel
         assert whole, f"{matrix.name}: the parts of all ranks do not make up the matrix"
 
-    def plan(self, tensors: Iterable[int]) -> Plan:
+    def plan(self, tensors: Iterable[int]) -> ExchangePlan:
         """Plan a step of the tensors with these indices, which must be the same on all ranks."""
         wanted = set(tensors)
         names = [name for name in self.matrices if self._home[name] in wanted]
         held = {name: {p.rank: p.length for p in self.pieces[name]} for name in names}
         if self.replicated:
             held = {name: {} for name in names}  # the location does not matter
-        owners = assign_owners([self.matrices[name] for name in names], held, data_size())
-        me = data_rank()
+        owners = assign_owners([self.matrices[name] for name in names], held, dp_size())
+        me = dp_rank()
         sent = {n: [p for p in self.pieces[n] if not self.replicated or p.rank == owners[n]] for n in names}
         mine = [(owners[name], p, name) for name in names for p in self.pieces[name] if p.rank == me]
         owned = [name for name in names if owners[name] == me]
-        return Plan(
+        return ExchangePlan(
             send=_route(item for item in mine if item[1] in sent[item[2]]),
             arrive=_route((p.rank, p, name) for name in owned for p in sent[name]),
             answer=_route((p.rank, p, name) for name in owned for p in self.pieces[name]),
@@ -133,7 +133,7 @@ class Layout:
 
 def _route(items: Iterable[tuple[int, Piece, str]]) -> Route:
     """Lay out a buffer from (rank at the other end, piece, matrix). Pieces of one rank keep their order, as on that rank."""
-    slots, splits = [], [0] * data_size()
+    slots, splits = [], [0] * dp_size()
     for other, piece, name in sorted(items, key=lambda item: item[0]):
         slots.append((piece, name, sum(splits)))
         splits[other] += piece.length
@@ -176,10 +176,10 @@ def assign_owners(matrices: Sequence[Matrix], held: Mapping[str, Mapping[int, in
 
 def exchange(out: Tensor, send: Route, receive: Route) -> Tensor:
     """Send the buffer ``out`` and return the received buffer. Collective."""
-    if data_size() == 1:
+    if dp_size() == 1:
         return out
     came = out.new_empty(receive.size)
-    dist.all_to_all_single(came, out, receive.splits, send.splits, group=data_group())
+    dist.all_to_all_single(came, out, receive.splits, send.splits, group=dp_group())
     return came
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from jepa_scale.optim.exchange import Layout, Part, Piece, Plan, copy_pieces, exchange
+from jepa_scale.optim.exchange import ExchangePlan, Layout, Part, Piece, copy_pieces, exchange
 from jepa_scale.optim.matrices import Matrix
 from jepa_scale.optim.newton_schulz import orthogonalize
 
@@ -62,7 +62,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._scales = {name: matrix.lr_scale(adjust) for name, matrix in matrices.items()}
         self._numbers: dict[Tensor, int] = {}
         self._layout: Layout | None = None
-        self._plans: dict[tuple[int, ...], Plan] = {}
+        self._plans: dict[tuple[int, ...], ExchangePlan] = {}
         super().__init__(list(groups), {})
 
     def bind(self, tensors: Sequence[tuple[Tensor, Sequence[Part]]], replicated: bool = False) -> None:
@@ -147,12 +147,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
         torch._foreach_lerp_(gradients, buffers, self.momentum)
         return gradients
 
-    def _orthogonal(self, plan: Plan, updates: Mapping[int, Tensor]) -> Tensor:
+    def _orthogonal(self, plan: ExchangePlan, updates: Mapping[int, Tensor]) -> Tensor:
         """Orthogonalise the updates; return the factors in the layout ``plan.receive``. Collective."""
         answers = self._factors(plan, exchange(_packed(plan, updates), plan.send, plan.arrive))
         return exchange(answers, plan.answer, plan.receive)
 
-    def _factors(self, plan: Plan, came: Tensor) -> Tensor:
+    def _factors(self, plan: ExchangePlan, came: Tensor) -> Tensor:
         """Orthogonalise the matrices that this rank owns: from a buffer ``plan.arrive`` to one of ``plan.answer``."""
         arrived, answered = _by_matrix(plan.arrive.slots), _by_matrix(plan.answer.slots)
         answers = came.new_empty(plan.answer.size)
@@ -166,7 +166,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         return answers
 
 
-def _packed(plan: Plan, updates: Mapping[int, Tensor]) -> Tensor:
+def _packed(plan: ExchangePlan, updates: Mapping[int, Tensor]) -> Tensor:
     """Pack the buffer ``plan.send``, in bf16 on a GPU and in fp32 on a CPU, where bf16 products are slow."""
     first = next(iter(updates.values()))
     dtype = torch.bfloat16 if first.is_cuda else torch.float32

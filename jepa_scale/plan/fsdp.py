@@ -19,7 +19,7 @@ from math import prod
 from torch import nn
 
 from jepa_scale.plan.layout import Layout
-from jepa_scale.plan.ledger import Ledger, Watch
+from jepa_scale.plan.ledger import MemoryTracker, Watch
 from jepa_scale.plan.model import Sizes
 from jepa_scale.plan.units import EngineModel, Unit, units_of
 
@@ -41,7 +41,7 @@ class FsdpModel(EngineModel):
         modules: list[nn.Module],
         parameters: Mapping[str, Sizes],
         layout: Layout,
-        ledger: Ledger,
+        ledger: MemoryTracker,
         watch: Watch,
     ) -> None:
         self.layout, self.ledger, self.watch, self.parameters = layout, ledger, watch, parameters
@@ -102,7 +102,7 @@ class FsdpModel(EngineModel):
         for name in names:
             unit.parameters[name].grad = None
         if shards == 1 and not alone:  # replicas only: FSDP2 divides the gradients by 1, into a new tensor
-            with self.ledger.briefly("buffers", own):
+            with self.ledger.temporary("buffers", own):
                 self.ledger.add("gradients", own)
         elif not alone or first:
             self.ledger.add("gradients", own)
@@ -133,7 +133,7 @@ class FsdpModel(EngineModel):
 class Gathering:
     """Model of the all-gathers of units."""
 
-    def __init__(self, units: list[Unit], layout: Layout, ledger: Ledger) -> None:
+    def __init__(self, units: list[Unit], layout: Layout, ledger: MemoryTracker) -> None:
         self.layout, self.ledger = layout, ledger
         self._kept = 0  # bytes of the last forward's buffer
         self._ahead: dict[Unit, int] = {}  # prefetched unit → bytes of its buffer
@@ -184,10 +184,10 @@ class Gathering:
             self.ledger.free("buffers", unit.size)
 
 
-class FsdpCopyModel(EngineModel):
-    """Model of the teacher's copy (:class:`jepa_scale.engines.fsdp.ema.FSDPCopy`): fp32 shards, gathered as the engine's."""
+class FsdpEmaModel(EngineModel):
+    """Model of the teacher's copy (:class:`jepa_scale.engines.fsdp.ema.FSDPEMA`): fp32 shards, gathered as the engine's."""
 
-    def __init__(self, module: nn.Module, modules: list[nn.Module], layout: Layout, ledger: Ledger) -> None:
+    def __init__(self, module: nn.Module, modules: list[nn.Module], layout: Layout, ledger: MemoryTracker) -> None:
         self.layout, self.ledger, self.module = layout, ledger, module
         self.units = units_of(module, modules)
         self._gathering = Gathering(self.units, layout, ledger)

@@ -20,7 +20,7 @@ KINDS = ("parameters", "gradients", "optimizer", "teacher", "activations", "buff
 ``buffers``: gathered parameters, communication buckets, logits. If logits are computed in pieces, a piece is an activation."""
 
 
-class Ledger:
+class MemoryTracker:
     """Bytes by kind: the current ones, those at the peak of their sum, and the maximum of each kind."""
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class Ledger:
         assert self.live[kind] >= 0, f"more {kind} freed than there were"
 
     @contextmanager
-    def briefly(self, kind: str, size: int) -> Iterator[None]:
+    def temporary(self, kind: str, size: int) -> Iterator[None]:
         """Account for memory that is allocated for the duration of a ``with`` block."""
         self.add(kind, size)
         yield
@@ -71,7 +71,7 @@ class Watch(TorchDispatchMode):
         vocab: last dimension of logits; 0 = no tensor counts as logits.
     """
 
-    def __init__(self, ledger: Ledger, vocab: int = 0) -> None:
+    def __init__(self, ledger: MemoryTracker, vocab: int = 0) -> None:
         super().__init__()
         self.ledger, self.vocab = ledger, vocab
         self.ops: list[OpCost] = []

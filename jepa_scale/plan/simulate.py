@@ -16,12 +16,12 @@ from torch.utils._pytree import tree_leaves
 from jepa_scale.engines.ema import Teacher, momentum_at
 from jepa_scale.models.recompute import recompute
 from jepa_scale.packing import PackedBatch
-from jepa_scale.plan.fsdp import FsdpCopyModel, FsdpModel
+from jepa_scale.plan.fsdp import FsdpEmaModel, FsdpModel
 from jepa_scale.plan.layout import Layout
-from jepa_scale.plan.ledger import Ledger, OpCost, Watch
+from jepa_scale.plan.ledger import MemoryTracker, OpCost, Watch
 from jepa_scale.plan.model import Modelled, fuse_norms
 from jepa_scale.plan.units import EngineModel
-from jepa_scale.plan.zero import Zero3Model, ZeroCopyModel, ZeroModel
+from jepa_scale.plan.zero import Zero3Model, ZeroEmaModel, ZeroModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ def simulate(model: Modelled, layout: Layout, batch: PackedBatch, accumulation: 
     Args:
         gpu: whether the kernels are those of a GPU.
     """
-    ledger = Ledger()
+    ledger = MemoryTracker()
     watch = Watch(ledger, model.logits_width)
     engine = _engine(model, layout, ledger, watch, accumulation)
     parts: list[EngineModel] = [engine]
@@ -108,17 +108,17 @@ def simulate(model: Modelled, layout: Layout, batch: PackedBatch, accumulation: 
     return Simulated(state, ledger.peak, ledger.at_peak, dict(ledger.most), watch.ops)
 
 
-def _engine(model: Modelled, layout: Layout, ledger: Ledger, watch: Watch, accumulation: int) -> Any:
+def _engine(model: Modelled, layout: Layout, ledger: MemoryTracker, watch: Watch, accumulation: int) -> Any:
     if layout.engine == "fsdp":
         return FsdpModel(model.module, model.shard, model.parameters, layout, ledger, watch)
     kind = Zero3Model if layout.stage == 3 else ZeroModel
     return kind(model.module, model.parameters, layout, ledger, watch, accumulation)
 
 
-def _copy(model: Modelled, layout: Layout, ledger: Ledger) -> EngineModel:
+def _copy(model: Modelled, layout: Layout, ledger: MemoryTracker) -> EngineModel:
     assert model.teacher is not None
     if layout.engine == "deepspeed":
-        return ZeroCopyModel(model.teacher, model.parameters, layout, ledger)
+        return ZeroEmaModel(model.teacher, model.parameters, layout, ledger)
     students = dict(model.module.named_modules())
     sharded = {id(part) for part in model.shard}
     parts = [
@@ -126,7 +126,7 @@ def _copy(model: Modelled, layout: Layout, ledger: Ledger) -> EngineModel:
         for name, part in model.teacher.named_modules()
         if name in students and id(students[name]) in sharded and type(part).forward is not nn.Module.forward
     ]
-    return FsdpCopyModel(model.teacher, parts, layout, ledger)
+    return FsdpEmaModel(model.teacher, parts, layout, ledger)
 
 
 class _Teacher(Teacher):

@@ -16,7 +16,7 @@ from jepa_scale.data import load_data
 from jepa_scale.data.base import Kind
 from jepa_scale.data.examples import GRID_VOCABULARY, Conversation, Document, GridSequence, Turn
 from jepa_scale.data.options import MixtureOptions, ReversalOptions
-from jepa_scale.data.sampling.rng import Draw, views_of
+from jepa_scale.data.sampling.rng import SampleRNG, views_of
 from jepa_scale.experiment import Experiment
 from jepa_scale.objectives.base import Objective
 from jepa_scale.packing import PackedBatch, pack
@@ -142,9 +142,9 @@ def micro_batch(objective: Objective, data: Any, tokens: int = 0, samples: int =
         examples += _filling(objective, data, tokens - count * each, count)
     if not examples:
         raise InputError(f"train.micro_tokens: a sample's views take {each} tokens, more than {tokens}; raise it")
-    draws = [Draw(0, 0, 0, number) for number in range(len(examples))]
+    draws = [SampleRNG(0, 0, 0, number) for number in range(len(examples))]
     views = []
-    for number, made in enumerate(views_of(objective.view_maker(), examples, draws)):
+    for number, made in enumerate(views_of(objective.view_transform(), examples, draws)):
         if isinstance(made, DataError):
             raise InputError(f"objective: the made-up sample has no views: {made}")
         views.append(replace(made, seed=number))

@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from jepa_scale.distributed.tp_group import Team
+from jepa_scale.distributed.tp_group import TensorParallelGroup
 from jepa_scale.models import tensor_parallel
 from jepa_scale.models.backbone import Backbone
 
 
-class _Alone(Team):
+class _Alone(TensorParallelGroup):
     """A tensor-parallel group without communication: the output tensors of its collectives already have their shapes."""
 
     def _all_reduce(self, x: Tensor, op: Any = None) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from jepa_scale.plan.ledger import Ledger, Watch
+from jepa_scale.plan.ledger import MemoryTracker, Watch
 
 
 class Unit:
@@ -48,7 +48,7 @@ class EngineModel(ABC):
     ``attach`` adds hooks to the module, whose tensors have no data.
     """
 
-    ledger: Ledger
+    ledger: MemoryTracker
     watch: Watch
 
     @abstractmethod

@@ -22,7 +22,7 @@ from typing import Any
 from torch import nn
 
 from jepa_scale.plan.layout import Layout
-from jepa_scale.plan.ledger import Ledger, Watch
+from jepa_scale.plan.ledger import MemoryTracker, Watch
 from jepa_scale.plan.model import Sizes
 from jepa_scale.plan.units import EngineModel, Unit
 
@@ -38,7 +38,7 @@ class ZeroModel(EngineModel):
         module: nn.Module,
         parameters: Mapping[str, Sizes],
         layout: Layout,
-        ledger: Ledger,
+        ledger: MemoryTracker,
         watch: Watch,
         accumulation: int,
     ) -> None:
@@ -141,7 +141,7 @@ class ZeroModel(EngineModel):
         if last and self.layout.shards > 1:  # a flat copy, and an fp32 one if the gradients are not fp32
             together = min(self.trained, ALL_REDUCED)
             width = 4 if self.whole_gradients or not self.half else 6
-            with self.ledger.briefly("buffers", together * width):
+            with self.ledger.temporary("buffers", together * width):
                 pass
 
     def step(self) -> None:
@@ -150,7 +150,7 @@ class ZeroModel(EngineModel):
             extra = 4 * self.trained  # fp32 copy of the gradients
         elif self.through_buckets and not self.half:
             extra = 4 * self.own()  # flat copy of the gradients
-        with self.ledger.briefly("gradients", extra):
+        with self.ledger.temporary("gradients", extra):
             pass
         for parameter in self.module.parameters():
             parameter.grad = None
@@ -249,7 +249,7 @@ class Zero3Model(ZeroModel):
 
     def step(self) -> None:
         together = min(int(self.layout.zero.get("sub_group_size", 1_000_000_000)), self.own())
-        with self.ledger.briefly("gradients", 4 * together):
+        with self.ledger.temporary("gradients", 4 * together):
             pass
 
 
@@ -264,16 +264,18 @@ def module_units(root: nn.Module, threshold: int) -> list[Unit]:
     return units
 
 
-class ZeroCopyModel(EngineModel):
+class ZeroEmaModel(EngineModel):
     """Model of the teacher's copy under ZeRO.
 
     In stages 0 to 2 it is whole in the compute dtype, with this rank's EMA parameters in fp32
-    (:class:`jepa_scale.engines.deepspeed.ema.ReplicatedCopy`); in stage 3 it is partitioned. A rank averages the parameters
+    (:class:`jepa_scale.engines.deepspeed.ema.ReplicatedEMA`); in stage 3 it is partitioned. A rank averages the parameters
     whose masters it has. In stages 1 and 2 the masters are cut out of one flat tensor, so some ranks have more of the copy
     than others.
     """
 
-    def __init__(self, module: nn.Module, parameters: Mapping[str, Sizes], layout: Layout, ledger: Ledger) -> None:
+    def __init__(
+        self, module: nn.Module, parameters: Mapping[str, Sizes], layout: Layout, ledger: MemoryTracker
+    ) -> None:
         self.module, self.parameters, self.layout, self.ledger = module, parameters, layout, ledger
         self.units = module_units(module, 0) if layout.stage == 3 and layout.shards > 1 else []
         for unit in self.units:

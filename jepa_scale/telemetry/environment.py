@@ -13,11 +13,11 @@ import torch
 
 from jepa_scale import __version__
 from jepa_scale.config.loading import REPOSITORY
-from jepa_scale.distributed.comm import Ranks
+from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.utils import allocator
 
 
-def describe_environment(ranks: Ranks, engine: str, precision: str) -> dict[str, Any]:
+def describe_environment(ranks: ParallelContext, engine: str, precision: str) -> dict[str, Any]:
     """What ``summary.json`` says of the machine. Packages that aren't installed are ``None``; ``git_commit``
     and ``git_changes`` (uncommitted ones) are there only when the package lies in a git checkout of its
     own."""

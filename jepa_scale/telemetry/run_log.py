@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from jepa_scale.config.schema import LogConfig
-from jepa_scale.distributed.comm import Ranks, broadcast_object
+from jepa_scale.distributed.comm import ParallelContext, broadcast_object
 from jepa_scale.telemetry import records
 from jepa_scale.telemetry.environment import describe_environment
 from jepa_scale.telemetry.loggers import Loggers, start_loggers
@@ -81,7 +81,7 @@ class RunLog:
         self,
         run_dir: Path,
         log: LogConfig,
-        ranks: Ranks,
+        ranks: ParallelContext,
         name: str,
         total_steps: int,
         config_yaml: str,

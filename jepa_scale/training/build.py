@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from jepa_scale.checkpoint.boxes import Stateful
+from jepa_scale.checkpoint.boxes import Checkpointable
 from jepa_scale.checkpoint.split_state import SplitState
 from jepa_scale.config.schema import EngineConfig
 from jepa_scale.data import load_data
-from jepa_scale.data.sampling.batches import Dealt, SampleStream, Stream, TokenStream
+from jepa_scale.data.sampling.batches import BatchSampler, DataParallelSlice, SampleBatchSampler, TokenBatchSampler
 from jepa_scale.data.sampling.loader import Loader
-from jepa_scale.distributed.comm import Ranks, form_teams, team_group
-from jepa_scale.distributed.tp_group import Split, Team
+from jepa_scale.distributed.comm import ParallelContext, init_tp_group, tp_group
+from jepa_scale.distributed.tp_group import Split, TensorParallelGroup
 from jepa_scale.engines import check_engine, create_engine, resolve
 from jepa_scale.engines.base import Engine, EngineOptions
 from jepa_scale.engines.ema import Teacher, TeacherModel
-from jepa_scale.engines.precision import settle_precision
+from jepa_scale.engines.precision import resolve_precision
 from jepa_scale.engines.weights import Weights, built_by_rank_0
 from jepa_scale.evaluation.chat import Place
 from jepa_scale.evaluation.run import Results, chat_test, device_call, evaluate
@@ -42,17 +42,17 @@ from jepa_scale.utils.errors import InputError
 
 
 @dataclass(slots=True)
-class Run:
+class TrainingComponents:
     """Everything a training loop needs."""
 
     experiment: Experiment
     """``engine.precision`` is ``fp32`` or ``bf16`` here, never ``auto``."""
-    ranks: Ranks
+    ranks: ParallelContext
     engine: Engine
     objective: Objective
     teacher: Teacher | None
     data: Any
-    stream: Stream
+    stream: BatchSampler
     batches: Callable[[int, int], Loader]  # from one step to another → the steps' micro-batches of this rank
     evaluate: Callable[..., Results]
     """(between, step, run_dir): ``between()`` is called between the forwards, and may raise to end it; what is generated is
@@ -62,20 +62,20 @@ class Run:
     splits: dict[str, Split]  # the parameters of which this rank has a part
 
     @property
-    def parts(self) -> list[Stateful]:
+    def parts(self) -> list[Checkpointable]:
         """What a checkpoint keeps."""
-        parts: list[Stateful] = [self.engine, *([self.teacher] if self.teacher else [])]
+        parts: list[Checkpointable] = [self.engine, *([self.teacher] if self.teacher else [])]
         return [SplitState(part, self.splits) for part in parts] if self.splits else parts
 
 
-def set_threads(options: EngineConfig, ranks: Ranks) -> None:
+def set_threads(options: EngineConfig, ranks: ParallelContext) -> None:
     """Share the host's cores among its ranks; BLAS threads that outnumber the cores fight each other."""
     if ranks.device.type == "cpu":
         local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
         torch.set_num_threads(options.threads or max(1, len(os.sched_getaffinity(0)) // local))
 
 
-def create_stream(experiment: Experiment, data: Any, objective: Objective, ranks: Ranks) -> Stream:
+def create_sampler(experiment: Experiment, data: Any, objective: Objective, ranks: ParallelContext) -> BatchSampler:
     """Batches counted in samples or in tokens, as ``train:`` says.
 
     Raises:
@@ -91,13 +91,13 @@ def create_stream(experiment: Experiment, data: Any, objective: Objective, ranks
             f"{experiment.objective.name!r} compares the samples of a step, and needs at least {objective.least_samples}"
         )
     if train.batch_size:
-        dealt = Dealt(train.accumulation, ranks.data_rank, ranks.data_size)
-        return SampleStream(order, seed, train.batch_size, dealt, data.fingerprint, train.epochs)
-    accumulation, rest = divmod(train.batch_tokens, train.micro_tokens * ranks.data_size)
+        dealt = DataParallelSlice(train.accumulation, ranks.dp_rank, ranks.dp_size)
+        return SampleBatchSampler(order, seed, train.batch_size, dealt, data.fingerprint, train.epochs)
+    accumulation, rest = divmod(train.batch_tokens, train.micro_tokens * ranks.dp_size)
     if rest:
         raise InputError(
             f"train.batch_tokens: {train.batch_tokens} is no multiple of train.micro_tokens={train.micro_tokens} "
-            f"on each of {ranks.data_size} ranks; make it one of {train.micro_tokens * ranks.data_size}"
+            f"on each of {ranks.dp_size} ranks; make it one of {train.micro_tokens * ranks.dp_size}"
         )
     longest = int(objective.view_tokens(np.array([data.train.max_size]))[0])
     if longest > train.micro_tokens:
@@ -105,31 +105,31 @@ def create_stream(experiment: Experiment, data: Any, objective: Objective, ranks
             f"train.micro_tokens: the longest sample's views take {longest} tokens, more than {train.micro_tokens}; "
             "raise it, or lower data.max_length"
         )
-    return TokenStream(
+    return TokenBatchSampler(
         order,
         seed,
         lambda samples: objective.view_tokens(data.train.sizes(samples)),
         train.micro_tokens,
         float(sizes[0]),
-        Dealt(accumulation, ranks.data_rank, ranks.data_size),
+        DataParallelSlice(accumulation, ranks.dp_rank, ranks.dp_size),
         data.fingerprint,
         train.epochs,
     )
 
 
-def build(experiment: Experiment, ranks: Ranks, steps: int = 0) -> Run:
+def build(experiment: Experiment, ranks: ParallelContext, steps: int = 0) -> TrainingComponents:
     """Build all parts, identically on every rank but for the weights: rank 0 has them, and the engine takes them one at a time.
 
     Args:
         steps: what ``train.flops`` came to when the run began; 0 = find out.
     """
-    precision = settle_precision(experiment.engine.precision, ranks)
+    precision = resolve_precision(experiment.engine.precision, ranks)
     experiment = replace(experiment, engine=experiment.engine.model_copy(update={"precision": precision}))
     options, optim, train = experiment.engine, experiment.optim, experiment.train
     set_threads(options, ranks)
     torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
     engine_name = resolve(options.name, ranks)
-    ranks = form_teams(ranks, options.tp)
+    ranks = init_tp_group(ranks, options.tp)
     check_engine(engine_name, options, optim, ranks)  # before the data is read and the model made
 
     data = load_data(experiment.data)
@@ -149,7 +149,7 @@ def build(experiment: Experiment, ranks: Ranks, steps: int = 0) -> Run:
         )
     test = chat_test(experiment.eval, data, backbone, objective.predicts_tokens)
     probe = probe_test(experiment.eval, data, backbone, objective)
-    stream = create_stream(experiment, data, objective, ranks)
+    stream = create_sampler(experiment, data, objective, ranks)
     flops = objective.flops(backbone)
     weights = Weights(module, ranks)
     splits = split_over_team(backbone, ranks)
@@ -159,7 +159,7 @@ def build(experiment: Experiment, ranks: Ranks, steps: int = 0) -> Run:
         return Loader(
             data.train,
             stream,
-            objective.view_maker(),
+            objective.view_transform(),
             streams=objective.streams,
             start_step=start_step,
             steps=steps,
@@ -171,7 +171,7 @@ def build(experiment: Experiment, ranks: Ranks, steps: int = 0) -> Run:
     if not train.flops:
         steps = min(n for n in (train.steps, stream.steps) if n)
     elif not steps:
-        loaders = whole_steps(batches(0, 0), ranks.data_size)
+        loaders = whole_steps(batches(0, 0), ranks.dp_size)
         steps = steps_within(
             train.flops, loaders, flops, lambda step: objective.kind_of_step(step, experiment.run.seed)
         )
@@ -217,7 +217,7 @@ def build(experiment: Experiment, ranks: Ranks, steps: int = 0) -> Run:
         finally:
             engine.train()
 
-    return Run(
+    return TrainingComponents(
         experiment, ranks, engine, objective, teacher, data, stream, batches, run_evaluation, steps, flops, splits
     )
 
@@ -229,10 +229,10 @@ def model_of(experiment: Experiment, data: Any) -> JepaModel:
     return JepaModel(backbone, experiment.objective.build(backbone, data))
 
 
-def split_over_team(backbone: Backbone, ranks: Ranks) -> dict[str, Split]:
+def split_over_team(backbone: Backbone, ranks: ParallelContext) -> dict[str, Split]:
     """Name in :class:`JepaModel` of each parameter of which this rank has a part from now on; none without a team."""
-    group = team_group()
+    group = tp_group()
     if group is None:
         return {}
-    found = tensor_parallel.split(backbone, Team(group, ranks.rank % ranks.team, ranks.team))
+    found = tensor_parallel.split(backbone, TensorParallelGroup(group, ranks.rank % ranks.team, ranks.team))
     return {f"backbone.{name}": where for name, where in found.items()}

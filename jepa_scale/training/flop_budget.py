@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 
-from jepa_scale.data.sampling.batches import Dealt, SampleStream, TokenStream
+from jepa_scale.data.sampling.batches import DataParallelSlice, SampleBatchSampler, TokenBatchSampler
 from jepa_scale.data.sampling.loader import Loader
 from jepa_scale.objectives.costs import StepFlops
 from jepa_scale.utils.errors import InputError
@@ -49,11 +49,11 @@ class _Mean:
 
 def whole_steps(loader: Loader, world_size: int) -> list[Loader]:
     """Return the loader of every rank, each working in the calling process."""
-    assert isinstance(loader.stream, SampleStream | TokenStream)
+    assert isinstance(loader.stream, SampleBatchSampler | TokenBatchSampler)
     loaders = []
     for rank in range(world_size):
         stream = copy.copy(loader.stream)
-        stream.dealt = Dealt(stream.accumulation, rank, world_size)
+        stream.dealt = DataParallelSlice(stream.accumulation, rank, world_size)
         loaders.append(replace(loader, stream=stream, workers=0))
     return loaders
 

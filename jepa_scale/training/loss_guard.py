@@ -16,7 +16,7 @@ ROWS = 20
 """Rows that a spike is compared with."""
 
 
-class LossGuard:
+class LossChecks:
     """Sees every row of the training, alike on every rank, so that all ranks stop together."""
 
     def __init__(self, options: TrainConfig) -> None:

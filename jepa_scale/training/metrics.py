@@ -13,19 +13,19 @@ from torch import Tensor
 from jepa_scale.distributed.comm import all_reduce_sum
 from jepa_scale.objectives.base import Loss
 from jepa_scale.packing import PackedBatch
-from jepa_scale.training.timer import StepClock
+from jepa_scale.training.timer import StepTimer
 
 T = TypeVar("T")
 COUNTS = ("tokens", "budget", "skipped")
 """Keys of a batch's counts that are added up, in this order."""
 
 
-class Meter:
+class MetricAccumulator:
     """Accumulator of a loss's contributions. :meth:`read` is the only host sync of the training loop."""
 
     def __init__(self, device: torch.device, breakdown: bool = False):
         self.device = device
-        self.clock = StepClock(device, breakdown)
+        self.clock = StepTimer(device, breakdown)
         """Clock of a step's parts; it measures with ``breakdown``."""
         self.bad_steps: list[int] = []
         """Steps without a finite gradient among the steps of the last :meth:`read`."""

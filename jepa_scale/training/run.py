@@ -20,7 +20,7 @@ from jepa_scale.telemetry import RunLog, describe, prepare_run_dir, quiet_librar
 from jepa_scale.telemetry.records import config_of, read_rows
 from jepa_scale.training.build import build
 from jepa_scale.training.preemption import StopRequest
-from jepa_scale.training.stopping import Aborted, Criteria
+from jepa_scale.training.stopping import Aborted, StoppingRules
 from jepa_scale.training.trainer import Trainer, run_dir_of
 from jepa_scale.training.watchdog import Watchdog
 from jepa_scale.utils import allocator
@@ -49,7 +49,7 @@ def run_training(args: argparse.Namespace) -> None:
     run = build(experiment, ranks, steps_of(found, experiment.train.flops))
     experiment = run.experiment  # with the precision that this run has
     logger.debug(f"{run.engine.layout} on {ranks.device}, started by {ranks.launcher}; {run.steps:,} steps")
-    start, counts, criteria = 0, None, Criteria(experiment.train)
+    start, counts, criteria = 0, None, StoppingRules(experiment.train)
     if found:
         state = checkpoint.load(found, run.parts).state
         start = run.stream.resume(state["data"], accept_changes=experiment.data.accept_changes)
@@ -154,7 +154,7 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
     if found is None:
         raise InputError(f"{args.run}: has no checkpoint to evaluate")
     engine = experiment.engine
-    if ranks.data_size % (engine.tp * engine.replicas):  # trained by more ranks than there are now
+    if ranks.dp_size % (engine.tp * engine.replicas):  # trained by more ranks than there are now
         experiment = replace(experiment, engine=engine.model_copy(update={"tp": 1, "replicas": 1}))
     run = build(experiment, ranks, steps_of(found, experiment.train.flops))
     step = checkpoint.load(found, run.parts).step

@@ -20,7 +20,7 @@ class Aborted(Exception):
     """Raised when a rule of ``train.abort`` has ended the run. The message is one line."""
 
 
-class Criteria:
+class StoppingRules:
     """Check of a run's rows as they are logged.
 
     Attributes:

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from jepa_scale.distributed.comm import all_reduce_sum, data_rank, data_size
+from jepa_scale.distributed.comm import all_reduce_sum, dp_rank, dp_size
 from jepa_scale.telemetry.metrics import STEP_PARTS, STEP_TIME, step_part
 
 
-class StepClock:
+class StepTimer:
     """Clock that measures the seconds of each of a step's ``STEP_PARTS``.
 
     On a CPU it uses the host's clock. A GPU runs asynchronously to the host, so there each part ends with a CUDA event on the
@@ -53,9 +53,9 @@ class StepClock:
             if name is not None:
                 own[name] += begin.elapsed_time(end) / 1e3 if self._on_gpu else end - begin
         del self._marks[:-1]
-        ranks = data_size()
+        ranks = dp_size()
         waits = [0.0] * ranks
-        waits[data_rank()] = own["data"]
+        waits[dp_rank()] = own["data"]
         sums = all_reduce_sum(torch.tensor([*own.values(), *waits], dtype=torch.float64).to(self._device)).tolist()
         means = {part: total / ranks / steps for part, total in zip(STEP_PARTS, sums, strict=False) if total > 0}
         values = {STEP_TIME: sum(means.values()), **{step_part(part): mean for part, mean in means.items()}}

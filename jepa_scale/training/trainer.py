@@ -18,11 +18,11 @@ from jepa_scale.evaluation.run import Results
 from jepa_scale.optim import lr_factor
 from jepa_scale.packing import PackedBatch, add_counts
 from jepa_scale.telemetry import FIT, RunLog, package_versions
-from jepa_scale.training.build import Run
-from jepa_scale.training.loss_guard import LossGuard
-from jepa_scale.training.metrics import Meter
+from jepa_scale.training.build import TrainingComponents
+from jepa_scale.training.loss_guard import LossChecks
+from jepa_scale.training.metrics import MetricAccumulator
 from jepa_scale.training.preemption import EvaluationStopped, StopRequest
-from jepa_scale.training.stopping import Criteria
+from jepa_scale.training.stopping import StoppingRules
 from jepa_scale.training.watchdog import Watchdog
 
 WATCHED = {
@@ -52,13 +52,22 @@ class Trainer:
     """
 
     def __init__(
-        self, run: Run, log: RunLog, saver: Saver, watchdog: Watchdog, stop: StopRequest, criteria: Criteria
+        self,
+        run: TrainingComponents,
+        log: RunLog,
+        saver: Saver,
+        watchdog: Watchdog,
+        stop: StopRequest,
+        criteria: StoppingRules,
     ) -> None:
         self.run, self.log, self.saver, self.watchdog = run, log, saver, watchdog
         self.stop, self.criteria = stop, criteria
         self.experiment, self.ranks = run.experiment, run.ranks
         self.engine, self.objective, self.teacher = run.engine, run.objective, run.teacher
-        self.meter, self.guard = Meter(run.ranks.device, run.experiment.log.breakdown), LossGuard(run.experiment.train)
+        self.meter, self.guard = (
+            MetricAccumulator(run.ranks.device, run.experiment.log.breakdown),
+            LossChecks(run.experiment.train),
+        )
         self.done, self.stopping = 0, False
 
     def train(self, start: int) -> None:

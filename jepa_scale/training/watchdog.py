@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from jepa_scale.distributed.comm import Ranks
+from jepa_scale.distributed.comm import ParallelContext
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,9 @@ class Watchdog:
         end: what to do then.
     """
 
-    def __init__(self, run_dir: Path, ranks: Ranks, limit: float, end: Callable[[], None] = end_process) -> None:
+    def __init__(
+        self, run_dir: Path, ranks: ParallelContext, limit: float, end: Callable[[], None] = end_process
+    ) -> None:
         self._folder, self._ranks, self._limit, self._end = run_dir / "watchdog", ranks, limit, end
         self._now = (0, "start", time.time())  # step, phase, since
         self._told: tuple[int, str, float] | None = None

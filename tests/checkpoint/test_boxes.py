@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jepa_scale.checkpoint.boxes import Boxes
+from jepa_scale.checkpoint.boxes import ShardView
 
 
 @st.composite
@@ -19,7 +19,7 @@ def ranges(draw: st.DrawFn) -> tuple[tuple[int, ...], int, int]:
     return shape, bounds[0], bounds[1]
 
 
-def place(boxes: Boxes, whole: torch.Tensor) -> None:
+def place(boxes: ShardView, whole: torch.Tensor) -> None:
     for offset, box in boxes.parts:
         assert len(offset) == whole.dim() and box.dim() == whole.dim() and box.numel() > 0
         region = whole[tuple(slice(o, o + n) for o, n in zip(offset, box.shape, strict=True))]
@@ -31,7 +31,7 @@ def place(boxes: Boxes, whole: torch.Tensor) -> None:
 @given(ranges())
 def test_boxes_tile_the_range(case):
     shape, start, end = case
-    boxes = Boxes.of_range(shape, start, torch.arange(start, end))
+    boxes = ShardView.of_range(shape, start, torch.arange(start, end))
     whole = torch.full(shape, -1)
     place(boxes, whole)
     expected = torch.full((math.prod(shape),), -1)
@@ -45,8 +45,8 @@ def test_boxes_tile_the_range(case):
 def test_boxes_are_views(case):
     shape, start, end = case
     flat = torch.arange(start, end)
-    copied = Boxes.of_range(shape, start, flat).copy()
-    for _, box in Boxes.of_range(shape, start, flat).parts:
+    copied = ShardView.of_range(shape, start, flat).copy()
+    for _, box in ShardView.of_range(shape, start, flat).parts:
         box.mul_(-1)
     assert torch.equal(flat, -torch.arange(start, end))
     for _, box in copied.parts:
@@ -55,12 +55,12 @@ def test_boxes_are_views(case):
 
 def test_most_boxes():
     """All but the first and last element of a cube: part of a row, rows, planes, then rows and part of a row."""
-    boxes = Boxes.of_range((4, 4, 4), 1, torch.arange(62))
+    boxes = ShardView.of_range((4, 4, 4), 1, torch.arange(62))
     assert [tuple(box.shape) for _, box in boxes.parts] == [(1, 1, 3), (1, 3, 4), (2, 4, 4), (1, 3, 4), (1, 1, 3)]
 
 
 def test_whole():
     tensor = torch.arange(6).view(2, 3).t()  # not contiguous
-    [(offset, box)] = Boxes.whole(tensor).parts
+    [(offset, box)] = ShardView.whole(tensor).parts
     assert offset == (0, 0) and box is tensor
-    assert Boxes.whole(torch.tensor(3)).parts[0][0] == ()
+    assert ShardView.whole(torch.tensor(3)).parts[0][0] == ()

@@ -15,9 +15,9 @@ import torch
 
 from jepa_scale import checkpoint
 from jepa_scale.checkpoint import Manifest, Policy, Saver, store
-from jepa_scale.checkpoint.boxes import Boxes
+from jepa_scale.checkpoint.boxes import ShardView
 from jepa_scale.cli import checkpoint as checkpoint_cli
-from jepa_scale.distributed.comm import Ranks
+from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.engines.base import Engine
 from jepa_scale.utils.errors import InputError
 from tests.distributed import toy
@@ -41,7 +41,9 @@ def numbers() -> list[float]:
     ]
 
 
-def save_continue_load_continue(ranks: Ranks, folder: str, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def save_continue_load_continue(
+    ranks: ParallelContext, folder: str, cases: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
     results = []
     for i, case in enumerate(cases):
         directory = Path(folder) / str(i)
@@ -91,7 +93,7 @@ def test_training_continues_bitwise(tmp_path):
             assert result["same"], f"{case}, rank {rank}: a checkpoint of step 0"
 
 
-def save_many(ranks: Ranks, folder: str) -> list[str]:
+def save_many(ranks: ParallelContext, folder: str) -> list[str]:
     """Save several checkpoints, of which two are kept; one save finds a folder left by a killed run."""
     directory = Path(folder)
     engine = make_engine("fsdp", ranks)
@@ -140,7 +142,7 @@ def test_find_without_a_checkpoint(tmp_path):
         checkpoint.find(tmp_path, tmp_path / "nothing")
 
 
-def save_two(ranks: Ranks, folder: str) -> None:
+def save_two(ranks: ParallelContext, folder: str) -> None:
     engine = make_engine("zero1", ranks)
     saver = Saver(Path(folder), Policy(last=2))
     for step in (1, 2):
@@ -189,7 +191,7 @@ def test_without_hashes_sizes_are_compared(two_saved, tmp_path):
     assert checkpoint.find(tmp_path, "auto", hashes=False) == folder / "step_00000001"
 
 
-def save_on_a_full_disk(ranks: Ranks, folder: str) -> list[Any]:
+def save_on_a_full_disk(ranks: ParallelContext, folder: str) -> list[Any]:
     """Save while rank 1's disk is full: during the second save, and during the first try of the third."""
     from jepa_scale.checkpoint import saver as module
 
@@ -209,7 +211,7 @@ def save_on_a_full_disk(ranks: Ranks, folder: str) -> list[Any]:
                 return write(*args)
         return write(*args)
 
-    with patch.object(module, "PATIENCE", (0.0,)), patch.object(store, "write", failing):
+    with patch.object(module, "RETRY_DELAYS", (0.0,)), patch.object(store, "write", failing):
         for step, failures in ((1, 0), (2, 2), (3, 1)):
             fails[0] = failures
             saver.save([engine], manifest(engine, step))
@@ -227,7 +229,7 @@ def test_a_full_disk_costs_one_checkpoint_and_leaves_the_others(tmp_path):
     assert all(not checkpoint.verify(tmp_path / name) for name in ("step_00000001", "step_00000003"))
 
 
-def train_while_saving(ranks: Ranks, folder: str) -> tuple[bool, bool]:
+def train_while_saving(ranks: ParallelContext, folder: str) -> tuple[bool, bool]:
     """Delay the writing until training has continued; the save must hold the state before that."""
     engine = make_engine("zero2", ranks)
     toy.train(engine, range(2))
@@ -251,7 +253,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
     assert run_ranks(train_while_saving, 2, str(tmp_path))[0] == (True, True)
 
 
-def load_into(ranks: Ranks, path: str, tied: bool) -> str:
+def load_into(ranks: ParallelContext, path: str, tied: bool) -> str:
     engine = make_engine("fsdp", ranks, tied=tied)
     try:
         checkpoint.load(Path(path), [engine])
@@ -268,7 +270,7 @@ def test_another_model_is_refused_by_the_tensor(two_saved):
     assert "holds no tensor 'model/head.weight'" in message and "another model" in message
 
 
-def save_tied(ranks: Ranks, folder: str) -> str:
+def save_tied(ranks: ParallelContext, folder: str) -> str:
     engine = make_engine("fsdp", ranks, tied=True)
     saver = Saver(Path(folder), Policy())
     saver.save([engine], manifest(engine, 1))
@@ -279,20 +281,22 @@ def save_tied(ranks: Ranks, folder: str) -> str:
 class Queue:
     """State outside the engine; each rank has rows of its own."""
 
-    def __init__(self, ranks: Ranks, rows: torch.Tensor) -> None:
+    def __init__(self, ranks: ParallelContext, rows: torch.Tensor) -> None:
         self.ranks, self.rows, self.updates = ranks, rows, -1
 
-    def state(self) -> dict[str, Boxes]:
+    def state(self) -> dict[str, ShardView]:
         n = len(self.rows)
         return {
-            "queue/rows": Boxes((n * self.ranks.world_size, 2), torch.float32, [((n * self.ranks.rank, 0), self.rows)])
+            "queue/rows": ShardView(
+                (n * self.ranks.world_size, 2), torch.float32, [((n * self.ranks.rank, 0), self.rows)]
+            )
         }
 
     def loaded(self, updates: int) -> None:
         self.updates = updates
 
 
-def save_with_a_queue(ranks: Ranks, folder: str) -> None:
+def save_with_a_queue(ranks: ParallelContext, folder: str) -> None:
     engine = make_engine("zero2", ranks)
     toy.train(engine, range(2))
     rows = torch.arange(8.0).view(4, 2) + 8 * ranks.rank
@@ -302,7 +306,7 @@ def save_with_a_queue(ranks: Ranks, folder: str) -> None:
     saver.close()
 
 
-def load_with_a_queue(ranks: Ranks, folder: str) -> Any:
+def load_with_a_queue(ranks: ParallelContext, folder: str) -> Any:
     queue = Queue(ranks, torch.zeros(8 // ranks.world_size, 2))
     checkpoint.load(Path(folder) / "step_00000002", [make_engine("fsdp", ranks), queue])
     return queue.rows, queue.updates

@@ -5,15 +5,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jepa_scale.checkpoint.manifest import Manifest
-from jepa_scale.checkpoint.retention import Found, Policy, complete, prune
+from jepa_scale.checkpoint.retention import CheckpointInfo, Policy, complete, prune
 
 
 def manifest(step: int, permanent: bool = True, **metrics: float) -> Manifest:
     return Manifest(step, "fsdp", "FSDP2 fp32", 1, step, permanent, {f"valid/{k}": v for k, v in metrics.items()})
 
 
-def found(*manifests: Manifest) -> list[Found]:
-    return [Found(Path(f"step_{m.step:08d}"), m) for m in manifests]
+def found(*manifests: Manifest) -> list[CheckpointInfo]:
+    return [CheckpointInfo(Path(f"step_{m.step:08d}"), m) for m in manifests]
 
 
 def test_the_newest_stay():

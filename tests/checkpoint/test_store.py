@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jepa_scale.checkpoint import store
-from jepa_scale.checkpoint.boxes import Boxes
-from jepa_scale.distributed.comm import Ranks
+from jepa_scale.checkpoint.boxes import ShardView
+from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.utils.errors import InputError
 from tests.distributed.launch import run_ranks
 
@@ -28,14 +28,14 @@ def value(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def cut(tensor: torch.Tensor, cuts: list[int]) -> list[Boxes]:
+def cut(tensor: torch.Tensor, cuts: list[int]) -> list[ShardView]:
     """Split a contiguous tensor at ``cuts`` into shard views."""
     flat = tensor.view(-1)
-    return [Boxes.of_range(tensor.shape, a, flat[a:b]) for a, b in pairwise([0, *sorted(cuts), len(flat)])]
+    return [ShardView.of_range(tensor.shape, a, flat[a:b]) for a, b in pairwise([0, *sorted(cuts), len(flat)])]
 
 
-def joined(parts: list[Boxes]) -> Boxes:
-    return Boxes(parts[0].shape, parts[0].dtype, [part for boxes in parts for part in boxes.parts])
+def joined(parts: list[ShardView]) -> ShardView:
+    return ShardView(parts[0].shape, parts[0].dtype, [part for boxes in parts for part in boxes.parts])
 
 
 @settings(max_examples=25, deadline=None)
@@ -57,17 +57,17 @@ def random_cuts(seed: int, elements: int, parts: int) -> list[int]:
     return [generator.randint(0, elements) for _ in range(parts - 1)]
 
 
-def write_split(ranks: Ranks, folder: str) -> dict[str, Any]:
-    tensors = {"all": Boxes.whole(value((400, 500)))}
+def write_split(ranks: ParallelContext, folder: str) -> dict[str, Any]:
+    tensors = {"all": ShardView.whole(value((400, 500)))}
     for i, shape in enumerate(SHAPES * 3):
         tensor = value(shape, i)
         tensors[f"t{i}"] = cut(tensor, random_cuts(i, tensor.numel(), ranks.world_size))[ranks.rank]
     return store.write(Path(folder), tensors)
 
 
-def read_split(ranks: Ranks, folder: str) -> bool:
+def read_split(ranks: ParallelContext, folder: str) -> bool:
     got = {"all": torch.zeros(400, 500)} | {f"t{i}": torch.zeros(shape) for i, shape in enumerate(SHAPES * 3)}
-    tensors = {"all": Boxes.whole(got["all"])}
+    tensors = {"all": ShardView.whole(got["all"])}
     mine = {}
     for i in range(len(SHAPES) * 3):
         tensor = got[f"t{i}"]
@@ -106,31 +106,31 @@ def test_dtypes_and_shapes_without_elements(tmp_path):
         "none": torch.empty(0, 3),
         "transposed": value((3, 4)).t(),
     }
-    store.write(tmp_path, {name: Boxes.whole(tensor) for name, tensor in tensors.items()})
+    store.write(tmp_path, {name: ShardView.whole(tensor) for name, tensor in tensors.items()})
     assert store.shapes(tmp_path) == {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
     got = store.read_whole(tmp_path, list(tensors))
     assert all(torch.equal(got[name], tensors[name]) for name in tensors)
     wide = torch.zeros(3, 4)
-    store.read(tmp_path, {"bf16": Boxes.whole(wide)})
+    store.read(tmp_path, {"bf16": ShardView.whole(wide)})
     assert torch.equal(wide, tensors["bf16"].float())
 
 
 def test_other_models_are_refused(tmp_path):
-    store.write(tmp_path, {"a": Boxes.whole(torch.ones(2, 3))})
+    store.write(tmp_path, {"a": ShardView.whole(torch.ones(2, 3))})
     with pytest.raises(InputError, match=r"holds no tensor 'b'"):
-        store.read(tmp_path, {"b": Boxes.whole(torch.ones(2, 3))})
+        store.read(tmp_path, {"b": ShardView.whole(torch.ones(2, 3))})
     with pytest.raises(InputError, match=r"a has shape \(2, 3\), the model's has \(3, 2\)"):
-        store.read(tmp_path, {"a": Boxes.whole(torch.ones(3, 2))})
+        store.read(tmp_path, {"a": ShardView.whole(torch.ones(3, 2))})
     with pytest.raises(InputError, match=r"holds no tensor 'b'"):
         store.read_whole(tmp_path, ["a", "b"])
 
 
 def test_a_run_with_another_optimizer_is_told_what_to_set(tmp_path):
-    store.write(tmp_path, {"model/a": Boxes.whole(torch.ones(2)), "exp_avg/a": Boxes.whole(torch.ones(2))})
+    store.write(tmp_path, {"model/a": ShardView.whole(torch.ones(2)), "exp_avg/a": ShardView.whole(torch.ones(2))})
     with pytest.raises(InputError, match=r"holds no tensor 'momentum_buffer/a'; .*set optim.method"):
-        store.read(tmp_path, {"momentum_buffer/a": Boxes.whole(torch.ones(2))})
+        store.read(tmp_path, {"momentum_buffer/a": ShardView.whole(torch.ones(2))})
     with pytest.raises(InputError, match=r"holds no tensor 'momentum_buffer/b'; it is the checkpoint of another model"):
-        store.read(tmp_path, {"momentum_buffer/b": Boxes.whole(torch.ones(2))})
+        store.read(tmp_path, {"momentum_buffer/b": ShardView.whole(torch.ones(2))})
 
 
 def call(module: str, name: str, argument: str) -> bytes:
@@ -179,7 +179,7 @@ class Evil:
 
 
 def test_a_tensor_file_with_a_pickle_is_not_executed(tmp_path):
-    store.write(tmp_path, {"a": Boxes.whole(torch.ones(2, 3))})
+    store.write(tmp_path, {"a": ShardView.whole(torch.ones(2, 3))})
     torch.save(Evil(f"touch {tmp_path / 'ran'}"), tmp_path / "__0_0.distcp")
     metadata = store.read_metadata(tmp_path)
     for stored in metadata.storage_data.values():
@@ -191,7 +191,7 @@ def test_a_tensor_file_with_a_pickle_is_not_executed(tmp_path):
 
 
 def test_files_elsewhere_are_not_read(tmp_path):
-    store.write(tmp_path / "one", {"a": Boxes.whole(torch.ones(2, 3))})
+    store.write(tmp_path / "one", {"a": ShardView.whole(torch.ones(2, 3))})
     metadata = store.read_metadata(tmp_path / "one")
     for stored in metadata.storage_data.values():
         stored.relative_path = "../one/__0_0.distcp"
@@ -202,7 +202,7 @@ def test_files_elsewhere_are_not_read(tmp_path):
 
 
 def test_damaged_metadata_is_named(tmp_path):
-    store.write(tmp_path, {"a": Boxes.whole(torch.ones(2, 3))})
+    store.write(tmp_path, {"a": ShardView.whole(torch.ones(2, 3))})
     file = tmp_path / store.METADATA_FILE
     good = file.read_bytes()
     generator = random.Random(0)
@@ -225,7 +225,7 @@ def test_damaged_metadata_is_named(tmp_path):
 
 
 def test_a_missing_or_truncated_tensor_file_is_named(tmp_path):
-    store.write(tmp_path, {"a": Boxes.whole(torch.ones(20, 30))})
+    store.write(tmp_path, {"a": ShardView.whole(torch.ones(20, 30))})
     file = tmp_path / "__0_0.distcp"
     content = file.read_bytes()
     file.write_bytes(content[:1000])
@@ -233,11 +233,11 @@ def test_a_missing_or_truncated_tensor_file_is_named(tmp_path):
         store.read_whole(tmp_path, ["a"])
     file.unlink()
     with pytest.raises(InputError, match=r"cannot be read: rank 0: .*__0_0\.distcp"):
-        store.read(tmp_path, {"a": Boxes.whole(torch.ones(20, 30))})
+        store.read(tmp_path, {"a": ShardView.whole(torch.ones(20, 30))})
 
 
 def test_a_flipped_bit_changes_the_description(tmp_path):
-    store.write(tmp_path, {"a": Boxes.whole(value((20, 30)))})
+    store.write(tmp_path, {"a": ShardView.whole(value((20, 30)))})
     for file in sorted(tmp_path.iterdir()):
         told, content = store.describe([file]), file.read_bytes()
         for position in range(0, len(content), max(1, len(content) // 50)):
@@ -252,6 +252,6 @@ def test_a_flipped_bit_changes_the_description(tmp_path):
 def test_a_write_that_fails_is_an_ordinary_exception(tmp_path):
     (tmp_path / "__0_0.distcp").mkdir()
     with pytest.raises(store.StoreError, match="rank 0: IsADirectoryError") as error:
-        store.write(tmp_path, {"a": Boxes.whole(torch.ones(2, 3))})
+        store.write(tmp_path, {"a": ShardView.whole(torch.ones(2, 3))})
     assert isinstance(error.value, Exception)
     assert isinstance(error.value.failures[0][0], IsADirectoryError)

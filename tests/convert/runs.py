@@ -16,14 +16,14 @@ import yaml
 from torch import Tensor
 
 from jepa_scale.checkpoint import Manifest, store
-from jepa_scale.checkpoint.boxes import Boxes
+from jepa_scale.checkpoint.boxes import ShardView
 from jepa_scale.config.loading import load_config
 from jepa_scale.data import load_data
 from jepa_scale.experiment import validate
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.objectives.base import JepaModel
-from jepa_scale.packing import PackedStream, Segment, pack_stream
+from jepa_scale.packing import PackedSequence, Segment, pack_sequence
 
 NATIVE = {
     "family": "native",
@@ -117,17 +117,17 @@ def write_checkpoint(run: Path, step: int, tensors: dict[str, Tensor], metrics: 
     return path
 
 
-def _halves(tensor: Tensor) -> Boxes:
+def _halves(tensor: Tensor) -> ShardView:
     if tensor.dim() == 0 or len(tensor) < 2:
-        return Boxes.whole(tensor)
+        return ShardView.whole(tensor)
     cut, rest = len(tensor) // 2, (0,) * (tensor.dim() - 1)
-    return Boxes(tensor.shape, tensor.dtype, [((0, *rest), tensor[:cut]), ((cut, *rest), tensor[cut:])])
+    return ShardView(tensor.shape, tensor.dtype, [((0, *rest), tensor[:cut]), ((cut, *rest), tensor[cut:])])
 
 
 @torch.no_grad()
 def logits(backbone: Backbone, sequences: list[list[int]]) -> list[Tensor]:
     """(n, V) of each sequence, from one packed stream."""
-    stream: PackedStream = pack_stream([Segment(tokens, "text") for tokens in sequences])
+    stream: PackedSequence = pack_sequence([Segment(tokens, "text") for tokens in sequences])
     rows = backbone.logits(backbone.hidden(stream))
     return list(rows.split([len(tokens) for tokens in sequences]))
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from jepa_scale.checkpoint import store
-from jepa_scale.checkpoint.boxes import Boxes
+from jepa_scale.checkpoint.boxes import ShardView
 from jepa_scale.cli import main as cli
 from jepa_scale.convert import to_hf
 from jepa_scale.convert.from_hf import state_tensors
@@ -218,7 +218,7 @@ def test_a_checkpoint_of_a_run_of_the_other_kind_is_refused(tmp_path):
         (tmp_path / "full/run", with_lora, "its run trained all weights, this one has model.lora"),
         (tmp_path / "run", without, "its run has adapters, this one has no model.lora"),
     ):
-        boxes = {name: Boxes.whole(tensor) for name, tensor in state_tensors(module).items()}
+        boxes = {name: ShardView.whole(tensor) for name, tensor in state_tensors(module).items()}
         with pytest.raises(InputError, match=f"step_00000007.*: holds no tensor .*; {reason}") as error:
             store.read(folder / "checkpoints/step_00000007/tensors", boxes)
         assert "\n" not in str(error.value)

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from jepa_scale.distributed.comm import Ranks
+from jepa_scale.distributed.comm import ParallelContext
 from tests.distributed.test_runs import train_runs
 
 
-def train_compiled(ranks: Ranks, files: list[str]) -> dict[str, list[int]]:
+def train_compiled(ranks: ParallelContext, files: list[str]) -> dict[str, list[int]]:
     """Train the runs; return run → number of graphs compiled before each step."""
     from jepa_scale.models.compiling import compile_blocks
     from jepa_scale.training import build, trainer

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.processes import Launched, Nursery, shared_nursery
+from tests.distributed.processes import Launched, ProcessPool, shared_process_pool
 
 
 @pytest.fixture(scope="session")
-def nursery() -> Nursery:
-    return shared_nursery()
+def process_pool() -> ProcessPool:
+    return shared_process_pool()
 
 
 @pytest.fixture

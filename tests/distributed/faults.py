@@ -177,7 +177,7 @@ def impatient(rank: int) -> None:
     """Retry a failed save without a pause."""
     from jepa_scale.checkpoint import saver
 
-    saver.PATIENCE = (0.02, 0.05)
+    saver.RETRY_DELAYS = (0.02, 0.05)
 
 
 def no_room(rank: int, who: int, before: str, tries: int) -> None:

@@ -45,7 +45,7 @@ PRELOAD = [
     "jepa_scale.objectives.concept.objective",
     "jepa_scale.objectives.lm",
 ]
-"""Modules imported before ranks are forked, here and by ``processes.Nursery``."""
+"""Modules imported before ranks are forked, here and by ``processes.ProcessPool``."""
 HANG = 1200.0
 """Seconds after which a call counts as hanging. The limit only ends hangs; no result depends on it."""
 
@@ -204,7 +204,7 @@ def _run(path: str, name: str, args: tuple, rank: int, world_size: int, store: s
     import torch
     import torch.distributed as dist
 
-    from jepa_scale.distributed.comm import Ranks
+    from jepa_scale.distributed.comm import ParallelContext
 
     warnings.simplefilter("ignore", FutureWarning)  # torch's and DeepSpeed's, of collectives that they call themselves
     torch.set_num_threads(1)
@@ -220,7 +220,7 @@ def _run(path: str, name: str, args: tuple, rank: int, world_size: int, store: s
         world_size=world_size,
         timeout=timedelta(seconds=timeout),
     )
-    ranks = Ranks(rank, world_size, rank, torch.device("cpu"), "torchrun")
+    ranks = ParallelContext(rank, world_size, rank, torch.device("cpu"), "torchrun")
     value = getattr(_load(path), name)(ranks, *args)
     dist.barrier()
     return value

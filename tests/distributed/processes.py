@@ -1,6 +1,6 @@
 """Real runs in processes of their own, so that a test can kill, stop, signal and watch each rank.
 
-``Nursery`` imports everything once and forks the ranks of a run, which then start in a fraction of a second. Each rank is a
+``ProcessPool`` imports everything once and forks the ranks of a run, which then start in a fraction of a second. Each rank is a
 process with its own signal handlers and exit code, which runs the command line of ``jepa_scale/train.py``. ``Launched`` is a
 run under a real launcher. Both end the processes that they started, and no others. A test that must act at a certain point
 of a run installs a ``Gate`` there, at which the run waits, however fast or slow the machine is.
@@ -82,7 +82,7 @@ class Gate:
 
 
 class Forked:
-    """The ranks of one run, forked by a ``Nursery``.
+    """The ranks of one run, forked by a ``ProcessPool``.
 
     Attributes:
         pids: process id of each rank.
@@ -117,7 +117,7 @@ class Forked:
         return "".join(log.read_text(errors="replace") for log in logs if log.exists())
 
 
-class Nursery:
+class ProcessPool:
     """A process that forks runs.
 
     Args:
@@ -202,12 +202,12 @@ class Nursery:
 
 
 @functools.cache
-def shared_nursery() -> Nursery:
-    """Return the ``Nursery`` that all tests of this process share, because its imports take some seconds."""
+def shared_process_pool() -> ProcessPool:
+    """Return the ``ProcessPool`` that all tests of this process share, because its imports take some seconds."""
     folder = Path(tempfile.mkdtemp(prefix="nursery_"))
-    nursery = Nursery(folder)
-    atexit.register(lambda: (nursery.close(), shutil.rmtree(folder, ignore_errors=True)))
-    return nursery
+    process_pool = ProcessPool(folder)
+    atexit.register(lambda: (process_pool.close(), shutil.rmtree(folder, ignore_errors=True)))
+    return process_pool
 
 
 @contextmanager

@@ -11,9 +11,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jepa_scale.checkpoint.boxes import Boxes
+from jepa_scale.checkpoint.boxes import ShardView
 from jepa_scale.config.ema import TeacherOptions
-from jepa_scale.distributed.comm import Ranks
+from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.engines.base import Engine
 from jepa_scale.engines.ema import Teacher, TeacherModel, momentum_at
 from tests.distributed.toy import DIM, OPTIM, VOCAB, Block, sharded
@@ -112,13 +112,13 @@ def whole_copy(root: Root) -> TeacherModel:
     return TeacherModel({name: child for name, child in copy.deepcopy(root).named_children()})
 
 
-def make_engine(ranks: Ranks, name: str, precision: str, root: Root, micro: int = MICRO) -> Engine:
+def make_engine(ranks: ParallelContext, name: str, precision: str, root: Root, micro: int = MICRO) -> Engine:
     """Build an engine; ``micro`` is the number of micro-batches in a step."""
     options = {"precision": precision, "clip_norm": 3.0, "accumulation": micro}
     return sharded(name, root, root.body.blocks, ("encoder",), ranks, OPTIM, **options)
 
 
-def batches(step: int, micro: int, ranks: Ranks) -> Iterator[Tensor]:
+def batches(step: int, micro: int, ranks: ParallelContext) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(1000 + step % 7)
     ids = torch.randint(VOCAB, (BATCH, LENGTH), generator=generator)
     yield from ids.view(micro, ranks.world_size, -1, LENGTH)[:, ranks.rank]
@@ -140,7 +140,7 @@ def train_step(engine: Engine, step: int, teacher: Teacher | None, learns: bool 
     return results
 
 
-def whole(boxes: dict[str, Boxes]) -> dict[str, Tensor]:
+def whole(boxes: dict[str, ShardView]) -> dict[str, Tensor]:
     """Gather the whole tensors, and assert that each element exists and is equal on all ranks that hold it. Collective."""
     sizes = {name: of_name.shape.numel() for name, of_name in sorted(boxes.items())}
     high, low = (torch.full((sum(sizes.values()),), value, dtype=torch.float64) for value in (-torch.inf, torch.inf))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from jepa_scale.distributed.comm import Ranks
+from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.optim import build_optimizer, parameter_groups
 from tests.distributed.launch import run_ranks
 from tests.distributed.toy import ENGINES, HEADS, OPTIM, batches, make_engine, make_toy
@@ -22,7 +22,7 @@ def sign(step: int) -> float:
     return 1.0 if step < TURN else -1.0
 
 
-def run(ranks: Ranks, cases: list[tuple[str, str]]) -> list[list[dict[str, Tensor]]]:
+def run(ranks: ParallelContext, cases: list[tuple[str, str]]) -> list[list[dict[str, Tensor]]]:
     """Return for each case the whole state before the change of sign and at the end."""
     results = []
     for name, precision in cases:

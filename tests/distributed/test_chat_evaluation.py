@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from jepa_scale.distributed.comm import Ranks
+from jepa_scale.distributed.comm import ParallelContext
 from tests.distributed.launch import run_ranks
 from tests.distributed.processes import Gate
 from tests.distributed.small_runs import rows
@@ -66,7 +66,7 @@ def config_file(folder: Path, into: Path, **changes: Any) -> Path:
     return path
 
 
-def evaluate_runs(ranks: Ranks, cases: list[tuple[str, list[str]]]) -> None:
+def evaluate_runs(ranks: ParallelContext, cases: list[tuple[str, list[str]]]) -> None:
     """Evaluate runs one after another, as ``jepa-scale eval RUN overrides …`` does."""
     from jepa_scale.training.run import evaluate_checkpoint
 
@@ -139,7 +139,7 @@ def test_bf16_generates_on_every_engine(folder, tmp_path):
         assert sum(same) >= 5, engine
 
 
-def test_a_signal_between_batches_ends_the_evaluation(folder, tmp_path, nursery):
+def test_a_signal_between_batches_ends_the_evaluation(folder, tmp_path, process_pool):
     """On two ranks an interrupted evaluation is not saved; the resumed run repeats it."""
     arguments = [
         "--config",
@@ -148,14 +148,14 @@ def test_a_signal_between_batches_ends_the_evaluation(folder, tmp_path, nursery)
     run, gate = tmp_path / "run", Gate(tmp_path / "answers")
     # one forward of the perplexity, then the answers
     fault = {"name": "holds_evaluating", "who": 1, "gate": str(gate.path), "forward": 2}
-    stopped = nursery.start([*arguments, "train.eval_every=0", "train.steps=4"], 2, [fault])
+    stopped = process_pool.start([*arguments, "train.eval_every=0", "train.steps=4"], 2, [fault])
     gate.reached(stopped)
     stopped.send(1, signal.SIGTERM)
     gate.open()
     assert stopped.wait() == [0, 0], stopped.output()
     assert "after step 4; go on with --resume auto" in stopped.output(0)
     assert not (run / "generations").exists() and not rows(run, "valid")
-    nursery.run([*arguments, "train.eval_every=4", "train.steps=4", "--resume", "auto"], 2)
+    process_pool.run([*arguments, "train.eval_every=4", "train.steps=4", "--resume", "auto"], 2)
     assert len(generations(run, 4)) == 7 and len(rows(run, "valid")) == 1
 
 

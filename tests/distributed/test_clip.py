@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from jepa_scale.distributed.comm import Ranks
+from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.engines import create_engine
 from jepa_scale.engines.base import Engine, EngineOptions
 from jepa_scale.optim import build_optimizer, parameter_groups
@@ -69,7 +69,7 @@ def groups_of(module: nn.Module) -> dict[str, list[str]]:
 
 
 def build(
-    ranks: Ranks,
+    ranks: ParallelContext,
     name: str,
     accumulation: int = 1,
     precision: str = "fp32",
@@ -110,7 +110,7 @@ def one_step(engine: Engine, step: int, **more: Any) -> tuple[float, dict[str, f
     return local, {name: norm.item() for name, norm in engine.group_norms.items()}, total.item()
 
 
-def train_all(ranks: Ranks, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def train_all(ranks: ParallelContext, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     results = []
     for case in cases:
         engine = build(ranks, **case)
@@ -201,7 +201,7 @@ def clipped_gradients(engine: Engine) -> dict[str, float]:
     return {group: square.sqrt().item() / (1 - OPTIM.betas[0]) for group, square in squares.items()}
 
 
-def first_step(ranks: Ranks, cases: list[dict[str, Any]]) -> list[Any]:
+def first_step(ranks: ParallelContext, cases: list[dict[str, Any]]) -> list[Any]:
     results = []
     for case in cases:
         engine = build(ranks, **case)
@@ -232,7 +232,7 @@ def test_bf16_clips_each_group():
         assert updates == 3 and all(0 < norm < 1e3 for norm in later), case
 
 
-def skip(ranks: Ranks, cases: list[tuple[tuple[float, ...], dict[str, Any]]]) -> list[list[str]]:
+def skip(ranks: ParallelContext, cases: list[tuple[tuple[float, ...], dict[str, Any]]]) -> list[list[str]]:
     results = []
     for values, case in cases:
         wrong = []
@@ -278,7 +278,7 @@ def test_a_bad_gradient_of_one_group_on_one_rank_stops_all_groups_on_all():
             assert not wrong, f"{case}, rank {rank}"
 
 
-def refused(ranks: Ranks, name: str) -> str:
+def refused(ranks: ParallelContext, name: str) -> str:
     module = make()
     groups = groups_of(module)
     groups["lower"].remove("scale.log_scale")

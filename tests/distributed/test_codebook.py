@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from jepa_scale.distributed.comm import Ranks
+from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.models.layers.standardize import Standardize
 from jepa_scale.objectives.grid.quantizer import Quantizer
 from jepa_scale.objectives.grid.queue import TargetQueue
@@ -17,7 +17,7 @@ SLICES, ROWS, STEPS = 4, 6, 9
 """Number of slices of a global batch, rows of a slice, and steps."""
 
 
-def run(ranks: Ranks, accumulation: int) -> dict[str, Any]:
+def run(ranks: ParallelContext, accumulation: int) -> dict[str, Any]:
     torch.manual_seed(0)
     book, queue, moments = Quantizer(5, 3, 0.9, 3, 0.5, 4), TargetQueue(30, 3), Standardize(3)
     torch.manual_seed(100 + ranks.rank)  # a rank's own random numbers must not matter

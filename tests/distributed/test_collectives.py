@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from jepa_scale.distributed.comm import Ranks, all_gather_rows_with_grad, form_teams
+from jepa_scale.distributed.comm import ParallelContext, all_gather_rows_with_grad, init_tp_group
 from jepa_scale.engines.clip import Clipping
 from jepa_scale.packing import Segment, Views, pack
 from jepa_scale.training.preemption import EvaluationStopped, StopRequest
@@ -15,7 +15,7 @@ from jepa_scale.training.trainer import global_totals
 from tests.distributed.launch import run_ranks
 
 
-def gathered(ranks: Ranks) -> dict[str, torch.Tensor]:
+def gathered(ranks: ParallelContext) -> dict[str, torch.Tensor]:
     """Each rank weights the rows of all ranks differently; the gradient of a row is the sum of its weights on all ranks."""
     own = (torch.arange(6.0).view(3, 2) + 10 * ranks.rank).requires_grad_()
     everything = all_gather_rows_with_grad(own)
@@ -32,7 +32,7 @@ def test_rows_of_all_ranks_send_their_gradient_back_to_where_they_are_from():
         assert torch.equal(found["grad"], weights[3 * rank : 3 * rank + 3]), rank
 
 
-def totals(ranks: Ranks) -> dict[str, float]:
+def totals(ranks: ParallelContext) -> dict[str, float]:
     """Totals of two micro-batches of different sizes on each rank, where only rank 1 got a stop signal."""
     sizes = ((2, 3), (4, 7))[ranks.rank]
     batches = [pack([Views([Segment(range(n), "text", labels=range(n))], counts={"pairs": n - 1})]) for n in sizes]
@@ -45,7 +45,7 @@ def test_denominators_and_requests_to_stop_are_those_of_all_ranks():
         assert found == {"samples": 4, "tokens": 16, "labels": 16, "pairs": 12, "stop": 1}
 
 
-def interrupted(ranks: Ranks) -> list[bool]:
+def interrupted(ranks: ParallelContext) -> list[bool]:
     """Return whether an evaluation ends, before and after rank 1 gets a stop signal."""
     with StopRequest(ranks.device) as stop:
         found = []
@@ -63,9 +63,9 @@ def test_a_signal_to_one_rank_ends_an_evaluation_on_all():
     assert run_ranks(interrupted, 2) == [[False, True]] * 2
 
 
-def norms(ranks: Ranks) -> dict[str, Any]:
+def norms(ranks: ParallelContext) -> dict[str, Any]:
     """Norms in a tensor-parallel group of two ranks: the rows of ``0`` are split; ``1`` and its gradient are replicated."""
-    ranks = form_teams(ranks, 2)
+    ranks = init_tp_group(ranks, 2)
     module = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Linear(2, 2, bias=False))
     clipping = Clipping(module, {}, 1.0, split={"0.weight"}, team=2)
     gradients = {"0.weight": torch.full((2, 3), 1.0 + ranks.rank), "1.weight": torch.full((2, 2), 3.0)}

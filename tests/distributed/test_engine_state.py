@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from jepa_scale.checkpoint import store
-from jepa_scale.checkpoint.boxes import Boxes
-from jepa_scale.distributed.comm import Ranks
+from jepa_scale.checkpoint.boxes import ShardView
+from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.engines.base import Engine
 from tests.distributed import toy
 from tests.distributed.launch import run_ranks
@@ -36,7 +36,9 @@ def disturb(module: nn.Module) -> nn.Module:
     return module
 
 
-def build(ranks: Ranks, zero: dict[str, Any] | None = None, other: bool = False, frozen: bool = True, **case) -> Engine:
+def build(
+    ranks: ParallelContext, zero: dict[str, Any] | None = None, other: bool = False, frozen: bool = True, **case
+) -> Engine:
     """Build an engine of a toy with a frozen layer.
 
     Args:
@@ -57,11 +59,11 @@ def build(ranks: Ranks, zero: dict[str, Any] | None = None, other: bool = False,
         return make_engine(ranks=ranks, **case)
 
 
-def snapshot(engine: Engine) -> dict[str, Boxes]:
+def snapshot(engine: Engine) -> dict[str, ShardView]:
     return {name: boxes.copy() for name, boxes in engine.state().items()}
 
 
-def same(a: dict[str, Boxes], b: dict[str, Boxes]) -> list[str]:
+def same(a: dict[str, ShardView], b: dict[str, ShardView]) -> list[str]:
     """Return the names of tensors that differ."""
     assert a.keys() == b.keys()
     return [
@@ -100,7 +102,7 @@ def moments_of(name: str, case: dict[str, Any]) -> tuple[str, ...]:
     return ("momentum_buffer",) if "optim" in case and name.endswith(toy.MATRICES) else ("exp_avg", "exp_avg_sq")
 
 
-def continue_bitwise(ranks: Ranks, folder: str, cases: list[dict[str, Any]]) -> list[list[str]]:
+def continue_bitwise(ranks: ParallelContext, folder: str, cases: list[dict[str, Any]]) -> list[list[str]]:
     """Save, resume and continue; return the differences of each case."""
     results = []
     for i, case in enumerate(cases):
@@ -156,7 +158,7 @@ def test_training_continues_bitwise(tmp_path, half):
         assert all(of_case == exact[0] for of_case in exact)
 
 
-def parameters_and_checkpoint(ranks: Ranks, folder: str, zero: dict[str, Any]) -> dict[str, torch.Tensor]:
+def parameters_and_checkpoint(ranks: ParallelContext, folder: str, zero: dict[str, Any]) -> dict[str, torch.Tensor]:
     engine = build(ranks, name="zero2", zero=zero)
     toy.train(engine, range(2))
     store.write(Path(folder), engine.state())
@@ -171,7 +173,7 @@ def test_flat_partitions_are_cut_where_the_parameters_are(tmp_path, zero):
         assert all(torch.equal(got[f"model/{name}"], value) for name, value in parameters.items())
 
 
-def write_all(ranks: Ranks, folder: str, cases: list[dict[str, Any]]) -> list[Any]:
+def write_all(ranks: ParallelContext, folder: str, cases: list[dict[str, Any]]) -> list[Any]:
     """Train two steps and save with each engine; return its whole state and the results of the next steps."""
     results = []
     for case in cases:
@@ -182,7 +184,7 @@ def write_all(ranks: Ranks, folder: str, cases: list[dict[str, Any]]) -> list[An
     return results
 
 
-def read_all(ranks: Ranks, folder: str, cases: list[tuple[str, dict[str, Any]]]) -> list[Any]:
+def read_all(ranks: ParallelContext, folder: str, cases: list[tuple[str, dict[str, Any]]]) -> list[Any]:
     results = []
     for source, case in cases:
         engine = build(ranks, other=True, **case)
@@ -281,7 +283,7 @@ def steps(engine: Engine, which: list[int], bad: int | None = None, factor: floa
     return results
 
 
-def skip_a_step(ranks: Ranks, cases: list[dict[str, Any]]) -> list[list[str]]:
+def skip_a_step(ranks: ParallelContext, cases: list[dict[str, Any]]) -> list[list[str]]:
     results = []
     for factor, case in cases:
         wrong = []

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from jepa_scale.distributed.comm import Ranks
+from jepa_scale.distributed.comm import ParallelContext
 from tests.distributed import toy
 from tests.distributed.launch import run_ranks
 from tests.distributed.toy import ENGINES, make_engine
@@ -23,7 +23,7 @@ PRODUCT = [{"name": e, "accumulation": a, "tied": a == 2} for a, e in product((1
 """Full product of engines and numbers of micro-batches, always with an unused layer, because these are known to interact."""
 
 
-def train_all(ranks: Ranks, cases: list[dict[str, Any]], steps: int) -> list[dict[str, Any]]:
+def train_all(ranks: ParallelContext, cases: list[dict[str, Any]], steps: int) -> list[dict[str, Any]]:
     """Train each case; return local losses, gradient norms, evaluation outputs and the full state after ``steps`` steps."""
     results = []
     for case in cases:
@@ -107,7 +107,7 @@ def test_without_clipping_the_norm_is_still_reported():
         torch.testing.assert_close(torch.tensor(by_rank[0][i]["norms"]), torch.tensor(norms), rtol=1e-5, atol=1e-5)
 
 
-def refusals(ranks: Ranks, name: str) -> list[str]:
+def refusals(ranks: ParallelContext, name: str) -> list[str]:
     engine = make_engine(name, ranks, accumulation=2)
     batch = toy.batches(0, 2)[0]
     messages = []
@@ -141,7 +141,7 @@ def test_only_one_forward_and_one_backward_per_micro_batch(name):
     assert "2 forwards with gradient" in lost
 
 
-def extensions_built(ranks: Ranks, folder: str) -> list[str]:
+def extensions_built(ranks: ParallelContext, folder: str) -> list[str]:
     os.environ["TORCH_EXTENSIONS_DIR"] = folder
     toy.train(make_engine("zero2", ranks, precision="bf16"), range(2))
     return [str(path) for path in Path(folder).rglob("*")]
@@ -151,7 +151,7 @@ def test_deepspeed_compiles_nothing(tmp_path):
     assert run_ranks(extensions_built, 1, str(tmp_path), fresh=True) == [[]]  # nothing built and loaded before
 
 
-def different_weights(ranks: Ranks, name: str) -> dict[str, torch.Tensor]:
+def different_weights(ranks: ParallelContext, name: str) -> dict[str, torch.Tensor]:
     def fill(module: torch.nn.Module) -> None:
         if isinstance(module, torch.nn.Linear):
             torch.nn.init.constant_(module.weight, float(ranks.rank))
@@ -166,14 +166,14 @@ def test_every_rank_starts_from_rank_0s_weights(name):
     assert (state["layers.1.up.weight"] == 0).all() and (state["project.weight"] == 0).all()
 
 
-def fail_on_rank_1(ranks: Ranks) -> int:
+def fail_on_rank_1(ranks: ParallelContext) -> int:
     if ranks.rank == 1:
         raise ValueError("no luck")
     torch.distributed.barrier()
     return ranks.rank
 
 
-def number(ranks: Ranks) -> int:
+def number(ranks: ParallelContext) -> int:
     return ranks.rank
 
 

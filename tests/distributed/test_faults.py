@@ -15,7 +15,7 @@ import torch
 from jepa_scale.checkpoint import Manifest, verify
 from jepa_scale.checkpoint.store import describe
 from tests.distributed.faults import path_through
-from tests.distributed.processes import Fault, Gate, Nursery, until
+from tests.distributed.processes import Fault, Gate, ProcessPool, until
 from tests.distributed.small_runs import (
     assert_same,
     check_checkpoints,
@@ -34,11 +34,11 @@ NO_SPACE = "No space left on device"
 
 
 @pytest.fixture(scope="module")
-def undisturbed(nursery, tmp_path_factory):
+def undisturbed(process_pool, tmp_path_factory):
     """Folder of a run without faults: two ranks of FSDP2."""
     folder = tmp_path_factory.mktemp("undisturbed")
     config = config_file(folder, "lm", "fsdp", name="run", steps=STEPS, batch_size=4)
-    nursery.run(["--config", str(config)], 2)
+    process_pool.run(["--config", str(config)], 2)
     return folder
 
 
@@ -67,24 +67,24 @@ MOUNT = ["sh", "-c", 'mount -t tmpfs -o size=4m tmpfs "$0" && exec "$@"']
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[tuple[Nursery, Path, Path]]:
-    """A ``Nursery`` whose ranks have a file system of 4 MB; its path for the ranks, and its path for the test."""
+def small_disk(tmp_path: Path) -> Iterator[tuple[ProcessPool, Path, Path]]:
+    """A ``ProcessPool`` whose ranks have a file system of 4 MB; its path for the ranks, and its path for the test."""
     disk = tmp_path / "disk"
     disk.mkdir()
     prefix = ["unshare", "--mount", "--map-root-user", *MOUNT, str(disk)]
     if not shutil.which("unshare") or subprocess.run([*prefix, "true"], capture_output=True).returncode:
         pytest.skip("this kernel lets no test mount a file system")
-    nursery = Nursery(tmp_path, prefix)
-    yield nursery, disk, path_through(nursery.process.pid, disk)
-    nursery.close()
+    process_pool = ProcessPool(tmp_path, prefix)
+    yield process_pool, disk, path_through(process_pool.process.pid, disk)
+    process_pool.close()
 
 
 @pytest.mark.matrix
 def test_a_full_disk_costs_checkpoints_and_nothing_else(small_disk, undisturbed, tmp_path):
     """The whole run directory is on the full disk, so rows of metrics.jsonl wait for space, too."""
-    nursery, disk, seen = small_disk
+    process_pool, disk, seen = small_disk
     (filled, freed), held = gates(tmp_path, 5, 25)
-    run = nursery.start(config_of(undisturbed, disk), 2, [*held, IMPATIENT])
+    run = process_pool.start(config_of(undisturbed, disk), 2, [*held, IMPATIENT])
     folder = seen / "run"
     filled.reached(run)
     until(lambda: newest(folder) == 4, "checkpoint")
@@ -114,19 +114,19 @@ def test_a_full_disk_costs_checkpoints_and_nothing_else(small_disk, undisturbed,
 
 
 @pytest.mark.parametrize("before", ["tensors", pytest.param("generators", marks=pytest.mark.matrix)])
-def test_no_room_for_one_of_the_files(nursery, undisturbed, tmp_path, before):
+def test_no_room_for_one_of_the_files(process_pool, undisturbed, tmp_path, before):
     """Limit rank 1's files during all three tries of the save of step 4, and during one try of that of step 8."""
     limit = {"name": "no_room", "who": 1, "before": before, "tries": 4}
-    run = nursery.run(config_of(undisturbed, tmp_path), 2, [limit, IMPATIENT])
+    run = process_pool.run(config_of(undisturbed, tmp_path), 2, [limit, IMPATIENT])
     (line,) = not_saved(run.output())
     assert "the checkpoint of step 4 was not saved" in line and "File too large" in line
     check_checkpoints(tmp_path / "run")
     assert_same(tmp_path / "run", undisturbed / "run", STEPS)
 
 
-def test_permission_lost_and_then_the_folder(nursery, undisturbed, tmp_path):
+def test_permission_lost_and_then_the_folder(process_pool, undisturbed, tmp_path):
     (forbidden, allowed, removed, restored), held = gates(tmp_path, 5, 13, 17, 25)
-    run = nursery.start(config_of(undisturbed, tmp_path), 2, [*held, IMPATIENT, {"name": "bound_by_permissions"}])
+    run = process_pool.start(config_of(undisturbed, tmp_path), 2, [*held, IMPATIENT, {"name": "bound_by_permissions"}])
     folder = tmp_path / "run"
     forbidden.reached(run)
     until(lambda: newest(folder) == 4, "checkpoint")
@@ -160,10 +160,10 @@ def test_permission_lost_and_then_the_folder(nursery, undisturbed, tmp_path):
     "engine",
     ["fsdp", "zero2", pytest.param("zero1", marks=pytest.mark.matrix), pytest.param("zero3", marks=pytest.mark.matrix)],
 )
-def test_nan_on_one_rank_is_skipped_on_all(nursery, tmp_path, engine):
+def test_nan_on_one_rank_is_skipped_on_all(process_pool, tmp_path, engine):
     options = {"steps": 9, "checkpoint": {"every": 1, "keep_last": 20}}
     config = config_file(tmp_path, "lm", engine, name="run", **options)
-    run = nursery.run(["--config", str(config)], 2, [{"name": "nan_loss", "who": 1, "steps": [4, 6, 7]}])
+    run = process_pool.run(["--config", str(config)], 2, [{"name": "nan_loss", "who": 1, "steps": [4, 6, 7]}])
     assert "no finite gradient in step 4; skipped on all ranks" in run.output(0)
     fit = rows(tmp_path / "run", "fit")
     assert [row.get("skipped_steps", 0) for row in fit] == [0, 0, 0, 1, 0, 1, 1, 0, 0]
@@ -179,29 +179,33 @@ def test_nan_on_one_rank_is_skipped_on_all(nursery, tmp_path, engine):
     # a run that is resumed among them goes on the same
     path = checkpoint(tmp_path / "run", 4)
     again = config_file(tmp_path, "lm", engine, name="again", **options)
-    nursery.run(["--config", str(again), "--resume", str(path)], 2, [{"name": "nan_loss", "who": 1, "steps": [2, 3]}])
+    process_pool.run(
+        ["--config", str(again), "--resume", str(path)], 2, [{"name": "nan_loss", "who": 1, "steps": [2, 3]}]
+    )
     got = tensors(checkpoint(tmp_path / "again", 9))
     assert all(torch.equal(got[name], saved[9][name]) for name in got)
 
 
-def test_too_many_in_a_row_stop_the_run(nursery, tmp_path):
+def test_too_many_in_a_row_stop_the_run(process_pool, tmp_path):
     config = config_file(tmp_path, "lm", "fsdp", name="run", steps=20, max_skipped_steps=3, checkpoint={"every": 3})
-    run = nursery.start(["--config", str(config)], 2, [{"name": "nan_loss", "who": 1, "steps": list(range(5, 20))}])
+    run = process_pool.start(
+        ["--config", str(config)], 2, [{"name": "nan_loss", "who": 1, "steps": list(range(5, 20))}]
+    )
     assert run.wait() == [1, 1]
     message = "steps 5 to 8 had no finite gradient, more than train.max_skipped_steps=3 in a row"
     assert message in run.output(0) and message in run.output(1)
     assert newest(tmp_path / "run") in (3, 6)
     check_checkpoints(tmp_path / "run")
-    nursery.run(["--config", str(config), "--resume", "auto", "train.steps=8"], 2)
+    process_pool.run(["--config", str(config), "--resume", "auto", "train.steps=8"], 2)
     assert last_step(tmp_path / "run") == 8
 
 
 @pytest.fixture(scope="module")
-def killed_once(nursery, undisturbed, tmp_path_factory) -> Path:
+def killed_once(process_pool, undisturbed, tmp_path_factory) -> Path:
     """Folder of a run that was killed in step 9, with checkpoints of steps 4 and 8."""
     folder = tmp_path_factory.mktemp("killed")
     (gate,), held = gates(folder, 9)
-    run = nursery.start(config_of(undisturbed, folder), 2, held)
+    run = process_pool.start(config_of(undisturbed, folder), 2, held)
     gate.reached(run)
     until(lambda: newest(folder / "run") == 8, "checkpoint")
     run.kill()
@@ -217,11 +221,11 @@ def killed(undisturbed, killed_once, tmp_path) -> tuple[list[str], Path]:
 
 
 @pytest.mark.parametrize("file", ["tensors/__1_0.distcp", pytest.param("manifest.json", marks=pytest.mark.matrix)])
-def test_a_flipped_byte_in_the_newest_checkpoint(nursery, killed, undisturbed, file):
+def test_a_flipped_byte_in_the_newest_checkpoint(process_pool, killed, undisturbed, file):
     arguments, run = killed
     bad = checkpoint(run, newest(run)) / file
     flip(bad)
-    going_on = nursery.run([*arguments, "--resume", "auto"], 2)
+    going_on = process_pool.run([*arguments, "--resume", "auto"], 2)
     assert f"{bad}: " in going_on.output(0) and "is damaged and left out" in going_on.output(0)
     assert_same(run, undisturbed / "run", STEPS)
 
@@ -234,12 +238,12 @@ def flip(file: Path) -> None:
     file.write_bytes(raw)
 
 
-def test_all_damaged_is_an_error_and_not_a_new_start(nursery, killed):
+def test_all_damaged_is_an_error_and_not_a_new_start(process_pool, killed):
     arguments, run = killed
     before = rows(run)
     for folder in (run / "checkpoints").glob("step_*"):
         (folder / "manifest.json").write_text("{")
-    refused = nursery.start([*arguments, "--resume", "auto"], 2)
+    refused = process_pool.start([*arguments, "--resume", "auto"], 2)
     assert refused.wait() == [2, 2]
     assert "checkpoints are damaged; restore one, or remove the folder" in refused.output(0)
     assert rows(run) == before
@@ -254,7 +258,7 @@ class Harmful:
 
 
 @pytest.mark.parametrize("file", ["tensors/.metadata", "tensors/__0_0.distcp", "rng_rank00000.pt"])
-def test_a_pickle_that_runs_code_is_refused(nursery, killed, tmp_path, file):
+def test_a_pickle_that_runs_code_is_refused(process_pool, killed, tmp_path, file):
     """The checksum is correct, because an attacker who can write the checkpoint can also write the manifest."""
     arguments, run = killed
     folder, trace = checkpoint(run, newest(run)), tmp_path / "trace"
@@ -267,7 +271,7 @@ def test_a_pickle_that_runs_code_is_refused(nursery, killed, tmp_path, file):
     manifest.files[file] = describe([target])[target.name]
     manifest.write(folder)
     assert not verify(folder)
-    refused = nursery.start([*arguments, "--resume", str(folder)], 2)
+    refused = process_pool.start([*arguments, "--resume", str(folder)], 2)
     codes = refused.wait()
     assert 0 not in codes and not trace.exists(), refused.output()
     (told,) = [line for line in refused.output(0).splitlines() if line.startswith("jepa-scale: ")]

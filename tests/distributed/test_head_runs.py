@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from jepa_scale.config.schema import OptimConfig
-from jepa_scale.distributed.comm import Ranks
+from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.models import head as lm_head
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.models.recompute import recompute
-from jepa_scale.packing import Segment, pack_stream
+from jepa_scale.packing import Segment, pack_sequence
 from tests.data.corpus import write_text
 from tests.distributed.launch import run_ranks
 from tests.distributed.test_runs import train_runs
@@ -53,7 +53,7 @@ class Root(nn.Module):
 
     def forward(self, ids: Tensor) -> Output:
         segments = [Segment(row[:-1], "text", labels=row[1:]) for row in ids.tolist()]
-        stream = pack_stream(segments)
+        stream = pack_sequence(segments)
         rows = self.backbone.hidden(stream)[stream.labelled]
         return Output(self.backbone.label_losses(rows, stream.labels[stream.labelled]).sum() / 40)
 
@@ -81,7 +81,7 @@ def pieces_of(chunk_bytes: int) -> Iterator[list[int]]:
         yield calls
 
 
-def train_all(ranks: Ranks, models: dict[str, dict[str, Any]], engines: list[str], pieces: bool) -> Any:
+def train_all(ranks: ParallelContext, models: dict[str, dict[str, Any]], engines: list[str], pieces: bool) -> Any:
     """Train every model on every engine; return (model, engine) → losses and gradient norms.
 
     With ``pieces``, the pieces of rank 0 have about 7 columns; the other rank has another number of pieces, which may be 0.
@@ -129,7 +129,7 @@ def test_every_engine_trains_as_with_all_logits_at_once(models):
             assert a[1] == b[1] == pytest.approx(whole[1], rel=1e-3), (case, step)
 
 
-def train_runs_in_pieces(ranks: Ranks, cases: list[tuple[str, str | None]]) -> None:
+def train_runs_in_pieces(ranks: ParallelContext, cases: list[tuple[str, str | None]]) -> None:
     with pieces_of(4 * 90 * (5 if ranks.rank == 0 else 11)) as calls:
         train_runs(ranks, cases)
     assert calls

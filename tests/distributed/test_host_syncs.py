@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from jepa_scale.data.grids.rules import frames
-from jepa_scale.distributed.comm import Ranks
+from jepa_scale.distributed.comm import ParallelContext
 from tests.data.corpus import write_text
 from tests.distributed import test_grid_runs, test_horizon_runs, test_runs, test_span_runs, test_two_view_runs
 from tests.distributed.launch import run_ranks
@@ -62,13 +62,13 @@ def _noted(run: Any) -> int:
     return sum(found.counts.values())
 
 
-def count(ranks: Ranks, cases: list[str]) -> list[dict[str, dict[str, int]]]:
+def count(ranks: ParallelContext, cases: list[str]) -> list[dict[str, dict[str, int]]]:
     """Return for each run: package → operation and place → number of waits, from the end of the first step on."""
-    from jepa_scale.training.metrics import Meter
+    from jepa_scale.training.metrics import MetricAccumulator
     from jepa_scale.training.run import run_training
 
     results = []
-    done = Meter.step_done
+    done = MetricAccumulator.step_done
     for config in cases:
         found = HostSyncs()
 
@@ -79,11 +79,11 @@ def count(ranks: Ranks, cases: list[str]) -> list[dict[str, dict[str, int]]]:
             elif step == STEPS:
                 found.__exit__()
 
-        Meter.step_done = step_done  # type: ignore[method-assign]
+        MetricAccumulator.step_done = step_done  # type: ignore[method-assign]
         try:
             run_training(argparse.Namespace(config=config, resume=None, overrides=[]))
         finally:
-            Meter.step_done = done  # type: ignore[method-assign]
+            MetricAccumulator.step_done = done  # type: ignore[method-assign]
             found.__exit__()  # if the run has failed
         of = {package: found.of(package) for package in ("jepa_scale", "deepspeed")}
         results.append({package: {" ".join(key): n for key, n in of[package].items()} for package in of})

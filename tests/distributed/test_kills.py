@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.processes import Forked, Gate, Nursery, until
+from tests.distributed.processes import Forked, Gate, ProcessPool, until
 from tests.distributed.small_runs import assert_same, check_checkpoints, newest
 from tests.distributed.test_runs import config_file
 
@@ -31,13 +31,13 @@ def end(run: Forked) -> None:
 
 
 def kill_once(
-    nursery: Nursery, arguments: list[str], world_size: int, folder: Path, rng: random.Random, how: str
+    process_pool: ProcessPool, arguments: list[str], world_size: int, folder: Path, rng: random.Random, how: str
 ) -> str:
     """Start the run and kill it; return how."""
     who = rng.choice([[0], list(range(world_size)), [world_size - 1]])
     if how == "writing":
         event = rng.randrange(EVENTS)
-        run = nursery.start(arguments, world_size, [{"name": "dies_writing", "who": who, "event": event}])
+        run = process_pool.start(arguments, world_size, [{"name": "dies_writing", "who": who, "event": event}])
         until(lambda: run.codes, "death")
         how = f"writing {event}"
     else:
@@ -46,7 +46,7 @@ def kill_once(
         faults = [
             {"name": "holds_in_step", "who": 0, "step": step, "gate": str(gate.path)} for step, gate in gates.items()
         ]
-        run = nursery.start(arguments, world_size, faults)
+        run = process_pool.start(arguments, world_size, faults)
         if how == "training":
             gates[steps].reached(run)
         gates[steps].open()
@@ -64,40 +64,40 @@ def kill_once(
     [("fsdp", 2, True, 12, 100), ("zero2", 2, False, 3, 30)],
 )
 def test_a_run_that_is_killed_again_and_again_ends_the_same(
-    nursery, tmp_path, engine, world_size, asynchronous, kills, steps
+    process_pool, tmp_path, engine, world_size, asynchronous, kills, steps
 ):
     expected, run = tmp_path / "expected", tmp_path / "run"
     config = str(config_file(tmp_path, "lm", engine, name="run", steps=steps, eval_every=steps // 2, batch_size=4))
-    nursery.run(["--config", config, "run.name=expected"], world_size)  # saves at the end only
+    process_pool.run(["--config", config, "run.name=expected"], world_size)  # saves at the end only
 
     saves = ["checkpoint.every=4", "checkpoint.ephemeral_every=3", f"checkpoint.asynchronous={asynchronous}"]
     arguments = ["--config", config, *saves, "--resume", "auto"]
     rng, before, done = random.Random(f"{engine} {world_size}"), 0, []
     for number in range(kills):
-        done.append(kill_once(nursery, arguments, world_size, run, rng, MOMENTS[number % len(MOMENTS)]))
+        done.append(kill_once(process_pool, arguments, world_size, run, rng, MOMENTS[number % len(MOMENTS)]))
         check_checkpoints(run)
         assert newest(run) >= before, f"after {done[-1]}"
         before = newest(run)
         assert before < steps, f"there is nothing left to kill: {done}"
     assert before > 0
-    nursery.run(arguments, world_size)
+    process_pool.run(arguments, world_size)
     assert_same(run, expected, steps)
     left = sorted(path.name for path in (run / "checkpoints").iterdir())
     last_two = [f"step_{step:08d}" for step in range(1, steps + 1) if step % 4 == 0 or step == steps][-2:]
     assert left == ["latest", *last_two], "something was left behind"
 
 
-def test_a_rank_that_is_killed_as_it_writes(nursery, tmp_path):
+def test_a_rank_that_is_killed_as_it_writes(process_pool, tmp_path):
     """The save of step 8 is lost, and the run resumes from that of step 4.
 
     Warm-up ends at step 3, so the six steps that follow depend on everything that a checkpoint must restore.
     """
     steps, expected, run = 10, tmp_path / "expected", tmp_path / "run"
     config = str(config_file(tmp_path, "lm", "fsdp", name="run", steps=steps, batch_size=4))
-    nursery.run(["--config", config, "run.name=expected"], 2)
+    process_pool.run(["--config", config, "run.name=expected"], 2)
     arguments = ["--config", config, "checkpoint.every=4", "--resume", "auto"]
     gate = Gate(tmp_path / "step_5")
-    killed = nursery.start(
+    killed = process_pool.start(
         arguments,
         2,
         [
@@ -113,11 +113,11 @@ def test_a_rank_that_is_killed_as_it_writes(nursery, tmp_path):
     assert killed.wait()[1] == -signal.SIGKILL, killed.output()
     check_checkpoints(run)
     assert newest(run) == 4
-    nursery.run(arguments, 2)
+    process_pool.run(arguments, 2)
     assert_same(run, expected, steps)
 
 
-def test_death_before_each_operation_of_a_save_in_turn(nursery, tmp_path):
+def test_death_before_each_operation_of_a_save_in_turn(process_pool, tmp_path):
     """Kill a process before each operation of a save, one process for each operation.
 
     This includes the operations between the renaming of the new checkpoint, the writing of ``latest`` and the removal of
@@ -125,12 +125,12 @@ def test_death_before_each_operation_of_a_save_in_turn(nursery, tmp_path):
     """
     steps, every, expected, run = 40, 2, tmp_path / "expected", tmp_path / "run"
     config = str(config_file(tmp_path, "lm", "fsdp", name="run", steps=steps, batch_size=4))
-    nursery.run(["--config", config, "run.name=expected"])
+    process_pool.run(["--config", config, "run.name=expected"])
     saves = [f"checkpoint.every={every}", "checkpoint.keep_last=1", "checkpoint.asynchronous=false"]
     arguments = ["--config", config, *saves, "--resume", "auto"]
     before, seen = 0, set()
     for event in itertools.count():
-        killed = nursery.start(arguments, 1, [{"name": "dies_writing", "who": [0], "event": event}])
+        killed = process_pool.start(arguments, 1, [{"name": "dies_writing", "who": [0], "event": event}])
         assert killed.wait() == [-signal.SIGKILL], killed.output()
         check_checkpoints(run)
         assert newest(run) >= before, event
@@ -139,6 +139,6 @@ def test_death_before_each_operation_of_a_save_in_turn(nursery, tmp_path):
         before = newest(run)
         seen |= {path.suffix for path in (run / "checkpoints").glob("*")}
     assert event > 15 and {".partial", ".removed"} <= seen
-    nursery.run(arguments)
+    process_pool.run(arguments)
     assert_same(run, expected, steps)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", f"step_{steps:08d}"]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from jepa_scale.distributed.comm import Ranks
+from jepa_scale.distributed.comm import ParallelContext
 from tests.distributed.launch import run_ranks
 
 
-def imported(ranks: Ranks) -> set[str]:
+def imported(ranks: ParallelContext) -> set[str]:
     import jepa_scale.train  # noqa: F401
 
     return {"torch", "jepa_scale.train", "matplotlib"} & set(sys.modules)

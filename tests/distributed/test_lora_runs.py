@@ -17,13 +17,13 @@ from jepa_scale.config.ema import TeacherOptions
 from jepa_scale.config.schema import OptimConfig
 from jepa_scale.convert.to_hf import ExportOptions, export
 from jepa_scale.data import load_data, parse_data
-from jepa_scale.distributed.comm import Ranks
+from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.engines.ema import Teacher, TeacherModel
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.optim import parameter_groups
-from jepa_scale.packing import Segment, pack_stream
+from jepa_scale.packing import Segment, pack_sequence
 from tests.data.corpus import VOCABULARY, write_text
 from tests.distributed.launch import run_ranks
 from tests.distributed.same_runs import resumed_bitwise
@@ -62,7 +62,7 @@ class Root(nn.Module):
         self.backbone = backbone
 
     def forward(self, ids: Tensor) -> Output:
-        stream = pack_stream([Segment(row, "text") for row in ids.tolist()])
+        stream = pack_sequence([Segment(row, "text") for row in ids.tolist()])
         hidden = self.backbone.hidden(stream).view(*ids.shape, -1)[:, :-1]
         logits = self.backbone.logits(hidden.reshape(-1, hidden.shape[-1])).float()
         return Output(F.cross_entropy(logits, ids[:, 1:].reshape(-1), reduction="sum") / 40)
@@ -105,7 +105,7 @@ def reference(folder: str) -> tuple[list[float], Root, Root]:
     return losses, root, average
 
 
-def train_all(ranks: Ranks, folder: str, cases: list[tuple[str, str]]) -> list[dict[str, Any]]:
+def train_all(ranks: ParallelContext, folder: str, cases: list[tuple[str, str]]) -> list[dict[str, Any]]:
     results = []
     for name, precision in cases:
         root = make_root(folder)
@@ -128,7 +128,7 @@ def train_all(ranks: Ranks, folder: str, cases: list[tuple[str, str]]) -> list[d
                 "losses": losses,
                 "state": engine.full_state(),
                 "names": list(state),
-                "teacher": teacher.forward("backbone", pack_stream([Segment([1, 41, 3], "a")])),
+                "teacher": teacher.forward("backbone", pack_sequence([Segment([1, 41, 3], "a")])),
             }
         )
     return results
@@ -150,7 +150,7 @@ def test_every_engine_trains_what_a_plain_loop_trains(tmp_path, config, world_si
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     start = dict(make_root(folder).named_parameters())
     with torch.no_grad():
-        wanted = average.backbone.hidden(pack_stream([Segment([1, 41, 3], "a")]), until=1)
+        wanted = average.backbone.hidden(pack_sequence([Segment([1, 41, 3], "a")]), until=1)
     assert losses[-1] < 0.9 * losses[0]
     for i, (engine, precision) in enumerate(cases):
         got = by_rank[0][i]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jepa_scale.distributed.comm import Ranks
+from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.optim import parameter_groups
 from tests.distributed import toy
 from tests.distributed.launch import run_ranks
@@ -93,7 +93,7 @@ def reference(steps: int, accumulation: int, tied: bool, groups: dict[str, list[
     return losses, norms, module
 
 
-def train_all(ranks: Ranks, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def train_all(ranks: ParallelContext, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     results = []
     for case in cases:
         with changed("small_buckets", partial(add, zero=case.get("zero", {}))):

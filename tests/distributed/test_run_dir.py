@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jepa_scale.distributed.comm import Ranks
+from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.telemetry import prepare_run_dir
 from jepa_scale.utils.errors import InputError
 from tests.distributed.launch import run_ranks
 
 
-def heard(ranks: Ranks, folder: Path) -> list[str]:
+def heard(ranks: ParallelContext, folder: Path) -> list[str]:
     said = []
     for name in ("fresh", "used"):
         try:

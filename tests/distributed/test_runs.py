@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from jepa_scale.distributed.comm import Ranks
+from jepa_scale.distributed.comm import ParallelContext
 from tests.distributed.launch import run_ranks
 from tests.distributed.small_runs import run_file
 
@@ -59,7 +59,7 @@ def config_file(folder: Path, objective: str, engine: str, accumulation: int = 1
     )
 
 
-def train_runs(ranks: Ranks, cases: list[tuple[str, str | None]]) -> None:
+def train_runs(ranks: ParallelContext, cases: list[tuple[str, str | None]]) -> None:
     """Train each (config file, --resume value) in turn, in this process group."""
     from jepa_scale.training.run import run_training
 

@@ -21,11 +21,11 @@ TORCHRUN = ["torchrun", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rd
 
 
 @pytest.fixture(scope="module")
-def undisturbed(nursery, tmp_path_factory):
+def undisturbed(process_pool, tmp_path_factory):
     """Folder of a run without signals: two ranks of FSDP2, evaluated after step 6 and at the end."""
     folder = tmp_path_factory.mktemp("undisturbed")
     config = config_file(folder, "lm", "fsdp", name="run", steps=STEPS, eval_every=EVAL_EVERY, batch_size=4)
-    nursery.run(["--config", str(config)], 2)
+    process_pool.run(["--config", str(config)], 2)
     return folder
 
 
@@ -34,10 +34,12 @@ def config_of(undisturbed, tmp_path) -> list[str]:
 
 
 @pytest.mark.parametrize(("number", "who"), [(signal.SIGTERM, 1), (signal.SIGUSR1, 0)])
-def test_a_signal_to_one_rank_stops_all_and_nothing_is_lost(nursery, undisturbed, tmp_path, number, who):
+def test_a_signal_to_one_rank_stops_all_and_nothing_is_lost(process_pool, undisturbed, tmp_path, number, who):
     """The signal comes in step 3; the ranks agree on it at the start of step 4, and save after that step."""
     arguments, run, gate = config_of(undisturbed, tmp_path), tmp_path / "run", Gate(tmp_path / "step_3")
-    stopped = nursery.start(arguments, 2, [{"name": "holds_in_step", "who": who, "step": 3, "gate": str(gate.path)}])
+    stopped = process_pool.start(
+        arguments, 2, [{"name": "holds_in_step", "who": who, "step": 3, "gate": str(gate.path)}]
+    )
     gate.reached(stopped)
     stopped.send(who, number)
     gate.open()
@@ -46,20 +48,20 @@ def test_a_signal_to_one_rank_stops_all_and_nothing_is_lost(nursery, undisturbed
     sender = number.name if who == 0 else "a signal to another rank"
     assert f"stopped by {sender} after step 4; go on with --resume auto" in stopped.output(0)
     assert "Traceback" not in stopped.output()
-    nursery.run(arguments, 2)
+    process_pool.run(arguments, 2)
     assert_same(run, undisturbed / "run", STEPS)
 
 
 @pytest.mark.parametrize(("step", "evaluations"), [(EVAL_EVERY, [1, 1]), (STEPS, [2])], ids=["within", "last"])
 def test_a_signal_in_an_evaluation_is_obeyed_at_once_and_the_evaluation_made_up_for(
-    nursery, undisturbed, tmp_path, step, evaluations
+    process_pool, undisturbed, tmp_path, step, evaluations
 ):
     """Signals come twice in the evaluation of step 6, the second right after the restart, and once in the last evaluation."""
     arguments, run = config_of(undisturbed, tmp_path), tmp_path / "run"
     for time, evaluation in enumerate(evaluations):
         gate = Gate(tmp_path / f"evaluation_{time}")
         fault = {"name": "holds_evaluating", "who": 1, "gate": str(gate.path), "evaluation": evaluation}
-        stopped = nursery.start(arguments, 2, [fault])
+        stopped = process_pool.start(arguments, 2, [fault])
         gate.reached(stopped)
         stopped.send(1, signal.SIGTERM)
         gate.open()
@@ -67,7 +69,7 @@ def test_a_signal_in_an_evaluation_is_obeyed_at_once_and_the_evaluation_made_up_
         assert newest(run) == last_step(run) == step
         assert f"stopped by a signal to another rank after step {step}; go on with --resume auto" in stopped.output(0)
         assert not [row for row in rows(run) if row["step"] == step and row["split"] != "fit"]
-    nursery.run(arguments, 2)
+    process_pool.run(arguments, 2)
     assert_same(run, undisturbed / "run", STEPS)
 
 
@@ -128,20 +130,20 @@ matrix = pytest.mark.matrix
         pytest.param("evaluation", "fsdp", marks=matrix),
     ],
 )
-def test_a_rank_that_hangs_is_named_and_the_run_ends(nursery, tmp_path, where, engine):
+def test_a_rank_that_hangs_is_named_and_the_run_ends(process_pool, tmp_path, where, engine):
     fault, verdict = HANGS[where]
     options = {"steps": 20, "eval_every": 4, "hang_minutes": HANG_SECONDS / 60, "checkpoint": {"every": 6}}
     config = config_file(tmp_path, "lm", engine, name="run", **options)
     mark = str(tmp_path / "hangs")
     faults = [{**fault, "mark": mark}, {"name": "hang_begins", "mark": mark, "speakers": [0, 1]}]
-    run = nursery.start(["--config", str(config)], 2, faults)
+    run = process_pool.start(["--config", str(config)], 2, faults)
     assert run.wait() == [1, 1], run.output()
     told = [line for line in run.output().splitlines() if "no progress" in line]
     assert told and all(re.search(verdict, line) for line in told), told
 
 
 @pytest.mark.matrix
-def test_a_frozen_process_is_named(nursery, tmp_path):
+def test_a_frozen_process_is_named(process_pool, tmp_path):
     """The frozen process cannot report itself."""
     config = config_file(tmp_path, "lm", "fsdp", name="run", steps=1_000_000, hang_minutes=HANG_SECONDS / 60)
     mark, gate = tmp_path / "hangs", Gate(tmp_path / "step_20")
@@ -149,7 +151,7 @@ def test_a_frozen_process_is_named(nursery, tmp_path):
         {"name": "holds_in_step", "who": 1, "step": 20, "gate": str(gate.path)},
         {"name": "hang_begins", "mark": str(mark), "speakers": [0]},
     ]
-    run = nursery.start(["--config", str(config)], 2, faults)
+    run = process_pool.start(["--config", str(config)], 2, faults)
     gate.reached(run)
     gate.open()
     run.send(1, signal.SIGSTOP)
@@ -161,9 +163,9 @@ def test_a_frozen_process_is_named(nursery, tmp_path):
     assert re.search(r": rank 1 hangs at step \d+ in '", told), told
 
 
-def test_a_long_evaluation_is_no_hang(nursery, tmp_path):
+def test_a_long_evaluation_is_no_hang(process_pool, tmp_path):
     """Each forward counts as progress, so together they may take longer than the limit."""
     limit = 1.0
     config = config_file(tmp_path, "lm", "fsdp", name="run", steps=2, hang_minutes=limit / 60)
-    run = nursery.run(["--config", str(config)], 1, [{"name": "evaluates_long", "limit": limit}])
+    run = process_pool.run(["--config", str(config)], 1, [{"name": "evaluates_long", "limit": limit}])
     assert "evaluating for 3.6 times the limit" in run.output()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from jepa_scale.distributed import comm
-from jepa_scale.distributed.comm import Ranks
+from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.losses import statistics
 from jepa_scale.losses.barlow import barlow
 from jepa_scale.losses.sigreg import directions, sigreg
@@ -86,7 +86,7 @@ def deal(rows: int, world_size: int, micros: int, idle: bool) -> list[list[list[
     return hands
 
 
-def step(ranks: Ranks, name: str, micros: int, rows: int, idle: bool) -> dict[str, Any]:
+def step(ranks: ParallelContext, name: str, micros: int, rows: int, idle: bool) -> dict[str, Any]:
     """Return this rank's contributions and gradients in an optimizer step, summed over its micro-batches."""
     loss = dict(zip(LOSSES, (barlow, vicreg, on_one_view, on_one_standardized), strict=True))[name]
     net, x = network(), inputs(rows)
@@ -109,7 +109,7 @@ def step(ranks: Ranks, name: str, micros: int, rows: int, idle: bool) -> dict[st
     return {"terms": [float(t.detach()) for t in terms], "contributed": float(contributed), "gradients": summed}
 
 
-def run_cases(ranks: Ranks) -> dict[str, Any]:
+def run_cases(ranks: ParallelContext) -> dict[str, Any]:
     results: dict[str, Any] = {"laws": laws(ranks)}
     for name in LOSSES:
         for micros, idle in DEALS:
@@ -119,7 +119,7 @@ def run_cases(ranks: Ranks) -> dict[str, Any]:
     return results
 
 
-def laws(ranks: Ranks) -> dict[str, Any]:
+def laws(ranks: ParallelContext) -> dict[str, Any]:
     """Check properties that need several ranks but no reference."""
     x = (torch.arange(6.0).view(2, 3) + ranks.rank).requires_grad_()
     # strides that differ between ranks: what counts is the place, not the memory

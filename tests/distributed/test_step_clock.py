@@ -11,7 +11,7 @@ from unittest.mock import patch
 import pytest
 import yaml
 
-from jepa_scale.distributed.comm import Ranks
+from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.telemetry.metrics import step_part
 from tests.distributed.launch import run_ranks
 from tests.distributed.test_runs import config_file, rows, train_runs
@@ -24,13 +24,13 @@ PARTS = {"data": 1.5, "other": 1.0, "collect": 8.0, "forward": 6.0, "backward": 
 """Expected seconds of a step of two micro-batches, averaged over the ranks."""
 
 
-def train_by_hand(ranks: Ranks, cases: list[tuple[str, str | None]]) -> None:
+def train_by_hand(ranks: ParallelContext, cases: list[tuple[str, str | None]]) -> None:
     """Train with a manual clock, which advances only in the data, the engine's calls, and the counting of the batch."""
     from jepa_scale.telemetry import run_log
     from jepa_scale.training import metrics as meter
     from jepa_scale.training import run as training
     from jepa_scale.training import trainer
-    from jepa_scale.training.timer import StepClock
+    from jepa_scale.training.timer import StepTimer
 
     now = 0.0
     real_build, real_totals = training.build, trainer.global_totals
@@ -64,7 +64,7 @@ def train_by_hand(ranks: Ranks, cases: list[tuple[str, str | None]]) -> None:
     with (
         patch.object(training, "build", build),
         patch.object(trainer, "global_totals", takes(OTHER[ranks.rank], real_totals)),
-        patch.object(StepClock.__init__, "__defaults__", (True, lambda: now)),
+        patch.object(StepTimer.__init__, "__defaults__", (True, lambda: now)),
         patch.object(meter, "time", clock),
         patch.object(run_log, "time", clock),
     ):

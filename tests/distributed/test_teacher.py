@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from jepa_scale.checkpoint import store
 from jepa_scale.checkpoint.boxes import state_of
 from jepa_scale.config.ema import TeacherOptions
-from jepa_scale.distributed.comm import Ranks
+from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.engines.base import Engine
 from jepa_scale.engines.ema import Teacher, TeacherModel
 from tests.distributed.launch import run_ranks
@@ -46,7 +46,7 @@ PERSISTENT = [("body.calls", 0), ("encoder.mean", 0)]
 
 
 def build(
-    ranks: Ranks,
+    ranks: ParallelContext,
     name: str,
     precision: str = "fp32",
     options: TeacherOptions = OPTIONS,
@@ -78,7 +78,7 @@ def outputs(teacher: Teacher) -> list[Tensor]:
     return [body, encoded]
 
 
-def follow(ranks: Ranks, cases: list[tuple[str, str]]) -> list[dict[str, float]]:
+def follow(ranks: ParallelContext, cases: list[tuple[str, str]]) -> list[dict[str, float]]:
     """Train each case; return the largest errors of state and forward, in units of the tensor's rounding error."""
     results = []
     for name, precision in cases:
@@ -128,7 +128,7 @@ def test_it_follows_the_student_as_a_dense_fp64_reference_does(world_size):
 NONE = TeacherOptions(momentum=0, schedule="constant")
 
 
-def is_the_student(ranks: Ranks, cases: list[tuple[str, str]]) -> list[list[str]]:
+def is_the_student(ranks: ParallelContext, cases: list[tuple[str, str]]) -> list[list[str]]:
     """Return the differences, at momentum 0, between teacher and student, and between students with and without a teacher."""
     results = []
     for name, precision in cases:
@@ -186,7 +186,7 @@ def storages(*roots: Any) -> dict[int, int]:
     return found
 
 
-def measure(ranks: Ranks, cases: list[tuple[str, str, bool]]) -> list[tuple[int, ...]]:
+def measure(ranks: ParallelContext, cases: list[tuple[str, str, bool]]) -> list[tuple[int, ...]]:
     """Return a teacher's bytes, its elements, the model's elements, and the teacher's number of parameters, for each case."""
     results = []
     for name, precision, everything in cases:
@@ -228,7 +228,7 @@ SAVED = 4
 steps follow: the losses of the first depend on the loaded teacher, those of the second on its update."""
 
 
-def save(ranks: Ranks, folder: str, cases: list[dict[str, Any]]) -> list[list[Tensor]]:
+def save(ranks: ParallelContext, folder: str, cases: list[dict[str, Any]]) -> list[list[Tensor]]:
     """Train, save a checkpoint, and return the teacher then and after two more steps."""
     results = []
     for case in cases:
@@ -255,7 +255,7 @@ def known(teacher: Teacher) -> dict[str, Tensor]:
     return state | {str(i): output for i, output in enumerate(outputs(teacher))}
 
 
-def resume(ranks: Ranks, folder: str, cases: list[tuple[str, dict[str, Any]]]) -> list[list[Tensor]]:
+def resume(ranks: ParallelContext, folder: str, cases: list[tuple[str, dict[str, Any]]]) -> list[list[Tensor]]:
     """Return the same results from the checkpoint, with an engine and a teacher that start from other values."""
     results = []
     for source, case in cases:

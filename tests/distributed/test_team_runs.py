@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from jepa_scale.cli.main import main
-from jepa_scale.distributed.comm import Ranks
+from jepa_scale.distributed.comm import ParallelContext
 from tests.data.corpus import write_text
 from tests.distributed.compiled import train_compiled
 from tests.distributed.launch import run_ranks
@@ -180,7 +180,7 @@ def test_a_teams_checkpoint_becomes_a_hugging_face_model(team, tmp_path):
         assert torch.equal(value, trained[f"model/backbone.decoder.{name}"].to(value.dtype)), name
 
 
-def refused(ranks: Ranks, file: str) -> str:
+def refused(ranks: ParallelContext, file: str) -> str:
     from jepa_scale.config.loading import load_config
     from jepa_scale.experiment import validate
     from jepa_scale.training.build import build

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa_scale.config.schema import OptimConfig
-from jepa_scale.distributed.comm import Ranks
+from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.engines import create_engine
 from jepa_scale.engines.base import Engine, EngineOptions
 from jepa_scale.engines.weights import Weights
@@ -155,7 +155,7 @@ def sharded(
     module: nn.Module,
     blocks: Iterable[nn.Module],
     heads: Sequence[str],
-    ranks: Ranks,
+    ranks: ParallelContext,
     optim: OptimConfig,
     weights: Weights | None = None,
     **options: Any,
@@ -177,7 +177,7 @@ def sharded(
 
 def make_engine(
     name: str,
-    ranks: Ranks,
+    ranks: ParallelContext,
     accumulation: int = 1,
     precision: str = "fp32",
     clip: float = 3.0,

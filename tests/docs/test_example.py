@@ -8,7 +8,7 @@ import pytest
 import torch
 from text_runs import config_file
 
-from jepa_scale.distributed.comm import Ranks
+from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.experiment import objective_class
 from jepa_scale.utils.errors import InputError
 from tests.distributed.launch import run_ranks
@@ -18,7 +18,7 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 EXAMPLES = DOCS / "examples"
 
 
-def train_runs(ranks: Ranks, configs: list[str]) -> None:
+def train_runs(ranks: ParallelContext, configs: list[str]) -> None:
     from jepa_scale.training.run import run_training
 
     sys.path.insert(0, str(EXAMPLES))

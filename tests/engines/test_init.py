@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from jepa_scale.distributed.comm import Ranks
+from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.engines import resolve
 from jepa_scale.utils.errors import InputError
 
@@ -17,9 +17,9 @@ from jepa_scale.utils.errors import InputError
     ],
 )
 def test_resolve(name, launcher, expected):
-    assert resolve(name, Ranks(0, 1, 0, torch.device("cpu"), launcher)) == expected
+    assert resolve(name, ParallelContext(0, 1, 0, torch.device("cpu"), launcher)) == expected
 
 
 def test_resolve_refuses_an_unknown_engine():
     with pytest.raises(InputError, match="unknown engine 'megatron'; one of auto, deepspeed, fsdp"):
-        resolve("megatron", Ranks(0, 1, 0, torch.device("cpu"), "python"))
+        resolve("megatron", ParallelContext(0, 1, 0, torch.device("cpu"), "python"))

@@ -5,12 +5,12 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from jepa_scale.distributed.comm import Ranks
+from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.engines import precision
-from jepa_scale.engines.precision import compute_dtype, has_bf16, settle_precision
+from jepa_scale.engines.precision import compute_dtype, has_bf16, resolve_precision
 from tests.distributed.launch import run_ranks
 
-CPU = Ranks(0, 1, 0, torch.device("cpu"), "python")
+CPU = ParallelContext(0, 1, 0, torch.device("cpu"), "python")
 
 
 @pytest.mark.parametrize(
@@ -41,14 +41,14 @@ def test_a_cpu_has_bf16_if_one_of_its_instruction_sets_does(monkeypatch, capabil
 )
 def test_what_is_asked_for_is_done_and_auto_is_what_is_there(monkeypatch, caplog, asked, there, settled, told):
     monkeypatch.setattr(precision, "has_bf16", lambda device: there)
-    assert settle_precision(asked, CPU) == settled
+    assert resolve_precision(asked, CPU) == settled
     assert ("engine.precision: this CPU has no instructions for bf16" in caplog.text) is told
     compute_dtype(settled)
 
 
 def settled_where_rank_1_lacks_it(ranks):
     with patch.object(precision, "has_bf16", lambda device: ranks.rank != 1):
-        return settle_precision("auto", ranks)
+        return resolve_precision("auto", ranks)
 
 
 def test_all_ranks_compute_alike():

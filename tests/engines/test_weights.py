@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from jepa_scale.config.schema import OptimConfig
-from jepa_scale.distributed.comm import Ranks
+from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.engines.weights import Weights, built_by_rank_0
 from jepa_scale.utils.errors import InputError
 from tests.distributed.launch import run_ranks
@@ -67,7 +67,7 @@ class Live(TorchDispatchMode):
         self.now -= size
 
 
-def initial(ranks: Ranks, cases: list[tuple[str, str]]) -> list[dict[str, Tensor]]:
+def initial(ranks: ParallelContext, cases: list[tuple[str, str]]) -> list[dict[str, Tensor]]:
     """What each engine begins with, and a random number drawn after it, on every rank."""
     found = []
     for name, precision in cases:
@@ -100,7 +100,7 @@ def test_every_engine_begins_as_one_process_would(world_size):
             assert torch.equal(by_rank[0][i][key], value), (name, precision, key)
 
 
-def taken(ranks: Ranks) -> tuple[int, int, int]:
+def taken(ranks: ParallelContext) -> tuple[int, int, int]:
     """The most that was there while weights were handed out, what was left of it, and what is left to hand out."""
     module = built_by_rank_0(make_deep, ranks)
     names = [name for name, _ in module.named_parameters()]
@@ -118,7 +118,7 @@ def test_ranks_have_one_whole_parameter_at_a_time(world_size):
         assert one <= most <= 2.1 * one and left <= one and held == 0  # gloo may hold what it has sent last
 
 
-def start_of(ranks: Ranks, names: list[str]) -> list[int]:
+def start_of(ranks: ParallelContext, names: list[str]) -> list[int]:
     """Most bytes alive while each engine is built, on this rank."""
     found = []
     for name in names:
@@ -140,7 +140,7 @@ def test_no_rank_has_the_model_whole_while_an_engine_is_built(world_size):
         assert fsdp <= 1.1 * (4 * share + 2 * one) and zero3 <= 1.1 * (8 * share + 2 * one), (fsdp, zero3)
 
 
-def refused(ranks: Ranks) -> str:
+def refused(ranks: ParallelContext) -> str:
     def build() -> nn.Module:
         if ranks.is_main:
             raise InputError("model.pretrained: no weights")

@@ -21,7 +21,7 @@ from jepa_scale.config.parsing import parse_section
 from jepa_scale.data import load_data, parse_data
 from jepa_scale.data.examples import Conversation, Turn
 from jepa_scale.data.shards.decode import truncate
-from jepa_scale.distributed.comm import Ranks
+from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.evaluation.chat import ChatTest, Counter, Place, chosen, generations_file, question, save, summary
 from jepa_scale.evaluation.options import ChatEvalOptions
 from jepa_scale.evaluation.run import chat_test
@@ -33,7 +33,7 @@ from jepa_scale.objectives.lm_options import LmOptions
 from jepa_scale.telemetry import describe
 from jepa_scale.utils.errors import InputError
 
-ALONE = Ranks(0, 1, 0, torch.device("cpu"), "python")
+ALONE = ParallelContext(0, 1, 0, torch.device("cpu"), "python")
 END = 255
 
 

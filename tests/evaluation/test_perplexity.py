@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from jepa_scale.data import load_data, parse_data
-from jepa_scale.distributed.comm import Ranks
+from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.evaluation.encode import text_batches
 from jepa_scale.evaluation.options import PerplexityOptions
 from jepa_scale.evaluation.run import evaluate
@@ -19,7 +19,7 @@ from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.objectives.lm import LanguageModeling, lm_views
 from jepa_scale.objectives.lm_options import LmOptions
-from jepa_scale.packing import Segment, pack_stream
+from jepa_scale.packing import Segment, pack_sequence
 from tests.data.corpus import VOCABULARY, write_text
 from tests.distributed.launch import run_ranks
 
@@ -34,7 +34,7 @@ def load(folder: Path):
     return load_data(parse_data({"source": "text", "path": str(folder), "max_length": 8}))
 
 
-def evaluate_on_rank(ranks: Ranks, folder: str) -> None:
+def evaluate_on_rank(ranks: ParallelContext, folder: str) -> None:
     backbone, data = model(), load(Path(folder))
     objective = LanguageModeling(LmOptions(), backbone, data)
     calls = []
@@ -59,7 +59,7 @@ def test_every_sample_counts_once_on_any_number_of_ranks(tmp_path: Path, world_s
     with torch.no_grad():
         for example in load(tmp_path).splits["valid"]:
             tokens = torch.from_numpy(example.tokens.astype("int64"))
-            hidden = backbone.hidden(pack_stream([Segment(tokens[:-1].tolist(), "x")]))
+            hidden = backbone.hidden(pack_sequence([Segment(tokens[:-1].tolist(), "x")]))
             total += F.cross_entropy(backbone.logits(hidden), tokens[1:], reduction="sum").item()
             labels += len(tokens) - 1
     results = found[0][0]["valid"]
@@ -71,7 +71,7 @@ def test_every_sample_counts_once_on_any_number_of_ranks(tmp_path: Path, world_s
 def test_max_samples_are_spread_evenly(tmp_path: Path) -> None:
     write_text(tmp_path, [2], valid=30)
     examples = load(tmp_path).splits["valid"]
-    ranks = Ranks(0, 1, 0, torch.device("cpu"), "python")
+    ranks = ParallelContext(0, 1, 0, torch.device("cpu"), "python")
     batches = partial(text_batches, examples, lm_views, micro_tokens=20, ranks=ranks)
     some = list(batches(samples=7))
     assert sum(b.counts["samples"] for b in some) == 7

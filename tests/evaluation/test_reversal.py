@@ -33,10 +33,10 @@ class Knows:
 @pytest.mark.parametrize("batch_size", [1, 7, 1000])
 @pytest.mark.parametrize("limit", [0, 13])
 def test_metrics_are_means_over_facts(batch_size, limit):
-    answerer = Knows()
+    answer_generator = Knows()
     options = EvalOptions(max_facts=limit, rank_facts=5, batch_size=batch_size)
-    results = evaluate(answerer, {"test": DATA.splits["test"]}, list(DATA.names), options, torch.device("cpu"))
-    asked = answerer.asked
+    results = evaluate(answer_generator, {"test": DATA.splits["test"]}, list(DATA.names), options, torch.device("cpu"))
+    asked = answer_generator.asked
     assert len(asked) == (limit or len(DATA.splits["test"]))
     assert len({(q.subject, q.relation) for q in asked}) == len(asked)
     expected = sum(q.relation % 2 == 0 for q in asked) / len(asked)

@@ -12,8 +12,8 @@ import torch
 
 from jepa_scale.config.loading import load_config
 from jepa_scale.data import load_data
-from jepa_scale.data.sampling.rng import Draw
-from jepa_scale.distributed.comm import Ranks
+from jepa_scale.data.sampling.rng import SampleRNG
+from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.evaluation.options import ChatEvalOptions
 from jepa_scale.evaluation.run import chat_test, evaluate
 from jepa_scale.evaluation.text_probe import probe_test
@@ -24,7 +24,7 @@ from jepa_scale.metrics.spectrum import effective_rank
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.objectives.lm import LanguageModeling
 from jepa_scale.objectives.lm_options import LmOptions
-from jepa_scale.packing import Segment, Views, pack_stream
+from jepa_scale.packing import Segment, Views, pack_sequence
 from jepa_scale.training.build import build
 from jepa_scale.utils.errors import InputError
 from tests.distributed.launch import run_ranks
@@ -34,7 +34,7 @@ from tests.distributed.toy import small_buckets
 from tests.objectives.helpers import alone
 from tests.text_runs import config_file, write_labelled
 
-RANKS = Ranks(0, 1, 0, torch.device("cpu"), "python")
+RANKS = ParallelContext(0, 1, 0, torch.device("cpu"), "python")
 
 
 def parts(config: str) -> tuple[Any, Any, Any, Any]:
@@ -52,11 +52,11 @@ class Silent(LanguageModeling):
     pooling = "last"
     predicts_tokens = False
 
-    def text_views(self, example: Any, draw: Draw) -> Views:
+    def text_views(self, example: Any, draw: SampleRNG) -> Views:
         return Views([Segment(example.tokens[1:], "text", positions=np.arange(1, len(example.tokens)))])
 
 
-def evaluate_on_rank(ranks: Ranks, config: str, silent: bool) -> tuple[Any, list[str]]:
+def evaluate_on_rank(ranks: ParallelContext, config: str, silent: bool) -> tuple[Any, list[str]]:
     experiment, data, backbone, objective = parts(config)
     if silent:
         objective = Silent(LmOptions(), backbone, data)
@@ -119,7 +119,7 @@ def test_figures_are_those_of_texts_encoded_one_by_one(config, world_size, silen
 
 
 def stream_from(ids: list[int], start: int) -> Any:
-    return pack_stream([Segment(ids, "x", positions=range(start, start + len(ids)))])
+    return pack_sequence([Segment(ids, "x", positions=range(start, start + len(ids)))])
 
 
 def test_some_token_states_are_evenly_spread(config, monkeypatch):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.conftest import nursery  # noqa: F401  (the undisturbed runs to compare with)
+from tests.distributed.conftest import process_pool  # noqa: F401  (the undisturbed runs to compare with)
 from tests.distributed.processes import Launched
 
 

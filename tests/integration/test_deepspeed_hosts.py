@@ -74,10 +74,10 @@ def hostfile(folder: Path, text: str) -> str:
 
 @pytest.mark.matrix
 @with_sshd
-def test_two_hosts_train_as_two_ranks_of_one_do(nursery, launch, hosts, tmp_path):
+def test_two_hosts_train_as_two_ranks_of_one_do(process_pool, launch, hosts, tmp_path):
     """Six steps: warm-up is over at the third, and the checkpoints of two saves are replaced by later ones."""
     config = config_file(tmp_path, "lm", "zero2", name="run", steps=STEPS, checkpoint={"every": 2})
-    nursery.run(["--config", str(config), f"run.dir={tmp_path}/expected"], 2)
+    process_pool.run(["--config", str(config), f"run.dir={tmp_path}/expected"], 2)
     mark = f"hosts_{os.getpid()}_{tmp_path.name}"
     variables = {**ENVIRONMENT, MARK: mark}
     (tmp_path / "variables").write_text("".join(f"{name}={value}\n" for name, value in variables.items()))

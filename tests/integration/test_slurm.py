@@ -81,9 +81,9 @@ def reached(gate: Gate, cluster: Slurm, job: str, tmp_path: Path) -> None:
     assert arrived.exists(), said(tmp_path)
 
 
-def test_told_in_time_it_saves_queues_itself_again_and_ends_right(nursery, cluster, submit, gate, tmp_path):
+def test_told_in_time_it_saves_queues_itself_again_and_ends_right(process_pool, cluster, submit, gate, tmp_path):
     config = config_file(tmp_path, "lm", "fsdp", name="run", steps=STEPS, batch_size=4)
-    nursery.run(["--config", str(config), f"run.dir={tmp_path}/expected"], 2)
+    process_pool.run(["--config", str(config), f"run.dir={tmp_path}/expected"], 2)
     run = tmp_path / "run"
     job = submit("--config", str(config), OBJECTIVE, "data.workers=1", time="30")  # a loader's worker is told, too
     reached(gate, cluster, job, tmp_path)
@@ -114,10 +114,10 @@ def test_the_time_limit_itself_sends_the_signal(cluster, submit, gate, tmp_path)
     assert "goes back into the queue" in said(tmp_path)
 
 
-def test_an_operator_requeues_it(nursery, cluster, submit, gate, tmp_path):
+def test_an_operator_requeues_it(process_pool, cluster, submit, gate, tmp_path):
     """SIGTERM comes from SLURM itself, to the ranks."""
     config = config_file(tmp_path, "lm", "fsdp", name="run", steps=STEPS, batch_size=4)
-    nursery.run(["--config", str(config), f"run.dir={tmp_path}/expected"], 2)
+    process_pool.run(["--config", str(config), f"run.dir={tmp_path}/expected"], 2)
     run = tmp_path / "run"
     job = submit("--config", str(config), OBJECTIVE, "checkpoint.every=50", time="30")
     reached(gate, cluster, job, tmp_path)

@@ -32,12 +32,12 @@ def network():
 
 @pytest.mark.matrix
 @needs("ip", root=True)
-def test_a_node_that_is_cut_off_and_comes_back(nursery, launch, network, tmp_path):
+def test_a_node_that_is_cut_off_and_comes_back(process_pool, launch, network, tmp_path):
     """The ranks that wait for it are ended by the watchdog, the launchers start them again, and they go on from the
     newest checkpoint, to the bit as if nothing had been."""
     options = {"steps": STEPS, "batch_size": 4, "hang_minutes": HANG_SECONDS / 60, "checkpoint": {"every": 10}}
     config = config_file(tmp_path, "lm", "fsdp", name="run", **options)
-    nursery.run(["--config", str(config), f"run.dir={tmp_path}/expected"], 2)
+    process_pool.run(["--config", str(config), f"run.dir={tmp_path}/expected"], 2)
     run, gate = tmp_path / "run", Gate(tmp_path / "step_22")
 
     def start(node: int):

@@ -15,7 +15,7 @@ from jepa_scale.config.parsing import parse_section
 from jepa_scale.models import backbone as backbone_module
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
-from jepa_scale.packing import Segment, pack_stream
+from jepa_scale.packing import Segment, pack_sequence
 
 VOCABULARY = 50
 LENGTHS = (1, 1, 2, 5, 5, 9)
@@ -68,7 +68,7 @@ def noisy(backbone):
 
 def stream(lengths=LENGTHS, vocabulary=VOCABULARY, seed=3):
     generator = torch.Generator().manual_seed(seed)
-    return pack_stream(
+    return pack_sequence(
         [Segment(torch.randint(0, vocabulary, (n,), generator=generator).tolist(), "a") for n in lengths]
     )
 
@@ -167,7 +167,7 @@ def test_the_state_after_the_last_block_is_before_the_final_norm(name):
 @pytest.mark.parametrize("name", ["native", "native polar", "native tied", "llama"])
 def test_reading_out_last_tokens_alone_changes_nothing(name, until):
     backbone = make(name)
-    stream = pack_stream([Segment(list(range(3, 3 + n)), "text") for n in LENGTHS])
+    stream = pack_sequence([Segment(list(range(3, 3 + n)), "text") for n in LENGTHS])
     outcomes = []
     for read in (
         lambda: backbone.hidden(stream, until=until)[stream.last],
@@ -185,7 +185,7 @@ def test_reading_out_last_tokens_alone_changes_nothing(name, until):
 
 def test_the_last_block_is_spared_what_is_not_read_out():
     backbone = make("native")
-    stream = pack_stream([Segment(list(range(3, 3 + n)), "text") for n in LENGTHS])
+    stream = pack_sequence([Segment(list(range(3, 3 + n)), "text") for n in LENGTHS])
     rows = []
     backbone.layers[-1].mlp.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[1]))
     backbone.last_hidden(stream)
@@ -303,7 +303,7 @@ def test_unembedding_is_a_product_with_the_embeddings_as_they_enter(name, piece,
 
 def test_positions_are_the_streams_own():
     backbone = make("gpt2")
-    shifted = pack_stream([Segment([1, 2, 3], "a", positions=[4, 7, 9])])
+    shifted = pack_sequence([Segment([1, 2, 3], "a", positions=[4, 7, 9])])
     with backbone.unpacked() as decoder:
         out = decoder(
             torch.tensor([[1, 2, 3]]), position_ids=torch.tensor([[4, 7, 9]]), attention_mask=torch.ones(1, 3)

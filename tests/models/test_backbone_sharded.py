@@ -15,7 +15,7 @@ from jepa_scale.engines.base import EngineOptions
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.optim import build_optimizer, parameter_groups
-from jepa_scale.packing import Segment, pack_stream
+from jepa_scale.packing import Segment, pack_sequence
 from tests.distributed.launch import run_ranks
 
 GEMMA = dict(
@@ -61,7 +61,7 @@ def streams(step, rank):
         return Segment(tokens[:-1], "a", labels=tokens[1:])
 
     names = [Segment(segment(2).tokens, "name") for _ in range(3 - rank)]
-    return pack_stream(names), pack_stream([segment(n) for n in ((3, 3, 6) if rank == 0 else ())])
+    return pack_sequence(names), pack_sequence([segment(n) for n in ((3, 3, 6) if rank == 0 else ())])
 
 
 def zero3(folder):

@@ -5,7 +5,7 @@ import torch
 
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
-from jepa_scale.packing import Segment, pack_stream
+from jepa_scale.packing import Segment, pack_sequence
 
 VOCABULARY, LAYERS = 50, 3
 NATIVE = dict(hidden_size=32, num_hidden_layers=LAYERS, num_key_value_heads=2)
@@ -54,7 +54,7 @@ def make(name, seed=0):
 
 def stream(lengths=(1, 2, 5, 5, 9), seed=3):
     generator = torch.Generator().manual_seed(seed)
-    return pack_stream(
+    return pack_sequence(
         [Segment(torch.randint(0, VOCABULARY, (n,), generator=generator).tolist(), "a") for n in lengths]
     )
 
@@ -101,7 +101,7 @@ def test_gradient_flows_from_both(name, checkpointing):
 
 def test_a_failing_run_takes_its_hook_along():
     backbone = make("native")
-    long = pack_stream([Segment([1] * 3000, "a")])
+    long = pack_sequence([Segment([1] * 3000, "a")])
     with pytest.raises(ValueError, match="max_position_embeddings"):
         backbone.hidden_and_tap(long, 1)
     assert not backbone.layers[0]._forward_hooks

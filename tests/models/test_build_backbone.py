@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 from jepa_scale.config.parsing import parse_section
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
-from jepa_scale.packing import Segment, pack_stream
+from jepa_scale.packing import Segment, pack_sequence
 from jepa_scale.utils.errors import InputError
 
 NATIVE = dict(hidden_size=32, num_hidden_layers=2)
@@ -49,7 +49,7 @@ def test_a_saved_folder_is_a_pretrained_model(keys, tmp_path):
     saved = build(**keys)
     saved.decoder.save_pretrained(tmp_path)
     loaded = build(family="huggingface", pretrained=str(tmp_path))
-    stream = pack_stream([Segment([1, 2, 3], "a"), Segment([4, 5], "a")])
+    stream = pack_sequence([Segment([1, 2, 3], "a"), Segment([4, 5], "a")])
     torch.testing.assert_close(loaded.hidden(stream), saved.hidden(stream))
     assert next(loaded.parameters()).dtype == torch.float32
     assert (

@@ -11,7 +11,7 @@ import torch
 from jepa_scale.models.compiling import compile_blocks
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
-from jepa_scale.packing import Segment, pack_stream
+from jepa_scale.packing import Segment, pack_sequence
 
 LENGTHS = [(5, 3), (4, 4, 9), (2, 7, 3), (11, 6)]
 """Of the segments in each stream: no two have the same, nor as many tokens."""
@@ -38,7 +38,7 @@ def test_lengths_of_segments_are_no_new_program():
     compile_blocks(compiled.layers, backend=backend)
     counts = []
     for lengths in LENGTHS:
-        stream = pack_stream([Segment(torch.randint(20, (n,)).tolist(), "a") for n in lengths])
+        stream = pack_sequence([Segment(torch.randint(20, (n,)).tolist(), "a") for n in lengths])
         states = compiled.hidden(stream)
         torch.testing.assert_close(states, plain.hidden(stream))
         states.sum().backward()

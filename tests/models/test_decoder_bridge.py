@@ -8,7 +8,7 @@ from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.decoder import JepaDecoderConfig, JepaDecoderForCausalLM, JepaDecoderModel
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
-from jepa_scale.packing import Segment, pack_stream
+from jepa_scale.packing import Segment, pack_sequence
 from jepa_scale.utils.errors import InputError
 
 SHAPE = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=50)
@@ -127,7 +127,7 @@ def test_generation_with_a_cache_is_the_argmax_of_the_packed_path(barrier):
         made = decoder.generate(prompt, max_new_tokens=6, do_sample=False)
     rows = [row.tolist() for row in prompt]
     for _ in range(6):
-        stream = pack_stream([Segment(row, "text") for row in rows])
+        stream = pack_sequence([Segment(row, "text") for row in rows])
         following = backbone.logits(backbone.hidden(stream)[stream.last]).argmax(-1).tolist()
         rows = [[*row, token] for row, token in zip(rows, following, strict=True)]
     assert made.tolist() == rows
@@ -136,7 +136,7 @@ def test_generation_with_a_cache_is_the_argmax_of_the_packed_path(barrier):
 def test_cut_at_the_bridge_the_states_are_those_before_it():
     backbone = Backbone(noisy(make()))
     plain = Backbone(without_bridge(backbone.decoder))
-    stream = pack_stream([Segment(ids(n).tolist(), "text") for n in (1, 4, 7)])
+    stream = pack_sequence([Segment(ids(n).tolist(), "text") for n in (1, 4, 7)])
     for until in (1, 2):
         assert torch.equal(backbone.hidden(stream, until=until), plain.hidden(stream, until=until))
     for until in (3, None):
@@ -147,7 +147,7 @@ def test_cut_at_the_bridge_the_states_are_those_before_it():
 def test_the_gate_is_told_after_a_forward():
     backbone = Backbone(make())
     assert backbone.gate is None
-    backbone.hidden(pack_stream([Segment([1, 2, 3], "text")]))
+    backbone.hidden(pack_sequence([Segment([1, 2, 3], "text")]))
     assert backbone.gate.item() == pytest.approx(0.1192029, abs=1e-6)
     assert Backbone(without_bridge(backbone.decoder)).gate is None
 

@@ -10,7 +10,7 @@ from jepa_scale.models.flops import Cost, DecoderFlops, attention_pairs, linear_
 from jepa_scale.models.layers.mlp import Mlp
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
-from jepa_scale.packing import PackedStream, Segment, Views, pack, pack_stream
+from jepa_scale.packing import PackedSequence, Segment, Views, pack, pack_sequence
 
 VOCABULARY, LENGTHS, ROWS = 50, (1, 2, 5, 5, 9), 3
 NATIVE = dict(hidden_size=32, num_hidden_layers=3, num_key_value_heads=2)
@@ -46,13 +46,13 @@ def make(name):
 
 
 def stream(lengths):
-    return pack_stream([Segment([i % VOCABULARY for i in range(n)], "a") for n in lengths])
+    return pack_sequence([Segment([i % VOCABULARY for i in range(n)], "a") for n in lengths])
 
 
 def counted(backbone, lengths, rows=ROWS, until=None, train=True):
     """What FlopCounterMode sees, of segments of these lengths or of a stream: (forward, backward). Attention in separate products, which it counts as they are;
     the rotary tables of transformers are outer products, which it counts and we don't."""
-    packed, barrier = lengths if isinstance(lengths, PackedStream) else stream(lengths), backbone.barrier
+    packed, barrier = lengths if isinstance(lengths, PackedSequence) else stream(lengths), backbone.barrier
     with sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(train):
         with FlopCounterMode(display=False) as counter:
             hidden, tap = (

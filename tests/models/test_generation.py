@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GenerationConfig
 
-from jepa_scale.distributed.comm import Ranks
+from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.models.generation import Prompts, Round, answer, greedy, rounds
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.objectives.lm import LanguageModeling
 from jepa_scale.objectives.lm_options import LmOptions
-from jepa_scale.packing import Segment, pack_stream
+from jepa_scale.packing import Segment, pack_sequence
 
 VOCABULARY = 40
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.4)
@@ -39,7 +39,7 @@ FAMILIES = {
 }
 LENGTHS = (1, 2, 3, 5, 8, 13, 5, 2)
 NEW = 12
-ALONE = Ranks(0, 1, 0, torch.device("cpu"), "python")
+ALONE = ParallelContext(0, 1, 0, torch.device("cpu"), "python")
 
 
 def backbone_of(family, seed=0):
@@ -62,7 +62,7 @@ def spoken(backbone, prompt, stop, new_tokens):
     """Over the packed forward that training uses: another attention, no cache."""
     tokens = [int(t) for t in prompt]
     for _ in range(new_tokens):
-        hidden = backbone.hidden(pack_stream([Segment(tokens, "x")]))
+        hidden = backbone.hidden(pack_sequence([Segment(tokens, "x")]))
         tokens.append(int(backbone.logits(hidden)[-1].argmax()))
         if tokens[-1] in stop:
             return tokens[len(prompt) : -1], True
@@ -94,7 +94,7 @@ def test_a_batch_says_what_each_prompt_alone_would_say(family):
     assert len({len(tokens) for tokens, _ in expected}) > 2 and len({over for _, over in expected}) == 2
     assert len({tuple(tokens) for tokens, _ in expected}) > 4
     assert generated(backbone, prompts_of(), stop) == expected
-    before = backbone.hidden(pack_stream([Segment([3, 4], "x"), Segment([5], "x")]))  # packed again afterwards
+    before = backbone.hidden(pack_sequence([Segment([3, 4], "x"), Segment([5], "x")]))  # packed again afterwards
     assert before.shape[0] == 3
 
 
@@ -151,7 +151,7 @@ def test_compiled_blocks_are_not_compiled_for_every_length():
 
     for block in backbone.layers:
         block.compile(dynamic=True, backend=backend)
-    backbone.hidden(pack_stream([Segment([3, 4], "x")]))
+    backbone.hidden(pack_sequence([Segment([3, 4], "x")]))
     assert compiled, "the blocks are to be compiled in training"
     compiled.clear()
     generated(backbone, prompts_of(), ())
@@ -204,7 +204,7 @@ def test_a_rank_without_a_prompt_takes_part_and_answers_nothing():
 
     prompts = prompts_of((3, 2, 2))
     part = Round([2, 0], 5)
-    got = [answer(call, prompts, part, [9], Ranks(r, 3, r, torch.device("cpu"), "python")) for r in range(3)]
+    got = [answer(call, prompts, part, [9], ParallelContext(r, 3, r, torch.device("cpu"), "python")) for r in range(3)]
     assert [[a.number for a in g] for g in got] == [[2], [0], []]
     assert all(a.tokens == [1] and a.stopped for g in got for a in g)
     assert [c[1] for c in calls] == [[prompts[2].tolist()], [prompts[0].tolist()], [prompts[2].tolist()]]

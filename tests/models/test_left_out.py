@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
-from jepa_scale.packing import Segment, pack_stream
+from jepa_scale.packing import Segment, pack_sequence
 
 VOCABULARY = 50
 SHAPE = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
@@ -47,7 +47,7 @@ def both(backbone, texts):
         Segment([t for t, m in zip(tokens, masked, strict=True) if not m], "view", positions=(~masked).nonzero()[:, 0])
         for tokens, masked in texts
     ]
-    packed = backbone.hidden(pack_stream(segments))
+    packed = backbone.hidden(pack_sequence(segments))
     return packed, torch.cat([dense(backbone, tokens, masked)[~masked] for tokens, masked in texts])
 
 
@@ -92,6 +92,6 @@ def test_positions_that_are_kept_matter(name):
     """Else the tests above could pass with positions ignored."""
     backbone = make(name)
     tokens = [3, 1, 4, 1, 5, 9]
-    kept = backbone.hidden(pack_stream([Segment(tokens, "view", positions=[0, 1, 4, 6, 7, 30])]))
-    closed = backbone.hidden(pack_stream([Segment(tokens, "view")]))
+    kept = backbone.hidden(pack_sequence([Segment(tokens, "view", positions=[0, 1, 4, 6, 7, 30])]))
+    closed = backbone.hidden(pack_sequence([Segment(tokens, "view")]))
     assert (kept - closed).abs().max() > 1e-3

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from jepa_scale.config.parsing import parse_section
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import LoraOptions, ModelOptions
-from jepa_scale.packing import Segment, pack_stream
+from jepa_scale.packing import Segment, pack_sequence
 from jepa_scale.utils.errors import InputError
 
 LLAMA = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
@@ -23,7 +23,7 @@ FAMILIES = {
 }
 NATIVE = dict(hidden_size=32, num_hidden_layers=2, tie_word_embeddings=True, output_bias=True, bridge_after=1)
 KNOWN, ROWS = 50, 53
-STREAM = pack_stream([Segment([1, 50, 3, 49, 7], "a"), Segment([52, 4], "a")])
+STREAM = pack_sequence([Segment([1, 50, 3, 49, 7], "a"), Segment([52, 4], "a")])
 
 
 def build(needed=ROWS, **keys):
@@ -124,7 +124,7 @@ def test_spare_rows_of_a_checkpoint_can_be_trained(base):
     rows = ours.decoder.get_input_embeddings()
     assert rows.base_layer.weight.shape == (44, 32) and rows.new_rows.weight.shape == (KNOWN - 44, 32)
     assert not rows.base_layer.weight.requires_grad and rows.new_rows.weight.requires_grad
-    stream = pack_stream([Segment([1, 49, 43, 44], "a")])
+    stream = pack_sequence([Segment([1, 49, 43, 44], "a")])
     full = build(40, **pretrained(base))
     torch.testing.assert_close(ours.logits(ours.hidden(stream)), full.logits(full.hidden(stream)), rtol=0, atol=1e-5)
     with pytest.raises(IndexError):
@@ -162,7 +162,7 @@ def test_native():
 def test_dropout_is_of_the_adapters_and_of_training_alone():
     torch.manual_seed(0)
     ours = build(KNOWN, hidden_size=32, num_hidden_layers=1, lora={"dropout": 0.5})
-    stream = pack_stream([Segment([1, 2, 3], "a")])
+    stream = pack_sequence([Segment([1, 2, 3], "a")])
     with torch.no_grad():
         for name, parameter in ours.named_parameters():
             if "lora_B" in name:

@@ -10,7 +10,7 @@ import torch
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.models.recompute import recompute
-from jepa_scale.packing import Segment, pack_stream
+from jepa_scale.packing import Segment, pack_sequence
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -25,7 +25,7 @@ def step(family: str, how: str) -> tuple[torch.Tensor, list[Any], int]:
     torch.manual_seed(0)
     backbone = build_backbone(ModelOptions(**FAMILIES[family]), 50)
     recompute(backbone.layers, how)
-    packed = pack_stream([Segment(list(range(n)), "a", labels=list(range(n))) for n in (40, 9, 9)], seeds=[1, 2, 3])
+    packed = pack_sequence([Segment(list(range(n)), "a", labels=list(range(n))) for n in (40, 9, 9)], seeds=[1, 2, 3])
     parameters = {p.untyped_storage().data_ptr() for p in backbone.parameters()}
     kept: dict[int, int] = {}
 
@@ -63,7 +63,7 @@ def test_less_is_kept():
 
 def test_nothing_is_recomputed_without_gradient():
     backbone = build_backbone(ModelOptions(**FAMILIES["native"]), 50).eval()
-    packed = pack_stream([Segment([1, 2, 3], "a")])
+    packed = pack_sequence([Segment([1, 2, 3], "a")])
     calls = []
     with torch.no_grad():
         expected = backbone.hidden(packed)

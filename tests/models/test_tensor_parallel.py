@@ -9,14 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from jepa_scale.distributed.comm import Ranks, form_teams, team_group
-from jepa_scale.distributed.tp_group import Team
+from jepa_scale.distributed.comm import ParallelContext, init_tp_group, tp_group
+from jepa_scale.distributed.tp_group import TensorParallelGroup
 from jepa_scale.models import tensor_parallel
 from jepa_scale.models.generation import Prompts, greedy
 from jepa_scale.models.head import statistics
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
-from jepa_scale.packing import PackedStream, Segment, pack_stream
+from jepa_scale.packing import PackedSequence, Segment, pack_sequence
 from jepa_scale.utils.errors import InputError
 from tests.distributed.launch import run_ranks
 
@@ -48,16 +48,16 @@ def build(family: str) -> Any:
     return whole
 
 
-def stream(lengths: tuple[int, ...] = (5, 2, 2, 4)) -> PackedStream:
+def stream(lengths: tuple[int, ...] = (5, 2, 2, 4)) -> PackedSequence:
     generator = torch.Generator().manual_seed(1)
     segments = []
     for length in lengths:
         tokens = torch.randint(0, VOCABULARY, (length + 1,), generator=generator).tolist()
         segments.append(Segment(tokens[:-1], "a", labels=tokens[1:]))
-    return pack_stream(segments, seeds=list(range(7, 7 + len(lengths))))
+    return pack_sequence(segments, seeds=list(range(7, 7 + len(lengths))))
 
 
-def step(backbone: Any, packed: PackedStream) -> dict[str, torch.Tensor]:
+def step(backbone: Any, packed: PackedSequence) -> dict[str, torch.Tensor]:
     """Whatever an objective may ask for, and the gradient of a loss of it all."""
     hidden, tapped = backbone.hidden_and_tap(packed, 1)
     losses = backbone.label_losses(hidden[packed.labelled], packed.labels[packed.labelled])
@@ -72,14 +72,14 @@ def step(backbone: Any, packed: PackedStream) -> dict[str, torch.Tensor]:
     return {name: value.detach() for name, value in found.items()}
 
 
-def compare(ranks: Ranks, family: str) -> dict[str, float]:
+def compare(ranks: ParallelContext, family: str) -> dict[str, float]:
     """Largest difference to the whole decoder of each thing, relative to its largest value."""
     whole = build(family)
     mine = copy.deepcopy(whole)
-    ranks = form_teams(ranks, ranks.world_size)
-    group = team_group()
+    ranks = init_tp_group(ranks, ranks.world_size)
+    group = tp_group()
     assert group is not None
-    splits = tensor_parallel.split(mine, Team(group, ranks.rank, ranks.team))
+    splits = tensor_parallel.split(mine, TensorParallelGroup(group, ranks.rank, ranks.team))
     mine = copy.deepcopy(mine)  # as a teacher's copy is made
     expected, got = step(whole, stream()), step(mine, stream())
     apart = {name: distance(got[name], expected[name]) for name in expected}
@@ -116,11 +116,11 @@ def test_a_team_computes_what_one_rank_does(family):
         assert max(apart.values()) < 2e-5, {name: value for name, value in apart.items() if value >= 2e-5}
 
 
-def cross_entropies(ranks: Ranks) -> list[torch.Tensor]:
-    ranks = form_teams(ranks, ranks.world_size)
-    group = team_group()
+def cross_entropies(ranks: ParallelContext) -> list[torch.Tensor]:
+    ranks = init_tp_group(ranks, ranks.world_size)
+    group = tp_group()
     assert group is not None
-    team = Team(group, ranks.rank, ranks.team)
+    team = TensorParallelGroup(group, ranks.rank, ranks.team)
     generator = torch.Generator().manual_seed(0)
     logits = (30 * torch.randn(9, VOCABULARY, generator=generator)).requires_grad_()
     targets = torch.randint(0, VOCABULARY, (9,), generator=generator)

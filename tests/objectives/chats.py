@@ -11,7 +11,7 @@ import torch
 
 from jepa_scale.data import load_data, parse_data
 from jepa_scale.data.prepare.encoders.tokenizer import train_bpe
-from jepa_scale.data.sampling.rng import Draw
+from jepa_scale.data.sampling.rng import SampleRNG
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.objectives.base import Objective
@@ -114,7 +114,7 @@ def backbone(family: str, vocab_size: int, seed: int = 0) -> Any:
 
 def batch_of(objective: Objective, examples: list[Any], step: int = 0, first: int = 0, like: Any = None) -> PackedBatch:
     """The examples as one micro-batch that is the whole global batch; without any it has the form of ``like``."""
-    views = objective.view_maker()
-    made = [views(example, Draw(0, 0, step, first + i)) for i, example in enumerate(examples)]
-    form = views(like, Draw(0, 0, step, 0)) if like is not None else None
+    views = objective.view_transform()
+    made = [views(example, SampleRNG(0, 0, step, first + i)) for i, example in enumerate(examples)]
+    form = views(like, SampleRNG(0, 0, step, 0)) if like is not None else None
     return with_totals(pack(made, objective.streams, step=step, like=form))

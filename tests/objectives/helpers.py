@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from jepa_scale.data.reversal.facts import generate
-from jepa_scale.data.sampling.rng import Draw
+from jepa_scale.data.sampling.rng import SampleRNG
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.objectives.base import Objective
-from jepa_scale.packing import PackedBatch, Segment, pack, pack_stream
+from jepa_scale.packing import PackedBatch, Segment, pack, pack_sequence
 
 DATA = generate(50, 5, 3)
 
@@ -25,8 +25,10 @@ def backbone(seed: int = 0, **keys: Any):
 
 def batch_of(objective: Objective, facts: list[Any], step: int = 0, first: int = 0) -> PackedBatch:
     """The facts as one micro-batch that is the whole global batch."""
-    views = objective.view_maker()
-    batch = pack([views(f, Draw(0, 0, step, first + i)) for i, f in enumerate(facts)], objective.streams, step=step)
+    views = objective.view_transform()
+    batch = pack(
+        [views(f, SampleRNG(0, 0, step, first + i)) for i, f in enumerate(facts)], objective.streams, step=step
+    )
     return with_totals(batch)
 
 
@@ -36,4 +38,4 @@ def with_totals(batch: PackedBatch) -> PackedBatch:
 
 def alone(model: Any, tokens: list[int], until: int | None = None) -> torch.Tensor:
     """(n, d) states of one sequence by itself."""
-    return model.hidden(pack_stream([Segment(tokens, "x")]), until=until)
+    return model.hidden(pack_sequence([Segment(tokens, "x")]), until=until)

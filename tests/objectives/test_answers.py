@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jepa_scale.objectives.answers import LanguageModelAnswerer, rank_of
+from jepa_scale.objectives.answers import LanguageModelAnswerGenerator, rank_of
 from jepa_scale.objectives.lm import LanguageModeling
 from jepa_scale.objectives.lm_options import LmOptions
 from tests.objectives.helpers import DATA, alone, backbone
@@ -16,9 +16,11 @@ OBJECTIVE = LanguageModeling(LmOptions(), MODEL, DATA)
 FACTS = [DATA.splits["test"][i] for i in range(5)]
 
 
-def answerer(**options):
+def answer_generator(**options):
     with torch.no_grad():
-        made = LanguageModelAnswerer(lambda task, batch: getattr(OBJECTIVE, task)(MODEL, batch).detach(), **options)
+        made = LanguageModelAnswerGenerator(
+            lambda task, batch: getattr(OBJECTIVE, task)(MODEL, batch).detach(), **options
+        )
     made.prepare(list(DATA.names))
     return made
 
@@ -32,11 +34,11 @@ def log_likelihood(prompt, answer):
 
 def test_nll_is_the_sum_over_the_answers_tokens():
     expected = [-log_likelihood(f.prompt, f.answer) for f in FACTS]
-    np.testing.assert_allclose(answerer().nll(FACTS), expected, rtol=1e-4)
+    np.testing.assert_allclose(answer_generator().nll(FACTS), expected, rtol=1e-4)
 
 
 def test_speaking_is_greedy():
-    for fact, spoken in zip(FACTS, answerer().speak(FACTS, 2), strict=True):
+    for fact, spoken in zip(FACTS, answer_generator().speak(FACTS, 2), strict=True):
         tokens = list(fact.prompt)
         for _ in range(2):
             tokens.append(int(MODEL.logits(alone(MODEL, tokens))[-1].argmax()))
@@ -50,7 +52,7 @@ def test_ranks_compare_the_joint_likelihood_of_every_name():
         own = log_likelihood(fact.prompt, fact.answer)
         expected.append(1 + sum(s > own + 1e-6 for s in scores))
     for chunk in (7, 10_000):
-        np.testing.assert_allclose(answerer(chunk=chunk).ranks(FACTS), expected)
+        np.testing.assert_allclose(answer_generator(chunk=chunk).ranks(FACTS), expected)
 
 
 @settings(max_examples=50)

@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from jepa_scale.config.parsing import parse_section
-from jepa_scale.data.sampling.rng import Draw
+from jepa_scale.data.sampling.rng import SampleRNG
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.objectives.concept.config import ConceptOptions
@@ -37,10 +37,10 @@ def chat(tmp_path_factory):
 def micro_batches(objective, samples, count):
     """The samples as ``count`` micro-batches of one step."""
     size = -(-len(samples) // count)
-    view = objective.view_maker()
+    view = objective.view_transform()
     batches = []
     for first in range(0, len(samples), size):
-        made = [view(x, Draw(0, 0, 3, first + i)) for i, x in enumerate(samples[first : first + size])]
+        made = [view(x, SampleRNG(0, 0, 3, first + i)) for i, x in enumerate(samples[first : first + size])]
         batches.append(pack(made, objective.streams, step=3, max_samples=size))
     totals = {name: torch.tensor(float(n)) for name, n in add_counts(batches).items()}
     return [replace(batch, totals=totals) for batch in batches]
@@ -187,6 +187,6 @@ def test_a_step_without_views_is_of_another_kind(chat):
     assert [late.kind_of_step(step, 0) for step in range(5)] == [False] * 3 + [True] * 2
     now_and_then = TwoView(TwoViewOptions(loss_dropout=0.5), model, chat)
     kinds = [now_and_then.kind_of_step(step, 7) for step in range(40)]
-    views, example = now_and_then.view_maker(), chat.train[0]
-    assert kinds == [bool(views(example, Draw(7, 2, step, 5)).counts["pairs"]) for step in range(40)]
+    views, example = now_and_then.view_transform(), chat.train[0]
+    assert kinds == [bool(views(example, SampleRNG(7, 2, step, 5)).counts["pairs"]) for step in range(40)]
     assert 8 < sum(kinds) < 32

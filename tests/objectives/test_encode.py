@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from jepa_scale.data.sampling.rng import Draw
+from jepa_scale.data.sampling.rng import SampleRNG
 from jepa_scale.objectives.lm import LanguageModeling
 from jepa_scale.objectives.lm_options import LmOptions
 from jepa_scale.packing import pack
@@ -19,7 +19,9 @@ TEXTS = [[3, 9, 4, 1, 7], [5], [8, 2, 6], [1, 1], [4, 4, 4]]
 def test_states_pooled_by_segment_come_back_to_the_order_of_the_texts():
     model = backbone()
     objective = LanguageModeling(LmOptions(), model, DATA)
-    views = [objective.text_views(SimpleNamespace(tokens=np.array(t)), Draw(0, 0, 0, n)) for n, t in enumerate(TEXTS)]
+    views = [
+        objective.text_views(SimpleNamespace(tokens=np.array(t)), SampleRNG(0, 0, 0, n)) for n, t in enumerate(TEXTS)
+    ]
     batch = pack(views)
     with torch.no_grad():
         out = objective.encode(model, batch)
@@ -35,7 +37,7 @@ def test_states_pooled_by_segment_come_back_to_the_order_of_the_texts():
 def test_states_are_fp32_and_an_empty_batch_has_no_text():
     model = backbone().bfloat16()
     objective = LanguageModeling(LmOptions(), model, DATA)
-    views = objective.text_views(SimpleNamespace(tokens=np.array([1, 2])), Draw(0, 0, 0, 0))
+    views = objective.text_views(SimpleNamespace(tokens=np.array([1, 2])), SampleRNG(0, 0, 0, 0))
     batch = pack([], like=views)
     with torch.no_grad():
         out = objective.encode(model, batch)

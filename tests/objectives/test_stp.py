@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from jepa_scale.config.parsing import parse_section
 from jepa_scale.data.examples import Conversation, Document, Turn
-from jepa_scale.data.sampling.rng import Draw, generator
+from jepa_scale.data.sampling.rng import SampleRNG, generator
 from jepa_scale.experiment import objective_class
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
@@ -147,7 +147,7 @@ def test_places_of_packed_conversations_are_in_their_own_last_exchange(chats, fo
         examples.append((Conversation(tokens, tuple(said), []), own))
         possible += spans * (len(own) >= 3)
     maker = StpViews(StpOptions(form=form, spans=spans))
-    batch = pack([maker(example, Draw(seed, 0, 0, i)) for i, (example, _) in enumerate(examples)])
+    batch = pack([maker(example, SampleRNG(seed, 0, 0, i)) for i, (example, _) in enumerate(examples)])
     at = {name: batch.streams["main"].input_ids[batch.places[name]] for name in NAMES[form]}
     assert batch.counts["spans"] == possible and {len(x) for x in at.values()} == {possible}
     for row in torch.stack(list(at.values()), dim=1).tolist():
@@ -161,11 +161,11 @@ def test_places_of_packed_conversations_are_in_their_own_last_exchange(chats, fo
 def test_a_sample_is_one_segment_and_its_places_are_its_own():
     maker = StpViews(StpOptions(spans=5))
     doc = document(200)
-    views = maker(doc, Draw(0, 2, 9, 7))
+    views = maker(doc, SampleRNG(0, 2, 9, 7))
     (segment,) = views.segments
     assert list(segment.tokens) == list(doc.tokens[:-1]) and list(segment.labels) == list(doc.tokens[1:])
     assert views.counts == {"spans": 5}
-    drawn = lambda *draw: [x.tolist() for x in maker(doc, Draw(*draw)).segments[0].places.values()]  # noqa: E731
+    drawn = lambda *draw: [x.tolist() for x in maker(doc, SampleRNG(*draw)).segments[0].places.values()]  # noqa: E731
     assert drawn(0, 2, 9, 7) == drawn(0, 2, 10, 7)  # the step has no part in it
     assert all(drawn(0, 2, 9, 7) != drawn(*other) for other in ((1, 2, 9, 7), (0, 3, 9, 7), (0, 2, 9, 8)))
     assert make(model()).view_tokens(np.array([2, 9])).tolist() == [1, 8]
@@ -174,7 +174,7 @@ def test_a_sample_is_one_segment_and_its_places_are_its_own():
 @pytest.mark.parametrize("form", ["triple", "span"])
 def test_max_span_bounds_the_span(form):
     maker = StpViews(StpOptions(form=form, spans=300, max_span=4))
-    places = maker(document(200), Draw(0, 0, 0, 0)).segments[0].places
+    places = maker(document(200), SampleRNG(0, 0, 0, 0)).segments[0].places
     a, b = ("s", "t") if form == "triple" else ("start", "end")
     assert (places[b] - places[a]).max() == 4
 
@@ -221,10 +221,10 @@ def test_a_change_that_is_rounding_has_no_direction_and_hardly_a_gradient():
 
 
 def micro_batches(objective, *parts, step=0):
-    maker, first, batches = objective.view_maker(), 0, []
-    like = maker(SAMPLES[0], Draw(0, 0, step, 0))
+    maker, first, batches = objective.view_transform(), 0, []
+    like = maker(SAMPLES[0], SampleRNG(0, 0, step, 0))
     for part in parts:
-        views = [maker(x, Draw(0, 0, step, first + i)) for i, x in enumerate(part)]
+        views = [maker(x, SampleRNG(0, 0, step, first + i)) for i, x in enumerate(part)]
         batches.append(pack(views, objective.streams, step=step, like=like))
         first += len(part)
     totals = {name: torch.tensor(float(n)) for name, n in add_counts(batches).items()}
@@ -257,7 +257,7 @@ def reference(backbone, objective, samples):
     o, lm, bends = objective.options, [], []
     tap = {None: None, -2: 2, 3: 3, 1: 1}[o.tap_layer]
     for number, sample in enumerate(samples):
-        places = objective.view_maker()(sample, Draw(0, 0, 0, number)).segments[0].places
+        places = objective.view_transform()(sample, SampleRNG(0, 0, 0, number)).segments[0].places
         tokens, labels = (np.asarray(x)[:-1].tolist() for x in sample.lm_sequence())
         logits, h = backbone.logits(alone(backbone, tokens)), alone(backbone, tokens, tap)
         lm += [F.cross_entropy(logits[i], torch.tensor(x)) for i, x in enumerate(labels) if x != IGNORE]
@@ -351,8 +351,8 @@ def measure(backbone, samples=SAMPLES, sizes=(6,), **options):
     diagnostics, first, batches = objective.diagnostics(call), 0, []
     for size in sizes:
         part = range(first, min(first + size, len(samples)))
-        views = [diagnostics.views(samples[i], Draw(0, 0, 0, i)) for i in part]
-        batches.append(pack(views, like=diagnostics.views(SAMPLES[0], Draw(0, 0, 0, 0))))
+        views = [diagnostics.views(samples[i], SampleRNG(0, 0, 0, i)) for i in part]
+        batches.append(pack(views, like=diagnostics.views(SAMPLES[0], SampleRNG(0, 0, 0, 0))))
         first += size
     return diagnostics.measure(batches)
 
@@ -365,7 +365,7 @@ def test_diagnostics_equal_the_plain_reference_and_stay_so(tap_layer):
     cosine, rows = [], []
     with torch.no_grad():
         for number, sample in enumerate(SAMPLES):
-            places = StpViews(StpOptions(spans=4))(sample, Draw(0, 0, 0, number)).segments[0].places
+            places = StpViews(StpOptions(spans=4))(sample, SampleRNG(0, 0, 0, number)).segments[0].places
             h = alone(wide, sample.tokens[:-1].tolist(), None if tap_layer is None else 1)
             for s, r, t in zip(*(places[name].tolist() for name in "srt"), strict=True):
                 cosine.append(F.cosine_similarity(h[t] - h[r], h[r] - h[s], dim=0))

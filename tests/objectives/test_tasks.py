@@ -36,7 +36,7 @@ def test_every_task_is_a_method_that_takes_the_backbone_first():
 def test_what_is_no_task_is_refused():
     model = JepaModel(nn.Identity(), Counting())
     assert model("count", 3) == (model.backbone, 3)
-    for name in ("uncounted", "state_dict", "los", "view_maker"):
+    for name in ("uncounted", "state_dict", "los", "view_transform"):
         with pytest.raises(
             AssertionError, match=rf"^'{name}' is no task of Counting; there are collect, count, diagnose"
         ):

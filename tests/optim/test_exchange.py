@@ -53,8 +53,8 @@ def test_a_matrix_stays_where_it_is_if_that_costs_nothing():
 def as_rank(number: int, tables: list) -> Iterator[None]:
     """Act as rank ``number`` of ``len(tables)`` ranks within the block."""
     with (
-        patch.object(exchange, "data_rank", lambda: number),
-        patch.object(exchange, "data_size", lambda: len(tables)),
+        patch.object(exchange, "dp_rank", lambda: number),
+        patch.object(exchange, "dp_size", lambda: len(tables)),
         patch.object(exchange, "all_gather_object", lambda mine: tables),
     ):
         yield

@@ -2,11 +2,11 @@
 
 import torch
 
-from jepa_scale.plan.ledger import Ledger, Watch
+from jepa_scale.plan.ledger import MemoryTracker, Watch
 
 
 def test_a_storage_counts_once_and_as_long_as_it_lives():
-    ledger = Ledger()
+    ledger = MemoryTracker()
     with Watch(ledger):
         x = torch.empty(10, 4, device="meta")
         assert ledger.total == 160
@@ -25,7 +25,7 @@ def test_a_storage_counts_once_and_as_long_as_it_lives():
 def test_what_was_there_before_is_not_counted_and_neither_are_its_views():
     weight = torch.empty(8, 4, device="meta", requires_grad=True)
     x = torch.empty(2, 4, device="meta")
-    ledger = Ledger()
+    ledger = MemoryTracker()
     with Watch(ledger):
         y = x @ weight.t()
         assert ledger.total == 2 * 8 * 4
@@ -37,7 +37,7 @@ def test_what_was_there_before_is_not_counted_and_neither_are_its_views():
 
 def test_autograd_keeps_what_a_backward_needs():
     x = torch.empty(6, device="meta", requires_grad=True)
-    ledger = Ledger()
+    ledger = MemoryTracker()
     with Watch(ledger):
         y = x.exp().sin()  # exp keeps its output, and sin its input, the same; y itself
         assert ledger.total == 2 * 24
@@ -49,14 +49,14 @@ def test_autograd_keeps_what_a_backward_needs():
 
 def test_costs_of_operators():
     a, b = torch.empty(2, 3, device="meta"), torch.empty(3, 5, device="meta")
-    watch = Watch(Ledger())
+    watch = Watch(MemoryTracker())
     with watch:
         (a @ b).t()
     assert [(op.flops, op.bytes) for op in watch.ops] == [(2 * 2 * 3 * 5, 4 * (6 + 15 + 10))]
 
 
 def test_kinds_change_and_logits_are_known_by_their_width():
-    ledger = Ledger()
+    ledger = MemoryTracker()
     watch = Watch(ledger, vocab=7)
     with watch:
         logits, x = torch.empty(3, 7, device="meta"), torch.empty(3, 6, device="meta")

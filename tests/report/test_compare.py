@@ -9,7 +9,7 @@ import torch
 
 from jepa_scale.cli.main import main
 from jepa_scale.config.schema import LogConfig
-from jepa_scale.distributed.comm import Ranks
+from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.evaluation.snapshot import save_snapshot
 from jepa_scale.report.compare import differences, final_metrics, load_runs, projections, spectra, variants
 from jepa_scale.report.compare_page import write_comparison
@@ -29,7 +29,7 @@ def make_run(folder, name, seed=0, objective="lm", lr=0.1, ppl=10.0):
         f"run: {{name: {name}, seed: {seed}}}\nobjective: {{name: {objective}}}\n"
         f"optim: {{lr: {lr}}}\nlog: {{progress: {seed > 0}}}\n"
     )
-    ranks = Ranks(0, 1, 0, torch.device("cpu"), "python")
+    ranks = ParallelContext(0, 1, 0, torch.device("cpu"), "python")
     with RunLog(directory, LogConfig(progress=False), ranks, name, 6, config) as log:
         for step in range(1, 7):
             parts = {"time_data": 0.1, "time_forward": 0.3 + seed, "time_per_step": 0.4 + seed}

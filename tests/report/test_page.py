@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from jepa_scale.config.schema import LogConfig
-from jepa_scale.distributed.comm import Ranks
+from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.report.page import compare_table, runs_table, write_report
 from jepa_scale.report.plots import curves, plot_all, wants_log_axis
 from jepa_scale.telemetry import RunLog
@@ -45,7 +45,7 @@ class Page(HTMLParser):
 def make_run(directory, name="demo", reverse=0.9, flops=0, budget=0.0):
     directory.mkdir(parents=True)
     config = f"run:\n  name: {name}\nobjective:\n  note: <script>alert(1)</script> & more\n"
-    ranks = Ranks(0, 1, 0, torch.device("cpu"), "python")
+    ranks = ParallelContext(0, 1, 0, torch.device("cpu"), "python")
     with RunLog(directory, LogConfig(progress=False), ranks, name, 6, config, budget=budget) as log:
         for step in range(1, 7):
             loss = math.nan if step == 3 else 10.0 ** (2 - step)

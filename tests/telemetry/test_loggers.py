@@ -11,7 +11,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from jepa_scale.config.schema import LogConfig
-from jepa_scale.distributed.comm import Ranks
+from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.telemetry import RunLog, load_run
 from jepa_scale.telemetry.loggers import Loggers
 
@@ -20,7 +20,7 @@ needs_wandb = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reas
 
 
 def run_log(directory, start_step=0, **log):
-    ranks = Ranks(0, 1, 0, torch.device("cpu"), "python")
+    ranks = ParallelContext(0, 1, 0, torch.device("cpu"), "python")
     return RunLog(directory, LogConfig(progress=False, **log), ranks, "demo", 10, CONFIG, start_step=start_step)
 
 
@@ -121,10 +121,10 @@ import sys, torch
 from pathlib import Path
 from jepa_scale.telemetry import RunLog
 from jepa_scale.config.schema import LogConfig
-from jepa_scale.distributed.comm import Ranks
+from jepa_scale.distributed.comm import ParallelContext
 directory, start = Path(sys.argv[1]), int(sys.argv[2])
 log = LogConfig(progress=False, wandb=True, tensorboard=True, wandb_project="probe")
-ranks = Ranks(0, 1, 0, torch.device("cpu"), "python")
+ranks = ParallelContext(0, 1, 0, torch.device("cpu"), "python")
 with RunLog(directory, log, ranks, "demo", 10, {config!r}, start_step=start) as log:
     log.fit(start + 1, {{"loss": 1.2345678, "lr": 0.001, "grad_norm": None}})
     log.evaluated(start + 1, "test", {{"mrr": 0.8765432}})

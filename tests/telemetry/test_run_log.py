@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from jepa_scale.config.schema import LogConfig
-from jepa_scale.distributed.comm import Ranks
+from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.telemetry import RunLog, prepare_run_dir
 from jepa_scale.telemetry.records import read_rows
 from jepa_scale.telemetry.run_log import Stopwatch
@@ -32,7 +32,7 @@ def wait(monkeypatch) -> Callable[[float], None]:
 
 
 def ranks(rank=0, world_size=1):
-    return Ranks(rank, world_size, rank, torch.device("cpu"), "python")
+    return ParallelContext(rank, world_size, rank, torch.device("cpu"), "python")
 
 
 def run_log(directory, total=10, rank=0, world_size=1, **options):

@@ -5,13 +5,13 @@ from types import SimpleNamespace
 import pytest
 
 from jepa_scale.config.parsing import parse_section
-from jepa_scale.data.sampling.batches import Dealt
+from jepa_scale.data.sampling.batches import DataParallelSlice
 from jepa_scale.data.sampling.loader import Loader
 from jepa_scale.objectives.lm import LanguageModeling
 from jepa_scale.objectives.lm_options import LmOptions
 from jepa_scale.objectives.two_view.objective import TwoView, TwoViewOptions
 from jepa_scale.training import flop_budget
-from jepa_scale.training.build import create_stream
+from jepa_scale.training.build import create_sampler
 from jepa_scale.training.flop_budget import steps_within, whole_steps
 from jepa_scale.utils.errors import InputError
 from tests.objectives import chats
@@ -34,8 +34,8 @@ def run(chat, options=None, rank=0, world_size=1, **train):
         objective = TwoView(parse_section(TwoViewOptions, options, "objective"), model, chat)
     keys = {"batch_size": 0, "batch_tokens": 0, "micro_tokens": 0, "accumulation": 1, "epochs": 0, **train}
     experiment = SimpleNamespace(train=SimpleNamespace(**keys), run=SimpleNamespace(seed=SEED))
-    stream = create_stream(experiment, chat, objective, SimpleNamespace(data_rank=rank, data_size=world_size))
-    loader = Loader(chat.train, stream, objective.view_maker(), objective.streams, 0, 0, SEED)
+    stream = create_sampler(experiment, chat, objective, SimpleNamespace(dp_rank=rank, dp_size=world_size))
+    loader = Loader(chat.train, stream, objective.view_transform(), objective.streams, 0, 0, SEED)
     return loader, objective.flops(model), lambda step: objective.kind_of_step(step, SEED)
 
 
@@ -83,7 +83,7 @@ def test_every_rank_finds_the_same_number_from_all_ranks_samples(chat, train):
     for rank in range(2):
         loader, flops, kind = run(chat, {}, rank=rank, world_size=2, **train)
         loaders = whole_steps(loader, 2)
-        assert loader.stream.dealt == Dealt(1, rank, 2)  # its own is as it was
+        assert loader.stream.dealt == DataParallelSlice(1, rank, 2)  # its own is as it was
         found.append((steps_within(3e9, loaders, flops, kind), cost(loaders, flops, range(20))))
         own = [sum(map(int, x.stream.micro_batch(4, 0)[1])) for x in loaders]
         assert own[rank] == sum(map(int, loader.stream.micro_batch(4, 0)[1])) and own[0] != own[1]

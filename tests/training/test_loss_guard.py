@@ -3,11 +3,11 @@ import math
 import pytest
 
 from jepa_scale.config.schema import TrainConfig
-from jepa_scale.training.loss_guard import LossGuard
+from jepa_scale.training.loss_guard import LossChecks
 
 
 def test_bad_steps_in_a_row_end_the_run_across_rows(caplog):
-    guard = LossGuard(TrainConfig(max_skipped_steps=3))
+    guard = LossChecks(TrainConfig(max_skipped_steps=3))
     guard.check({"loss": 1.0}, [0, 1, 2], [1, 2], tells=True)
     assert caplog.messages == ["no finite gradient in step 1, 2; skipped on all ranks"]
     guard.check({"loss": 1.0}, [3, 4], [3], tells=False)  # three in a row, then a good one
@@ -19,12 +19,12 @@ def test_bad_steps_in_a_row_end_the_run_across_rows(caplog):
 
 def test_no_bad_step_is_allowed_where_the_limit_is_zero():
     with pytest.raises(FloatingPointError, match="steps 0 to 0"):
-        LossGuard(TrainConfig(max_skipped_steps=0)).check({"loss": math.nan}, [0], [0], tells=False)
+        LossChecks(TrainConfig(max_skipped_steps=0)).check({"loss": math.nan}, [0], [0], tells=False)
 
 
 def test_a_spike_is_a_warning_when_it_is_looked_for(caplog):
     rows = [2.0, 2.2, 1.9, 9.0, 2.0]
-    looking, careless = LossGuard(TrainConfig(spike_factor=3)), LossGuard(TrainConfig())
+    looking, careless = LossChecks(TrainConfig(spike_factor=3)), LossChecks(TrainConfig())
     found = [looking.check({"loss": loss}, [i], [], tells=True) for i, loss in enumerate(rows)]
     assert found == [{}, {}, {}, {"loss_spike": pytest.approx(4.5)}, {}]
     assert "the loss jumped to 9 from 2" in caplog.text

@@ -6,7 +6,7 @@ import torch
 
 from jepa_scale.objectives.base import Loss
 from jepa_scale.packing import PackedBatch, Segment, Views, pack
-from jepa_scale.training.metrics import Meter
+from jepa_scale.training.metrics import MetricAccumulator
 
 FINITE = torch.tensor(1.0)
 
@@ -22,7 +22,7 @@ def loss(value: float) -> Loss:
 
 
 def test_contributions_add_up_within_a_step_and_are_averaged_over_steps():
-    meter = Meter(torch.device("cpu"))
+    meter = MetricAccumulator(torch.device("cpu"))
     for step, values in enumerate([(1.0, 2.0), (5.0, 0.0)]):
         for value in values:
             meter.add(loss(value), batch(3, step))
@@ -37,7 +37,7 @@ def test_contributions_add_up_within_a_step_and_are_averaged_over_steps():
 
 
 def test_a_skipped_step_is_named_and_in_no_mean():
-    meter = Meter(torch.device("cpu"))
+    meter = MetricAccumulator(torch.device("cpu"))
     for step, (value, norm) in enumerate([(1.0, 2.0), (math.nan, math.nan), (3.0, math.inf), (5.0, 0.1)]):
         meter.add(loss(value), batch(1, step))
         meter.step_done(step, torch.tensor(norm))
@@ -51,7 +51,7 @@ def test_a_skipped_step_is_named_and_in_no_mean():
 
 
 def test_what_was_spent_counts_for_skipped_steps_too():
-    meter = Meter(torch.device("cpu"))
+    meter = MetricAccumulator(torch.device("cpu"))
     for step, norm in enumerate([1.0, math.nan]):
         meter.spend(3 * 2**40)
         meter.add(loss(1.0), batch(1, step))
@@ -67,7 +67,7 @@ def test_what_was_spent_counts_for_skipped_steps_too():
 
 
 def test_efficiency_and_skipped_samples_are_told_where_there_are_any():
-    meter = Meter(torch.device("cpu"))
+    meter = MetricAccumulator(torch.device("cpu"))
     meter.add(loss(1.0), batch(6, 0, budget=8, skipped=2))
     meter.add(loss(1.0), batch(8, 0, budget=8, skipped=1))
     meter.step_done(0, FINITE)
@@ -87,7 +87,7 @@ def test_waiting_for_data_is_a_share_of_waiting_and_working(monkeypatch):
             now += 1.0 + step // 2
             yield batch(1, step)
 
-    meter = Meter(torch.device("cpu"))
+    meter = MetricAccumulator(torch.device("cpu"))
     shares = []
     for made in meter.waiting(slow()):
         now += 3.0

@@ -12,19 +12,19 @@ from pydantic import ValidationError
 from jepa_scale import train
 from jepa_scale.config.schema import TrainConfig
 from jepa_scale.data.reversal.facts import generate
-from jepa_scale.training.stopping import Criteria
+from jepa_scale.training.stopping import StoppingRules
 from jepa_scale.utils.errors import InputError
 
 
-def criteria(**options) -> Criteria:
-    return Criteria(TrainConfig(steps=100, eval_every=5, **options))
+def criteria(**options) -> StoppingRules:
+    return StoppingRules(TrainConfig(steps=100, eval_every=5, **options))
 
 
-def look(who: Criteria, step: int, epochs: float = 0.0, split: str = "valid", **values: float) -> bool:
+def look(who: StoppingRules, step: int, epochs: float = 0.0, split: str = "valid", **values: float) -> bool:
     return who.look(step, {split: values}, lambda: epochs)
 
 
-def patient(**changes) -> Criteria:
+def patient(**changes) -> StoppingRules:
     return criteria(early_stopping={"metric": "valid/ppl", "patience": 2, "min_delta": 0.1, **changes})
 
 

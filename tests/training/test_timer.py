@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jepa_scale import train
 from jepa_scale.report.step_time import breakdown_table
 from jepa_scale.telemetry.metrics import STEP_PARTS, describe, in_report_order, step_part
-from jepa_scale.training.timer import StepClock
+from jepa_scale.training.timer import StepTimer
 from tests.text_runs import config_file
 
 CPU = torch.device("cpu")
@@ -31,7 +31,7 @@ class Hand:
 @given(st.lists(st.tuples(st.sampled_from([*STEP_PARTS, None]), st.integers(0, 1000)), min_size=1, max_size=30))
 def test_parts_add_up_and_what_is_no_training_is_in_none(entered):
     hand = Hand()
-    clock = StepClock(CPU, now=hand)
+    clock = StepTimer(CPU, now=hand)
     expected = dict.fromkeys(STEP_PARTS, 0)
     for part, passed in entered:
         clock.enter(part)
@@ -51,7 +51,7 @@ def test_switched_off_it_does_nothing():
     def now() -> float:
         raise AssertionError("the clock was looked at")
 
-    clock = StepClock(CPU, on=False, now=now)
+    clock = StepTimer(CPU, on=False, now=now)
     clock.enter("forward")
     assert clock.read(1) == {} and clock._marks == []
 
@@ -102,7 +102,7 @@ def test_on_a_gpu_the_device_is_asked():
     device = torch.device("cuda")
     a = torch.randn(4096, 4096, device=device)
     (a @ a).sum().item()
-    clock = StepClock(device)
+    clock = StepTimer(device)
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from jepa_scale.distributed.comm import Ranks
+from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.training import watchdog
 from jepa_scale.training.watchdog import Watchdog
 from tests.distributed.processes import HANG, until
@@ -42,8 +42,8 @@ def hand(monkeypatch) -> Hand:
     return hand
 
 
-def ranks(rank: int, world_size: int = 3) -> Ranks:
-    return Ranks(rank, world_size, rank, torch.device("cpu"), "python")
+def ranks(rank: int, world_size: int = 3) -> ParallelContext:
+    return ParallelContext(rank, world_size, rank, torch.device("cpu"), "python")
 
 
 def test_progress_keeps_it_quiet_and_it_leaves_nothing_behind(tmp_path: Path, hand: Hand) -> None:

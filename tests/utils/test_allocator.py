@@ -11,14 +11,14 @@ from text_runs import config_file
 
 from jepa_scale.telemetry.records import read_rows
 from jepa_scale.utils import allocator
-from tests.distributed.processes import HANG, REPOSITORY, Nursery, shared_nursery
+from tests.distributed.processes import HANG, REPOSITORY, ProcessPool, shared_process_pool
 
 GIVEN = ("LD_PRELOAD", "CUDA_VISIBLE_DEVICES", "CONDA_PREFIX", allocator.VARIABLE)
 
 
 @pytest.fixture
-def nursery() -> Nursery:
-    return shared_nursery()
+def process_pool() -> ProcessPool:
+    return shared_process_pool()
 
 
 def bash(command: str, **environment: str) -> str:
@@ -128,7 +128,7 @@ def test_a_run_on_a_cpu_without_it_logs_a_hint(monkeypatch, caplog, malloc, devi
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_run_has_it_and_computes_the_same(nursery, tmp_path, world_size):
+def test_a_run_has_it_and_computes_the_same(process_pool, tmp_path, world_size):
     """As ranks that were forked without it."""
     if not installed():
         pytest.skip("tcmalloc is not installed")
@@ -136,7 +136,7 @@ def test_a_run_has_it_and_computes_the_same(nursery, tmp_path, world_size):
     files = {malloc: str(config_file(tmp_path, malloc, train=train)) for malloc in ("tcmalloc", "system")}
     launched = f"NPROC_PER_NODE={world_size} scripts/launch_torchrun.sh --config '{files['tcmalloc']}' 2>&1"
     assert "memory: steps on a CPU" not in bash(launched, CUDA_VISIBLE_DEVICES="")
-    nursery.run(["--config", files["system"]], world_size)
+    process_pool.run(["--config", files["system"]], world_size)
     found = {}
     for malloc in files:
         summary = json.loads((tmp_path / malloc / "summary.json").read_text())

@@ -1,7 +1,7 @@
 """Batch samplers: the samples of an optimizer step, as pure functions of the seed and of the run's position.
 
 There are two ways to cut the endless sequence of samples (:mod:`jepa_scale.data.sampling.order`) into micro-batches: a
-fixed number of samples (:class:`SampleStream`), or as many as fit a budget of tokens (:class:`TokenStream`). In both,
+fixed number of samples (:class:`SampleBatchSampler`), or as many as fit a budget of tokens (:class:`TokenBatchSampler`). In both,
 micro-batch j of rank r is slice j·world + r of the step. So the number of ranks decides which rank computes a sample,
 but not which samples a step has.
 """
@@ -26,7 +26,7 @@ budget is lost, and half of that on average."""
 
 
 @dataclass(frozen=True, slots=True)
-class Dealt:
+class DataParallelSlice:
     """The split of a step over ranks: micro-batches per rank (``accumulation``), this rank, and the number of ranks."""
 
     accumulation: int = 1
@@ -42,10 +42,10 @@ class Dealt:
         return micro * self.world_size + self.rank
 
 
-ALONE = Dealt()
+ALONE = DataParallelSlice()
 
 
-class Stream(Protocol):
+class BatchSampler(Protocol):
     """Interface of a batch sampler for the loader and the checkpoint.
 
     Attributes:
@@ -79,12 +79,12 @@ class Stream(Protocol):
         """
 
 
-class _Stream:
+class _BatchSampler:
     """Base of both batch samplers: the end of the data, and the check that a state fits data and seed."""
 
     kind: str
 
-    def __init__(self, order: Order, seed: int, dealt: Dealt, fingerprint: str, epochs: int) -> None:
+    def __init__(self, order: Order, seed: int, dealt: DataParallelSlice, fingerprint: str, epochs: int) -> None:
         assert 0 <= dealt.rank < dealt.world_size, dealt
         if order.length == 0:
             raise InputError("data: holds no examples to train on")
@@ -116,7 +116,7 @@ class _Stream:
             raise InputError(f"run.seed: {self.seed} is not the checkpoint's; set it to {state['seed']}")
 
 
-class SampleStream(_Stream):
+class SampleBatchSampler(_BatchSampler):
     """Batch sampler with a fixed number of samples per step.
 
     Step s takes the positions [s·B, (s+1)·B). A step may contain the end of one epoch and the start of the next.
@@ -141,7 +141,7 @@ class SampleStream(_Stream):
         order: Order,
         seed: int,
         batch_size: int,
-        dealt: Dealt = ALONE,
+        dealt: DataParallelSlice = ALONE,
         fingerprint: str = "",
         epochs: int = 0,
     ) -> None:
@@ -187,7 +187,7 @@ class SampleStream(_Stream):
         return self.first_step
 
 
-class TokenStream(_Stream):
+class TokenBatchSampler(_BatchSampler):
     """Batch sampler with a token budget per micro-batch.
 
     Windows of the order are packed into bins by first-fit decreasing, and the bins of a window are shuffled. Each step
@@ -206,7 +206,7 @@ class TokenStream(_Stream):
         sizes: (m,) sample numbers → (m,) largest number of tokens of each sample's views, as the objective makes them.
         budget: tokens in a micro-batch of a rank.
         mean_size: mean tokens of a sample; it sets the number of samples in a window (``WINDOW_BINS`` bins on average).
-        dealt, fingerprint, epochs: as for :class:`SampleStream`.
+        dealt, fingerprint, epochs: as for :class:`SampleBatchSampler`.
     """
 
     kind = "tokens"
@@ -218,7 +218,7 @@ class TokenStream(_Stream):
         sizes: Callable[[np.ndarray], np.ndarray],
         budget: int,
         mean_size: float,
-        dealt: Dealt = ALONE,
+        dealt: DataParallelSlice = ALONE,
         fingerprint: str = "",
         epochs: int = 0,
     ) -> None:

@@ -19,8 +19,8 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from jepa_scale.data.sampling.batches import Stream
-from jepa_scale.data.sampling.rng import Draw, ViewMaker, views_of
+from jepa_scale.data.sampling.batches import BatchSampler
+from jepa_scale.data.sampling.rng import SampleRNG, ViewTransform, views_of
 from jepa_scale.packing import PackedBatch, Views, pack
 from jepa_scale.utils.errors import DataError, InputError
 from jepa_scale.utils.logging import configure, configured_level
@@ -47,14 +47,14 @@ class Loader:
         streams: names of the streams that the objective packs.
         start_step: the step to begin with; beginning anywhere gives what an uninterrupted run has there.
         steps: the step at which to stop (the run's length, not the number of steps still to go).
-        seed: the run's seed, for :class:`Draw` and the batches.
+        seed: the run's seed, for :class:`SampleRNG` and the batches.
         workers: processes that make micro-batches ahead of time; 0 = make them when they are asked for.
         on_error: a damaged sample stops the run, or is left out with a warning and counted (``skipped``).
     """
 
     examples: Readable
-    stream: Stream
-    view_maker: ViewMaker
+    stream: BatchSampler
+    view_transform: ViewTransform
     streams: Sequence[str]
     start_step: int
     steps: int
@@ -82,12 +82,12 @@ class Loader:
         for epoch, sample in zip(epochs.tolist(), samples.tolist(), strict=True):
             try:
                 examples.append(self.examples[sample])
-                draws.append(Draw(self.seed, epoch, step, sample))
+                draws.append(SampleRNG(self.seed, epoch, step, sample))
             except DataError as error:
                 faults.append(error)
                 self._skip(error)
         views = []
-        for made, draw in zip(views_of(self.view_maker, examples, draws), draws, strict=True):
+        for made, draw in zip(views_of(self.view_transform, examples, draws), draws, strict=True):
             if isinstance(made, DataError):
                 faults.append(made)
                 self._skip(made)
@@ -117,8 +117,8 @@ class Loader:
         logger.warning(f"skipped: {error}")
 
     def _views(self, epoch: int, step: int, sample: int) -> Views:
-        draw = Draw(self.seed, epoch, step, sample)
-        return replace(self.view_maker(self.examples[sample], draw), seed=draw.number("model"))
+        draw = SampleRNG(self.seed, epoch, step, sample)
+        return replace(self.view_transform(self.examples[sample], draw), seed=draw.number("model"))
 
     def _any_views(self, step: int) -> Views:
         """Views to take the shapes of an empty micro-batch from: those of the first sample that can be read."""

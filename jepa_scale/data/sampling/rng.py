@@ -40,7 +40,7 @@ def generator(name: str) -> np.random.Generator:
 
 
 @dataclass(slots=True)
-class Draw:
+class SampleRNG:
     """Source of a sample's random choices, determined by (seed, epoch, step, sample), never by a rank or a worker."""
 
     seed: int
@@ -62,23 +62,23 @@ class Draw:
         return generator(f"step/{self.seed}/{self.step}/{purpose}")
 
 
-ViewMaker = Callable[[Any, Draw], Views]
+ViewTransform = Callable[[Any, SampleRNG], Views]
 """Function from an example to its views. It must be pure, picklable and use NumPy only, because it runs in loader workers."""
 
 
 @runtime_checkable
-class ManyViewMaker(Protocol):
+class BatchViewTransform(Protocol):
     """A view maker that is faster for all samples of a micro-batch at once. Each sample's views are the same as alone."""
 
-    def __call__(self, example: Any, draw: Draw, /) -> Views: ...
+    def __call__(self, example: Any, draw: SampleRNG, /) -> Views: ...
 
-    def many(self, examples: Sequence[Any], draws: Sequence[Draw]) -> list[Views | DataError]:
+    def many(self, examples: Sequence[Any], draws: Sequence[SampleRNG]) -> list[Views | DataError]:
         """Make the views of each example; an example that cannot be used gives its ``DataError`` instead."""
 
 
-def views_of(maker: ViewMaker, examples: Sequence[Any], draws: Sequence[Draw]) -> list[Views | DataError]:
+def views_of(maker: ViewTransform, examples: Sequence[Any], draws: Sequence[SampleRNG]) -> list[Views | DataError]:
     """Make the views of each example; an example that cannot be used gives its ``DataError`` instead."""
-    if isinstance(maker, ManyViewMaker):
+    if isinstance(maker, BatchViewTransform):
         return maker.many(examples, draws)
     made: list[Views | DataError] = []
     for example, draw in zip(examples, draws, strict=True):

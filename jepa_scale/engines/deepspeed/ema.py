@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from jepa_scale.checkpoint.boxes import Boxes
-from jepa_scale.distributed.comm import Ranks, all_gather_object, data_group, data_rank, data_size
-from jepa_scale.engines.base import ShardedCopy, persistent_buffers
+from jepa_scale.checkpoint.boxes import ShardView
+from jepa_scale.distributed.comm import ParallelContext, all_gather_object, dp_group, dp_rank, dp_size
+from jepa_scale.engines.base import ShardedEMA, persistent_buffers
 from jepa_scale.engines.deepspeed import internals
 from jepa_scale.engines.deepspeed.internals import shard, true_shape
 from jepa_scale.engines.deepspeed.state import StateView
@@ -27,7 +27,7 @@ class Share(NamedTuple):
     length: int
 
 
-class Stretch(NamedTuple):
+class OwnedRange(NamedTuple):
     """Elements [begin, end) of the flat copy, all of which rank ``owner`` averages."""
 
     owner: int
@@ -35,7 +35,7 @@ class Stretch(NamedTuple):
     end: int
 
 
-class ReplicatedCopy(ShardedCopy):
+class ReplicatedEMA(ShardedEMA):
     """A copy that every rank has whole, in the compute dtype; each rank averages the elements whose masters it has.
 
     All averaged parameters are views into one flat tensor, in the order of the student's parameters in DeepSpeed's flat
@@ -62,7 +62,7 @@ class ReplicatedCopy(ShardedCopy):
         self._aliases = (
             dtype == torch.float32 and device == view.device
         )  # if not, the copy is bf16, or masters and averages are in host memory
-        self._sends = data_size() > 1 and (view.stage > 0 or dtype != torch.float32)
+        self._sends = dp_size() > 1 and (view.stage > 0 or dtype != torch.float32)
         shares = _shares(averaged, students, view, alone=not self._sends)
 
         self._flat = torch.empty(sum(p.numel() for p in averaged.values()), dtype=dtype, device=device)
@@ -76,7 +76,7 @@ class ReplicatedCopy(ShardedCopy):
         self._mine = {
             stretch: self._slice(stretch) if self._aliases else self._slice(stretch).to(view.device, torch.float32)
             for stretch in self._stretches
-            if stretch.owner == data_rank()
+            if stretch.owner == dp_rank()
         }
 
         self._parts: dict[str, tuple[torch.Size, int, Tensor]] = {}  # shape, and offset and values of this rank's part
@@ -85,7 +85,7 @@ class ReplicatedCopy(ShardedCopy):
         for name, of_parameter in shares.items():
             start, average = 0, torch.empty(0, device=view.device)
             for share in of_parameter:
-                if share.owner == data_rank():
+                if share.owner == dp_rank():
                     piece = view.pieces[students[name]]
                     assert piece is not None and piece.start <= share.start, name
                     begin = piece.at + share.start - piece.start
@@ -98,7 +98,7 @@ class ReplicatedCopy(ShardedCopy):
             average.copy_(source)
         self.refresh()
 
-    def _slice(self, stretch: Stretch) -> Tensor:
+    def _slice(self, stretch: OwnedRange) -> Tensor:
         return self._flat[stretch.begin : stretch.end]
 
     def _average(self, begin: int, length: int) -> Tensor:
@@ -122,19 +122,19 @@ class ReplicatedCopy(ShardedCopy):
                 self._slice(stretch).copy_(mine)
         if self._sends:
             works = [
-                dist.broadcast(self._slice(s), group=data_group(), group_src=s.owner, async_op=True)
+                dist.broadcast(self._slice(s), group=dp_group(), group_src=s.owner, async_op=True)
                 for s in self._stretches
             ]
             for work in works:
                 work.wait()
 
-    def state(self) -> dict[str, Boxes]:
-        boxes = {name: Boxes.whole(buffer) for name, buffer in persistent_buffers(self.module)}
-        boxes |= {name: Boxes.whole(parameter.detach()) for name, parameter in self._frozen.items()}
-        return boxes | {name: Boxes.of_range(*part) for name, part in self._parts.items()}
+    def state(self) -> dict[str, ShardView]:
+        boxes = {name: ShardView.whole(buffer) for name, buffer in persistent_buffers(self.module)}
+        boxes |= {name: ShardView.whole(parameter.detach()) for name, parameter in self._frozen.items()}
+        return boxes | {name: ShardView.of_range(*part) for name, part in self._parts.items()}
 
 
-class PartitionedCopy(ShardedCopy):
+class PartitionedEMA(ShardedEMA):
     """A copy in a second stage-3 engine, without an optimizer, whose hooks gather and free each module's parameters.
 
     It is partitioned like the student. In fp32 the partitions are the EMA parameters themselves; in bf16 a rank has its own
@@ -149,7 +149,7 @@ class PartitionedCopy(ShardedCopy):
     """
 
     def __init__(
-        self, module: nn.Module, view: StateView, dtype: torch.dtype, zero: Mapping[str, Any], ranks: Ranks
+        self, module: nn.Module, view: StateView, dtype: torch.dtype, zero: Mapping[str, Any], ranks: ParallelContext
     ) -> None:
         import deepspeed
 
@@ -219,9 +219,9 @@ class PartitionedCopy(ShardedCopy):
         if self._copies:
             torch._foreach_copy_(self._computed, self._averages)
 
-    def state(self) -> dict[str, Boxes]:
-        boxes = {name: Boxes.whole(buffer) for name, buffer in persistent_buffers(self.module)}
-        return boxes | {name: Boxes.of_range(*part) for name, part in self._shards.items()}
+    def state(self) -> dict[str, ShardView]:
+        boxes = {name: ShardView.whole(buffer) for name, buffer in persistent_buffers(self.module)}
+        return boxes | {name: ShardView.of_range(*part) for name, part in self._shards.items()}
 
 
 _SHARED = ("stage3_prefetch_bucket_size", "stage3_max_live_parameters")
@@ -248,10 +248,10 @@ def _shares(
         alone: whether this rank averages all elements.
     """
     if alone:
-        return {name: [Share(data_rank(), 0, parameter.numel())] for name, parameter in averaged.items()}
+        return {name: [Share(dp_rank(), 0, parameter.numel())] for name, parameter in averaged.items()}
     if view.stage == 0:
         sizes = {name: parameter.numel() for name, parameter in averaged.items()}
-        return even_shares(sizes, data_size())
+        return even_shares(sizes, dp_size())
     stepped = [id(tensor) for group in view.optimizer.param_groups for tensor in group["params"]]
     mine = {
         name: (stepped.index(id(piece.stepped)), piece.at, piece.start, piece.length)
@@ -281,9 +281,9 @@ def even_shares(sizes: Mapping[str, int], world_size: int) -> dict[str, list[Sha
     return shares
 
 
-def stretches(shares: Mapping[str, list[Share]], offsets: Mapping[str, int]) -> Iterator[Stretch]:
+def stretches(shares: Mapping[str, list[Share]], offsets: Mapping[str, int]) -> Iterator[OwnedRange]:
     """Yield the shares as ranges of the flat copy, with adjacent shares of one rank merged."""
-    last = Stretch(-1, 0, 0)
+    last = OwnedRange(-1, 0, 0)
     for name, of_parameter in shares.items():
         for share in of_parameter:
             begin = offsets[name] + share.start
@@ -291,7 +291,7 @@ def stretches(shares: Mapping[str, list[Share]], offsets: Mapping[str, int]) -> 
             if share.owner != last.owner:
                 if last.owner >= 0:
                     yield last
-                last = Stretch(share.owner, begin, begin)
+                last = OwnedRange(share.owner, begin, begin)
             last = last._replace(end=begin + share.length)
     if last.owner >= 0:
         yield last

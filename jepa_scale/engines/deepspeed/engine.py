@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jepa_scale.checkpoint.boxes import Boxes
+from jepa_scale.checkpoint.boxes import ShardView
 from jepa_scale.config.loading import find_file
 from jepa_scale.config.schema import OptimConfig
-from jepa_scale.distributed.comm import Ranks
+from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.engines.base import (
     Engine,
     EngineOptions,
-    ShardedCopy,
+    ShardedEMA,
     create_optimizer_state,
     persistent_buffers,
     skip_if_not_finite,
@@ -30,7 +30,7 @@ from jepa_scale.engines.base import (
 )
 from jepa_scale.engines.clip import Range, cut, join
 from jepa_scale.engines.deepspeed import internals
-from jepa_scale.engines.deepspeed.ema import PartitionedCopy, ReplicatedCopy
+from jepa_scale.engines.deepspeed.ema import PartitionedEMA, ReplicatedEMA
 from jepa_scale.engines.deepspeed.state import StateView
 from jepa_scale.engines.deepspeed.topology import topology_of
 from jepa_scale.engines.precision import compute_dtype
@@ -147,7 +147,7 @@ class DeepSpeedEngine(Engine):
         groups: Sequence[dict[str, Any]],
         optim_options: OptimConfig,
         options: EngineOptions,
-        ranks: Ranks,
+        ranks: ParallelContext,
         weights: Weights,
     ):
         assert options.deepspeed is not None, "EngineOptions.deepspeed: the DeepSpeed engine needs a JSON"
@@ -237,7 +237,7 @@ class DeepSpeedEngine(Engine):
     def _backward(self, loss: Tensor, last: bool) -> None:
         # Every stage averages over ranks and ZeRO-3 knows no other way; times the world size it is a sum again, exactly
         # if that is a power of two. The division by the accumulation can be left out.
-        self.ds.backward(loss * self.ranks.data_size, scale_wrt_gas=False)
+        self.ds.backward(loss * self.ranks.dp_size, scale_wrt_gas=False)
         if not last:
             self.ds.step()  # counts the micro-batch, so that the boundary falls on the last one
 
@@ -248,7 +248,7 @@ class DeepSpeedEngine(Engine):
             for stepped, fragments in self._view.gradients()
             for piece in cut(fragments, self._ranges.get(stepped, []))
         )
-        copies = self.ranks.data_size if self.stage == 0 else 1
+        copies = self.ranks.dp_size if self.stage == 0 else 1
         norm = self._measure(self._clipping.sort(pieces), copies)
         skip_if_not_finite(self.optimizer, norm)
         self.ds.step()
@@ -291,8 +291,8 @@ class DeepSpeedEngine(Engine):
         return list(self.optimizer.state.values())
 
     @torch.no_grad()
-    def state(self) -> dict[str, Boxes]:
-        buffers = {f"model/{name}": Boxes.whole(buffer) for name, buffer in persistent_buffers(self.module)}
+    def state(self) -> dict[str, ShardView]:
+        buffers = {f"model/{name}": ShardView.whole(buffer) for name, buffer in persistent_buffers(self.module)}
         return buffers | self._view.boxes()
 
     @torch.no_grad()
@@ -305,13 +305,13 @@ class DeepSpeedEngine(Engine):
         return whole_state(self.module, self._whole, keep=self.ranks.is_main)
 
     @torch.no_grad()
-    def copy_of(self, module: nn.Module) -> ShardedCopy:
+    def shard_ema(self, module: nn.Module) -> ShardedEMA:
         module = module.requires_grad_(False).eval()
         strip_all(module)
         module._apply(lambda x: x if x.is_meta else x.to(self.ranks.device))  # its buffers
         if self.stage == 3:
-            return PartitionedCopy(module, self._view, self._dtype, self._zero, self.ranks)
-        return ReplicatedCopy(module, self._view, self._dtype, self.ranks.device)
+            return PartitionedEMA(module, self._view, self._dtype, self._zero, self.ranks)
+        return ReplicatedEMA(module, self._view, self._dtype, self.ranks.device)
 
     def _whole(self, parameter: nn.Parameter) -> Tensor:
         """One parameter, gathered from all ranks."""

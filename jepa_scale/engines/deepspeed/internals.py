@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from jepa_scale.engines.weights import OneByOne
+from jepa_scale.engines.weights import StreamingParameterLoader
 
 if TYPE_CHECKING:
     from jepa_scale.engines.deepspeed.topology import Topology
@@ -119,7 +119,7 @@ def partition(
     import deepspeed
 
     deepspeed.zero.Init(
-        module=OneByOne(module, fill),
+        module=StreamingParameterLoader(module, fill),
         data_parallel_group=None if topology is None else topology.get_data_parallel_group(),
         config_dict_or_path=config,
         mpu=topology,

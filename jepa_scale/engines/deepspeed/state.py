@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from jepa_scale.checkpoint.boxes import Boxes
-from jepa_scale.distributed.comm import data_group
+from jepa_scale.checkpoint.boxes import ShardView
+from jepa_scale.distributed.comm import dp_group
 from jepa_scale.engines.deepspeed import internals
 from jepa_scale.engines.deepspeed.internals import shard, true_shape
 from jepa_scale.optim import Part
@@ -39,12 +39,12 @@ class Piece(NamedTuple):
     at: int
     length: int
 
-    def boxes(self, values: Tensor) -> Boxes:
+    def boxes(self, values: Tensor) -> ShardView:
         """Return the piece's elements of ``values``, a tensor with the layout of ``stepped``: itself or a moment."""
         shape = true_shape(self.parameter)
         if self.length == values.numel() and values.shape == shape:
-            return Boxes.whole(values.detach())
-        return Boxes.of_range(shape, self.start, values.detach()[self.at : self.at + self.length])
+            return ShardView.whole(values.detach())
+        return ShardView.of_range(shape, self.start, values.detach()[self.at : self.at + self.length])
 
 
 class StateView:
@@ -133,7 +133,7 @@ class StateView:
         if self.stage == 3:
             internals.clear_gradient_buffer(self.wrapped)
 
-    def boxes(self) -> dict[str, Boxes]:
+    def boxes(self) -> dict[str, ShardView]:
         """Return the content of :meth:`jepa_scale.engines.base.Engine.state`, without the buffers."""
         boxes = {}
         for name, parameter in self.module.named_parameters():
@@ -142,7 +142,7 @@ class StateView:
                 continue
             piece, stepped = self.pieces[parameter], self.stepped[parameter]
             for key, values in {"model": stepped, **self._moments(stepped)}.items():
-                nothing = Boxes(true_shape(parameter), torch.float32, [])
+                nothing = ShardView(true_shape(parameter), torch.float32, [])
                 boxes[f"{key}/{name}"] = nothing if piece is None else piece.boxes(values)
         return boxes
 
@@ -164,10 +164,10 @@ class StateView:
                 of_tensor.append(Part(name, piece.start, piece.at, piece.length))
         return list(parts.items())
 
-    def _frozen(self, parameter: nn.Parameter) -> Boxes:
+    def _frozen(self, parameter: nn.Parameter) -> ShardView:
         if self.stage < 3:
-            return Boxes.whole(parameter.detach())
-        return Boxes.of_range(true_shape(parameter), shard(parameter)[0], internals.local_part(parameter).detach())
+            return ShardView.whole(parameter.detach())
+        return ShardView.of_range(true_shape(parameter), shard(parameter)[0], internals.local_part(parameter).detach())
 
     def refresh(self) -> None:
         """Update the parameters from the tensors that the optimizer updates. Collective."""
@@ -187,7 +187,7 @@ class StateView:
         if piece is not None:
             mine = piece.stepped.detach()[piece.at : piece.at + piece.length]
             whole.view(-1)[piece.start : piece.start + piece.length] = mine
-        dist.all_reduce(whole, group=data_group())
+        dist.all_reduce(whole, group=dp_group())
         return whole
 
     @property
@@ -198,7 +198,7 @@ class StateView:
         """Check that every element of every trainable parameter is updated by exactly one rank (in stage 0 by all ranks)."""
         counts = torch.tensor([piece.length if piece else 0 for piece in self.pieces.values()], device=self.device)
         if self.stage > 0:
-            dist.all_reduce(counts, group=data_group())
+            dist.all_reduce(counts, group=dp_group())
         expected = [true_shape(parameter).numel() for parameter in self.pieces]
         assert counts.tolist() == expected, "the ranks' pieces of a parameter do not add up to the parameter"
         assert all(piece.stepped in self.optimizer.state for piece in self.pieces.values() if piece)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
-from jepa_scale.distributed.comm import Ranks, data_group, team_group
+from jepa_scale.distributed.comm import ParallelContext, dp_group, tp_group
 from jepa_scale.engines.deepspeed import internals
 
 
-def topology_of(ranks: Ranks) -> Topology | None:
+def topology_of(ranks: ParallelContext) -> Topology | None:
     """Return the ``mpu`` of ``deepspeed.initialize``, or None without tensor parallelism.
 
     Also reset the global groups of an earlier engine.
@@ -24,20 +24,20 @@ class Topology:
     ordinary parameter.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: ParallelContext) -> None:
         self.ranks = ranks
 
     def get_data_parallel_group(self) -> dist.ProcessGroup | None:
-        return data_group()
+        return dp_group()
 
     def get_data_parallel_rank(self) -> int:
-        return self.ranks.data_rank
+        return self.ranks.dp_rank
 
     def get_data_parallel_world_size(self) -> int:
-        return self.ranks.data_size
+        return self.ranks.dp_size
 
     def get_model_parallel_group(self) -> dist.ProcessGroup | None:
-        return team_group()
+        return tp_group()
 
     def get_model_parallel_rank(self) -> int:
         return self.ranks.rank % self.ranks.team

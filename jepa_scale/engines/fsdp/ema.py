@@ -10,12 +10,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from jepa_scale.checkpoint.boxes import Boxes
-from jepa_scale.engines.base import ShardedCopy, persistent_buffers
+from jepa_scale.checkpoint.boxes import ShardView
+from jepa_scale.engines.base import ShardedEMA, persistent_buffers
 from jepa_scale.engines.weights import strip_all
 
 
-class FSDPCopy(ShardedCopy):
+class FSDPEMA(ShardedEMA):
     """A copy whose own fp32 shards are the EMA parameters; each of N ranks only needs memory for 1/N of them.
 
     A forward gathers the shards, in the compute dtype, and frees the gathered parameters. The root also frees its own, which
@@ -66,10 +66,10 @@ class FSDPCopy(ShardedCopy):
             getattr(group.comm_ctx, "post_forward_order", []).clear()  # exists from the first forward on
             assert group.is_sharded, "a forward of the copy has left parameters gathered"
 
-    def state(self) -> dict[str, Boxes]:
-        boxes = {name: Boxes.whole(buffer) for name, buffer in persistent_buffers(self.module)}
+    def state(self) -> dict[str, ShardView]:
+        boxes = {name: ShardView.whole(buffer) for name, buffer in persistent_buffers(self.module)}
         with torch.no_grad():
-            return boxes | {n: Boxes.of_dtensor(cast(DTensor, p)) for n, p in self.module.named_parameters()}
+            return boxes | {n: ShardView.of_dtensor(cast(DTensor, p)) for n, p in self.module.named_parameters()}
 
 
 def allocate(module: nn.Module, device: torch.device) -> None:

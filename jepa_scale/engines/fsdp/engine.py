@@ -12,19 +12,19 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from jepa_scale.checkpoint.boxes import Boxes
+from jepa_scale.checkpoint.boxes import ShardView
 from jepa_scale.config.schema import OptimConfig
-from jepa_scale.distributed.comm import Ranks
+from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.engines.base import (
     Engine,
     EngineOptions,
-    ShardedCopy,
+    ShardedEMA,
     create_optimizer_state,
     persistent_buffers,
     skip_if_not_finite,
     whole_state,
 )
-from jepa_scale.engines.fsdp.ema import FSDPCopy, allocate
+from jepa_scale.engines.fsdp.ema import FSDPEMA, allocate
 from jepa_scale.engines.precision import compute_dtype
 from jepa_scale.engines.weights import Weights, part_of
 from jepa_scale.optim import MatrixOptimizer, Part, build_optimizer
@@ -46,7 +46,7 @@ class FSDPEngine(Engine):
         groups: Sequence[dict[str, Any]],
         optim_options: OptimConfig,
         options: EngineOptions,
-        ranks: Ranks,
+        ranks: ParallelContext,
         weights: Weights,
     ):
         super().__init__(module, options, ranks)
@@ -89,7 +89,7 @@ class FSDPEngine(Engine):
     def _fill(self, sharded: Mapping[str, nn.Parameter], weights: Weights) -> None:
         """Set each parameter's initial values; besides the shards a device holds one whole parameter at a time."""
         for name, parameter in sharded.items():
-            boxes = Boxes.of_dtensor(cast(DTensor, parameter))
+            boxes = ShardView.of_dtensor(cast(DTensor, parameter))
             mine = part_of(weights.take(name), boxes.shape, self.options.split.get(name))
             for offsets, box in boxes.parts:
                 box.copy_(mine[tuple(slice(at, at + n) for at, n in zip(offsets, box.shape, strict=True))])
@@ -128,14 +128,14 @@ class FSDPEngine(Engine):
         return list(self.optimizer.state.values())
 
     @torch.no_grad()
-    def state(self) -> dict[str, Boxes]:
+    def state(self) -> dict[str, ShardView]:
         self._reshard()
-        boxes = {f"model/{name}": Boxes.whole(buffer) for name, buffer in persistent_buffers(self.module)}
+        boxes = {f"model/{name}": ShardView.whole(buffer) for name, buffer in persistent_buffers(self.module)}
         for name, parameter in self.module.named_parameters():
-            boxes[f"model/{name}"] = Boxes.of_dtensor(cast(DTensor, parameter))
+            boxes[f"model/{name}"] = ShardView.of_dtensor(cast(DTensor, parameter))
             for moment, value in self.optimizer.state.get(parameter, {}).items():
                 if isinstance(value, DTensor) and value.shape == parameter.shape:
-                    boxes[f"{moment}/{name}"] = Boxes.of_dtensor(value)
+                    boxes[f"{moment}/{name}"] = ShardView.of_dtensor(value)
         return boxes
 
     @torch.no_grad()
@@ -149,9 +149,9 @@ class FSDPEngine(Engine):
         return whole_state(self.module, lambda p: cast(DTensor, p).full_tensor(), keep=self.ranks.is_main)
 
     @torch.no_grad()
-    def copy_of(self, module: nn.Module) -> ShardedCopy:
+    def shard_ema(self, module: nn.Module) -> ShardedEMA:
         self._reshard()
-        return FSDPCopy(module, self.module, self._mesh, self._policy)
+        return FSDPEMA(module, self.module, self._mesh, self._policy)
 
     def _reshard(self) -> None:
         """Free gathered parameters. An evaluation leaves those of the root gathered; they would hide the shards and be reused."""
@@ -180,7 +180,7 @@ class _NothingToReduce:
         raise AssertionError("a single rank has nothing to reduce")
 
 
-def _mesh(ranks: Ranks, replicas: int) -> DeviceMesh:
+def _mesh(ranks: ParallelContext, replicas: int) -> DeviceMesh:
     """Return the mesh of the data-parallel ranks, with one dimension or with replicas × shards.
 
     The tensor-parallel group is no dimension of it: to FSDP2, a rank's part of a split parameter is an ordinary parameter.
@@ -188,7 +188,7 @@ def _mesh(ranks: Ranks, replicas: int) -> DeviceMesh:
     kind = ranks.device.type
     if ranks.team == 1 and replicas == 1:
         return init_device_mesh(kind, (ranks.world_size,), mesh_dim_names=("shard",))
-    shape = (replicas, ranks.data_size // replicas, ranks.team)
+    shape = (replicas, ranks.dp_size // replicas, ranks.team)
     mesh = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard", "team"))
     return mesh["shard"] if replicas == 1 else mesh["replicate", "shard"]
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jepa_scale.distributed.comm import all_gather_rows, data_rank, data_size
+from jepa_scale.distributed.comm import all_gather_rows, dp_rank, dp_size
 from jepa_scale.objectives.answers import rank_of, sum_by_segment
 from jepa_scale.objectives.tasks import Call
 from jepa_scale.packing import PackedBatch, Segment, Views, pack
@@ -59,8 +59,8 @@ class ConceptAnswerer:
         """Encode all names, each rank its share: index (M, dim), rows of unit norm."""
         self.own = {tuple(a): i for i, a in enumerate(answers)}
         relation = next(iter(self.views.relations))  # any: names are encoded without it
-        share = -(-len(answers) // data_size())
-        mine = [answers[min(i, len(answers) - 1)] for i in range(data_rank() * share, (data_rank() + 1) * share)]
+        share = -(-len(answers) // dp_size())
+        mine = [answers[min(i, len(answers) - 1)] for i in range(dp_rank() * share, (dp_rank() + 1) * share)]
         parts = []
         for start in range(0, share, self.chunk):
             pairs = [NamePair(n, n, relation) for n in mine[start : start + self.chunk]]

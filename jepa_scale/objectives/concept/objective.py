@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jepa_scale.data.sampling.rng import Draw
-from jepa_scale.distributed.comm import data_size
+from jepa_scale.data.sampling.rng import SampleRNG
+from jepa_scale.distributed.comm import dp_size
 from jepa_scale.losses.infonce import NO_KEY, collect_contrast, contrast
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.flops import Cost, DecoderFlops, ReadoutFlops, linear_cost
@@ -59,7 +59,7 @@ class ConceptViews:
         values["names"] = np.array([hash(name) & (2**63 - 1) for name in names])
         return Views([Segment(name, "name", stream="names", key=name) for name in names], values)
 
-    def __call__(self, fact: Any, draw: Draw) -> Views:
+    def __call__(self, fact: Any, draw: SampleRNG) -> Views:
         views = self.names(fact)
         rng = draw.rng("say")
         # either name, so that every entity is spoken alike: some are the object of held-out facts only
@@ -133,21 +133,21 @@ class Concept(Objective):
     def bounds(self) -> dict[str, tuple[float, float]]:
         return {"objective.scale.log_scale": self.scale.bounds}
 
-    def view_maker(self) -> ConceptViews:
+    def view_transform(self) -> ConceptViews:
         slots = {name: i for i, name in enumerate(self.known)} if self.memory is not None else None
         return ConceptViews(self.options, self.dim, self.relation_index, slots)
 
     def view_tokens(self, sizes: np.ndarray) -> np.ndarray:
         return 2 * sizes  # two names, and one of them to be spoken: less than the fact twice
 
-    def answerer(self, call: Call) -> ConceptAnswerer:
+    def answer_generator(self, call: Call) -> ConceptAnswerer:
         snap = self.options.snap or self.options.memory
-        return ConceptAnswerer(call, self.view_maker(), say_segment, self.streams, snap)
+        return ConceptAnswerer(call, self.view_transform(), say_segment, self.streams, snap)
 
     def flops(self, backbone: Backbone, square: bool = False) -> StepFlops:
         """All of it but what is done element by element; a memory's slots are looked up and cost nothing."""
         decoder, names = DecoderFlops.of(backbone), ReadoutFlops.of(backbone, self.tap)
-        dim, ranks, has_memory = self.dim, data_size(), self.memory is not None
+        dim, ranks, has_memory = self.dim, dp_size(), self.memory is not None
         predictor, bridge, project = (linear_cost(m) for m in (self.predictor, self.bridge, self.project))
         if self.options.predictor == "linear":  # every relation's matrix, before one is picked
             matrices = 2 * len(self.relation_index) * dim * dim

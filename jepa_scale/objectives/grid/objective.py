@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from jepa_scale.config.ema import TeacherOptions
 from jepa_scale.data.grids.objects import SPREAD
-from jepa_scale.data.sampling.rng import ViewMaker
-from jepa_scale.distributed.comm import data_size
+from jepa_scale.data.sampling.rng import ViewTransform
+from jepa_scale.distributed.comm import dp_size
 from jepa_scale.losses.infonce import Contrast, collect_contrast, contrast
 from jepa_scale.losses.quantizer import commitment
 from jepa_scale.losses.relational import relation_distances, relation_scale
@@ -91,7 +91,7 @@ class Grid(Objective):
     def bounds(self) -> dict[str, tuple[float, float]]:
         return {"objective.temperature.log_temperature": self.temperature.bounds}
 
-    def view_maker(self) -> ViewMaker:
+    def view_transform(self) -> ViewTransform:
         return GridViews(self.options)
 
     def view_tokens(self, sizes: np.ndarray) -> np.ndarray:
@@ -115,7 +115,7 @@ class Grid(Objective):
 
     def flops(self, backbone: Backbone, square: bool = False) -> StepFlops:
         """All of it but what is done element by element."""
-        o, ranks = self.options, data_size()
+        o, ranks = self.options, dp_size()
         latent = o.latent_dim or o.dim
         decoder = DecoderFlops.of(backbone) if o.encoder == "decoder" else None
         objects, layers = linear_cost(self.objects), len(self.blocks)

@@ -12,7 +12,7 @@ import numpy as np
 from jepa_scale.data.examples import GridSequence, flatten_grid
 from jepa_scale.data.grids.objects import GEOMETRY, Objects, find_objects, near
 from jepa_scale.data.grids.transforms import TRANSFORMS
-from jepa_scale.data.sampling.rng import Draw
+from jepa_scale.data.sampling.rng import SampleRNG
 from jepa_scale.objectives.grid.config import GridOptions
 from jepa_scale.objectives.grid.quantizer import refreshes
 from jepa_scale.packing import Segment, Views
@@ -93,13 +93,13 @@ class GridViews:
 
     options: GridOptions
 
-    def __call__(self, example: GridSequence, draw: Draw) -> Views:
+    def __call__(self, example: GridSequence, draw: SampleRNG) -> Views:
         (made,) = self.many([example], [draw])
         if isinstance(made, DataError):
             raise made
         return made
 
-    def many(self, examples: Sequence[GridSequence], draws: Sequence[Draw]) -> list[Views | DataError]:
+    def many(self, examples: Sequence[GridSequence], draws: Sequence[SampleRNG]) -> list[Views | DataError]:
         """Make the views of several samples; the objects of all of them are found in one call."""
         if not examples:
             return []
@@ -132,7 +132,7 @@ class GridViews:
             at += own
         return made
 
-    def _grids(self, example: GridSequence, draw: Draw) -> _Sample:
+    def _grids(self, example: GridSequence, draw: SampleRNG) -> _Sample:
         o = self.options
         grids: Sequence[np.ndarray] = [*example.context[-o.context_length :], example.target]
         for kind in o.augment:
@@ -163,7 +163,7 @@ class GridViews:
     def _views(
         self,
         sample: _Sample,
-        draw: Draw,
+        draw: SampleRNG,
         context: _Part,
         target: _Part,
         boxes: np.ndarray,
@@ -210,7 +210,7 @@ class GridViews:
         }
         return Views(self._segments(sample, context, target), values, rows, numbers)
 
-    def _lots(self, count: int, draw: Draw) -> np.ndarray:
+    def _lots(self, count: int, draw: SampleRNG) -> np.ndarray:
         if not self.options.vq_codes or not refreshes(draw.step, self.options.vq_refresh_every):
             return np.zeros(count, dtype=np.int64)
         return draw.rng("codes").integers(0, 2**62, count)
@@ -246,7 +246,7 @@ def _segment(tokens: Any, role: str, **more: Any) -> Segment:
     return Segment(tokens, role, **more)
 
 
-def _too_many(example: GridSequence, draw: Draw, found: np.ndarray, slots: int) -> DataError:
+def _too_many(example: GridSequence, draw: SampleRNG, found: np.ndarray, slots: int) -> DataError:
     grid = int(found.argmax())
     name = f"context[{grid}]" if grid < len(found) - 1 else "target"
     return DataError(

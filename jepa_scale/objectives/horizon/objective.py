@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from jepa_scale.config.ema import TeacherOptions
-from jepa_scale.data.sampling.rng import ViewMaker
+from jepa_scale.data.sampling.rng import ViewTransform
 from jepa_scale.losses.future import FutureKL, future_kl
 from jepa_scale.losses.statistics import as_contribution, rows_of_step
 from jepa_scale.models.backbone import Backbone
@@ -73,7 +73,7 @@ class Horizon(Objective):
 
     # -- how it is trained --------------------------------------------------------------------------------------------
 
-    def view_maker(self) -> ViewMaker:
+    def view_transform(self) -> ViewTransform:
         return HorizonViews(self.options)
 
     def view_tokens(self, sizes: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jepa_scale.data.sampling.rng import Draw
+from jepa_scale.data.sampling.rng import SampleRNG
 from jepa_scale.objectives.horizon.config import HorizonOptions
 from jepa_scale.packing import IGNORE, Segment, Views
 from jepa_scale.utils.errors import InputError
@@ -63,7 +63,7 @@ class HorizonViews:
 
     options: HorizonOptions
 
-    def __call__(self, example: Any, draw: Draw) -> Views:
+    def __call__(self, example: Any, draw: SampleRNG) -> Views:
         tokens, labels = example.lm_sequence()
         tokens, labels = tokens[:-1], labels[:-1]
         horizons = np.asarray(self.options.horizons, np.int64)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa_scale.config.ema import TeacherOptions
-from jepa_scale.data.sampling.rng import ViewMaker
+from jepa_scale.data.sampling.rng import ViewTransform
 from jepa_scale.losses.sigreg import sigreg
 from jepa_scale.losses.statistics import as_contribution, rows_of_step
 from jepa_scale.models.backbone import Backbone
@@ -91,7 +91,7 @@ class Span(Objective):
     def blocks(self) -> list[nn.Module]:
         return [] if self.predictor is None else list(self.predictor.layers)
 
-    def view_maker(self) -> ViewMaker:
+    def view_transform(self) -> ViewTransform:
         return self.views
 
     def view_tokens(self, sizes: np.ndarray) -> np.ndarray:

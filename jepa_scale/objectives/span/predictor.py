@@ -16,7 +16,7 @@ from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.decoder import JepaAttention, JepaDecoderConfig, JepaDecoderLayer, initialize, position_table
 from jepa_scale.models.flops import Cost, attention_pairs, linear_cost
 from jepa_scale.models.layers.drop_path import segments_kept
-from jepa_scale.packing import PackedStream
+from jepa_scale.packing import PackedSequence
 from jepa_scale.utils.errors import InputError
 
 _STACK = 1  # so that DropPath's draws differ from the decoder's
@@ -86,7 +86,7 @@ class SpanPredictor(nn.Module):
             raise InputError(f"objective: a predictor can't be shaped like the model's blocks: {error}") from None
         return cls(config, max_positions)
 
-    def forward(self, states: Tensor, kept: Tensor, masked: Tensor, stream: PackedStream) -> Tensor:
+    def forward(self, states: Tensor, kept: Tensor, masked: Tensor, stream: PackedSequence) -> Tensor:
         """Predict the representations of the masked tokens.
 
         Args:
@@ -142,15 +142,15 @@ class SpanFlops:
     per_mask: Cost
     per_pair: Cost
 
-    def forward(self, stream: PackedStream, masked: int, square: bool = False) -> int:
+    def forward(self, stream: PackedSequence, masked: int, square: bool = False) -> int:
         """Return the FLOPs of a pass without gradient over a stream with ``masked`` masked tokens. Every pair is computed, so
         ``square`` makes no difference."""
         return self._total(0, stream, masked)
 
-    def training(self, stream: PackedStream, masked: int, square: bool = False) -> int:
+    def training(self, stream: PackedSequence, masked: int, square: bool = False) -> int:
         """Return the FLOPs of a forward and a backward, the gradient of the states included."""
         return self._total(0, stream, masked) + self._total(1, stream, masked)
 
-    def _total(self, way: int, stream: PackedStream, masked: int) -> int:
+    def _total(self, way: int, stream: PackedSequence, masked: int) -> int:
         pairs = attention_pairs(stream.table.lengths, causal=False)
         return self.per_token[way] * stream.num_tokens + self.per_mask[way] * masked + self.per_pair[way] * pairs

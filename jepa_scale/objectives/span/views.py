@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jepa_scale.data.sampling.rng import Draw
+from jepa_scale.data.sampling.rng import SampleRNG
 from jepa_scale.objectives.span.config import SpanOptions
 from jepa_scale.packing import Segment, Views
 from jepa_scale.utils.errors import DataError
@@ -88,7 +88,7 @@ class SpanViews:
     predicts: bool
     teaches: bool
 
-    def __call__(self, example: Any, draw: Draw) -> Views:
+    def __call__(self, example: Any, draw: SampleRNG) -> Views:
         o = self.options
         all_tokens, all_labels = example.lm_sequence()
         all_tokens = np.asarray(all_tokens, dtype=np.int64)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jepa_scale.config.ema import TeacherOptions
-from jepa_scale.data.sampling.rng import Draw, ViewMaker
-from jepa_scale.distributed.comm import data_size
+from jepa_scale.data.sampling.rng import SampleRNG, ViewTransform
+from jepa_scale.distributed.comm import dp_size
 from jepa_scale.losses.distance import DISTANCES, cosine
 from jepa_scale.losses.infonce import collect_contrast, contrast
 from jepa_scale.losses.sigreg import sigreg
@@ -97,7 +97,7 @@ class TwoView(Objective):
 
     # -- how it is trained --------------------------------------------------------------------------------------------
 
-    def view_maker(self) -> ViewMaker:
+    def view_transform(self) -> ViewTransform:
         return self._views
 
     def view_tokens(self, sizes: np.ndarray) -> np.ndarray:
@@ -110,11 +110,11 @@ class TwoView(Objective):
         return self.options.ema
 
     def kind_of_step(self, step: int, seed: int) -> bool:
-        return paired_at(self.options, Draw(seed, 0, step, 0))
+        return paired_at(self.options, SampleRNG(seed, 0, step, 0))
 
     def flops(self, backbone: Backbone, square: bool = False) -> StepFlops:
         """All of it but what is done element by element."""
-        o, dim, collects, ranks = self.options, backbone.hidden_size, self.collects, data_size()
+        o, dim, collects, ranks = self.options, backbone.hidden_size, self.collects, dp_size()
         decoder = DecoderFlops.of(backbone)
         teacher = DecoderFlops.of(backbone, self.tap or None)
         linear = Cost() if self.linear is None else linear_cost(self.linear)
@@ -256,7 +256,7 @@ class TwoView(Objective):
         """As upstream: means over this rank's micro-batch, InfoNCE among them, added up over the accumulation and not divided by
         it, averaged over the ranks."""
         o, stream = self.options, batch.streams["main"]
-        ranks = data_size()
+        ranks = dp_size()
         losses = backbone.label_losses(hidden[stream.labelled], stream.labels[stream.labelled])
         lm = losses.sum() / max(1, len(losses))
         n = len(source)

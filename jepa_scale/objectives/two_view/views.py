@@ -11,7 +11,7 @@ import numpy as np
 
 from jepa_scale.data.examples import Conversation, Turn
 from jepa_scale.data.prepare.encoders.chat_tokens import bos_prefix, encode_text, render
-from jepa_scale.data.sampling.rng import Draw
+from jepa_scale.data.sampling.rng import SampleRNG
 from jepa_scale.objectives.two_view.config import TwoViewOptions
 from jepa_scale.packing import IGNORE, Segment, Views
 from jepa_scale.utils.errors import InputError
@@ -24,7 +24,7 @@ FILLER = 0
 MARK = "\ue000"
 
 
-def paired_at(options: TwoViewOptions, draw: Draw) -> bool:
+def paired_at(options: TwoViewOptions, draw: SampleRNG) -> bool:
     """Return whether the step has a JEPA term. It depends on the step alone, so all ranks agree."""
     if options.jepa_weight_at(draw.step) == 0:
         return False
@@ -58,7 +58,7 @@ class FactViews:
     pred: int
     options: TwoViewOptions
 
-    def __call__(self, fact: Any, draw: Draw) -> Views:
+    def __call__(self, fact: Any, draw: SampleRNG) -> Views:
         tokens, labels = fact.lm_sequence()
         k = self.options.predictor_tokens
         paired = fact.kind == "train" and paired_at(self.options, draw)
@@ -149,7 +149,7 @@ class ChatViews:
     closing: frozenset[int]
     pad: int | None
 
-    def __call__(self, example: Any, draw: Draw) -> Views:
+    def __call__(self, example: Any, draw: SampleRNG) -> Views:
         tokens, labels = example.lm_sequence()
         if self.options.legacy_loss:
             following = np.asarray(tokens[1:], np.int64)

@@ -5,7 +5,7 @@ import pytest
 
 from jepa_scale.config.loading import load_config
 from jepa_scale.data import load_data
-from jepa_scale.data.sampling.batches import SampleStream
+from jepa_scale.data.sampling.batches import SampleBatchSampler
 from jepa_scale.data.sampling.loader import Loader
 from jepa_scale.experiment import objective_class, validate
 from jepa_scale.models.loading import build_backbone
@@ -21,13 +21,13 @@ def test_no_batch_of_an_epoch_holds_a_held_out_fact(name):
     held_out = {(f.subject, f.relation, f.object) for f in data.splits["test"]}
     objective = experiment.objective.build(build_backbone(experiment.model, data.vocab_size), data)
     assert isinstance(objective, objective_class(experiment.objective.name))
-    stream = SampleStream(data.order(0), 0, 30)
+    stream = SampleBatchSampler(data.order(0), 0, 30)
     steps = -(-len(data.train) // 30)
     seen_facts, seen_tokens = set(), []
     for step in range(steps):
         _, samples = stream.micro_batch(step, 0)
         seen_facts |= {(f.subject, f.relation, f.object) for f in (data.train[int(i)] for i in samples)}
-    loader = Loader(data.train, stream, objective.view_maker(), objective.streams, 0, steps, seed=0)
+    loader = Loader(data.train, stream, objective.view_transform(), objective.streams, 0, steps, seed=0)
     for (batch,) in loader:
         for packed in batch.streams.values():
             ends = np.cumsum(packed.table.lengths)

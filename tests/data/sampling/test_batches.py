@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jepa_scale.data.sampling.batches import WINDOW_BINS, Dealt, SampleStream, TokenStream
+from jepa_scale.data.sampling.batches import WINDOW_BINS, DataParallelSlice, SampleBatchSampler, TokenBatchSampler
 from jepa_scale.data.sampling.order import Mixed, Permuted, Windowed, shuffled
 from jepa_scale.utils.errors import InputError
 
@@ -17,13 +17,13 @@ def uniform(n: int, seed: int) -> Permuted:
     return Permuted(n, lambda epoch: shuffled(seed, epoch, n))
 
 
-def samples_of(n: int, seed: int, batch: int, *dealt: int, **options: Any) -> SampleStream:
-    return SampleStream(uniform(n, seed), seed, batch, Dealt(*dealt), **options)
+def samples_of(n: int, seed: int, batch: int, *dealt: int, **options: Any) -> SampleBatchSampler:
+    return SampleBatchSampler(uniform(n, seed), seed, batch, DataParallelSlice(*dealt), **options)
 
 
 def whole_step(make: Any, step: int, accumulation: int = 1, world: int = 1) -> list[list[tuple[int, int]]]:
     """The micro-batches of a step, in the order of its slices, as (epoch, sample)."""
-    streams = [make(Dealt(accumulation, rank, world)) for rank in range(world)]
+    streams = [make(DataParallelSlice(accumulation, rank, world)) for rank in range(world)]
     found = []
     for micro in range(accumulation):
         for stream in streams:
@@ -52,21 +52,25 @@ def test_a_step_has_the_same_samples_however_it_is_dealt_out(
 ) -> None:
     batch = per_part * world * accumulation
 
-    def make(dealt: Dealt) -> SampleStream:
-        return SampleStream(uniform(n, 3), 3, batch, dealt)
+    def make(dealt: DataParallelSlice) -> SampleBatchSampler:
+        return SampleBatchSampler(uniform(n, 3), 3, batch, dealt)
 
     whole = flat(whole_step(make, step))
     assert len(whole) == batch
     dealt = whole_step(make, step, accumulation, world)
     assert flat(dealt) == whole
-    assert {len(part) for part in dealt} == {per_part} == {make(Dealt(accumulation, 0, world)).max_samples(step)}
+    assert (
+        {len(part) for part in dealt}
+        == {per_part}
+        == {make(DataParallelSlice(accumulation, 0, world)).max_samples(step)}
+    )
 
 
 @some
 @given(n=st.integers(1, 30), batch=st.integers(1, 70), step=st.integers(0, 9))
 def test_a_step_is_a_cut_of_the_epochs_laid_end_to_end(n: int, batch: int, step: int) -> None:
     endless = [(e, int(i)) for e in range((step + 1) * batch // n + 1) for i in shuffled(9, e, n)]
-    found = flat(whole_step(lambda dealt: SampleStream(uniform(n, 9), 9, batch, dealt), step))
+    found = flat(whole_step(lambda dealt: SampleBatchSampler(uniform(n, 9), 9, batch, dealt), step))
     assert found == endless[step * batch : (step + 1) * batch]
 
 
@@ -77,10 +81,10 @@ def test_with_epochs_every_sample_comes_exactly_once_an_epoch_and_then_nothing(
 ) -> None:
     ranks = world.draw(st.sampled_from([w for w in range(1, 9) if parts % w == 0]))
 
-    def make(dealt: Dealt) -> SampleStream:
-        return SampleStream(uniform(n, 0), 0, parts * each, dealt, epochs=epochs)
+    def make(dealt: DataParallelSlice) -> SampleBatchSampler:
+        return SampleBatchSampler(uniform(n, 0), 0, parts * each, dealt, epochs=epochs)
 
-    steps = make(Dealt()).steps
+    steps = make(DataParallelSlice()).steps
     assert steps is not None
     seen = [p for s in range(steps) for p in flat(whole_step(make, s, parts // ranks, ranks))]
     assert Counter(seen) == {(e, i): 1 for e in range(epochs) for i in range(n)}
@@ -121,18 +125,24 @@ def test_a_batch_that_cannot_be_dealt_out_is_refused() -> None:
     with pytest.raises(InputError, match="^data: "):
         samples_of(0, 0, 10)
     with pytest.raises(InputError, match=r"^train.epochs: a mixture"):
-        SampleStream(Mixed([Permuted(3, lambda epoch: np.arange(3))], [3], [1.0], 0), 0, 2, epochs=1)
+        SampleBatchSampler(Mixed([Permuted(3, lambda epoch: np.arange(3))], [3], [1.0], 0), 0, 2, epochs=1)
 
 
 # -- counted in tokens ----------------------------------------------------------------------------------------------------
 
 
-def tokens_of(sizes: list[int], budget: int, *dealt: int, seed: int = 5, **options: Any) -> TokenStream:
+def tokens_of(sizes: list[int], budget: int, *dealt: int, seed: int = 5, **options: Any) -> TokenBatchSampler:
     """Samples of these sizes in shards of seven."""
     lengths = np.array([min(7, len(sizes) - at) for at in range(0, len(sizes), 7)])
     known = np.array(sizes)
-    return TokenStream(
-        Windowed(lengths, seed, 10), seed, lambda s: known[s], budget, float(known.mean()), Dealt(*dealt), **options
+    return TokenBatchSampler(
+        Windowed(lengths, seed, 10),
+        seed,
+        lambda s: known[s],
+        budget,
+        float(known.mean()),
+        DataParallelSlice(*dealt),
+        **options,
     )
 
 
@@ -148,24 +158,24 @@ def test_bins_hold_their_budget_and_every_sample_once_an_epoch(
 ) -> None:
     sizes, budget = data
 
-    def make(dealt: Dealt) -> TokenStream:
+    def make(dealt: DataParallelSlice) -> TokenBatchSampler:
         return tokens_of(sizes, budget, dealt.accumulation, dealt.rank, dealt.world_size, epochs=epochs)
 
-    steps = make(Dealt(accumulation, 0, world)).steps
+    steps = make(DataParallelSlice(accumulation, 0, world)).steps
     assert steps is not None
     parts = [part for s in range(steps) for part in whole_step(make, s, accumulation, world)]
     assert Counter(flat(parts)) == {(e, i): 1 for e in range(epochs) for i in range(len(sizes))}
     assert max(sum(sizes[i] for _, i in part) for part in parts) <= budget
     assert not flat(whole_step(make, steps, accumulation, world))
     assert any(parts[-accumulation * world :])  # the last step isn't empty
-    largest = make(Dealt(accumulation, world - 1, world)).max_samples(0)
+    largest = make(DataParallelSlice(accumulation, world - 1, world)).max_samples(0)
     assert largest == max(1, *(len(p) for p in whole_step(make, 0, accumulation, world)))
 
 
 @some
 @given(data=sizes_and_budget, worlds=st.tuples(st.sampled_from([1, 2, 3, 4, 6]), st.sampled_from([1, 2, 4, 12])))
 def test_steps_are_the_same_at_any_world_size(data: tuple[list[int], int], worlds: tuple[int, int]) -> None:
-    def make(dealt: Dealt) -> TokenStream:
+    def make(dealt: DataParallelSlice) -> TokenBatchSampler:
         return tokens_of(*data, dealt.accumulation, dealt.rank, dealt.world_size)
 
     one, other = ([whole_step(make, s, 12 // w, w) for s in range(3)] for w in worlds)
@@ -183,13 +193,15 @@ def test_resuming_again_and_again_with_other_ranks_and_budgets_delivers_every_sa
         world, accumulation = choices.draw(st.integers(1, 8)), choices.draw(st.integers(1, 3))
         wider = budget + choices.draw(st.sampled_from([0, 0, 7]))
 
-        def make(dealt: Dealt, wider: int = wider, state: dict[str, Any] | None = state) -> TokenStream:
+        def make(
+            dealt: DataParallelSlice, wider: int = wider, state: dict[str, Any] | None = state
+        ) -> TokenBatchSampler:
             stream = tokens_of(sizes, wider, dealt.accumulation, dealt.rank, dealt.world_size, epochs=epochs)
             if state is not None:
                 assert stream.resume(state) == state["step"]
             return stream
 
-        here = make(Dealt(accumulation, 0, world))
+        here = make(DataParallelSlice(accumulation, 0, world))
         last = here.steps
         assert last is not None
         stop = step + stops.pop() if stops else last

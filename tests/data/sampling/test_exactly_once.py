@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jepa_scale.data.sampling.batches import Dealt, SampleStream, Stream, TokenStream
+from jepa_scale.data.sampling.batches import BatchSampler, DataParallelSlice, SampleBatchSampler, TokenBatchSampler
 from jepa_scale.data.sampling.loader import Loader
 from jepa_scale.data.sampling.order import Windowed
-from jepa_scale.data.sampling.rng import Draw
+from jepa_scale.data.sampling.rng import SampleRNG
 from jepa_scale.data.shards.format import Index, Sample, write_shard
 from jepa_scale.data.shards.locate import locate
 from jepa_scale.data.shards.reader import ShardExamples
@@ -38,24 +38,24 @@ def shards_of(lengths: list[list[int]], folder: Path) -> ShardExamples:
     return ShardExamples(located, "train", max_length=MAX_LENGTH, long="split")
 
 
-def views(document: Any, draw: Draw) -> Views:
+def views(document: Any, draw: SampleRNG) -> Views:
     return Views(
         [Segment(document.tokens[:-1], "text", labels=document.tokens[1:].astype(np.int64))],
         values={"who": np.array([draw.epoch, draw.sample]), "noise": draw.rng("noise").random()},
     )
 
 
-def stream_of(examples: ShardExamples, dealt: Dealt, batching: str, epochs: int) -> Stream:
+def stream_of(examples: ShardExamples, dealt: DataParallelSlice, batching: str, epochs: int) -> BatchSampler:
     order = Windowed(examples.shard_lengths, 7, window=6)
     if batching == "samples":
-        return SampleStream(order, 7, 3 * dealt.parts, dealt, examples.fingerprint, epochs)
-    return TokenStream(
+        return SampleBatchSampler(order, 7, 3 * dealt.parts, dealt, examples.fingerprint, epochs)
+    return TokenBatchSampler(
         order, 7, lambda s: examples.sizes(s) - 1, 11, examples.mean_size, dealt, examples.fingerprint, epochs
     )
 
 
 def step_batches(
-    examples: ShardExamples, streams: list[Stream], start: int, stop: int, workers: int
+    examples: ShardExamples, streams: list[BatchSampler], start: int, stop: int, workers: int
 ) -> list[list[PackedBatch]]:
     """All ranks' micro-batches of the steps [start, stop), rank by rank in each step."""
     ranks = [list(Loader(examples, s, views, ("main",), start, stop, seed=7, workers=workers)) for s in streams]
@@ -69,7 +69,9 @@ def train(
     state, steps = None, []
     while True:
         world, accumulation, workers, lives = plan.pop(0) if plan else (1, 1, 0, 10**9)
-        streams = [stream_of(examples, Dealt(accumulation, rank, world), batching, epochs) for rank in range(world)]
+        streams = [
+            stream_of(examples, DataParallelSlice(accumulation, rank, world), batching, epochs) for rank in range(world)
+        ]
         start = 0 if state is None else {stream.resume(state) for stream in streams}.pop()
         last = streams[0].steps
         assert last is not None

@@ -13,15 +13,15 @@ import torch
 from torch.utils.data import get_worker_info
 
 from jepa_scale.data.reversal.facts import Fact, ReversalData, generate
-from jepa_scale.data.sampling.batches import ALONE, Dealt, SampleStream, TokenStream
+from jepa_scale.data.sampling.batches import ALONE, DataParallelSlice, SampleBatchSampler, TokenBatchSampler
 from jepa_scale.data.sampling.loader import Loader
-from jepa_scale.data.sampling.rng import Draw
+from jepa_scale.data.sampling.rng import SampleRNG
 from jepa_scale.packing import PackedBatch, Segment, Views
 from jepa_scale.utils.errors import DataError, InputError
 from jepa_scale.utils.logging import configure
 
 
-def fact_views(fact: Fact, draw: Draw) -> Views:
+def fact_views(fact: Fact, draw: SampleRNG) -> Views:
     """Three segments in two streams, one of them shared, and everything that a draw offers."""
     tokens, labels = fact.lm_sequence()
     segments = [
@@ -40,13 +40,13 @@ def fact_views(fact: Fact, draw: Draw) -> Views:
     return Views(segments, values=values, counts={"paired": int(fact.kind == "train")})
 
 
-def refuses_sample_7(fact: Fact, draw: Draw) -> Views:
+def refuses_sample_7(fact: Fact, draw: SampleRNG) -> Views:
     if draw.sample == 7:
         raise InputError("data: row 7 is odd")
     return fact_views(fact, draw)
 
 
-def says_its_process(fact: Fact, draw: Draw) -> Views:
+def says_its_process(fact: Fact, draw: SampleRNG) -> Views:
     info = get_worker_info()
     return Views([Segment([1], "x")], values={"pid": os.getpid(), "worker": -1 if info is None else info.id})
 
@@ -54,10 +54,10 @@ def says_its_process(fact: Fact, draw: Draw) -> Views:
 class Together:
     """Makes the views of a micro-batch in one call; alone they are the same."""
 
-    def __call__(self, fact: Fact, draw: Draw) -> Views:
+    def __call__(self, fact: Fact, draw: SampleRNG) -> Views:
         return fact_views(fact, draw)
 
-    def many(self, facts: list[Fact], draws: list[Draw]) -> list[Views | DataError]:
+    def many(self, facts: list[Fact], draws: list[SampleRNG]) -> list[Views | DataError]:
         made = [fact_views(fact, draw) for fact, draw in zip(facts, draws, strict=True)]
         return [DataError("fact 7: odd") if d.sample == 7 else v for v, d in zip(made, draws, strict=True)]
 
@@ -67,8 +67,8 @@ def data() -> ReversalData:
     return generate(50, comb=4, relations=2)
 
 
-def stream_of(data: ReversalData, batch: int, dealt: Dealt = ALONE, **options: Any) -> SampleStream:
-    return SampleStream(data.order(5), 5, batch, dealt, **options)
+def stream_of(data: ReversalData, batch: int, dealt: DataParallelSlice = ALONE, **options: Any) -> SampleBatchSampler:
+    return SampleBatchSampler(data.order(5), 5, batch, dealt, **options)
 
 
 def loader(data: ReversalData, **changes: Any) -> Loader:
@@ -76,8 +76,8 @@ def loader(data: ReversalData, **changes: Any) -> Loader:
     stream = {"accumulation": 2, "rank": 0, "world_size": 1} | {
         k: changes.pop(k) for k in ("accumulation", "rank", "world_size") if k in changes
     }
-    options = {"start_step": 0, "steps": 8, "seed": 5, "workers": 0, "view_maker": fact_views} | changes
-    return Loader(data.train, stream_of(data, 24, Dealt(**stream)), streams=("main", "names"), **options)
+    options = {"start_step": 0, "steps": 8, "seed": 5, "workers": 0, "view_transform": fact_views} | changes
+    return Loader(data.train, stream_of(data, 24, DataParallelSlice(**stream)), streams=("main", "names"), **options)
 
 
 def same(a: Any, b: Any) -> bool:
@@ -165,7 +165,7 @@ def test_a_segments_seed_follows_its_sample_and_epoch(data: ReversalData) -> Non
     parts = seeds(world_size=2, rank=0, accumulation=3) | seeds(world_size=2, rank=1, accumulation=3)
     assert whole == parts and len(set(whole.values())) == len(whole) == 8 * 24
     assert {epoch for epoch, _ in whole} == {0, 1}
-    assert whole[0, 7] == Draw(5, 0, 99, 7).number("model")
+    assert whole[0, 7] == SampleRNG(5, 0, 99, 7).number("model")
     assert not set(whole.values()) & set(seeds(seed=6).values())
 
 
@@ -179,7 +179,7 @@ def test_batches_hold_the_facts_of_the_stream(data: ReversalData) -> None:
         assert main.input_ids[a:b].tolist() == data.train[int(sample)].lm_sequence()[0]
     assert batch.counts["samples"] == 24
     later = list(loader(data))[6][1]
-    assert set(later.values["step"].tolist()) == {Draw(5, 0, 6, 0).step_rng("x").random()}
+    assert set(later.values["step"].tolist()) == {SampleRNG(5, 0, 6, 0).step_rng("x").random()}
     assert later.step == 6
     assert (batch.step, batch.seed) == (0, 5)
 
@@ -204,7 +204,7 @@ def test_batches_and_loaders_can_be_pickled(data: ReversalData) -> None:
 
 
 def test_workers_work_in_their_own_processes(data: ReversalData) -> None:
-    steps = list(loader(data, workers=2, view_maker=says_its_process))
+    steps = list(loader(data, workers=2, view_transform=says_its_process))
     pids = {int(p) for step in steps for batch in step for p in batch.values["pid"]}
     assert len(pids) == 2
     assert os.getpid() not in pids
@@ -213,11 +213,11 @@ def test_workers_work_in_their_own_processes(data: ReversalData) -> None:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_input_error_arrives_as_it_was_raised(data: ReversalData, workers: int) -> None:
     with pytest.raises(InputError, match="^data: row 7 is odd$"):
-        list(loader(data, workers=workers, view_maker=refuses_sample_7))
+        list(loader(data, workers=workers, view_transform=refuses_sample_7))
 
 
 def test_workers_outlive_a_signal_to_the_whole_job(data: ReversalData) -> None:
-    steps: Iterator[list[PackedBatch]] = iter(loader(data, workers=1, steps=40, view_maker=says_its_process))
+    steps: Iterator[list[PackedBatch]] = iter(loader(data, workers=1, steps=40, view_transform=says_its_process))
     pid = int(next(steps)[0].values["pid"][0])
     for name in ("TERM", "INT"):
         subprocess.run(["kill", f"-{name}", str(pid)], check=True)  # from another process than the trainer
@@ -315,14 +315,14 @@ def test_a_micro_batch_without_samples_has_the_shapes_of_one(data: ReversalData)
         assert {s.num_tokens for s in empty.streams.values()} == {1}
 
 
-def twice(fact: Fact, draw: Draw) -> Views:
+def twice(fact: Fact, draw: SampleRNG) -> Views:
     tokens, _ = fact.lm_sequence()
     return Views([Segment(tokens * 2, "x")])
 
 
 def test_views_larger_than_announced_are_refused(data: ReversalData) -> None:
-    def tokens(sizes: int) -> TokenStream:
-        return TokenStream(data.order(5), 5, lambda s: np.full(len(s), sizes), 24, 6.0)
+    def tokens(sizes: int) -> TokenBatchSampler:
+        return TokenBatchSampler(data.order(5), 5, lambda s: np.full(len(s), sizes), 24, 6.0)
 
     fits = Loader(data.train, tokens(12), twice, ("main",), 0, 3, 5)
     assert [batch.counts for step in fits for batch in step] == [
@@ -336,7 +336,7 @@ def test_views_larger_than_announced_are_refused(data: ReversalData) -> None:
 def test_views_that_are_made_together_are_those_made_alone(data: ReversalData, workers: int, capfd: Any) -> None:
     configure()
     alone = list(loader(data, on_error="skip"))
-    together = list(loader(data, on_error="skip", workers=workers, view_maker=Together()))
+    together = list(loader(data, on_error="skip", workers=workers, view_transform=Together()))
     skipped = 0
     for ours, theirs in zip((b for s in together for b in s), (b for s in alone for b in s), strict=True):
         skipped += ours.counts["skipped"]
@@ -346,4 +346,4 @@ def test_views_that_are_made_together_are_those_made_alone(data: ReversalData, w
             assert ours.counts["samples"] == theirs.counts["samples"] - 1 and 7 not in ours.values["sample"]
     assert skipped >= 1 and capfd.readouterr().err.count("skipped: fact 7: odd") == skipped
     with pytest.raises(DataError, match="fact 7: odd"):
-        list(loader(data, view_maker=Together()))
+        list(loader(data, view_transform=Together()))

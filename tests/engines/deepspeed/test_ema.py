@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jepa_scale.engines.deepspeed.ema import Share, Stretch, even_shares, stretches
+from jepa_scale.engines.deepspeed.ema import OwnedRange, Share, even_shares, stretches
 
 
 def test_parameters_are_cut_where_a_rank_ends():
@@ -13,7 +13,11 @@ def test_parameters_are_cut_where_a_rank_ends():
         "b": [],
         "c": [Share(1, 0, 3), Share(2, 3, 3)],
     }
-    assert list(stretches(shares, {"a": 0, "b": 5, "c": 5})) == [Stretch(0, 0, 4), Stretch(1, 4, 8), Stretch(2, 8, 11)]
+    assert list(stretches(shares, {"a": 0, "b": 5, "c": 5})) == [
+        OwnedRange(0, 0, 4),
+        OwnedRange(1, 4, 8),
+        OwnedRange(2, 8, 11),
+    ]
 
 
 @given(st.lists(st.integers(0, 20), max_size=8), st.integers(1, 6))

@@ -21,7 +21,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from jepa_scale.distributed.comm import Ranks
+from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.engines.deepspeed import internals
 from jepa_scale.engines.deepspeed.engine import _import_deepspeed
 from tests.distributed import toy
@@ -194,7 +194,7 @@ def test_internals_of_an_engine(name):
     assert not wrong, f"internals.{name}\n{wrong}"
 
 
-def check_engines(ranks: Ranks) -> dict[str, str]:
+def check_engines(ranks: ParallelContext) -> dict[str, str]:
     found = {}
     for name, (stage, precision) in OF_AN_ENGINE.items():
         engine = toy.make_engine(stage, ranks, precision=precision)
@@ -285,7 +285,7 @@ def check_filled_param_groups(engine: Any) -> None:
 
 def check_release_gathered(engine: Any) -> None:
     """On an engine without an optimizer, as an EMA teacher has it."""
-    copy = engine.copy_of(toy.make_toy())
+    copy = engine.shard_ema(toy.make_toy())
     assert type(copy._ds.optimizer).__name__ == "DeepSpeedZeRoOffload"
     copy.forward("logits", toy.batches(0)[0])
     internals.release_gathered(copy._ds.optimizer)

@@ -9,7 +9,7 @@ from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.layers.drop_path import DropPath, drop_rate, rows_kept, segments_kept
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
-from jepa_scale.packing import Segment, SegmentTable, Views, pack, pack_stream
+from jepa_scale.packing import Segment, SegmentTable, Views, pack, pack_sequence
 
 VOCABULARY, BLOCKS = 50, 4
 SHAPE = dict(hidden_size=32, num_hidden_layers=BLOCKS, num_key_value_heads=2)
@@ -194,12 +194,12 @@ def test_evaluation_and_a_rate_of_zero_know_nothing_of_it():
     heard = []
     without.layers[0].register_forward_pre_hook(lambda m, a, kw: heard.append(kw["kept"]), with_kwargs=True)
     without.hidden(stream)
-    without.hidden(pack_stream([Segment([1, 2], "a")]))
+    without.hidden(pack_sequence([Segment([1, 2], "a")]))
     assert heard == [None, None]
 
 
 def test_a_stream_without_seeds_is_refused_in_training_alone():
-    stream = pack_stream([Segment([1, 2], "a")])
+    stream = pack_sequence([Segment([1, 2], "a")])
     make().eval().hidden(stream)
     with pytest.raises(AssertionError, match="seeds"):
         make().hidden(stream)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jepa_scale.objectives.base import JepaModel
 from jepa_scale.objectives.concept.config import ConceptOptions
 from jepa_scale.objectives.concept.objective import Concept
-from jepa_scale.packing import Segment, pack_stream
+from jepa_scale.packing import Segment, pack_sequence
 from jepa_scale.utils.errors import InputError
 from tests.objectives.helpers import DATA, alone, backbone, batch_of
 
@@ -67,7 +67,7 @@ def test_speaking_equals_the_plain_reference():
     for i, fact in enumerate(FACTS):
         name = fact.object if batch.values["spoken"][i] else fact.subject
         concept = unit_rms(alone(model, list(name), until=1)[-1])
-        stream = pack_stream([Segment([fact.mask, *name[:-1]], "say")])
+        stream = pack_sequence([Segment([fact.mask, *name[:-1]], "say")])
         embeds = model.embed(stream.input_ids)
         bridged = objective.bridge(concept[None])
         states = model.hidden(stream, inputs_embeds=torch.cat([embeds[:1] + bridged, embeds[1:]]))

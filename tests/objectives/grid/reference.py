@@ -13,13 +13,13 @@ from torch import Tensor
 
 from jepa_scale.data.examples import GRID_VOCABULARY, GridSequence, flatten_grid
 from jepa_scale.data.grids.rules import frames
-from jepa_scale.data.sampling.rng import Draw
+from jepa_scale.data.sampling.rng import SampleRNG
 from jepa_scale.losses.sigreg import sigreg
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.objectives.grid.config import GridOptions
 from jepa_scale.objectives.grid.objective import Grid
-from jepa_scale.packing import PackedBatch, Segment, add_counts, pack, pack_stream
+from jepa_scale.packing import PackedBatch, Segment, add_counts, pack, pack_sequence
 from tests.data.grids.flood_fill import flood_fill
 
 SMALL = dict(dim=8, object_heads=2, slots=5, vq_codes=6, queue=12, sigreg_slices=4)
@@ -96,11 +96,11 @@ def micro_batches(
 ) -> list[PackedBatch]:
     """One step's micro-batches of these sizes."""
     batches, first = [], 0
-    maker = objective.view_maker()
+    maker = objective.view_transform()
     for size in sizes:
         some = list(range(first, first + size))
-        made = maker.many([samples[i] for i in some], [Draw(0, 0, step, i) for i in some])  # type: ignore[attr-defined]
-        like = maker(samples[0], Draw(0, 0, step, 0))
+        made = maker.many([samples[i] for i in some], [SampleRNG(0, 0, step, i) for i in some])  # type: ignore[attr-defined]
+        like = maker(samples[0], SampleRNG(0, 0, step, 0))
         batches.append(pack(made, objective.streams, step=step, max_samples=capacity or max(sizes), like=like))
         first += size
     totals = {name: torch.tensor(float(n)) for name, n in add_counts(batches).items()}
@@ -126,7 +126,7 @@ def of_grid(objective: Grid, model: Any, grid: np.ndarray, teacher: bool = False
         objects = encoder.objects(features, torch.arange(n), seen)
     else:
         decoder = objective.teacher.copies["backbone"] if teacher else model  # type: ignore[attr-defined]
-        states = decoder.hidden(pack_stream([Segment(flatten_grid(grid), "x")]))
+        states = decoder.hidden(pack_sequence([Segment(flatten_grid(grid), "x")]))
         width = grid.shape[1] + 1
         means = [states[[r * width + c for r, c in thing["cells"]]].mean(dim=0) for thing in found] + [states[-1]]
         objects = encoder.objects.norm(encoder.objects.project(torch.stack(means)))

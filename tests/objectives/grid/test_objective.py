@@ -9,7 +9,7 @@ import torch
 
 from jepa_scale.config.parsing import parse_section
 from jepa_scale.data.examples import GridSequence
-from jepa_scale.data.sampling.rng import Draw
+from jepa_scale.data.sampling.rng import SampleRNG
 from jepa_scale.objectives.grid.config import GridOptions
 from jepa_scale.objectives.grid.objective import Grid
 from jepa_scale.utils.errors import InputError
@@ -254,6 +254,8 @@ def test_other_data_are_refused():
 def test_lots_are_drawn_where_codes_may_need_a_place_alone():
     objective = make(backbone(), vq_refresh_every=10)
     (sample,) = sequences(6)[4:5]
-    drawn = {step: objective.view_maker()(sample, Draw(0, 0, step, 4)).rows["lot"] for step in (0, 3, 8, 9, 10, 30)}
+    drawn = {
+        step: objective.view_transform()(sample, SampleRNG(0, 0, step, 4)).rows["lot"] for step in (0, 3, 8, 9, 10, 30)
+    }
     assert {step for step, lots in drawn.items() if lots.any()} == {0, 8, 10, 30}
     assert (drawn[0] == drawn[10]).all()  # of the sample, not of the step

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from jepa_scale.data.examples import GridSequence, flatten_grid
-from jepa_scale.data.sampling.rng import Draw, ManyViewMaker
+from jepa_scale.data.sampling.rng import BatchViewTransform, SampleRNG
 from jepa_scale.objectives.grid.config import GridOptions
 from jepa_scale.objectives.grid.views import TARGETS, GridViews
 from jepa_scale.packing import pack
@@ -19,8 +19,8 @@ def maker(**options) -> GridViews:
     return GridViews(GridOptions(**(SMALL | options)))
 
 
-def draws(count: int, step: int = 0) -> list[Draw]:
-    return [Draw(7, 1, step, n) for n in range(count)]
+def draws(count: int, step: int = 0) -> list[SampleRNG]:
+    return [SampleRNG(7, 1, step, n) for n in range(count)]
 
 
 def box(thing: dict) -> list[int]:
@@ -31,7 +31,7 @@ def box(thing: dict) -> list[int]:
 @pytest.mark.parametrize("options", [{}, ALL, {"encoder": "decoder", **ALL, "augment": ["colour", "symmetry"]}])
 def test_samples_made_together_are_those_made_alone(options):
     views = maker(**options)
-    assert isinstance(views, ManyViewMaker)
+    assert isinstance(views, BatchViewTransform)
     samples = sequences(9)
     together = views.many(samples, draws(9))
     for number, sample in enumerate(samples):
@@ -112,24 +112,24 @@ def test_cells_of_the_decoders_objects_are_their_tokens():
 
 def test_the_same_permutation_of_colours_for_context_and_target():
     sample = sequences(6)[4]
-    views = maker(encoder="decoder", augment=["colour"])(sample, Draw(7, 1, 0, 4))
+    views = maker(encoder="decoder", augment=["colour"])(sample, SampleRNG(7, 1, 0, 4))
     pairs = set()
     for grid, segment in zip((*sample.context, sample.target), views.segments, strict=True):
         pairs |= set(zip(flatten_grid(grid).tolist(), segment.tokens.tolist(), strict=True))
     assert len({a for a, _ in pairs}) == len({b for _, b in pairs}) == len(pairs)
     assert any(a != b for a, b in pairs)
-    others = {maker(augment=["colour"])(sample, Draw(7, epoch, 0, 4)).values["key"] for epoch in range(5)}
+    others = {maker(augment=["colour"])(sample, SampleRNG(7, epoch, 0, 4)).values["key"] for epoch in range(5)}
     assert len(others) == 5  # drawn anew in each epoch
 
 
 def test_longer_contexts_lose_their_first_grids_and_keys_are_of_the_target_alone():
     sample = sequences(6)[4]
     long = GridSequence((sample.target, *sample.context), sample.target)
-    assert same(*(pack([maker()(s, Draw(0, 0, 0, 0))], ("main", TARGETS)) for s in (sample, long)))
+    assert same(*(pack([maker()(s, SampleRNG(0, 0, 0, 0))], ("main", TARGETS)) for s in (sample, long)))
     other = GridSequence(sample.context[:1], sample.target)
-    assert maker()(other, Draw(0, 0, 0, 9)).values["key"] == maker()(sample, Draw(0, 0, 0, 0)).values["key"]
+    assert maker()(other, SampleRNG(0, 0, 0, 9)).values["key"] == maker()(sample, SampleRNG(0, 0, 0, 0)).values["key"]
     tall, wide = np.ones((1, 4), np.int8), np.ones((4, 1), np.int8)
-    keys = {maker()(GridSequence((g,), g), Draw(0, 0, 0, 0)).values["key"] for g in (tall, wide)}
+    keys = {maker()(GridSequence((g,), g), SampleRNG(0, 0, 0, 0)).values["key"] for g in (tall, wide)}
     assert len(keys) == 2 and min(keys) >= 0
 
 
@@ -140,10 +140,10 @@ def test_more_objects_than_slots_are_refused_by_option_with_the_row_and_the_grid
     assert [isinstance(m, DataError) for m in made][1] is True
     assert str(made[1]).startswith("rules.jsonl:3: context[1]: 36 objects, more than objective.slots=5; raise it, or")
     with pytest.raises(DataError, match=r"rules.jsonl:3: context\[1\]"):
-        views(samples[3], Draw(0, 0, 0, 3))
+        views(samples[3], SampleRNG(0, 0, 0, 3))
     target = GridSequence(samples[4].context[:1], samples[3].target)
     with pytest.raises(DataError, match="sample 8: target: 36 objects"):
-        maker(overflow="error", slots=20)(target, Draw(0, 0, 0, 8))
+        maker(overflow="error", slots=20)(target, SampleRNG(0, 0, 0, 8))
 
 
 @pytest.mark.parametrize("options", [{}, ALL, {"encoder": "decoder"}, {"encoder": "decoder", **ALL, "lm_weight": 1.0}])
@@ -152,14 +152,14 @@ def test_no_sample_takes_more_tokens_than_announced(options):
     samples = sequences(12)
     sizes = np.array([len(s.lm_sequence()[0]) for s in samples])
     for sample, most in zip(samples, views.most_tokens(sizes), strict=True):
-        assert pack([views(sample, Draw(0, 0, 0, 0))], ("main", TARGETS)).num_tokens <= most
+        assert pack([views(sample, SampleRNG(0, 0, 0, 0))], ("main", TARGETS)).num_tokens <= most
     if options.get("encoder") == "decoder" and not options.get("lm_weight") and len(options) == 1:
-        used = pack([views(samples[4], Draw(0, 0, 0, 0))], ("main", TARGETS)).num_tokens
+        used = pack([views(samples[4], SampleRNG(0, 0, 0, 0))], ("main", TARGETS)).num_tokens
         assert used == sizes[4]
 
 
 def test_an_empty_micro_batch_has_the_shapes_of_one():
-    views = maker(**ALL)(sequences(5)[4], Draw(0, 0, 0, 0))
+    views = maker(**ALL)(sequences(5)[4], SampleRNG(0, 0, 0, 0))
     full, empty = pack([views], ("main", TARGETS)), pack([], ("main", TARGETS), like=views)
     assert full.values.keys() == empty.values.keys() and full.rows.keys() == empty.rows.keys()
     for kind in ("values", "rows"):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jepa_scale.data.examples import Conversation, Document, Turn
-from jepa_scale.data.sampling.rng import Draw
+from jepa_scale.data.sampling.rng import SampleRNG
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.objectives.horizon.config import HorizonOptions
@@ -86,10 +86,10 @@ def conversation(n: int, *spoken: tuple[int, int]) -> Conversation:
 
 def micro_batches(objective: Horizon, *parts: list[Any], step: int = 0) -> list[PackedBatch]:
     """A step's micro-batches; the samples are numbered through."""
-    maker, first, batches = objective.view_maker(), 0, []
-    like = maker(documents(LONGEST)[0], Draw(0, 0, step, 0))
+    maker, first, batches = objective.view_transform(), 0, []
+    like = maker(documents(LONGEST)[0], SampleRNG(0, 0, step, 0))
     for part in parts:
-        views = [maker(x, Draw(0, 0, step, first + i)) for i, x in enumerate(part)]
+        views = [maker(x, SampleRNG(0, 0, step, first + i)) for i, x in enumerate(part)]
         batches.append(pack(views, objective.streams, step=step, like=like))
         first += len(part)
     totals = {name: torch.tensor(float(n)) for name, n in add_counts(batches).items()}
@@ -134,7 +134,7 @@ def every_pair(backbone: Any, objective: Horizon, samples: list[Any], step: int 
     still = {name: p.detach() for name, p in head.named_parameters()}
     found: dict[str, list[Any]] = {name: [] for name in Pairs.__dataclass_fields__}
     for number, sample in enumerate(samples):
-        (segment,) = (views := objective.view_maker()(sample, Draw(0, 0, step, number))).segments
+        (segment,) = (views := objective.view_transform()(sample, SampleRNG(0, 0, step, number))).segments
         tokens, labels = (np.asarray(x, np.int64)[:-1] for x in sample.lm_sequence())
         hidden, states = alone(backbone, tokens.tolist()), alone(backbone, tokens.tolist(), objective.tap)
         logits = backbone.logits(hidden)

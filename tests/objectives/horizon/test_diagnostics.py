@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from jepa_scale.data.sampling.rng import Draw
+from jepa_scale.data.sampling.rng import SampleRNG
 from jepa_scale.packing import pack
 from tests.objectives.horizon.reference import (
     HORIZONS,
@@ -36,7 +36,9 @@ def batches_of(diagnostics, samples, sizes):
     views, first = diagnostics.views, 0
     for size in sizes:
         part = range(first, min(first + size, len(samples)))
-        yield pack([views(samples[i], Draw(0, 0, 0, i)) for i in part], like=views(samples[0], Draw(0, 0, 0, 0)))
+        yield pack(
+            [views(samples[i], SampleRNG(0, 0, 0, i)) for i in part], like=views(samples[0], SampleRNG(0, 0, 0, 0))
+        )
         first += size
 
 

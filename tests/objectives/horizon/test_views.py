@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from jepa_scale.config.parsing import parse_section
 from jepa_scale.data.examples import Conversation, Document, Turn
-from jepa_scale.data.sampling.batches import ALONE, SampleStream
+from jepa_scale.data.sampling.batches import ALONE, SampleBatchSampler
 from jepa_scale.data.sampling.loader import Loader
 from jepa_scale.data.sampling.order import Permuted
-from jepa_scale.data.sampling.rng import Draw, generator
+from jepa_scale.data.sampling.rng import SampleRNG, generator
 from jepa_scale.objectives.horizon.config import HorizonOptions
 from jepa_scale.objectives.horizon.views import POSITIONS, HorizonViews, check_horizons, sample_pairs
 from jepa_scale.packing import pack
@@ -88,7 +88,7 @@ def pairs_of(views):
 
 def test_a_document_is_one_segment_with_its_pairs_as_places():
     doc, maker = document(30), HorizonViews(options())
-    views = maker(doc, Draw(0, 0, 0, 7))
+    views = maker(doc, SampleRNG(0, 0, 0, 7))
     (segment,) = views.segments
     assert list(segment.tokens) == list(doc.tokens[:-1]) and list(segment.labels) == list(doc.tokens[1:])
     assert views.counts == {"pairs": 6, "kl_pairs": 6}
@@ -104,7 +104,7 @@ def test_pairs_of_packed_documents_never_cross(lengths, seed):
     """Documents of other tokens: both ends of a pair are in its sample's."""
     docs = [Document(np.arange(n) + 100 * i) for i, n in enumerate(lengths)]
     maker = HorizonViews(options())
-    batch = pack([maker(doc, Draw(seed, 0, 0, i)) for i, doc in enumerate(docs)])
+    batch = pack([maker(doc, SampleRNG(seed, 0, 0, i)) for i, doc in enumerate(docs)])
     ids = batch.streams["main"].input_ids
     anchors, targets = ids[batch.places["anchor"]], ids[batch.places["target"]]
     assert torch.equal(targets - anchors, torch.tensor([2, 5, 9])[batch.rows["horizon"]])
@@ -114,16 +114,16 @@ def test_pairs_of_packed_documents_never_cross(lengths, seed):
 
 
 def test_too_short_a_document_has_no_pairs_but_its_labels():
-    views = HorizonViews(options())(document(3), Draw(0, 0, 0, 0))
+    views = HorizonViews(options())(document(3), SampleRNG(0, 0, 0, 0))
     assert views.counts == {"pairs": 0, "kl_pairs": 0} and len(views.segments[0].labels) == 2
     assert pairs_of(views) == [] and views.rows["key"].dtype == np.int64
 
 
 def test_the_draw_decides_alone():
     doc, maker = document(200), HorizonViews(options(pairs_per_sequence=30))
-    first = pairs_of(maker(doc, Draw(0, 0, 0, 7)))
-    assert pairs_of(maker(doc, Draw(0, 0, 55, 7))) == first  # the step does not matter
-    for other in (Draw(1, 0, 0, 7), Draw(0, 1, 0, 7), Draw(0, 0, 0, 8)):
+    first = pairs_of(maker(doc, SampleRNG(0, 0, 0, 7)))
+    assert pairs_of(maker(doc, SampleRNG(0, 0, 55, 7))) == first  # the step does not matter
+    for other in (SampleRNG(1, 0, 0, 7), SampleRNG(0, 1, 0, 7), SampleRNG(0, 0, 0, 8)):
         assert pairs_of(maker(doc, other)) != first
     assert len(Counter(first)) > 20
 
@@ -132,7 +132,7 @@ def test_targets_without_a_label_are_counted_out_of_the_kl():
     """Of a conversation only what the assistant says is predicted; pairs are anywhere."""
     tokens = np.arange(24)
     chat = Conversation(tokens, (Turn("user", 1, 12), Turn("assistant", 13, 24)), [])
-    views = HorizonViews(options(pairs_per_sequence=20))(chat, Draw(0, 0, 0, 0))
+    views = HorizonViews(options(pairs_per_sequence=20))(chat, SampleRNG(0, 0, 0, 0))
     targets = views.segments[0].places["target"]
     assert views.counts == {"pairs": 20, "kl_pairs": int((targets >= 12).sum())}
     assert 0 < views.counts["kl_pairs"] < 20
@@ -152,13 +152,13 @@ class Documents:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_loader_gives_the_same_pairs_with_and_without_processes(workers):
     docs = Documents((30, 2, 9, 14, 3, 25))
-    stream = SampleStream(Permuted(6, lambda epoch: np.arange(6)), 0, 4, ALONE)
+    stream = SampleBatchSampler(Permuted(6, lambda epoch: np.arange(6)), 0, 4, ALONE)
     maker = HorizonViews(options())
     batches = [b for (b,) in Loader(docs, stream, maker, ("main",), 0, 3, seed=0, workers=workers)]
     for step, batch in enumerate(batches):
         numbers = [(4 * step + i) % 6 for i in range(4)]
         epochs = [(4 * step + i) // 6 for i in range(4)]
-        own = [maker(docs[n], Draw(0, e, step, n)) for n, e in zip(numbers, epochs, strict=True)]
+        own = [maker(docs[n], SampleRNG(0, e, step, n)) for n, e in zip(numbers, epochs, strict=True)]
         expected = pack(own)
         for name in ("anchor", "target"):
             assert torch.equal(batch.places[name], expected.places[name])
@@ -207,7 +207,7 @@ def test_a_horizon_that_fits_no_document_is_refused(longest):
     found = {
         int(i)
         for seed in range(60)
-        for i in HorizonViews(options())(document(longest), Draw(0, 0, 0, seed)).rows["horizon"]
+        for i in HorizonViews(options())(document(longest), SampleRNG(0, 0, 0, seed)).rows["horizon"]
     }
     assert (2 in found) is fits  # index 2 is horizon 9
     if fits:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jepa_scale.data.examples import Document
-from jepa_scale.data.sampling.rng import Draw
+from jepa_scale.data.sampling.rng import SampleRNG
 from jepa_scale.losses.sigreg import directions
 from jepa_scale.models.decoder import position_table
 from jepa_scale.models.loading import build_backbone
@@ -48,8 +48,8 @@ def texts(*lengths: int) -> list[Document]:
 
 def batches_of(objective: Span, examples: list[Document], micros: int = 1, step: int = 3) -> list[PackedBatch]:
     """The texts as ``micros`` micro-batches of one rank that are the whole global batch."""
-    make = objective.view_maker()
-    views = [make(example, Draw(7, 0, step, i)) for i, example in enumerate(examples)]
+    make = objective.view_transform()
+    views = [make(example, SampleRNG(7, 0, step, i)) for i, example in enumerate(examples)]
     some = [views[i::micros] for i in range(micros)]
     packed = [pack(part, objective.streams, step=step, seed=7, like=views[0]) for part in some]
     totals = {name: torch.tensor(float(n)) for name, n in add_counts(packed).items()}
@@ -116,11 +116,11 @@ def sigreg(rows: Tensor, step: int, o: SpanOptions, seed: int = 7) -> Tensor:
 def reference(module: JepaModel, examples: list[Document], step: int = 3, teacher: Any = None) -> dict[str, Tensor]:
     """The losses of SpanJEPA as they are written, from the masks that the views were made with."""
     objective, backbone = module.objective, module.backbone
-    o, make = objective.options, objective.view_maker()
+    o, make = objective.options, objective.view_transform()
     pooled, centers, predictions, spans, chosen = [], [], [], [], []
     of_targets = teacher or backbone
     for i, example in enumerate(examples):
-        segments = make(example, Draw(7, 0, step, i)).segments
+        segments = make(example, SampleRNG(7, 0, step, i)).segments
         (whole,) = [s for s in segments if s.role == "sample"]
         tokens, positions = np.asarray(whole.tokens), np.asarray(whole.positions)
         nothing = np.zeros(len(tokens), dtype=bool)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from jepa_scale.data.sampling.rng import Draw
+from jepa_scale.data.sampling.rng import SampleRNG
 from jepa_scale.models.flops import DecoderFlops
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
@@ -48,9 +48,9 @@ def test_token_states_of_packed_views_are_those_under_a_dense_mask(position):
     stream = batch.streams["main"]
     states = module.backbone.hidden(stream)
     ends = stream.table.cu_seqlens.tolist()
-    make, seen = module.objective.view_maker(), {"sample": 0, "global": 0, "local": 0}
+    make, seen = module.objective.view_transform(), {"sample": 0, "global": 0, "local": 0}
     for i, example in enumerate(texts(*EXAMPLES)):
-        segments = make(example, Draw(7, 0, 3, i)).segments
+        segments = make(example, SampleRNG(7, 0, 3, i)).segments
         whole = segments[0]
         for view in segments:
             if view.role not in seen:

@@ -13,7 +13,7 @@ from jepa_scale.models.layers.drop_path import segments_kept
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.objectives.span.predictor import SpanPredictor
-from jepa_scale.packing import PackedStream, Segment, Views, pack
+from jepa_scale.packing import PackedSequence, Segment, Views, pack
 from jepa_scale.utils.errors import InputError
 
 POSITIONS = 40
@@ -39,7 +39,7 @@ def positions_of(view):
     return [i + i // 3 for i in range(len(view))]
 
 
-def packed(views, reverse=False) -> tuple[PackedStream, torch.Tensor, torch.Tensor]:
+def packed(views, reverse=False) -> tuple[PackedSequence, torch.Tensor, torch.Tensor]:
     """The stream, and the places of the kept and of the masked tokens, view by view."""
     samples = []
     for number, view in enumerate(views):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from jepa_scale.config.parsing import parse_section
 from jepa_scale.data.examples import Document
-from jepa_scale.data.sampling.rng import Draw, generator
+from jepa_scale.data.sampling.rng import SampleRNG, generator
 from jepa_scale.objectives.span.config import SpanOptions
 from jepa_scale.objectives.span.views import PREDICTOR, TARGETS, SpanViews, free_runs, mask_spans
 from jepa_scale.packing import IGNORE, pack
@@ -100,7 +100,7 @@ def test_no_span_crosses_what_is_not_eligible():
 @given(st.integers(1, 50), st.booleans(), st.booleans(), st.integers(0, 100))
 def test_views_are_the_text_without_its_masked_tokens(n, predicts, teaches, sample):
     example, make = text(n, sample), maker(predicts, teaches)
-    views = make(example, Draw(3, 0, 7, sample))
+    views = make(example, SampleRNG(3, 0, 7, sample))
     tokens = example.tokens[:-1]  # no EOS
     by_role = {}
     for segment in views.segments:
@@ -152,7 +152,7 @@ def test_views_are_the_text_without_its_masked_tokens(n, predicts, teaches, samp
 
 def test_eos_in_the_middle_is_left_out_and_its_place_kept():
     example = Document(np.array([5, 6, EOS, 7, 8, PAD, 9, EOS]))
-    (whole,) = [s for s in maker(lm_weight=1.0)(example, Draw(0, 0, 0, 0)).segments if s.role == "sample"]
+    (whole,) = [s for s in maker(lm_weight=1.0)(example, SampleRNG(0, 0, 0, 0)).segments if s.role == "sample"]
     assert list(whole.tokens) == [5, 6, 7, 8, 9]
     assert list(whole.positions) == [0, 1, 3, 4, 6]
     assert list(whole.labels) == [6, EOS, 8, PAD, EOS]  # what follows in the text, which may be an EOS
@@ -160,7 +160,7 @@ def test_eos_in_the_middle_is_left_out_and_its_place_kept():
 
 def test_views_are_a_function_of_seed_epoch_and_sample():
     def of(seed, epoch, step, sample):
-        return [list(s.tokens) for s in maker()(text(40), Draw(seed, epoch, step, sample)).segments]
+        return [list(s.tokens) for s in maker()(text(40), SampleRNG(seed, epoch, step, sample)).segments]
 
     assert of(1, 2, 3, 4) == of(1, 2, 9, 4)  # whatever the step, i.e. the batch size
     assert len({str(of(*args)) for args in ((1, 2, 3, 4), (2, 2, 3, 4), (1, 3, 3, 4), (1, 2, 3, 5))}) == 4
@@ -168,7 +168,7 @@ def test_views_are_a_function_of_seed_epoch_and_sample():
 
 def test_places_of_views_and_predictor_match_when_packed():
     make = maker()
-    batch = pack([make(text(n, n), Draw(0, 0, 0, n)) for n in (9, 1, 30, 2, 17)], ("main", PREDICTOR))
+    batch = pack([make(text(n, n), SampleRNG(0, 0, 0, n)) for n in (9, 1, 30, 2, 17)], ("main", PREDICTOR))
     main, full = batch.streams["main"], batch.streams[PREDICTOR]
     kept, seen, masked = (batch.places[name] for name in ("kept", "seen", "masked"))
     assert (main.input_ids[kept] == full.input_ids[seen]).all()
@@ -180,14 +180,14 @@ def test_places_of_views_and_predictor_match_when_packed():
 
 
 def test_nine_views_cost_less_than_six_texts():
-    views = [maker()(text(200, i), Draw(0, 0, 0, i)) for i in range(20)]
+    views = [maker()(text(200, i), SampleRNG(0, 0, 0, i)) for i in range(20)]
     tokens = sum(len(s.tokens) for v in views for s in v.segments if s.stream == "main")
     assert tokens / (20 * 200) == pytest.approx(1 + 2 * 0.725 + 6 * 0.575, abs=0.05)
 
 
 def test_a_text_of_eos_alone_is_refused():
     with pytest.raises(DataError, match="sample 7: holds nothing but EOS"):
-        maker()(Document(np.array([EOS, EOS])), Draw(0, 0, 0, 7))
+        maker()(Document(np.array([EOS, EOS])), SampleRNG(0, 0, 0, 7))
 
 
 @pytest.mark.parametrize(

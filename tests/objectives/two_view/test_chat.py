@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from transformers import AutoTokenizer
 
 from jepa_scale.config.parsing import parse_section
-from jepa_scale.data.sampling.rng import Draw
+from jepa_scale.data.sampling.rng import SampleRNG
 from jepa_scale.objectives.base import JepaModel
 from jepa_scale.objectives.two_view.objective import TwoView, TwoViewOptions
 from jepa_scale.packing import IGNORE, pack
@@ -253,7 +253,7 @@ def test_diagnostics_show_a_collapse(data):
 
     found = objective.diagnostics(call)
     views = found.views
-    batches = [pack([views(example, Draw(0, 0, 0, i)) for i, example in enumerate(data.train)])]
+    batches = [pack([views(example, SampleRNG(0, 0, 0, i)) for i, example in enumerate(data.train)])]
     healthy = found.measure(batches)
     assert healthy["retrieval_chance"] == pytest.approx(1 / 8)
     assert healthy["effective_rank_directions"] > 3 and healthy["view_cosine_others"] < 0.9

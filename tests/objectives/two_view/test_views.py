@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from jepa_scale.data.examples import Conversation, Document, Turn
-from jepa_scale.data.sampling.rng import Draw
+from jepa_scale.data.sampling.rng import SampleRNG
 from jepa_scale.objectives.two_view import views as two_view_views
 from jepa_scale.objectives.two_view.config import TwoViewOptions
 from jepa_scale.objectives.two_view.views import FILLER, ChatViews, Frame, last_exchange
@@ -16,7 +16,7 @@ from jepa_scale.utils.errors import InputError
 from tests.objectives.chats import TEMPLATES, chat_data, conversations, tokenizer
 
 ROWS = conversations(4)
-DRAW = Draw(0, 0, 0, 0)
+DRAW = SampleRNG(0, 0, 0, 0)
 
 
 @pytest.fixture(scope="module", params=[*TEMPLATES, "gpt2"])
@@ -144,7 +144,7 @@ def test_equal_answers_have_one_key_in_every_process(family):
     views = maker(data, tok)
     keys = [int(views(example, DRAW).rows["key"][0]) for example in data.train]
     assert len(set(keys)) == len({example.messages[2]["content"] for example in data.train})
-    assert keys == [int(views(example, Draw(1, 2, 3, 4)).rows["key"][0]) for example in data.train]
+    assert keys == [int(views(example, SampleRNG(1, 2, 3, 4)).rows["key"][0]) for example in data.train]
 
 
 def test_a_key_does_not_depend_on_the_process():
