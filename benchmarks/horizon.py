@@ -87,16 +87,16 @@ def write_untrained(target: Path) -> None:
 
     config = load_config(target / "config.yaml", ["engine.threads=1"])
     run_of = build(validate(config), comm.setup())
-    fresh = {name: box.copy() for name, box in run_of.engine.state().items() if _is_predictor(name)}
+    fresh = {name: box.copy() for name, box in run_of.engine.sharded_state().items() if _is_predictor(name)}
     found = checkpoint.find(target, "auto", True)
     assert found is not None
     checkpoint.load(found, run_of.parts)
     with torch.no_grad():
-        for name, boxes in run_of.engine.state().items():
+        for name, boxes in run_of.engine.sharded_state().items():
             if name in fresh:
                 for (_, ours), (_, drawn) in zip(boxes.parts, fresh[name].parts, strict=True):
                     ours.copy_(drawn)
-    run_of.engine.loaded(run_of.engine.updates)
+    run_of.engine.post_load(run_of.engine.updates)
     metrics = run_of.evaluate()["valid"]
     (target / "untrained.json").write_text(json.dumps(metrics))
     comm.teardown()

@@ -57,12 +57,12 @@ def steps_of(run: TrainingComponents, device: torch.device) -> Iterator[float]:
         started = time.perf_counter()
         totals = global_totals(batches, device, False)
         batches = [replace(batch.to(device), totals=totals) for batch in batches]
-        collected: list[dict[str, torch.Tensor]] = []
-        if run.objective.collects and len(batches) > 1:
+        gathered: list[dict[str, torch.Tensor]] = []
+        if run.objective.needs_global_batch and len(batches) > 1:
             with torch.no_grad():
-                collected = [run.engine.forward("collect", batch) for batch in batches]
+                gathered = [run.engine.forward("gather", batch) for batch in batches]
         for micro, batch in enumerate(batches):
-            run.engine.backward(run.engine.forward("loss", batch, collected, micro).total)
+            run.engine.backward(run.engine.forward("loss", batch, gathered, micro).total)
         run.engine.step()
         if run.teacher:
             run.teacher.update(step)

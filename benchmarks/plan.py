@@ -185,17 +185,17 @@ def train(run: TrainingComponents, ranks: ParallelContext, meter: MetricAccumula
     meter.mark("step 0")
     for step, batches in enumerate(run.batches(0, STEPS)):
         gc.collect()
-        totals = global_totals(batches, ranks.device, False, run.ranks.team)
+        totals = global_totals(batches, ranks.device, False, run.ranks.tp_size)
         totals.pop("stop")
         batches = [replace(batch.to(ranks.device), totals=totals) for batch in batches]
         settle(ranks)
-        collected = []
-        if run.objective.collects and len(batches) > 1:
+        gathered = []
+        if run.objective.needs_global_batch and len(batches) > 1:
             with torch.no_grad():
-                collected = [run.engine.forward("collect", batch) for batch in batches]
+                gathered = [run.engine.forward("gather", batch) for batch in batches]
         for micro, batch in enumerate(batches):
             settle(ranks)
-            loss = run.engine.forward("loss", batch, collected, micro)
+            loss = run.engine.forward("loss", batch, gathered, micro)
             settle(ranks)
             run.engine.backward(loss.total)
             del loss
@@ -204,7 +204,7 @@ def train(run: TrainingComponents, ranks: ParallelContext, meter: MetricAccumula
         run.objective.stepped(step, norm)
         if run.teacher:
             run.teacher.update(step)
-        del batches, collected, batch
+        del batches, gathered, batch
         settle(ranks)
         meter.mark(f"step {step + 1}")
 

@@ -80,7 +80,7 @@ def segments(tokens: int, rank: int) -> PackedSequence:
 
 def extra_bytes(copied: ShardedEMA) -> int:
     """Of the storages of a copy's tensors."""
-    tensors = [*copied.averages, *copied.module.buffers()]
+    tensors = [*copied.ema_parameters, *copied.module.buffers()]
     for parameter in copied.module.parameters():
         shard = getattr(parameter, "ds_tensor", getattr(parameter, "_local_tensor", parameter))
         tensors += [shard, getattr(parameter, "_local_tensor", parameter)]  # what is gathered, too

@@ -80,7 +80,7 @@ def of_rank(rank: int, size: int, how: str, tokens: int, store: str) -> dict[str
     backbone = build_backbone(ModelOptions(**MODEL, max_position_embeddings=tokens), VOCAB)
     ranks = comm.init_tp_group(comm.ParallelContext(rank, size, rank, torch.device("cpu"), "python"), size)
     if (group := comm.tp_group()) is not None:
-        tensor_parallel.split(backbone, TensorParallelGroup(group, rank, ranks.team))
+        tensor_parallel.split(backbone, TensorParallelGroup(group, rank, ranks.tp_size))
     recompute(backbone.layers, how)
     ids = torch.randint(0, VOCAB, (tokens + 1,), generator=torch.Generator().manual_seed(1)).tolist()
     stream = pack_sequence([Segment(ids[:-1], "text", labels=ids[1:])])

@@ -15,8 +15,8 @@ import torch
 from tqdm import tqdm
 
 from jepa_scale.checkpoint import Manifest, complete, store
-from jepa_scale.checkpoint.boxes import ShardView
 from jepa_scale.checkpoint.manifest import FILE, TENSORS
+from jepa_scale.checkpoint.shard_view import ShardView
 from jepa_scale.config.loading import load_config
 from jepa_scale.convert.from_hf import state_tensors
 from jepa_scale.data import SourceOptions, load_data

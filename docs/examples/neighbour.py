@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from jepa_scale.config.schema import Section
 from jepa_scale.data.sampling.rng import SampleRNG, ViewTransform
 from jepa_scale.models.backbone import Backbone
-from jepa_scale.objectives.base import Loss, Objective, lm_loss, share
+from jepa_scale.objectives.base import Loss, Objective, lm_loss, mean_over_global_batch
 from jepa_scale.packing import PackedBatch, Segment, Views
 
 
@@ -65,13 +65,15 @@ class Neighbour(Objective):
     def view_tokens(self, sizes: np.ndarray) -> np.ndarray:
         return sizes - 1
 
-    def loss(self, backbone: Backbone, batch: PackedBatch, collected: list[dict[str, Tensor]], micro: int) -> Loss:
+    def loss(self, backbone: Backbone, batch: PackedBatch, gathered: list[dict[str, Tensor]], micro: int) -> Loss:
         states = backbone.hidden(batch.streams["main"])
         places = batch.places
         # Without an anchor on this rank the predictor still runs, on no rows: its collectives are everybody's
         predicted = self.predictor(states[places["anchor"]]).float()
         targets = states[places["target"]].detach().float()
-        jepa = share((1 - F.cosine_similarity(predicted, targets, dim=-1)).sum(), batch.totals["anchors"])
+        jepa = mean_over_global_batch(
+            (1 - F.cosine_similarity(predicted, targets, dim=-1)).sum(), batch.totals["anchors"]
+        )
         lm = lm_loss(backbone, states, batch)
         total = self.options.lm_weight * lm + self.options.jepa_weight * jepa
         means = {"loss": total.detach(), "lm_loss": lm.detach(), "jepa_loss": jepa.detach()}

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from jepa_scale.checkpoint import store
-from jepa_scale.checkpoint.boxes import Checkpointable, state_of
 from jepa_scale.checkpoint.generators import set_rng_state
 from jepa_scale.checkpoint.manifest import FILE, TENSORS, Manifest
 from jepa_scale.checkpoint.retention import NAME
+from jepa_scale.checkpoint.shard_view import Checkpointable, state_of
 from jepa_scale.distributed.comm import all_ranks_objects, rank, world_size
 from jepa_scale.utils.errors import InputError
 
@@ -87,7 +87,7 @@ def load(path: Path, parts: Sequence[Checkpointable]) -> Manifest:
         warnings.simplefilter("ignore")  # DCP speaks of its internals
         store.read(path / TENSORS, state_of(parts))
     for part in parts:
-        part.loaded(manifest.updates)
+        part.post_load(manifest.updates)
     if manifest.world_size == world_size():
         problems = all_ranks_objects(_load_generators(path / f"rng_rank{rank():05d}.pt"))
         if problem := next(filter(None, problems), ""):

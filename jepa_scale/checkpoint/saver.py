@@ -23,10 +23,10 @@ import torch
 import torch.distributed as dist
 
 from jepa_scale.checkpoint import store
-from jepa_scale.checkpoint.boxes import Checkpointable, ShardView, state_of
 from jepa_scale.checkpoint.generators import rng_state
 from jepa_scale.checkpoint.manifest import TENSORS, Manifest, describe
 from jepa_scale.checkpoint.retention import Policy, prune, sweep
+from jepa_scale.checkpoint.shard_view import Checkpointable, ShardView, state_of
 from jepa_scale.distributed.comm import barrier, rank, world_size
 from jepa_scale.utils.io import sync_folder, write_atomic
 

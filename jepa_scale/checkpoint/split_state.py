@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from jepa_scale.checkpoint.boxes import Checkpointable, ShardView
+from jepa_scale.checkpoint.shard_view import Checkpointable, ShardView
 
 
 class SplitState:
@@ -23,12 +23,12 @@ class SplitState:
     def __init__(self, part: Checkpointable, splits: Mapping[str, tuple[int, int, int]]) -> None:
         self.part, self.splits = part, splits
 
-    def state(self) -> dict[str, ShardView]:
-        return {name: self._whole(name, boxes) for name, boxes in self.part.state().items()}
+    def sharded_state(self) -> dict[str, ShardView]:
+        return {name: self._whole(name, boxes) for name, boxes in self.part.sharded_state().items()}
 
     def _whole(self, name: str, boxes: ShardView) -> ShardView:
         split = self.splits.get(name.partition("/")[2])  # strip "model/", "teacher/" or a moment's name
         return boxes if split is None else boxes.within(*split)
 
-    def loaded(self, updates: int) -> None:
-        self.part.loaded(updates)
+    def post_load(self, updates: int) -> None:
+        self.part.post_load(updates)

@@ -15,8 +15,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from jepa_scale.checkpoint.boxes import ShardView
 from jepa_scale.checkpoint.manifest import describe
+from jepa_scale.checkpoint.shard_view import ShardView
 from jepa_scale.utils.errors import InputError
 
 METADATA_FILE = ".metadata"

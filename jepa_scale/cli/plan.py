@@ -106,7 +106,7 @@ def as_dict(plan: RunPlan) -> dict[str, Any]:
 def report(plan: RunPlan, gpu: str, efficiency: float) -> str:
     """For people to read."""
     from jepa_scale.plan.hardware import GIB
-    from jepa_scale.plan.ledger import KINDS
+    from jepa_scale.plan.memory_tracker import KINDS
 
     def gib(size: float) -> str:
         return f"{size / GIB:,.2f}"

@@ -15,9 +15,9 @@ from torch import nn
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from jepa_scale.checkpoint import store
-from jepa_scale.checkpoint.boxes import ShardView
 from jepa_scale.checkpoint.generators import rng_state
 from jepa_scale.checkpoint.manifest import TENSORS, Manifest
+from jepa_scale.checkpoint.shard_view import ShardView
 from jepa_scale.config.schema import OptimConfig
 from jepa_scale.convert.plan import HEADS_FILE, MODEL
 from jepa_scale.convert.skeleton import llama_config

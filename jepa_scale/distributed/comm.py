@@ -26,7 +26,7 @@ class ParallelContext:
 
     Attributes:
         launcher: ``"deepspeed"``, ``"torchrun"`` or ``"python"``.
-        team: degree of tensor parallelism.
+        tp_size: degree of tensor parallelism.
     """
 
     rank: int
@@ -34,7 +34,7 @@ class ParallelContext:
     local_rank: int
     device: torch.device
     launcher: str
-    team: int = 1
+    tp_size: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -43,11 +43,11 @@ class ParallelContext:
     @property
     def dp_rank(self) -> int:
         """Index of this rank's part of the global batch, of ``dp_size`` parts."""
-        return self.rank // self.team
+        return self.rank // self.tp_size
 
     @property
     def dp_size(self) -> int:
-        return self.world_size // self.team
+        return self.world_size // self.tp_size
 
 
 def launcher() -> str:
@@ -91,13 +91,13 @@ class _Groups:
     """Process groups of this rank.
 
     Attributes:
-        data: the data-parallel ranks, those with the same position in their tensor-parallel groups; None = all ranks.
-        team: the tensor-parallel group; None = this rank alone.
+        dp: the data-parallel ranks, those with the same position in their tensor-parallel groups; None = all ranks.
+        tp: the tensor-parallel group; None = this rank alone.
         size: degree of tensor parallelism.
     """
 
-    data: dist.ProcessGroup | None = None
-    team: dist.ProcessGroup | None = None
+    dp: dist.ProcessGroup | None = None
+    tp: dist.ProcessGroup | None = None
     size: int = 1
 
 
@@ -116,11 +116,11 @@ def init_tp_group(ranks: ParallelContext, size: int) -> ParallelContext:
             f"engine.tp: {size} does not divide the {ranks.world_size} ranks of this run; start a multiple of {size}"
         )
     if size != _groups.size:
-        teams = [list(range(first, first + size)) for first in range(0, ranks.world_size, size)]
+        neighbours = [list(range(first, first + size)) for first in range(0, ranks.world_size, size)]
         columns = [list(range(place, ranks.world_size, size)) for place in range(size)]
-        team, data = (_own_group(members, ranks.rank) if size > 1 else None for members in (teams, columns))
-        _groups = _Groups(data, team, size)
-    return replace(ranks, team=size)
+        tp, dp = (_own_group(members, ranks.rank) if size > 1 else None for members in (neighbours, columns))
+        _groups = _Groups(dp, tp, size)
+    return replace(ranks, tp_size=size)
 
 
 def _own_group(partition: list[list[int]], rank: int) -> dist.ProcessGroup:
@@ -130,12 +130,12 @@ def _own_group(partition: list[list[int]], rank: int) -> dist.ProcessGroup:
 
 def dp_group() -> dist.ProcessGroup | None:
     """Process group of the data-parallel ranks, which have different samples; None = all ranks."""
-    return _groups.data
+    return _groups.dp
 
 
 def tp_group() -> dist.ProcessGroup | None:
     """Tensor-parallel group of this rank, all of whose ranks have the same samples; None = this rank alone."""
-    return _groups.team
+    return _groups.tp
 
 
 def world_size() -> int:
@@ -160,7 +160,7 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     """Sum over the data-parallel ranks, as a new tensor. No gradient."""
     y = x.detach().clone()
     if dp_size() > 1:
-        dist.all_reduce(y, group=_groups.data)
+        dist.all_reduce(y, group=_groups.dp)
     return y
 
 
@@ -180,7 +180,7 @@ def all_gather_rows(x: Tensor) -> Tensor:
     if dp_size() == 1:
         return x.detach()
     parts = [torch.empty_like(x) for _ in range(dp_size())]
-    dist.all_gather(parts, x.detach().contiguous(), group=_groups.data)
+    dist.all_gather(parts, x.detach().contiguous(), group=_groups.dp)
     return torch.cat(parts)
 
 
@@ -200,9 +200,9 @@ class _GatherRows(torch.autograd.Function):
         grad = grads[0].contiguous()
         if grad.is_cuda:
             own = grad.new_empty((ctx.rows, *grad.shape[1:]))
-            dist.reduce_scatter_tensor(own, grad, group=_groups.data)
+            dist.reduce_scatter_tensor(own, grad, group=_groups.dp)
             return own
-        dist.all_reduce(grad, group=_groups.data)
+        dist.all_reduce(grad, group=_groups.dp)
         return grad[dp_rank() * ctx.rows : (dp_rank() + 1) * ctx.rows]
 
 
@@ -232,7 +232,7 @@ def all_gather_object(value: Any) -> list[Any]:
     if dp_size() == 1:
         return [value]
     values: list[Any] = [None] * dp_size()
-    dist.all_gather_object(values, value, group=_groups.data)
+    dist.all_gather_object(values, value, group=_groups.dp)
     return values
 
 

@@ -70,11 +70,11 @@ class TensorParallelGroup:
 
     # -- between replicated and partial regions -----------------------------------------------------------------------
 
-    def enter(self, x: Tensor) -> Tensor:
+    def copy_to_tp_region(self, x: Tensor) -> Tensor:
         """Pass a tensor from a replicated to a partial region; the backward pass sums the gradients of the ranks."""
         return _Region.apply(x, _same, self._sum) if torch.is_grad_enabled() and x.requires_grad else x
 
-    def leave(self, x: Tensor) -> Tensor:
+    def reduce_from_tp_region(self, x: Tensor) -> Tensor:
         """Sum the ranks' parts, from a partial to a replicated region."""
         return _Region.apply(x, self._sum, _same)
 

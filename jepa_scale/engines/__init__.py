@@ -43,7 +43,7 @@ def check_engine(name: str, options: EngineConfig, optim: OptimConfig, ranks: Pa
         if options.tp > 1 and zero.get("zero_hpz_partition_size", 1) > 1:
             raise InputError(
                 f"engine.tp: {options.tp} and zero_hpz_partition_size in {options.deepspeed}: DeepSpeed makes its secondary "
-                "shards of neighbouring ranks, and those are a team; set one of them to 1"
+                "shards of neighbouring ranks, and those are a tensor-parallel group; set one of them to 1"
             )
         if options.compile and zero["stage"] == 3:
             raise InputError(
@@ -83,7 +83,7 @@ def create_engine(
 
     Args:
         name: ``"deepspeed"`` or ``"fsdp"``; the package of the other one is never imported.
-        module: the root, in fp32; of what a team splits, this rank's part.
+        module: the root, in fp32; of what tensor parallelism splits, this rank's part.
         shard: modules of it that are gathered and freed one at a time (the decoder blocks); FSDP2 needs to know them,
             ZeRO-3 finds its own.
         groups: what :func:`jepa_scale.optim.parameter_groups` made of ``module``.

@@ -16,7 +16,7 @@ from jepa_scale.engines.clip import Clipping
 from jepa_scale.engines.weights import Split
 
 if TYPE_CHECKING:
-    from jepa_scale.checkpoint.boxes import ShardView
+    from jepa_scale.checkpoint.shard_view import ShardView
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class ShardedEMA(ABC):
 
     @property
     @abstractmethod
-    def averages(self) -> list[Tensor]:
+    def ema_parameters(self) -> list[Tensor]:
         """This rank's part of the copy's trainable state: fp32 tensors, to be written in place."""
 
     @property
@@ -73,7 +73,7 @@ class ShardedEMA(ABC):
         """Update the weights of :meth:`forward` after ``averages`` were written to. Collective, without a host sync."""
 
     @abstractmethod
-    def state(self) -> dict[str, ShardView]:
+    def sharded_state(self) -> dict[str, ShardView]:
         """Return this rank's shard of each parameter and persistent buffer, by the copy's own names.
 
         The shards are views, through which loading writes. Every rank has every name.
@@ -111,7 +111,7 @@ class Engine(ABC):
         self.ranks = ranks
         self.group_norms: dict[str, Tensor] = {}
         """Norm of each of ``clip_groups`` in the last step, before clipping, 0-d fp32; empty if there are no groups."""
-        self._clipping = Clipping(module, options.clip_groups, options.clip_norm, options.split, ranks.team)
+        self._clipping = Clipping(module, options.clip_groups, options.clip_norm, options.split, ranks.tp_size)
         self._forwards = 0  # number of those with gradient since the last backward
         self._backwards = 0  # number since the last step
         self._peak_lrs: list[float] = []
@@ -171,7 +171,7 @@ class Engine(ABC):
         return int(high)
 
     @abstractmethod
-    def state(self) -> dict[str, ShardView]:
+    def sharded_state(self) -> dict[str, ShardView]:
         """Return this rank's shards of all state that training changes, as views: reading a checkpoint writes through them.
 
         Every rank has every name, but possibly without any elements:
@@ -183,7 +183,7 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def loaded(self, updates: int) -> None:
+    def post_load(self, updates: int) -> None:
         """Notify the engine that :meth:`state` was written to, between two steps. Collective.
 
         Sets the optimizer's count of updates and updates every copy of the parameters: bf16 copies, gathered ones, and those

@@ -29,7 +29,7 @@ class Clipping:
             trainable parameter is in exactly one group. Empty: one group of all parameters, without a name.
         clip_norm: the limit of each group's norm; 0 = no limit.
         split: names of the parameters that are split over the tensor-parallel group; all its ranks have the others whole.
-        team: number of ranks in the tensor-parallel group.
+        tp_size: number of ranks in the tensor-parallel group.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Clipping:
         groups: Mapping[str, Sequence[str]],
         clip_norm: float,
         split: Collection[str] = (),
-        team: int = 1,
+        tp_size: int = 1,
     ) -> None:
         names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
         if groups:
@@ -50,8 +50,8 @@ class Clipping:
         for i, group in enumerate(groups.values()):
             self._group_of.update(dict.fromkeys(group, i))
         # with tensor parallelism, a second set of the same groups, for the parameters that are split
-        self.team, self._count = team, max(1, len(self.names))
-        for name in split if team > 1 else ():
+        self.tp_size, self._count = tp_size, max(1, len(self.names))
+        for name in split if tp_size > 1 else ():
             if name in self._group_of:
                 self._group_of[name] += self._count
         self._coefficients: Tensor | None = None
@@ -62,7 +62,7 @@ class Clipping:
 
     def sort(self, items: Iterable[tuple[int, T]]) -> list[list[T]]:
         """Sort (group index, item) pairs into one list of items for each group."""
-        by_group: list[list[T]] = [[] for _ in range(self._count * (1 + (self.team > 1)))]
+        by_group: list[list[T]] = [[] for _ in range(self._count * (1 + (self.tp_size > 1)))]
         for group, item in items:
             by_group[group].append(item)
         return by_group
@@ -79,9 +79,9 @@ class Clipping:
         """
         squares = torch.stack([_norm(of_group, device) for of_group in gradients]).square()
         if world_size() > copies:  # sum over all ranks, divided by the number of ranks with the same elements
-            if self.team > 1:
+            if self.tp_size > 1:
                 squares = squares.view(2, -1)
-                squares = squares[0] / self.team + squares[1]
+                squares = squares[0] / self.tp_size + squares[1]
             squares = squares / copies
             dist.all_reduce(squares)
         norms = squares.sqrt()

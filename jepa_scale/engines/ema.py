@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jepa_scale.checkpoint.boxes import ShardView
+from jepa_scale.checkpoint.shard_view import ShardView
 from jepa_scale.config.ema import TeacherOptions
 from jepa_scale.engines.base import Engine
 
@@ -110,7 +110,7 @@ class Teacher:
         Args:
             step: number of earlier updates.
         """
-        averages = self._copy.averages
+        averages = self._copy.ema_parameters
         if averages:
             # 1 − m in Python's doubles; in fp32 it would lose half of its digits
             torch._foreach_lerp_(averages, self._copy.sources, 1.0 - self.momentum(step))
@@ -125,9 +125,9 @@ class Teacher:
             assert isinstance(mine, Tensor) and isinstance(its, Tensor), key
             mine.copy_(its)
 
-    def state(self) -> dict[str, ShardView]:
+    def sharded_state(self) -> dict[str, ShardView]:
         """Return ``teacher/<name>``, by name in the root module: parameters (averages in fp32) and persistent buffers."""
-        return {f"{TEACHER}{name}": boxes for name, boxes in self._copy.state().items()}
+        return {f"{TEACHER}{name}": boxes for name, boxes in self._copy.sharded_state().items()}
 
-    def loaded(self, updates: int) -> None:
+    def post_load(self, updates: int) -> None:
         self._copy.refresh()

@@ -1,7 +1,7 @@
 """InfoNCE (van den Oord et al., arXiv 1807.03748) against the candidates of the whole global batch.
 
 The candidates of all ranks are gathered, and the gather is differentiable. When an optimizer step has several
-micro-batches, a gather pass without gradient collects the rows of each first (:func:`collect_contrast`). Each micro-batch
+micro-batches, a gather pass without gradient collects the rows of each first (:func:`gather_contrast`). Each micro-batch
 then uses the detached candidates of the others, and sends the gradient of the others' queries into its own candidates (as
 in GradCache, Gao et al., arXiv 2101.06983). So loss and gradient do not depend on world size, micro-batch size or
 accumulation.
@@ -62,7 +62,7 @@ def places_of(wanted: Tensor, ordered: Tensor, order: Tensor) -> Tensor:
     return order[torch.searchsorted(ordered, wanted).clamp(max=len(order) - 1)]
 
 
-def collect_contrast(
+def gather_contrast(
     queries: Tensor, query_keys: Tensor, candidates: Tensor, keys: Tensor, capacity: int
 ) -> dict[str, Tensor]:
     """Collect for the other micro-batches this rank's queries (n, d) and all ranks' candidates (world·capacity, d)."""
@@ -81,7 +81,7 @@ def contrast(
     keys: Tensor,
     scale: Tensor,
     capacity: int,
-    collected: list[dict[str, Tensor]] | None = None,
+    gathered: list[dict[str, Tensor]] | None = None,
     micro: int = 0,
     queue: tuple[Tensor, Tensor] | None = None,
 ) -> Contrast:
@@ -93,7 +93,7 @@ def contrast(
         candidates: (m, d), those of this micro-batch on this rank. keys: (m,) int64, ≥ 0.
         scale: 0-d, inverse temperature.
         capacity: a number ≥ m, equal on every rank (all ranks gather equal shapes).
-        collected: results of :func:`collect_contrast` for every micro-batch of the step, this one included; empty or
+        collected: results of :func:`gather_contrast` for every micro-batch of the step, this one included; empty or
             None when the step has one micro-batch. ``micro``: index of this micro-batch.
         queue: (Q, d) and (Q,) int64, candidates of earlier steps and their keys, equal on every rank; they get no
             gradient.
@@ -103,11 +103,11 @@ def contrast(
     here_keys = all_gather_rows(pad_rows(keys, capacity, NO_KEY))
     pools, pool_keys = [here], [here_keys]
     others: list[dict[str, Tensor]] = []
-    if collected:
+    if gathered:
         # all micro-batches need one order of candidates; otherwise two copies of one key could both be the first
-        others = collected[:micro] + collected[micro + 1 :]
-        pools = [c["candidates"] for c in collected]
-        pool_keys = [c["keys"] for c in collected]
+        others = gathered[:micro] + gathered[micro + 1 :]
+        pools = [c["candidates"] for c in gathered]
+        pool_keys = [c["keys"] for c in gathered]
         pools[micro], pool_keys[micro] = here, here_keys
     if queue is not None:
         pools, pool_keys = [*pools, queue[0].float()], [*pool_keys, queue[1]]

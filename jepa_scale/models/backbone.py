@@ -36,7 +36,7 @@ class Backbone(nn.Module):
         self.blocks_at, self._norm_at = _locate(decoder)
         decoder.set_attn_implementation(attention.NAME)
         lm_head.adopt(decoder.get_output_embeddings())
-        self.team: TensorParallelGroup | None = None
+        self.tp: TensorParallelGroup | None = None
         """The tensor-parallel group (:mod:`jepa_scale.models.tensor_parallel`); None without tensor parallelism."""
 
     @property
@@ -70,7 +70,7 @@ class Backbone(nn.Module):
         Within the decoder each rank of the group normalises its own tokens, so the gradients of the weight are summed over
         the group. For these rows every rank has the whole gradient.
         """
-        with nullcontext() if self.team is None else self.team.whole_tokens():
+        with nullcontext() if self.tp is None else self.tp.whole_tokens():
             return self.norm(rows)
 
     @property
@@ -105,7 +105,7 @@ class Backbone(nn.Module):
         return bridge if bridge is not None and self.decoder.config.bridge_after >= tap else None
 
     @property
-    def barrier(self) -> int:
+    def stop_gradient_layer(self) -> int:
         """Number of the block after which a stop-gradient layer blocks the gradients from above; 0 without such a layer."""
         config = self.decoder.config
         return config.bridge_after or 0 if getattr(config, "bridge_grad_barrier", False) else 0
@@ -157,7 +157,7 @@ class Backbone(nn.Module):
             hidden = self.hidden(stream, inputs_embeds)
         finally:
             handle.remove()
-        tokens = tapped[0] if self.team is None else self.team.join_tokens(tapped[0], len(hidden))
+        tokens = tapped[0] if self.tp is None else self.tp.join_tokens(tapped[0], len(hidden))
         return hidden, tokens[0]
 
     def forward(self, stream: PackedSequence, tap: int | None = None) -> Tensor | tuple[Tensor, Tensor]:
@@ -188,7 +188,7 @@ class Backbone(nn.Module):
 
         The last block of the native decoder then skips the other token positions.
         """
-        if not isinstance(self.decoder, JepaDecoderForCausalLM) or self.team is not None:
+        if not isinstance(self.decoder, JepaDecoderForCausalLM) or self.tp is not None:
             return self.hidden(stream, until=until)[stream.last]
         return self._run(self.embed(stream.input_ids), stream, until, readout=stream.last)
 
@@ -207,7 +207,7 @@ class Backbone(nn.Module):
         tokens = x[None]
         with self._cut(until):
             out = self.decoder.base_model(
-                inputs_embeds=tokens if self.team is None else self.team.split_tokens(tokens),
+                inputs_embeds=tokens if self.tp is None else self.tp.split_tokens(tokens),
                 position_ids=stream.position_ids[None],
                 use_cache=False,
                 return_dict=True,
@@ -215,7 +215,7 @@ class Backbone(nn.Module):
                 **extras,
             )
         states = out.last_hidden_state
-        return (states if self.team is None else self.team.join_tokens(states, len(x)))[0]
+        return (states if self.tp is None else self.tp.join_tokens(states, len(x)))[0]
 
     def logits(self, rows: Tensor, frozen: bool = False) -> Tensor:
         """Compute logits: (n, d) states after the final norm → (n, V). With n = 0 the head's parameters still take part.
@@ -265,24 +265,24 @@ class Backbone(nn.Module):
         return losses, logits if len(rows) else logits.new_zeros(len(places), self.vocab_size)
 
     def _label_losses(self, rows: Tensor, labels: Tensor, places: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        head, team = self.decoder.get_output_embeddings(), self.team
-        part = slice(0, self.vocab_size) if team is None else team.part(self.vocab_size)
+        head, tp = self.decoder.get_output_embeddings(), self.tp
+        part = slice(0, self.vocab_size) if tp is None else tp.part(self.vocab_size)
         own = part.stop - part.start  # columns of the vocabulary on this rank
-        with nullcontext() if team is None else team.split_vocabulary():
+        with nullcontext() if tp is None else tp.split_vocabulary():
             if lm_head.columns(len(rows), own) < own and lm_head.can_measure(head):
                 *found, kept = lm_head.measure(head, rows, labels - part.start, self._shape, places)
             else:
                 logits = self.logits(rows).float()
                 kept = None if places is None else logits.detach()[places]
-                if team is None:
+                if tp is None:
                     return F.cross_entropy(logits, labels, reduction="none"), kept
                 found = [*lm_head.statistics(logits, labels - part.start)]
         normalizers, chosen = found
-        if team is None:
+        if tp is None:
             return normalizers - chosen, kept
         if kept is not None:
-            kept = team.join_channels(kept, self.vocab_size)
-        return team.label_losses(normalizers, chosen), kept
+            kept = tp.join_channels(kept, self.vocab_size)
+        return tp.label_losses(normalizers, chosen), kept
 
     def unembed(self, states: Tensor, normalized: bool = True) -> Tensor:
         """Compute the products of states with the token embeddings, (n, d) → (n, V).
@@ -304,7 +304,7 @@ class Backbone(nn.Module):
         """Yield the decoder with ordinary (batch, sequence) attention, for ``generate`` and a key-value cache."""
         self.decoder.set_attn_implementation("sdpa")
         try:
-            with nullcontext() if self.team is None else self.team.whole_tokens():
+            with nullcontext() if self.tp is None else self.tp.whole_tokens():
                 yield self.decoder
         finally:
             self.decoder.set_attn_implementation(attention.NAME)

@@ -91,7 +91,7 @@ class DecoderFlops:
                 unknown.append(f"block {number}: attention")
             if bridge is not None and number == config.bridge_after < len(blocks):
                 found = _read(bridge, top_k)
-                reached = found.trains or reached and backbone.barrier != number
+                reached = found.trains or reached and backbone.stop_gradient_layer != number
                 tokens.append(found.cost(reached))
         reached |= around.trains
         tokens.append(around.cost(reached))

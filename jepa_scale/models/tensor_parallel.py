@@ -50,15 +50,15 @@ def check(backbone: Backbone, size: int) -> None:
         )
 
 
-def split(backbone: Backbone, team: TensorParallelGroup) -> dict[str, Split]:
+def split(backbone: Backbone, tp: TensorParallelGroup) -> dict[str, Split]:
     """Reduce the decoder to this rank's parts, in place. All ranks start from the same whole weights.
 
     Returns:
         Name of each split parameter within the backbone → position of this rank's part in the whole.
     """
-    check(backbone, team.size)
+    check(backbone, tp.size)
     decoder, plan = backbone.decoder, plan_of(backbone.decoder)
-    cutter = _Cutter(team)
+    cutter = _Cutter(tp)
     base = decoder.base_model
     ways = {name: way for name, _ in base.named_modules() if (way := _way(plan, name))}
     shared = {name.rpartition(".")[0] for name in ways}
@@ -70,37 +70,37 @@ def split(backbone: Backbone, team: TensorParallelGroup) -> dict[str, Split]:
         if way in ("colwise", "colwise_gather_output"):
             cutter.cut(module, {"weight": 0, "bias": 0})
             if way != "colwise":
-                _become(module, _Joined, team, _channels=module.out_features)
+                _become(module, _Joined, tp, _channels=module.out_features)
         elif way in ("rowwise", "rowwise_split_input"):
             cutter.cut(module, {"weight": 1})
             if getattr(module, "bias", None) is not None:
-                _become(module, _bias_once(), team)
+                _become(module, _bias_once(), tp)
             if way != "rowwise":
-                _become(module, _SplitInput, team)
+                _become(module, _SplitInput, tp)
         elif way == "headwise":
             cutter.cut(module, dict.fromkeys(module._parameters, 0))
         elif module is not embedding and module is not head and (way or not inside):
             names = tuple(name for name, parameter in module._parameters.items() if parameter is not None)
             if names:
-                _become(module, _added_up(names), team)
+                _become(module, _added_up(names), tp)
     for name in shared:
-        _become(base.get_submodule(name), _Shared, team)
+        _become(base.get_submodule(name), _Shared, tp)
     for block in backbone.layers:
-        block.register_forward_pre_hook(_own_branches(team), with_kwargs=True)
+        block.register_forward_pre_hook(_own_branches(tp), with_kwargs=True)
 
     vocabulary = len(cast(Tensor, embedding.weight))
     cutter.cut(embedding, {"weight": 0})
-    _become(embedding, _Embedding, team, _first=team.part(vocabulary).start)
+    _become(embedding, _Embedding, tp, _first=tp.part(vocabulary).start)
     padding: Any = embedding.padding_idx  # this row gets no gradient
-    rows = team.part(vocabulary)
+    rows = tp.part(vocabulary)
     here = padding is not None and rows.start <= padding < rows.stop
     embedding.padding_idx = padding - rows.start if here else None  # type: ignore[assignment]
     cutter.cut(head, {"weight": 0, "bias": 0})
     rest = tuple(n for n, p in head._parameters.items() if p is not None and n not in ("weight", "bias"))
     if rest:
-        _become(head, _added_up(rest), team)
-    _become(head, _Head, team, _vocabulary=vocabulary)
-    backbone.team = team
+        _become(head, _added_up(rest), tp)
+    _become(head, _Head, tp, _vocabulary=vocabulary)
+    backbone.tp = tp
     parameters = backbone.named_parameters(remove_duplicate=False)
     return {name: cutter.splits[parameter] for name, parameter in parameters if parameter in cutter.splits}
 
@@ -129,8 +129,8 @@ def _check_plan(decoder: nn.Module, ways: dict[str, str], shared: set[str]) -> N
 class _Cutter:
     """Replaces parameters by this rank's part; tied ones stay tied."""
 
-    def __init__(self, team: TensorParallelGroup) -> None:
-        self.team = team
+    def __init__(self, tp: TensorParallelGroup) -> None:
+        self.tp = tp
         self.splits: dict[nn.Parameter, Split] = {}
         self._of_whole: dict[nn.Parameter, nn.Parameter] = {}
 
@@ -140,7 +140,7 @@ class _Cutter:
             if whole is None or whole in self.splits:  # absent, or tied to one that is split already
                 continue
             if whole not in self._of_whole:
-                part = self.team.part(whole.shape[dim])
+                part = self.tp.part(whole.shape[dim])
                 piece = whole.detach().narrow(dim, part.start, part.stop - part.start).clone()
                 mine = self._of_whole[whole] = nn.Parameter(piece, requires_grad=whole.requires_grad)
                 self.splits[mine] = Split(dim, part.start, whole.shape[dim])
@@ -150,9 +150,9 @@ class _Cutter:
 # ---------------------------------------------------------------------------------- split versions of modules
 
 
-def _become(module: nn.Module, mixin: type, team: TensorParallelGroup, **attributes: Any) -> None:
+def _become(module: nn.Module, mixin: type, tp: TensorParallelGroup, **attributes: Any) -> None:
     module.__class__ = _mixed(mixin, type(module))  # type: ignore[arg-type]
-    for name, value in {"_team": team, **attributes}.items():
+    for name, value in {"_tp": tp, **attributes}.items():
         object.__setattr__(module, name, value)
 
 
@@ -177,7 +177,7 @@ class _Reading:
 def _reading(name: str, read: Callable[[Any, Tensor], Tensor]) -> property:
     def value(module: Any) -> Tensor:
         parameter = module._parameters[name]
-        return read(module._team, parameter) if module._runs else parameter
+        return read(module._tp, parameter) if module._runs else parameter
 
     return property(value)
 
@@ -189,8 +189,8 @@ def _added_up(names: tuple[str, ...]) -> type:
     While all ranks use the parameters for the same tokens, each has the whole gradient and nothing is summed.
     """
 
-    def read(team: TensorParallelGroup, parameter: Tensor) -> Tensor:
-        return team.enter(parameter) if team.splits_tokens else parameter
+    def read(tp: TensorParallelGroup, parameter: Tensor) -> Tensor:
+        return tp.copy_to_tp_region(parameter) if tp.splits_tokens else parameter
 
     return type("_AddedUp", (_Reading,), {name: _reading(name, read) for name in names})
 
@@ -198,66 +198,66 @@ def _added_up(names: tuple[str, ...]) -> type:
 @cache
 def _bias_once() -> type:
     """Return a class for layers whose outputs are summed over ranks: only rank 0 adds the bias."""
-    once = _reading("bias", lambda team, bias: team.enter(bias) * float(team.rank == 0))
+    once = _reading("bias", lambda tp, bias: tp.copy_to_tp_region(bias) * float(tp.rank == 0))
     return type("_BiasOnce", (_Reading,), {"bias": once})
 
 
 class _Joined:
     """A linear layer whose output channels are gathered on all ranks."""
 
-    _team: TensorParallelGroup
+    _tp: TensorParallelGroup
     _channels: int
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._team.join_channels(super().forward(x), self._channels)  # type: ignore[misc]
+        return self._tp.join_channels(super().forward(x), self._channels)  # type: ignore[misc]
 
 
 class _SplitInput:
     """A linear layer whose whole input is on all ranks and is split by channels."""
 
-    _team: TensorParallelGroup
+    _tp: TensorParallelGroup
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(self._team.split_channels(x))  # type: ignore[misc]
+        return super().forward(self._tp.split_channels(x))  # type: ignore[misc]
 
 
 class _Shared:
     """Attention or MLP: each rank takes all tokens and computes one term of a sum over ranks."""
 
-    _team: TensorParallelGroup
+    _tp: TensorParallelGroup
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        team = self._team
-        if not team.splits_tokens:  # generation, without gradients
-            return _replaced(super().forward(*args, **kwargs), team.leave)  # type: ignore[misc]
+        tp = self._tp
+        if not tp.splits_tokens:  # generation, without gradients
+            return _replaced(super().forward(*args, **kwargs), tp.reduce_from_tp_region)  # type: ignore[misc]
         x = args[0] if args else kwargs["hidden_states"]
-        x = _all_tokens(x, kwargs.get("packed"), team)
+        x = _all_tokens(x, kwargs.get("packed"), tp)
         if args:
             args = (x, *args[1:])
         else:
             kwargs["hidden_states"] = x
-        return _replaced(super().forward(*args, **kwargs), team.scatter_tokens)  # type: ignore[misc]
+        return _replaced(super().forward(*args, **kwargs), tp.scatter_tokens)  # type: ignore[misc]
 
 
 @torch.compiler.disable  # a batch's lengths are in Python: compiled, each number of segments would be a new program
-def _all_tokens(x: Tensor, table: SegmentTable | None, team: TensorParallelGroup) -> Tensor:
+def _all_tokens(x: Tensor, table: SegmentTable | None, tp: TensorParallelGroup) -> Tensor:
     """Gather the tokens of all ranks. The MLP has no table, so padding tokens are kept: they have no effect there."""
-    return team.gather_tokens(x, x.shape[1] * team.size if table is None else sum(table.lengths))
+    return tp.gather_tokens(x, x.shape[1] * tp.size if table is None else sum(table.lengths))
 
 
 def _replaced(output: Any, function: Any) -> Any:
     return (function(output[0]), *output[1:]) if isinstance(output, tuple) else function(output)
 
 
-def _own_branches(team: TensorParallelGroup) -> Any:
+def _own_branches(tp: TensorParallelGroup) -> Any:
     """Return a hook that reduces DropPath's choices, (2, 1, T), to this rank's tokens."""
 
     def choose(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         kept = kwargs.get("kept")
-        if kept is None or kept.shape[-1] == 1 or not team.splits_tokens:
+        if kept is None or kept.shape[-1] == 1 or not tp.splits_tokens:
             return None
         with torch.no_grad():
-            mine = team.split_tokens(kept.movedim(0, -1).float()).movedim(-1, 0).bool()
+            mine = tp.split_tokens(kept.movedim(0, -1).float()).movedim(-1, 0).bool()
         return args, {**kwargs, "kept": mine}
 
     return choose
@@ -266,22 +266,22 @@ def _own_branches(team: TensorParallelGroup) -> Any:
 class _Embedding:
     """Some rows of the embedding. The outputs are summed over the ranks, so that every rank has the rows of all tokens."""
 
-    _team: TensorParallelGroup
+    _tp: TensorParallelGroup
     _first: int
 
     def forward(self, ids: Tensor) -> Tensor:
         rows = len(self._parameters["weight"])  # type: ignore[attr-defined]
         mine = ids - self._first
         here = (mine >= 0) & (mine < rows)
-        return self._team.leave(super().forward(mine.where(here, 0)) * here[..., None])  # type: ignore[misc]
+        return self._tp.reduce_from_tp_region(super().forward(mine.where(here, 0)) * here[..., None])  # type: ignore[misc]
 
 
 class _Head:
     """Some rows of the LM head; returns this rank's logits, or all of them."""
 
-    _team: TensorParallelGroup
+    _tp: TensorParallelGroup
     _vocabulary: int
 
     def forward(self, x: Tensor) -> Tensor:
-        logits = super().forward(self._team.enter(x))  # type: ignore[misc]
-        return logits if self._team.splits_vocabulary else self._team.join_channels(logits, self._vocabulary)
+        logits = super().forward(self._tp.copy_to_tp_region(x))  # type: ignore[misc]
+        return logits if self._tp.splits_vocabulary else self._tp.join_channels(logits, self._vocabulary)

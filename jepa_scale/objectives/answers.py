@@ -33,7 +33,7 @@ class AnswerGenerator(Protocol):
     def prepare(self, answers: Sequence[tuple[int, ...]]) -> None:
         """Once before an evaluation: all answers that :meth:`ranks` compares with. The same list on every rank."""
 
-    def speak(self, questions: Sequence[Question], length: int) -> list[tuple[int, ...]]:
+    def verbalize(self, questions: Sequence[Question], length: int) -> list[tuple[int, ...]]:
         """Greedy generation of ``length`` tokens for each question."""
 
     def nll(self, questions: Sequence[Question]) -> np.ndarray:
@@ -65,7 +65,7 @@ class LanguageModelAnswerGenerator:
         logits = self.call("next_token_logits", batch)
         return torch.log_softmax(logits, dim=-1)[batch.segments["prompt"].to(logits.device)]
 
-    def speak(self, questions: Sequence[Question], length: int) -> list[tuple[int, ...]]:
+    def verbalize(self, questions: Sequence[Question], length: int) -> list[tuple[int, ...]]:
         sequences = [list(q.prompt) for q in questions]
         for _ in range(length):
             following = self._next_log_probs(sequences).argmax(dim=-1).tolist()

@@ -81,8 +81,8 @@ class Objective(nn.Module):
 
     Options: ClassVar[type[Section]] = Section
     streams: tuple[str, ...] = ("main",)
-    collects: bool = False
-    """Whether the loss compares samples across micro-batches; then :meth:`collect` runs first on all of them."""
+    needs_global_batch: bool = False
+    """Whether the loss compares samples across micro-batches; then :meth:`gather` runs first on all of them."""
     pooling: ClassVar[Literal["mean", "last"]] = "mean"
     """Which of the states of :meth:`encode` stands for a text."""
     predicts_tokens: bool = True
@@ -124,7 +124,7 @@ class Objective(nn.Module):
         :attr:`jepa_scale.engines.base.EngineOptions.bounds`."""
         return {}
 
-    def stepped(self, step: int, grad_norm: Tensor) -> None:
+    def on_optimizer_step(self, step: int, grad_norm: Tensor) -> None:
         """An optimizer step is done, and the teacher has not followed yet: where buffers take in what the step has seen, which
         must be the same on every rank. Collective.
 
@@ -155,12 +155,12 @@ class Objective(nn.Module):
         Args:
             square: as for :meth:`jepa_scale.models.flops.DecoderFlops.forward`.
         """
-        decoder, names, collects = DecoderFlops.of(backbone), self.streams, self.collects
+        decoder, names, needs_global_batch = DecoderFlops.of(backbone), self.streams, self.needs_global_batch
 
         def count(batches: Sequence[PackedBatch]) -> int:
             streams = [batch.streams[name] for batch in batches for name in names]
             total = sum(decoder.of_stream(stream, training=True, square=square) for stream in streams)
-            if collects and len(batches) > 1:
+            if needs_global_batch and len(batches) > 1:
                 total += sum(decoder.of_stream(stream, training=False, rows=0, square=square) for stream in streams)
             return total
 
@@ -170,15 +170,15 @@ class Objective(nn.Module):
         """Steps of the same kind cost the same, but for the lengths of their samples."""
         return 0
 
-    def loss(self, backbone: Backbone, batch: PackedBatch, collected: list[dict[str, Tensor]], micro: int) -> Loss:
+    def loss(self, backbone: Backbone, batch: PackedBatch, gathered: list[dict[str, Tensor]], micro: int) -> Loss:
         """Loss of micro-batch number ``micro`` of an optimizer step.
 
-        ``collected`` holds what :meth:`collect` returned for each micro-batch of the step, this one included; it is empty
+        ``gathered`` holds what :meth:`gather` returned for each micro-batch of the step, this one included; it is empty
         when there is one micro-batch or when the objective does not collect.
         """
         raise NotImplementedError
 
-    def collect(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:
+    def gather(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:
         """What the other micro-batches need to know of this one; called without gradient, on every rank."""
         raise NotImplementedError
 
@@ -259,10 +259,10 @@ def lm_loss(backbone: Backbone, hidden: Tensor, batch: PackedBatch, stream: str 
     """Next-token loss of a stream as a contribution to the mean over the global batch's labels. hidden (T, d) → 0-d."""
     packed = batch.streams[stream]
     losses = backbone.label_losses(hidden[packed.labelled], packed.labels[packed.labelled])
-    return share(losses.sum(), batch.totals["labels"])
+    return mean_over_global_batch(losses.sum(), batch.totals["labels"])
 
 
-def share(value: Tensor, total: Tensor) -> Tensor:
+def mean_over_global_batch(value: Tensor, total: Tensor) -> Tensor:
     """A sum over this micro-batch as its contribution to the mean over the global batch (0 if the batch has none)."""
     return value / torch.clamp(total.to(value.dtype), min=1)
 

@@ -34,6 +34,6 @@ class LanguageModeling(Objective):
     def view_tokens(self, sizes: np.ndarray) -> np.ndarray:
         return sizes - 1
 
-    def loss(self, backbone: Backbone, batch: PackedBatch, collected: list[dict[str, Tensor]], micro: int) -> Loss:
+    def loss(self, backbone: Backbone, batch: PackedBatch, gathered: list[dict[str, Tensor]], micro: int) -> Loss:
         total = lm_loss(backbone, backbone.hidden(batch.streams["main"]), batch)
         return Loss(total, means={"loss": total.detach(), "lm_loss": total.detach()})

@@ -24,7 +24,7 @@ from jepa_scale.data.sampling.rng import SampleRNG, ViewTransform
 from jepa_scale.distributed.comm import all_gather_object
 from jepa_scale.metrics.spectrum import effective_rank
 from jepa_scale.models.backbone import Backbone
-from jepa_scale.objectives.base import Loss, Objective, lm_loss, resolve_tap, share
+from jepa_scale.objectives.base import Loss, Objective, lm_loss, mean_over_global_batch, resolve_tap
 from jepa_scale.objectives.ramp import ramp
 from jepa_scale.objectives.stp_options import Form, StpOptions
 from jepa_scale.objectives.tasks import Call
@@ -143,12 +143,12 @@ class Stp(Objective):
         hidden = backbone.hidden(stream)
         return hidden, hidden
 
-    def loss(self, backbone: Backbone, batch: PackedBatch, collected: list[dict[str, Tensor]], micro: int) -> Loss:
+    def loss(self, backbone: Backbone, batch: PackedBatch, gathered: list[dict[str, Tensor]], micro: int) -> Loss:
         o = self.options
         hidden, states = self.states(backbone, batch)
         lm = lm_loss(backbone, hidden, batch)
         bends = 1 - cosines(*changes(states, batch.places, o.form))
-        jepa = share(bends.sum(), batch.totals["spans"])
+        jepa = mean_over_global_batch(bends.sum(), batch.totals["spans"])
         jepa_weight = o.jepa_weight * ramp(batch.step - o.jepa_start, o.jepa_ramp)
         total = o.lm_weight * lm + jepa_weight * jepa
         means = {"loss": total.detach(), "lm_loss": lm.detach(), "jepa_loss": jepa.detach()}

@@ -6,7 +6,7 @@ from typing import Any, Literal, Protocol, get_args
 
 Task = Literal[
     "loss",
-    "collect",
+    "gather",
     "encode",
     "next_token_logits",
     "label_log_probs",

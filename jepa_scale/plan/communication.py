@@ -55,7 +55,7 @@ def traffic_of(model: Modelled, layout: Layout, accumulation: int, tokens: int) 
 
 def _passes(model: Modelled, accumulation: int) -> int:
     """Return the number of forwards of a step, gather passes included."""
-    return accumulation * (2 if model.objective.collects and accumulation > 1 else 1)
+    return accumulation * (2 if model.objective.needs_global_batch and accumulation > 1 else 1)
 
 
 def _padded(unit: Unit, layout: Layout) -> int:

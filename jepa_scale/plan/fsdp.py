@@ -19,7 +19,7 @@ from math import prod
 from torch import nn
 
 from jepa_scale.plan.layout import Layout
-from jepa_scale.plan.ledger import MemoryTracker, Watch
+from jepa_scale.plan.memory_tracker import MemoryTracker, Watch
 from jepa_scale.plan.model import Sizes
 from jepa_scale.plan.units import EngineModel, Unit, units_of
 

@@ -16,7 +16,7 @@ from jepa_scale.plan.layout import Layout, layout_of
 from jepa_scale.plan.model import Modelled, model_on_meta
 from jepa_scale.plan.roofline import Estimate, estimate
 from jepa_scale.plan.simulate import Simulated, fake_ranks, simulate
-from jepa_scale.plan.stand_in import StandIn, micro_batch, on_meta, stand_in
+from jepa_scale.plan.synthetic import StandIn, micro_batch, on_meta, stand_in
 from jepa_scale.utils.errors import InputError
 
 

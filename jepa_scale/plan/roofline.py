@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from jepa_scale.plan.communication import Traffic
 from jepa_scale.plan.hardware import Gpu
 from jepa_scale.plan.layout import Layout
-from jepa_scale.plan.ledger import OpCost
+from jepa_scale.plan.memory_tracker import OpCost
 
 STEPPED = 28
 """Bytes that AdamW reads (parameter, gradient, two moments) and writes (parameter, two moments) per element, in fp32."""

@@ -18,7 +18,7 @@ from jepa_scale.models.recompute import recompute
 from jepa_scale.packing import PackedBatch
 from jepa_scale.plan.fsdp import FsdpEmaModel, FsdpModel
 from jepa_scale.plan.layout import Layout
-from jepa_scale.plan.ledger import MemoryTracker, OpCost, Watch
+from jepa_scale.plan.memory_tracker import MemoryTracker, OpCost, Watch
 from jepa_scale.plan.model import Modelled, fuse_norms
 from jepa_scale.plan.units import EngineModel
 from jepa_scale.plan.zero import Zero3Model, ZeroEmaModel, ZeroModel
@@ -87,19 +87,19 @@ def simulate(model: Modelled, layout: Layout, batch: PackedBatch, accumulation: 
         model.objective.teacher = _Teacher(model)  # type: ignore[assignment]
 
     run: Any = model.module
-    collected: list[dict[str, Any]] = []
+    gathered: list[dict[str, Any]] = []
     with watch:
-        if model.objective.collects and accumulation > 1:
+        if model.objective.needs_global_batch and accumulation > 1:
             with torch.no_grad():
-                one = run("collect", batch)
-            collected = [one] * accumulation
+                one = run("gather", batch)
+            gathered = [one] * accumulation
             kept = sum(x.untyped_storage().nbytes() for x in tree_leaves(one) if isinstance(x, torch.Tensor))
             ledger.add("activations", kept * (accumulation - 1))
         collecting = list(watch.ops)
         for micro in range(min(accumulation, 2)):  # two suffice: all after the first find existing gradients
             watch.ops = list(collecting)
             last = micro == min(accumulation, 2) - 1
-            loss = run("loss", batch, collected, micro)
+            loss = run("loss", batch, gathered, micro)
             loss.total.backward()
             del loss
             engine.after_backward(last)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from jepa_scale.plan.ledger import MemoryTracker, Watch
+from jepa_scale.plan.memory_tracker import MemoryTracker, Watch
 
 
 class Unit:

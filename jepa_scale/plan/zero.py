@@ -22,7 +22,7 @@ from typing import Any
 from torch import nn
 
 from jepa_scale.plan.layout import Layout
-from jepa_scale.plan.ledger import MemoryTracker, Watch
+from jepa_scale.plan.memory_tracker import MemoryTracker, Watch
 from jepa_scale.plan.model import Sizes
 from jepa_scale.plan.units import EngineModel, Unit
 

@@ -27,7 +27,7 @@ class Metric:
         return f"{self.name} [{self.unit}]" if self.unit else self.name
 
 
-STEP_PARTS = ("data", "collect", "forward", "backward", "optimizer", "teacher", "other")
+STEP_PARTS = ("data", "gather", "forward", "backward", "optimizer", "teacher", "other")
 """Parts of a step's time: waiting for the loader; the gather pass; forward and backward of all micro-batches; clipping and
 update; the teacher's update; everything else, mostly logging and the wait for the data of the slowest rank."""
 STEP_TIME = "time_per_step"

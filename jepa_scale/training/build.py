@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from jepa_scale.checkpoint.boxes import Checkpointable
+from jepa_scale.checkpoint.shard_view import Checkpointable
 from jepa_scale.checkpoint.split_state import SplitState
 from jepa_scale.config.schema import EngineConfig
 from jepa_scale.data import load_data
@@ -135,9 +135,9 @@ def build(experiment: Experiment, ranks: ParallelContext, steps: int = 0) -> Tra
     data = load_data(experiment.data)
     module = built_by_rank_0(lambda: model_of(experiment, data), ranks)
     backbone, objective = module.backbone, module.objective
-    if backbone.barrier and (objective.tap or backbone.num_layers) > backbone.barrier:
+    if backbone.stop_gradient_layer and (objective.tap or backbone.num_layers) > backbone.stop_gradient_layer:
         raise InputError(
-            f"model.bridge_grad_barrier: nothing would train blocks 1 to {backbone.barrier}, as objective "
+            f"model.bridge_grad_barrier: nothing would train blocks 1 to {backbone.stop_gradient_layer}, as objective "
             f"{experiment.objective.name!r} has no tap there; remove it, or lower objective.tap_layer"
         )
     positions = getattr(backbone.decoder.config, "max_position_embeddings", None)
@@ -152,7 +152,7 @@ def build(experiment: Experiment, ranks: ParallelContext, steps: int = 0) -> Tra
     stream = create_sampler(experiment, data, objective, ranks)
     flops = objective.flops(backbone)
     weights = Weights(module, ranks)
-    splits = split_over_team(backbone, ranks)
+    splits = split_over_tp_group(backbone, ranks)
     copies = objective.teacher_copies(backbone)
 
     def batches(start_step: int, steps: int) -> Loader:
@@ -229,10 +229,10 @@ def model_of(experiment: Experiment, data: Any) -> JepaModel:
     return JepaModel(backbone, experiment.objective.build(backbone, data))
 
 
-def split_over_team(backbone: Backbone, ranks: ParallelContext) -> dict[str, Split]:
+def split_over_tp_group(backbone: Backbone, ranks: ParallelContext) -> dict[str, Split]:
     """Name in :class:`JepaModel` of each parameter of which this rank has a part from now on; none without a team."""
     group = tp_group()
     if group is None:
         return {}
-    found = tensor_parallel.split(backbone, TensorParallelGroup(group, ranks.rank % ranks.team, ranks.team))
+    found = tensor_parallel.split(backbone, TensorParallelGroup(group, ranks.rank % ranks.tp_size, ranks.tp_size))
     return {f"backbone.{name}": where for name, where in found.items()}

@@ -52,7 +52,7 @@ class MetricAccumulator:
         for name in COUNTS:
             self._counts[name] += batch.counts[name]
 
-    def spend(self, flops: int) -> None:
+    def add_flops(self, flops: int) -> None:
         """Add the FLOPs of a step on this rank; they also count if its update is skipped."""
         self._spent += flops
 

@@ -40,7 +40,7 @@ class StoppingRules:
     def active(self) -> bool:
         return self._early is not None or bool(self._rules)
 
-    def look(self, step: int, rows: Mapping[str, Mapping[str, float]], epochs: Callable[[], float]) -> bool:
+    def check(self, step: int, rows: Mapping[str, Mapping[str, float]], epochs: Callable[[], float]) -> bool:
         """Check the rows logged after optimizer step ``step``; return whether the run ends.
 
         Args:

@@ -19,7 +19,7 @@ from jepa_scale.optim import lr_factor
 from jepa_scale.packing import PackedBatch, add_counts
 from jepa_scale.telemetry import FIT, RunLog, package_versions
 from jepa_scale.training.build import TrainingComponents
-from jepa_scale.training.loss_guard import LossChecks
+from jepa_scale.training.loss_checks import LossChecks
 from jepa_scale.training.metrics import MetricAccumulator
 from jepa_scale.training.preemption import EvaluationStopped, StopRequest
 from jepa_scale.training.stopping import StoppingRules
@@ -27,7 +27,7 @@ from jepa_scale.training.watchdog import Watchdog
 
 WATCHED = {
     "data": "data",
-    "collect": "forward and backward",
+    "gather": "forward and backward",
     "forward": "forward and backward",
     "backward": "forward and backward",
     "optimizer": "update",
@@ -104,24 +104,24 @@ class Trainer:
         self.engine.scale_lr(lr_factor(step, self.experiment.optim, self.run.steps))
 
         # means are over the global batch: every rank needs its denominators before it can back-propagate
-        totals = global_totals(batches, self.ranks.device, self.stop.requested, self.ranks.team)
+        totals = global_totals(batches, self.ranks.device, self.stop.requested, self.ranks.tp_size)
         self.stopping = self.stop.agreed(totals.pop("stop"))
-        self.meter.spend(self.run.flops(batches))
+        self.meter.add_flops(self.run.flops(batches))
         batches = [replace(batch.to(self.ranks.device), totals=totals) for batch in batches]
 
-        collected = []
-        if self.objective.collects and len(batches) > 1:
-            with self.phase("collect", step), torch.no_grad():
-                collected = [self.engine.forward("collect", batch) for batch in batches]
+        gathered = []
+        if self.objective.needs_global_batch and len(batches) > 1:
+            with self.phase("gather", step), torch.no_grad():
+                gathered = [self.engine.forward("gather", batch) for batch in batches]
         for micro, batch in enumerate(batches):
             with self.phase("forward", step):
-                loss = self.engine.forward("loss", batch, collected, micro)
+                loss = self.engine.forward("loss", batch, gathered, micro)
             with self.phase("backward", step):
                 self.engine.backward(loss.total)
                 self.meter.add(loss, batch)
         with self.phase("optimizer", step):
             grad_norm = self.engine.step()
-            self.objective.stepped(step, grad_norm)
+            self.objective.on_optimizer_step(step, grad_norm)
         if self.teacher:
             with self.phase("teacher", step):
                 self.teacher.update(step)
@@ -208,7 +208,7 @@ class Trainer:
 
     def check(self, rows: Results) -> bool:
         """Whether a criterion ends the run, after these rows were logged. Collective."""
-        return self.criteria.look(self.done, rows, self.epochs)
+        return self.criteria.check(self.done, rows, self.epochs)
 
     def epochs(self) -> float:
         """Whole passes over the data so far. Collective: a step may begin in one epoch and end in the next."""
@@ -246,11 +246,11 @@ def run_dir_of(options: RunConfig) -> Path:
     return Path(options.dir) / options.name
 
 
-def global_totals(batches: list[PackedBatch], device: torch.device, stop: bool, team: int = 1) -> dict[str, Tensor]:
+def global_totals(batches: list[PackedBatch], device: torch.device, stop: bool, tp_size: int = 1) -> dict[str, Tensor]:
     """Counts of the global batch, name → 0-d float tensor on the device; ``stop`` is above 0 if a rank was asked to."""
     counts = {**add_counts(batches), "stop": int(stop)}
     names = sorted(counts)
     local = torch.tensor([float(counts[name]) for name in names], dtype=torch.float64)
     # over all ranks, as any of them may have been asked; those of a team count the same samples
-    total = comm.total_of_ranks(local.to(device, non_blocking=True)) / team
+    total = comm.total_of_ranks(local.to(device, non_blocking=True)) / tp_size
     return dict(zip(names, total.float().unbind(), strict=True))

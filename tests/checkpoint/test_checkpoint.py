@@ -15,7 +15,7 @@ import torch
 
 from jepa_scale import checkpoint
 from jepa_scale.checkpoint import Manifest, Policy, Saver, store
-from jepa_scale.checkpoint.boxes import ShardView
+from jepa_scale.checkpoint.shard_view import ShardView
 from jepa_scale.cli import checkpoint as checkpoint_cli
 from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.engines.base import Engine
@@ -284,7 +284,7 @@ class Queue:
     def __init__(self, ranks: ParallelContext, rows: torch.Tensor) -> None:
         self.ranks, self.rows, self.updates = ranks, rows, -1
 
-    def state(self) -> dict[str, ShardView]:
+    def sharded_state(self) -> dict[str, ShardView]:
         n = len(self.rows)
         return {
             "queue/rows": ShardView(
@@ -292,7 +292,7 @@ class Queue:
             )
         }
 
-    def loaded(self, updates: int) -> None:
+    def post_load(self, updates: int) -> None:
         self.updates = updates
 
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jepa_scale.checkpoint import store
-from jepa_scale.checkpoint.boxes import ShardView
+from jepa_scale.checkpoint.shard_view import ShardView
 from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.utils.errors import InputError
 from tests.distributed.launch import run_ranks

@@ -16,7 +16,7 @@ import yaml
 from torch import Tensor
 
 from jepa_scale.checkpoint import Manifest, store
-from jepa_scale.checkpoint.boxes import ShardView
+from jepa_scale.checkpoint.shard_view import ShardView
 from jepa_scale.config.loading import load_config
 from jepa_scale.data import load_data
 from jepa_scale.experiment import validate

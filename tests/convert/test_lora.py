@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from jepa_scale.checkpoint import store
-from jepa_scale.checkpoint.boxes import ShardView
+from jepa_scale.checkpoint.shard_view import ShardView
 from jepa_scale.cli import main as cli
 from jepa_scale.convert import to_hf
 from jepa_scale.convert.from_hf import state_tensors

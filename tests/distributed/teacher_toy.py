@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jepa_scale.checkpoint.boxes import ShardView
+from jepa_scale.checkpoint.shard_view import ShardView
 from jepa_scale.config.ema import TeacherOptions
 from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.engines.base import Engine
@@ -158,7 +158,7 @@ def whole(boxes: dict[str, ShardView]) -> dict[str, Tensor]:
 
 def model_state(engine: Engine) -> dict[str, Tensor]:
     """Return the student's whole parameters and persistent buffers, by the teacher's names. Collective."""
-    boxes = {name.removeprefix("model/"): b for name, b in engine.state().items() if name.startswith("model/")}
+    boxes = {name.removeprefix("model/"): b for name, b in engine.sharded_state().items() if name.startswith("model/")}
     found = whole(boxes)
     return found | {"body.embed.weight": found["head.weight"]}  # it has two
 

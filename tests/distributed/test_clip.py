@@ -194,7 +194,7 @@ def clipped_gradients(engine: Engine) -> dict[str, float]:
     """Return the norm of each group's gradient in AdamW's first step, computed from its first moment, (1 − β₁) · gradient."""
     squares = {}
     for group, names in engine.options.clip_groups.items():
-        parts = [box.double() for name in names for _, box in engine.state()[f"exp_avg/{name}"].parts]
+        parts = [box.double() for name in names for _, box in engine.sharded_state()[f"exp_avg/{name}"].parts]
         squares[group] = torch.stack([torch.zeros((), dtype=torch.float64), *(p.square().sum() for p in parts)]).sum()
         if "ZeRO-0" not in engine.layout:  # there every rank has everything
             dist.all_reduce(squares[group])
@@ -238,7 +238,7 @@ def skip(ranks: ParallelContext, cases: list[tuple[tuple[float, ...], dict[str, 
         wrong = []
         spoilt, without = build(ranks, **case), build(ranks, **case)
         one_step(spoilt, 0)
-        before = {name: boxes.copy() for name, boxes in spoilt.state().items()}
+        before = {name: boxes.copy() for name, boxes in spoilt.sharded_state().items()}
         for value in values:
             _, norms, total = one_step(spoilt, 1, **({"lone": value} if ranks.rank == 1 else {}))
             finite = {name: math.isfinite(norm) for name, norm in norms.items()}
@@ -250,7 +250,7 @@ def skip(ranks: ParallelContext, cases: list[tuple[tuple[float, ...], dict[str, 
         one_step(without, 0)
         if one_step(spoilt, 2) != one_step(without, 2):
             wrong.append("the next step has other norms")
-        wrong += [f"{name} differs after the next step" for name in different(spoilt, without.state())]
+        wrong += [f"{name} differs after the next step" for name in different(spoilt, without.sharded_state())]
         if not different(spoilt, before):
             wrong.append("the next step did nothing")
         results.append(wrong)
@@ -260,7 +260,7 @@ def skip(ranks: ParallelContext, cases: list[tuple[tuple[float, ...], dict[str, 
 def different(engine: Engine, other: dict[str, Any]) -> list[str]:
     return [
         name
-        for name, boxes in engine.state().items()
+        for name, boxes in engine.sharded_state().items()
         if not all(torch.equal(p[1], q[1]) for p, q in zip(boxes.parts, other[name].parts, strict=True))
     ]
 

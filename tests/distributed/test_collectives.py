@@ -67,7 +67,7 @@ def norms(ranks: ParallelContext) -> dict[str, Any]:
     """Norms in a tensor-parallel group of two ranks: the rows of ``0`` are split; ``1`` and its gradient are replicated."""
     ranks = init_tp_group(ranks, 2)
     module = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Linear(2, 2, bias=False))
-    clipping = Clipping(module, {}, 1.0, split={"0.weight"}, team=2)
+    clipping = Clipping(module, {}, 1.0, split={"0.weight"}, tp_size=2)
     gradients = {"0.weight": torch.full((2, 3), 1.0 + ranks.rank), "1.weight": torch.full((2, 2), 3.0)}
     pieces = clipping.sort((clipping.group_of(name), gradient) for name, gradient in gradients.items())
     total, _ = clipping.measure(pieces, copies=1, device=ranks.device)

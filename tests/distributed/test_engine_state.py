@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from jepa_scale.checkpoint import store
-from jepa_scale.checkpoint.boxes import ShardView
+from jepa_scale.checkpoint.shard_view import ShardView
 from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.engines.base import Engine
 from tests.distributed import toy
@@ -60,7 +60,7 @@ def build(
 
 
 def snapshot(engine: Engine) -> dict[str, ShardView]:
-    return {name: boxes.copy() for name, boxes in engine.state().items()}
+    return {name: boxes.copy() for name, boxes in engine.sharded_state().items()}
 
 
 def same(a: dict[str, ShardView], b: dict[str, ShardView]) -> list[str]:
@@ -108,25 +108,25 @@ def continue_bitwise(ranks: ParallelContext, folder: str, cases: list[dict[str, 
     for i, case in enumerate(cases):
         wrong = []
         engine = build(ranks, tied=True, **case)
-        moments = [name for name in engine.state() if not name.startswith("model/")]
+        moments = [name for name in engine.sharded_state() if not name.startswith("model/")]
         trainable = {name for name, p in engine.module.named_parameters() if p.requires_grad}
         if set(moments) != {f"{key}/{name}" for name in trainable for key in moments_of(name, case)}:
             wrong.append(f"moments {moments}")
-        if any(box.count_nonzero() for name in moments for _, box in engine.state()[name].parts):
+        if any(box.count_nonzero() for name in moments for _, box in engine.sharded_state()[name].parts):
             wrong.append("moments are not zero at first")
         if engine.updates != 0:
             wrong.append("updates before the first step")
         toy.train(engine, range(2))  # after two steps the moments of all are there, and an evaluation has been
         if engine.updates != 2:
             wrong.append(f"{engine.updates} updates after 2 steps")
-        store.write(Path(folder) / str(i), engine.state())
+        store.write(Path(folder) / str(i), engine.sharded_state())
         written = snapshot(engine)
         expected = (toy.train(engine, range(2, 4)), engine.full_state(), toy.evaluate(engine))
 
         again = build(ranks, tied=True, other=True, **case)
         toy.evaluate(again)  # leaves FSDP2's root gathered
-        store.read(Path(folder) / str(i), again.state())
-        again.loaded(2)
+        store.read(Path(folder) / str(i), again.sharded_state())
+        again.post_load(2)
         wrong += [f"{name} as read" for name in same(snapshot(again), written)]
         if again.updates != 2:
             wrong.append(f"{again.updates} updates after loading")
@@ -161,7 +161,7 @@ def test_training_continues_bitwise(tmp_path, half):
 def parameters_and_checkpoint(ranks: ParallelContext, folder: str, zero: dict[str, Any]) -> dict[str, torch.Tensor]:
     engine = build(ranks, name="zero2", zero=zero)
     toy.train(engine, range(2))
-    store.write(Path(folder), engine.state())
+    store.write(Path(folder), engine.sharded_state())
     return {name: tensor.clone() for name, tensor in engine.module.state_dict().items()}
 
 
@@ -179,7 +179,9 @@ def write_all(ranks: ParallelContext, folder: str, cases: list[dict[str, Any]]) 
     for case in cases:
         engine = build(ranks, **case)
         toy.train(engine, range(2))
-        store.write(Path(folder) / f"{case['name']}{ranks.world_size}{case.get('precision', '')}", engine.state())
+        store.write(
+            Path(folder) / f"{case['name']}{ranks.world_size}{case.get('precision', '')}", engine.sharded_state()
+        )
         results.append((engine.full_state(), toy.train(engine, range(2, 4))))
     return results
 
@@ -188,11 +190,11 @@ def read_all(ranks: ParallelContext, folder: str, cases: list[tuple[str, dict[st
     results = []
     for source, case in cases:
         engine = build(ranks, other=True, **case)
-        store.read(Path(folder) / source, engine.state())
-        engine.loaded(2)
+        store.read(Path(folder) / source, engine.sharded_state())
+        engine.post_load(2)
         assert engine.updates == 2
         copy = f"{source}-{case['name']}{ranks.world_size}{case.get('precision', '')}"
-        store.write(Path(folder) / copy, engine.state())
+        store.write(Path(folder) / copy, engine.sharded_state())
         results.append((copy, engine.full_state(), toy.train(engine, range(2, 4))))
     return results
 

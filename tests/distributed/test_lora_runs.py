@@ -122,7 +122,7 @@ def train_all(ranks: ParallelContext, folder: str, cases: list[tuple[str, str]])
             engine.step()
             teacher.update(step)
             losses.append(float(loss.detach()))
-        state = engine.state()
+        state = engine.sharded_state()
         results.append(
             {
                 "losses": losses,

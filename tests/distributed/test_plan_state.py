@@ -56,7 +56,7 @@ def sizes_of_engines(ranks: Any, files: list[str]) -> list[dict[str, int]]:
             {
                 "parameters": held(parameters),
                 "optimizer": held([*masters, *moments]),
-                "teacher": held([*copies, *copied.averages]),
+                "teacher": held([*copies, *copied.ema_parameters]),
             }
         )
     return found

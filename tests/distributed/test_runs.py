@@ -17,7 +17,7 @@ from tests.distributed.launch import run_ranks
 from tests.distributed.small_runs import run_file
 
 STEPS = 20
-CONCEPT = {"name": "concept", "tap_layer": 1, "say_fraction": 0.6, "scale_init": 5.0, "bridge_width": 16}
+CONCEPT = {"name": "concept", "tap_layer": 1, "decode_fraction": 0.6, "scale_init": 5.0, "bridge_width": 16}
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "lm": {"name": "lm"},
     "two_view": {"name": "two_view", "predictor_tokens": 2, "loss_dropout": 0.3},

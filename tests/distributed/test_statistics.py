@@ -93,13 +93,13 @@ def step(ranks: ParallelContext, name: str, micros: int, rows: int, idle: bool) 
     total = torch.tensor(float(rows))
     numbers = deal(rows, ranks.world_size, micros, idle)[ranks.rank]
     hand = [x[torch.tensor(some, dtype=torch.int64)] for some in numbers]
-    collected: dict[str, list[Tensor]] = {"a": [], "b": []}
+    gathered: dict[str, list[Tensor]] = {"a": [], "b": []}
     if micros > 1:
         with torch.no_grad():
-            collected = {view: [net[view](part) for part in hand] for view in ("a", "b")}
+            gathered = {view: [net[view](part) for part in hand] for view in ("a", "b")}
     summed, contributed, terms = None, torch.zeros(()), []
     for micro, part in enumerate(hand):
-        a, b = (rows_of_step(net[view](part), collected[view], micro) for view in ("a", "b"))
+        a, b = (rows_of_step(net[view](part), gathered[view], micro) for view in ("a", "b"))
         terms = loss(a, b, total)
         value = sum(w * t for w, t in zip(WEIGHTS[name], terms, strict=True))
         contribution = as_contribution(value, len(part) / total.clamp(min=1))

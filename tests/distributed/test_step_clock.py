@@ -18,9 +18,9 @@ from tests.distributed.test_runs import config_file, rows, train_runs
 
 DATA, OTHER = (1.0, 2.0), (1.5, 0.5)
 """Seconds of each rank; the rank whose data comes first waits for the other."""
-CALLS = {"collect": 4.0, "loss": 3.0, "evaluation": 1000.0}
+CALLS = {"gather": 4.0, "loss": 3.0, "evaluation": 1000.0}
 BACKWARD, OPTIMIZER = 5.0, 7.0
-PARTS = {"data": 1.5, "other": 1.0, "collect": 8.0, "forward": 6.0, "backward": 10.0, "optimizer": 7.0}
+PARTS = {"data": 1.5, "other": 1.0, "gather": 8.0, "forward": 6.0, "backward": 10.0, "optimizer": 7.0}
 """Expected seconds of a step of two micro-batches, averaged over the ranks."""
 
 

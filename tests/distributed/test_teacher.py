@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from jepa_scale.checkpoint import store
-from jepa_scale.checkpoint.boxes import state_of
+from jepa_scale.checkpoint.shard_view import state_of
 from jepa_scale.config.ema import TeacherOptions
 from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.engines.base import Engine
@@ -94,7 +94,7 @@ def follow(ranks: ParallelContext, cases: list[tuple[str, str]]) -> list[dict[st
                 reference.update(step, state)
             if step not in (0, 3, STEPS - 1):
                 continue
-            mine, got = whole(teacher.state()), outputs(teacher)
+            mine, got = whole(teacher.sharded_state()), outputs(teacher)
             if not reference:
                 continue
             for key, parameter in reference.model.named_parameters():
@@ -153,7 +153,7 @@ def is_the_student(ranks: ParallelContext, cases: list[tuple[str, str]]) -> list
             for key, buffer in teacher._copy.module.named_buffers():
                 if not torch.equal(buffer, buffers[key]) or not buffer.count_nonzero():
                     wrong.append(f"step {step}: buffer {key}")
-        mine, its = whole(teacher.state()), model_state(engine)
+        mine, its = whole(teacher.sharded_state()), model_state(engine)
         wrong += [key for key in mine if not torch.equal(mine[key], its[key.removeprefix("teacher/")])]
         teacher.forward("body", PROBE)
         if any(p.requires_grad or p.grad is not None for p in teacher._copy.module.parameters()):
@@ -248,7 +248,7 @@ def go_on(engine: Engine, teacher: Teacher) -> list[dict[str, Tensor]]:
 
 
 def known(teacher: Teacher) -> dict[str, Tensor]:
-    state = whole(teacher.state())
+    state = whole(teacher.sharded_state())
     for name in state:
         if FROZEN in name:  # it has no master: in bf16 DeepSpeed rounds it
             state[name] = state[name].bfloat16()
@@ -267,7 +267,7 @@ def resume(ranks: ParallelContext, folder: str, cases: list[tuple[str, dict[str,
         for owner in (engine.module, teacher._copy.module):  # what is not persistent is for its owner to renew
             owner.get_submodule("body").shift.fill_(0).add_(make_shift(SAVED))
         for part in parts:
-            part.loaded(SAVED)
+            part.post_load(SAVED)
         results.append(go_on(engine, teacher))
     return results
 

@@ -18,7 +18,7 @@ class Knows:
     def prepare(self, answers):
         assert len(answers) == len(DATA.names)
 
-    def speak(self, questions, length):
+    def verbalize(self, questions, length):
         assert length == 2
         self.asked += questions
         return [q.answer if q.relation % 2 == 0 else (0, 0) for q in questions]

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jepa_scale.losses.infonce import NO_KEY, collect_contrast, contrast, first_of_each, places_of
+from jepa_scale.losses.infonce import NO_KEY, contrast, first_of_each, gather_contrast, places_of
 
 SCALE = torch.tensor(7.0)
 
@@ -80,10 +80,10 @@ def test_micro_batches_change_neither_loss_nor_gradient(micros, per_micro, seed)
 
     table, guesses, scale = parameters()
     parts = everything.split(per_micro)
-    collected = []
+    gathered = []
     for rows in parts:
         queries, candidates = embed(table, guesses, rows)
-        collected.append(collect_contrast(queries, entities[rows], candidates, entities[rows], per_micro))
+        gathered.append(gather_contrast(queries, entities[rows], candidates, entities[rows], per_micro))
     total = 0.0
     for micro, rows in enumerate(parts):
         queries, candidates = embed(table, guesses, rows)
@@ -94,7 +94,7 @@ def test_micro_batches_change_neither_loss_nor_gradient(micros, per_micro, seed)
             entities[rows],
             scale,
             per_micro,
-            collected if micros > 1 else [],
+            gathered if micros > 1 else [],
             micro,
         )
         loss = result.losses.sum() + result.elsewhere
@@ -134,14 +134,13 @@ def test_candidates_without_gradient_need_no_pass_over_the_others_queries():
     whole = contrast(F.normalize(guesses, dim=-1), entities, table[entities], entities, SCALE, 6, queue=queue)
     (expected,) = torch.autograd.grad(whole.losses.sum(), guesses)
     parts = torch.arange(6).split(2)
-    collected = [
-        collect_contrast(F.normalize(guesses[p], dim=-1), entities[p], table[entities[p]], entities[p], 2)
-        for p in parts
+    gathered = [
+        gather_contrast(F.normalize(guesses[p], dim=-1), entities[p], table[entities[p]], entities[p], 2) for p in parts
     ]
     total = 0.0
     for micro, p in enumerate(parts):
         queries = F.normalize(guesses[p], dim=-1)
-        result = contrast(queries, entities[p], table[entities[p]], entities[p], SCALE, 2, collected, micro, queue)
+        result = contrast(queries, entities[p], table[entities[p]], entities[p], SCALE, 2, gathered, micro, queue)
         total = total + result.losses.sum() + result.elsewhere
         assert result.candidates == whole.candidates == 8
     (got,) = torch.autograd.grad(total, guesses)

@@ -41,10 +41,10 @@ def without_bridge(model):
 
 
 @pytest.mark.parametrize("after", [1, 2])
-@pytest.mark.parametrize("barrier", [False, True])
-def test_the_stream_goes_on_as_itself_plus_the_gated_bridge(after, barrier):
+@pytest.mark.parametrize("stop_gradient_layer", [False, True])
+def test_the_stream_goes_on_as_itself_plus_the_gated_bridge(after, stop_gradient_layer):
     """Blocks, bridge and norm one after another by hand, the blocks themselves from a decoder without a bridge."""
-    model = noisy(make(bridge_after=after, bridge_grad_barrier=barrier))
+    model = noisy(make(bridge_after=after, bridge_grad_barrier=stop_gradient_layer))
     plain, bridge = without_bridge(model), model.model.bridge
 
     def join(block, args, output):
@@ -60,7 +60,10 @@ def test_the_stream_goes_on_as_itself_plus_the_gated_bridge(after, barrier):
 
 @pytest.mark.parametrize("after", [1, 2])
 def test_the_barrier_keeps_gradient_from_what_is_below_and_changes_no_value(after):
-    models = [noisy(make(bridge_after=after, bridge_grad_barrier=barrier)) for barrier in (False, True)]
+    models = [
+        noisy(make(bridge_after=after, bridge_grad_barrier=stop_gradient_layer))
+        for stop_gradient_layer in (False, True)
+    ]
     losses = [model(ids(2, 9), labels=ids(2, 9), use_cache=False).loss for model in models]
     assert torch.equal(*losses)
     for loss in losses:
@@ -99,9 +102,11 @@ def test_the_gate_begins_as_configured(how):
     assert make().model.bridge.gate.tolist() == [-2.0]
 
 
-@pytest.mark.parametrize("barrier", [False, True])
-def test_save_and_load_keep_every_logit(barrier, tmp_path):
-    model = noisy(make(bridge_after=-2, bridge_grad_barrier=barrier, bridge_gate_init=-1.0, tie_word_embeddings=True))
+@pytest.mark.parametrize("stop_gradient_layer", [False, True])
+def test_save_and_load_keep_every_logit(stop_gradient_layer, tmp_path):
+    model = noisy(
+        make(bridge_after=-2, bridge_grad_barrier=stop_gradient_layer, bridge_gate_init=-1.0, tie_word_embeddings=True)
+    )
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert torch.equal(loaded(ids(2, 9)).logits, model(ids(2, 9)).logits)
@@ -118,9 +123,9 @@ def test_a_checkpoint_without_a_bridge_gets_one_that_is_new(tmp_path):
     assert torch.equal(model.lm_head.weight, plain.lm_head.weight)
 
 
-@pytest.mark.parametrize("barrier", [False, True])
-def test_generation_with_a_cache_is_the_argmax_of_the_packed_path(barrier):
-    model = noisy(make(bridge_grad_barrier=barrier))
+@pytest.mark.parametrize("stop_gradient_layer", [False, True])
+def test_generation_with_a_cache_is_the_argmax_of_the_packed_path(stop_gradient_layer):
+    model = noisy(make(bridge_grad_barrier=stop_gradient_layer))
     backbone = Backbone(model)
     prompt = ids(3, 4)
     with backbone.unpacked() as decoder, torch.no_grad():

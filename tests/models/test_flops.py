@@ -52,11 +52,16 @@ def stream(lengths):
 def counted(backbone, lengths, rows=ROWS, until=None, train=True):
     """What FlopCounterMode sees, of segments of these lengths or of a stream: (forward, backward). Attention in separate products, which it counts as they are;
     the rotary tables of transformers are outer products, which it counts and we don't."""
-    packed, barrier = lengths if isinstance(lengths, PackedSequence) else stream(lengths), backbone.barrier
+    packed, stop_gradient_layer = (
+        lengths if isinstance(lengths, PackedSequence) else stream(lengths),
+        backbone.stop_gradient_layer,
+    )
     with sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(train):
         with FlopCounterMode(display=False) as counter:
             hidden, tap = (
-                backbone.hidden_and_tap(packed, barrier) if barrier else (backbone.hidden(packed, until=until), 0)
+                backbone.hidden_and_tap(packed, stop_gradient_layer)
+                if stop_gradient_layer
+                else (backbone.hidden(packed, until=until), 0)
             )
             out = backbone.logits(hidden[:rows]) if until is None else hidden
         tables = {k: sum(v.values()) for k, v in counter.get_flop_counts().items() if k.endswith("rotary_emb")}
@@ -64,7 +69,9 @@ def counted(backbone, lengths, rows=ROWS, until=None, train=True):
         if not train:
             return forward, 0
         with FlopCounterMode(display=False) as counter:
-            (out.sum() + (tap.sum() if barrier else 0)).backward()  # the blocks below a barrier learn from the tap
+            (
+                out.sum() + (tap.sum() if stop_gradient_layer else 0)
+            ).backward()  # the blocks below a barrier learn from the tap
     return forward, counter.get_total_flops()
 
 

@@ -79,7 +79,7 @@ def compare(ranks: ParallelContext, family: str) -> dict[str, float]:
     ranks = init_tp_group(ranks, ranks.world_size)
     group = tp_group()
     assert group is not None
-    splits = tensor_parallel.split(mine, TensorParallelGroup(group, ranks.rank, ranks.team))
+    splits = tensor_parallel.split(mine, TensorParallelGroup(group, ranks.rank, ranks.tp_size))
     mine = copy.deepcopy(mine)  # as a teacher's copy is made
     expected, got = step(whole, stream()), step(mine, stream())
     apart = {name: distance(got[name], expected[name]) for name in expected}
@@ -120,18 +120,18 @@ def cross_entropies(ranks: ParallelContext) -> list[torch.Tensor]:
     ranks = init_tp_group(ranks, ranks.world_size)
     group = tp_group()
     assert group is not None
-    team = TensorParallelGroup(group, ranks.rank, ranks.team)
+    tp = TensorParallelGroup(group, ranks.rank, ranks.tp_size)
     generator = torch.Generator().manual_seed(0)
     logits = (30 * torch.randn(9, VOCABULARY, generator=generator)).requires_grad_()
     targets = torch.randint(0, VOCABULARY, (9,), generator=generator)
     weights = torch.randn(9, generator=generator)
     expected = F.cross_entropy(logits, targets, reduction="none")
     (grad,) = torch.autograd.grad((expected * weights).sum(), logits)
-    part = team.part(VOCABULARY)
+    part = tp.part(VOCABULARY)
     mine = logits.detach()[:, part].requires_grad_()
-    got = team.label_losses(*statistics(mine, targets - part.start))
+    got = tp.label_losses(*statistics(mine, targets - part.start))
     (own,) = torch.autograd.grad((got * weights).sum(), mine)
-    nothing = team.label_losses(*statistics(mine[:0], targets[:0]))
+    nothing = tp.label_losses(*statistics(mine[:0], targets[:0]))
     assert nothing.shape == (0,)
     return [expected.detach() - got.detach(), own - grad[:, part]]
 

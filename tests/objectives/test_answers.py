@@ -38,7 +38,7 @@ def test_nll_is_the_sum_over_the_answers_tokens():
 
 
 def test_speaking_is_greedy():
-    for fact, spoken in zip(FACTS, answer_generator().speak(FACTS, 2), strict=True):
+    for fact, spoken in zip(FACTS, answer_generator().verbalize(FACTS, 2), strict=True):
         tokens = list(fact.prompt)
         for _ in range(2):
             tokens.append(int(MODEL.logits(alone(MODEL, tokens))[-1].argmax()))

@@ -50,12 +50,12 @@ def seen(model, objective, batches):
     """By FlopCounterMode, but for the tables of rotary embeddings, which transformers makes by products."""
 
     def run():
-        collected = []
-        if objective.collects and len(batches) > 1:
+        gathered = []
+        if objective.needs_global_batch and len(batches) > 1:
             with torch.no_grad():
-                collected = [objective.collect(model, batch) for batch in batches]
+                gathered = [objective.gather(model, batch) for batch in batches]
         for i, batch in enumerate(batches):
-            objective.loss(model, batch, collected, i).total.backward()
+            objective.loss(model, batch, gathered, i).total.backward()
 
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run()
@@ -84,9 +84,9 @@ def test_lm_and_stp(chat, micros):
 class Looks(LanguageModeling):
     """Runs the decoder over all micro-batches first, for nothing."""
 
-    collects = True
+    needs_global_batch = True
 
-    def collect(self, backbone, batch):
+    def gather(self, backbone, batch):
         return {"states": backbone.hidden(batch.streams["main"])}
 
 
@@ -145,7 +145,7 @@ def test_horizon(name, micros):
 CONCEPT = {
     "rotation": dict(tap_layer=1),
     "linear": dict(tap_layer=2, predictor="linear", concept_dim=8),
-    "mlp": dict(tap_layer=1, predictor="mlp", say_fraction=0.5),
+    "mlp": dict(tap_layer=1, predictor="mlp", decode_fraction=0.5),
     "memory": dict(memory=True, concept_dim=8),
 }
 

@@ -59,7 +59,7 @@ DEFAULTS: list[tuple[type[Objective], dict[str, object]]] = [
             "sigreg_weight": 0.1,
         },
     ),
-    (Concept, {"predictor": "rotation", "scale_init": 10.0, "scale_max": 20.0, "say_noise": 1.3, "gate_init": -2.0}),
+    (Concept, {"predictor": "rotation", "scale_init": 10.0, "scale_max": 20.0, "decode_noise": 1.3, "gate_init": -2.0}),
     (TwoView, {"distance": "cosine", "jepa_weight": 1.0, "lm_weight": 1.0, "loss_dropout": 0.0, "legacy_loss": False}),
 ]
 

@@ -10,7 +10,7 @@ from jepa_scale.experiment import validate
 from jepa_scale.plan.layout import Layout, layout_of
 from jepa_scale.plan.model import Modelled, model_on_meta
 from jepa_scale.plan.planner import Request, RunPlan, make_plan
-from jepa_scale.plan.stand_in import stand_in
+from jepa_scale.plan.synthetic import stand_in
 
 LAYERS, WIDTH, INNER, HEADS, KV, VOCAB = 3, 32, 48, 4, 2, 128
 MODEL = {

@@ -6,7 +6,7 @@ import torch
 from jepa_scale.experiment import validate
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.objectives.base import JepaModel
-from jepa_scale.plan.stand_in import stand_in
+from jepa_scale.plan.synthetic import stand_in
 from tests.plan.small import BLOCK, HORIZON, LAYERS, MODEL, PARAMETERS, VOCAB, WIDTH, config, modelled
 
 

@@ -5,7 +5,7 @@ import pytest
 from jepa_scale.plan.communication import Traffic
 from jepa_scale.plan.hardware import Gpu, find_gpu
 from jepa_scale.plan.layout import layout_of
-from jepa_scale.plan.ledger import OpCost
+from jepa_scale.plan.memory_tracker import OpCost
 from jepa_scale.plan.roofline import estimate
 from tests.plan.small import config, planned
 

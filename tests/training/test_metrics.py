@@ -53,13 +53,13 @@ def test_a_skipped_step_is_named_and_in_no_mean():
 def test_what_was_spent_counts_for_skipped_steps_too():
     meter = MetricAccumulator(torch.device("cpu"))
     for step, norm in enumerate([1.0, math.nan]):
-        meter.spend(3 * 2**40)
+        meter.add_flops(3 * 2**40)
         meter.add(loss(1.0), batch(1, step))
         meter.step_done(step, torch.tensor(norm))
     assert meter.flops == 0
     meter.read()
     assert meter.flops == 6 * 2**40
-    meter.spend(5)
+    meter.add_flops(5)
     meter.add(loss(1.0), batch(1, 2))
     meter.step_done(2, FINITE)
     meter.read()

@@ -20,8 +20,8 @@ def criteria(**options) -> StoppingRules:
     return StoppingRules(TrainConfig(steps=100, eval_every=5, **options))
 
 
-def look(who: StoppingRules, step: int, epochs: float = 0.0, split: str = "valid", **values: float) -> bool:
-    return who.look(step, {split: values}, lambda: epochs)
+def check(who: StoppingRules, step: int, epochs: float = 0.0, split: str = "valid", **values: float) -> bool:
+    return who.check(step, {split: values}, lambda: epochs)
 
 
 def patient(**changes) -> StoppingRules:
@@ -31,7 +31,7 @@ def patient(**changes) -> StoppingRules:
 def test_it_ends_after_so_many_evaluations_without_an_improvement():
     who = patient()
     values = [9.0, 8.0, 7.95, 7.85, 7.9, 7.8]  # 7.95 is not enough of an improvement on 8.0, 7.85 is
-    assert [look(who, step, ppl=v) for step, v in enumerate(values)] == [False] * 5 + [True]
+    assert [check(who, step, ppl=v) for step, v in enumerate(values)] == [False] * 5 + [True]
     assert not who.aborted
     assert who.ended == (
         "stopped early: valid/ppl has not improved by more than 0.1 in 2 evaluations; the best was 7.85 after step 3"
@@ -40,25 +40,25 @@ def test_it_ends_after_so_many_evaluations_without_an_improvement():
 
 def test_better_may_be_higher_and_nan_is_never_better():
     who = patient(metric="valid/retrieval_top1", min_delta=0.0)
-    assert [look(who, s, retrieval_top1=v) for s, v in enumerate([0.1, 0.2, 0.15, math.nan])] == [False] * 3 + [True]
+    assert [check(who, s, retrieval_top1=v) for s, v in enumerate([0.1, 0.2, 0.15, math.nan])] == [False] * 3 + [True]
     never = patient()
-    assert [look(never, s, ppl=math.nan) for s in range(2)] == [False, True]
+    assert [check(never, s, ppl=math.nan) for s in range(2)] == [False, True]
     assert "never a number" in never.ended
 
 
 def test_rows_of_other_splits_say_nothing():
     who = patient()
-    assert not any(look(who, step, split="fit", loss=1.0) for step in range(50))
-    assert not who.look(3, {}, lambda: pytest.fail("nobody wants to know"))
+    assert not any(check(who, step, split="fit", loss=1.0) for step in range(50))
+    assert not who.check(3, {}, lambda: pytest.fail("nobody wants to know"))
 
 
 def test_a_checkpoint_remembers_and_more_patience_goes_on():
     who = patient()
-    assert [look(who, s, ppl=v) for s, v in enumerate([8.0, 8.0])] == [False, False]
+    assert [check(who, s, ppl=v) for s, v in enumerate([8.0, 8.0])] == [False, False]
     state = json.loads(json.dumps(who.state()))
     again = patient()
     again.resume(state)
-    assert not again.ended and look(again, 2, ppl=8.0)
+    assert not again.ended and check(again, 2, ppl=8.0)
     ended = json.loads(json.dumps(again.state()))
     for patience, ends in ((2, True), (3, False)):
         later = patient(patience=patience)
@@ -87,15 +87,15 @@ def test_a_checkpoint_remembers_and_more_patience_goes_on():
 )
 def test_abort_rules(rule, value, epochs, why):
     who = criteria(abort=[{"metric": "fit/vq_usage", **rule}])
-    assert look(who, 7, epochs, "fit", vq_usage=value) == who.aborted == bool(why)
+    assert check(who, 7, epochs, "fit", vq_usage=value) == who.aborted == bool(why)
     assert who.ended == (f"aborted after step 7: fit/vq_usage is {why}" if why else "")
 
 
 def test_a_metric_that_has_gone_is_no_number():
     """Evaluations leave out what is not a number."""
     who = criteria(abort=[{"metric": "valid/info_nce"}])
-    assert not look(who, 1, info_nce=3.0, top1=0.1)
-    assert look(who, 2, top1=0.1) and "nan" in who.ended
+    assert not check(who, 1, info_nce=3.0, top1=0.1)
+    assert check(who, 2, top1=0.1) and "nan" in who.ended
 
 
 def test_metrics_that_are_not_there_are_named():
@@ -104,10 +104,10 @@ def test_metrics_that_are_not_there_are_named():
         ({"early_stopping": {"metric": "valid/ppk"}}, "train.early_stopping.metric"),
     ):
         with pytest.raises(InputError, match=f"{key}: split 'valid' logs no 'ppk'; choose one of loss, ppl"):
-            look(criteria(**options), 5, ppl=1.0, loss=2.0)
-    assert not look(criteria(abort=[{"metric": "fit/skipped_steps", "above": 0}]), 5, split="fit", loss=1.0)
+            check(criteria(**options), 5, ppl=1.0, loss=2.0)
+    assert not check(criteria(abort=[{"metric": "fit/skipped_steps", "above": 0}]), 5, split="fit", loss=1.0)
     with pytest.raises(InputError, match="'fit' logs no 'los'"):
-        look(criteria(abort=[{"metric": "fit/los"}]), 5, split="fit", loss=1.0)
+        check(criteria(abort=[{"metric": "fit/los"}]), 5, split="fit", loss=1.0)
 
 
 def test_options_that_make_no_sense_are_refused():

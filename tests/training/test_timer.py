@@ -77,7 +77,7 @@ def test_a_run_tells_where_its_time_went(tmp_path: Path, capsys):
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     fit = [row for row in rows if row["split"] == "fit"]
     said = capsys.readouterr().out
-    parts = [step_part(part) for part in STEP_PARTS if part != "collect"]  # it does not collect
+    parts = [step_part(part) for part in STEP_PARTS if part != "gather"]  # it does not collect
     for row in fit:
         assert [name for name in row if name in map(step_part, STEP_PARTS)] == parts
         assert row["time_per_step"] == pytest.approx(sum(row[name] for name in parts))

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from jepa_scale.checkpoint.boxes import ShardView
+from jepa_scale.checkpoint.shard_view import ShardView
 from jepa_scale.distributed.comm import ParallelContext, all_gather_object, dp_group, dp_rank, dp_size
 from jepa_scale.engines.base import ShardedEMA, persistent_buffers
 from jepa_scale.engines.deepspeed import internals
@@ -108,7 +108,7 @@ class ReplicatedEMA(ShardedEMA):
         return mine[begin - stretch.begin : begin - stretch.begin + length]
 
     @property
-    def averages(self) -> list[Tensor]:
+    def ema_parameters(self) -> list[Tensor]:
         return self._averages
 
     @property
@@ -128,7 +128,7 @@ class ReplicatedEMA(ShardedEMA):
             for work in works:
                 work.wait()
 
-    def state(self) -> dict[str, ShardView]:
+    def sharded_state(self) -> dict[str, ShardView]:
         boxes = {name: ShardView.whole(buffer) for name, buffer in persistent_buffers(self.module)}
         boxes |= {name: ShardView.whole(parameter.detach()) for name, parameter in self._frozen.items()}
         return boxes | {name: ShardView.of_range(*part) for name, part in self._parts.items()}
@@ -202,7 +202,7 @@ class PartitionedEMA(ShardedEMA):
         self.refresh()
 
     @property
-    def averages(self) -> list[Tensor]:
+    def ema_parameters(self) -> list[Tensor]:
         return self._averages
 
     @property
@@ -219,7 +219,7 @@ class PartitionedEMA(ShardedEMA):
         if self._copies:
             torch._foreach_copy_(self._computed, self._averages)
 
-    def state(self) -> dict[str, ShardView]:
+    def sharded_state(self) -> dict[str, ShardView]:
         boxes = {name: ShardView.whole(buffer) for name, buffer in persistent_buffers(self.module)}
         return boxes | {name: ShardView.of_range(*part) for name, part in self._shards.items()}
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jepa_scale.checkpoint.boxes import ShardView
+from jepa_scale.checkpoint.shard_view import ShardView
 from jepa_scale.config.loading import find_file
 from jepa_scale.config.schema import OptimConfig
 from jepa_scale.distributed.comm import ParallelContext
@@ -291,12 +291,12 @@ class DeepSpeedEngine(Engine):
         return list(self.optimizer.state.values())
 
     @torch.no_grad()
-    def state(self) -> dict[str, ShardView]:
+    def sharded_state(self) -> dict[str, ShardView]:
         buffers = {f"model/{name}": ShardView.whole(buffer) for name, buffer in persistent_buffers(self.module)}
         return buffers | self._view.boxes()
 
     @torch.no_grad()
-    def loaded(self, updates: int) -> None:
+    def post_load(self, updates: int) -> None:
         self._set_updates(updates)
         self._view.refresh()
 

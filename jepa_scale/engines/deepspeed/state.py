@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from jepa_scale.checkpoint.boxes import ShardView
+from jepa_scale.checkpoint.shard_view import ShardView
 from jepa_scale.distributed.comm import dp_group
 from jepa_scale.engines.deepspeed import internals
 from jepa_scale.engines.deepspeed.internals import shard, true_shape

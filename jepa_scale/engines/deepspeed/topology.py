@@ -14,7 +14,7 @@ def topology_of(ranks: ParallelContext) -> Topology | None:
     Also reset the global groups of an earlier engine.
     """
     internals.forget_groups()
-    return Topology(ranks) if ranks.team > 1 else None
+    return Topology(ranks) if ranks.tp_size > 1 else None
 
 
 class Topology:
@@ -40,10 +40,10 @@ class Topology:
         return tp_group()
 
     def get_model_parallel_rank(self) -> int:
-        return self.ranks.rank % self.ranks.team
+        return self.ranks.rank % self.ranks.tp_size
 
     def get_model_parallel_world_size(self) -> int:
-        return self.ranks.team
+        return self.ranks.tp_size
 
     get_tensor_model_parallel_group = get_model_parallel_group
     get_tensor_model_parallel_rank = get_model_parallel_rank

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from jepa_scale.checkpoint.boxes import ShardView
+from jepa_scale.checkpoint.shard_view import ShardView
 from jepa_scale.engines.base import ShardedEMA, persistent_buffers
 from jepa_scale.engines.weights import strip_all
 
@@ -52,7 +52,7 @@ class FSDPEMA(ShardedEMA):
     # Looked up each time: FSDP2 may replace a shard's storage in the first forward, but keeps the DTensor.
 
     @property
-    def averages(self) -> list[Tensor]:
+    def ema_parameters(self) -> list[Tensor]:
         return [shard._local_tensor for shard in self._averages]
 
     @property
@@ -66,7 +66,7 @@ class FSDPEMA(ShardedEMA):
             getattr(group.comm_ctx, "post_forward_order", []).clear()  # exists from the first forward on
             assert group.is_sharded, "a forward of the copy has left parameters gathered"
 
-    def state(self) -> dict[str, ShardView]:
+    def sharded_state(self) -> dict[str, ShardView]:
         boxes = {name: ShardView.whole(buffer) for name, buffer in persistent_buffers(self.module)}
         with torch.no_grad():
             return boxes | {n: ShardView.of_dtensor(cast(DTensor, p)) for n, p in self.module.named_parameters()}

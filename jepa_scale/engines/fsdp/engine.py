@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from jepa_scale.checkpoint.boxes import ShardView
+from jepa_scale.checkpoint.shard_view import ShardView
 from jepa_scale.config.schema import OptimConfig
 from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.engines.base import (
@@ -128,7 +128,7 @@ class FSDPEngine(Engine):
         return list(self.optimizer.state.values())
 
     @torch.no_grad()
-    def state(self) -> dict[str, ShardView]:
+    def sharded_state(self) -> dict[str, ShardView]:
         self._reshard()
         boxes = {f"model/{name}": ShardView.whole(buffer) for name, buffer in persistent_buffers(self.module)}
         for name, parameter in self.module.named_parameters():
@@ -139,7 +139,7 @@ class FSDPEngine(Engine):
         return boxes
 
     @torch.no_grad()
-    def loaded(self, updates: int) -> None:
+    def post_load(self, updates: int) -> None:
         self._reshard()
         self._set_updates(updates)
 
@@ -186,10 +186,10 @@ def _mesh(ranks: ParallelContext, replicas: int) -> DeviceMesh:
     The tensor-parallel group is no dimension of it: to FSDP2, a rank's part of a split parameter is an ordinary parameter.
     """
     kind = ranks.device.type
-    if ranks.team == 1 and replicas == 1:
+    if ranks.tp_size == 1 and replicas == 1:
         return init_device_mesh(kind, (ranks.world_size,), mesh_dim_names=("shard",))
-    shape = (replicas, ranks.dp_size // replicas, ranks.team)
-    mesh = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard", "team"))
+    shape = (replicas, ranks.dp_size // replicas, ranks.tp_size)
+    mesh = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard", "tp"))
     return mesh["shard"] if replicas == 1 else mesh["replicate", "shard"]
 
 

@@ -90,7 +90,7 @@ class ConceptAnswerer:
         batch = self._pack(views)
         return batch, self.call("say_logits", batch, concepts, nearest)
 
-    def speak(self, questions: Sequence[Any], length: int) -> list[tuple[int, ...]]:
+    def verbalize(self, questions: Sequence[Any], length: int) -> list[tuple[int, ...]]:
         concepts, nearest = self._to_say(questions)
         spoken: list[tuple[int, ...]] = [() for _ in questions]
         for _ in range(length):

@@ -23,10 +23,10 @@ class ConceptOptions(Section):
     lm_weight: float = Field(1.0, ge=0, description="Weight of the next-token loss of the decoded names.")
     scale_init: float = Field(10.0, gt=0, description="Inverse temperature of InfoNCE at the start; it is learned.")
     scale_max: float = Field(20.0, gt=0, description="Upper bound of the inverse temperature.")
-    say_noise: float = Field(
+    decode_noise: float = Field(
         1.3, ge=0, description="Standard deviation of the noise on a concept of unit RMS that is decoded."
     )
-    say_fraction: float = Field(1.0, gt=0, le=1, description="Share of the samples for which a name is decoded.")
+    decode_fraction: float = Field(1.0, gt=0, le=1, description="Share of the samples for which a name is decoded.")
     bridge_width: int | None = Field(
         None, ge=1, description="Inner width of the bridge; null = 8 times a concept's width."
     )

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from jepa_scale.data.sampling.rng import SampleRNG
 from jepa_scale.distributed.comm import dp_size
-from jepa_scale.losses.infonce import NO_KEY, collect_contrast, contrast
+from jepa_scale.losses.infonce import NO_KEY, contrast, gather_contrast
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.flops import Cost, DecoderFlops, ReadoutFlops, linear_cost
 from jepa_scale.models.layers.bridge import Bridge
-from jepa_scale.objectives.base import Loss, Objective, lm_loss, resolve_tap, share
+from jepa_scale.objectives.base import Loss, Objective, lm_loss, mean_over_global_batch, resolve_tap
 from jepa_scale.objectives.concept.answers import ConceptAnswerer
 from jepa_scale.objectives.concept.config import ConceptOptions
 from jepa_scale.objectives.concept.memory import ConceptMemory
@@ -65,12 +65,12 @@ class ConceptViews:
         # either name, so that every entity is spoken alike: some are the object of held-out facts only
         which = int(rng.integers(2))
         views.values["spoken"] = which
-        spoken = rng.random() < self.options.say_fraction
+        spoken = rng.random() < self.options.decode_fraction
         if spoken:
             views.segments.append(say_segment(fact.mask, fact.object if which else fact.subject))
-        if self.options.say_noise and self.slots is None:
+        if self.options.decode_noise and self.slots is None:
             noise = rng.standard_normal(self.dim, dtype=np.float32) if spoken else np.zeros(self.dim, np.float32)
-            views.values["noise"] = self.options.say_noise * noise
+            views.values["noise"] = self.options.decode_noise * noise
         views.counts["pairs"] = 1
         return views
 
@@ -106,7 +106,7 @@ class Concept(Objective):
     """λ · InfoNCE of the predicted concept + γ · next-token loss of the spoken name."""
 
     Options = ConceptOptions
-    collects = True
+    needs_global_batch = True
 
     def __init__(self, options: ConceptOptions, backbone: Backbone, data: Any):
         super().__init__()
@@ -206,16 +206,16 @@ class Concept(Objective):
         queries, candidates = F.normalize(predicted, dim=-1), F.normalize(concepts, dim=-1)
         return concepts, places, queries, keys[places[:, 1]], candidates, keys
 
-    def collect(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:
+    def gather(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:
         _, _, queries, wanted, candidates, keys = self._contrast_inputs(backbone, batch)
-        return collect_contrast(queries, wanted, candidates, keys, capacity=2 * batch.max_samples)
+        return gather_contrast(queries, wanted, candidates, keys, capacity=2 * batch.max_samples)
 
-    def loss(self, backbone: Backbone, batch: PackedBatch, collected: list[dict[str, Tensor]], micro: int) -> Loss:
+    def loss(self, backbone: Backbone, batch: PackedBatch, gathered: list[dict[str, Tensor]], micro: int) -> Loss:
         o, pairs = self.options, batch.totals["pairs"]
         concepts, places, queries, wanted, candidates, keys = self._contrast_inputs(backbone, batch)
         scale = self.scale()
-        result = contrast(queries, wanted, candidates, keys, scale, 2 * batch.max_samples, collected, micro)
-        jepa = share(result.losses.sum() + result.elsewhere, pairs)
+        result = contrast(queries, wanted, candidates, keys, scale, 2 * batch.max_samples, gathered, micro)
+        jepa = mean_over_global_batch(result.losses.sum() + result.elsewhere, pairs)
 
         speakers = batch.samples.get("say", places.new_zeros(0))
         which = batch.values["spoken"][speakers]
@@ -233,8 +233,8 @@ class Concept(Objective):
             "loss": total.detach(),
             "jepa_loss": jepa.detach(),
             "lm_loss": lm.detach(),
-            "retrieval_top1": share(result.hits.sum(), pairs),
-            "concept_cosine": share(cosine.sum(), pairs),
+            "retrieval_top1": mean_over_global_batch(result.hits.sum(), pairs),
+            "concept_cosine": mean_over_global_batch(cosine.sum(), pairs),
         }
         return Loss(total, means, gauges={"scale": scale.detach()})
 

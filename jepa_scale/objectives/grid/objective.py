@@ -23,7 +23,7 @@ from jepa_scale.config.ema import TeacherOptions
 from jepa_scale.data.grids.objects import SPREAD
 from jepa_scale.data.sampling.rng import ViewTransform
 from jepa_scale.distributed.comm import dp_size
-from jepa_scale.losses.infonce import Contrast, collect_contrast, contrast
+from jepa_scale.losses.infonce import Contrast, contrast, gather_contrast
 from jepa_scale.losses.quantizer import commitment
 from jepa_scale.losses.relational import relation_distances, relation_scale
 from jepa_scale.losses.sigreg import sigreg
@@ -31,7 +31,7 @@ from jepa_scale.losses.statistics import as_contribution, rows_of_step, standard
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.flops import Cost, DecoderFlops, linear_cost
 from jepa_scale.models.layers.mlp import Mlp
-from jepa_scale.objectives.base import Loss, Objective, lm_loss, share
+from jepa_scale.objectives.base import Loss, Objective, lm_loss, mean_over_global_batch
 from jepa_scale.objectives.costs import StepFlops, contrast_flops, sigreg_flops
 from jepa_scale.objectives.grid.config import GridOptions
 from jepa_scale.objectives.grid.diagnostics import GridDiagnostics
@@ -51,7 +51,7 @@ class Grid(Objective):
     """InfoNCE + β · commitment + relations + SIGReg + invariances (+ next-token loss of the decoder)."""
 
     Options = GridOptions
-    collects = True
+    needs_global_batch = True
     pooling = "last"
 
     def __init__(self, options: GridOptions, backbone: Backbone, data: Any):
@@ -106,7 +106,7 @@ class Grid(Objective):
     def teacher_options(self) -> TeacherOptions:
         return self.options.ema
 
-    def stepped(self, step: int, grad_norm: Tensor) -> None:
+    def on_optimizer_step(self, step: int, grad_norm: Tensor) -> None:
         """Moments, codes and queue take in what the step has seen."""
         good = torch.isfinite(grad_norm)
         self.encoder.update(good, self.teacher.momentum(step))
@@ -217,14 +217,14 @@ class Grid(Objective):
 
     # -- training -----------------------------------------------------------------------------------------------------
 
-    def collect(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:
+    def gather(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:
         context = self.contexts(backbone, batch)[0]
         projected, queries = self.queries(context)
         targets, keys = F.normalize(self.targets(batch).projected.float(), dim=-1), batch.values["key"]
-        found = collect_contrast(queries, keys, targets, keys, batch.max_samples)
+        found = gather_contrast(queries, keys, targets, keys, batch.max_samples)
         return found | {"spread": self._spread(context, projected)}
 
-    def loss(self, backbone: Backbone, batch: PackedBatch, collected: list[dict[str, Tensor]], micro: int) -> Loss:
+    def loss(self, backbone: Backbone, batch: PackedBatch, gathered: list[dict[str, Tensor]], micro: int) -> Loss:
         o, samples = self.options, batch.totals["samples"]
         context, states = self.contexts(backbone, batch)
         target = self.targets(batch)
@@ -232,12 +232,12 @@ class Grid(Objective):
         candidates, keys = F.normalize(target.projected.float(), dim=-1), batch.values["key"]
         temperature = self.temperature()
         queue = None if self.queue is None else (self.queue.rows, self.queue.keys)
-        result = contrast(queries, keys, candidates, keys, 1 / temperature, batch.max_samples, collected, micro, queue)
+        result = contrast(queries, keys, candidates, keys, 1 / temperature, batch.max_samples, gathered, micro, queue)
 
-        terms = {"info_nce": (1.0, share(result.losses.sum() + result.elsewhere, samples))}
+        terms = {"info_nce": (1.0, mean_over_global_batch(result.losses.sum() + result.elsewhere, samples))}
         terms |= self._object_terms(context, target, batch, result) | self._invariance_terms(projected, samples)
         if o.sigreg_weight:
-            every = rows_of_step(self._spread(context, projected), [c["spread"] for c in collected], micro)
+            every = rows_of_step(self._spread(context, projected), [c["spread"] for c in gathered], micro)
             value = sigreg(standardized(every, samples), samples, batch.seed, batch.step, o.sigreg_slices)
             terms["sigreg"] = (o.sigreg_weight, as_contribution(value, len(projected) / torch.clamp(samples, min=1)))
         jepa = torch.stack([weight * term for weight, term in terms.values()]).sum()
@@ -264,7 +264,7 @@ class Grid(Objective):
         o, terms = self.options, {}
         if o.vq_codes:
             distances = commitment(context.objects, context.table)
-            terms["commitment"] = (o.vq_commitment, share(distances.sum(), batch.totals["objects"]))
+            terms["commitment"] = (o.vq_commitment, mean_over_global_batch(distances.sum(), batch.totals["objects"]))
         normalize = o.relational == "normalized"
         scale = relation_scale(result.candidates) if normalize else 1.0
         mine, theirs = _starts(batch.values["objects"]), _starts(batch.values["target_objects"])
@@ -276,14 +276,17 @@ class Grid(Objective):
                 pairs, counts = batch.rows[f"{name}_pair"], batch.values[f"{name}_pairs"]
                 first, second = (_of_samples(pairs[:, i], counts, at) for i, at in ((0, mine), (1, starts)))
                 distances = relation_distances(context.used[first], others[second], normalize)
-                terms[f"relational_{name}"] = (weight, scale * share(distances.sum(), batch.totals[f"{name}_pairs"]))
+                terms[f"relational_{name}"] = (
+                    weight,
+                    scale * mean_over_global_batch(distances.sum(), batch.totals[f"{name}_pairs"]),
+                )
         return terms
 
     def _invariance_terms(self, projected: Tensor, samples: Tensor) -> dict[str, tuple[float, Tensor]]:
         terms = {}
         for variant, (kind, weight) in enumerate(self.options.invariances, 1):
             apart = 1 - F.cosine_similarity(projected[:, 0], projected[:, variant], dim=-1)
-            terms[f"invariance_{kind}"] = (weight, share(apart.sum(), samples))
+            terms[f"invariance_{kind}"] = (weight, mean_over_global_batch(apart.sum(), samples))
         return terms
 
     @torch.no_grad()
@@ -291,11 +294,13 @@ class Grid(Objective):
         """What is logged besides."""
         samples = batch.totals["samples"]
         truncated = torch.full_like(samples, batch.counts["truncated"])
-        looks = {"retrieval_top1": share(result.hits.sum(), samples)}
-        looks["truncated_grids"] = share(truncated, batch.totals["grids"])
+        looks = {"retrieval_top1": mean_over_global_batch(result.hits.sum(), samples)}
+        looks["truncated_grids"] = mean_over_global_batch(truncated, batch.totals["grids"])
         sequences = samples * (1 + len(self.options.invariances))
         for place, weight in enumerate(context.places.sum(dim=0)):
-            looks[f"context_weight_{place + 1 - context.places.shape[1]:+d}"] = share(weight, sequences)
+            looks[f"context_weight_{place + 1 - context.places.shape[1]:+d}"] = mean_over_global_batch(
+                weight, sequences
+            )
         return looks
 
     # -- evaluation ---------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from jepa_scale.losses.statistics import as_contribution, rows_of_step
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.flops import Cost, DecoderFlops, linear_cost
 from jepa_scale.models.layers.mlp import Mlp
-from jepa_scale.objectives.base import JepaModel, Loss, Objective, lm_loss, resolve_tap, share
+from jepa_scale.objectives.base import JepaModel, Loss, Objective, lm_loss, mean_over_global_batch, resolve_tap
 from jepa_scale.objectives.costs import StepFlops, moments_flops
 from jepa_scale.objectives.horizon.config import HorizonOptions
 from jepa_scale.objectives.horizon.diagnostics import HorizonDiagnostics
@@ -45,7 +45,7 @@ class Horizon(Objective):
         super().__init__()
         o, d = options, backbone.hidden_size
         self.options = o
-        self.collects = is_statistic(o)
+        self.needs_global_batch = is_statistic(o)
         self.tap = resolve_tap(o.tap_layer, backbone.num_layers, "objective.tap_layer")
         check_horizons(o, data.train.max_size)
         latent = o.latent_dim or d
@@ -103,7 +103,7 @@ class Horizon(Objective):
 
     def flops(self, backbone: Backbone, square: bool = False) -> StepFlops:
         """All of it but what is done element by element."""
-        o, collects, latent = self.options, self.collects, self.horizon_embedding.embedding_dim
+        o, needs_global_batch, latent = self.options, self.needs_global_batch, self.horizon_embedding.embedding_dim
         whole, lower = DecoderFlops.of(backbone), DecoderFlops.of(backbone, self.tap)
         encoder, predictor = linear_cost(self.encoder), linear_cost(self.predictor)
         online, head, row = encoder.forward + predictor.forward, Cost(), whole.per_row
@@ -115,7 +115,7 @@ class Horizon(Objective):
             head = Cost(to_hidden.forward + row.forward, to_hidden.backward + reached * row.forward + weights)
 
         def count(batches: Sequence[PackedBatch]) -> int:
-            several = collects and len(batches) > 1
+            several = needs_global_batch and len(batches) > 1
             pairs, streams = sum(b.counts["pairs"] for b in batches), [b.streams["main"] for b in batches]
             total = sum(whole.of_stream(s, training=True, square=square) for s in streams)
             total += pairs * (online + encoder.backward + predictor.backward + sum(head))
@@ -126,7 +126,7 @@ class Horizon(Objective):
             if several:
                 total += sum(lower.of_stream(s, training=False, rows=0, square=square) for s in streams)
                 total += pairs * online
-            if collects:
+            if needs_global_batch:
                 total += moments_flops(pairs, latent, len(batches), sides=2 if o.loss == "vicreg" else 1)
             return total
 
@@ -157,11 +157,11 @@ class Horizon(Objective):
 
     # -- training -----------------------------------------------------------------------------------------------------
 
-    def collect(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:
+    def gather(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:
         states = backbone.hidden(batch.streams["main"], until=self.tap)
         return {"predicted": self.predictions(states, batch)[1], "target": self.targets(states, batch)}
 
-    def loss(self, backbone: Backbone, batch: PackedBatch, collected: list[dict[str, Tensor]], micro: int) -> Loss:
+    def loss(self, backbone: Backbone, batch: PackedBatch, gathered: list[dict[str, Tensor]], micro: int) -> Loss:
         o, pairs = self.options, batch.totals["pairs"]
         stream = batch.streams["main"]
         hidden, states = backbone.hidden_and_tap(stream, self.tap)
@@ -173,26 +173,26 @@ class Horizon(Objective):
             losses, logits = backbone.label_losses_and_logits(
                 hidden[stream.labelled], stream.labels[stream.labelled], rows
             )
-            lm = share(losses.sum(), batch.totals["labels"])
+            lm = mean_over_global_batch(losses.sum(), batch.totals["labels"])
         _, predicted = self.predictions(states, batch)
         target = self.targets(states, batch)
 
         terms: Terms = {}
-        if self.collects:
-            every_prediction = rows_of_step(predicted, [c["predicted"] for c in collected], micro)
-            every_target = rows_of_step(target, [c["target"] for c in collected], micro)
+        if self.needs_global_batch:
+            every_prediction = rows_of_step(predicted, [c["predicted"] for c in gathered], micro)
+            every_target = rows_of_step(target, [c["target"] for c in gathered], micro)
             value, parts = statistic(o, every_prediction, every_target, pairs)
             part = len(predicted) / torch.clamp(pairs, min=1)
             jepa = as_contribution(value, part)
             terms = {name: term.detach() * part for name, term in parts.items()}
         else:
-            jepa = share(distance(o, predicted, target).sum(), pairs)
+            jepa = mean_over_global_batch(distance(o, predicted, target).sum(), pairs)
 
         lm_weight, jepa_weight, kl_weight = self.weights(batch.step)
         total = lm_weight * lm + jepa_weight * jepa
         if logits is not None and counts is not None:
             future = self.future(backbone, predicted, logits)
-            ce, entropy = (share((x * counts).sum(), batch.totals["kl_pairs"]) for x in future)
+            ce, entropy = (mean_over_global_batch((x * counts).sum(), batch.totals["kl_pairs"]) for x in future)
             total = total + kl_weight * o.kl_temperature**2 * (ce - entropy)
             terms |= {"ce_future": ce.detach(), "teacher_entropy": entropy, "kl_future": (ce - entropy).detach()}
         means = {"loss": total.detach(), "lm_loss": lm.detach(), "jepa_loss": jepa.detach(), **terms}

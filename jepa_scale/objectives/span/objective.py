@@ -22,7 +22,7 @@ from jepa_scale.losses.sigreg import sigreg
 from jepa_scale.losses.statistics import as_contribution, rows_of_step
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.flops import DecoderFlops
-from jepa_scale.objectives.base import Loss, Objective, lm_loss, share
+from jepa_scale.objectives.base import Loss, Objective, lm_loss, mean_over_global_batch
 from jepa_scale.objectives.costs import StepFlops, sigreg_flops
 from jepa_scale.objectives.span.config import SpanOptions
 from jepa_scale.objectives.span.diagnostics import SpanDiagnostics
@@ -76,8 +76,8 @@ class Span(Objective):
                 "raise it or leave it out, or lower data.max_length"
             )
         self.predicts_tokens = o.lm_weight > 0
-        self.collects = o.jepa_weight > 0 and o.sigreg_weight > 0
-        self.least_samples = FEWEST if self.collects else 1
+        self.needs_global_batch = o.jepa_weight > 0 and o.sigreg_weight > 0
+        self.least_samples = FEWEST if self.needs_global_batch else 1
         self.tap = backbone.num_layers  # the states before the final norm
         left_out = frozenset(int(data.special[name]) for name in ("eos", "pad") if name in data.special)
         predicts, teaches = o.predictor_layers > 0, o.target == "ema"
@@ -105,13 +105,18 @@ class Span(Objective):
 
     def flops(self, backbone: Backbone, square: bool = False) -> StepFlops:
         """All of it but what is done element by element."""
-        o, decoder, dim, collects = self.options, DecoderFlops.of(backbone), backbone.hidden_size, self.collects
+        o, decoder, dim, needs_global_batch = (
+            self.options,
+            DecoderFlops.of(backbone),
+            backbone.hidden_size,
+            self.needs_global_batch,
+        )
         teacher = DecoderFlops.of(backbone) if o.target == "ema" else None
         predictor = None if self.predictor is None else self.predictor.flops()
 
         def count(batches: Sequence[PackedBatch]) -> int:
             k, total = len(batches), 0
-            several = collects and k > 1
+            several = needs_global_batch and k > 1
             for batch in batches:
                 main = batch.streams["main"]
                 total += decoder.of_stream(main, training=True, square=square)
@@ -122,7 +127,7 @@ class Span(Objective):
                 if teacher is not None:
                     passed = teacher.of_stream(batch.streams[TARGETS], training=False, rows=0, square=square)
                     total += passed * (1 + several)
-            if collects:
+            if needs_global_batch:
                 views = o.global_views + o.local_views
                 total += views * sigreg_flops(sum(b.counts["texts"] for b in batches), dim, k, o.sigreg_slices)
                 total += sigreg_flops(sum(b.counts["chosen"] for b in batches), dim, k, o.sigreg_slices)
@@ -196,14 +201,14 @@ class Span(Objective):
 
     # -- training -----------------------------------------------------------------------------------------------------
 
-    def collect(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:
+    def gather(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:
         encoded = self.encode_views(backbone, batch, predict=False)
         return {"pooled": encoded.pooled, "chosen": encoded.chosen}
 
-    def loss(self, backbone: Backbone, batch: PackedBatch, collected: list[dict[str, Tensor]], micro: int) -> Loss:
+    def loss(self, backbone: Backbone, batch: PackedBatch, gathered: list[dict[str, Tensor]], micro: int) -> Loss:
         o = self.options
         encoded = self.encode_views(backbone, batch)
-        terms = self.terms(encoded, batch, collected, micro)
+        terms = self.terms(encoded, batch, gathered, micro)
         sequence = self._lejepa(terms["seq_rec"], terms.get("seq_sigreg"))
         jepa = sequence
         if self.predictor is not None:
@@ -221,21 +226,27 @@ class Span(Objective):
         return reconstruction if spread is None else (1 - weight) * reconstruction + weight * spread
 
     def terms(
-        self, encoded: Encoded, batch: PackedBatch, collected: list[dict[str, Tensor]], micro: int
+        self, encoded: Encoded, batch: PackedBatch, gathered: list[dict[str, Tensor]], micro: int
     ) -> dict[str, Tensor]:
         """This micro-batch's contributions to the four losses, 0-d fp32 each, those that there are."""
         o, texts, spans = self.options, batch.totals["texts"], batch.totals["spans"]
         views = o.global_views + o.local_views
-        terms = {"seq_rec": share(self.distance(encoded.pooled, encoded.center[:, None]).sum(), texts * views)}
+        terms = {
+            "seq_rec": mean_over_global_batch(
+                self.distance(encoded.pooled, encoded.center[:, None]).sum(), texts * views
+            )
+        }
         if self.predictor is not None:
-            terms["span_rec"] = share((encoded.predicted - encoded.spans).square().mean(dim=-1).sum(), spans)
-        if not self.collects:
+            terms["span_rec"] = mean_over_global_batch(
+                (encoded.predicted - encoded.spans).square().mean(dim=-1).sum(), spans
+            )
+        if not self.needs_global_batch:
             return terms
         held = {"seq_sigreg": ("pooled", encoded.pooled, texts)}
         if self.predictor is not None:
             held["span_sigreg"] = ("chosen", encoded.chosen, batch.totals["chosen"])
         for name, (what, rows, total) in held.items():
-            every = rows_of_step(rows, [c[what] for c in collected], micro)
+            every = rows_of_step(rows, [c[what] for c in gathered], micro)
             value = sigreg(every, total, batch.seed, batch.step, o.sigreg_slices, o.sigreg_knots, o.sigreg_limit)
             terms[name] = as_contribution(value, len(rows) / torch.clamp(total, min=1))
         return terms

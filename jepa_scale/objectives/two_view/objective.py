@@ -20,13 +20,13 @@ from jepa_scale.config.ema import TeacherOptions
 from jepa_scale.data.sampling.rng import SampleRNG, ViewTransform
 from jepa_scale.distributed.comm import dp_size
 from jepa_scale.losses.distance import DISTANCES, cosine
-from jepa_scale.losses.infonce import collect_contrast, contrast
+from jepa_scale.losses.infonce import contrast, gather_contrast
 from jepa_scale.losses.sigreg import sigreg
 from jepa_scale.losses.statistics import as_contribution, rows_of_step
 from jepa_scale.losses.vicreg import vicreg
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.flops import Cost, DecoderFlops, linear_cost
-from jepa_scale.objectives.base import Loss, Objective, lm_loss, resolve_tap, share
+from jepa_scale.objectives.base import Loss, Objective, lm_loss, mean_over_global_batch, resolve_tap
 from jepa_scale.objectives.costs import StepFlops, contrast_flops, moments_flops, sigreg_flops
 from jepa_scale.objectives.tasks import Call
 from jepa_scale.objectives.two_view.config import TwoViewOptions
@@ -55,7 +55,9 @@ class TwoView(Objective):
             resolve_tap(o.tap_layer, backbone.num_layers, "objective.tap_layer") if o.tap_layer is not None else 0
         )
         self.streams = ("main", "targets") if o.target == "ema" else ("main",)
-        self.collects = o.jepa_weight > 0 and not o.legacy_loss and (o.distance == "infonce" or o.regularizer != "none")
+        self.needs_global_batch = (
+            o.jepa_weight > 0 and not o.legacy_loss and (o.distance == "infonce" or o.regularizer != "none")
+        )
         self.predictors: nn.Embedding | None = None
         self.linear = _linear(backbone.hidden_size) if o.linear_predictor else None
         if data.kind == "reversal":
@@ -114,7 +116,7 @@ class TwoView(Objective):
 
     def flops(self, backbone: Backbone, square: bool = False) -> StepFlops:
         """All of it but what is done element by element."""
-        o, dim, collects, ranks = self.options, backbone.hidden_size, self.collects, dp_size()
+        o, dim, needs_global_batch, ranks = self.options, backbone.hidden_size, self.needs_global_batch, dp_size()
         decoder = DecoderFlops.of(backbone)
         teacher = DecoderFlops.of(backbone, self.tap or None)
         linear = Cost() if self.linear is None else linear_cost(self.linear)
@@ -122,7 +124,7 @@ class TwoView(Objective):
 
         def count(batches: Sequence[PackedBatch]) -> int:
             own, k = [len(batch.rows["source_places"]) for batch in batches], len(batches)
-            several = collects and k > 1
+            several = needs_global_batch and k > 1
             pairs, streams = sum(own), [batch.streams["main"] for batch in batches]
             total = sum(decoder.of_stream(s, training=True, square=square) for s in streams)
             total += pairs * (linear.forward * (1 + several) + linear.backward)
@@ -189,14 +191,14 @@ class TwoView(Objective):
 
     # -- training -----------------------------------------------------------------------------------------------------
 
-    def collect(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:
+    def gather(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:
         source, target = self.readings(self._states(backbone, batch)[1], batch)
         found = {"source": source, "target": target}
         if self.options.distance == "infonce":
-            found |= collect_contrast(*self._contrast_inputs(source, target, batch))
+            found |= gather_contrast(*self._contrast_inputs(source, target, batch))
         return found
 
-    def loss(self, backbone: Backbone, batch: PackedBatch, collected: list[dict[str, Tensor]], micro: int) -> Loss:
+    def loss(self, backbone: Backbone, batch: PackedBatch, gathered: list[dict[str, Tensor]], micro: int) -> Loss:
         o, weight = self.options, self.options.jepa_weight_at(batch.step)
         hidden, states = self._states(backbone, batch)
         source, target = self.readings(states, batch)
@@ -204,9 +206,9 @@ class TwoView(Objective):
             return self._legacy(backbone, hidden, source, target, batch, weight)
         pairs = batch.totals["pairs"]
         lm = lm_loss(backbone, hidden, batch)
-        jepa, terms = self._distance(source, target, batch, collected, micro)
+        jepa, terms = self._distance(source, target, batch, gathered, micro)
         if o.regularizer != "none" and o.jepa_weight > 0:
-            value, parts = self._spread(source, target, pairs, collected, micro, batch)
+            value, parts = self._spread(source, target, pairs, gathered, micro, batch)
             part = len(source) / torch.clamp(pairs, min=1)
             jepa = jepa + o.regularizer_weight * as_contribution(value, part)
             terms |= {name: term.detach() * part for name, term in parts.items()}
@@ -215,32 +217,32 @@ class TwoView(Objective):
         return Loss(total, means, {"jepa_weight": weight} if o.jepa_start or o.jepa_ramp else {})
 
     def _distance(
-        self, source: Tensor, target: Tensor, batch: PackedBatch, collected: list[dict[str, Tensor]], micro: int
+        self, source: Tensor, target: Tensor, batch: PackedBatch, gathered: list[dict[str, Tensor]], micro: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """This micro-batch's contribution to the mean distance, and to what is logged of it."""
         o, pairs = self.options, batch.totals["pairs"]
-        terms = {"view_cosine": share((1 - cosine(source.detach(), target.detach())).sum(), pairs)}
+        terms = {"view_cosine": mean_over_global_batch((1 - cosine(source.detach(), target.detach())).sum(), pairs)}
         if o.distance != "infonce" or o.jepa_weight == 0:
             distances = DISTANCES.get(o.distance, cosine)(source, target)
-            return share(distances.sum(), pairs), terms
+            return mean_over_global_batch(distances.sum(), pairs), terms
         scale = source.new_full((), 1 / o.temperature)  # made there: no copy to wait for
         inputs = self._contrast_inputs(source, target, batch)
-        result = contrast(*inputs[:4], scale, inputs[4], collected, micro)
-        terms["retrieval_top1"] = share(result.hits.sum(), pairs)
-        return share(result.losses.sum() + result.elsewhere, pairs), terms
+        result = contrast(*inputs[:4], scale, inputs[4], gathered, micro)
+        terms["retrieval_top1"] = mean_over_global_batch(result.hits.sum(), pairs)
+        return mean_over_global_batch(result.losses.sum() + result.elsewhere, pairs), terms
 
     def _spread(
         self,
         source: Tensor,
         target: Tensor,
         pairs: Tensor,
-        collected: list[dict[str, Tensor]],
+        gathered: list[dict[str, Tensor]],
         micro: int,
         batch: PackedBatch,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The regularizer of both views, each over the global batch: 0-d, the same on every rank, and its parts."""
-        first = rows_of_step(source, [c["source"] for c in collected], micro)
-        second = rows_of_step(target, [c["target"] for c in collected], micro)
+        first = rows_of_step(source, [c["source"] for c in gathered], micro)
+        second = rows_of_step(target, [c["target"] for c in gathered], micro)
         views = [first, second] if self.options.target == "trained" else [first]
         if self.options.regularizer == "sigreg":
             values = [sigreg(rows, pairs, batch.seed, batch.step) for rows in views]

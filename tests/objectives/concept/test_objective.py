@@ -60,7 +60,7 @@ def test_infonce_equals_the_plain_reference(predictor, tap):
 def test_speaking_equals_the_plain_reference():
     """The concept enters at <mask>, the tokens of the name follow, nothing of the question is there."""
     model = backbone()
-    objective = make(model, say_noise=0.0, say_fraction=1.0)
+    objective = make(model, decode_noise=0.0, decode_fraction=1.0)
     batch = batch_of(objective, FACTS)
     lm = objective.loss(model, batch, [], 0).means["lm_loss"]
     losses = []
@@ -88,7 +88,7 @@ def test_every_parameter_gets_a_gradient_in_every_step():
     """Also in a micro-batch that speaks nothing: ranks must not differ in the modules they use."""
     for memory in (False, True):
         model = backbone()
-        objective = make(model, say_fraction=1e-9, memory=memory, concept_dim=8)
+        objective = make(model, decode_fraction=1e-9, memory=memory, concept_dim=8)
         batch = batch_of(objective, FACTS)
         assert "say" not in batch.segments
         objective.loss(model, batch, [], 0).total.backward()
@@ -102,11 +102,11 @@ def test_noise_belongs_to_the_sample_not_to_the_batch():
     parts = [batch_of(objective, FACTS[:3]).values, batch_of(objective, FACTS[3:], first=3).values]
     for name in ("noise", "spoken"):
         torch.testing.assert_close(torch.cat([p[name] for p in parts]), whole[name])
-    assert abs(whole["noise"].std() / objective.options.say_noise - 1) < 0.2
+    assert abs(whole["noise"].std() / objective.options.decode_noise - 1) < 0.2
 
 
 def test_noise_is_as_large_as_the_option_says():
-    one, three = (batch_of(make(backbone(), say_noise=size), FACTS).values["noise"] for size in (1.0, 3.0))
+    one, three = (batch_of(make(backbone(), decode_noise=size), FACTS).values["noise"] for size in (1.0, 3.0))
     assert one.abs().sum() > 0
     torch.testing.assert_close(three, 3 * one)
 

@@ -229,13 +229,13 @@ def step_of(objective: Grid, model: Any, batches: list[PackedBatch]) -> tuple[di
     """Sums of what a step's micro-batches log, and the gradients of all parameters that are trained."""
     modules = torch.nn.ModuleList([model, objective])
     modules.zero_grad(set_to_none=True)
-    collected = []
+    gathered = []
     if len(batches) > 1:
         with torch.no_grad():
-            collected = [objective.collect(model, batch) for batch in batches]
+            gathered = [objective.gather(model, batch) for batch in batches]
     means: dict[str, float] = {}
     for micro, batch in enumerate(batches):
-        loss = objective.loss(model, batch, collected, micro)
+        loss = objective.loss(model, batch, gathered, micro)
         loss.total.backward()
         for name, value in loss.means.items():
             means[name] = means.get(name, 0.0) + float(value)

@@ -62,7 +62,7 @@ def test_micro_batches_change_neither_loss_nor_gradient_nor_state(name, sizes):
         for parameter, gradient in ours[1].items():
             torch.testing.assert_close(theirs[1][parameter], gradient, rtol=1e-3, atol=1e-5)
         for objective in (whole, cut):
-            objective.stepped(step, torch.tensor(1.0))
+            objective.on_optimizer_step(step, torch.tensor(1.0))
         for state, value in whole.state_dict().items():
             torch.testing.assert_close(
                 cut.state_dict()[state], value, rtol=1e-4, atol=1e-5, msg=lambda m, s=state: f"{s}: {m}"
@@ -95,7 +95,7 @@ def test_an_evaluation_writes_nothing_and_training_writes_only_when_a_step_is_do
         objective.loss(model, batch, [], 0)
     objective.train()
     with torch.no_grad():
-        objective.collect(model, batch)
+        objective.gather(model, batch)
     assert (
         not objective.queue._noted
         and not objective.encoder.quantizer._noted
@@ -104,11 +104,11 @@ def test_an_evaluation_writes_nothing_and_training_writes_only_when_a_step_is_do
     objective.loss(model, batch, [], 0)
     for name, value in objective.state_dict().items():
         assert torch.equal(value, before[name]), name
-    objective.stepped(3, torch.tensor(torch.nan))  # a step that was skipped
+    objective.on_optimizer_step(3, torch.tensor(torch.nan))  # a step that was skipped
     for name, value in objective.state_dict().items():
         assert torch.equal(value, before[name]), name
     objective.loss(model, batch, [], 0)
-    objective.stepped(3, torch.tensor(1.0))
+    objective.on_optimizer_step(3, torch.tensor(1.0))
     changed = {name for name, value in objective.state_dict().items() if not torch.equal(value, before[name])}
     written = {f"encoder.quantizer.{n}" for n in ("codebook", "average_codebook", "sizes", "last_used", "updates")}
     written |= {
@@ -123,7 +123,7 @@ def test_the_queue_holds_what_was_there_before_the_step():
     (batch,) = micro_batches(objective, samples, [6])
     first = objective.loss(model, batch, [], 0)
     assert first.gauges["negatives"] == 5 + 10 - 1  # five different targets, ten rows in the queue
-    objective.stepped(3, torch.tensor(1.0))
+    objective.on_optimizer_step(3, torch.tensor(1.0))
     keys = objective.queue.keys.tolist()
     assert len(set(keys[:5])) == 5 and set(keys[:5]) == set(batch.values["key"].tolist())
     second = objective.loss(model, batch, [], 0)

@@ -46,11 +46,11 @@ VARIANTS = {
 def run(backbone, objective, *parts, step=0):
     """Losses of a step's micro-batches, their sum's gradient in the parameters."""
     batches = micro_batches(objective, *parts, step=step)
-    collected = []
-    if objective.collects and len(batches) > 1:
+    gathered = []
+    if objective.needs_global_batch and len(batches) > 1:
         with torch.no_grad():
-            collected = [objective.collect(backbone, batch) for batch in batches]
-    losses = [objective.loss(backbone, batch, collected, i) for i, batch in enumerate(batches)]
+            gathered = [objective.gather(backbone, batch) for batch in batches]
+    losses = [objective.loss(backbone, batch, gathered, i) for i, batch in enumerate(batches)]
     for loss in losses:
         loss.total.backward()
     return losses

@@ -59,13 +59,13 @@ def batches_of(objective: Span, examples: list[Document], micros: int = 1, step:
 def run(module: JepaModel, batches: list[PackedBatch]) -> dict[str, Tensor]:
     """The step's loss and terms, gradients in the parameters, as the loop computes them."""
     objective = module.objective
-    collected = []
-    if objective.collects and len(batches) > 1:
+    gathered = []
+    if objective.needs_global_batch and len(batches) > 1:
         with torch.no_grad():
-            collected = [module("collect", batch) for batch in batches]
+            gathered = [module("gather", batch) for batch in batches]
     sums: dict[str, Any] = {}
     for micro, batch in enumerate(batches):
-        loss = module("loss", batch, collected, micro)
+        loss = module("loss", batch, gathered, micro)
         loss.total.backward()
         for name, value in loss.means.items():
             sums[name] = sums.get(name, 0) + value

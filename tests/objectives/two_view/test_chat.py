@@ -113,10 +113,10 @@ def test_accumulation_changes_nothing(data, distance, regularizer):
         batches = [replace(part, totals=whole.totals, max_samples=8) for part in parts]
         joined = JepaModel(model, objective)
         with torch.no_grad():
-            collected = [joined("collect", b) for b in batches] if objective.collects and len(parts) > 1 else []
+            gathered = [joined("gather", b) for b in batches] if objective.needs_global_batch and len(parts) > 1 else []
         total = 0.0
         for number, batch in enumerate(batches):
-            loss = joined("loss", batch, collected, number)
+            loss = joined("loss", batch, gathered, number)
             loss.total.backward()
             total += float(loss.means["loss"])
         results.append((total, gradients(model, objective)))
@@ -199,7 +199,7 @@ def test_the_legacy_loss_is_upstreams(data):
     examples = list(data.train)
     pad = data.special["pad"]
     halves = [batch_of(objective, examples[:5]), batch_of(objective, examples[5:])]
-    assert not objective.collects
+    assert not objective.needs_global_batch
     for batch, part in zip(halves, (examples[:5], examples[5:]), strict=True):
         loss = objective.loss(model, replace(batch, totals={}), [], 0)
         labels = [int(t) for example in part for t in example.tokens[1:] if t != pad]

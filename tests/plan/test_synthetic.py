@@ -8,7 +8,7 @@ import pytest
 from jepa_scale.config.loading import load_config
 from jepa_scale.experiment import validate
 from jepa_scale.plan.planner import Request, make_plan
-from jepa_scale.plan.stand_in import micro_batch, stand_in
+from jepa_scale.plan.synthetic import micro_batch, stand_in
 from jepa_scale.utils.errors import InputError
 from tests.plan.small import MODEL, config, modelled
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from jepa_scale.plan.ledger import MemoryTracker, Watch
+from jepa_scale.plan.memory_tracker import MemoryTracker, Watch
 
 
 def test_a_storage_counts_once_and_as_long_as_it_lives():

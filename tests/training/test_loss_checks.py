@@ -3,7 +3,7 @@ import math
 import pytest
 
 from jepa_scale.config.schema import TrainConfig
-from jepa_scale.training.loss_guard import LossChecks
+from jepa_scale.training.loss_checks import LossChecks
 
 
 def test_bad_steps_in_a_row_end_the_run_across_rows(caplog):

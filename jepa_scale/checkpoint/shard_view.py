@@ -106,13 +106,13 @@ class Checkpointable(Protocol):
     are passed to the saver and to ``load`` beside the engine.
     """
 
-    def state(self) -> dict[str, ShardView]:
+    def sharded_state(self) -> dict[str, ShardView]:
         """Return name → shard views of this rank, which loading writes through.
 
         Names are unique among all objects, and every rank has every name.
         """
 
-    def loaded(self, updates: int) -> None:
+    def post_load(self, updates: int) -> None:
         """Finish loading after the views were written; ``updates`` is the optimizer's count. Collective."""
 
 
@@ -120,7 +120,7 @@ def state_of(parts: Sequence[Checkpointable]) -> dict[str, ShardView]:
     """Return the tensors of all objects together."""
     state: dict[str, ShardView] = {}
     for part in parts:
-        more = part.state()
+        more = part.sharded_state()
         assert not state.keys() & more.keys(), sorted(state.keys() & more.keys())[:3]
         state |= more
     return state
