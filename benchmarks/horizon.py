@@ -1,12 +1,12 @@
-"""Horizon against its ``lm`` twin on Tiny Shakespeare: perplexity, and what the latents predict; several seeds.
+"""Horizon against its ``lm`` baseline on Tiny Shakespeare: perplexity, and what the latents predict; several seeds.
 
     python benchmarks/horizon.py --first-seed 2 --seeds 3 --json benchmarks/results/horizon.json
 
-Every run is a process of its own: `configs/tiny_shakespeare.yaml` or its twin, shortened for a CPU by the overrides in
+Every run is a process of its own: `configs/tiny_shakespeare.yaml` or its baseline, shortened for a CPU by the overrides in
 ``SHORT``, so that all runs see the same tokens in the same order; a seed changes weights, order and pairs. Runs that are
 already complete in --dir are not repeated.
 
-For each case and seed: ``ppl`` on the validation split and its ratio to the twin's of the same seed; for horizon also
+For each case and seed: ``ppl`` on the validation split and its ratio to the baseline's of the same seed; for horizon also
 ``retrieval_top1`` (share of held-out pairs whose prediction finds its own target among all targets of its horizon),
 ``times_chance``, the same with a predictor of fresh random weights (``untrained``) and with the anchor's own latent
 (``anchor``), and the effective rank of the targets.
@@ -57,14 +57,14 @@ CASES: dict[str, list[str]] = {
     "no_kl": [*NEAR, "objective.kl_weight=0"],
     "kl_into_the_decoder": [*NEAR, "objective.kl_barrier=false"],
 }
-"""Name → overrides; ``lm`` is the twin, everything else the horizon config. ``no_jepa`` tells what its clipping in two groups
+"""Name → overrides; ``lm`` is the baseline, everything else the horizon config. ``no_jepa`` tells what its clipping in two groups
 does by itself; ``far`` has the config's own horizons and weight."""
 
 
 def arguments(case: str, seed: int, steps: int, threads: int) -> list[str]:
-    twin = "_lm" if case == "lm" else ""
+    baseline = "_lm" if case == "lm" else ""
     length = [f"run.seed={seed}", f"engine.threads={threads}", f"train.steps={steps}"]
-    return ["--config", f"configs/tiny_shakespeare{twin}.yaml", *SHORT, *CASES[case], *length]
+    return ["--config", f"configs/tiny_shakespeare{baseline}.yaml", *SHORT, *CASES[case], *length]
 
 
 def with_fresh_predictor(target: Path) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What horizon adds to a training step of its ``lm`` twin, and which part of it costs what.
+"""What horizon adds to a training step of its ``lm`` baseline, and which part of it costs what.
 
     python benchmarks/horizon_step.py --json benchmarks/results/horizon_step.json
 

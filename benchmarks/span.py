@@ -4,7 +4,7 @@ mean-pooled states of a language model, several seeds.
     JEPA_SCALE_DATA=… python benchmarks/span.py --seeds 3 --json benchmarks/results/span.json
     python benchmarks/span.py --seeds 1 --corpora python_docs --cases span_jepa hard untrained lm
 
-Every run is a process of its own, of ``configs/span_tiny.yaml`` and the overrides in ``CASES``; ``lm`` is its twin with next-token
+Every run is a process of its own, of ``configs/span_tiny.yaml`` and the overrides in ``CASES``; ``lm`` is its baseline with next-token
 prediction: the same model, corpus, texts a step and number of steps. Runs that are already complete in --dir are not
 repeated. A seed changes weights, order and masks.
 
@@ -78,7 +78,7 @@ FIELDS = ("knn_last", "probe_last", "knn_mean", "probe_mean", "rank_last", "rank
 
 
 def lm_config(folder: Path) -> Path:
-    """The twin of ``configs/span_tiny.yaml``."""
+    """The baseline of ``configs/span_tiny.yaml``."""
     import yaml
 
     values = yaml.safe_load((REPOSITORY / "configs/span_tiny.yaml").read_text())

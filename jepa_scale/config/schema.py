@@ -8,7 +8,7 @@ beside their code.
 from __future__ import annotations
 
 import warnings
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -23,6 +23,22 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), defer_build=True
     )
+
+    former_names: ClassVar[dict[str, str]] = {}
+    """Name that a key had in the last release → its name now. A config may use the former one for one more release."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_former_names(cls, values: Any) -> Any:
+        for former, name in cls.former_names.items():
+            if isinstance(values, dict) and former in values:
+                if name in values:
+                    raise ValueError(f"{former} is the former name of {name}, and both are set; remove {former}")
+                warnings.warn(
+                    f"the key {former} has a new name; write {name} in the config", FutureWarning, stacklevel=1
+                )
+                values = {(name if key == former else key): value for key, value in values.items()}
+        return values
 
     def resolved(self) -> dict[str, Any]:
         """All keys that mean something, defaults filled in, as plain YAML values; they load again as the same section."""

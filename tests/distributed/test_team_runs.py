@@ -242,8 +242,8 @@ def test_compiling_changes_nothing_and_is_done_once(corpus, tmp_path):
         return file
 
     files = [larger(name, model, engine, compile=True, **more) for name, (model, engine, more) in cases.items()]
-    twins = [(larger(f"{model}-plain", model, "fsdp"), None) for model in ("native", "qwen3")]
-    run_ranks(train_runs, 2, twins)
+    plain = [(larger(f"{model}-plain", model, "fsdp"), None) for model in ("native", "qwen3")]
+    run_ranks(train_runs, 2, plain)
     for found in run_ranks(train_compiled, 2, files):
         for name in cases:
             first, second = found[name][3:6], found[name][6:]  # an evaluation between them, which has graphs of its own

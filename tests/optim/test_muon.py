@@ -171,14 +171,14 @@ def test_a_step_with_found_inf_changes_nothing(bad):
     assert before.keys() == after.keys() and "up.weight/momentum_buffer" in before and "up.weight/step" in before
     assert not [name for name in before if not torch.equal(before[name], after[name])]
 
-    twin = copy.deepcopy(model)
-    other = build(twin)
-    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+    other_model = copy.deepcopy(model)
+    other = build(other_model)
+    for p, q in zip(model.parameters(), other_model.parameters(), strict=True):
         other.state[q] = {key: value.clone() for key, value in optimizer.state[p].items()}
     optimizer.found_inf = torch.zeros(())  # and where it is 0, a step is one as without it
     run(model, optimizer, 1)
-    run(twin, other, 1)
-    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+    run(other_model, other, 1)
+    for a, b in zip(model.parameters(), other_model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
     assert {int(optimizer.state[p]["step"]) for p in model.parameters()} == {3}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -11,6 +11,8 @@ from jepa_scale.config.schema import Section
 
 class ConceptOptions(Section):
     """Options of ``concept``."""
+
+    former_names: ClassVar[dict[str, str]] = {"say_noise": "decode_noise", "say_fraction": "decode_fraction"}
 
     tap_layer: int = Field(1, description="A concept is the state after this block; negative = counted from the end.")
     concept_dim: int | None = Field(

@@ -121,10 +121,10 @@ class Pairs:
 
 def doubled(backbone: Any, objective: Horizon) -> tuple[Any, Horizon]:
     """Copies in fp64."""
-    backbone, twin = copy.deepcopy(backbone).double(), copy.deepcopy(objective).double()
-    for part in twin.teacher.copies.values():  # type: ignore[attr-defined]
+    backbone, in_fp64 = copy.deepcopy(backbone).double(), copy.deepcopy(objective).double()
+    for part in in_fp64.teacher.copies.values():  # type: ignore[attr-defined]
         part.double()
-    return backbone, twin
+    return backbone, in_fp64
 
 
 def every_pair(backbone: Any, objective: Horizon, samples: list[Any], step: int = 0) -> Pairs:

@@ -64,12 +64,12 @@ def found_by(query, pairs, number):
 
 
 def expected_of(backbone, objective, samples=SAMPLES):
-    wide, twin = doubled(backbone, objective)
+    wide, in_fp64 = doubled(backbone, objective)
     with torch.no_grad():
-        pairs = every_pair(wide, twin, samples)
-        jepa, terms = jepa_loss(twin, pairs)
-        if twin.latent_to_hidden is not None:
-            terms |= future_terms(twin, pairs)
+        pairs = every_pair(wide, in_fp64, samples)
+        jepa, terms = jepa_loss(in_fp64, pairs)
+        if in_fp64.latent_to_hidden is not None:
+            terms |= future_terms(in_fp64, pairs)
     metrics = {"jepa_loss": jepa.item(), **{name: x.item() for name, x in terms.items()}}
     n = len(pairs.place)
     metrics["std_gap"] = (pairs.target.std(0, correction=0) - pairs.predicted.std(0, correction=0)).mean().item()

@@ -73,17 +73,17 @@ def test_loss_terms_and_gradient_equal_the_plain_reference(name):
     which, options = VARIANTS[name]
     backbone = model(which)
     objective = make(backbone, **{"lm_weight": 0.6, "jepa_weight": 1.3, "kl_weight": 0.8, **options})
-    wide, twin = doubled(backbone, objective)
+    wide, in_fp64 = doubled(backbone, objective)
     (loss,) = run(backbone, objective, SAMPLES)
     o = objective.options
-    expected = reference(wide, twin, SAMPLES, (o.lm_weight, o.jepa_weight, o.kl_weight))
+    expected = reference(wide, in_fp64, SAMPLES, (o.lm_weight, o.jepa_weight, o.kl_weight))
     assert loss.means.keys() == expected.keys()
     for term, value in expected.items():
         torch.testing.assert_close(loss.means[term], value.detach().float(), atol=1e-5, rtol=1e-4, msg=term)
     torch.testing.assert_close(loss.total.detach(), loss.means["loss"])
     expected["loss"].backward()
     found = gradients(backbone, objective)
-    assert_gradients(found, gradients(wide, twin))
+    assert_gradients(found, gradients(wide, in_fp64))
     assert all(grad is not None for key, grad in found.items() if key.startswith("1."))
     assert loss.gauges["ema_momentum"] == 0.5
     assert ("gate" in loss.gauges) is (which == "bridge") and "lm_weight" not in loss.gauges
@@ -176,11 +176,11 @@ def test_only_pairs_with_a_label_enter_the_kl():
     backbone = model()
     objective = make(backbone)
     chat = conversation(22, (15, 21))
-    wide, twin = doubled(backbone, objective)
-    pairs = every_pair(wide, twin, [chat])
+    wide, in_fp64 = doubled(backbone, objective)
+    pairs = every_pair(wide, in_fp64, [chat])
     assert 0 < pairs.counts.sum() < len(pairs.counts)
     (loss,) = run(backbone, objective, [chat])
-    expected = reference(wide, twin, [chat], (0.5, 0.1, 0.25))["kl_future"]
+    expected = reference(wide, in_fp64, [chat], (0.5, 0.1, 0.25))["kl_future"]
     torch.testing.assert_close(loss.means["kl_future"], expected.detach().float(), atol=1e-5, rtol=1e-4)
 
 
@@ -196,7 +196,7 @@ def test_weights_follow_their_ramps():
     backbone = model()
     ramps = dict(lm_start=10, lm_ramp=20, jepa_start=12, jepa_ramp=3, kl_ramp=8)
     objective = make(backbone, lm_weight=0.6, jepa_weight=0.3, kl_weight=0.4, **ramps)
-    wide, twin = doubled(backbone, objective)
+    wide, in_fp64 = doubled(backbone, objective)
     for step, lm, jepa, kl in (
         (0, 0.0, 0.0, 0.0),
         (2, 0.0, 0.0, 0.1),
@@ -208,7 +208,7 @@ def test_weights_follow_their_ramps():
     ):
         assert objective.weights(step) == pytest.approx((lm, jepa, kl))
         (loss,) = run(backbone, objective, SAMPLES, step=step)
-        expected = reference(wide, twin, SAMPLES, (lm, jepa, kl))
+        expected = reference(wide, in_fp64, SAMPLES, (lm, jepa, kl))
         torch.testing.assert_close(loss.total, expected["loss"].detach().float(), atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(loss.means["lm_loss"], expected["lm_loss"].detach().float(), atol=1e-5, rtol=1e-4)
         assert loss.gauges["lm_weight"] == pytest.approx(lm) and loss.gauges["ema_momentum"] == 0.5 + step / 100
