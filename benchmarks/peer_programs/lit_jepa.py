@@ -36,7 +36,7 @@ class PaddedHorizon(Loop):
 
     def batch(self, step: int) -> tuple[Tensor, ...]:
         """ids (B, W), labels (B, W) of what follows each place, and the pairs' rows, anchors, targets, horizons (n,)."""
-        make, stream = self.heads.view_transform(), self.samples.run.stream
+        make, stream = self.heads.view_transform(), self.samples.run.sampler
         epochs, numbers = stream.micro_batch(step, 0)
         ids, labels = np.zeros((len(numbers), self.width), np.int64), np.full((len(numbers), self.width), IGNORE)
         pairs: list[tuple[np.ndarray, ...]] = []

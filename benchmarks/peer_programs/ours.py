@@ -76,7 +76,7 @@ class Samples:
     def of_step(self, step: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """(n,) ids and (n,) labels of each sample, as transformers takes them: not shifted."""
         found = []
-        for number in self.run.stream.micro_batch(step, 0)[1]:
+        for number in self.run.sampler.micro_batch(step, 0)[1]:
             tokens, following = self.run.data.train[int(number)].lm_sequence()
             labels = np.full(len(tokens), IGNORE, np.int64)
             labels[1:] = following[:-1]

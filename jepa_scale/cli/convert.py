@@ -160,9 +160,9 @@ def import_model(args: argparse.Namespace) -> int:
     load_decoder(backbone.decoder, args.source)
     heads = load_heads(module, args.source)
 
-    stream = create_sampler(experiment, data, objective, ParallelContext(0, 1, 0, torch.device("cpu"), "python"))
+    sampler = create_sampler(experiment, data, objective, ParallelContext(0, 1, 0, torch.device("cpu"), "python"))
     prepare_run_dir(args.out, resume=False)
-    state = {"data": stream.state(0), "tokens": 0, "seconds": 0.0}
+    state = {"data": sampler.state(0), "tokens": 0, "seconds": 0.0}
     checkpoint = write_checkpoint(args.out / "checkpoints", module, state, experiment.optim, experiment.resolved())
     write_atomic(args.out / CONFIG_FILE, experiment.to_yaml())
     own = sum(1 for _ in objective.parameters())

@@ -97,7 +97,7 @@ def text_batches(
         sizes=lambda samples: tokens(examples.sizes(samples)),
         budget=max(micro_tokens, int(tokens(np.array([examples.max_size]))[0])),
         mean_size=float(tokens(np.array([examples.mean_size]))[0]),
-        dealt=DataParallelSlice(rank=ranks.dp_rank, world_size=ranks.dp_size),
+        dp_slice=DataParallelSlice(rank=ranks.dp_rank, world_size=ranks.dp_size),
         epochs=1,
     )
     steps = stream.steps

@@ -52,7 +52,7 @@ class TrainingComponents:
     objective: Objective
     teacher: Teacher | None
     data: Any
-    stream: BatchSampler
+    sampler: BatchSampler
     batches: Callable[[int, int], Loader]  # from one step to another → the steps' micro-batches of this rank
     evaluate: Callable[..., Results]
     """(between, step, run_dir): ``between()`` is called between the forwards, and may raise to end it; what is generated is
@@ -91,8 +91,8 @@ def create_sampler(experiment: Experiment, data: Any, objective: Objective, rank
             f"{experiment.objective.name!r} compares the samples of a step, and needs at least {objective.least_samples}"
         )
     if train.batch_size:
-        dealt = DataParallelSlice(train.accumulation, ranks.dp_rank, ranks.dp_size)
-        return SampleBatchSampler(order, seed, train.batch_size, dealt, data.fingerprint, train.epochs)
+        dp_slice = DataParallelSlice(train.accumulation, ranks.dp_rank, ranks.dp_size)
+        return SampleBatchSampler(order, seed, train.batch_size, dp_slice, data.fingerprint, train.epochs)
     accumulation, rest = divmod(train.batch_tokens, train.micro_tokens * ranks.dp_size)
     if rest:
         raise InputError(
@@ -149,7 +149,7 @@ def build(experiment: Experiment, ranks: ParallelContext, steps: int = 0) -> Tra
         )
     test = chat_test(experiment.eval, data, backbone, objective.predicts_tokens)
     probe = probe_test(experiment.eval, data, backbone, objective)
-    stream = create_sampler(experiment, data, objective, ranks)
+    sampler = create_sampler(experiment, data, objective, ranks)
     flops = objective.flops(backbone)
     weights = Weights(module, ranks)
     splits = split_over_tp_group(backbone, ranks)
@@ -158,7 +158,7 @@ def build(experiment: Experiment, ranks: ParallelContext, steps: int = 0) -> Tra
     def batches(start_step: int, steps: int) -> Loader:
         return Loader(
             data.train,
-            stream,
+            sampler,
             objective.view_transform(),
             streams=objective.streams,
             start_step=start_step,
@@ -169,7 +169,7 @@ def build(experiment: Experiment, ranks: ParallelContext, steps: int = 0) -> Tra
         )
 
     if not train.flops:
-        steps = min(n for n in (train.steps, stream.steps) if n)
+        steps = min(n for n in (train.steps, sampler.steps) if n)
     elif not steps:
         loaders = whole_steps(batches(0, 0), ranks.dp_size)
         steps = steps_within(
@@ -190,7 +190,7 @@ def build(experiment: Experiment, ranks: ParallelContext, steps: int = 0) -> Tra
         engine_options=EngineOptions(
             precision=precision,
             clip_norm=optim.clip_norm,
-            accumulation=stream.accumulation,
+            accumulation=sampler.accumulation,
             deepspeed=Path(options.deepspeed),
             clip_groups=objective.clip_groups(module),
             split=splits,
@@ -218,7 +218,7 @@ def build(experiment: Experiment, ranks: ParallelContext, steps: int = 0) -> Tra
             engine.train()
 
     return TrainingComponents(
-        experiment, ranks, engine, objective, teacher, data, stream, batches, run_evaluation, steps, flops, splits
+        experiment, ranks, engine, objective, teacher, data, sampler, batches, run_evaluation, steps, flops, splits
     )
 
 

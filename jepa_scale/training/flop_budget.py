@@ -49,12 +49,12 @@ class _Mean:
 
 def whole_steps(loader: Loader, world_size: int) -> list[Loader]:
     """Return the loader of every rank, each working in the calling process."""
-    assert isinstance(loader.stream, SampleBatchSampler | TokenBatchSampler)
+    assert isinstance(loader.sampler, SampleBatchSampler | TokenBatchSampler)
     loaders = []
     for rank in range(world_size):
-        stream = copy.copy(loader.stream)
-        stream.dealt = DataParallelSlice(stream.accumulation, rank, world_size)
-        loaders.append(replace(loader, stream=stream, workers=0))
+        sampler = copy.copy(loader.sampler)
+        sampler.dp_slice = DataParallelSlice(sampler.accumulation, rank, world_size)
+        loaders.append(replace(loader, sampler=sampler, workers=0))
     return loaders
 
 
@@ -85,7 +85,7 @@ def steps_within(
         else:
             cost = 0.0
             for loader in ranks:
-                batches = [loader.micro_batch(step, micro) for micro in range(loader.stream.accumulation)]
+                batches = [loader.micro_batch(step, micro) for micro in range(loader.sampler.accumulation)]
                 of_rank = flops(batches)
                 mean.add(of_rank, sum(batch.counts["samples"] for batch in batches))
                 cost += of_rank

@@ -25,7 +25,7 @@ class MetricAccumulator:
 
     def __init__(self, device: torch.device, breakdown: bool = False):
         self.device = device
-        self.clock = StepTimer(device, breakdown)
+        self.timer = StepTimer(device, breakdown)
         """Clock of a step's parts; it measures with ``breakdown``."""
         self.bad_steps: list[int] = []
         """Steps without a finite gradient among the steps of the last :meth:`read`."""
@@ -82,7 +82,7 @@ class MetricAccumulator:
         ``data_wait`` is the share of the time that a rank waited for data, averaged over ranks. ``packing_efficiency`` is the
         used share of the token budget, if there is one. ``skipped_samples`` counts damaged samples that were left out.
         ``skipped_steps`` counts steps without a finite gradient, which are in no mean (:attr:`bad_steps` lists them). The
-        values of :attr:`clock` are included.
+        values of :attr:`timer` are included.
         """
         names = sorted(self._sums)
         self._worked += time.perf_counter() - self._busy_since if self._busy_since is not None else 0.0
@@ -103,7 +103,7 @@ class MetricAccumulator:
             values["skipped_samples"] = skipped
         if self.bad_steps:
             values["skipped_steps"] = float(len(self.bad_steps))
-        values |= self.clock.read(len(good))
+        values |= self.timer.read(len(good))
         self._reset()
         return values, int(tokens)
 

@@ -52,7 +52,7 @@ def run_training(args: argparse.Namespace) -> None:
     start, counts, criteria = 0, None, StoppingRules(experiment.train)
     if found:
         state = checkpoint.load(found, run.parts).state
-        start = run.stream.resume(state["data"], accept_changes=experiment.data.accept_changes)
+        start = run.sampler.resume(state["data"], accept_changes=experiment.data.accept_changes)
         criteria.resume(state.get("criteria"))
         counts = {name: state.get(name, 0) for name in ("tokens", "seconds", "flops")}
 

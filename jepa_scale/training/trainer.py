@@ -64,10 +64,8 @@ class Trainer:
         self.stop, self.criteria = stop, criteria
         self.experiment, self.ranks = run.experiment, run.ranks
         self.engine, self.objective, self.teacher = run.engine, run.objective, run.teacher
-        self.meter, self.guard = (
-            MetricAccumulator(run.ranks.device, run.experiment.log.breakdown),
-            LossChecks(run.experiment.train),
-        )
+        self.metrics = MetricAccumulator(run.ranks.device, run.experiment.log.breakdown)
+        self.loss_checks = LossChecks(run.experiment.train)
         self.done, self.stopping = 0, False
 
     def train(self, start: int) -> None:
@@ -106,7 +104,7 @@ class Trainer:
         # means are over the global batch: every rank needs its denominators before it can back-propagate
         totals = global_totals(batches, self.ranks.device, self.stop.requested, self.ranks.tp_size)
         self.stopping = self.stop.agreed(totals.pop("stop"))
-        self.meter.add_flops(self.run.flops(batches))
+        self.metrics.add_flops(self.run.flops(batches))
         batches = [replace(batch.to(self.ranks.device), totals=totals) for batch in batches]
 
         gathered = []
@@ -118,14 +116,14 @@ class Trainer:
                 loss = self.engine.forward("loss", batch, gathered, micro)
             with self.phase("backward", step):
                 self.engine.backward(loss.total)
-                self.meter.add(loss, batch)
+                self.metrics.add(loss, batch)
         with self.phase("optimizer", step):
             grad_norm = self.engine.step()
             self.objective.on_optimizer_step(step, grad_norm)
         if self.teacher:
             with self.phase("teacher", step):
                 self.teacher.update(step)
-        self.meter.step_done(step + 1, grad_norm)
+        self.metrics.step_done(step + 1, grad_norm)
         return grad_norm
 
     def evaluate(self) -> Results:
@@ -162,12 +160,12 @@ class Trainer:
         Raises:
             FloatingPointError: too many steps in a row had no finite gradient.
         """
-        steps = self.meter.steps
-        values, tokens = self.meter.read()
-        values |= self.guard.check(values, steps, self.meter.bad_steps, tells=self.ranks.is_main)
+        steps = self.metrics.steps
+        values, tokens = self.metrics.read()
+        values |= self.loss_checks.check(values, steps, self.metrics.bad_steps, tells=self.ranks.is_main)
         norms = {f"grad_norm_{group}": float(norm) for group, norm in self.engine.group_norms.items()}
         values |= {"grad_norm": float(grad_norm), **norms, "lr": self.engine.lr()}
-        self.log.fit(self.done, values, tokens, self.meter.flops)
+        self.log.fit(self.done, values, tokens, self.metrics.flops)
         return values
 
     def batches(self, start: int) -> Iterator[list[PackedBatch]]:
@@ -176,7 +174,7 @@ class Trainer:
         step = start
         while True:
             with self.phase("data", step):
-                arriving = arriving or self.meter.waiting(self.run.batches(start, self.run.steps))
+                arriving = arriving or self.metrics.waiting(self.run.batches(start, self.run.steps))
                 batches = next(arriving, None)
             if batches is None:
                 return
@@ -187,18 +185,18 @@ class Trainer:
     def phase(self, part: str, step: int) -> Iterator[None]:
         """A part of optimizer step ``step``: its time is measured, and the watchdog knows what this rank is doing."""
         self.watchdog.enter(step + 1, WATCHED[part])
-        self.meter.clock.enter(part)
+        self.metrics.timer.enter(part)
         yield
-        self.meter.clock.enter("other")
+        self.metrics.timer.enter("other")
 
     @contextmanager
     def pause(self, what: str) -> Iterator[None]:
         """Something beside training, an evaluation or a save, whose time is not training time."""
         self.watchdog.enter(self.done, what)
-        self.meter.clock.enter(None)
+        self.metrics.timer.enter(None)
         with self.log.paused():
             yield
-        self.meter.clock.enter("other")
+        self.metrics.timer.enter("other")
 
     def logs(self) -> bool:
         return due(self.done, self.experiment.train.log_every, self.run.steps)
@@ -212,7 +210,7 @@ class Trainer:
 
     def epochs(self) -> float:
         """Whole passes over the data so far. Collective: a step may begin in one epoch and end in the next."""
-        epochs, _ = self.run.stream.micro_batch(self.done, 0)
+        epochs, _ = self.run.sampler.micro_batch(self.done, 0)
         at_the_end = float(self.experiment.train.epochs)  # nothing comes any more
         return comm.broadcast_object(float(epochs[0]) if len(epochs) else at_the_end)
 
@@ -227,7 +225,7 @@ class Trainer:
             permanent=permanent,
             metrics={f"{split}/{name}": value for split, metrics in results.items() for name, value in metrics.items()},
             state={
-                "data": self.run.stream.state(self.done),
+                "data": self.run.sampler.state(self.done),
                 "steps": self.run.steps,
                 "criteria": self.criteria.state(),
                 **self.log.state(),

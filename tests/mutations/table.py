@@ -583,7 +583,7 @@ ROWS: tuple[Row, ...] = (
         "order",
         "jepa_scale/data/sampling/loader.py",
         "draws.append(SampleRNG(self.seed, epoch, step, sample))",
-        "draws.append(SampleRNG(self.seed + self.stream.dealt.rank, epoch, step, sample))",
+        "draws.append(SampleRNG(self.seed + self.stream.dp_slice.rank, epoch, step, sample))",
         "tests/data/sampling/test_loader.py::test_world_size_and_accumulation_change_no_sample_and_no_draw",
         "a sample's random choices are its own, on whatever rank",
     ),

@@ -40,7 +40,9 @@ def run(chat, options=None, rank=0, world_size=1, **train):
 
 
 def cost(loaders, flops, steps):
-    return sum(flops([x.micro_batch(step, m) for m in range(x.stream.accumulation)]) for step in steps for x in loaders)
+    return sum(
+        flops([x.micro_batch(step, m) for m in range(x.sampler.accumulation)]) for step in steps for x in loaders
+    )
 
 
 VARIANTS = {
@@ -83,10 +85,10 @@ def test_every_rank_finds_the_same_number_from_all_ranks_samples(chat, train):
     for rank in range(2):
         loader, flops, kind = run(chat, {}, rank=rank, world_size=2, **train)
         loaders = whole_steps(loader, 2)
-        assert loader.stream.dealt == DataParallelSlice(1, rank, 2)  # its own is as it was
+        assert loader.sampler.dp_slice == DataParallelSlice(1, rank, 2)  # its own is as it was
         found.append((steps_within(3e9, loaders, flops, kind), cost(loaders, flops, range(20))))
-        own = [sum(map(int, x.stream.micro_batch(4, 0)[1])) for x in loaders]
-        assert own[rank] == sum(map(int, loader.stream.micro_batch(4, 0)[1])) and own[0] != own[1]
+        own = [sum(map(int, x.sampler.micro_batch(4, 0)[1])) for x in loaders]
+        assert own[rank] == sum(map(int, loader.sampler.micro_batch(4, 0)[1])) and own[0] != own[1]
     assert found[0] == found[1] and found[0][0] > 10
 
 

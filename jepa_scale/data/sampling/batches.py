@@ -84,19 +84,19 @@ class _BatchSampler:
 
     kind: str
 
-    def __init__(self, order: Order, seed: int, dealt: DataParallelSlice, fingerprint: str, epochs: int) -> None:
-        assert 0 <= dealt.rank < dealt.world_size, dealt
+    def __init__(self, order: Order, seed: int, dp_slice: DataParallelSlice, fingerprint: str, epochs: int) -> None:
+        assert 0 <= dp_slice.rank < dp_slice.world_size, dp_slice
         if order.length == 0:
             raise InputError("data: holds no examples to train on")
         if epochs and order.length is None:
             raise InputError("train.epochs: a mixture has no epochs; give train.steps instead")
-        self.order, self.seed, self.dealt, self.fingerprint = order, seed, dealt, fingerprint
+        self.order, self.seed, self.dp_slice, self.fingerprint = order, seed, dp_slice, fingerprint
         self.end = epochs * order.length if epochs and order.length else None
         self.first_step = 0
 
     @property
     def accumulation(self) -> int:
-        return self.dealt.accumulation
+        return self.dp_slice.accumulation
 
     def _header(self, step: int) -> dict[str, Any]:
         return {"step": step, "batching": self.kind, "seed": self.seed, "fingerprint": self.fingerprint}
@@ -141,16 +141,16 @@ class SampleBatchSampler(_BatchSampler):
         order: Order,
         seed: int,
         batch_size: int,
-        dealt: DataParallelSlice = ALONE,
+        dp_slice: DataParallelSlice = ALONE,
         fingerprint: str = "",
         epochs: int = 0,
     ) -> None:
-        super().__init__(order, seed, dealt, fingerprint, epochs)
-        if batch_size < 1 or batch_size % dealt.parts:
+        super().__init__(order, seed, dp_slice, fingerprint, epochs)
+        if batch_size < 1 or batch_size % dp_slice.parts:
             raise InputError(
                 f"train.batch_size: {batch_size} samples cannot be split evenly over "
-                f"train.accumulation={dealt.accumulation} micro-batches on each of {dealt.world_size} ranks; "
-                f"make it a multiple of {dealt.parts}"
+                f"train.accumulation={dp_slice.accumulation} micro-batches on each of {dp_slice.world_size} ranks; "
+                f"make it a multiple of {dp_slice.parts}"
             )
         self.batch_size = batch_size
         self.first_position = 0
@@ -165,14 +165,14 @@ class SampleBatchSampler(_BatchSampler):
         return self.first_position + (step - self.first_step) * self.batch_size
 
     def micro_batch(self, step: int, micro: int) -> tuple[np.ndarray, np.ndarray]:
-        m = self.batch_size // self.dealt.parts
-        start = self._position(step) + self.dealt.part(micro) * m
+        m = self.batch_size // self.dp_slice.parts
+        start = self._position(step) + self.dp_slice.part(micro) * m
         if self.end is not None:
             m = max(0, min(m, self.end - start))
         return self.order.take(start, m)
 
     def max_samples(self, step: int) -> int:
-        return self.batch_size // self.dealt.parts
+        return self.batch_size // self.dp_slice.parts
 
     def budget(self) -> int:
         return 0
@@ -218,11 +218,11 @@ class TokenBatchSampler(_BatchSampler):
         sizes: Callable[[np.ndarray], np.ndarray],
         budget: int,
         mean_size: float,
-        dealt: DataParallelSlice = ALONE,
+        dp_slice: DataParallelSlice = ALONE,
         fingerprint: str = "",
         epochs: int = 0,
     ) -> None:
-        super().__init__(order, seed, dealt, fingerprint, epochs)
+        super().__init__(order, seed, dp_slice, fingerprint, epochs)
         self.sizes, self._budget = sizes, budget
         self.window = max(1, round(WINDOW_BINS * budget / max(mean_size, 1.0)))
         self._begin_at(0)
@@ -279,7 +279,7 @@ class TokenBatchSampler(_BatchSampler):
         return window, number - self._starts[window]
 
     def _first_bin(self, step: int) -> int:
-        return self.skip + (step - self.first_step) * self.dealt.parts
+        return self.skip + (step - self.first_step) * self.dp_slice.parts
 
     # -- the protocol -------------------------------------------------------------------------------------------------
 
@@ -291,10 +291,10 @@ class TokenBatchSampler(_BatchSampler):
             return None
         while self._find(self._starts[-1])[0] >= 0:
             pass
-        return self.first_step + -(-(self._starts[-1] - self.skip) // self.dealt.parts)
+        return self.first_step + -(-(self._starts[-1] - self.skip) // self.dp_slice.parts)
 
     def micro_batch(self, step: int, micro: int) -> tuple[np.ndarray, np.ndarray]:
-        return self._bin(self._first_bin(step) + self.dealt.part(micro))
+        return self._bin(self._first_bin(step) + self.dp_slice.part(micro))
 
     def _bin(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         window, place = self._find(number)
@@ -304,7 +304,7 @@ class TokenBatchSampler(_BatchSampler):
 
     def max_samples(self, step: int) -> int:
         first = self._first_bin(step)
-        return max(1, *(len(self._bin(first + part)[0]) for part in range(self.dealt.parts)))
+        return max(1, *(len(self._bin(first + part)[0]) for part in range(self.dp_slice.parts)))
 
     def budget(self) -> int:
         return self._budget

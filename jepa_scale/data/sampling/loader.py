@@ -53,7 +53,7 @@ class Loader:
     """
 
     examples: Readable
-    stream: BatchSampler
+    sampler: BatchSampler
     view_transform: ViewTransform
     streams: Sequence[str]
     start_step: int
@@ -66,7 +66,7 @@ class Loader:
         return max(0, self.steps - self.start_step)
 
     def __iter__(self) -> Iterator[list[PackedBatch]]:
-        accumulation = range(self.stream.accumulation)
+        accumulation = range(self.sampler.accumulation)
         if self.workers:
             ahead = self._ahead()
             for _ in range(len(self)):
@@ -77,7 +77,7 @@ class Loader:
 
     def micro_batch(self, step: int, micro: int) -> PackedBatch:
         """Micro-batch number ``micro`` of this rank in a step."""
-        epochs, samples = self.stream.micro_batch(step, micro)
+        epochs, samples = self.sampler.micro_batch(step, micro)
         examples, draws, faults = [], [], []
         for epoch, sample in zip(epochs.tolist(), samples.tolist(), strict=True):
             try:
@@ -98,10 +98,10 @@ class Loader:
             self.streams,
             step=step,
             seed=self.seed,
-            max_samples=self.stream.max_samples(step),
+            max_samples=self.sampler.max_samples(step),
             like=None if views else self._any_views(step),
         )
-        budget = self.stream.budget()
+        budget = self.sampler.budget()
         if budget and batch.num_tokens > budget and views:
             raise InputError(
                 f"train.micro_tokens: {batch.num_tokens} tokens of views do not fit {budget}; the objective takes more "
@@ -130,7 +130,7 @@ class Loader:
         raise InputError("data: none of the training examples can be read")
 
     def _ahead(self) -> Iterator[PackedBatch]:
-        accumulation = self.stream.accumulation
+        accumulation = self.sampler.accumulation
         fork = "fork" in multiprocessing.get_all_start_methods()  # examples are shared, not copied
         loader = DataLoader(
             _MicroBatches(self),
@@ -156,14 +156,14 @@ class _MicroBatches(TorchDataset[Any]):
         self.loader = loader
 
     def __len__(self) -> int:
-        return self.loader.steps * self.loader.stream.accumulation
+        return self.loader.steps * self.loader.sampler.accumulation
 
     def __getitem__(self, number: int) -> bytes:
         """The pickled micro-batch. An InputError is handed over as a value: torch would wrap it into a traceback of many
         lines."""
         batch: PackedBatch | InputError
         try:
-            batch = self.loader.micro_batch(*divmod(number, self.loader.stream.accumulation))
+            batch = self.loader.micro_batch(*divmod(number, self.loader.sampler.accumulation))
         except InputError as error:
             batch = error
         sent = io.BytesIO()

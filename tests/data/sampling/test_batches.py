@@ -17,8 +17,8 @@ def uniform(n: int, seed: int) -> Permuted:
     return Permuted(n, lambda epoch: shuffled(seed, epoch, n))
 
 
-def samples_of(n: int, seed: int, batch: int, *dealt: int, **options: Any) -> SampleBatchSampler:
-    return SampleBatchSampler(uniform(n, seed), seed, batch, DataParallelSlice(*dealt), **options)
+def samples_of(n: int, seed: int, batch: int, *dp_slice: int, **options: Any) -> SampleBatchSampler:
+    return SampleBatchSampler(uniform(n, seed), seed, batch, DataParallelSlice(*dp_slice), **options)
 
 
 def whole_step(make: Any, step: int, accumulation: int = 1, world: int = 1) -> list[list[tuple[int, int]]]:
@@ -52,15 +52,15 @@ def test_a_step_has_the_same_samples_however_it_is_dealt_out(
 ) -> None:
     batch = per_part * world * accumulation
 
-    def make(dealt: DataParallelSlice) -> SampleBatchSampler:
-        return SampleBatchSampler(uniform(n, 3), 3, batch, dealt)
+    def make(dp_slice: DataParallelSlice) -> SampleBatchSampler:
+        return SampleBatchSampler(uniform(n, 3), 3, batch, dp_slice)
 
     whole = flat(whole_step(make, step))
     assert len(whole) == batch
-    dealt = whole_step(make, step, accumulation, world)
-    assert flat(dealt) == whole
+    dp_slice = whole_step(make, step, accumulation, world)
+    assert flat(dp_slice) == whole
     assert (
-        {len(part) for part in dealt}
+        {len(part) for part in dp_slice}
         == {per_part}
         == {make(DataParallelSlice(accumulation, 0, world)).max_samples(step)}
     )
@@ -70,7 +70,7 @@ def test_a_step_has_the_same_samples_however_it_is_dealt_out(
 @given(n=st.integers(1, 30), batch=st.integers(1, 70), step=st.integers(0, 9))
 def test_a_step_is_a_cut_of_the_epochs_laid_end_to_end(n: int, batch: int, step: int) -> None:
     endless = [(e, int(i)) for e in range((step + 1) * batch // n + 1) for i in shuffled(9, e, n)]
-    found = flat(whole_step(lambda dealt: SampleBatchSampler(uniform(n, 9), 9, batch, dealt), step))
+    found = flat(whole_step(lambda dp_slice: SampleBatchSampler(uniform(n, 9), 9, batch, dp_slice), step))
     assert found == endless[step * batch : (step + 1) * batch]
 
 
@@ -81,8 +81,8 @@ def test_with_epochs_every_sample_comes_exactly_once_an_epoch_and_then_nothing(
 ) -> None:
     ranks = world.draw(st.sampled_from([w for w in range(1, 9) if parts % w == 0]))
 
-    def make(dealt: DataParallelSlice) -> SampleBatchSampler:
-        return SampleBatchSampler(uniform(n, 0), 0, parts * each, dealt, epochs=epochs)
+    def make(dp_slice: DataParallelSlice) -> SampleBatchSampler:
+        return SampleBatchSampler(uniform(n, 0), 0, parts * each, dp_slice, epochs=epochs)
 
     steps = make(DataParallelSlice()).steps
     assert steps is not None
@@ -131,7 +131,7 @@ def test_a_batch_that_cannot_be_dealt_out_is_refused() -> None:
 # -- counted in tokens ----------------------------------------------------------------------------------------------------
 
 
-def tokens_of(sizes: list[int], budget: int, *dealt: int, seed: int = 5, **options: Any) -> TokenBatchSampler:
+def tokens_of(sizes: list[int], budget: int, *dp_slice: int, seed: int = 5, **options: Any) -> TokenBatchSampler:
     """Samples of these sizes in shards of seven."""
     lengths = np.array([min(7, len(sizes) - at) for at in range(0, len(sizes), 7)])
     known = np.array(sizes)
@@ -141,7 +141,7 @@ def tokens_of(sizes: list[int], budget: int, *dealt: int, seed: int = 5, **optio
         lambda s: known[s],
         budget,
         float(known.mean()),
-        DataParallelSlice(*dealt),
+        DataParallelSlice(*dp_slice),
         **options,
     )
 
@@ -158,8 +158,8 @@ def test_bins_hold_their_budget_and_every_sample_once_an_epoch(
 ) -> None:
     sizes, budget = data
 
-    def make(dealt: DataParallelSlice) -> TokenBatchSampler:
-        return tokens_of(sizes, budget, dealt.accumulation, dealt.rank, dealt.world_size, epochs=epochs)
+    def make(dp_slice: DataParallelSlice) -> TokenBatchSampler:
+        return tokens_of(sizes, budget, dp_slice.accumulation, dp_slice.rank, dp_slice.world_size, epochs=epochs)
 
     steps = make(DataParallelSlice(accumulation, 0, world)).steps
     assert steps is not None
@@ -175,8 +175,8 @@ def test_bins_hold_their_budget_and_every_sample_once_an_epoch(
 @some
 @given(data=sizes_and_budget, worlds=st.tuples(st.sampled_from([1, 2, 3, 4, 6]), st.sampled_from([1, 2, 4, 12])))
 def test_steps_are_the_same_at_any_world_size(data: tuple[list[int], int], worlds: tuple[int, int]) -> None:
-    def make(dealt: DataParallelSlice) -> TokenBatchSampler:
-        return tokens_of(*data, dealt.accumulation, dealt.rank, dealt.world_size)
+    def make(dp_slice: DataParallelSlice) -> TokenBatchSampler:
+        return tokens_of(*data, dp_slice.accumulation, dp_slice.rank, dp_slice.world_size)
 
     one, other = ([whole_step(make, s, 12 // w, w) for s in range(3)] for w in worlds)
     assert one == other
@@ -194,9 +194,9 @@ def test_resuming_again_and_again_with_other_ranks_and_budgets_delivers_every_sa
         wider = budget + choices.draw(st.sampled_from([0, 0, 7]))
 
         def make(
-            dealt: DataParallelSlice, wider: int = wider, state: dict[str, Any] | None = state
+            dp_slice: DataParallelSlice, wider: int = wider, state: dict[str, Any] | None = state
         ) -> TokenBatchSampler:
-            stream = tokens_of(sizes, wider, dealt.accumulation, dealt.rank, dealt.world_size, epochs=epochs)
+            stream = tokens_of(sizes, wider, dp_slice.accumulation, dp_slice.rank, dp_slice.world_size, epochs=epochs)
             if state is not None:
                 assert stream.resume(state) == state["step"]
             return stream

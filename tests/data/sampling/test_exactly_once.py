@@ -45,12 +45,12 @@ def views(document: Any, draw: SampleRNG) -> Views:
     )
 
 
-def stream_of(examples: ShardExamples, dealt: DataParallelSlice, batching: str, epochs: int) -> BatchSampler:
+def stream_of(examples: ShardExamples, dp_slice: DataParallelSlice, batching: str, epochs: int) -> BatchSampler:
     order = Windowed(examples.shard_lengths, 7, window=6)
     if batching == "samples":
-        return SampleBatchSampler(order, 7, 3 * dealt.parts, dealt, examples.fingerprint, epochs)
+        return SampleBatchSampler(order, 7, 3 * dp_slice.parts, dp_slice, examples.fingerprint, epochs)
     return TokenBatchSampler(
-        order, 7, lambda s: examples.sizes(s) - 1, 11, examples.mean_size, dealt, examples.fingerprint, epochs
+        order, 7, lambda s: examples.sizes(s) - 1, 11, examples.mean_size, dp_slice, examples.fingerprint, epochs
     )
 
 

@@ -67,8 +67,10 @@ def data() -> ReversalData:
     return generate(50, comb=4, relations=2)
 
 
-def stream_of(data: ReversalData, batch: int, dealt: DataParallelSlice = ALONE, **options: Any) -> SampleBatchSampler:
-    return SampleBatchSampler(data.order(5), 5, batch, dealt, **options)
+def stream_of(
+    data: ReversalData, batch: int, dp_slice: DataParallelSlice = ALONE, **options: Any
+) -> SampleBatchSampler:
+    return SampleBatchSampler(data.order(5), 5, batch, dp_slice, **options)
 
 
 def loader(data: ReversalData, **changes: Any) -> Loader:
@@ -131,8 +133,8 @@ def test_world_size_and_accumulation_change_no_sample_and_no_draw(
     data: ReversalData, world: int, accumulation: int
 ) -> None:
     ranks = [list(loader(data, world_size=world, rank=r, accumulation=accumulation, steps=7)) for r in range(world)]
-    dealt = [[rank[s][j] for j in range(accumulation) for rank in ranks] for s in range(7)]
-    assert contents(dealt) == contents(list(loader(data, accumulation=1, steps=7)))
+    dp_slice = [[rank[s][j] for j in range(accumulation) for rank in ranks] for s in range(7)]
+    assert contents(dp_slice) == contents(list(loader(data, accumulation=1, steps=7)))
 
 
 def test_a_sample_keeps_its_draws_at_another_batch_size(data: ReversalData) -> None:
@@ -301,7 +303,7 @@ def test_a_micro_batch_without_samples_has_the_shapes_of_one(data: ReversalData)
     lost = Loader(
         Damaged(data, set(range(1, 130))), stream_of(data, 10), fact_views, ("main", "names"), 0, 1, 5, on_error="skip"
     )
-    (_, samples) = lost.stream.micro_batch(0, 0)
+    (_, samples) = lost.sampler.micro_batch(0, 0)
     empties = [beyond.micro_batch(13, 0)] + ([lost.micro_batch(0, 0)] if 0 not in samples else [])
     assert len(empties) == 2
     for empty in empties:
