@@ -3,6 +3,8 @@
 deepspeed jepa_scale/train.py --config configs/reversal.yaml [section.key=value …] [--resume auto|PATH]
 torchrun --nproc-per-node 2 jepa_scale/train.py --config …
 python jepa_scale/train.py --config …
+
+As a module: deepspeed --module jepa_scale.train, torchrun -m jepa_scale.train, python -m jepa_scale.train.
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-if __name__ == "__main__":  # run as a file: this folder is first on sys.path and would shadow packages of the same name
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":
+    if (here := Path(__file__).resolve().parent) == Path(sys.path[0]).resolve():
+        # run as a file, not by -m: this folder is first on the path and would shadow packages of the same names
+        sys.path[0] = str(here.parent)
     from jepa_scale.cli.train import refused
 
     if code := refused(sys.argv[1:]):

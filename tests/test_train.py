@@ -226,8 +226,12 @@ def test_files_train_as_the_generated_facts_do(config, tmp_path):
 
 @pytest.mark.parametrize(
     "command",
-    [["jepa_scale/train.py"], pytest.param(["-m", "jepa_scale", "train"], marks=pytest.mark.matrix)],
-    ids=["file", "cli"],
+    [
+        ["jepa_scale/train.py"],
+        pytest.param(["-m", "jepa_scale.train"], marks=pytest.mark.matrix),
+        pytest.param(["-m", "jepa_scale", "train"], marks=pytest.mark.matrix),
+    ],
+    ids=["file", "module", "cli"],
 )
 def test_as_a_process_of_its_own(config, tmp_path, command):
     """`python jepa_scale/train.py` puts the package's own folder on sys.path, where it must not shadow anything."""

@@ -71,9 +71,8 @@ class Neighbour(Objective):
         # Without an anchor on this rank the predictor still runs, on no rows: its collectives are everybody's
         predicted = self.predictor(states[places["anchor"]]).float()
         targets = states[places["target"]].detach().float()
-        jepa = mean_over_global_batch(
-            (1 - F.cosine_similarity(predicted, targets, dim=-1)).sum(), batch.totals["anchors"]
-        )
+        distances = 1 - F.cosine_similarity(predicted, targets, dim=-1)
+        jepa = mean_over_global_batch(distances.sum(), batch.totals["anchors"])
         lm = lm_loss(backbone, states, batch)
         total = self.options.lm_weight * lm + self.options.jepa_weight * jepa
         means = {"loss": total.detach(), "lm_loss": lm.detach(), "jepa_loss": jepa.detach()}

@@ -74,16 +74,21 @@ def test_a_signal_in_an_evaluation_is_obeyed_at_once_and_the_evaluation_made_up_
 
 
 @pytest.mark.parametrize(
-    ("launcher", "engine"),
-    [pytest.param("torchrun", "fsdp", marks=pytest.mark.matrix), ("deepspeed", "deepspeed")],
+    ("launcher", "engine", "program"),
+    [
+        ("deepspeed", "deepspeed", ["jepa_scale/train.py"]),
+        pytest.param("deepspeed", "deepspeed", ["--module", "jepa_scale.train"], marks=pytest.mark.matrix),
+        pytest.param("torchrun", "fsdp", ["-m", "jepa_scale.train"], marks=pytest.mark.matrix),
+    ],
+    ids=["deepspeed", "deepspeed-module", "torchrun-module"],
 )
-def test_under_a_real_launcher(launch, undisturbed, tmp_path, launcher, engine):
+def test_under_a_real_launcher(launch, undisturbed, tmp_path, launcher, engine, program):
     """Each engine runs under its launcher. A signal to one rank's process, as from a scheduler, ends the launcher with 0."""
     arguments, run = config_of(undisturbed, tmp_path), tmp_path / "run"
     endless = ["engine.name=auto", "train.steps=1000000", "train.eval_every=0"]
     with held_port() as port:
         command = TORCHRUN if launcher == "torchrun" else ["deepspeed", "--num_gpus", "2", "--master_port", str(port)]
-        started = launch(*command, "jepa_scale/train.py", *arguments, *endless)
+        started = launch(*command, *program, *arguments, *endless)
         pid = started.rank(1)
         until(lambda: last_step(run) >= 3 or started.process.poll() is not None, "step")
         assert last_step(run) >= 3, started.output()
