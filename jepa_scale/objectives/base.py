@@ -1,4 +1,4 @@
-"""What an objective is: views made in the loader, and a module that turns a micro-batch into a loss."""
+"""Base class of objectives: the loader makes the views, and a module turns a micro-batch into a loss."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from jepa_scale.utils.errors import InputError
 
 
 class Loss(NamedTuple):  # a tuple, because the engines look for tensors in what the root module returns
-    """What one micro-batch of one rank adds to the global batch's loss.
+    """Contribution of one rank's micro-batch to the global batch's loss.
 
     Attributes:
-        total: 0-d float tensor with gradient. Summed over all ranks and micro-batches it *is* the loss, i.e. the
-            objective has already divided by the global counts in ``batch.totals``.
-        means: name → 0-d tensor, contributions of the same kind to logged values.
+        total: 0-d float tensor with gradient. Its sum over all ranks and micro-batches is the loss: the objective has
+            already divided by the global counts in ``batch.totals``.
+        means: name → 0-d tensor, contributions to logged values; they are summed like ``total``.
         gauges: name → 0-d tensor or number, values that are the same on every rank (a temperature, a gate); the last one is
             logged.
     """
@@ -39,35 +39,35 @@ class Loss(NamedTuple):  # a tuple, because the engines look for tensors in what
 
 
 class Diagnostics(Protocol):
-    """Metrics of an objective's own on an evaluation split, always of the same samples and views."""
+    """Metrics of one objective on an evaluation split, computed from the same samples and views every time."""
 
     representations: dict[str, Tensor]
-    """What :meth:`measure` has looked at: name → (n, d) on the CPU, whole on every rank. Rows of the same number belong
-    together where there are equally many."""
+    """The states that :meth:`measure` used: name → (n, d) on the CPU, complete on every rank. If two tensors have equally
+    many rows, row i of both belongs to the same sample."""
 
     @property
     def samples(self) -> int:
-        """How many of the split to look at, evenly spread; 0 = all."""
+        """Number of samples of the split to use, evenly spread; 0 = all."""
 
     @property
     def views(self) -> ViewTransform:
-        """Makes an example's views."""
+        """The transform that makes an example's views."""
 
     def view_tokens(self, sizes: np.ndarray) -> np.ndarray:
-        """As :meth:`Objective.view_tokens`, of these views."""
+        """Return the most tokens of these views; see :meth:`Objective.view_tokens`."""
 
     def measure(self, batches: Iterable[PackedBatch]) -> dict[str, float]:
-        """Metrics of one split from its micro-batches on this rank. Collective; the same on every rank."""
+        """Return the metrics of one split, given its micro-batches on this rank. Collective; the same on every rank."""
 
 
 class TargetEncoder(Protocol):
     """An exponential moving average of parts of the model, as an objective sees it; :class:`jepa_scale.engines.ema.Teacher`."""
 
     def forward(self, path: str, *args: Any, **kwargs: Any) -> Any:
-        """Run the average of the sub-module at ``path`` of :class:`JepaModel`, without gradient."""
+        """Run the EMA of the sub-module at ``path`` of :class:`JepaModel`, without gradient."""
 
     def momentum(self, step: int) -> float:
-        """Momentum of the update after optimizer step ``step``, counted from 0."""
+        """Return the momentum of the update after optimizer step ``step``, counted from 0."""
 
 
 class Objective(nn.Module):
@@ -75,82 +75,90 @@ class Objective(nn.Module):
 
     A subclass declares its ``Options`` and its ``streams``, builds its heads in ``__init__(options, backbone, data)``,
     makes its views in :meth:`view_transform` and its loss in :meth:`loss`. Every head must be used on every rank in every
-    step, with weight zero if need be, and parameters live in sub-modules: the collectives of ZeRO-3 and FSDP2 are issued
-    by modules as they run.
+    step, with weight zero if need be. Parameters must belong to sub-modules. Both are needed because ZeRO-3 and FSDP2 issue
+    their collectives when a module runs.
     """
 
     Options: ClassVar[type[Section]] = Section
     streams: tuple[str, ...] = ("main",)
     needs_global_batch: bool = False
-    """Whether the loss compares samples across micro-batches; then :meth:`gather` runs first on all of them."""
+    """Whether the loss compares samples across micro-batches. If so, :meth:`gather` runs on all of them first."""
     pooling: ClassVar[Literal["mean", "last"]] = "mean"
-    """Which of the states of :meth:`encode` stands for a text."""
+    """The pooled state of :meth:`encode` that represents a text."""
     predicts_tokens: bool = True
-    """Whether the model is trained to predict next tokens; if not, nobody asks for its perplexity or has it generate."""
+    """Whether the model is trained to predict next tokens. If not, evaluation skips perplexity and generation."""
     tap: int = 0
-    """Number of the block after which the objective reads the decoder's states; 0 = it reads the last ones alone."""
+    """Number of the block after which the objective reads the decoder's states; 0 = it reads only the final states."""
     least_samples: int = 1
-    """Fewer samples in an optimizer step, over all ranks, say nothing to the loss."""
+    """Fewest samples in an optimizer step, over all ranks, for which the loss is meaningful."""
     own_tasks: ClassVar[tuple[str, ...]] = ()
-    """Names of further tasks, beside :data:`jepa_scale.objectives.tasks.TASKS`: methods that the objective's own answerer or
-    diagnostics call through the engine. Each takes the backbone first."""
+    """Names of further tasks, beside :data:`jepa_scale.objectives.tasks.TASKS`: methods that the objective's answer
+    generator or diagnostics call through the engine. The first argument of each is the backbone."""
     teacher: TargetEncoder
-    """The EMA teacher, set before the first forward if :meth:`teacher_copies` gives something to teach with."""
+    """The EMA teacher, set before the first forward if :meth:`teacher_copies` is not empty."""
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """Modules of the objective that an engine may gather and free one at a time, as it does the decoder's blocks."""
+        """Modules of the objective that an engine may gather and free one at a time, like the decoder's blocks."""
         return []
 
     def teacher_copies(self, backbone: Backbone) -> dict[str, nn.Module]:
-        """Copies of what has an EMA teacher, by their names in :class:`JepaModel`; called while the weights are whole."""
+        """Return copies of the modules with an EMA teacher, by their names in :class:`JepaModel`.
+
+        Called before the weights are sharded.
+        """
         return {}
 
     def teacher_options(self) -> TeacherOptions:
-        """How the teacher follows; asked for only if there is one."""
+        """Return the options of the EMA update; called only if there is a teacher."""
         raise NotImplementedError
 
     def head_prefixes(self, backbone: Backbone) -> tuple[str, ...]:
-        """Names in :class:`JepaModel` of what learns at ``optim.lr_head``."""
+        """Return the name prefixes in :class:`JepaModel` of the parameters with learning rate ``optim.lr_head``."""
         return ("objective.",)
 
     def clip_groups(self, model: JepaModel) -> dict[str, list[str]]:
-        """Name of a group → its parameters' names in the model, when gradients are clipped by group; {} = all together."""
+        """Return the groups for gradient clipping: group name → names of its parameters; {} = one group of all."""
         return {}
 
     @property
     def bounds(self) -> dict[str, tuple[float, float]]:
-        """Name in :class:`JepaModel` of a parameter → least and greatest value of its elements; see
+        """Bounds of parameters: name in :class:`JepaModel` → least and greatest value of the elements; see
         :attr:`jepa_scale.engines.base.EngineOptions.bounds`."""
         return {}
 
     def on_optimizer_step(self, step: int, grad_norm: Tensor) -> None:
-        """An optimizer step is done, and the teacher has not followed yet: where buffers take in what the step has seen, which
-        must be the same on every rank. Collective.
+        """Update buffers after an optimizer step, before the teacher's EMA update. Collective.
+
+        The buffers must be the same on every rank afterwards.
 
         Args:
-            step: its number, from 0.
-            grad_norm: 0-d, not finite if nothing was updated; the device knows, the host is not to ask it.
+            step: number of the optimizer step, from 0.
+            grad_norm: 0-d on the device, not finite if nothing was updated. Do not read it on the host: that would
+                synchronize.
         """
 
     def view_transform(self) -> ViewTransform:
-        """Example → views; returned as an object of its own because loader workers get a copy of it."""
+        """Return the transform from an example to its views. It is a separate object because loader workers copy it."""
         raise NotImplementedError
 
     def view_tokens(self, sizes: np.ndarray) -> np.ndarray:
-        """(m,) tokens of examples → (m,) tokens that all of an example's views take at most. Token budgets need it.
+        """Return the most tokens, (m,), that all views of each example take together; ``sizes`` (m,) are its own tokens.
+
+        Token budgets need it.
 
         Raises:
-            InputError: the objective does not know.
+            InputError: the objective cannot bound them.
         """
         raise InputError("train.batch_tokens: this objective's batches are counted in samples; give train.batch_size")
 
     def flops(self, backbone: Backbone, square: bool = False) -> StepFlops:
-        """What training on an optimizer step's micro-batches costs a rank, a collecting pass and a teacher included.
+        """Return a function that counts one rank's FLOPs for an optimizer step's micro-batches.
 
-        Called once, while the weights are whole. As it stands here: all streams through the whole decoder and the LM head on
-        the labelled places, and where the objective collects, the same once more without head and gradient. Heads, a
-        teacher and products within the loss are an objective's own to add.
+        The count includes the gather pass and the teacher. Called once, before the weights are sharded. The base class
+        counts all streams through the whole decoder and the LM head at the labelled positions. If the objective needs the
+        global batch, it counts a second pass without head and gradient. Subclasses add heads, a teacher and the products
+        within the loss.
 
         Args:
             square: as for :meth:`jepa_scale.models.flops.DecoderFlops.forward`.
@@ -167,44 +175,49 @@ class Objective(nn.Module):
         return count
 
     def kind_of_step(self, step: int, seed: int) -> Hashable:
-        """Steps of the same kind cost the same, but for the lengths of their samples."""
+        """Return the kind of a step. Steps of one kind cost the same, apart from the lengths of their samples."""
         return 0
 
     def loss(self, backbone: Backbone, batch: PackedBatch, gathered: list[dict[str, Tensor]], micro: int) -> Loss:
-        """Loss of micro-batch number ``micro`` of an optimizer step.
+        """Return the loss of micro-batch number ``micro`` of an optimizer step.
 
-        ``gathered`` holds what :meth:`gather` returned for each micro-batch of the step, this one included; it is empty
-        when there is one micro-batch or when the objective does not collect.
+        ``gathered`` holds the results of :meth:`gather` for each micro-batch of the step, including this one. It is empty
+        when there is one micro-batch or when the objective does not need the global batch.
         """
         raise NotImplementedError
 
     def gather(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:
-        """What the other micro-batches need to know of this one; called without gradient, on every rank."""
+        """Return the tensors of this micro-batch that the others' losses need; called without gradient, on every rank."""
         raise NotImplementedError
 
     def answer_generator(self, call: Call) -> AnswerGenerator:
-        """How this objective's model answers questions at evaluation. ``call(task, *args)`` runs the task of that name
-        through the engine without gradient, on all ranks together."""
+        """Return the generator of this objective's answers at evaluation.
+
+        ``call(task, *args)`` runs the task of that name through the engine without gradient, on all ranks together.
+        """
         return LanguageModelAnswerGenerator(call)
 
     def text_views(self, example: Any, draw: SampleRNG) -> Views:
-        """A text to be encoded → one segment of the stream ``"main"`` with role ``"text"``, of no more tokens than the text has.
-        As it stands here, of all of them.
+        """Return the view of a text to be encoded: one segment of the stream ``"main"`` with role ``"text"``.
+
+        The segment has at most as many tokens as the text; the base class takes all of them.
 
         Args:
-            example: has ``tokens``, (n,) ids, n ≥ 1, BOS first where that is the tokenizer's habit. It has no EOS: next-token
-                prediction never reads the one that closes a document.
+            example: has ``tokens``, (n,) ids, n ≥ 1, with BOS first if the tokenizer adds it. It has no EOS: next-token
+                prediction never has a document's closing EOS as input.
         """
         return Views([Segment(example.tokens, "text")])
 
     def most_text_tokens(self, backbone: Backbone) -> int | None:
-        """Tokens of the longest text that :meth:`text_views` may be given; None = there is no limit."""
+        """Return the number of tokens of the longest text that :meth:`text_views` accepts; None = no limit."""
         return getattr(backbone.decoder.config, "max_position_embeddings", None)
 
     def encode(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:
-        """States of the stream ``"main"`` after the final norm, fp32, in its order: ``tokens`` (T, d), ``last`` (S, d) at each
-        segment's last token, ``mean`` (S, d) over each segment. Rows come back to the order of the texts by
-        ``batch.segments["text"]`` and ``batch.samples["text"]``."""
+        """Return the states of the stream ``"main"`` after the final norm, fp32, in stream order.
+
+        ``tokens`` (T, d) are all states, ``last`` (S, d) those at each segment's last token, ``mean`` (S, d) the mean over
+        each segment. ``batch.segments["text"]`` and ``batch.samples["text"]`` map the rows to the order of the texts.
+        """
         stream = batch.streams["main"]
         states = backbone.hidden(stream).float()
         lengths = stream.table.cu_seqlens.diff().long()
@@ -212,25 +225,25 @@ class Objective(nn.Module):
         return {"tokens": states, "last": states[stream.last], "mean": mean}
 
     def diagnostics(self, call: Call) -> Diagnostics | None:
-        """What else an evaluation on text looks at, beside the perplexity."""
+        """Return the objective's own metrics for an evaluation on text, beside the perplexity; None = there are none."""
         return None
 
     def diagnose(self, backbone: Backbone, batch: PackedBatch) -> Any:
-        """Compute what the objective's :meth:`diagnostics` need of a micro-batch: tensors, in a tuple or dict."""
+        """Return the tensors of a micro-batch that the objective's :meth:`diagnostics` need, in a tuple or dict."""
         raise NotImplementedError
 
     def next_token_logits(self, backbone: Backbone, batch: PackedBatch) -> Tensor:
-        """(S, V) fp32, the logits after each segment of the stream ``"main"``."""
+        """Return the logits after each segment of the stream ``"main"``, (S, V) fp32."""
         stream = batch.streams["main"]
         return backbone.logits(backbone.hidden(stream)[stream.last]).float()
 
     def label_log_probs(self, backbone: Backbone, batch: PackedBatch) -> Tensor:
-        """(L,) fp32, the log-probability of each label of the stream ``"main"``, in stream order."""
+        """Return the log-probability of each label of the stream ``"main"``, (L,) fp32, in stream order."""
         stream = batch.streams["main"]
         return -backbone.label_losses(backbone.hidden(stream)[stream.labelled], stream.labels[stream.labelled])
 
     def generate(self, backbone: Backbone, prompts: Prompts, stop: tuple[int, ...], new_tokens: int) -> Generated:
-        """Greedy answers of the decoder, of ``new_tokens`` tokens at most; see :func:`jepa_scale.models.generation.greedy`."""
+        """Decode answers greedily, of at most ``new_tokens`` tokens; see :func:`jepa_scale.models.generation.greedy`."""
         with backbone.unpacked() as decoder:
             return greedy(decoder, prompts, stop, new_tokens)
 
@@ -238,7 +251,7 @@ class Objective(nn.Module):
 class JepaModel(nn.Module):
     """The root module that an engine shards: a backbone and an objective's heads.
 
-    Whatever runs parameters goes through :meth:`forward`, so that the engine's hooks see it.
+    Every use of parameters goes through :meth:`forward`, so that the engine's hooks run.
     """
 
     def __init__(self, backbone: Backbone, objective: Objective):
@@ -256,19 +269,22 @@ class JepaModel(nn.Module):
 
 
 def lm_loss(backbone: Backbone, hidden: Tensor, batch: PackedBatch, stream: str = "main") -> Tensor:
-    """Next-token loss of a stream as a contribution to the mean over the global batch's labels. hidden (T, d) → 0-d."""
+    """Return a stream's next-token loss as its contribution to the mean over the global batch's labels.
+
+    hidden (T, d) → 0-d.
+    """
     packed = batch.streams[stream]
     losses = backbone.label_losses(hidden[packed.labelled], packed.labels[packed.labelled])
     return mean_over_global_batch(losses.sum(), batch.totals["labels"])
 
 
 def mean_over_global_batch(value: Tensor, total: Tensor) -> Tensor:
-    """A sum over this micro-batch as its contribution to the mean over the global batch (0 if the batch has none)."""
+    """Return a micro-batch's sum as its contribution to the mean over the global batch (0 if ``total`` is 0)."""
     return value / torch.clamp(total.to(value.dtype), min=1)
 
 
 def resolve_tap(tap: int, num_layers: int, key: str) -> int:
-    """``tap`` as a number of blocks from 1 to ``num_layers``; −1 is after the last block, −2 after the one before.
+    """Return ``tap`` as a number of blocks from 1 to ``num_layers``; −1 is after the last block, −2 after the one before.
 
     Raises:
         InputError: names ``key`` when there is no such block.

@@ -1,14 +1,14 @@
-"""``concept``: predict the object's concept from the subject's concept and the relation, then speak it.
+"""``concept``: predict the object's concept from the subject's concept and the relation, then decode its name.
 
-A name is a segment of its own; its *concept* is the decoder's state after block ``tap_layer`` at the name's last token (or
+A name is a segment of its own. Its *concept* is the decoder's state after block ``tap_layer`` at the name's last token (or
 the value of its slot in a memory), scaled to unit RMS. A relation-conditioned operator maps the subject's concept to a
-prediction; InfoNCE asks that, of all concepts in the global batch, the object's be the nearest. The same concepts serve a
-fact and its reverse, so a fact that was only ever stated one way constrains both (Wang & Sun, arXiv 2504.01928, give the
-recognition / semantic split; SPEC row V9).
+prediction. InfoNCE trains the prediction to be nearest to the object's concept among all concepts in the global batch. A
+fact and its reverse use the same concepts, so a fact that is stated one way only constrains both (the split into
+recognition and semantics is that of Wang & Sun, arXiv 2504.01928).
 
-To speak, a concept re-enters the decoder through a gated bridge at a <mask> token, and the decoder says the name. It is
-trained on *true* concepts, detached, with Gaussian noise of about the size of a prediction's error: trained on predictions
-themselves it would memorise the training facts' errors and fail on held-out ones.
+For decoding, a concept is fed to the decoder through a gated bridge at a <mask> token, and the decoder generates the name.
+This is trained on *true* concepts, detached, with Gaussian noise of about the size of a prediction's error. If it were
+trained on predictions, it would memorise the training facts' errors and fail on held-out facts.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from jepa_scale.utils.errors import InputError
 
 @dataclass(frozen=True, slots=True)
 class ConceptViews:
-    """Makes a fact's two names, and one of them to be spoken."""
+    """View transform: a fact's two names, and one of them to be decoded."""
 
     options: ConceptOptions
     dim: int
@@ -50,7 +50,7 @@ class ConceptViews:
     slots: dict[tuple[int, ...], int] | None  # name → slot, with a memory
 
     def names(self, fact: Any) -> Views:
-        """Subject and object, as segments or as slots, and the relation."""
+        """Return the views of subject and object, as segments or as memory slots, with the relation."""
         values: dict[str, Any] = {"relation": fact.relation, "relation_index": self.relations[fact.relation]}
         if self.slots is not None:
             values["names"] = np.array([self.slots[fact.subject], self.slots[fact.object]])
@@ -62,7 +62,7 @@ class ConceptViews:
     def __call__(self, fact: Any, draw: SampleRNG) -> Views:
         views = self.names(fact)
         rng = draw.rng("say")
-        # either name, so that every entity is spoken alike: some are the object of held-out facts only
+        # Either name, so that all entities are decoded equally often: some are the object of held-out facts only.
         which = int(rng.integers(2))
         views.values["spoken"] = which
         spoken = rng.random() < self.options.decode_fraction
@@ -76,20 +76,23 @@ class ConceptViews:
 
 
 def say_segment(mask: int, name: tuple[int, ...]) -> Segment:
-    """<mask>, then all of the name but its last token; each place predicts the name's next token."""
+    """Return the segment that decodes a name: <mask>, then the name without its last token.
+
+    Each position predicts the name's next token.
+    """
     return Segment([mask, *name[:-1]], "say", labels=name, stream="say")
 
 
 def _spoken(batch: PackedBatch) -> int:
-    """Samples of which a name is spoken."""
+    """Return the number of samples with a name to decode."""
     return len(batch.samples.get("say", ()))
 
 
 class LogScale(nn.Module):
-    """A learned inverse temperature, bounded above (a scale that runs away fits the batch and nothing else).
+    """A learned inverse temperature, bounded above: without a bound it grows and overfits the batch.
 
-    The bound is the engine's to keep (:meth:`Concept.bounds`): after each update the parameter is put back below it. A clamp
-    in the forward would have no gradient beyond the bound, and the scale would stay there once it is carried over it.
+    The engine enforces the bound (:meth:`Concept.bounds`): it clamps the parameter after each update. A clamp in the forward
+    has no gradient beyond the bound, so a scale that once exceeds the bound would never come back.
     """
 
     def __init__(self, init: float, limit: float):
@@ -98,12 +101,12 @@ class LogScale(nn.Module):
         self.bounds = (-math.inf, math.log(limit))
 
     def forward(self) -> Tensor:
-        """0-d fp32."""
+        """Return the scale, 0-d fp32."""
         return self.log_scale.float().exp()[0]
 
 
 class Concept(Objective):
-    """λ · InfoNCE of the predicted concept + γ · next-token loss of the spoken name."""
+    """λ · InfoNCE of the predicted concept + γ · next-token loss of the decoded name."""
 
     Options = ConceptOptions
     needs_global_batch = True
@@ -121,7 +124,7 @@ class Concept(Objective):
         self.known = [tuple(name) for name in data.names]
         self.predictor = PREDICTORS[options.predictor](dim, backbone.hidden_size, len(relations))
         self.scale = LogScale(options.scale_init, options.scale_max)
-        latent = backbone.hidden_size if options.memory else dim  # with a memory the *key* is spoken
+        latent = backbone.hidden_size if options.memory else dim  # with a memory the *key* is decoded
         width = options.bridge_width or 8 * latent
         self.bridge = Bridge(latent, backbone.hidden_size, width, gate_init=options.gate_init)
         self.memory = ConceptMemory(self.known, dim) if options.memory else None
@@ -138,18 +141,18 @@ class Concept(Objective):
         return ConceptViews(self.options, self.dim, self.relation_index, slots)
 
     def view_tokens(self, sizes: np.ndarray) -> np.ndarray:
-        return 2 * sizes  # two names, and one of them to be spoken: less than the fact twice
+        return 2 * sizes  # two names, and one of them again for decoding: less than the fact twice
 
     def answer_generator(self, call: Call) -> ConceptAnswerer:
         snap = self.options.snap or self.options.memory
         return ConceptAnswerer(call, self.view_transform(), say_segment, self.streams, snap)
 
     def flops(self, backbone: Backbone, square: bool = False) -> StepFlops:
-        """All of it but what is done element by element; a memory's slots are looked up and cost nothing."""
+        """See the base class. Elementwise operations are not counted; looking up a memory's slots costs nothing."""
         decoder, names = DecoderFlops.of(backbone), ReadoutFlops.of(backbone, self.tap)
         dim, ranks, has_memory = self.dim, dp_size(), self.memory is not None
         predictor, bridge, project = (linear_cost(m) for m in (self.predictor, self.bridge, self.project))
-        if self.options.predictor == "linear":  # every relation's matrix, before one is picked
+        if self.options.predictor == "linear":  # it multiplies by every relation's matrix, then selects one product
             matrices = 2 * len(self.relation_index) * dim * dim
             predictor = Cost(matrices, 2 * matrices)
 
@@ -171,7 +174,11 @@ class Concept(Objective):
     # -- parts, each a pure function of the batch ---------------------------------------------------------------------
 
     def concepts(self, backbone: Backbone, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """The micro-batch's concepts (m, dim) fp32 of unit RMS, their keys (m,), and which of them are whose: (N, 2)."""
+        """Return the micro-batch's concepts.
+
+        Returns:
+            The concepts (m, dim) fp32 of unit RMS, their keys (m,), and the rows of each sample's two concepts, (N, 2).
+        """
         names = batch.values["names"]  # (N, 2): slots, or hashes of the names
         if self.memory is not None:
             states, keys = self.memory(names.flatten()), names.flatten()
@@ -184,14 +191,17 @@ class Concept(Objective):
         return F.rms_norm(states.float(), (self.dim,)), keys, places
 
     def predictions(self, backbone: Backbone, concepts: Tensor, batch: PackedBatch) -> Tensor:
-        """(N, dim) of unit RMS, from the subjects' concepts (N, dim)."""
+        """Return the predicted concepts of the objects, (N, dim) of unit RMS, from the subjects' concepts (N, dim)."""
         relation = backbone.embed(batch.values["relation"])
         relation = F.rms_norm(relation.float(), (relation.shape[-1],)).to(relation.dtype)
         predicted = self.predictor(concepts, relation, batch.values["relation_index"])
         return F.rms_norm(predicted, (self.dim,))
 
     def spoken(self, backbone: Backbone, latents: Tensor, batch: PackedBatch) -> Tensor:
-        """Hidden states (T, d) of the stream ``say`` with the latents (n, ·) bridged in at the segments of that order."""
+        """Return the hidden states (T, d) of the stream ``say``.
+
+        The bridge adds the latents (n, ·) to the first embedding of each segment; both have the order of the samples.
+        """
         stream = batch.streams["say"]
         embeds = backbone.embed(stream.input_ids)
         places = stream.first[batch.segments.get("say", stream.first.new_zeros(0))]
@@ -241,18 +251,20 @@ class Concept(Objective):
     # -- evaluation tasks ---------------------------------------------------------------------------------------------
 
     def encode_names(self, backbone: Backbone, batch: PackedBatch) -> Tensor:
-        """(N, 2, dim): the concepts of each sample's two names."""
+        """Return the concepts of each sample's two names, (N, 2, dim)."""
         concepts, _, places = self.concepts(backbone, batch)
         return concepts[places]
 
     def predict(self, backbone: Backbone, batch: PackedBatch) -> Tensor:
-        """(N, dim): the prediction for each sample's object."""
+        """Return the predicted concept of each sample's object, (N, dim)."""
         concepts, _, places = self.concepts(backbone, batch)
         return self.predictions(backbone, concepts[places[:, 0]], batch)
 
     def say_logits(self, backbone: Backbone, batch: PackedBatch, concepts: Tensor, slots: Tensor | None) -> Tensor:
-        """(L, V) fp32: logits at the labelled places of the stream ``say``, its n segments spoken from ``concepts``
-        (n, dim), or from the keys of ``slots`` (n,) when there is a memory."""
+        """Return the logits at the labelled positions of the stream ``say``, (L, V) fp32.
+
+        Its n segments are decoded from ``concepts`` (n, dim), or from the keys of ``slots`` (n,) when there is a memory.
+        """
         latents = concepts
         if self.memory is not None:
             assert slots is not None

@@ -1,9 +1,9 @@
-"""``span``: a text is recognised from any part of it (LeJEPA, Balestriero & LeCun, arXiv 2511.08544, on text; SpanJEPA).
+"""``span``: LeJEPA (Balestriero & LeCun, arXiv 2511.08544) on masked views of text (SpanJEPA).
 
-Each masked view of a text is drawn to the centre of its global views, and what is masked in a view is filled in, in
-representation space, by a predictor that sees the rest. SIGReg keeps the states from collapsing: it holds the pooled states,
-and the spans' targets, close to a standard Gaussian. Everything is one packed forward; a view is the text without its masked
-tokens (:mod:`jepa_scale.objectives.span.views`).
+Each masked view of a text is drawn to the centre of its global views. A predictor sees the unmasked tokens of a view and
+predicts the masked spans in representation space. SIGReg prevents collapse: it keeps the pooled states and the spans'
+targets close to a standard Gaussian. Everything is one packed forward; a view is the text without its masked tokens
+(:mod:`jepa_scale.objectives.span.views`).
 """
 
 from __future__ import annotations
@@ -33,19 +33,21 @@ from jepa_scale.packing import PackedBatch
 from jepa_scale.utils.errors import InputError
 
 FEWEST = 16
-"""Texts in a batch below which the empirical characteristic function says nothing."""
+"""Fewest texts in a batch for which the empirical characteristic function is meaningful."""
 
 
 class Encoded(NamedTuple):
-    """A micro-batch of n texts with V masked views each, and m spans in them.
+    """States of a micro-batch of n texts with V masked views each and m spans.
 
     Attributes:
         hidden: (T, d) states after the final norm.
-        pooled: (n, V, d) fp32, of each view the state at its last token.
-        center: (n, d) fp32, the final norm of the mean of the global views' states before it.
-        predicted: (m, d) fp32, what the predictor makes of each span, through its own norm.
-        spans: (m, d) fp32, the final norm of the mean over each span of the whole text's states before it.
-        chosen: (c, d) fp32, the same of one span of each text that has any.
+        pooled: (n, V, d) fp32, each view's state at its last token.
+        center: (n, d) fp32, the centre of each text: its global views' states before the final norm, averaged, then
+            normed.
+        predicted: (m, d) fp32, the prediction of each span, after the predictor's own norm.
+        spans: (m, d) fp32, the target of each span: the whole text's states before the final norm, averaged over the
+            span, then normed.
+        chosen: (c, d) fp32, like ``spans``, for one span of each text with spans.
     """
 
     hidden: Tensor
@@ -104,7 +106,7 @@ class Span(Objective):
         return self.options.ema
 
     def flops(self, backbone: Backbone, square: bool = False) -> StepFlops:
-        """All of it but what is done element by element."""
+        """See the base class. Elementwise operations are not counted."""
         o, decoder, dim, needs_global_batch = (
             self.options,
             DecoderFlops.of(backbone),
@@ -138,7 +140,10 @@ class Span(Objective):
     # -- parts --------------------------------------------------------------------------------------------------------
 
     def encode_views(self, backbone: Backbone, batch: PackedBatch, predict: bool = True) -> Encoded:
-        """Everything that the losses compare. Without ``predict`` the predictor does not run, and ``predicted`` is the target."""
+        """Return all states that the losses compare.
+
+        If ``predict`` is false, the predictor does not run, and ``predicted`` holds the targets.
+        """
         hidden, raw = backbone.hidden_and_tap(batch.streams["main"], self.tap)
         last = batch.streams["main"].last
         pooled = torch.cat([self._of_texts(hidden[last[batch.segments[role]]], n) for role, n in self._roles], dim=1)
@@ -159,22 +164,23 @@ class Span(Objective):
         return [(role, n) for role, n in (("global", o.global_views), ("local", o.local_views)) if n]
 
     def _of_texts(self, rows: Tensor, views: int) -> Tensor:
-        """(n · views, d), text by text → (n, views, d)."""
+        """Reshape rows in the order of the texts: (n · views, d) → (n, views, d)."""
         return rows.unflatten(0, (-1, views)) if len(rows) else rows[:, None].expand(0, views, rows.shape[1])
 
     def _targets(
         self, raw: Tensor, first: Tensor, batch: PackedBatch, names: Sequence[str], norm: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, ...]:
-        """The normed centre (n, d) and the normed means (m, d) over each group of spans in ``names``.
+        """Return the normed centres (n, d), and for each group of spans in ``names`` their normed means (m, d).
 
         Args:
-            raw: (T, d) states before the final norm. first: (n, G, d), those of the global views' last tokens.
+            raw: (T, d) states before the final norm.
+            first: (n, G, d), the states in ``raw`` at the global views' last tokens.
         """
         rows = [first.float().mean(dim=1)]
         for name in names:
             lengths = batch.rows[f"{name}_length"]
             rows.append(_span_means(raw, batch.places.get(name, lengths[:0]), lengths))
-        normed = norm(torch.cat(rows).to(raw.dtype))  # one call: an engine gathers its weights once
+        normed = norm(torch.cat(rows).to(raw.dtype))  # one call, so that an engine gathers the norm's weights once
         return normed.split([len(part) for part in rows])
 
     @torch.no_grad()
@@ -189,7 +195,7 @@ class Span(Objective):
         return self._targets(raw, first, batch, ("span",), norm)
 
     def _predicted(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
-        """(m, d), in the order of the spans."""
+        """Return the predictions, (m, d), in the order of the spans."""
         assert self.predictor is not None
         stream, lengths = batch.streams[PREDICTOR], batch.rows["span_length"]
         kept, seen, masked = (batch.places.get(name, lengths[:0]) for name in ("kept", "seen", "masked"))
@@ -228,7 +234,7 @@ class Span(Objective):
     def terms(
         self, encoded: Encoded, batch: PackedBatch, gathered: list[dict[str, Tensor]], micro: int
     ) -> dict[str, Tensor]:
-        """This micro-batch's contributions to the four losses, 0-d fp32 each, those that there are."""
+        """Return this micro-batch's contributions to the losses in use (four at most), 0-d fp32 each."""
         o, texts, spans = self.options, batch.totals["texts"], batch.totals["spans"]
         views = o.global_views + o.local_views
         terms = {
@@ -252,7 +258,7 @@ class Span(Objective):
         return terms
 
     def distance(self, views: Tensor, center: Tensor) -> Tensor:
-        """(n, V, d), (n, 1, d) → (n, V)."""
+        """Return the distance of each view from its centre: (n, V, d), (n, 1, d) → (n, V)."""
         if self.options.distance == "cosine":
             return 1 - F.cosine_similarity(views, center, dim=-1)
         return (views - center).square().mean(dim=-1)
@@ -263,8 +269,11 @@ class Span(Objective):
         return SpanDiagnostics(self.views, self.distance, call) if self.options.eval_samples else None
 
     def diagnose(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:
-        """What a split's texts are like, fp32: ``pooled`` (n, V, d), ``center`` (n, d), ``whole`` (n, d) of the texts as they
-        are, ``tokens`` (n, d) of a token in the middle of each, and ``predicted`` and ``spans`` (m, d)."""
+        """Return the states for the diagnostics, fp32.
+
+        ``pooled`` (n, V, d), ``center`` (n, d), ``predicted`` and ``spans`` (m, d) are as in :class:`Encoded`. ``whole``
+        (n, d) is the state at the last token of each unmasked text, ``tokens`` (n, d) that at its middle token.
+        """
         encoded = self.encode_views(backbone, batch)
         stream = batch.streams["main"]
         sample = batch.segments["sample"]
@@ -275,7 +284,13 @@ class Span(Objective):
 
 
 def _span_means(states: Tensor, places: Tensor, lengths: Tensor) -> Tensor:
-    """(T, d) states, (M,) places span after span, (m,) lengths → (m, d) fp32, the mean of each span's states."""
+    """Return the mean of each span's states, (m, d) fp32.
+
+    Args:
+        states: (T, d).
+        places: (M,) token positions, span after span.
+        lengths: (m,) lengths of the spans.
+    """
     owner = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths, output_size=len(places))
     sums = states.new_zeros(len(lengths), states.shape[1], dtype=torch.float32)
     return sums.index_add(0, owner, states[places].float()) / lengths[:, None]

@@ -1,8 +1,8 @@
 """``two_view``: two views of one thing in one packed forward (LLM-JEPA, Huang et al., arXiv 2509.14252; GPT2WithJEPA).
 
-A conversation is learned by next-token prediction; beside it the state read after its question, and after k predictor
-tokens, is drawn to the state read after its answer alone. In the same way a fact of type ``train`` (stated in both directions)
-is drawn to its reverse. The views are segments, so neither sees the other.
+A conversation is trained by next-token prediction. A second loss draws the state after its question and k predictor tokens
+to the state after its answer, encoded alone. In the same way a fact of type ``train`` (stated in both directions) is drawn
+to its reverse. The views are segments of one packed sequence, so neither attends to the other.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from jepa_scale.utils.errors import InputError
 logger = logging.getLogger(__name__)
 
 COVARIANCE = 0.04
-"""Weight of VICReg's covariance beside its variance: 1 to 25, as in the paper."""
+"""Weight of VICReg's covariance term relative to its variance term: 1 to 25, as in the paper."""
 UPSTREAM_PREDICTOR = "<|predictor_{}|>"
-"""What upstream calls its tokens, from 1 on."""
+"""The upstream code's name of its predictor tokens, numbered from 1."""
 
 
 class TwoView(Objective):
-    """γ · NTP + λ · (distance(first view, second view) + what keeps them from collapsing)."""
+    """γ · NTP + λ · (distance(first view, second view) + a regularizer against collapse)."""
 
     Options = TwoViewOptions
 
@@ -115,7 +115,7 @@ class TwoView(Objective):
         return paired_at(self.options, SampleRNG(seed, 0, step, 0))
 
     def flops(self, backbone: Backbone, square: bool = False) -> StepFlops:
-        """All of it but what is done element by element."""
+        """See the base class. Elementwise operations are not counted."""
         o, dim, needs_global_batch, ranks = self.options, backbone.hidden_size, self.needs_global_batch, dp_size()
         decoder = DecoderFlops.of(backbone)
         teacher = DecoderFlops.of(backbone, self.tap or None)
@@ -148,7 +148,7 @@ class TwoView(Objective):
     # -- parts --------------------------------------------------------------------------------------------------------
 
     def _states(self, backbone: Backbone, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """(T, d) after the final norm, for next-token prediction, and (T, d) where views are read."""
+        """Return the states after the final norm, for next-token prediction, and the states of the views, (T, d) each."""
         stream, embeds = batch.streams["main"], None
         if self.predictors is not None:
             embeds = backbone.embed(stream.input_ids)
@@ -161,7 +161,7 @@ class TwoView(Objective):
         return hidden, hidden
 
     def _read(self, states: Tensor, batch: PackedBatch, view: str) -> Tensor:
-        """(T, d) → (n, d) fp32, one row for each pair: the mean of the view's places."""
+        """Return the read-out states of one view: (T, d) → (n, d) fp32, for each pair the mean over the view's positions."""
         counts = batch.rows[f"{view}_places"]
         places = batch.places.get(view, counts)
         rows = states[places].float()
@@ -173,7 +173,10 @@ class TwoView(Objective):
         return rows.new_zeros(len(counts), rows.shape[1]).index_add(0, owner, rows) / counts[:, None]
 
     def readings(self, states: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """(n, d) fp32 of the first views, through the linear predictor if there is one, and (n, d) of the second."""
+        """Return the read-out states of the first and the second views, (n, d) fp32 each.
+
+        Those of the first views pass through the linear predictor if there is one.
+        """
         source = self._read(states, batch, "source")
         if self.linear is not None:
             source = self.linear(source)
@@ -219,13 +222,13 @@ class TwoView(Objective):
     def _distance(
         self, source: Tensor, target: Tensor, batch: PackedBatch, gathered: list[dict[str, Tensor]], micro: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """This micro-batch's contribution to the mean distance, and to what is logged of it."""
+        """Return this micro-batch's contributions to the mean distance and to the logged values."""
         o, pairs = self.options, batch.totals["pairs"]
         terms = {"view_cosine": mean_over_global_batch((1 - cosine(source.detach(), target.detach())).sum(), pairs)}
         if o.distance != "infonce" or o.jepa_weight == 0:
             distances = DISTANCES.get(o.distance, cosine)(source, target)
             return mean_over_global_batch(distances.sum(), pairs), terms
-        scale = source.new_full((), 1 / o.temperature)  # made there: no copy to wait for
+        scale = source.new_full((), 1 / o.temperature)  # made on the device, so the host does not wait for a copy
         inputs = self._contrast_inputs(source, target, batch)
         result = contrast(*inputs[:4], scale, inputs[4], gathered, micro)
         terms["retrieval_top1"] = mean_over_global_batch(result.hits.sum(), pairs)
@@ -240,7 +243,10 @@ class TwoView(Objective):
         micro: int,
         batch: PackedBatch,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The regularizer of both views, each over the global batch: 0-d, the same on every rank, and its parts."""
+        """Return the regularizer of the views over the global batch and its terms: 0-d each, the same on every rank.
+
+        It covers both views if the targets are trained, else only the first.
+        """
         first = rows_of_step(source, [c["source"] for c in gathered], micro)
         second = rows_of_step(target, [c["target"] for c in gathered], micro)
         views = [first, second] if self.options.target == "trained" else [first]
@@ -255,8 +261,11 @@ class TwoView(Objective):
     def _legacy(
         self, backbone: Backbone, hidden: Tensor, source: Tensor, target: Tensor, batch: PackedBatch, weight: float
     ) -> Loss:
-        """As upstream: means over this rank's micro-batch, InfoNCE among them, added up over the accumulation and not divided by
-        it, averaged over the ranks."""
+        """Return the loss as the upstream code computes it.
+
+        All terms, InfoNCE included, are means over this rank's micro-batch. They are summed over the accumulated
+        micro-batches, without a division by their number, and averaged over the ranks.
+        """
         o, stream = self.options, batch.streams["main"]
         ranks = dp_size()
         losses = backbone.label_losses(hidden[stream.labelled], stream.labels[stream.labelled])
@@ -280,7 +289,7 @@ class TwoView(Objective):
         return TwoViewDiagnostics(self._views, call)
 
     def diagnose(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:
-        """The readings of both views (n, d) fp32, and the identities of the second ones (n,)."""
+        """Return the read-out states of both views, (n, d) fp32, and the keys of the second views, (n,)."""
         source, target = self.readings(self._states(backbone, batch)[1], batch)
         return {"source": source.float(), "target": target.float(), "key": batch.rows["key"]}
 
@@ -297,9 +306,12 @@ def _linear(width: int) -> nn.Linear:
 
 @torch.no_grad()
 def _predictors(count: int, backbone: Backbone, tokenizer: Any) -> nn.Embedding:
-    """Embeddings of the predictor tokens. They are the objective's own, not rows of the decoder's vocabulary: they train under
-    LoRA, take no probability from words, and an exported model has the vocabulary that it had. They begin as a draw from the
-    distribution of the decoder's embeddings; where the tokenizer has upstream's tokens already, as theirs."""
+    """Return the embeddings of the predictor tokens.
+
+    They belong to the objective, not to the decoder's vocabulary. So they train under LoRA, take no probability from words,
+    and leave the exported model's vocabulary unchanged. They are drawn from the distribution of the decoder's embeddings.
+    If the tokenizer already has upstream's predictor tokens, they start as copies of those embeddings.
+    """
     table = nn.Embedding(count, backbone.hidden_size)
     rows = torch.cat([backbone.embed(ids) for ids in torch.arange(backbone.vocab_size).split(4096)]).float()
     spread, mean = torch.std_mean(rows, dim=0)
