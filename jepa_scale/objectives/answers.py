@@ -1,6 +1,6 @@
-"""How a model answers a question: by speaking, by the likelihood of an answer, by its rank among all answers.
+"""Answers of a model: by greedy generation, by an answer's likelihood, or by its rank among all answers.
 
-A *question* is a prompt (token ids); an *answer* is a run of token ids. An objective that answers in another way than
+A *question* is a prompt (token ids); an *answer* is a sequence of token ids. An objective whose model does not answer by
 plain next-token prediction supplies its own :class:`AnswerGenerator`.
 """
 
@@ -18,7 +18,7 @@ from jepa_scale.packing import IGNORE, Segment, Views, pack
 
 
 class Question(Protocol):
-    """What an answerer needs of an example: the prompt and the right answer."""
+    """The part of an example that an answer generator needs: the prompt and the right answer."""
 
     @property
     def prompt(self) -> tuple[int, ...]: ...
@@ -28,19 +28,22 @@ class Question(Protocol):
 
 
 class AnswerGenerator(Protocol):
-    """All methods are collective: every rank calls them equally often, each with its own questions (at least one)."""
+    """Interface that evaluation uses to get a model's answers.
+
+    All methods are collective: every rank calls them equally often, each with its own questions (at least one).
+    """
 
     def prepare(self, answers: Sequence[tuple[int, ...]]) -> None:
-        """Once before an evaluation: all answers that :meth:`ranks` compares with. The same list on every rank."""
+        """Set all answers that :meth:`ranks` compares; called once before an evaluation, with the same list on every rank."""
 
     def verbalize(self, questions: Sequence[Question], length: int) -> list[tuple[int, ...]]:
-        """Greedy generation of ``length`` tokens for each question."""
+        """Generate ``length`` tokens greedily for each question."""
 
     def nll(self, questions: Sequence[Question]) -> np.ndarray:
-        """(n,) negative log-likelihood, in nats, of each question's whole answer, spoken token by token."""
+        """Return the negative log-likelihood of each question's whole answer: (n,) sums over its tokens, in nats."""
 
     def ranks(self, questions: Sequence[Question]) -> np.ndarray:
-        """(n,) rank of the right answer among all answers, 1 = best; ties count against the right one by half."""
+        """Return the rank of the right answer among all answers, (n,), 1 = best. Each tie adds one half to the rank."""
 
 
 def stream_of(segments: Sequence[Segment]) -> Any:
@@ -49,7 +52,7 @@ def stream_of(segments: Sequence[Segment]) -> Any:
 
 
 class LanguageModelAnswerGenerator:
-    """Answers with a plain language model, packed and greedy."""
+    """Answer generator for a plain language model; sequences are packed, and generation is greedy."""
 
     def __init__(self, call: Call, chunk: int = 16384):
         self.call = call
@@ -60,7 +63,7 @@ class LanguageModelAnswerGenerator:
         self.answers = list(answers)
 
     def _next_log_probs(self, sequences: Sequence[Sequence[int]]) -> Tensor:
-        """(n, V) log-probabilities of the token after each sequence."""
+        """Return the log-probabilities of the token after each sequence, (n, V)."""
         batch = stream_of([Segment(tokens=s, role="prompt") for s in sequences])
         logits = self.call("next_token_logits", batch)
         return torch.log_softmax(logits, dim=-1)[batch.segments["prompt"].to(logits.device)]
@@ -82,7 +85,7 @@ class LanguageModelAnswerGenerator:
         return -sum_by_segment(log_probs, batch)
 
     def ranks(self, questions: Sequence[Question]) -> np.ndarray:
-        """Exact joint likelihood of every answer: one branch for each distinct prefix of an answer."""
+        """Rank all answers by their exact joint likelihood; each distinct prefix of an answer is one packed segment."""
         own = {a: i for i, a in enumerate(self.answers)}
         depth = max(len(a) for a in self.answers)
         device_scores: Tensor | None = None
@@ -108,7 +111,7 @@ class LanguageModelAnswerGenerator:
 
 
 def sum_by_segment(values: np.ndarray, batch: Any, stream: str = "main") -> np.ndarray:
-    """(L,) values of a stream's labels → (n,) sums, one for each segment in the order that they were given in."""
+    """Sum the values of a stream's labels by segment: (L,) → (n,), in the order in which the segments were packed."""
     packed = batch.streams[stream]
     ends = np.cumsum(packed.table.lengths)
     owner = np.searchsorted(ends, packed.labelled.cpu().numpy(), side="right")
@@ -118,7 +121,12 @@ def sum_by_segment(values: np.ndarray, batch: Any, stream: str = "main") -> np.n
 
 
 def rank_of(scores: Tensor, right: Tensor) -> np.ndarray:
-    """(n, m) scores, (n,) column of the right one → (n,) rank, 1 = highest; a tie counts half."""
+    """Return the rank of the right answer's score, (n,), 1 = highest; a tie counts half.
+
+    Args:
+        scores: (n, m).
+        right: (n,) column of the right answer.
+    """
     own = scores.gather(1, right[:, None])
     above = (scores > own).sum(dim=1).double()
     ties = (scores == own).sum(dim=1).double() - 1

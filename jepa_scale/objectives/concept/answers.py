@@ -1,4 +1,4 @@
-"""How a ``concept`` model answers: it predicts a concept, finds it among all known ones, or speaks it."""
+"""Answers of a ``concept`` model: predict a concept, then rank all known concepts by it or decode it to a name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jepa_scale.packing import PackedBatch, Segment, Views, pack
 
 @dataclass(frozen=True, slots=True)
 class NamePair:
-    """Stands in for a fact when names are to be encoded."""
+    """Substitute for a fact, used to encode names."""
 
     subject: tuple[int, ...]
     object: tuple[int, ...]
@@ -27,7 +27,7 @@ class NamePair:
 
 
 class NameViews(Protocol):
-    """The view maker's part that evaluation needs."""
+    """The part of the view transform that evaluation needs."""
 
     @property
     def relations(self) -> dict[int, int]: ...
@@ -36,10 +36,10 @@ class NameViews(Protocol):
 
 
 class ConceptAnswerer:
-    """Answers by prediction in concept space.
+    """Answer generator that predicts in concept space.
 
-    With ``snap``, what is spoken is the known concept nearest to the prediction. Known are the names given to
-    :meth:`prepare`; the right answer has no other part in it.
+    With ``snap``, it decodes the known concept nearest to the prediction, else the prediction. Known concepts are those of
+    the names given to :meth:`prepare`; the right answer is used in no other way.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class ConceptAnswerer:
         self.index = torch.empty(0)
 
     def prepare(self, answers: Sequence[tuple[int, ...]]) -> None:
-        """Encode all names, each rank its share: index (M, dim), rows of unit norm."""
+        """Encode all names into ``index`` (M, dim), rows of unit norm. Each rank encodes its share."""
         self.own = {tuple(a): i for i, a in enumerate(answers)}
         relation = next(iter(self.views.relations))  # any: names are encoded without it
         share = -(-len(answers) // dp_size())
@@ -78,7 +78,7 @@ class ConceptAnswerer:
         return rank_of(self._predict(questions) @ self.index.T, right)
 
     def _to_say(self, questions: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        """What to speak: (n, dim) concepts, and (n,) the nearest known names."""
+        """Return the concepts to decode, (n, dim), and the nearest known names, (n,)."""
         predicted = self._predict(questions)
         nearest = (predicted @ self.index.T).argmax(dim=-1)
         return (self.index[nearest] if self.snap else predicted), nearest
@@ -94,7 +94,7 @@ class ConceptAnswerer:
         concepts, nearest = self._to_say(questions)
         spoken: list[tuple[int, ...]] = [() for _ in questions]
         for _ in range(length):
-            # the last token is a stand-in: its place asks for the logits of what comes next, and is not seen by them
+            # The last token is a dummy label: it adds a labelled position for the next token's logits, but is not read.
             batch, logits = self._say(questions, [(*s, 0) for s in spoken], concepts, nearest)
             ends = torch.tensor(np.cumsum(batch.streams["say"].table.lengths) - 1, device=logits.device)
             following = logits[ends].argmax(dim=-1)[batch.segments["say"].to(logits.device)].tolist()

@@ -1,12 +1,13 @@
-"""``grid``: what a sequence of grids leads to is recognised among all others (GridJEPA).
+"""``grid``: predict the next grid of a sequence and retrieve it among all others (GridJEPA).
 
-The objects of each grid of the context become codes, the grid their mean, and the context one state, by learned weights of
-its places. A prediction from it has to be nearest, of all targets in the global batch and in a queue of earlier ones, to the
-next grid as an EMA teacher encodes it. SIGReg keeps the contexts spread, adjacent objects are drawn together a little, and by
-option a context is the same in other colours, at another place, or turned.
+The objects of each grid of the context are encoded as codes. A grid's state is the mean of its codes. The context's state is
+a mean of its grids' states with learned weights. A prediction from the context's state is compared with the next grid as
+encoded by an EMA teacher. InfoNCE trains it to be nearest to that target among all targets in the global batch and in a
+queue of earlier targets. SIGReg prevents collapse of the contexts, and adjacent objects are drawn slightly together. By
+option, the context's projection is trained to be invariant to other colours, another position or a rotation.
 
-Objects are encoded by a small network over their features, or they are read out of the decoder, which reads each grid as a
-packed segment of its cells; everything after that is the same.
+Objects are encoded by a small network over their features, or they are read out of the decoder, which takes each grid as a
+packed segment of its cells. Everything after that is the same.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Grid(Objective):
         self.streams = ("main", TARGETS)
         latent = o.latent_dim or o.dim
         if o.encoder == "objects":
-            # it is not run; without gradients it takes no optimizer state and does not decay
+            # The decoder is not run. Frozen, it takes no optimizer state and is not changed by weight decay.
             backbone.requires_grad_(False)
             objects: nn.Module = ObjectEncoder(SPREAD, o.dim, o.object_layers, o.object_heads)
         else:
@@ -107,14 +108,14 @@ class Grid(Objective):
         return self.options.ema
 
     def on_optimizer_step(self, step: int, grad_norm: Tensor) -> None:
-        """Moments, codes and queue take in what the step has seen."""
+        """Update the moments, the codebook and the queue with the step's objects and targets."""
         good = torch.isfinite(grad_norm)
         self.encoder.update(good, self.teacher.momentum(step))
         if self.queue is not None:
             self.queue.update(good)
 
     def flops(self, backbone: Backbone, square: bool = False) -> StepFlops:
-        """All of it but what is done element by element."""
+        """See the base class. Elementwise operations are not counted."""
         o, ranks = self.options, dp_size()
         latent = o.latent_dim or o.dim
         decoder = DecoderFlops.of(backbone) if o.encoder == "decoder" else None
@@ -122,13 +123,13 @@ class Grid(Objective):
         projector, predictor = linear_cost(self.encoder.projector), linear_cost(self.predictor)
         mixing = 2 * o.context_length**2 * o.dim if o.temporal == "attention" else 0  # of a sequence
         sequence = Cost(mixing + projector.forward, 2 * mixing + projector.backward)
-        if isinstance(self.objects, ObjectEncoder):  # nothing before the features wants their gradient
+        if isinstance(self.objects, ObjectEncoder):  # the features are inputs and need no gradient
             first = linear_cost(self.objects.up)
             objects = Cost(objects.forward, objects.backward - first.forward)
         lookup = 2 * o.vq_codes * o.dim  # of an object: its distances to all codes, or its part in their sums
 
         def attention(grids: int) -> int:
-            """Scores and values of all slots of a grid, in all layers."""
+            """Return the FLOPs of attention scores and values of ``grids`` grids, over all slots and layers."""
             return 4 * o.slots**2 * o.dim * layers * grids
 
         def count(batches: Sequence[PackedBatch]) -> int:
@@ -163,7 +164,10 @@ class Grid(Objective):
     # -- parts --------------------------------------------------------------------------------------------------------
 
     def contexts(self, backbone: Backbone, batch: PackedBatch) -> tuple[EncodedGrids, Tensor]:
-        """The contexts of N samples in V variants, N · V sequences, and the decoder's states (T, h) (without it none)."""
+        """Return the encoded contexts of N samples in V variants (N · V sequences), and the decoder's states (T, h).
+
+        Without the decoder there are no states: the tensor is empty.
+        """
         values, variants = batch.values, 1 + len(self.options.invariances)
         states = values["present"].new_zeros(0, dtype=torch.float32)
         if self.options.encoder == "decoder":
@@ -176,7 +180,7 @@ class Grid(Objective):
 
     @torch.no_grad()
     def targets(self, batch: PackedBatch) -> EncodedGrids:
-        """The targets as the teacher encodes them: each a sequence of one grid, which is at the last place."""
+        """Return the targets encoded by the teacher. Each is a sequence with one grid, at the last position."""
         values, length = batch.values, self.options.context_length
         counts = F.pad(values["target_objects"].flatten(0, 1), (length - 1, 0))  # (N, L)
         present = torch.arange(length, device=counts.device) == length - 1
@@ -190,14 +194,21 @@ class Grid(Objective):
     def _features(
         self, batch: PackedBatch, counts: Tensor, adjacent: Tensor, prefix: str
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Features, places among all slots, and which slots are adjacent: (n, 23), (n,), (G, S, S)."""
+        """Return the inputs of :class:`ObjectEncoder`.
+
+        Returns:
+            Features (n, 23), the index of each object among all grids' slots (n,), and adjacency of slots (G, S, S).
+        """
         features, slot = batch.rows[f"{prefix}inputs"], batch.rows[f"{prefix}slot"]
         grids = torch.arange(counts.numel(), device=counts.device)
         owner = torch.repeat_interleave(grids, counts.flatten(), output_size=len(slot))
         return features, owner * self.options.slots + slot, adjacent.flatten(0, 1)
 
     def queries(self, context: EncodedGrids) -> tuple[Tensor, Tensor]:
-        """Projections (N, V, latent) fp32, and from the first variant's the predictions (N, latent) fp32 of unit norm."""
+        """Return the projections (N, V, latent) fp32, and the predictions (N, latent) fp32 of unit norm.
+
+        Predictions are made from the first variant's projections.
+        """
         variants = 1 + len(self.options.invariances)
         projected = (
             context.projected.unflatten(0, (-1, variants))
@@ -207,10 +218,10 @@ class Grid(Objective):
         return projected.float(), F.normalize(self.predictor(projected[:, 0]).float(), dim=-1)
 
     def _spread(self, context: EncodedGrids, projected: Tensor) -> Tensor:
-        """What SIGReg looks at, (N, 2, latent) fp32: the contexts' projections, and those of their last grids by themselves.
+        """Return the inputs of SIGReg, (N, 2, latent) fp32: projections of the contexts and of their last grids alone.
 
-        It sees them standardised and so asks for a shape, not for a scale: a grid is the mean of several codes, and it can
-        only vary as much as they do if a grid's objects are alike.
+        The loss standardises them, so SIGReg constrains the shape of the distribution and not its scale. A grid is the mean
+        of several codes; it has the variance of a code only if the grid's objects are alike.
         """
         variants = 1 + len(self.options.invariances)
         return torch.stack([projected[:, 0], self.encoder.projector(context.grids[::variants, -1]).float()], dim=1)
@@ -260,7 +271,7 @@ class Grid(Objective):
     def _object_terms(
         self, context: EncodedGrids, target: EncodedGrids, batch: PackedBatch, result: Contrast
     ) -> dict[str, tuple[float, Tensor]]:
-        """Of single objects and of pairs: name → weight and this micro-batch's contribution."""
+        """Return the losses of single objects and of pairs: name → weight and this micro-batch's contribution."""
         o, terms = self.options, {}
         if o.vq_codes:
             distances = commitment(context.objects, context.table)
@@ -291,7 +302,7 @@ class Grid(Objective):
 
     @torch.no_grad()
     def _looks(self, context: EncodedGrids, batch: PackedBatch, result: Contrast) -> dict[str, Tensor]:
-        """What is logged besides."""
+        """Return further values to log: this micro-batch's contributions to their means."""
         samples = batch.totals["samples"]
         truncated = torch.full_like(samples, batch.counts["truncated"])
         looks = {"retrieval_top1": mean_over_global_batch(result.hits.sum(), samples)}
@@ -309,8 +320,11 @@ class Grid(Objective):
         return GridDiagnostics(self.options, self.encoder.quantizer, self.queue, call)
 
     def diagnose(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:
-        """Of each sample, fp32: ``query`` and ``target`` (n, latent) of unit norm, ``context_state`` and ``target_state`` (n, dim),
-        ``key`` (n,); ``codes`` (m,) of the contexts' objects; ``temperature`` (1,)."""
+        """Return the tensors for the diagnostics.
+
+        Per sample: ``query`` and ``target`` (n, latent) fp32 of unit norm, ``context_state`` and ``target_state`` (n, dim)
+        fp32, ``key`` (n,). Besides: ``codes`` (m,) of the contexts' objects and ``temperature`` (1,).
+        """
         context, target = self.contexts(backbone, batch)[0], self.targets(batch)
         _, queries = self.queries(context)
         variants = 1 + len(self.options.invariances)
@@ -332,17 +346,23 @@ def _head(size_in: int, size_out: int, multiple: int | None) -> nn.Module:
 
 
 def _cells(states: Tensor, batch: PackedBatch, place: str, row: str) -> tuple[Tensor, Tensor, Tensor]:
-    """What :class:`CellReadout` reads: states, places of the objects' cells, and how many each object has."""
+    """Return the inputs of :class:`CellReadout`: states, positions of the objects' cells, and cells per object."""
     sizes = batch.rows[row]
     return states, batch.places.get(place, sizes[:0]), sizes
 
 
 def _starts(objects: Tensor) -> Tensor:
-    """(N, …) objects of each sample's grids → (N,) number of each sample's first object."""
+    """Return the index of each sample's first object, (N,), from the numbers of objects of its grids, (N, …)."""
     counts = objects.flatten(1).sum(dim=1)
     return counts.cumsum(dim=0) - counts
 
 
 def _of_samples(numbers: Tensor, counts: Tensor, starts: Tensor) -> Tensor:
-    """(p,) numbers within the samples, (N,) how many each sample has, (N,) where samples begin → (p,) numbers among all."""
+    """Shift indices within samples (p,) to indices in the batch (p,).
+
+    Args:
+        numbers: (p,) indices within their samples, sample after sample.
+        counts: (N,) how many of them each sample has.
+        starts: (N,) index at which each sample begins.
+    """
     return numbers + torch.repeat_interleave(starts, counts, output_size=len(numbers))

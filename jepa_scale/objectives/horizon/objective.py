@@ -1,8 +1,9 @@
-"""``horizon``: predict, from a latent now, the latent some tokens later (LitJEPA).
+"""``horizon``: predict the latent of a token from the latent of an earlier one (LitJEPA).
 
-A latent is the decoder's state after block ``tap_layer``. An online projector encodes the anchor's, an EMA teacher the
-target's; the predictor sees the anchor's latent and the embedding of the horizon. Next-token prediction goes on beside it,
-and by option the predicted latent also tells what the language model will predict at the target (the future KL).
+A latent is a projection of the decoder's state after block ``tap_layer``. The online projector encodes the anchor, an EMA
+teacher encodes the target. The predictor's inputs are the anchor's latent and the embedding of the horizon, the distance in
+tokens. Next-token prediction is trained alongside. By option the predicted latent is also trained to give the language
+model's next-token distribution at the target (the future KL).
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Horizon(Objective):
             )
         if kind == "identity":
             return nn.Identity()
-        # Normalized: large latents would have large gradients here, and clipping would take them out on the decoder.
+        # Normalized: large latents would give large gradients here, and clipping would then shrink the decoder's too.
         mlp = kind == "mlp"
         to_hidden = Mlp(latent, reads, self.options.predictor_multiple) if mlp else nn.Linear(latent, reads)
         return nn.Sequential(nn.RMSNorm(latent), to_hidden)
@@ -102,7 +103,7 @@ class Horizon(Objective):
         return groups
 
     def flops(self, backbone: Backbone, square: bool = False) -> StepFlops:
-        """All of it but what is done element by element."""
+        """See the base class. Elementwise operations are not counted."""
         o, needs_global_batch, latent = self.options, self.needs_global_batch, self.horizon_embedding.embedding_dim
         whole, lower = DecoderFlops.of(backbone), DecoderFlops.of(backbone, self.tap)
         encoder, predictor = linear_cost(self.encoder), linear_cost(self.predictor)
@@ -135,21 +136,28 @@ class Horizon(Objective):
     # -- parts --------------------------------------------------------------------------------------------------------
 
     def predictions(self, states: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """States at the tap (T, d) → the anchors' latents (n, latent) and the predictions of the targets' (n, latent)."""
+        """Return the anchors' latents and the predictions of the targets' latents, (n, latent) each.
+
+        Args:
+            states: (T, d) states at the tap.
+        """
         anchors = self.encoder(states[batch.places["anchor"]])
         horizons = self.horizon_embedding(batch.rows["horizon"])
         return anchors, self.predictor(torch.cat([anchors, horizons], dim=-1))
 
     @torch.no_grad()
     def targets(self, states: Tensor, batch: PackedBatch) -> Tensor:
-        """(n, latent), what the teacher makes of the targets."""
+        """Return the targets' latents, encoded by the teacher, (n, latent)."""
         if self.options.teacher == "backbone":
             states = self.teacher.forward("backbone", batch.streams["main"])
         return self.teacher.forward("objective.encoder", states[batch.places["target"]])
 
     def future(self, backbone: Backbone, predicted: Tensor, logits: Tensor) -> FutureKL:
-        """The future KL of each pair. ``logits`` (n, V) are the language model's at the pairs' targets: like is compared with like,
-        the teacher's prediction *from* the target place with the student's for that same place."""
+        """Return the future KL of each pair.
+
+        ``logits`` (n, V) are the language model's at the pairs' targets. Both distributions are of the same token: the one
+        after the target position. The teacher predicts it from the target's state, the student from the predicted latent.
+        """
         assert self.latent_to_hidden is not None
         latents = predicted.detach() if self.options.kl_barrier else predicted
         student = backbone.logits(self.latent_to_hidden(latents), frozen=self.options.kl_freeze_head)
@@ -204,7 +212,7 @@ class Horizon(Objective):
         return Loss(total, means, gauges)
 
     def weights(self, step: int) -> tuple[float, float, float]:
-        """Of next-token prediction, of predictions and targets, and of the future KL at a step."""
+        """Return the weights at a step: of next-token prediction, of the JEPA loss and of the future KL."""
         o = self.options
         return (
             o.lm_weight * ramp(step - o.lm_start, o.lm_ramp),
@@ -218,8 +226,10 @@ class Horizon(Objective):
         return HorizonDiagnostics(self.options, call) if self.options.eval_pairs else None
 
     def diagnose(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:
-        """For each pair: the anchor's latent, the prediction and the target (n, latent) fp32, and with a KL path its
-        cross-entropy and entropy and whether it counts, (n, 3)."""
+        """Return, for each pair, the anchor's latent, the prediction and the target, (n, latent) fp32 each.
+
+        With the future KL, ``future`` (n, 3) holds its cross-entropy, its entropy and whether the pair counts.
+        """
         stream = batch.streams["main"]
         hidden, states = backbone.hidden_and_tap(stream, self.tap)
         anchor, predicted = self.predictions(states, batch)
@@ -232,8 +242,13 @@ class Horizon(Objective):
 
 
 def target_rows(batch: PackedBatch) -> tuple[Tensor, Tensor]:
-    """(n,) int64, each pair's target among the labelled places, and (n,) bool, whether it is one of them, so that the language model
-    has learned to predict there; the KL of others doesn't count, and their row is any."""
+    """Locate each pair's target among the labelled positions.
+
+    Returns:
+        The row of each target among the labelled positions, (n,) int64, and whether it is one of them, (n,) bool. The
+        language model is trained only at labelled positions. The KL of other targets does not count; their row is
+        arbitrary.
+    """
     labelled, places = batch.streams["main"].labelled, batch.places["target"]
     if not len(labelled):
         return torch.zeros_like(places), torch.zeros_like(places, dtype=torch.bool)
