@@ -1,4 +1,4 @@
-"""Engines: who shards the model. The loop, the teacher and the checkpoint know :mod:`jepa_scale.engines.base` alone."""
+"""Engines, which shard the model. The loop, the teacher and the checkpoint use only :mod:`jepa_scale.engines.base`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAMES = ("deepspeed", "fsdp")
 
 
 def resolve(name: str, ranks: ParallelContext) -> str:
-    """``"auto"`` is DeepSpeed under DeepSpeed's own launcher and FSDP2 otherwise.
+    """Return an engine's name; ``"auto"`` becomes DeepSpeed under DeepSpeed's launcher and FSDP2 otherwise.
 
     Raises:
         InputError: no such engine.
@@ -30,11 +30,11 @@ def resolve(name: str, ranks: ParallelContext) -> str:
 
 
 def check_engine(name: str, options: EngineConfig, optim: OptimConfig, ranks: ParallelContext) -> None:
-    """Look at what the engine will need, before anything is built.
+    """Check the engine's options before anything is built.
 
     Raises:
-        InputError: ``engine.deepspeed`` is not a JSON that the DeepSpeed engine can use (FSDP2 doesn't read it), or the engine
-            cannot shard over these ranks as it is told to.
+        InputError: ``engine.deepspeed`` is not a JSON that the DeepSpeed engine can use (FSDP2 doesn't read it), or the
+            engine cannot shard over these ranks with the given options.
     """
     if name == "deepspeed":
         from jepa_scale.engines.deepspeed.engine import validate_deepspeed_config
@@ -79,15 +79,15 @@ def create_engine(
 ) -> Engine:
     """Shard ``module`` and build its optimizer. Collective.
 
-    Beside what the engine keeps, a device has one whole parameter at a time while its weights come from rank 0.
+    While the weights come from rank 0, a device holds one whole parameter at a time, beside the engine's shards.
 
     Args:
         name: ``"deepspeed"`` or ``"fsdp"``; the package of the other one is never imported.
-        module: the root, in fp32; of what tensor parallelism splits, this rank's part.
-        shard: modules of it that are gathered and freed one at a time (the decoder blocks); FSDP2 needs to know them,
-            ZeRO-3 finds its own.
-        groups: what :func:`jepa_scale.optim.parameter_groups` made of ``module``.
-        weights: what ``module`` begins with; ``None`` = what it has on rank 0.
+        module: the root, in fp32. Parameters that tensor parallelism splits are this rank's parts.
+        shard: sub-modules that are gathered and freed one at a time (the decoder blocks). Only FSDP2 uses them; ZeRO-3
+            finds its own.
+        groups: parameter groups of ``module``, from :func:`jepa_scale.optim.parameter_groups`.
+        weights: initial weights; ``None`` = those of ``module`` on rank 0.
     """
     weights = weights or Weights(module, ranks)
     if name == "deepspeed":

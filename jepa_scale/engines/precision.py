@@ -1,4 +1,4 @@
-"""What ``engine.precision`` comes to on the devices of a run."""
+"""Resolution of ``engine.precision`` for the devices of a run."""
 
 from __future__ import annotations
 
@@ -13,21 +13,26 @@ logger = logging.getLogger(__name__)
 
 
 def compute_dtype(precision: str) -> torch.dtype:
-    """Of a precision that is settled."""
+    """Return the dtype of a resolved precision."""
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether the device has instructions for products of bf16 matrices. Without them a CPU was measured to need 25 times as long
-    for a step as in fp32 (docs/performance.md)."""
+    """Return whether the device has instructions for products of bf16 matrices.
+
+    A CPU without them took 25 times as long for a step as in fp32 (docs/performance.md).
+    """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return any(there for name, there in torch.cpu.get_capabilities().items() if "bf16" in name)
 
 
 def resolve_precision(asked: Literal["auto", "fp32", "bf16"], ranks: ParallelContext) -> Literal["fp32", "bf16"]:
-    """``auto`` is bf16 if every rank's device has instructions for it, else fp32; the others stay what they are, and rank 0 tells of
-    bf16 on a CPU that has none. Collective."""
+    """Return the precision to use. Collective.
+
+    ``auto`` becomes bf16 if every rank's device has instructions for it, else fp32. Other values are returned unchanged.
+    Rank 0 warns of bf16 on a CPU without instructions for it.
+    """
     if asked == "fp32":
         return asked
     everywhere = all(all_ranks_objects(has_bf16(ranks.device)))

@@ -1,8 +1,8 @@
 """``stp``: Semantic Tube Prediction (Huang, LeCun & Balestriero, arXiv 2602.22617).
 
-States along a text are taken to lie on a line, locally, and what bends away from it to be noise. So beside next-token
-prediction the change of the state over one stretch is drawn to the direction of the change over another. There are no views
-and there is no teacher: both stretches are read off the one forward of next-token prediction.
+The states along a text are assumed to lie locally on a line, and deviations from the line to be noise. So, beside next-token
+prediction, the change of the state over one span is drawn to the direction of its change over another. There are no views
+and no teacher: both spans are taken from the states of the one forward pass for next-token prediction.
 
 The loss is a sum over spans divided by their number in the global batch, and a span is a function of seed, epoch and sample;
 neither world size nor accumulation enters.
@@ -31,13 +31,14 @@ from jepa_scale.objectives.tasks import Call
 from jepa_scale.packing import PackedBatch, Segment, Views
 
 SHORTEST = 1e-3
-"""A change of less than this share of the state has no direction: it is rounding, as between the states of equal tokens at
-the start of a text. The cosine's gradient is one over the change, which would drown all others."""
+"""Least norm of a change, as a share of the state's norm. A smaller change is rounding and has no direction, e.g. between
+the states of equal tokens at the start of a text. The cosine's gradient is proportional to one over the change, so that of
+a tiny change would dominate all others."""
 EVAL_SPANS_OF_A_SAMPLE = 4
 
 
 def draw_triples(length: int, count: int, longest: int, rng: np.random.Generator) -> np.ndarray:
-    """``count`` times s < r < t < ``length`` with t − s ≤ ``longest`` (0 = any), all such triples being equally likely.
+    """Draw ``count`` triples s < r < t < ``length`` with t − s ≤ ``longest`` (0 = any), all of them equally likely.
 
     Returns:
         (count, 3) int64, or (0, 3) if there is no such triple.
@@ -52,8 +53,9 @@ def draw_triples(length: int, count: int, longest: int, rng: np.random.Generator
 
 
 def draw_spans(length: int, count: int, longest: int, rng: np.random.Generator) -> np.ndarray:
-    """``count`` times start < end < ``length`` with end − start ≤ ``longest`` (0 = any): the start uniformly, then the end,
-    never the whole. So does the paper's code.
+    """Draw ``count`` spans start < end < ``length`` with end − start ≤ ``longest`` (0 = any).
+
+    The start is drawn uniformly, then the end; a span never covers the whole text. The paper's code draws them so, too.
 
     Returns:
         (count, 2) int64, or (0, 2) if there is no such span.
@@ -66,10 +68,13 @@ def draw_spans(length: int, count: int, longest: int, rng: np.random.Generator) 
 
 
 def path_of(example: Any, length: int) -> np.ndarray:
-    """The places along which states are compared, of the example's first ``length`` tokens.
+    """Return the token positions along which states are compared, among the example's first ``length`` tokens.
 
-    All of them; of a conversation those of the user's last turn and the assistant's last turn, end to end, without what
-    the template puts between them. (n,) int64, rising.
+    These are all positions. In a conversation they are those of the user's last turn and the assistant's last turn, without
+    the template's tokens between them.
+
+    Returns:
+        (n,) int64, in increasing order.
     """
     if not isinstance(example, Conversation):
         return np.arange(length)
@@ -80,9 +85,9 @@ def path_of(example: Any, length: int) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class StpViews:
-    """A sample as one segment for next-token prediction, with its triples or spans as places in it.
+    """View transform: one segment for next-token prediction, with triples or spans as positions in it.
 
-    The sample's last token is not read, as nothing is predicted from it.
+    The sample's last token is left out, as nothing is predicted from it.
     """
 
     options: StpOptions
@@ -103,7 +108,7 @@ class StpViews:
 
 
 def changes(states: Tensor, places: dict[str, Tensor], form: Form) -> tuple[Tensor, Tensor, Tensor]:
-    """The two changes of the state that are compared, and a state that they belong to, (n, d) fp32 each."""
+    """Return the two changes of the state that are compared, and a state at one of their ends, (n, d) fp32 each."""
     at = {name: states[place].float() for name, place in places.items()}
     if form == "triple":
         return at["t"] - at["r"], at["r"] - at["s"], at["r"]
@@ -112,7 +117,7 @@ def changes(states: Tensor, places: dict[str, Tensor], form: Form) -> tuple[Tens
 
 
 def cosines(a: Tensor, b: Tensor, states: Tensor) -> Tensor:
-    """(n, d) fp32 → (n,). Norms count as no less than ``SHORTEST`` times those of ``states``."""
+    """Return the cosines of rows, (n, d) fp32 → (n,). Norms are at least ``SHORTEST`` times those of ``states``."""
     least = (SHORTEST * torch.linalg.vector_norm(states.detach(), dim=-1)).clamp(min=torch.finfo(a.dtype).tiny ** 0.5)
     norms = [torch.maximum(torch.linalg.vector_norm(x, dim=-1), least) for x in (a, b)]
     return (a * b).sum(dim=-1) / norms[0] / norms[1]
@@ -136,7 +141,7 @@ class Stp(Objective):
         return sizes - 1
 
     def states(self, backbone: Backbone, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """(T, d) states that the LM head reads, and (T, d) those that are compared."""
+        """Return the states for the LM head and the states that are compared, (T, d) each."""
         stream = batch.streams["main"]
         if self.tap:
             return backbone.hidden_and_tap(stream, self.tap)
@@ -160,7 +165,7 @@ class Stp(Objective):
         return StpDiagnostics(self.options, call) if self.options.eval_spans else None
 
     def diagnose(self, backbone: Backbone, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """Of each triple the cosine (n,) and its three states (n, 3, d), fp32."""
+        """Return each triple's cosine, (n,), and its three states, (n, 3, d), fp32."""
         _, states = self.states(backbone, batch)
         cosine = cosines(*changes(states, batch.places, "triple"))
         return cosine, torch.stack([states[batch.places[name]] for name in ("s", "r", "t")], dim=1).float()
@@ -168,9 +173,11 @@ class Stp(Objective):
 
 @dataclass(slots=True)
 class StpDiagnostics:
-    """How straight the paths are, on triples that are the same in every evaluation and for every ``form`` and ``max_span``,
-    and the effective rank of the states there: straight is easy where all states are alike. See
-    :class:`jepa_scale.objectives.base.Diagnostics`."""
+    """Straightness of the paths and effective rank of their states; see :class:`jepa_scale.objectives.base.Diagnostics`.
+
+    Both are measured on triples that are the same in every evaluation and for every ``form`` and ``max_span``. The rank is
+    needed beside the straightness because the latter can be high when all states have collapsed.
+    """
 
     options: StpOptions
     call: Call

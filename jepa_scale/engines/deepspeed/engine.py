@@ -1,6 +1,6 @@
-"""DeepSpeed ZeRO 0, 1, 2 and 3.
+"""The DeepSpeed engine: ZeRO stages 0, 1, 2 and 3.
 
-The package is imported when an engine is built or a config is checked, so that users of FSDP2 need not have it.
+The package ``deepspeed`` is imported only when an engine is built or a config is checked, so FSDP2 runs without it.
 """
 
 from __future__ import annotations
@@ -58,15 +58,15 @@ OWNED = {
     "gradient_allreduce_op": "the engine, which sums gradients",
     "steps_per_print": "train.log_every",
 }
-"""Keys of a DeepSpeed JSON that we fill in, and where the user sets what they mean."""
+"""Keys of a DeepSpeed JSON that the engine fills in → the setting of jepa_scale that replaces each."""
 
 
 def validate_deepspeed_config(path: str | Path) -> dict[str, Any]:
     """Read a DeepSpeed JSON and check it, before anything is built.
 
     Raises:
-        InputError: the file is missing or no JSON object, its ``zero_optimization`` is not one that DeepSpeed accepts, or
-            it sets a key that belongs to our config. One line with the file and the key.
+        InputError: the file is missing or no JSON object, DeepSpeed does not accept its ``zero_optimization``, or it sets
+            a key of ``OWNED``. The message is one line with the file and the key.
     """
     file = find_file(path, "engine.deepspeed")
     try:
@@ -121,13 +121,13 @@ def _check_zero_section(file: Path, zero: dict[str, Any]) -> None:
 
 
 def offloads(zero: Mapping[str, Any]) -> bool:
-    """Whether masters, moments and gradients are in host memory."""
+    """Return whether masters, moments and gradients are in host memory."""
     return bool((zero.get("offload_optimizer") or {}).get("device", "none") != "none")
 
 
 def _import_deepspeed() -> Any:
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it looks for one, and warns
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed searches for an accelerator and warns
     try:
         import deepspeed
     except ImportError as error:
@@ -137,7 +137,7 @@ def _import_deepspeed() -> Any:
 
 
 class DeepSpeedEngine(Engine):
-    """ZeRO by DeepSpeed, with an optimizer of :mod:`jepa_scale.optim` on its flat fp32 partitions."""
+    """Engine that uses DeepSpeed ZeRO, with an optimizer of :mod:`jepa_scale.optim` on its flat fp32 partitions."""
 
     name = "deepspeed"
 
@@ -161,7 +161,7 @@ class DeepSpeedEngine(Engine):
         self._dtype = compute_dtype(options.precision)
 
         deepspeed = _import_deepspeed()
-        os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # it insists on it
+        os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # DeepSpeed requires it
         if ranks.device.type == "cpu":
             internals.build_no_ops()
         if self.stage == 1 and self._bf16:
@@ -179,7 +179,7 @@ class DeepSpeedEngine(Engine):
                 fill(name, parameter)
         self.optimizer = build_optimizer(groups, optim_options)
         self._peak_lrs = [group["lr"] for group in self.optimizer.param_groups]
-        # Stage 0 in bf16 takes a step with zero gradients while it is set up: let it do nothing.
+        # In stage 0 with bf16, DeepSpeed takes an optimizer step with zero gradients during setup: make it a no-op.
         skip_if_not_finite(self.optimizer, torch.full((), torch.inf, device=ranks.device))
         self.ds, *_ = deepspeed.initialize(
             model=module,
@@ -194,7 +194,7 @@ class DeepSpeedEngine(Engine):
             stepped = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
             buffers = [parameter.grad for parameter in stepped]
             create_optimizer_state(self.optimizer)
-        if self._offloads:  # DeepSpeed puts the gradients there
+        if self._offloads:  # DeepSpeed writes the gradients into these buffers
             for parameter, buffer in zip(stepped, buffers, strict=True):
                 parameter.grad = buffer
         self._view = StateView(module, self.ds.optimizer, self.optimizer, self.stage, self._offloads)
@@ -204,25 +204,26 @@ class DeepSpeedEngine(Engine):
         parameters = dict(module.named_parameters())
         pieces = [(limits, self._view.pieces[parameters[name]]) for name, limits in options.bounds.items()]
         self._bounded = [(limits, piece) for limits, piece in pieces if piece]
-        # Where DeepSpeed has the fp32 gradient of what it steps next, the same in all stages.
+        # In these hooks, at all stages, DeepSpeed has the fp32 gradients of the tensors that it updates next.
         self.optimizer.register_step_pre_hook(self._clip)
-        self.optimizer.register_step_post_hook(self._keep_in_bounds)  # before it copies them to where they are used
+        self.optimizer.register_step_post_hook(self._keep_in_bounds)  # before DeepSpeed copies masters to parameters
 
     def _filled(self, user: dict[str, Any]) -> dict[str, Any]:
         config = dict(user)
-        config["train_micro_batch_size_per_gpu"] = 1  # used in its reports only; our batches are packed
+        config["train_micro_batch_size_per_gpu"] = 1  # only for DeepSpeed's reports; our batches are packed
         config["gradient_accumulation_steps"] = self.options.accumulation
-        config["gradient_clipping"] = 0.0  # it knows no groups
+        config["gradient_clipping"] = 0.0  # the engine clips, as DeepSpeed has no clip groups
         config["bf16"] = {"enabled": self._bf16}
         config["zero_allow_untested_optimizer"] = True
         config["zero_force_ds_cpu_optimizer"] = False
         zero = config["zero_optimization"] = dict(config["zero_optimization"])
         if self.stage == 1 and self.options.accumulation > 1:
-            # Overlapping, it reduces what the last micro-batch's hooks see: a parameter that only an earlier one used
-            # would lose its gradient.
+            # With overlap, DeepSpeed reduces only gradients whose hooks ran in the last micro-batch: a parameter that only
+            # an earlier micro-batch used would lose its gradient.
             zero["overlap_comm"] = False
         if not self._offloads and (self.stage == 2 or (self.stage == 1 and not self._bf16)):
-            # The norm, with a host sync, only to skip what skip_if_not_finite skips. Elsewhere it can't be left out.
+            # DeepSpeed's norm costs a host sync and only serves to skip steps that skip_if_not_finite already skips. In
+            # other cases it cannot be turned off.
             zero.setdefault("compute_grad_norm", False)
         if self._bf16:
             config.setdefault("communication_data_type", "fp32")
@@ -235,8 +236,8 @@ class DeepSpeedEngine(Engine):
         return self.ds(*args, **kwargs)
 
     def _backward(self, loss: Tensor, last: bool) -> None:
-        # Every stage averages over ranks and ZeRO-3 knows no other way; times the world size it is a sum again, exactly
-        # if that is a power of two. The division by the accumulation can be left out.
+        # Every stage averages over ranks, and in ZeRO-3 that cannot be changed. Multiplying by the number of data-parallel
+        # ranks restores the sum, exactly if that number is a power of two. The division by the accumulation is turned off.
         self.ds.backward(loss * self.ranks.dp_size, scale_wrt_gas=False)
         if not last:
             self.ds.step()  # counts the micro-batch, so that the boundary falls on the last one
@@ -254,11 +255,11 @@ class DeepSpeedEngine(Engine):
         self.ds.step()
         if internals.found_overflow(self.ds.optimizer):
             norm = norm.masked_fill(norm.isfinite(), torch.inf)
-        self._view.clear_gradients()  # else a parameter without a gradient in the next step would get this step's again
+        self._view.clear_gradients()  # else a parameter without gradient in the next step would reuse this step's
         return norm
 
     def _clip_ranges(self) -> dict[Tensor, list[Range]]:
-        """Which elements of each tensor that this rank steps are clipped together."""
+        """Return, for each tensor that this rank updates, the ranges of its elements and their clip groups."""
         ranges: dict[Tensor, list[Range]] = {}
         for name, parameter in self.module.named_parameters():
             if piece := self._view.pieces.get(parameter):
@@ -268,7 +269,7 @@ class DeepSpeedEngine(Engine):
 
     @torch.no_grad()
     def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Scales the gradients of what our optimizer is about to step: all, or one group or sub-group of ZeRO's."""
+        """Clip the gradients of the tensors that the optimizer updates next: all, or one group or sub-group of ZeRO."""
         parts = (
             (group, stepped.grad if end - begin == stepped.numel() else stepped.grad[begin:end])
             for of_group in optimizer.param_groups
@@ -280,7 +281,7 @@ class DeepSpeedEngine(Engine):
 
     @torch.no_grad()
     def _keep_in_bounds(self, *_: Any) -> None:
-        """See :attr:`jepa_scale.engines.base.EngineOptions.bounds`; of this rank's part of the masters."""
+        """Clamp this rank's part of the masters; see :attr:`jepa_scale.engines.base.EngineOptions.bounds`."""
         for (low, high), piece in self._bounded:
             piece.stepped.detach().view(-1)[piece.at : piece.at + piece.length].clamp_(low, high)
 
@@ -308,13 +309,13 @@ class DeepSpeedEngine(Engine):
     def shard_ema(self, module: nn.Module) -> ShardedEMA:
         module = module.requires_grad_(False).eval()
         strip_all(module)
-        module._apply(lambda x: x if x.is_meta else x.to(self.ranks.device))  # its buffers
+        module._apply(lambda x: x if x.is_meta else x.to(self.ranks.device))  # moves the buffers
         if self.stage == 3:
             return PartitionedEMA(module, self._view, self._dtype, self._zero, self.ranks)
         return ReplicatedEMA(module, self._view, self._dtype, self.ranks.device)
 
     def _whole(self, parameter: nn.Parameter) -> Tensor:
-        """One parameter, gathered from all ranks."""
+        """Return one parameter, gathered from all ranks."""
         if parameter.requires_grad:
             return self._view.whole(parameter)
         import deepspeed
