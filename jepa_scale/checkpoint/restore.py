@@ -1,4 +1,4 @@
-"""Finding a checkpoint that is whole, and loading it."""
+"""Selection of an undamaged checkpoint, and loading."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ logger = logging.getLogger(__name__)
 
 
 def verify(path: Path, hashes: bool = True) -> list[str]:
-    """What is wrong with a checkpoint, one line each. Collective where there are ranks: they share the files.
+    """Return a checkpoint's defects, one line each. Collective: the ranks, if there are several, share the files.
 
     Args:
-        hashes: read everything; otherwise sizes alone.
+        hashes: whether to read all files and compare their hashes; otherwise only sizes are compared.
     """
     try:
         manifest = Manifest.read(path)
@@ -36,14 +36,14 @@ def verify(path: Path, hashes: bool = True) -> list[str]:
 
 
 def find(run_dir: Path, which: str | Path, hashes: bool = True) -> Path | None:
-    """The checkpoint that ``--resume`` means, verified. Collective.
+    """Return the checkpoint to which ``--resume`` refers, verified. Collective.
 
     Args:
-        which: ``"auto"`` for the newest one of the run that is whole (None if there is none at all), or a path: a
+        which: ``"auto"`` for the run's newest undamaged checkpoint (None if the run has no checkpoints), or the path of a
             checkpoint, a folder of checkpoints or a run directory.
 
     Raises:
-        InputError: there is no checkpoint at that path, or those that are there are damaged.
+        InputError: there is no checkpoint at that path, or all checkpoints there are damaged.
     """
     if str(which) == "auto":
         return _newest_whole(run_dir / "checkpoints", hashes)
@@ -59,7 +59,11 @@ def find(run_dir: Path, which: str | Path, hashes: bool = True) -> Path | None:
 
 
 def _newest_whole(directory: Path, hashes: bool) -> Path | None:
-    """Raises InputError when there are checkpoints and none is whole: starting anew would throw them away."""
+    """Return the newest undamaged checkpoint in a folder, or None if it has no checkpoints.
+
+    Raises:
+        InputError: there are checkpoints, but all are damaged. A fresh start would overwrite them.
+    """
     named = (path for path in directory.glob("step_*") if NAME.fullmatch(path.name))
     damaged = []
     for path in sorted(named, key=lambda path: int(path.name.partition("_")[2]), reverse=True):
@@ -77,14 +81,14 @@ def _newest_whole(directory: Path, hashes: bool) -> Path | None:
 def load(path: Path, parts: Sequence[Checkpointable]) -> Manifest:
     """Restore the parts (the engine first) from a checkpoint of any engine and world size. Collective.
 
-    At the world size of the checkpoint this rank's random number generators are restored, too.
+    If the world size is that of the checkpoint, this rank's random number generators are restored, too.
 
     Raises:
         InputError: the checkpoint is of another model or objective, or a file cannot be read.
     """
     manifest = Manifest.read(path)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # DCP speaks of its internals
+        warnings.simplefilter("ignore")  # DCP warns about its internals
         store.read(path / TENSORS, state_of(parts))
     for part in parts:
         part.post_load(manifest.updates)
@@ -96,7 +100,7 @@ def load(path: Path, parts: Sequence[Checkpointable]) -> Manifest:
 
 
 def _load_generators(file: Path) -> str:
-    """What is wrong with the file, empty if nothing."""
+    """Restore the random number generators from a file. Return an error message, empty if there is none."""
     try:
         set_rng_state(torch.load(file, weights_only=True))
     except (OSError, RuntimeError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:

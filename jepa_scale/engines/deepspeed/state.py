@@ -1,4 +1,4 @@
-"""A view, by parameter, of the state that training changes under DeepSpeed.
+"""View of DeepSpeed's training state by parameter.
 
 The optimizer that is passed to ``deepspeed.initialize`` does not update the model's parameters but tensors of DeepSpeed:
 
@@ -7,8 +7,8 @@ The optimizer that is passed to ``deepspeed.initialize`` does not update the mod
   views into the whole flat group, which gives the position of each;
 * stage 3: for each sub-group of parameters, the concatenation of this rank's parts, padded to equal sizes.
 
-Moments have the layout of the tensor that is updated. So a list of pieces describes everything: each piece maps elements of a
-parameter to elements of such a tensor.
+Moments have the layout of the tensor that is updated. So a list of pieces describes the whole state: each piece maps elements
+of a parameter to elements of such a tensor.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from jepa_scale.optim import Part
 
 
 class Piece(NamedTuple):
-    """Map of ``length`` elements of the flattened ``parameter``, from ``start``, to the flat tensor ``stepped``, from ``at``.
+    """Map from a parameter's elements to those of the tensor that the optimizer updates.
 
-    Or both tensors have the same shape, and the piece is the whole parameter.
+    It maps ``length`` elements of the flattened ``parameter``, from ``start``, to the flat tensor ``stepped``, from ``at``.
+    Alternatively, both tensors have the same shape and the piece is the whole parameter.
     """
 
     parameter: nn.Parameter
@@ -48,7 +49,7 @@ class Piece(NamedTuple):
 
 
 class StateView:
-    """All state that training changes in a module under DeepSpeed, by name.
+    """All parameters and moments of a module under DeepSpeed, by name.
 
     Args:
         module: the root module.

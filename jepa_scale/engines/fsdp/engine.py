@@ -31,10 +31,11 @@ from jepa_scale.optim import MatrixOptimizer, Part, build_optimizer
 
 
 class FSDPEngine(Engine):
-    """Engine that shards parameters, gradients and moments as fp32 DTensors over all ranks, or over each replica's (HSDP).
+    """Engine that shards parameters, gradients and moments as fp32 DTensors.
 
-    In bf16 the gathered parameters are bf16 and gradients are reduced in fp32. Inputs are not cast, as under DeepSpeed, so
-    that a model runs on both engines or on neither.
+    They are sharded over all ranks, or over the ranks of each replica (HSDP). In bf16 the gathered parameters are bf16 and
+    gradients are reduced in fp32. Inputs are not cast, as under DeepSpeed, so that a model runs on both engines or on
+    neither.
     """
 
     name = "fsdp"
@@ -87,7 +88,7 @@ class FSDPEngine(Engine):
 
     @torch.no_grad()
     def _fill(self, sharded: Mapping[str, nn.Parameter], weights: Weights) -> None:
-        """Set each parameter's initial values; besides the shards a device holds one whole parameter at a time."""
+        """Set each parameter's initial values. Beside the shards, a device holds one whole parameter at a time."""
         for name, parameter in sharded.items():
             boxes = ShardView.of_dtensor(cast(DTensor, parameter))
             mine = part_of(weights.take(name), boxes.shape, self.options.split.get(name))
@@ -154,7 +155,10 @@ class FSDPEngine(Engine):
         return FSDPEMA(module, self.module, self._mesh, self._policy)
 
     def _reshard(self) -> None:
-        """Free gathered parameters. An evaluation leaves those of the root gathered; they would hide the shards and be reused."""
+        """Free gathered parameters.
+
+        An evaluation leaves the root's parameters gathered. They would hide the shards and be used by the next forward.
+        """
         for part in self._fsdp_modules():
             part.reshard()
 
@@ -183,7 +187,8 @@ class _NothingToReduce:
 def _mesh(ranks: ParallelContext, replicas: int) -> DeviceMesh:
     """Return the mesh of the data-parallel ranks, with one dimension or with replicas × shards.
 
-    The tensor-parallel group is no dimension of it: to FSDP2, a rank's part of a split parameter is an ordinary parameter.
+    The tensor-parallel group is not a dimension of the mesh: FSDP2 treats a rank's part of a split parameter as an ordinary
+    parameter.
     """
     kind = ranks.device.type
     if ranks.tp_size == 1 and replicas == 1:

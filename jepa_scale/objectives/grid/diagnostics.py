@@ -1,4 +1,4 @@
-"""What an evaluation of ``grid`` looks at: whether the next grid is found, and whether representations or codes have collapsed."""
+"""Evaluation metrics of ``grid``: retrieval of the next grid, and collapse of representations and codes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from jepa_scale.objectives.tasks import Call
 from jepa_scale.packing import PackedBatch
 
 CHUNK = 1024
-"""Queries at a time."""
+"""Number of queries whose scores are computed at a time."""
 
 
 @dataclass(slots=True)
@@ -34,9 +34,9 @@ class GridDiagnostics:
     metric                              of the split's samples
     =================================== =================================================================================
     ``info_nce``                        nats; candidates are the split's different targets and the queue
-    ``chance``                          ln of how many these are: InfoNCE of a model that knows nothing
+    ``chance``                          ln of the number of these candidates: InfoNCE of uniform guessing
     ``retrieval_top1``                  how often the prediction is nearest to its own target, among the split's targets
-    ``retrieval_chance``                1 / these
+    ``retrieval_chance``                1 / number of the split's targets
     ``covariance_entropy_rank_context`` of the contexts' states before the projector; ``…_target``: of the targets'
     ``isotropy_context``                min / max of the partition function; ``isotropy_target``
     ``vq_usage``                        share of the codes that training has used in the last ``vq_window`` steps
@@ -95,7 +95,7 @@ class GridDiagnostics:
         return {name: value for name, value in metrics.items() if value == value}  # a single target has no margin
 
     def _info_nce(self, query: Tensor, target: Tensor, keys: Tensor, temperature: float) -> tuple[float, int]:
-        """The mean, and how many candidates there are."""
+        """Return the mean InfoNCE in nats, and the number of candidates."""
         queue = self.queue
         rows, row_keys = ([], []) if queue is None else ([queue.rows.cpu()], [queue.keys.cpu()])
         everything, every_key = torch.cat([target, *rows]), torch.cat([keys, *row_keys])

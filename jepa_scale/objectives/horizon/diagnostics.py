@@ -1,5 +1,8 @@
-"""What an evaluation of ``horizon`` looks at beside the perplexity: terms of the loss, spread, rank and retrieval of the
-latents, and the future KL, on pairs that are the same in every evaluation."""
+"""Evaluation metrics of ``horizon`` beside the perplexity.
+
+They are the terms of the loss, the spread, rank and retrieval of the latents, and the future KL. The pairs are the same in
+every evaluation.
+"""
 
 from __future__ import annotations
 
@@ -76,9 +79,12 @@ class HorizonDiagnostics:
         }
 
     def _retrieval(self, every: dict[str, Tensor]) -> dict[str, float]:
-        """Each prediction against the targets of all pairs of its horizon; ``retrieval_top1_anchor`` asks with the anchor's
-        own latent instead: what there is to gain by staying where one is. Features are standardized first: ``barlow`` knows
-        neither their offset nor their scale, and a common offset would make all cosines alike."""
+        """Return the retrieval metrics: each prediction against the targets of all pairs with its horizon.
+
+        ``retrieval_top1_anchor`` is a baseline that uses the anchor's latent in place of the prediction. Features are
+        standardized first: ``barlow`` leaves their offset and scale undetermined, and a common offset would make all cosines
+        alike.
+        """
         horizons = self.options.horizons
         prediction, target, anchor = (standardized(every[name]) for name in ("prediction", "target", "anchor"))
         key, group = every["key"], every["horizon"]

@@ -1,4 +1,4 @@
-"""What an evaluation of ``span`` looks at: whether states have collapsed, and whether views know their text."""
+"""Evaluation metrics of ``span``: collapse of the states, and retrieval of a text from its views."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class SpanDiagnostics:
     =========================== ====================================================================================
     metric                      of the split's texts
     =========================== ====================================================================================
-    ``seq_rec``, ``span_rec``   the losses of reconstruction, as in training
-    ``sigreg``                  SIGReg of the pooled states of whole texts; of as many draws from N(0, I) it is 1.06
-    ``effective_rank``          of these states; ``effective_rank_tokens``: of the states of a token of each text
+    ``seq_rec``, ``span_rec``   reconstruction losses, as in training
+    ``sigreg``                  SIGReg of the whole texts' pooled states; 1.06 for as many draws from N(0, I)
+    ``effective_rank``          of these states; ``effective_rank_tokens``: of one token's state of each text
     ``alignment``               mean squared distance of two views of a text, as unit vectors
     ``uniformity``              of the whole texts' pooled states, log mean e^(−2 ‖x − y‖²) of unit vectors
     ``retrieval_top1``          how often a view's pooled state is nearest to its own text's centre

@@ -1,4 +1,4 @@
-"""What an evaluation of ``two_view`` looks at beside the perplexity: whether the views still differ from row to row."""
+"""Evaluation metrics of ``two_view`` beside the perplexity: distance, collapse and retrieval of the views."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from jepa_scale.packing import PackedBatch
 class TwoViewDiagnostics:
     """See :class:`jepa_scale.objectives.base.Diagnostics`.
 
-    A distance between matching views alone is small for a model that makes all views alike. Such a collapse shows in
-    ``view_cosine_others``, the mean cosine of views that do not match (1 = all the same), in the effective rank of the
-    readings, and in retrieval.
+    The distance between matching views is also small if the model maps all views to the same state. Such a collapse shows
+    in ``view_cosine_others``, the mean cosine of views that do not match (1 = all the same), in the effective rank of the
+    read-out states, and in retrieval.
     """
 
     chat_views: ChatViews
@@ -38,7 +38,7 @@ class TwoViewDiagnostics:
 
     @property
     def views(self) -> ChatViews:
-        """Every row has its pair here, also when training leaves the term out."""
+        """The views of training, but with a pair for every conversation, even where training leaves the JEPA loss out."""
         options = self.chat_views.options
         always = {"jepa_start": 0, "jepa_ramp": 0, "loss_dropout": 0.0, "jepa_weight": 1.0, "min_jepa_weight": 0.0}
         return replace(self.chat_views, options=options.model_copy(update=always))
