@@ -22,7 +22,7 @@ from jepa_scale.packing import PackedBatch, Segment, Views
 from jepa_scale.utils.errors import InputError
 
 
-class Loss(NamedTuple):  # a tuple, because the engines look for tensors in what the root module returns
+class Loss(NamedTuple):  # a tuple, because the engines search the root module's output for tensors
     """Contribution of one rank's micro-batch to the global batch's loss.
 
     Attributes:
@@ -61,7 +61,7 @@ class Diagnostics(Protocol):
 
 
 class TargetEncoder(Protocol):
-    """An exponential moving average of parts of the model, as an objective sees it; :class:`jepa_scale.engines.ema.Teacher`."""
+    """Interface for objectives to an EMA of parts of the model; :class:`jepa_scale.engines.ema.Teacher` implements it."""
 
     def forward(self, path: str, *args: Any, **kwargs: Any) -> Any:
         """Run the EMA of the sub-module at ``path`` of :class:`JepaModel`, without gradient."""
