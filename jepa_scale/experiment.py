@@ -1,7 +1,9 @@
-"""A config becomes an experiment: every section is checked against the options of what it names, before anything is built.
+"""Turn a config into an experiment: check every section against the options of the class it names.
 
-Nothing here takes torch: options are declared in modules of their own, beside the code that they are for, and a class is
-imported when somebody asks for it. So whatever can be said of a config alone is said within a fraction of a second.
+Nothing is built before all sections are checked.
+
+This module does not import torch. Options are declared in modules of their own, beside the code that they configure,
+and a class is imported when it is first needed. So a wrong config is refused within a fraction of a second.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ OBJECTIVES = {
     "span": ("jepa_scale.objectives.span.objective:Span", "jepa_scale.objectives.span.config:SpanOptions"),
     "grid": ("jepa_scale.objectives.grid.objective:Grid", "jepa_scale.objectives.grid.config:GridOptions"),
 }
-"""Name of an objective → where its class is, and where that class's ``Options`` are declared."""
+"""Name of an objective → import path of its class, and of that class's ``Options``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,7 @@ class ChosenObjective:
 
     @property
     def cls(self) -> type[Objective]:
-        """The class that ``objective.name`` names."""
+        """Import and return the class that ``objective.name`` names."""
         return objective_class(self.name)
 
     def build(self, backbone: Backbone, data: Any) -> Objective:
@@ -74,7 +76,7 @@ class ChosenObjective:
         return self.cls(self.options, backbone, data)
 
     def resolved(self) -> dict[str, Any]:
-        """``objective:`` with its defaults filled in."""
+        """Return ``objective:`` with its defaults filled in."""
         return {"name": self.name, **self.options.resolved()}
 
 
@@ -98,7 +100,7 @@ class Experiment:
     log: LogConfig
 
     def resolved(self) -> dict[str, Any]:
-        """The config with every default filled in, as plain YAML values; it loads again as the same experiment."""
+        """Return the config with every default filled in, as plain YAML values that load as the same experiment."""
         return {
             "run": self.run.model_dump(mode="json"),
             "engine": self.engine.model_dump(mode="json"),
@@ -113,12 +115,12 @@ class Experiment:
         }
 
     def to_yaml(self) -> str:
-        """The text of :meth:`resolved`, as a run saves it."""
+        """Return the text of :meth:`resolved`, as a run saves it."""
         return to_yaml(self.resolved())
 
 
 def objective_class(name: str) -> type[Objective]:
-    """The objective of a name in ``OBJECTIVES``, or of ``module:Class`` for one that lives outside of this package.
+    """Return the class of an objective: a name in ``OBJECTIVES``, or ``module:Class`` for one outside this package.
 
     Raises:
         InputError: there is no such name, module or class, or the class is no :class:`Objective`.
@@ -141,8 +143,7 @@ def objective_class(name: str) -> type[Objective]:
 
 
 def objective_options(name: str) -> type[Section]:
-    """``Options`` of the objective of that name. Those of an objective outside of this package are its class's, which is
-    imported.
+    """Return the ``Options`` of an objective by name. For one outside this package, its class is imported.
 
     Raises:
         InputError: as :func:`objective_class`.
@@ -160,13 +161,13 @@ def _check_name(name: str) -> None:
 
 
 def _named(place: str) -> Any:
-    """What ``module:name`` is."""
+    """Import the object that ``module:name`` names."""
     module, _, attribute = place.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
 
 def validate(config: Config) -> Experiment:
-    """Check every section against the options of what it names.
+    """Check every section against the options of the class it names.
 
     Raises:
         InputError: names the key.
@@ -177,7 +178,7 @@ def validate(config: Config) -> Experiment:
         raise InputError(f"objective.name: required key is missing; one of {', '.join(OBJECTIVES)}")
     objective = ChosenObjective(name, parse_section(objective_options(name), options, "objective"))
     data = parse_data(config.data)
-    data = parse_data(data.resolved())  # as a saved config has it: without keys that have no meaning beside the others
+    data = parse_data(data.resolved())  # as in a saved config: without keys that the others make meaningless
     return Experiment(
         run=config.run,
         engine=config.engine,
@@ -193,7 +194,7 @@ def validate(config: Config) -> Experiment:
 
 
 def _with_flops(train: TrainConfig) -> TrainConfig:
-    """Set ``train.flops`` to what the run of ``train.same_flops_as`` took.
+    """Set ``train.flops`` to the FLOPs that the run of ``train.same_flops_as`` took.
 
     Raises:
         InputError: that run's summary does not give its FLOPs.
@@ -204,7 +205,7 @@ def _with_flops(train: TrainConfig) -> TrainConfig:
 
 
 def _flops_of(run: str, known: float) -> float:
-    """The FLOPs of a run, from its summary. A resolved config holds the number too, and does not need the run any more."""
+    """Return the FLOPs of a run, from its summary. A resolved config holds the number and does not need the run."""
     problem, flops = "", None
     try:
         summary = json.loads((Path(run).expanduser() / SUMMARY_FILE).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""A trained run in one process: texts → states, states → tokens, prompts → what the model says. No engine, no process group."""
+"""Use a trained run in one process: texts → states, states → tokens, prompts → answers. No engine, no process group."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class LoadedRun:
-    """A run's model and what belongs to it; of :func:`load`. Weights and states are fp32.
+    """A run's model with its data and tokenizer, as :func:`load` returns it. Weights and states are fp32.
 
     Attributes:
-        checkpoint: what was read.
+        checkpoint: the checkpoint that was read.
         module: the backbone and the objective, in evaluation mode.
-        data: what the run was trained on, opened; its samples have not been read.
-        tokenizer: Hugging Face's, None if the data have none (token ids can still be encoded).
+        data: the run's training data, opened; no sample has been read.
+        tokenizer: of Hugging Face; None if the data have none (token ids can still be encoded).
     """
 
     experiment: Experiment
@@ -63,7 +63,7 @@ class LoadedRun:
 
     @property
     def vocab_size(self) -> int:
-        """Token ids of the data."""
+        """Number of token ids of the data."""
         return int(self.data.vocab_size)
 
     @property
@@ -72,7 +72,7 @@ class LoadedRun:
 
     @property
     def max_tokens(self) -> int | None:
-        """Of the longest text; None = there is no limit."""
+        """The greatest number of tokens of a text; None = no limit."""
         return self.module.objective.most_text_tokens(self.module.backbone)
 
     # -- states -------------------------------------------------------------------------------------------------------
@@ -86,11 +86,13 @@ class LoadedRun:
         truncate: bool = False,
         progress: bool = False,
     ) -> np.ndarray:
-        """Texts → (n, d) float32, a row a text, whatever they are batched with (to the rounding of fp32).
+        """Encode texts as (n, d) float32, one row per text. A row does not depend on the rest of its batch (up to fp32
+        rounding).
 
         Args:
-            pooling: mean of a text's states after the final norm, or the last one; None = as the objective reads them.
-            batch_tokens: in one forward.
+            pooling: mean of a text's states after the final norm, or the last state; None = the objective's own
+                pooling.
+            batch_tokens: tokens in one forward.
             normalize: make the rows unit vectors.
             truncate: cut texts that are too long for the model.
             progress: show a bar.
@@ -106,8 +108,10 @@ class LoadedRun:
         return found
 
     def tokens(self, texts: Sequence[Text], batch_tokens: int = 8192, truncate: bool = False) -> list[np.ndarray]:
-        """Texts → of each the states (n_i, d) float32 of its tokens after the final norm; arguments and errors are those of
-        :meth:`encode`."""
+        """Return the (n_i, d) float32 token states of each text after the final norm.
+
+        Arguments and errors are those of :meth:`encode`.
+        """
         found: dict[int, np.ndarray] = {}
         for part in self._encoded(self.tokenize(texts, truncate), batch_tokens, None, False):
             for number, states in zip(part.numbers.tolist(), part.tokens, strict=True):
@@ -115,7 +119,7 @@ class LoadedRun:
         return [found[number] for number in range(len(texts))]
 
     def tokenize(self, texts: Sequence[Text], truncate: bool = False) -> Texts:
-        """Token ids of texts as the model reads them: BOS first where that is the tokenizer's habit, no EOS.
+        """Return the token ids of texts as model input: with BOS first if the tokenizer adds one, without EOS.
 
         Raises:
             InputError: naming the text by its number: it is empty or too long.
@@ -126,7 +130,7 @@ class LoadedRun:
         return tokenize(self.tokenizer, texts, self.vocab_size, self.max_tokens, lambda n: f"texts[{n}]", hint)
 
     def unembed(self, states: np.ndarray) -> np.ndarray:
-        """States (n, d) → (n, vocab_size) float32, their products with the token embeddings."""
+        """Multiply states (n, d) with the token embeddings: (n, vocab_size) float32 logits."""
         with torch.no_grad():
             rows = torch.as_tensor(states, dtype=torch.float32, device=self.device)
             return self.module.backbone.unembed(rows)[:, : self.vocab_size].cpu().numpy()
@@ -149,8 +153,9 @@ class LoadedRun:
     # -- generation ---------------------------------------------------------------------------------------------------
 
     def generate(self, prompts: Sequence[str], max_new_tokens: int = 128, batch_size: int = 32) -> list[str]:
-        """What the model says after each prompt, greedily: the answer to a user's message if it was trained on conversations,
-        else how the text goes on.
+        """Generate text for each prompt, greedily.
+
+        A model trained on conversations answers the prompt as a user's message; any other model continues it.
 
         Raises:
             InputError: the objective trains no model that generates, or a prompt, named by its number, is empty or leaves no
@@ -181,7 +186,7 @@ class LoadedRun:
         return bool(self.data.kind == "chat")
 
     def _prompt(self, text: str, name: str) -> np.ndarray:
-        """Token ids up to where the answer begins, as in training."""
+        """Return the token ids of a prompt up to the start of the answer, as in training."""
         if not text.strip():
             raise InputError(f"{name}: is empty")
         if not self._chats:
@@ -199,16 +204,17 @@ class LoadedRun:
 
 
 def load(run_dir: str | Path, checkpoint: str | Path = "auto", device: str | torch.device = "cpu") -> LoadedRun:
-    """Read a run's model in this process alone, whoever trained it on however many ranks.
+    """Load a run's model in this process alone, whatever number of ranks trained it.
 
     The data that the run was trained on are opened for their tokenizer and special ids, not read.
 
     Args:
-        run_dir: with ``config.yaml`` and ``checkpoints/``.
-        checkpoint: path of one, or its name in the run; ``auto`` = the newest that is whole.
+        run_dir: folder with ``config.yaml`` and ``checkpoints/``.
+        checkpoint: path of a checkpoint, or its name in the run; ``auto`` = the newest complete one.
 
     Raises:
-        InputError: there is no such run or no whole checkpoint, its data cannot be opened, or the checkpoint is of another
+        InputError: there is no such run or no complete checkpoint, its data cannot be opened, or the checkpoint is of
+            another
             model.
     """
     run = Path(run_dir).expanduser()
@@ -217,11 +223,11 @@ def load(run_dir: str | Path, checkpoint: str | Path = "auto", device: str | tor
     experiment = validate(load_config(file.absolute()))
     found = find_checkpoint(run, checkpoint, experiment.checkpoint.verify)
     data: Any = open_data(experiment.data)
-    with torch.random.fork_rng(devices=[]):  # the weights that are made here are replaced
+    with torch.random.fork_rng(devices=[]):  # the checkpoint replaces these weights
         backbone = build_backbone(experiment.model, data.vocab_size)
         module = JepaModel(backbone, experiment.objective.build(backbone, data))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # DCP speaks of its internals
+        warnings.simplefilter("ignore")  # DCP's message names only its internals
         boxes = {name: ShardView.whole(tensor) for name, tensor in state_tensors(module).items()}
         store.read(found / TENSORS, boxes, alone=True)
     tokenizer = data.load_tokenizer() if getattr(data, "tokenizer", None) is not None else None
@@ -239,7 +245,7 @@ def _device(name: str | torch.device) -> torch.device:
 
 
 def find_checkpoint(run: Path, which: str | Path, hashes: bool) -> Path:
-    """A checkpoint of a run whose files are whole; damaged ones are passed over where ``which`` is ``auto``.
+    """Return a checkpoint of a run whose files are undamaged; ``which="auto"`` passes over damaged ones.
 
     Raises:
         InputError: there is none, or the one that was asked for is damaged.
@@ -259,10 +265,10 @@ def find_checkpoint(run: Path, which: str | Path, hashes: bool) -> Path:
 
 
 def open_data(options: SourceOptions) -> Dataset:
-    """The data set that ``data:`` describes, though shards of it may be missing: nobody will read them.
+    """Open the data set that ``data:`` describes. Shards may be missing, as no sample is read.
 
     Raises:
-        InputError: it is gone, with its tokenizer.
+        InputError: the data set and its tokenizer are gone.
     """
     with suppress(InputError):
         return load_data(options)

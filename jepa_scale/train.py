@@ -42,7 +42,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def guarded(command: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
-    """Run a command of several ranks; the exit code: 0 done, 2 bad input (one line, no traceback), 1 anything else."""
+    """Run a command of several ranks and return the exit code: 0 done, 2 bad input (one line, no traceback), 1 any
+    other error."""
     try:
         command(args)
         return 0

@@ -1,4 +1,4 @@
-"""Experiment → model, objective, engine, data, evaluation: the one place that knows every part."""
+"""Build model, objective, engine, data and evaluation from an experiment: the one module that imports every part."""
 
 from __future__ import annotations
 
@@ -53,17 +53,17 @@ class TrainingComponents:
     teacher: Teacher | None
     data: Any
     sampler: BatchSampler
-    batches: Callable[[int, int], Loader]  # from one step to another → the steps' micro-batches of this rank
+    batches: Callable[[int, int], Loader]  # (first step, end) → this rank's micro-batches of each step
     evaluate: Callable[..., Results]
-    """(between, step, run_dir): ``between()`` is called between the forwards, and may raise to end it; what is generated is
-    saved in the run directory as of that step, if one is given."""
-    steps: int  # of the whole run: ``train.steps``, what ``train.flops`` come to, or fewer if the data end before
-    flops: StepFlops  # this rank's micro-batches of a step → what training on them costs it and its team
-    splits: dict[str, Split]  # the parameters of which this rank has a part
+    """(between, step, run_dir): ``between()`` is called between the forwards, and may raise to end the evaluation;
+    generated answers are saved under that step in the run directory, if one is given."""
+    steps: int  # of the whole run: ``train.steps``, those that ``train.flops`` pay for, or fewer if the data end
+    flops: StepFlops  # this rank's micro-batches of a step → FLOPs of training on them, over its tensor-parallel group
+    splits: dict[str, Split]  # names of the parameters that are split over the tensor-parallel group
 
     @property
     def parts(self) -> list[Checkpointable]:
-        """What a checkpoint keeps."""
+        """The objects whose state a checkpoint saves."""
         parts: list[Checkpointable] = [self.engine, *([self.teacher] if self.teacher else [])]
         return [SplitState(part, self.splits) for part in parts] if self.splits else parts
 
@@ -76,10 +76,10 @@ def set_threads(options: EngineConfig, ranks: ParallelContext) -> None:
 
 
 def create_sampler(experiment: Experiment, data: Any, objective: Objective, ranks: ParallelContext) -> BatchSampler:
-    """Batches counted in samples or in tokens, as ``train:`` says.
+    """Return the batch sampler of ``train:``, which counts a batch in samples or in tokens.
 
     Raises:
-        InputError: the batch cannot be dealt out to so many ranks, or a sample's views do not fit a micro-batch.
+        InputError: the batch cannot be split over so many ranks, or a sample's views do not fit a micro-batch.
     """
     train, seed = experiment.train, experiment.run.seed
     order = data.order(seed)
@@ -118,10 +118,12 @@ def create_sampler(experiment: Experiment, data: Any, objective: Objective, rank
 
 
 def build(experiment: Experiment, ranks: ParallelContext, steps: int = 0) -> TrainingComponents:
-    """Build all parts, identically on every rank but for the weights: rank 0 has them, and the engine takes them one at a time.
+    """Build all parts of a run, identically on every rank except for the weights.
+
+    Rank 0 alone has the weights; the engine takes them from it one at a time.
 
     Args:
-        steps: what ``train.flops`` came to when the run began; 0 = find out.
+        steps: number of steps that ``train.flops`` paid for when the run began; 0 = compute it.
     """
     precision = resolve_precision(experiment.engine.precision, ranks)
     experiment = replace(experiment, engine=experiment.engine.model_copy(update={"precision": precision}))
@@ -223,14 +225,17 @@ def build(experiment: Experiment, ranks: ParallelContext, steps: int = 0) -> Tra
 
 
 def model_of(experiment: Experiment, data: Any) -> JepaModel:
-    """The model of a run of this seed, on one device."""
+    """Build the model of a run from its seed, on one device."""
     torch.manual_seed(experiment.run.seed)  # the backbone first: its weights do not depend on the objective
     backbone = build_backbone(experiment.model, data.vocab_size)
     return JepaModel(backbone, experiment.objective.build(backbone, data))
 
 
 def split_over_tp_group(backbone: Backbone, ranks: ParallelContext) -> dict[str, Split]:
-    """Name in :class:`JepaModel` of each parameter of which this rank has a part from now on; none without a team."""
+    """Split the backbone over the tensor-parallel group, in place, and return the names of the split parameters.
+
+    The names are those in :class:`JepaModel`; the result is empty without tensor parallelism.
+    """
     group = tp_group()
     if group is None:
         return {}

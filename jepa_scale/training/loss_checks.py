@@ -1,4 +1,4 @@
-"""Watches the losses: how long steps without a finite gradient may go on, and sudden jumps."""
+"""Checks of the loss: too many steps without a finite gradient, and sudden spikes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from jepa_scale.config.schema import TrainConfig
 logger = logging.getLogger(__name__)
 
 ROWS = 20
-"""Rows that a spike is compared with."""
+"""Number of earlier rows whose median a spike is compared with."""
 
 
 class LossChecks:
-    """Sees every row of the training, alike on every rank, so that all ranks stop together."""
+    """Checks of every row of the training. They are the same on every rank, so that all ranks stop together."""
 
     def __init__(self, options: TrainConfig) -> None:
         self.options = options
@@ -27,11 +27,11 @@ class LossChecks:
     def check(
         self, values: Mapping[str, float], steps: Sequence[int], bad: Sequence[int], tells: bool
     ) -> dict[str, float]:
-        """Look at a row.
+        """Check a row.
 
         Args:
-            values: of the row. steps: that it is about. bad: those of them whose update was skipped.
-            tells: whether this rank logs what it finds.
+            values: of the row. steps: numbers of the steps in the row. bad: those of them whose update was skipped.
+            tells: whether this rank logs the findings.
 
         Returns:
             Columns to add to the row: ``loss_spike``, the loss over the median of the last rows, where it is a spike.

@@ -1,4 +1,4 @@
-"""A training process, and one that evaluates a checkpoint: from the command line's arguments to the last line printed."""
+"""Run one training process, or one evaluation of a checkpoint, from the command line's arguments to the last line."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def run_training(args: argparse.Namespace) -> None:
         args: ``config``, ``overrides`` and ``resume`` of the command line.
 
     Raises:
-        InputError: something that the user gave is wrong; nothing has been trained then.
+        InputError: an input of the user is wrong; nothing has been trained then.
         Aborted: a rule of ``train.abort`` has ended the run.
     """
     experiment = validate(load_config(args.config, args.overrides))
@@ -100,7 +100,7 @@ def conclude(trainer: Trainer, run_dir: Path) -> None:
         by = trainer.stop.name or "a signal to another rank"
         logger.warning(f"stopped by {by} after step {trainer.done}; go on with --resume auto")
     elif log.report:
-        from jepa_scale.report.page import write_report  # draws: other ranks, and the start, need no matplotlib
+        from jepa_scale.report.page import write_report  # matplotlib: on rank 0 alone, and only at the end
 
         print(f"report: {write_report(run_dir)}", flush=True)
     if log.breakdown and (table := breakdown_table(read_rows(run_dir))):
@@ -108,7 +108,10 @@ def conclude(trainer: Trainer, run_dir: Path) -> None:
 
 
 def steps_of(found: Path | None, flops: float) -> int:
-    """What ``train.flops`` came to when the checkpoint's run began; 0 if that is not known, or the budget is another one now."""
+    """Return the steps that ``train.flops`` paid for when the checkpoint's run began.
+
+    0 if the number is not known, or if the budget has changed since.
+    """
     if found is None or not flops:
         return 0
     manifest = checkpoint.Manifest.read(found)
@@ -117,7 +120,7 @@ def steps_of(found: Path | None, flops: float) -> int:
 
 
 def saver_of(keep: CheckpointConfig, run_dir: Path) -> Saver:
-    """Writes and keeps checkpoints as the section ``checkpoint`` says."""
+    """Return the saver that writes and keeps checkpoints by the options of ``checkpoint:``."""
     higher = bool(keep.keep_best) and describe(str(keep.keep_best).rpartition("/")[2]).better == "higher"
     policy = checkpoint.Policy(keep.keep_last, keep.keep_every, keep.keep_best, higher)
     return Saver(
@@ -131,7 +134,7 @@ def saver_of(keep: CheckpointConfig, run_dir: Path) -> Saver:
 
 
 def log_save(report: checkpoint.Report) -> None:
-    """Log what became of a checkpoint; where it could not be written, the run goes on with the ones before."""
+    """Log the outcome of a save. If it failed, the run goes on and the earlier checkpoints stay."""
     if report.path is not None:
         logger.debug(f"{report.path}: saved in {report.seconds:.1f} s, of which training waited {report.stalled:.1f} s")
     elif report.problem:

@@ -33,21 +33,21 @@ WATCHED = {
     "optimizer": "update",
     "teacher": "update",
 }
-"""Part of a step, as its time is measured → what the watchdog calls it."""
+"""Part of a step whose time is measured → the watchdog's name for it."""
 
 
 class Trainer:
-    """Trains the model of a run, from an optimizer step to the end.
+    """The training loop of a run, from a given optimizer step to the end.
 
-    Every rank has one and calls it alike.
+    Every rank has a trainer and makes the same calls.
 
     Args:
         run: model, engine, data and evaluation. log: takes the rows.
         saver: writes checkpoints. watchdog: ends a rank that hangs.
-        stop: whether this process was asked to stop. criteria: what else ends a run before its last step.
+        stop: whether this process was asked to stop. criteria: rules that end a run before its last step.
 
     Attributes:
-        done: optimizer steps that are done.
+        done: number of finished optimizer steps.
         stopping: whether all ranks have agreed to stop.
     """
 
@@ -71,7 +71,8 @@ class Trainer:
     def train(self, start: int) -> None:
         """Train from step ``start`` to the run's last step, or until a criterion ends it or all ranks have agreed to stop.
 
-        A run that is stopped when an evaluation is due has saved that step, and begins with that evaluation when it goes on.
+        If a run is stopped when an evaluation is due, that step is saved, and a resumed run begins with that
+        evaluation.
         """
         self.done = start
         self.engine.train()
@@ -97,7 +98,7 @@ class Trainer:
                 return
 
     def train_step(self, step: int, batches: list[PackedBatch]) -> Tensor:
-        """One update of the weights from this rank's micro-batches; returns the gradient norm before clipping, 0-d."""
+        """Update the weights once from this rank's micro-batches; return the 0-d gradient norm before clipping."""
         self.watchdog.enter(step + 1, "forward and backward")
         self.engine.scale_lr(lr_factor(step, self.experiment.optim, self.run.steps))
 
@@ -127,11 +128,13 @@ class Trainer:
         return grad_norm
 
     def evaluate(self) -> Results:
-        """Evaluate the present weights and log the metrics by split. Empty, with ``stopping`` set, if all ranks have agreed to stop
-        meanwhile."""
+        """Evaluate the present weights, log the metrics and return them by split.
+
+        The result is empty, and ``stopping`` is set, if all ranks have agreed to stop meanwhile.
+        """
 
         def between() -> None:
-            self.watchdog.enter(self.done, "evaluation")  # one that takes long is no hang
+            self.watchdog.enter(self.done, "evaluation")  # a long evaluation is no hang
             self.stop.interrupts()
 
         with self.pause("evaluation"):
@@ -148,14 +151,14 @@ class Trainer:
         """Save a checkpoint of the present weights.
 
         Args:
-            results: of an evaluation of these weights, by which a checkpoint may be kept as the best.
-            permanent: whether it counts among those that are kept; otherwise the next one replaces it.
+            results: an evaluation of these weights; it decides whether the checkpoint is kept as the best.
+            permanent: whether the checkpoint is one of those kept; otherwise the next one replaces it.
         """
         with self.pause("save"):
             self.saver.save(self.run.parts, self.manifest(results, permanent))
 
     def log_step(self, grad_norm: Tensor) -> dict[str, float]:
-        """Log the means of the steps since the last row; the only place of the loop at which the host waits for the device.
+        """Log the means of the steps since the last row; only here does the host wait for the device.
 
         Raises:
             FloatingPointError: too many steps in a row had no finite gradient.
@@ -169,7 +172,7 @@ class Trainer:
         return values
 
     def batches(self, start: int) -> Iterator[list[PackedBatch]]:
-        """This rank's micro-batches of each step from ``start`` on."""
+        """Return this rank's micro-batches of each step from ``start`` on."""
         arriving: Iterator[list[PackedBatch]] | None = None
         step = start
         while True:
@@ -183,7 +186,7 @@ class Trainer:
 
     @contextmanager
     def phase(self, part: str, step: int) -> Iterator[None]:
-        """A part of optimizer step ``step``: its time is measured, and the watchdog knows what this rank is doing."""
+        """Measure the time of one part of optimizer step ``step``, and report the part to the watchdog."""
         self.watchdog.enter(step + 1, WATCHED[part])
         self.metrics.timer.enter(part)
         yield
@@ -191,7 +194,7 @@ class Trainer:
 
     @contextmanager
     def pause(self, what: str) -> Iterator[None]:
-        """Something beside training, an evaluation or a save, whose time is not training time."""
+        """Exclude the block, an evaluation or a save, from the training time, and report it to the watchdog."""
         self.watchdog.enter(self.done, what)
         self.metrics.timer.enter(None)
         with self.log.paused():
@@ -205,17 +208,17 @@ class Trainer:
         return due(self.done, self.experiment.train.eval_every, self.run.steps)
 
     def check(self, rows: Results) -> bool:
-        """Whether a criterion ends the run, after these rows were logged. Collective."""
+        """Return whether a criterion ends the run, after these rows were logged. Collective."""
         return self.criteria.check(self.done, rows, self.epochs)
 
     def epochs(self) -> float:
-        """Whole passes over the data so far. Collective: a step may begin in one epoch and end in the next."""
+        """Return the number of whole passes over the data so far. Collective: a step may span two epochs."""
         epochs, _ = self.run.sampler.micro_batch(self.done, 0)
-        at_the_end = float(self.experiment.train.epochs)  # nothing comes any more
+        at_the_end = float(self.experiment.train.epochs)  # no step follows
         return comm.broadcast_object(float(epochs[0]) if len(epochs) else at_the_end)
 
     def manifest(self, results: Results, permanent: bool) -> checkpoint.Manifest:
-        """What a checkpoint after this step says of the run."""
+        """Return the manifest of a checkpoint that is saved after this step."""
         return checkpoint.Manifest(
             step=self.done,
             engine=self.engine.name,
@@ -236,7 +239,7 @@ class Trainer:
 
 
 def due(done: int, every: int, last: int = 0) -> bool:
-    """Whether something that happens every so many steps, and after the last one, happens after ``done`` steps."""
+    """Return whether an event of every ``every`` steps, and of the last one, is due after ``done`` steps."""
     return done == last or (every > 0 and done % every == 0)
 
 
@@ -245,10 +248,11 @@ def run_dir_of(options: RunConfig) -> Path:
 
 
 def global_totals(batches: list[PackedBatch], device: torch.device, stop: bool, tp_size: int = 1) -> dict[str, Tensor]:
-    """Counts of the global batch, name → 0-d float tensor on the device; ``stop`` is above 0 if a rank was asked to."""
+    """Count over the global batch: name → 0-d float tensor on the device. ``stop`` is above 0 if any rank was asked to
+    stop."""
     counts = {**add_counts(batches), "stop": int(stop)}
     names = sorted(counts)
     local = torch.tensor([float(counts[name]) for name in names], dtype=torch.float64)
-    # over all ranks, as any of them may have been asked; those of a team count the same samples
+    # over all ranks, as any of them may have been asked; the ranks of a tensor-parallel group count the same samples
     total = comm.total_of_ranks(local.to(device, non_blocking=True)) / tp_size
     return dict(zip(names, total.float().unbind(), strict=True))

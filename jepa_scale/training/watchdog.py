@@ -1,4 +1,5 @@
-"""Finds the rank that hangs: each tells in a file what it is doing, and looks at the others' when nothing goes on."""
+"""Find the rank that hangs: each rank writes its phase to a file, and reads the others' files when it makes no
+progress."""
 
 from __future__ import annotations
 
@@ -18,25 +19,25 @@ logger = logging.getLogger(__name__)
 WAITING = ("/torch/distributed/", "/deepspeed/")
 """Folders of the code that waits for other ranks."""
 PHASES = ("start", "data", "forward and backward", "update", "evaluation", "save")
-"""In the order in which a step goes through them."""
+"""The phases of a step, in order."""
 
 
 def end_process() -> None:
-    """Leave at once: exit handlers would wait for the ranks that hang."""
+    """End the process at once: exit handlers would wait for the ranks that hang."""
     os._exit(1)
 
 
 class Watchdog:
-    """Ends this process when nothing has happened in it for too long, and says which rank the others wait for.
+    """End this process when it has made no progress for too long, and log which rank the others wait for.
 
-    A rank that waits in a collective has come further than the one it waits for, or entered the same phase of the same
-    step; so the ranks that are behind are the ones that hang, and among those the ones that do something else than wait
-    for others. The files lie in ``<run>/watchdog/``, which all hosts see.
+    A rank that waits in a collective is ahead of the rank it waits for, or in the same phase of the same step. So the
+    hanging ranks are among those furthest behind: the ones that do not themselves wait for others. The files lie in
+    ``<run>/watchdog/``, which must be on a file system that all hosts share.
 
     Args:
-        run_dir: of the run. ranks: who this is.
+        run_dir: of the run. ranks: this process's rank and the number of ranks.
         limit: seconds without progress; 0 = no watchdog.
-        end: what to do then.
+        end: function that ends the process.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Watchdog:
             self._file(self._ranks.rank).unlink(missing_ok=True)
 
     def enter(self, step: int, phase: str) -> None:
-        """This rank begins one of the ``PHASES`` of a step."""
+        """Record that this rank begins one of the ``PHASES`` of a step."""
         assert phase in PHASES, phase
         self._now = (step, phase, time.time())
 
@@ -78,7 +79,7 @@ class Watchdog:
                 self._tell(now)
             if time.time() - now[2] > self._limit:
                 self._tell(now, *place_of(self._main))
-                time.sleep(2 * pause)  # the others', too
+                time.sleep(2 * pause)  # the other ranks write where they are, too
                 if self._now == now and not self._closed.is_set():
                     logger.error(self._verdict())
                     self._end()
@@ -91,7 +92,7 @@ class Watchdog:
             os.replace(partial, self._file(self._ranks.rank))
             self._told = now
         except OSError:
-            pass  # a full disk is no reason to stop
+            pass  # a full disk must not stop the run
 
     def _verdict(self) -> str:
         found: dict[int, tuple[int, str, float, str, bool]] = {}
@@ -105,7 +106,7 @@ class Watchdog:
         behind = [rank for rank in behind if not found[rank][4]] or behind
         step, phase, since, place, _ = found[behind[0]]
         who = f"rank {', '.join(map(str, behind))}"
-        if len(behind) == len(found) > 1:  # one of them does not even come to the collective in which the others wait
+        if len(behind) == len(found) > 1:  # one of them has not reached the collective in which the others wait
             who = f"one of {who}"
         return (
             f"no progress for {self._limit:,.0f} s: {who} hangs at step {step} in {phase!r}{place and f' at {place}'}, "
@@ -114,7 +115,7 @@ class Watchdog:
 
 
 def place_of(thread: int | None) -> tuple[str, bool]:
-    """What a thread is doing, as ``function (folder/file.py:line)``, and whether it waits for other ranks there."""
+    """Return where a thread is, as ``function (folder/file.py:line)``, and whether it waits for other ranks there."""
     frame = sys._current_frames().get(thread or 0)
     if frame is None:
         return "", False
