@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def folder_of(run: Path) -> Path:
-    """The folder of checkpoints that ``run`` means.
+    """Return the folder of checkpoints of ``run``.
 
     Raises:
         InputError: there is none.
@@ -52,7 +52,7 @@ def size(path: Path) -> int:
 
 
 def broken(folder: Path, found: list[CheckpointInfo]) -> list[Path]:
-    """Folders of checkpoints that are not complete: of saves that were killed, or without a readable manifest."""
+    """Return the folders of incomplete checkpoints: of killed saves, or without a readable manifest."""
     whole = {f.path for f in found}
     return sorted(p for p in folder.iterdir() if p.is_dir() and NAME.match(p.name) and p not in whole)
 

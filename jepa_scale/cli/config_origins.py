@@ -1,4 +1,4 @@
-"""Where each value of a resolved config comes from: a line of a file, the command line, or nobody said anything."""
+"""Find the origin of each value of a resolved config: a line of a file, the command line, or the default."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ FOLLOWS = "follows from other keys"
 
 
 def annotate(experiment: Experiment, path: str | Path, overrides: Sequence[str] = ()) -> str:
-    """The experiment as YAML, each value with its origin as a comment; it loads again as the same experiment.
+    """Return the experiment as YAML, each value with its origin as a comment; it loads again as the same experiment.
 
     Args:
-        experiment: what ``path`` and ``overrides`` were resolved to.
+        experiment: the result of resolving ``path`` and ``overrides``.
     """
     given = _given(find_file(path, "--config"), overrides)
     text = experiment.to_yaml()
@@ -35,7 +35,7 @@ def annotate(experiment: Experiment, path: str | Path, overrides: Sequence[str] 
 
 
 def _given(file: Path, overrides: Sequence[str]) -> dict[tuple[str, ...], str]:
-    """Keys that somebody gave → where; of several the last one counts."""
+    """Return key → origin for the keys that the user gave; of several origins the last one counts."""
     given = _lines_of(file, ())
     replaced = [override.partition("=")[2] for override in overrides if override.startswith("model=")]
     root = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -46,7 +46,7 @@ def _given(file: Path, overrides: Sequence[str]) -> dict[tuple[str, ...], str]:
     for override in overrides:
         keys = tuple(override.partition("=")[0].split("."))
         if keys == ("model",) and isinstance(model, str):
-            continue  # its keys are that file's
+            continue  # its keys are in that file
         given = {other: where for other, where in given.items() if other[: len(keys)] != keys}
         given[keys] = "command line"
     return given
@@ -59,7 +59,7 @@ def _lines_of(file: Path, prefix: tuple[str, ...]) -> dict[tuple[str, ...], str]
 
 
 def _leaves(node: yaml.Node, keys: tuple[str, ...] = (), at_key: bool = False) -> Iterator[tuple[tuple[str, ...], int]]:
-    """Path and line of each value that is no mapping of others: of its key, or the line that a comment may follow."""
+    """Yield path and line of each leaf value: the line of its key, or the line that a comment may follow."""
     if not isinstance(node, yaml.MappingNode):
         return
     for key, value in node.value:

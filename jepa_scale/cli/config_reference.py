@@ -1,4 +1,4 @@
-"""Every key of a config with its type, default and meaning, as one page of Markdown: docs/config.md."""
+"""The reference of all config keys with type, default and meaning, as one page of Markdown: docs/config.md."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiv
 
 
 def reference() -> str:
-    """The page."""
+    """Return the page."""
     pages = [HEAD]
     found = kinds()
     for section, field in Config.model_fields.items():
@@ -54,7 +54,7 @@ def reference() -> str:
 
 
 def _of_sources(evaluation: str) -> str:
-    """The heading of what evaluates the data of some sources alike."""
+    """Return the heading of an evaluation that several sources share."""
     sources = [f"`{name}`" for name, options in SOURCES.items() if options.evaluation == evaluation]
     return f"With `data.source` {' or '.join(sources)}"
 
@@ -81,7 +81,7 @@ def _rows(schema: Schema, definitions: Schema, prefix: str, only: set[str] | Non
 
 
 def _section(value: Schema, definitions: Schema) -> Schema | None:
-    """The keys below a key that is a section, one or null, or a list of them."""
+    """Return the keys below a key whose value is a section, a section or null, or a list of sections."""
     for choice in [value, value.get("items", {}), *value.get("anyOf", [])]:
         if "$ref" in choice:
             return definitions[choice["$ref"].rpartition("/")[2]]
@@ -91,7 +91,7 @@ def _section(value: Schema, definitions: Schema) -> Schema | None:
 def _type(value: Schema, definitions: Schema) -> str:
     if "anyOf" in value:
         return " or ".join(_type(choice, definitions) for choice in value["anyOf"])
-    if "oneOf" in value:  # a part of a mixture: the keys of some source
+    if "oneOf" in value:  # a part of a mixture has the keys of its source
         return "mapping"
     if "$ref" in value:
         return "keys below"

@@ -1,4 +1,4 @@
-"""JSON Schema of a whole config, for editors: they complete its keys, show what they mean, and mark what is wrong."""
+"""JSON Schema of a whole config, with which an editor completes keys, shows their meaning and marks errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Schema = dict[str, Any]
 
 
 def kinds() -> dict[str, dict[str, type[Section]]]:
-    """Sections whose keys depend on one of them → its values → the keys with each; ``model`` and ``eval`` have no such key."""
+    """Return section → value of its deciding key → the section's keys. ``model`` and ``eval`` have no deciding key."""
     return {
         "model": {"": ModelOptions},
         "data": dict(SOURCES),
@@ -27,15 +27,18 @@ def kinds() -> dict[str, dict[str, type[Section]]]:
 
 
 CHOSEN_BY = {"data": "source", "objective": "name"}
-"""Section → the key that says which other keys there are."""
+"""Section → its deciding key, whose value determines the other keys."""
 
 
 OUTSIDE = {"type": "string", "pattern": r"^[\w.]+:\w+$", "description": "module:Class, an objective of one's own."}
 
 
 def config_schema() -> Schema:
-    """The schema (draft 2020-12). A file that fits may still be refused for what a schema cannot say, such as keys that
-    exclude each other."""
+    """Return the schema (draft 2020-12).
+
+    A config that fits it may still be refused, as a schema cannot express every rule, such as keys that exclude each
+    other.
+    """
     found = kinds()
     classes: list[type[Section]] = list(
         dict.fromkeys([Config, *(cls for by_name in found.values() for cls in by_name.values())])

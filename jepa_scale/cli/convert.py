@@ -18,14 +18,15 @@ _EXPORT_ONLY = ("checkpoint", "dtype", "shard_size", "heads", "adapter", "tokeni
 
 
 class _Intermixed(argparse.ArgumentParser):
-    """Overrides of the config may stand after flags, too."""
+    """A parser that also accepts config overrides after flags."""
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         return self.parse_intermixed_args(args, namespace)
 
 
 def parser() -> argparse.ArgumentParser:
-    """``jepa-scale convert RUN --to hf --out DIR`` and ``jepa-scale convert DIR --from hf --config FILE --out RUN``."""
+    """Return the parser of ``jepa-scale convert RUN --to hf --out DIR`` and
+    ``jepa-scale convert DIR --from hf --config FILE --out RUN``."""
     convert = _Intermixed(
         prog="jepa-scale convert",
         description="A run's checkpoint to Hugging Face format, or such a model into a run.",
@@ -80,7 +81,7 @@ def convert_any(args: argparse.Namespace) -> int:
 
 
 def size(text: str) -> int:
-    """``2GB`` → bytes.
+    """Convert a size such as ``2GB`` to bytes.
 
     Raises:
         InputError: it is no size.
@@ -153,7 +154,7 @@ def import_model(args: argparse.Namespace) -> int:
     if args.no_progress:
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     data = load_data(experiment.data)
-    torch.manual_seed(experiment.run.seed)  # as a run is built, so that heads without a file start as they would there
+    torch.manual_seed(experiment.run.seed)  # as in training: heads without a file start alike
     backbone = build_backbone(experiment.model, data.vocab_size)
     objective = experiment.objective.build(backbone, data)
     module = JepaModel(backbone, objective)

@@ -68,10 +68,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def add_options(group: argparse._ArgumentGroup) -> None:
-    """A flag for every key of ``PrepareOptions``; absent from the namespace when it is not given."""
+    """Add a flag for every key of ``PrepareOptions``. A flag that is not given is absent from the namespace."""
     for name, field in PrepareOptions.model_fields.items():
         kind: Any = field.annotation
-        if isinstance(kind, UnionType):  # X | None: None is said by leaving it out
+        if isinstance(kind, UnionType):  # X | None: leaving the flag out means None
             (kind,) = (k for k in get_args(kind) if k is not type(None))
         told = kind in (str, int, float) or get_origin(kind) is Literal
         default = field.default if told and field.default is not None else ""
@@ -93,7 +93,7 @@ def add_options(group: argparse._ArgumentGroup) -> None:
 
 
 def chosen_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The options that were given, as ``PrepareOptions`` takes them."""
+    """Return the given options, as ``PrepareOptions`` takes them."""
     given = {k.removeprefix("option_"): v for k, v in vars(args).items() if k.startswith("option_")}
     for name, value in given.items():
         if isinstance(value, list):
@@ -168,7 +168,7 @@ def write_sections(args: argparse.Namespace) -> int:
 
 
 def summary(folder: Path, index: Index) -> str:
-    """What a folder of shards holds, and what was left out of it, for the terminal."""
+    """Return a summary of a folder of shards, and of the records left out of it, for the terminal."""
     rows = []
     for split, shards in index.splits.items():
         sums = [sum(getattr(shard, key) for shard in shards) for key in ("samples", "tokens", "bytes")]

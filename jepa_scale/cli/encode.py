@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """What :func:`jepa_scale.load` takes."""
+    """Add the arguments of :func:`jepa_scale.load`."""
     parser.add_argument(
         "--checkpoint", default="auto", metavar="PATH", help="which one (default: the newest whole one)"
     )

@@ -1,4 +1,4 @@
-"""Flags that every command has."""
+"""The flags that every command has."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 
 
 def logging_flags() -> argparse.ArgumentParser:
-    """The flags ``-v`` and ``-q`` as a parent of a command's parser; they set ``log_level``."""
+    """Return a parent parser with the flags ``-v`` and ``-q``, which set ``log_level``."""
     parent = argparse.ArgumentParser(add_help=False)
     flags = parent.add_mutually_exclusive_group()
     for letter, name, level, text in (

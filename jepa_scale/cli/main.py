@@ -27,7 +27,7 @@ PARSERS = {
     "plan": "jepa_scale.cli.plan",
     "watch": "jepa_scale.cli.watch",
 }
-"""Commands whose flags need modules that the others do without → where their ``parser`` is."""
+"""Command whose flags need modules of their own → the module that holds its ``parser``."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         args = parser().parse_args(argv)
     configure(args.log_level)
     if not shows_progress():
-        args.no_progress = True  # where a command has that flag
+        args.no_progress = True  # only some commands have that flag
     command: Callable[[argparse.Namespace], int] = args.command
     try:
         return command(args)
@@ -149,7 +149,7 @@ def report_runs(args: argparse.Namespace) -> int:
     for run in args.runs:
         if not (run / "metrics.jsonl").is_file():
             raise InputError(f"{run}: not a run directory (no metrics.jsonl)")
-    from jepa_scale.report.page import runs_table, write_report  # draws, which takes matplotlib
+    from jepa_scale.report.page import runs_table, write_report  # takes matplotlib
 
     for run in args.runs:
         write_report(run)

@@ -65,7 +65,7 @@ def print_plan(args: argparse.Namespace) -> int:
         if value is not None and value < 1:
             raise InputError(f"{flag} {value}: must be at least 1")
     experiment = validate(load_config(args.config, args.overrides))
-    from jepa_scale.plan.planner import Request, make_plan  # takes torch, and seconds
+    from jepa_scale.plan.planner import Request, make_plan  # imports torch, which takes seconds
 
     request = Request(
         args.world_size, gpu, args.tp, args.replicas, args.activation_checkpointing, args.tokens, args.vocab_size,
@@ -82,7 +82,7 @@ def print_plan(args: argparse.Namespace) -> int:
 
 
 def as_dict(plan: RunPlan) -> dict[str, Any]:
-    """Plain numbers: bytes, seconds, FLOPs."""
+    """Return the plan as plain numbers: bytes, seconds, FLOPs."""
     values = {
         name: getattr(plan, name)
         for name in (
@@ -104,7 +104,7 @@ def as_dict(plan: RunPlan) -> dict[str, Any]:
 
 
 def report(plan: RunPlan, gpu: str, efficiency: float) -> str:
-    """For people to read."""
+    """Return the plan as text for the terminal."""
     from jepa_scale.plan.hardware import GIB
     from jepa_scale.plan.memory_tracker import KINDS
 

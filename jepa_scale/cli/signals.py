@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as one exception, for commands that go on where they were stopped."""
+"""SIGTERM and SIGINT as one exception, for commands that can be resumed."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal has stopped a command. As a KeyboardInterrupt it is not taken for a failure by ``except Exception``."""
+    """A signal has stopped a command. It is a KeyboardInterrupt, so that ``except Exception`` does not catch it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
         self.exit_code = 128 + number
-        """As a shell has it of a process that the signal has ended: 143 or 130."""
+        """The exit code that a shell reports for a process that the signal has ended: 143 or 130."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The command line of training, and a bad config's refusal: before torch is imported, which takes seconds."""
+"""The command line of training. A bad config is refused before torch is imported, which takes seconds."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def refused(argv: Sequence[str]) -> int:
 
 
 def refused_evaluation(run: Path, overrides: Sequence[str]) -> int:
-    """Check the config, with the overrides, of the run that a process is to evaluate. Returns the exit code, as above."""
+    """Check the config, with the overrides, of a run to evaluate. Returns the exit code: 0, or 2 after printing what is
+    wrong."""
     try:
         validate(load_config(config_of(run), list(overrides)))
     except InputError as error:

@@ -1,4 +1,4 @@
-"""``jepa-scale watch``: follow runs by their folders, from any machine that sees them."""
+"""The sub-command ``jepa-scale watch``: follow runs by their folders, from any machine that can read them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SHOWN = ("mfu", "data_wait", "packing_efficiency", "grad_norm", "lr")
 
 
 def view(status: Status) -> list[str]:
-    """A run as a few lines: how far, how well, what its evaluations said."""
+    """Format a run as a few lines: its progress, its loss and the results of its evaluations."""
     share = min(1.0, status.step / status.steps) if status.steps else 0.0
     bar = "█" * round(BAR * share) + "·" * (BAR - round(BAR * share))
     steps = f"step {status.step:,}" + (f" of {status.steps:,}" if status.steps else "")
@@ -72,7 +72,7 @@ def view(status: Status) -> list[str]:
 
 
 def curve(values: Sequence[float], width: int = CURVE) -> str:
-    """Values as a line of bars, from the least to the greatest; each of ``width`` bars is a mean of neighbours."""
+    """Format values as one line of ``width`` bars between the least and the greatest; a bar is a mean of neighbours."""
     if not values:
         return ""
     bars = min(width, len(values))
@@ -85,7 +85,7 @@ def curve(values: Sequence[float], width: int = CURVE) -> str:
 
 
 class Screen:
-    """Lines that are shown in place of those before, on a terminal that knows ANSI's codes."""
+    """Lines that replace those shown before, on a terminal with ANSI escape codes."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream, self._height = stream, 0

@@ -1,4 +1,4 @@
-"""How a teacher follows: the keys of ``ema:`` in objectives that have one."""
+"""The keys of ``ema:``, for objectives with an EMA teacher."""
 
 from __future__ import annotations
 

@@ -13,14 +13,15 @@ from jepa_scale.utils.errors import InputError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHIPPED = REPOSITORY if (REPOSITORY / "configs").is_dir() else Path(__file__).resolve().parents[1]
-"""Where ``configs/`` lies: in the repository, or in the package if that was installed from a wheel."""
+"""The folder that holds ``configs/``: the repository, or the package if it was installed from a wheel."""
 
 
 def find_file(path: str | Path, key: str, beside: Path | None = None) -> Path:
-    """The file that ``path`` means: as given, beside the config that names it, or among those of jepa_scale (:data:`SHIPPED`).
+    """Find the file of ``path``: as given, beside the config that names it, or among those of jepa_scale
+    (:data:`SHIPPED`).
 
     Raises:
-        InputError: no such file in any of these places.
+        InputError: no such file in any of these folders.
     """
     path = Path(path).expanduser()
     places = [path] if path.is_absolute() else [Path.cwd() / path, *([beside / path] if beside else []), SHIPPED / path]
@@ -31,7 +32,7 @@ def find_file(path: str | Path, key: str, beside: Path | None = None) -> Path:
 
 
 def shipped_configs() -> list[tuple[str, str]]:
-    """Names for ``--config``, and the first line of the comment that each begins with."""
+    """Return the names for ``--config``, each with the first line of the file's opening comment."""
     files = sorted((SHIPPED / "configs").glob("*.yaml"))
     return [
         (f"configs/{file.name}", file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")) for file in files
@@ -39,7 +40,7 @@ def shipped_configs() -> list[tuple[str, str]]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping from a file, with the file and line in the error when it is damaged."""
+    """Read a YAML mapping from a file. The error for a damaged file names the file and the line."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -93,5 +94,5 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 
 def to_yaml(values: dict[str, Any]) -> str:
-    """The text of a config file that holds these values."""
+    """Return the text of a config file that holds these values."""
     return yaml.safe_dump(values, sort_keys=False, width=100)

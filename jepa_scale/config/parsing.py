@@ -1,4 +1,4 @@
-"""Turn values into a section, or into one line that names the key that is wrong."""
+"""Turn values into a section, or into a one-line error that names the wrong key."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def parse_section(cls: type[S], values: Any, prefix: str) -> S:
 
 
 def _sections_in(annotation: Any) -> Iterator[type[Section]]:
-    """The sections that a value of this type may hold, also as an item of a list or a mapping."""
+    """Return the sections that a value of this type may hold, also as an item of a list or a mapping."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         yield annotation
     for inner in get_args(annotation):
@@ -53,7 +53,7 @@ def _explain(cls: type[Section], error: ValidationError, prefix: str) -> str:
         return f"{name}: unknown key; {hint}"
     if first["type"] == "missing":
         return f"{name}: required key is missing"
-    if first["type"] == "value_error":  # of a validator of ours, which knows what to say
+    if first["type"] == "value_error":  # raised by a validator of ours, whose message is complete
         said = str(first["ctx"]["error"])
         key = said.partition(":")[0]
         return ".".join(filter(None, [prefix, said])) if not path and key in cls.model_fields else f"{name}: {said}"

@@ -1,7 +1,8 @@
 """The sections of a config and their keys.
 
-Sections are pydantic models: unknown keys and wrong types are errors that name the key, and every key's description
-travels with it. The options of an objective, a source, a model and an evaluation are declared as :class:`Section` classes
+Sections are pydantic models: unknown keys and wrong types are errors that name the key, and every key is declared with
+its description. The options of an objective, a source, a model and an evaluation are declared as :class:`Section`
+classes
 beside their code.
 """
 
@@ -19,13 +20,13 @@ class Section(BaseModel):
     To change a value, make a new section with ``section.model_copy(update={...})``. The new value is not checked.
     """
 
-    # what checks a section is built when it is first used: of the many sections an experiment has a few
+    # a validator is built when its section is first used: an experiment uses few of the many sections
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), defer_build=True
     )
 
     former_names: ClassVar[dict[str, str]] = {}
-    """Name that a key had in the last release → its name now. A config may use the former one for one more release."""
+    """A key's name in the last release → its name now. A config may use the former name for one more release."""
 
     @model_validator(mode="before")
     @classmethod
@@ -41,11 +42,12 @@ class Section(BaseModel):
         return values
 
     def resolved(self) -> dict[str, Any]:
-        """All keys that mean something, defaults filled in, as plain YAML values; they load again as the same section."""
+        """Return all keys in use, with defaults filled in, as plain YAML values that load as the same section."""
         return self.model_dump(mode="json", exclude_none=True)
 
     def _fill(self, **values: Any) -> None:
-        """Set keys that follow from others. Only a validator of the section may call this: it runs before the section is in use."""
+        """Set keys that follow from others. Only a validator of the section may call this, before the section is in
+        use."""
         self.__dict__.update(values)
 
 
@@ -146,11 +148,11 @@ RENAMED_METRICS = {
     "effective_rank_context": "covariance_entropy_rank_context",
     "effective_rank_target": "covariance_entropy_rank_target",
 }
-"""Name that a metric had in version 0.1 → its name now. A config may use the former one until 0.3."""
+"""A metric's name in version 0.1 → its name now. A config may use the former name until 0.3."""
 
 
 def _current_metric(key: str) -> str:
-    """``split/metric`` with the name that the metric has now."""
+    """Return ``split/metric`` with the metric's present name."""
     split, _, name = key.rpartition("/")
     if name not in RENAMED_METRICS:
         return key
@@ -163,7 +165,8 @@ MetricKey = Annotated[str, AfterValidator(_current_metric)]
 
 
 class EarlyStopping(Section):
-    """End the run when an evaluation's metric gets no better. Better is what the metric's kind says: a loss is to fall."""
+    """End the run when an evaluation's metric stops improving. The metric's kind decides the direction: a loss must
+    fall."""
 
     metric: MetricKey = Field(description="As split/metric, e.g. valid/ppl.", pattern=r"^[^/]+/[^/]+$")
     patience: int = Field(10, ge=1, description="Evaluations in a row without an improvement after which the run ends.")
@@ -171,7 +174,7 @@ class EarlyStopping(Section):
 
 
 class AbortRule(Section):
-    """End the run, with an error, when a metric is not as it should be. NaN and infinity never are."""
+    """End the run, with an error, when a metric leaves its allowed range. NaN and infinity are never allowed."""
 
     metric: MetricKey = Field(
         description="As split/metric; the split fit is the training itself, looked at in its logged rows.",
@@ -275,7 +278,7 @@ class LogConfig(Section):
 class Config(Section):
     """A whole experiment."""
 
-    # The four mappings stay as they are written, because their keys depend on what they name.
+    # The four mappings stay unparsed here, because their keys depend on the class that each names.
     # jepa_scale.experiment.validate turns them into options, and the config into an Experiment.
     run: RunConfig = Field(RunConfig(), description="Name, place and seed.")
     engine: EngineConfig = Field(EngineConfig(), description="Who shards the model.")

@@ -1,1 +1,1 @@
-"""What every package may use."""
+"""Helpers that every package may use."""

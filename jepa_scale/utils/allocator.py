@@ -1,8 +1,8 @@
-"""Which ``malloc`` a process has.
+"""The ``malloc`` implementation of a process.
 
-glibc hands a large tensor back to the kernel when it is freed, so that the next one pays for its pages again. tcmalloc keeps
-them, and steps on a CPU are faster with it (docs/performance.md). A process has the ``malloc`` that it was started with: the
-scripts that start runs preload it.
+glibc returns the memory of a large tensor to the kernel when it is freed, so that the next tensor pays for its page
+faults again. tcmalloc keeps the pages, and steps on a CPU are faster with it (docs/performance.md). A process cannot
+change its ``malloc`` after its start, so the scripts that start runs preload tcmalloc.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ VARIABLE = "JEPA_SCALE_MALLOC"
 
 
 def in_use() -> str:
-    """``tcmalloc``, ``jemalloc`` or ``mimalloc`` if the process has it, else ``system``."""
+    """Return the process's ``malloc``: ``tcmalloc``, ``jemalloc``, ``mimalloc`` or ``system``."""
     try:
         mapped = Path("/proc/self/maps").read_text()
     except OSError:
@@ -32,7 +32,7 @@ def in_use() -> str:
 
 
 def advise(device: torch.device) -> None:
-    """Log how a run on a CPU would be faster, unless it has such a ``malloc`` or its user wants none."""
+    """Log a hint about a faster ``malloc`` for a run on a CPU, unless it has one or the user has opted out."""
     if sys.platform == "linux" and device.type == "cpu" and in_use() == "system" and not os.environ.get(VARIABLE):
         logger.info(
             "memory: steps on a CPU are faster with tcmalloc, which scripts/launch_torchrun.sh preloads where it is installed "

@@ -10,4 +10,4 @@ class InputError(ValueError):
 
 
 class DataError(InputError):
-    """A damaged or missing sample, found by whoever reads it: one rank may meet it alone, in the middle of a run."""
+    """A damaged or missing sample, found when it is read: perhaps by one rank alone, in the middle of a run."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns padded to their widest cell, the first one left-aligned, the others right-aligned; no trailing
+    """Format a table: columns padded to their widest cell, the first left-aligned, the others right-aligned; no final
     newline.
 
     Raises:
@@ -25,12 +25,12 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def format_flops(value: float | None) -> str:
-    """As ``1.23e15``, ``-`` for a missing value."""
+    """Format FLOPs as ``1.23e15``, a missing value as ``-``."""
     return "-" if value is None else f"{value:.2e}".replace("e+", "e")
 
 
 def format_number(value: float | int | None) -> str:
-    """A metric as people read it: thousands grouped, four significant digits, ``-`` for a missing value."""
+    """Format a metric with grouped thousands and four significant digits; ``-`` for a missing value."""
     if value is None:
         return "-"
     if isinstance(value, int):

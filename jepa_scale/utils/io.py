@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Atomic file writes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write a whole file, on the disk, or leave the old one. A killed write leaves ``<name>.partial``."""
+    """Write a whole file through to the disk, or leave the old one. A killed write leaves ``<name>.partial``."""
     partial = path.with_name(path.name + ".partial")
     with open(partial, "wb") as file:
         file.write(data.encode() if isinstance(data, str) else data)
@@ -18,7 +18,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """So that a rename in it survives a crash of the machine."""
+    """Flush a folder to the disk, so that a rename in it survives a crash of the machine."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

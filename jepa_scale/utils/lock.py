@@ -1,4 +1,4 @@
-"""A lock over all processes, also of several hosts, that see the same file."""
+"""A lock among all processes, also of several hosts, that share a file system."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ JOB_LOCK = "job.lock"
 POLL = 0.25
 """Seconds between two tries of a process that waits; hundreds of ranks may wait for one file server."""
 TRY = 0.2
-"""Seconds for which a process that does not wait tries: a lock that is just being given back counts as free."""
+"""Seconds for which a process that does not wait tries: a lock that is just being released counts as free."""
 
 
 @contextmanager
 def locked(path: Path, wait: bool = True) -> Iterator[None]:
     """Hold the lock whose file is ``path``. It is free again when the process ends, however it ends.
 
-    The file names its holder, and is removed when the lock is given back.
+    The file names its holder, and is removed when the lock is released.
 
     Raises:
         InputError: another process holds it and ``wait`` is false, or the file system has no locks.
@@ -46,7 +46,7 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            path.unlink()  # before it is given back: a process that has opened it meanwhile sees that it is gone
+            path.unlink()  # before the release: a process that has opened it meanwhile finds it removed
         lock.release()
 
 

@@ -1,7 +1,7 @@
 """Logging: one hierarchy of loggers, ``jepa_scale.*``, and one handler on stderr.
 
-Every module logs to ``logging.getLogger(__name__)``. An entry point calls :func:`configure` once; a program that imports the
-package and does not configure logging itself gets warnings alone, as from any library.
+Every module logs to ``logging.getLogger(__name__)``. An entry point calls :func:`configure` once. A program that
+imports the package and does not configure logging itself gets only warnings, as from any library.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class RankFilter(logging.Filter):
 
 
 class StderrHandler(logging.StreamHandler[TextIO]):
-    """Writes to what ``sys.stderr`` is when the record comes."""
+    """A handler that writes to the ``sys.stderr`` of the moment at which a record arrives."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -43,7 +43,7 @@ class StderrHandler(logging.StreamHandler[TextIO]):
         return sys.stderr
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Ignore a stream that takes nothing, such as a file on a full disk: a lost message is no reason to stop a run."""
+        """Ignore a stream that cannot be written, such as a file on a full disk: a lost message must not stop a run."""
         if not isinstance(sys.exc_info()[1], OSError):
             super().handleError(record)
 
@@ -63,11 +63,11 @@ def configure(level: int = logging.INFO) -> None:
 
 
 def configured_level() -> int | None:
-    """The level that :func:`configure` was given in this process, None if it was not called."""
+    """Return the level that :func:`configure` was given in this process, None if it was not called."""
     logger = logging.getLogger(ROOT)
     return logger.level if any(isinstance(h, StderrHandler) for h in logger.handlers) else None
 
 
 def shows_progress() -> bool:
-    """Whether progress bars are wanted: not where warnings alone are."""
+    """Return whether progress bars are wanted; not if only warnings are logged."""
     return (configured_level() or logging.INFO) <= logging.INFO
