@@ -1,4 +1,4 @@
-"""From ``data:`` to examples, and from examples to the micro-batches of a step."""
+"""Data: the sources of ``data:``, their examples, and the micro-batches made of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from jepa_scale.data.options import SOURCES, MixtureOptions, ReversalOptions, So
 
 
 def load_data(options: SourceOptions) -> Dataset:
-    """The data set that ``data:`` describes.
+    """Open the data set that ``data:`` describes.
 
     Raises:
         InputError: naming the key, file or row.

@@ -1,4 +1,4 @@
-"""What a source of data hands to the trainer."""
+"""The interface between a source of data and the trainer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import Field
 
 from jepa_scale.config.schema import Section
 
-if TYPE_CHECKING:  # options are checked before anything that takes time is imported
+if TYPE_CHECKING:  # options are checked before any slow import
     import numpy as np
 
     from jepa_scale.data.sampling.order import Order
@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # options are checked before anything that takes time is impo
 
 Evaluation = Literal["answers", "perplexity", "chat"]
 Kind = Literal["reversal", "text", "chat", "grids"]
-"""What examples are: facts, documents, conversations or sequences of grids."""
+"""Kind of the examples: facts, documents, conversations or sequences of grids."""
 
 
 class DataOptions(Section):
@@ -42,18 +42,18 @@ class Examples(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, number: int, /) -> Any:
-        """A pure function of the number; it may run in a loader worker.
+        """Return an example by number. It depends on the number alone, and may be read in a loader worker.
 
         Raises:
             DataError: the example is damaged.
         """
 
     def sizes(self, numbers: np.ndarray) -> np.ndarray:
-        """(m,) int64 example numbers → (m,) int64 tokens of each, without reading them."""
+        """Return the (m,) int64 token counts of (m,) int64 example numbers, without reading the examples."""
 
     @property
     def max_size(self) -> int:
-        """Tokens that no example exceeds."""
+        """Upper bound on the tokens of an example."""
 
     @property
     def mean_size(self) -> float:
@@ -63,22 +63,22 @@ class Examples(Protocol):
 class Dataset(Protocol):
     """Examples to train on and splits to evaluate.
 
-    Examples are whatever the source makes of its data (see each source); an objective's view maker turns one
-    into segments. Evaluation splits are never trained on, unless a split says by its name that it is a sample of the
-    training data (``train``).
+    The type of an example depends on the source (see each source); an objective's view maker turns an example into
+    segments. Evaluation splits are never trained on, except samples of the training data, marked by their names
+    (``train``).
     """
 
     @property
     def kind(self) -> Kind:
-        """What the examples are; ``chat`` for a mixture with conversations in any part."""
+        """Kind of the examples; ``chat`` for a mixture with conversations in any part."""
 
     @property
     def train(self) -> Examples:
-        """Everything that is trained on."""
+        """All examples to train on."""
 
     @property
     def splits(self) -> Mapping[str, Any]:
-        """What is evaluated, by name: sequences of questions, or :class:`Examples`."""
+        """Evaluation splits by name: sequences of questions, or :class:`Examples`."""
 
     @property
     def vocab_size(self) -> int:
@@ -86,14 +86,14 @@ class Dataset(Protocol):
 
     @property
     def special(self) -> Mapping[str, Any]:
-        """Token ids with a meaning, by name; which names there are depends on the source."""
+        """Special token ids by name; the names depend on the source."""
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """What became of the source's records: samples, and how many were split, dropped …; told before training."""
+        """Number of samples, and of source records that were split, dropped …; logged before training."""
 
     def order(self, seed: int) -> Order:
-        """The order in which a run of that seed meets ``train``."""
+        """Return the order of ``train`` in a run of that seed."""
 
     @property
     def fingerprint(self) -> str:

@@ -1,4 +1,4 @@
-"""On what a run ran: versions, machine, ranks, commit."""
+"""The environment of a run: versions, machine, ranks, commit."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from jepa_scale.utils import allocator
 
 
 def describe_environment(ranks: ParallelContext, engine: str, precision: str) -> dict[str, Any]:
-    """What ``summary.json`` says of the machine. Packages that aren't installed are ``None``; ``git_commit``
-    and ``git_changes`` (uncommitted ones) are there only when the package lies in a git checkout of its
-    own."""
+    """Return the machine's entries of ``summary.json``.
+
+    Packages that are not installed are ``None``. ``git_commit`` and ``git_changes`` (uncommitted ones) are there only
+    if the package lies in a git checkout of its own.
+    """
     environment: dict[str, Any] = {
         **package_versions(),
         "platform": platform.platform(),
@@ -40,7 +42,7 @@ def describe_environment(ranks: ParallelContext, engine: str, precision: str) ->
 
 
 def package_versions() -> dict[str, str | None]:
-    """Of the packages that results depend on; None = not installed."""
+    """Return the versions of the packages that results depend on; None = not installed."""
     return {
         "jepa_scale": __version__,
         "torch": torch.__version__,

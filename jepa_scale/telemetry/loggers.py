@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases: optional listeners that can never stop a run."""
+"""TensorBoard and Weights & Biases: optional loggers whose failure never stops a run."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from jepa_scale.config.schema import LogConfig
 logger = logging.getLogger(__name__)
 
 WANDB_ID_FILE = "wandb_id.txt"
-_ONLINE_SECONDS = 30.0  # how long W&B may take to connect, to log in or to finish its uploads
+_ONLINE_SECONDS = 30.0  # limit for W&B to connect, to log in or to finish its uploads
 
 
 class Logger(Protocol):
-    """Somebody who is told each row; names are those of :func:`jepa_scale.telemetry.metrics.chart`, values finite or NaN."""
+    """A receiver of each row; names are those of :func:`jepa_scale.telemetry.metrics.chart`, values are finite or
+    NaN."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None: ...
 
@@ -33,9 +34,9 @@ class TensorBoardLogger:
     superseded."""
 
     def __init__(self, run_dir: Path, start_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and wanted by few runs
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and few runs use it
 
-        purge = start_step + 1 if start_step else 0  # from the very start again: nothing before it holds
+        purge = start_step + 1 if start_step else 0  # a start from step 0 supersedes all earlier events
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -48,12 +49,12 @@ class TensorBoardLogger:
 
 
 class WandbLogger:
-    """A W&B run: offline unless ``WANDB_MODE`` or ``WANDB_API_KEY`` says otherwise, and offline too when an
-    online run cannot be started. The run's id is kept in the run directory, so that a resumed run continues
-    it.
+    """A W&B run, continued by a resumed run, whose id is kept in the run directory.
 
-    The step is a metric of its own: W&B drops rows whose own step number goes back, as it does after a resume
-        from an
+    It is offline unless ``WANDB_MODE`` or ``WANDB_API_KEY`` sets it online, and also if an online run cannot be
+    started.
+
+    The step is a metric of its own, because W&B drops rows whose own step number decreases, as after a resume from an
     older checkpoint.
     """
 
@@ -143,7 +144,7 @@ class Loggers:
 
 
 def start_loggers(run_dir: Path, log: LogConfig, name: str, config_yaml: str, start_step: int) -> Loggers:
-    """The loggers that the config asks for."""
+    """Start the loggers that the config names."""
     loggers = Loggers()
     if log.tensorboard:
         loggers.add("tensorboard", lambda: TensorBoardLogger(run_dir, start_step))
@@ -157,7 +158,7 @@ def start_loggers(run_dir: Path, log: LogConfig, name: str, config_yaml: str, st
 
 
 def _has_wandb_key() -> bool:
-    """Whether the client can log in without asking. It would prompt on a terminal otherwise."""
+    """Return whether the client has an API key. Without one it would prompt on a terminal."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:
@@ -171,7 +172,7 @@ def _has_wandb_key() -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """Type and first line of an error, with the API key struck out should a client quote it."""
+    """Return type and first line of an error, with the API key removed in case the client quotes it."""
     text = (str(error).strip().splitlines() or [""])[0]
     key = os.environ.get("WANDB_API_KEY")
     if key:

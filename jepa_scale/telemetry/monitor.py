@@ -1,4 +1,4 @@
-"""What runs are doing, read off their folders: step, loss, tokens/s, time left, newest checkpoint, and what is wrong."""
+"""The status of runs, from their folders: step, loss, tokens/s, time left, newest checkpoint, and alarms."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from jepa_scale.telemetry.records import CONFIG_FILE, FIT, METRICS_FILE, SUMMARY
 from jepa_scale.utils.format import format_number
 
 RECENT = 20
-"""Rows of training from which the time of a step is taken."""
+"""Number of training rows from which the time of a step is measured."""
 
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """A run at one moment.
+    """The status of a run at one moment.
 
     Attributes:
         step: of the newest row of training; 0 = none yet. steps: in all, None = not known.
@@ -29,8 +29,8 @@ class Status:
         seconds_left: of training time, without evaluations and saves; None = not known.
         checkpoint: step of the newest complete one; None = there is none.
         silent: seconds since the run last wrote anything.
-        ended: whether its processes have ended in order (also by a signal or an error that they told of).
-        alarm: what is wrong; empty = nothing.
+        ended: whether its processes have ended in order (also by a signal or by an error that they reported).
+        alarm: the problem; empty = none.
         losses: of the rows of training, as far as they are finite. row: the newest of them.
         evaluated: split → its newest row.
     """
@@ -62,7 +62,7 @@ class Status:
 
 
 def duration(seconds: float | None) -> str:
-    """``1 day, 2:03:04``; ``?`` if it is not known."""
+    """Format seconds as ``1 day, 2:03:04``; ``?`` if they are not known."""
     return "?" if seconds is None else str(timedelta(seconds=round(seconds)))
 
 
@@ -109,7 +109,7 @@ def look(run: Path, stall: float, now: float | None = None) -> Status:
 
 
 def _steps(config: dict[str, Any], state: dict[str, Any]) -> int | None:
-    """Of the whole run. With epochs or FLOPs a checkpoint alone knows what they came to."""
+    """Return the steps of the whole run. If the run is set in epochs or FLOPs, only a checkpoint holds their number."""
     train = config.get("train") or {}
     return int(train.get("steps") or state.get("steps") or 0) or None
 
@@ -122,7 +122,7 @@ def _seconds_per_step(rows: Sequence[Row]) -> float | None:
 
 
 def _ended(run: Path) -> bool:
-    """The summary is written last; a run that goes on writes its rows anew."""
+    """Return whether the run has ended: its summary is written last, and newer rows belong to a resumed run."""
     try:
         summary, rows = (run / SUMMARY_FILE).stat(), (run / METRICS_FILE).stat()
         json.loads((run / SUMMARY_FILE).read_text(encoding="utf-8"))
@@ -132,7 +132,8 @@ def _ended(run: Path) -> bool:
 
 
 def _last_sign(run: Path) -> float:
-    """When it last wrote rows, a checkpoint, or (each rank, in each phase of a step) a file of the watchdog's."""
+    """Return when the run last wrote rows, a checkpoint, or a watchdog file (each rank writes one in each phase of a
+    step)."""
     signs = [run / CONFIG_FILE, run / METRICS_FILE, run / "checkpoints", *(run / "watchdog").glob("*.json")]
     times = []
     for path in signs:

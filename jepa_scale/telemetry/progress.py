@@ -1,4 +1,4 @@
-"""How far the run is: a bar on a terminal, a message every tenth elsewhere."""
+"""Progress of a run: a bar on a terminal, elsewhere a message after every tenth of the run."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 class Progress:
     """Progress of ``total`` optimizer steps, starting at ``start``.
 
-    If ``stream`` (stderr) is a terminal, a bar with loss, tokens/s and time left; else a message whenever a tenth of the run
-    has gone by.
+    If ``stream`` (stderr) is a terminal, it is a bar with loss, tokens/s and time left; else a message after every
+    tenth of the run.
     """
 
     def __init__(self, name: str, total: int, start: int = 0, stream: TextIO | None = None) -> None:
@@ -39,12 +39,12 @@ class Progress:
             )
 
     def step(self, step: int) -> None:
-        """Called every step; cheap."""
+        """Show a finished step. Cheap: it is called every step."""
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
 
     def values(self, step: int, loss: float | None, tokens_per_second: float | None, seconds: float) -> None:
-        """Called at log steps; ``seconds`` is the training time since ``start``."""
+        """Show the values of a logged step; ``seconds`` is the training time since ``start``."""
         shown = f"loss {format_number(loss)}  {format_number(tokens_per_second)} tokens/s"
         if self._bar is not None:
             self._bar.set_postfix_str(shown, refresh=False)

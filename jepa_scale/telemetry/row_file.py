@@ -1,4 +1,4 @@
-"""The open ``metrics.jsonl``."""
+"""The open file ``metrics.jsonl``."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ logger = logging.getLogger(__name__)
 
 
 class RowFile:
-    """Appends lines, each on disk (as far as the system is concerned) before the call returns.
+    """A file to which lines are appended; each is handed to the operating system before the call returns.
 
-    Where they cannot be written, on a full disk perhaps, lines wait in memory and are written with the next one that can
-    be: a run goes on without room for its rows, as it does without room for a checkpoint. That is told once each time.
+    Lines that cannot be written, for example on a full disk, wait in memory and are written with the next line that can
+    be. So a run goes on without room for its rows, as it does without room for a checkpoint. Each such failure is
+    logged once.
     """
 
     def __init__(self, path: Path) -> None:
@@ -45,5 +46,5 @@ class RowFile:
 
     def _flush(self) -> None:
         while self._waiting:
-            written = os.write(self._descriptor, self._waiting)  # of a line, too, when the room ends in it
+            written = os.write(self._descriptor, self._waiting)  # perhaps a part of a line
             self._waiting = self._waiting[written:]

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class Stopwatch:
-    """Training time in seconds: it stands still inside :meth:`paused`."""
+    """A clock of training time in seconds; it stops inside :meth:`paused`."""
 
     def __init__(self, seconds: float = 0.0) -> None:
         self._seconds = seconds
@@ -57,24 +57,25 @@ class Stopwatch:
 
 
 class RunLog:
-    """Rows, summary, loggers and progress of one run. Used alike on every rank; only rank 0 writes.
+    """Rows, summary, loggers and progress of one run. Every rank makes the same calls; only rank 0 writes.
 
-    It is handed Python numbers and never reads the device. ``with RunLog(…) as log:`` opens the run directory
-    and starts the clock, ``log.tick(step)`` follows every optimizer step, ``log.fit(…)`` writes a row of the
-    running training, ``log.evaluated(…)`` one of an evaluation, and ``with log.paused():`` keeps evaluations
-    and saves out of tokens/s. Leaving the block, also by an exception, writes ``summary.json``. In a row a
-    value of ``None`` is left out; NaN and infinities are written as ``null``.
+    It takes Python numbers and never reads the device. ``with RunLog(…) as log:`` opens the run directory and starts
+    the clock, ``log.tick(step)`` follows every optimizer step, ``log.fit(…)`` writes a row of the running training,
+    ``log.evaluated(…)`` one of an evaluation, and ``with log.paused():`` keeps evaluations and saves out of tokens/s.
+    Leaving the block, also by an exception, writes ``summary.json``. In a row a value of ``None`` is left out; NaN and
+    infinities are written as ``null``.
 
     Args:
         run_dir: made by :func:`jepa_scale.telemetry.records.prepare_run_dir`.
         name: of the run. total_steps: optimizer steps. config_yaml: the resolved config.
         start_step: the step of the checkpoint that a run is resumed from: later rows are dropped, and tokens
-            and time continue from ``state`` (what :meth:`state` gave when the checkpoint was made), else from
+            and time continue from ``state`` (the value of :meth:`state` when the checkpoint was saved), else from
             the last row kept.
         engine, precision: as the run was built, for the summary.
-        peak: FLOP/s that a rank's device can do at most, for the column ``mfu``; without it there is none.
-        budget: FLOPs that the run was to take, for the summary; 0 = none were given.
-        data: what became of the source's records (samples, split, dropped …), for the summary and one line at the start.
+        peak: peak FLOP/s of a rank's device, for the column ``mfu``; without it there is no such column.
+        budget: FLOP budget of the run, for the summary; 0 = none was given.
+        data: counts of the source's records by outcome (samples, split, dropped …), for the summary and the log at the
+            start.
     """
 
     def __init__(
@@ -97,9 +98,9 @@ class RunLog:
         self.run_dir, self.name, self.total_steps = Path(run_dir), name, total_steps
         self.step = start_step
         self.tokens = 0
-        """Tokens trained so far, over all ranks, as far as they were handed over."""
+        """Tokens trained so far, over all ranks, as passed to :meth:`tick` and :meth:`fit`."""
         self.flops = 0
-        """FLOPs of training so far, in the same way."""
+        """FLOPs of training so far, as passed to :meth:`fit`."""
         self.clock = Stopwatch()
         self._peak, self._budget = peak, budget
         self._log, self._ranks, self._config_yaml = log, ranks, config_yaml
@@ -143,20 +144,19 @@ class RunLog:
         return kept
 
     def tick(self, step: int, tokens: int = 0) -> None:
-        """An optimizer step is done; ``tokens`` it trained on over all ranks, if the host knows the number
-        already."""
+        """Count a finished optimizer step, and its ``tokens`` over all ranks if the host has their number already."""
         self.step = step
         self.tokens += tokens
         if self._progress is not None:
             self._progress.step(step)
 
     def fit(self, step: int, values: Mapping[str, float | None], tokens: int = 0, flops: int = 0) -> None:
-        """A row of split ``"fit"`` after optimizer step ``step``.
+        """Write a row of split ``"fit"`` after optimizer step ``step``.
 
-        ``tokens`` are those trained on over all ranks that :meth:`tick` wasn't told of, ``flops`` what all ranks spent on
-        them. The row gets more columns: ``tokens_per_second`` since the last fit row and ``seconds`` of training time since
-        the run began, both without the time spent in :meth:`paused`, and ``mfu``, the share of the devices' peak that the
-        FLOPs since the last fit row were, where the peak is known.
+        ``tokens`` are those trained on over all ranks and not yet passed to :meth:`tick`; ``flops`` are the FLOPs of
+        all ranks for them. The row gets more columns: ``tokens_per_second`` since the last fit row and ``seconds`` of
+        training time since the run began, both without the time spent in :meth:`paused`, and, if the peak is known,
+        ``mfu``: the FLOPs since the last fit row as a share of the devices' peak.
         """
         self.step = step
         self.tokens += tokens
@@ -173,7 +173,7 @@ class RunLog:
             self._progress.values(step, records.clean(values.get("loss")), rate, seconds - self._began)
 
     def evaluated(self, step: int, split: str, values: Mapping[str, float | None]) -> None:
-        """A row of an evaluation split, made with the parameters after optimizer step ``step``."""
+        """Write a row of an evaluation split, evaluated with the parameters after optimizer step ``step``."""
         assert split != FIT, f"{FIT!r} is the split of training rows"
         self._write(step, split, values)
         if self._progress is not None:
@@ -181,16 +181,16 @@ class RunLog:
             self._progress.note(f"{self.name}  step {step}  {split:8} {shown}")
 
     def has_evaluated(self, step: int) -> bool:
-        """Whether there are rows of an evaluation after that step, from before a resume; the same on every rank."""
+        """Return whether an evaluation after that step was logged before a resume; the same on every rank."""
         found = any(row["step"] == step and row["split"] != FIT for row in self._kept)
         return bool(broadcast_object(found))
 
     def paused(self) -> Any:
-        """``with log.paused():`` around what is not training."""
+        """Stop the training clock in the block: ``with log.paused():`` around evaluations and saves."""
         return self.clock.paused()
 
     def state(self) -> dict[str, float]:
-        """Tokens, seconds and FLOPs so far, for a checkpoint."""
+        """Return the tokens, seconds and FLOPs so far, for a checkpoint."""
         return {"tokens": self.tokens, "seconds": self.clock.seconds, "flops": self.flops}
 
     def _write(self, step: int, split: str, values: Mapping[str, float | None]) -> None:
@@ -205,8 +205,10 @@ class RunLog:
         self._loggers.log(step, told)
 
     def close(self, exit_code: int = 0) -> dict[str, Any]:
-        """Stop the clock, write and return the summary (empty on other ranks), close the loggers. Twice is
-        once."""
+        """Stop the clock, write and return the summary (empty on other ranks), and close the loggers.
+
+        A second call changes nothing.
+        """
         self.clock.stop()
         if self._file is None:
             return {}
