@@ -1,4 +1,4 @@
-"""What readers, encoders and the job that drives them agree on."""
+"""The interfaces between readers, encoders and the job that runs them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from pydantic import Field
 from jepa_scale.config.schema import Section
 from jepa_scale.data.base import Kind
 
-if TYPE_CHECKING:  # options are checked before anything that takes time is imported
+if TYPE_CHECKING:  # options are checked before any slow import
     from jepa_scale.data.shards.format import Sample
 
 
 class RecordOptions(Section):
-    """What decides the samples that raw data of one kind becomes. Prepared again with the same options, the same data
-    give the same bytes."""
+    """The options that determine the samples made of raw data. The same data and options give the same bytes."""
 
     tokenizer: str = Field(
         "bpe", description="bpe = train one on the data; else a Hugging Face name or a local folder."
@@ -57,7 +56,7 @@ class RecordOptions(Section):
 
 
 class PrepareOptions(RecordOptions):
-    """The same, whatever the kind."""
+    """The options of every kind of raw data."""
 
     kind: Literal["auto", "text", "chat", "reversal", "grids"] = Field(
         "auto", description="What the data are; auto = told from the files."
@@ -69,7 +68,7 @@ class Record:
     """One raw record.
 
     Attributes:
-        where: ``file:line``, ``file#row``, ``shard:member`` — what an error calls it.
+        where: ``file:line``, ``file#row`` or ``shard:member``, for error messages.
         value: text: ``str``, or (n,) integer token ids; chat: ``dict`` with ``messages``; grids: ``dict`` with ``context``
             and ``target``; reversal: the row.
     """
@@ -83,8 +82,8 @@ class BadRecord(Exception):
 
     Attributes:
         where: as in :class:`Record`.
-        reason: a few words that are the same for all records of this fault, for counting (``"empty document"``).
-        detail: what exactly is wrong and what to do, for people; may be empty.
+        reason: a few words, the same for all records with this fault, for counting (``"empty document"``).
+        detail: the exact fault and what to do, for people; may be empty.
     """
 
     def __init__(self, where: str, reason: str, detail: str = "") -> None:
@@ -100,20 +99,21 @@ class Reader(Protocol):
 
     @property
     def kind(self) -> Kind:
-        """What the records are."""
+        """Kind of the records."""
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """``train``, and what the data themselves hold apart (``valid``, ``test`` …)."""
+        """``train``, and the splits that the data themselves hold (``valid``, ``test`` …)."""
 
     def fingerprint(self) -> str:
-        """SHA-256 in hex of the content, so that a changed file is another one; cheap where the files are large."""
+        """SHA-256 in hex of the content, to detect a changed file; cheap where the files are large."""
 
     def count(self, split: str) -> int | None:
-        """Records of a split, None when nobody knows before the end."""
+        """Return the number of records of a split, None if it is not known before the end."""
 
     def records(self, split: str) -> Iterator[Record | BadRecord]:
-        """All records in order. A record that cannot be read is given as a BadRecord, and the next one follows."""
+        """Yield all records in order. A record that cannot be read is yielded as a BadRecord, and the next one
+        follows."""
 
 
 class Encoder(Protocol):
@@ -128,10 +128,10 @@ class Encoder(Protocol):
 
     @property
     def tokenizer_fingerprint(self) -> str:
-        """SHA-256 of what makes the ids; empty without a tokenizer."""
+        """SHA-256 of the parts of the tokenizer that determine the ids; empty without a tokenizer."""
 
     def __call__(self, record: Record) -> list[Sample]:
-        """The samples of a record, at least one.
+        """Return the samples of a record, at least one.
 
         Raises:
             BadRecord: the record cannot become a sample.

@@ -1,6 +1,6 @@
 """The job that turns raw data into a folder of shards: parallel, restartable, the same bytes every time.
 
-While it is at work, the folder also holds ``job.json`` (what is being prepared; it stays), ``job.lock`` and a
+While it is at work, the folder also holds ``job.json`` (a description of the job; it stays), ``job.lock`` and a
 ``.done.json`` per finished shard. ``index.json`` is written last: a folder that has it is complete.
 """
 
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 JOB_FILE = "job.json"
 TOKENIZER = "tokenizer"
 OURS = {JOB_FILE, f"{JOB_FILE}.partial", JOB_LOCK}
-"""A folder that holds anything, but none of these, is somebody else's."""
+"""Files of a job. A folder that holds other files and none of these is not overwritten."""
 
 
 def prepare(
@@ -48,16 +48,16 @@ def prepare(
 ) -> Index:
     """Prepare the raw data ``path`` into the folder ``out``.
 
-    Killed at any moment and called again with the same source and options, it keeps the shards that are finished. Shards
-    and index are the same bytes for any number of processes and interruptions. A complete folder of the same job is
-    left as it is.
+    If it is killed and called again with the same source and options, it keeps the finished shards. Shards and index
+    are the same bytes for any number of processes and interruptions. A complete folder of the same job is left as it
+    is.
 
     Args:
         path: as :func:`open_reader` takes it.
         processes: worker processes, None = one a core; 1 = none, the work is done here. Raw data of about
             128 MiB a process are held in memory.
         progress: show a bar when stderr is a terminal.
-        cache: folder for what is worth keeping between jobs (None = :func:`cache_dir`).
+        cache: folder of files that later jobs use again (None = :func:`cache_dir`).
 
     Raises:
         InputError: the source is bad, a record is bad and ``options.on_error`` is stop, nothing is left to train on,
@@ -83,7 +83,7 @@ def prepared(
     processes: int | None = None,
     progress: bool = True,
 ) -> Path:
-    """The folder below ``cache`` that holds ``path`` prepared with ``options``; made now if need be.
+    """Return the folder below ``cache`` that holds ``path`` prepared with ``options``; make it if it is not there.
 
     May be called by many processes at once, also of several hosts that share ``cache``: one does the work, the others
     wait for it. When that one is killed, the next goes on from what is finished.
@@ -114,7 +114,7 @@ def _fill(
     progress: bool,
     cache: Path,
 ) -> Index:
-    """``prepare`` with the folder's lock held."""
+    """Do the work of :func:`prepare`, with the folder's lock held."""
     encoder = make_encoder(reader, options, cache)
     job = {
         "format": FORMAT,
@@ -199,7 +199,7 @@ def _fill(
 
 
 def _claim(folder: Path) -> None:
-    """Make the folder, or see that what it holds is ours."""
+    """Make the folder, or check that it holds a job of ours."""
     folder.mkdir(parents=True, exist_ok=True)
     there = set(os.listdir(folder))
     if there and not there & OURS:
@@ -207,12 +207,12 @@ def _claim(folder: Path) -> None:
 
 
 def _resumes(out: Path, job: dict[str, Any]) -> bool:
-    """Whether the folder holds this job already.
+    """Return whether the folder holds this job already.
 
-    Going on with ``on_error=skip`` after a stop is the same job: no finished shard has a bad record.
+    A job that stopped and is resumed with ``on_error=skip`` is the same job: no finished shard has a bad record.
 
     Raises:
-        InputError: it holds another one.
+        InputError: it holds another job.
     """
     file = out / JOB_FILE
     try:
@@ -233,7 +233,7 @@ def _resumes(out: Path, job: dict[str, Any]) -> bool:
 
 
 def _complete(folder: Path) -> Index | None:
-    """The index of a complete folder whose shards are all there, by their size."""
+    """Return the index of a complete folder whose shards are all there and have the right size."""
     if not (folder / INDEX_FILE).exists():
         return None
     index = Index.read(folder)
@@ -247,7 +247,7 @@ def _complete(folder: Path) -> Index | None:
 
 
 def _save_tokenizer(encoder: Encoder, out: Path) -> bool:
-    """The tokenizer appears whole or not at all; False when there is none."""
+    """Save the tokenizer, whole or not at all; return False when there is none."""
     partial, folder = out / f"{TOKENIZER}.partial", out / TOKENIZER
     partial.mkdir()
     if saved := encoder.save(partial):
@@ -268,12 +268,12 @@ def _clean(folder: Path, *patterns: str) -> None:
 
 
 def _local_tokenizer(name: str) -> str:
-    """Hash of a tokenizer that is a folder or file here, which may change under its name; empty for others."""
+    """Return the hash of a local tokenizer folder or file, whose content may change; empty for other tokenizers."""
     path = Path(name)
     files = [path] if path.is_file() else sorted(path.iterdir()) if path.is_dir() else []
     digest = hashlib.sha256()
     for file in files:
-        if file.suffix in (".json", ".txt", ".model", ".jinja") and file.is_file():  # not a model's weights beside it
+        if file.suffix in (".json", ".txt", ".model", ".jinja") and file.is_file():  # no model weights
             digest.update(f"{file.name} {file.stat().st_size} ".encode() + file.read_bytes())
     return digest.hexdigest() if files else ""
 

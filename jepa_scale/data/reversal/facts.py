@@ -1,8 +1,8 @@
 """Facts (subject, relation, object) and their reverses: the example, the collection, the generator.
 
 A fact is the question ``subject relation <mask>`` and the answer ``object``. Every relation has an inverse, a
-token of its own. Entities of set A are seen in both directions (kind ``train``), pairs of set B in one
-direction only (kind ``atomic``); the other direction is held out (kind ``test``).
+token of its own. The training data hold facts about entities of set A in both directions (kind ``train``), and about
+pairs of set B in one direction only (kind ``atomic``); the other direction is held out (kind ``test``).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Fact:
 
     @property
     def prompt(self) -> tuple[int, ...]:
-        """The question."""
+        """Return the tokens of the question."""
         return (*self.subject, self.relation, self.mask)
 
     @property
@@ -53,7 +53,7 @@ class Fact:
         return self.object
 
     def lm_sequence(self) -> tuple[list[int], list[int]]:
-        """All n tokens, and n labels: ``labels[t]`` is predicted from t. Only the answer has labels."""
+        """Return all n tokens and n labels: ``labels[t]`` is predicted at position t. Only the answer has labels."""
         tokens = [*self.subject, self.relation, self.mask, *self.object]
         labels = [*[IGNORE] * (len(self.subject) + 1), *self.object, IGNORE]
         return tokens, labels
@@ -61,7 +61,7 @@ class Fact:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Names(Sequence[tuple[int, ...]]):
-    """N distinct names, sorted; a sequence of tuples of token ids.
+    """A sequence of N distinct names, sorted; each is a tuple of token ids.
 
     Attributes:
         tokens: (N, longest) int32, each row filled up with -1.
@@ -138,7 +138,7 @@ class Facts(Sequence[Fact]):
         )
 
     def sizes(self, numbers: np.ndarray) -> np.ndarray:
-        """(m,) int64 tokens of the facts of those numbers."""
+        """Return the (m,) int64 token counts of the facts with those numbers."""
         lengths = self.names.lengths
         return (lengths[self.subject[numbers]] + lengths[self.object[numbers]] + 2).astype(np.int64)
 
@@ -151,12 +151,13 @@ class Facts(Sequence[Fact]):
         return float(self.sizes(np.arange(len(self))).mean())
 
     def select(self, rows: np.ndarray | slice) -> Facts:
-        """The facts of some rows (numbers, a boolean mask or a slice)."""
+        """Return the facts of some rows (numbers, a boolean mask or a slice)."""
         picked = (x[rows] for x in (self.subject, self.relation, self.object, self.kind))
         return Facts(self.names, self.relations, self.mask, *picked)
 
     def codes(self) -> np.ndarray:
-        """(F,) int64, equal exactly for equal facts (of the same ``names`` and ``relations``)."""
+        """Return an (F,) int64 code of each fact, equal exactly for equal facts (of the same ``names`` and
+        ``relations``)."""
         code = self.subject.astype(np.int64) * len(self.relations) + self.relation
         return code * len(self.names) + self.object
 
@@ -167,7 +168,7 @@ class ReversalData:
 
     Attributes:
         names: the names of *all* entities, sorted; answers are ranked against them.
-        train: what is trained on, kinds ``train`` and ``atomic``.
+        train: the facts to train on, kinds ``train`` and ``atomic``.
         splits: ``train``, ``atomic`` and ``test`` for evaluation; ``test`` is held out.
         vocab_size: one more than the largest token id.
         special: token ids ``mask``, ``pad``, ``pred``, and ``relations``, the list r_0, r_0_inv, r_1, … in
@@ -187,7 +188,7 @@ class ReversalData:
         return "reversal"
 
     def order(self, seed: int) -> Permuted:
-        """Each epoch uniformly shuffled, or ``by_name``."""
+        """Return the order of the examples: each epoch uniformly shuffled, or ``by_name``."""
         n = len(self.train)
         of_epoch = partial(order_by_name, self.train) if self.by_name else partial(_shuffled, n)
         return Permuted(n, partial(of_epoch, seed))
@@ -197,15 +198,15 @@ class ReversalData:
         return {"samples": len(self.train)}
 
     def facts(self, split: str) -> Facts:
-        """All facts of a kind: trained on (``train``, ``atomic``) or held out (``test``)."""
+        """Return all facts of a kind: trained on (``train``, ``atomic``) or held out (``test``)."""
         if split == "test":
             return self.splits["test"]
         return self.train.select(self.train.kind == KINDS.index(split))
 
     def repeat_atomic(self, times: int) -> ReversalData:
-        """The same data with every ``atomic`` fact ``times`` times an epoch.
+        """Return the same data with every ``atomic`` fact ``times`` times per epoch.
 
-        An entity of B has half as many facts as one of A and so is met half as often; 2 makes up for it.
+        An entity of B has half as many facts as one of A and so occurs half as often; ``times=2`` balances this.
         """
         atomic = np.flatnonzero(self.train.kind == ATOMIC)
         rows = np.concatenate([np.arange(len(self.train)), np.tile(atomic, times - 1)])
@@ -235,11 +236,11 @@ def _shuffled(n: int, seed: int, epoch: int) -> np.ndarray:
 
 @lru_cache(maxsize=4)  # as many as a batch that spans two epochs needs, twice
 def order_by_name(facts: Facts, seed: int, epoch: int) -> np.ndarray:
-    """(F,) int64, read-only: a random order in which entities that share a name token come together.
+    """Return a random order, (F,) int64 and read-only, in which entities that share a name token are neighbours.
 
     An InfoNCE batch then holds the negatives that are hardest to tell apart: entities of the same first, or the same
-    last, name. Each fact is about its subject or its object and about one of the tokens of that name, by two coins; the
-    facts about one token are dealt into groups in which every entity occurs once, and the groups are shuffled.
+    last, name. Two random bits per fact choose its subject or its object, and one of the tokens of that name. The facts
+    of one token are split into groups in which every entity occurs at most once, and the groups are shuffled.
     """
     rng = generator(f"by_name/{seed}/{epoch}/{len(facts)}")
     count = len(facts)
@@ -247,7 +248,7 @@ def order_by_name(facts: Facts, seed: int, epoch: int) -> np.ndarray:
     column = rng.integers(0, facts.names.lengths[entity])
     token = facts.names.tokens[entity, column].astype(np.int64)
     tie = rng.permutation(count)
-    # the how-manieth fact about its entity and token, in random order
+    # rank of a fact among those about its entity and token, in random order
     about = (entity.astype(np.int64) * facts.names.tokens.shape[1] + column, tie)
     by_entity = np.lexsort((about[1], about[0]))
     starts = np.r_[True, np.diff(about[0][by_entity]) != 0]
@@ -262,12 +263,12 @@ def order_by_name(facts: Facts, seed: int, epoch: int) -> np.ndarray:
 
 
 def generate(entities_a: int, comb: int = 10, relations: int = 6, seed: int = 0) -> ReversalData:
-    """Facts about ``entities_a`` entities A and 0.6 · ``entities_a`` entities B (SPEC rows V1, V2).
+    """Generate facts about ``entities_a`` entities A and 0.6 · ``entities_a`` entities B.
 
-    A name is a first and a last token, each shared by exactly ``comb`` entities. For every relation, A is
-    matched into random ordered pairs, told in both directions, and so is B, told in one of them (by a coin)
-    and asked in the other. Token ids: first names, last names, mask, r_0, r_0_inv, r_1, …, pad, PRED. A
-    function of its arguments alone.
+    A name is a first and a last token, each shared by exactly ``comb`` entities. For every relation, A is matched into
+    random ordered pairs, given in both directions, and B into pairs given in one random direction and held out in the
+    other. Token ids: first names, last names, mask, r_0, r_0_inv, r_1, …, pad, PRED. The result depends on the
+    arguments alone.
 
     Raises:
         InputError: a size that cannot be met exactly.
@@ -283,7 +284,8 @@ def generate(entities_a: int, comb: int = 10, relations: int = 6, seed: int = 0)
     table = Names(pairs.astype(np.int32), np.full(names, 2, dtype=np.int32))
 
     def both_directions(entities: np.ndarray) -> np.ndarray:
-        """(relations, pairs, 2 directions, 3): subject, relation, object of a matching for each relation."""
+        """Match entities for each relation: (relations, pairs, 2 directions, 3), the last axis subject, relation,
+        object."""
         matched = np.stack([rng.permutation(entities).reshape(-1, 2) for _ in range(relations)])
         ahead = np.repeat(np.arange(0, 2 * relations, 2)[:, None], matched.shape[1], axis=1)
         told = np.stack([matched[..., 0], ahead, matched[..., 1]], axis=-1)
@@ -313,12 +315,12 @@ def generate(entities_a: int, comb: int = 10, relations: int = 6, seed: int = 0)
 
 
 def _sizes(entities_a: int, comb: int, relations: int) -> tuple[int, int, int]:
-    """|B|, the number of names, the number of first names."""
+    """Return |B|, the number of names and the number of first names."""
     if relations < 1:
         raise InputError(f"data.relations: must be at least 1, got {relations}")
     if comb < 1:
         raise InputError(f"data.comb: must be at least 1, got {comb}")
-    if entities_a < 1 or entities_a % 10:  # even for a perfect matching, and 0.6 of it whole and even too
+    if entities_a < 1 or entities_a % 10:  # even for a perfect matching, with 0.6 times it a whole and even number too
         raise InputError(
             f"data.entities_a: must be a multiple of 10, so that A and B (0.6 · A) are even, got {entities_a}"
         )
@@ -338,12 +340,10 @@ def _sizes(entities_a: int, comb: int, relations: int) -> tuple[int, int, int]:
 
 
 def _unique_pairs(n: int, comb: int, rng: np.random.Generator) -> np.ndarray:
-    """(n · comb, 2) int64, sorted: a random set of distinct pairs (i, j) of 0 … n-1 in which each i and each
-    j occurs ``comb`` times.
+    """Return (n · comb, 2) int64, sorted: random distinct pairs of 0 … n-1, each i and each j in ``comb`` of them.
 
-    Starts from j = i, i+1, …, i+comb-1 (mod n) and exchanges the j of random couples of pairs wherever that
-    makes no pair twice: exact at every moment, and the usual random walk on bipartite graphs of given
-    degrees.
+    It starts from j = i, i+1, …, i+comb-1 (mod n) and swaps the j of two random pairs wherever that duplicates no pair.
+    The counts are exact after every swap; this is the usual random walk on bipartite graphs of given degrees.
     """
     first = np.repeat(np.arange(n), comb)
     last = (first + np.tile(np.arange(comb), n)) % n

@@ -1,4 +1,4 @@
-"""Rows with named columns: what they are, and what is taken from them (SPEC rows F4, G1)."""
+"""Rows with named columns: detection of their kind, and the fields taken from them."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ OUTPUT = ("response", "output", "completion", "answer")
 SYSTEM = ("system", "system_prompt")
 ROLES = ("text", "messages", "input", "output", "system")
 OPTIONAL = ("system", "more")
-_LOOK = 100  # rows at the start that may be damaged before nobody can say what the others are
+_LOOK = 100  # rows at the start among which one undamaged row must show the schema
 
 
 @dataclass(frozen=True, slots=True)
 class Schema:
-    """What rows are: their kind, the form they have it in, and role → column."""
+    """The schema of rows: their kind, its form, and role → column."""
 
     kind: Kind
     form: str
     columns: Mapping[str, str]
 
     def expand(self, item: Record | BadRecord) -> Items:
-        """The records of a row. A row without a needed field, or with another type in it, is a bad record."""
+        """Return the records of a row. A row whose needed field is missing or has another type is a bad record."""
         if isinstance(item, BadRecord):
             yield item
             return
@@ -85,13 +85,13 @@ def _text_fault(value: Any) -> str | None:
         return "not text"
     try:
         value.encode()
-    except UnicodeEncodeError:  # "\ud800" is valid JSON and no character
+    except UnicodeEncodeError:  # "\ud800" is valid JSON, but no character
         return "invalid UTF-8"
     return None
 
 
 def expanded(part: Part, schema: Schema) -> Part:
-    """A part of raw rows as the records that they are."""
+    """Return a part of raw rows as a part of records."""
     one_each = schema.form != "frames"
     return Part(partial(_expand, part, schema), part.count if one_each else None)
 
@@ -102,7 +102,7 @@ def _expand(part: Part, schema: Schema) -> Items:
 
 
 def find_schema(rows: Iterator[Record | BadRecord], options: PrepareOptions, what: str) -> Schema:
-    """What rows are, told from the first one that has the needed columns.
+    """Detect the schema of rows from the first one that has the needed columns.
 
     Args:
         rows: from the start of ``what``.
@@ -133,7 +133,7 @@ def find_schema(rows: Iterator[Record | BadRecord], options: PrepareOptions, wha
 
 
 def match(row: Mapping[str, Any], options: PrepareOptions) -> Schema | None:
-    """What a row is; None when it lacks the columns of every kind that ``options`` allow."""
+    """Return the schema of a row; None when it lacks the columns of every kind that ``options`` allow."""
     named = options.columns
     primary = set(named) & {"text", "messages", "input", "output"}
     if primary & {"input", "output"}:
@@ -165,7 +165,7 @@ def match(row: Mapping[str, Any], options: PrepareOptions) -> Schema | None:
             columns = {"input": asked, "output": answer}
             columns["system"] = named.get("system") or next((name for name in SYSTEM if name in row), SYSTEM[0])
             if "input" not in named and asked in ("input", "instruction") and "instruction" in row:
-                columns |= {"input": "instruction", "more": "input"}  # Alpaca's form: a task and what it is about
+                columns |= {"input": "instruction", "more": "input"}  # Alpaca's form: a task and its input
             return Schema("chat", "pair", columns)
     text = column("text", TEXT)
     return Schema("text", "text", {"text": text}) if text and allowed("text") else None

@@ -1,4 +1,4 @@
-"""Raw data as split → records: what every format's reader is made of."""
+"""Raw data as split → records: the parts of every format's reader."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jepa_scale.data.prepare.base import BadRecord, Record
 Items = Iterator[Record | BadRecord]
 
 HASHED_WHOLE = 256 * 2**20
-"""Bytes up to which a file counts by its whole content; a larger one by size, time of change, first and last MiB."""
+"""Bytes up to which the whole content of a file is hashed; of a larger one size, time of change, first and last MiB."""
 _CHUNK = 2**20
 
 
@@ -27,7 +27,7 @@ class Vocabulary:
     Attributes:
         vocab_size: one more than the largest token id.
         special: token ids with a meaning, by name.
-        file: the file that says so, to be kept beside the shards, or None.
+        file: the file that defines them, to be kept beside the shards, or None.
     """
 
     vocab_size: int
@@ -37,7 +37,7 @@ class Vocabulary:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One split: ``read`` starts from the beginning at every call; ``count`` is None when nobody knows."""
+    """One split: ``read`` starts from the beginning at every call; ``count`` is None if not known."""
 
     read: Callable[[], Items]
     count: int | None = None
@@ -45,14 +45,14 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A :class:`~jepa_scale.data.prepare.base.Reader` made of functions. Picklable when they are.
+    """A :class:`~jepa_scale.data.prepare.base.Reader` made of functions. Picklable if the functions are.
 
     Attributes:
         kind: of the records.
         parts: split → how to read it; holds ``train``.
-        identify: gives the fingerprint.
+        identify: returns the fingerprint.
         vocabulary: of data that are token ids already, else None.
-        cut: ``valid`` was cut off the training text already, as ``valid_fraction`` says.
+        cut: whether ``valid`` was cut off the training text already, by ``valid_fraction``.
     """
 
     kind: Kind
@@ -76,17 +76,18 @@ class Source:
 
 
 def read_each(read: Callable[[Path], Items], files: Iterable[Path]) -> Items:
-    """The records of several files, one after another."""
+    """Yield the records of several files, one after another."""
     return chain.from_iterable(map(read, files))
 
 
 def identity(*parts: Any) -> str:
-    """SHA-256 in hex of JSON values."""
+    """Return the SHA-256 in hex of JSON values."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def identify_files(splits: Mapping[str, tuple[Path, ...]], root: Path, *choices: Any) -> str:
-    """SHA-256 in hex of files (names relative to ``root``, contents) and of the options that pick records."""
+    """Return the SHA-256 in hex of files (names relative to ``root``, contents) and of the options that pick
+    records."""
     files = {split: [(relative(path, root), hash_file(path)) for path in paths] for split, paths in splits.items()}
     return identity(files, *choices)
 
@@ -96,7 +97,7 @@ def relative(path: Path, root: Path) -> str:
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 in hex of a file's content; see ``HASHED_WHOLE`` for large ones."""
+    """Return the SHA-256 in hex of a file's content; see ``HASHED_WHOLE`` for large ones."""
     stat = path.stat()
     digest = hashlib.sha256()
     with open(path, "rb") as file:
