@@ -1,4 +1,4 @@
-"""Views and packing, in the training process or in worker processes; the result is the same."""
+"""Loading of micro-batches: views and packing, in the training process or in workers, with the same result."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class Readable(Protocol):
-    """Examples by number."""
+    """The interface of examples that are read by number."""
 
     def __len__(self) -> int: ...
 
@@ -38,17 +38,17 @@ class Readable(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Loader:
-    """Iterates the optimizer steps ``start_step`` … ``steps`` - 1; each gives this rank's micro-batches.
+    """An iterator over the optimizer steps ``start_step`` … ``steps`` - 1; each yields this rank's micro-batches.
 
     Attributes:
         examples: the training examples, picked by number.
         stream: which of them a step takes, and how many tokens they may have.
         view_maker: example → its segments.
         streams: names of the streams that the objective packs.
-        start_step: the step to begin with; beginning anywhere gives what an uninterrupted run has there.
+        start_step: the first step; its micro-batches are those of an uninterrupted run at that step.
         steps: the step at which to stop (the run's length, not the number of steps still to go).
         seed: the run's seed, for :class:`SampleRNG` and the batches.
-        workers: processes that make micro-batches ahead of time; 0 = make them when they are asked for.
+        workers: processes that make micro-batches ahead of time; 0 = make them on demand.
         on_error: a damaged sample stops the run, or is left out with a warning and counted (``skipped``).
     """
 
@@ -76,7 +76,7 @@ class Loader:
                 yield [self.micro_batch(step, micro) for micro in accumulation]
 
     def micro_batch(self, step: int, micro: int) -> PackedBatch:
-        """Micro-batch number ``micro`` of this rank in a step."""
+        """Return micro-batch number ``micro`` of this rank in a step."""
         epochs, samples = self.sampler.micro_batch(step, micro)
         examples, draws, faults = [], [], []
         for epoch, sample in zip(epochs.tolist(), samples.tolist(), strict=True):
@@ -111,7 +111,7 @@ class Loader:
         return batch
 
     def _skip(self, error: DataError) -> None:
-        """Leave a damaged sample out with a warning, or stop."""
+        """Skip a damaged sample with a warning, or stop."""
         if self.on_error == "stop":
             raise error
         logger.warning(f"skipped: {error}")
@@ -121,7 +121,7 @@ class Loader:
         return replace(self.view_transform(self.examples[sample], draw), seed=draw.number("model"))
 
     def _any_views(self, step: int) -> Views:
-        """Views to take the shapes of an empty micro-batch from: those of the first sample that can be read."""
+        """Return the views of the first readable sample; they give an empty micro-batch its shapes."""
         for sample in range(len(self.examples)):
             try:
                 return self._views(0, step, sample)
@@ -150,7 +150,7 @@ class Loader:
 
 
 class _MicroBatches(TorchDataset[Any]):
-    """Micro-batch number step · accumulation + j."""
+    """A data set of micro-batches; number step · accumulation + j is micro-batch j of a step."""
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
@@ -159,8 +159,8 @@ class _MicroBatches(TorchDataset[Any]):
         return self.loader.steps * self.loader.sampler.accumulation
 
     def __getitem__(self, number: int) -> bytes:
-        """The pickled micro-batch. An InputError is handed over as a value: torch would wrap it into a traceback of many
-        lines."""
+        """Return the pickled micro-batch. An InputError is returned as a value: torch would wrap it into a long
+        traceback."""
         batch: PackedBatch | InputError
         try:
             batch = self.loader.micro_batch(*divmod(number, self.loader.sampler.accumulation))
@@ -172,8 +172,11 @@ class _MicroBatches(TorchDataset[Any]):
 
 
 class _Pickler(pickle.Pickler):
-    """Tensors as plain bytes. Torch would put each of the dozen small tensors of a batch into a shared memory file of its
-    own, which takes longer than to make the batch."""
+    """A pickler that stores tensors as plain bytes.
+
+    Torch would put each of the dozen small tensors of a batch into a shared memory file of its own, which takes longer
+    than making the batch.
+    """
 
     def reducer_override(self, value: Any) -> Any:
         return (_tensor, (value.numpy(),)) if isinstance(value, torch.Tensor) else NotImplemented
@@ -188,16 +191,19 @@ def _unchanged(batch: Any) -> Any:
 
 
 def _begin(log_level: int | None, worker: int) -> None:
-    """Begin a worker process: it logs as the trainer does, also where it is not a fork of it, and outlives signals."""
+    """Set up a worker process: log as the trainer does, also if the worker is not a fork of it, and ignore signals to
+    the job."""
     if log_level is not None:
         configure(log_level)
     _outlive_signals()
 
 
 def _outlive_signals() -> None:
-    """A preemption sends SIGTERM (and Ctrl-C SIGINT) to all processes of a job, but it is the trainer who
-    decides when to stop: the workers must live on until it has finished its step. Only the trainer's own
-    SIGTERM ends a worker."""
+    """Ignore SIGINT, and every SIGTERM that is not the trainer's own.
+
+    A preemption sends SIGTERM (and Ctrl-C SIGINT) to all processes of a job. The trainer alone decides when to stop,
+    and the workers must run until it has finished its step.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):  # macOS cannot tell who sent it
         return

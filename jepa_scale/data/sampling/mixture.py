@@ -17,7 +17,7 @@ from jepa_scale.utils.errors import InputError
 
 @dataclass(frozen=True)
 class MixedExamples:
-    """The parts' examples laid end to end.
+    """The examples of all parts, concatenated.
 
     Attributes:
         parts: examples of each. offsets: (P + 1,) int64 number of each part's first example.
@@ -38,7 +38,7 @@ class MixedExamples:
         return self.parts[part][number - int(self.offsets[part])]
 
     def sizes(self, numbers: np.ndarray) -> np.ndarray:
-        """(m,) int64 tokens of the examples of those numbers."""
+        """Return the (m,) int64 token counts of the examples with those numbers."""
         part_of = np.searchsorted(self.offsets, numbers, side="right") - 1
         sizes = np.empty(len(numbers), dtype=np.int64)
         for part, examples in enumerate(self.parts):
@@ -53,10 +53,10 @@ class MixedExamples:
 
 @dataclass(frozen=True)
 class MixtureData:
-    """A :class:`~jepa_scale.data.base.Dataset` of several.
+    """A :class:`~jepa_scale.data.base.Dataset` made of several.
 
     Attributes:
-        parts: by name. weights: share of the samples that each gets.
+        parts: data sets by name. weights: share of the samples of each part.
     """
 
     parts: Mapping[str, Any]
@@ -65,7 +65,7 @@ class MixtureData:
 
     @property
     def splits(self) -> dict[str, Any]:
-        """Each part's own: ``<part>_<split>``."""
+        """The splits of all parts, named ``<part>_<split>``."""
         return {f"{name}_{split}": e for name, part in self.parts.items() for split, e in part.splits.items()}
 
     @property
@@ -93,7 +93,7 @@ class MixtureData:
 
     @property
     def kind(self) -> Kind:
-        """``chat`` if any part is; documents among conversations are only predicted."""
+        """``chat`` if any part is ``chat``; documents in such a mixture take part in next-token prediction only."""
         return "chat" if self._chat else self._first.kind
 
     @property
@@ -110,7 +110,7 @@ class MixtureData:
         return hashlib.sha256(repr((told, list(self.weights))).encode()).hexdigest()
 
     def order(self, seed: int) -> Mixed:
-        """Interleaved; every part goes through its own epochs."""
+        """Return an order that interleaves the parts; every part has its own epochs."""
         return Mixed(
             [part.order(seed) for part in self.parts.values()],
             [len(part.train) for part in self.parts.values()],

@@ -1,4 +1,4 @@
-"""Files by URL, kept in a local cache of bounded size: each is downloaded once, whatever processes want it at once."""
+"""Files by URL in a local cache of bounded size; each is downloaded once, also for several processes."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class ShardError(DataError):
         where: path or URL of the shard, for people.
         shard: its name in the index.
         member: the sample's key, with the member's extension where only that one is bad; empty = the whole shard.
-        what: what is wrong.
+        what: description of the damage.
     """
 
     def __init__(self, where: str, shard: str, member: str, what: str) -> None:
-        super().__init__(where, shard, member, what)  # as args, so that a loader worker can hand it over pickled
+        super().__init__(where, shard, member, what)  # as args, so that a loader worker can pickle it
         self.where, self.shard, self.member, self.what = where, shard, member, what
 
     def __str__(self) -> str:
@@ -54,39 +54,43 @@ class ShardError(DataError):
 
 
 class Refused(Exception):
-    """The URL cannot be had; another try would not help."""
+    """The URL cannot be downloaded, and another try would not help."""
 
 
 class Mismatch(Refused):
-    """What came is another file than expected, or a part of it: its length is not known."""
+    """The download differs from the expected file, or is a part of it: the server did not give its length."""
 
 
 class Interrupted(Exception):
-    """The URL could not be had this time."""
+    """The download failed this time; another try may succeed."""
 
 
 def cache_dir(named: str | None = None) -> Path:
-    """Where downloads, prepared data and trained tokenizers are kept: ``named``, else ``$JEPA_SCALE_CACHE``, else
-    ``~/.cache/jepa_scale``."""
+    """Return the folder of downloads, prepared data and trained tokenizers.
+
+    It is ``named``, else ``$JEPA_SCALE_CACHE``, else ``~/.cache/jepa_scale``.
+    """
     return Path(named or os.environ.get("JEPA_SCALE_CACHE") or Path.home() / ".cache" / "jepa_scale").expanduser()
 
 
 def is_url(path: str) -> bool:
-    """Whether ``path`` is anything but a local file."""
+    """Return whether ``path`` is anything but a local file."""
     return path.startswith("pipe:") or (re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path) is not None)
 
 
 def shown(url: str) -> str:
-    """The URL for messages: without what comes after ``?``, which may be a signature, and without a password."""
+    """Return the URL for messages: without its query, which may hold a signature, and without a password."""
     return url if url.startswith("pipe:") else re.sub(r"//[^/@]*@", "//", url.partition("?")[0])
 
 
 def chunks(url: str) -> Iterator[bytes]:
-    """The bytes of a URL: ``http(s)://`` by the standard library, ``s3://`` by ``aws s3 cp URL -``, everything else as
-    webdataset opens it (``gs://`` by gsutil, ``pipe:`` by a shell).
+    """Yield the bytes of a URL.
+
+    ``http(s)://`` is read by the standard library, ``s3://`` by ``aws s3 cp URL -``, everything else as webdataset
+    opens it (``gs://`` by gsutil, ``pipe:`` by a shell).
 
     Raises:
-        Refused, Interrupted: what happened, for people.
+        Refused, Interrupted: with a message for people.
     """
     if url.startswith(("http://", "https://")):
         return _http(url)
@@ -131,7 +135,7 @@ def _opened(url: str) -> Iterator[bytes]:
 
 
 def persist(attempt: Callable[[], T], url: str, pauses: tuple[float, ...] | None = None) -> T:
-    """``attempt()``, again after each pause when it was interrupted or gave something else.
+    """Call ``attempt()``, again after each pause if it was interrupted or did not return the expected file.
 
     Raises:
         Refused: from ``attempt``.
@@ -153,23 +157,23 @@ def persist(attempt: Callable[[], T], url: str, pauses: tuple[float, ...] | None
 
 
 def read_url(url: str) -> bytes:
-    """A small file whole.
+    """Read a whole small file.
 
     Raises:
-        Refused: there is none.
-        InputError: it cannot be had now.
+        Refused: there is no such file.
+        InputError: it cannot be downloaded now.
     """
     return persist(lambda: b"".join(chunks(url)), url)
 
 
 @dataclass(frozen=True, slots=True)
 class Remote:
-    """Files of one folder behind URLs.
+    """The files of one remote folder, by URL.
 
     Attributes:
-        template: the URL, ``{}`` where the file's name belongs.
+        template: the URL, ``{}`` in place of the file's name.
         folder: where the files of this data are kept locally; its parent holds those of other data, too.
-        cache_bytes: room for all of them together; what was opened least recently is deleted first. The room must do
+        cache_bytes: size limit of all of them together; the least recently opened is deleted first. It must be enough
             for the shards that all processes of a host read at the same time, else they are downloaded again and again.
     """
 
@@ -181,16 +185,19 @@ class Remote:
         return self.template.replace("{}", name)
 
     def fetch(self, name: str, shard: str, sha256: str, size: int | None = None) -> Path:
-        """The file in the cache, downloaded if it is not there. Its use is noted (the file's mtime). A deleted file
-        stays readable for whoever has it open (POSIX); whoever opens it must expect it to be gone and fetch it again.
+        """Return the path of the file in the cache; download it if it is not there. Its use is recorded as the file's
+        mtime.
+
+        A deleted file stays readable for a process that has it open (POSIX). A process that opens it must expect it to
+        be gone, and fetch it again.
 
         Args:
             name: of the file. shard: the shard that it belongs to, for errors.
             sha256: of the content, checked while it is downloaded. size: in bytes, None = unknown.
 
         Raises:
-            ShardError: the server has no such file, or another one than the index says.
-            InputError: it cannot be had now.
+            ShardError: the server has no such file, or one that differs from the index.
+            InputError: it cannot be downloaded now.
         """
         path = self.folder / name
         url = self.url(name)
@@ -207,7 +214,7 @@ class Remote:
         return path
 
     def _download(self, url: str, path: Path, sha256: str, size: int | None) -> None:
-        for left_over in self.folder.glob(f"{path.name}.*.partial"):  # whoever wrote it is dead: we have the lock
+        for left_over in self.folder.glob(f"{path.name}.*.partial"):  # we have the lock, so its writer is dead
             left_over.unlink(missing_ok=True)
         make_room(self.folder.parent, self.cache_bytes, size or 0)
         partial = self.folder / f"{path.name}.{socket.gethostname()}-{os.getpid()}.partial"

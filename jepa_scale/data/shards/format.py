@@ -1,7 +1,7 @@
-"""Shards on disk: webdataset tar files, an index a shard, and one index of them all.
+"""Shards on disk: webdataset tar files, one index per shard, and one index of the folder.
 
 DIR/
-  index.json              what is in the folder: kind, splits, shards, tokenizer, special ids, fingerprint
+  index.json              the folder's contents: kind, splits, shards, tokenizer, special ids, fingerprint
   tokenizer/              the tokenizer, as transformers saves it (when there is one)
   train-000000.tar        samples; any webdataset reader can read them
   train-000000.idx.npy    (n,) where each sample lies in the tar, its checksum and its number of tokens
@@ -40,7 +40,7 @@ CRC-32."""
 
 @dataclass(frozen=True, slots=True)
 class ShardInfo:
-    """A shard as the index knows it: samples, tokens, bytes of the tar, SHA-256 of the tar and of its index file."""
+    """A shard's entry in the index: samples, tokens, bytes of the tar, SHA-256 of the tar and of its index file."""
 
     name: str
     samples: int
@@ -52,17 +52,18 @@ class ShardInfo:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """What a folder of shards holds.
+    """The index of a folder of shards.
 
     Attributes:
         kind: of the samples: ``text``, ``chat``, ``reversal`` or ``grids``.
-        splits: name of a split → its shards; ``train`` is what is trained on.
+        splits: name of a split → its shards; ``train`` is the training data.
         vocab_size: one more than the largest token id that the tokenizer may give.
         special: token ids with a meaning, by name (``eos``, ``pad``, ``mask`` …).
         tokenizer: folder of the tokenizer beside the index, or None.
-        tokenizer_fingerprint: SHA-256 of what makes the tokenizer's ids; data of equal fingerprints can be mixed.
+        tokenizer_fingerprint: SHA-256 of the parts of the tokenizer that determine the ids; data of equal fingerprints
+            can be mixed.
         skipped: reason → how many records of the source were left out.
-        made_from: what was prepared, with which options; for people to read.
+        made_from: the raw data and the options of the preparation; for people to read.
     """
 
     kind: Kind
@@ -76,7 +77,7 @@ class Index:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of everything that the examples depend on."""
+        """SHA-256 of all that the examples depend on."""
         shards = {split: [s.sha256 for s in shards] for split, shards in self.splits.items()}
         text = json.dumps(
             [FORMAT, self.kind, shards, self.vocab_size, self.special, self.tokenizer_fingerprint], sort_keys=True
@@ -87,7 +88,7 @@ class Index:
         return json.dumps({"format": FORMAT, "fingerprint": self.fingerprint, **asdict(self)}, indent=1) + "\n"
 
     def write(self, folder: Path) -> None:
-        """Written last: a folder with an index is complete."""
+        """Write the index. It is written last: a folder with an index is complete."""
         write_atomic(folder / INDEX_FILE, self.to_json().encode())
 
     @classmethod
@@ -130,7 +131,7 @@ class Sample:
 
 
 def index_name(shard: str) -> str:
-    """``train-000000.tar`` → ``train-000000.idx.npy``."""
+    """Return the name of a shard's index: ``train-000000.tar`` → ``train-000000.idx.npy``."""
     return shard.removesuffix(".tar") + ".idx.npy"
 
 
@@ -185,5 +186,5 @@ def _encode(extension: str, value: Any) -> bytes:
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest unsigned type that holds the token ids."""
+    """Return the smallest unsigned type that holds the token ids."""
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)

@@ -23,8 +23,8 @@ class ShardData:
 
     Attributes:
         tokenizer: folder of the tokenizer, None for grids.
-        tokenizer_fingerprint: data of equal ones can be mixed.
-        missing_shards: that were not there when the run began; each of their samples is skipped when its turn comes, so
+        tokenizer_fingerprint: data with equal fingerprints can be mixed.
+        missing_shards: shards that were missing when the run began. Each of their samples is skipped in its place, so
             that the order of the others does not change.
     """
 
@@ -39,7 +39,7 @@ class ShardData:
     trust_remote_code: bool = False
 
     def load_tokenizer(self) -> Any:
-        """The Hugging Face tokenizer of the data, which must have one.
+        """Load the Hugging Face tokenizer of the data, which must have one.
 
         Raises:
             InputError: it cannot be loaded.
@@ -55,7 +55,7 @@ class ShardData:
 
     @property
     def plain(self) -> bool:
-        """Whether conversations were tokenised without a chat template."""
+        """True if conversations were tokenised without a chat template."""
         return bool(self.train.located.index.made_from.get("options", {}).get("plain", False))
 
     @property
@@ -68,12 +68,12 @@ class ShardData:
         return self.train.fingerprint
 
     def order(self, seed: int) -> Windowed:
-        """Shards in random order, samples shuffled within windows."""
+        """Return an order with the shards shuffled, and the samples shuffled within windows."""
         return Windowed(self.train.shard_lengths, seed, self.shuffle_window)
 
 
 def load(options: ShardOptions) -> ShardData:
-    """Open prepared shards; what isn't prepared yet is prepared into the cache first.
+    """Open prepared shards; raw data are prepared into the cache first.
 
     Raises:
         InputError: the data cannot be found, read or prepared, or are of another kind than the source.
