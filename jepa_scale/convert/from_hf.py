@@ -1,4 +1,4 @@
-"""A Hugging Face model → a checkpoint of step 0, from which a run goes on."""
+"""Conversion of a Hugging Face model to a checkpoint of step 0, from which a run starts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from jepa_scale.telemetry import package_versions
 from jepa_scale.utils.errors import InputError
 from jepa_scale.utils.io import sync_folder
 
-_OTHER = {  # keys that change no output of the model in evaluation, or that the weights' shapes tell of
+_OTHER = {  # keys that change no output of the model in evaluation, or that the weights' shapes determine
     "_name_or_path",
     "architectures",
     "auto_map",
@@ -64,7 +64,7 @@ def load_decoder(decoder: PreTrainedModel, folder: Path) -> None:
         folder: made by ``save_pretrained``, or by :func:`jepa_scale.convert.to_hf.export`.
 
     Raises:
-        InputError: it is of another architecture, or its tensors' names or shapes are others; names the first one.
+        InputError: it is of another architecture, or its tensors' names or shapes differ; names the first one.
     """
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: not a Hugging Face model (no config.json)")
@@ -97,7 +97,8 @@ def load_decoder(decoder: PreTrainedModel, folder: Path) -> None:
 
 
 def _compare(decoder: PreTrainedModel, folder: Path) -> None:
-    """The folder's config computes what the decoder computes: equal shapes alone would hide another RoPE base."""
+    """Check that the folder's config describes the decoder's computation: equal shapes alone would hide another RoPE
+    base."""
     try:
         found = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -125,11 +126,12 @@ def _compare(decoder: PreTrainedModel, folder: Path) -> None:
 
 @torch.no_grad()
 def load_heads(module: JepaModel, folder: Path) -> int:
-    """Give the objective the parameters in ``jepa_heads.safetensors``, if there is such a file; how many tensors it had.
-    Without one, the objective stays as it was built.
+    """Load the objective's parameters from ``jepa_heads.safetensors``, and return the number of its tensors.
+
+    Without such a file, the objective stays as it was built.
 
     Raises:
-        InputError: they are those of another objective.
+        InputError: the parameters are those of another objective.
     """
     file = folder / HEADS_FILE
     if not file.is_file():
@@ -159,8 +161,10 @@ def load_heads(module: JepaModel, folder: Path) -> int:
 
 
 def state_tensors(module: nn.Module, part: str = MODEL) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint's ``model/…``, or another part's: each parameter under its first name, and the persistent
-    buffers."""
+    """Return the tensors of a checkpoint's ``model/…``, or of another part.
+
+    These are each parameter, under its first name, and the persistent buffers.
+    """
     tensors = {f"{part}{name}": parameter.detach() for name, parameter in module.named_parameters()}
     for prefix, child in module.named_modules():
         for name, buffer in child.named_buffers(recurse=False):
@@ -172,11 +176,13 @@ def state_tensors(module: nn.Module, part: str = MODEL) -> dict[str, torch.Tenso
 def write_checkpoint(
     directory: Path, module: JepaModel, state: Mapping[str, Any], optim: OptimConfig, config: Mapping[str, Any]
 ) -> Path:
-    """Write ``step_00000000`` with the module's tensors and moments of zero, and the objective's EMA teacher, which starts
-    as the module. It appears whole or not at all.
+    """Write ``step_00000000``, whole or not at all: the module's tensors, moments of zero, and the objective's EMA
+    teacher.
+
+    The teacher starts as a copy of the module.
 
     Args:
-        directory: the run's ``checkpoints``. state: of the run at its start. optim: which moments there are.
+        directory: the run's ``checkpoints``. state: of the run at its start. optim: determines which moments there are.
         config: of the run, resolved; the manifest keeps it.
     """
     final = directory / "step_00000000"

@@ -1,7 +1,7 @@
-"""A run's checkpoint → a folder that transformers loads.
+"""Conversion of a run's checkpoint to a folder that transformers loads.
 
-Tensors come one by one out of the sharded checkpoint and go one by one into files of bounded size: no GPU, no process
-group, and memory for less than two files and a tensor, whatever the model's size.
+Tensors are read one by one from the sharded checkpoint and written one by one to files of bounded size. This needs no
+GPU and no process group, and less memory than two files and a tensor, whatever the model's size.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ INDEX_FILE = "model.safetensors.index.json"
 @dataclass(frozen=True, slots=True)
 class ExportOptions:
     """Attributes:
-    checkpoint: path or name of one; ``auto`` = the one that the folder was begun with, else the newest whole one.
+    checkpoint: path or name of one; ``auto`` = the one that the folder was begun with, else the newest complete one.
     dtype: of the weights. shard_bytes: of a file, at most.
     heads: write the objective's own parameters, too.
     adapter: of a LoRA run, write the adapters alone, as peft loads them, not the merged model.
@@ -71,11 +71,13 @@ class ExportOptions:
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What a conversion has made.
+    """The result of a conversion.
 
     Attributes:
-        checkpoint: what was converted. class_name: of the model, or of the one that adapters are for. files: how many hold tensors. nbytes: of all tensors.
-        kept: files of an earlier start that were whole. heads: whether there is a file of the objective's own parameters.
+        checkpoint: the one converted. class_name: of the model, or of the adapters' base model. files: how many hold
+            tensors. nbytes: of all tensors.
+        kept: complete files of an earlier, killed conversion. heads: whether there is a file of the objective's own
+            parameters.
     """
 
     checkpoint: Path
@@ -87,7 +89,7 @@ class Exported:
 
 
 def export(run: Path, out: Path, options: ExportOptions = ExportOptions()) -> Exported:
-    """Convert a checkpoint of ``run`` into the folder ``out``, or go on where a killed conversion was.
+    """Convert a checkpoint of ``run`` into the folder ``out``, or resume a killed conversion.
 
     Raises:
         InputError: the run or its checkpoint can't be used, or the folder holds something else.
@@ -143,7 +145,7 @@ def export(run: Path, out: Path, options: ExportOptions = ExportOptions()) -> Ex
 
 
 def find_checkpoint(run: Path, options: ExportOptions, begun: Journal | None, out: Path) -> tuple[Path, Manifest]:
-    """The checkpoint to convert; its files are whole.
+    """Return the checkpoint to convert; its files are undamaged.
 
     Raises:
         InputError: there is none, or the one that was asked for is damaged.
@@ -195,8 +197,10 @@ def _write_tensors(
 
 
 def _read(tensors: Path, units: Sequence[Unit], model: PreTrainedModel, limit: int, bar: tqdm) -> Iterator[Tensor]:
-    """What becomes of the units, tensor by tensor; at most ``limit`` bytes of the checkpoint are held, or one unit. DCP
-    needs as much again while it reads."""
+    """Yield the converted tensors of the units, one by one.
+
+    At most ``limit`` bytes of the checkpoint are in memory, or one unit. DCP needs as much again while it reads.
+    """
     for group in groups(units, limit):
         read = store.read_whole(tensors, [name for unit in group for name in unit.reads])
         for unit in group:
@@ -238,7 +242,7 @@ def _journal(
 
 
 def _told(unit: Unit) -> str | list[str | float]:
-    """What a unit's bytes depend on, beside the checkpoint."""
+    """Return all that a unit's bytes depend on, beside the checkpoint."""
     return unit.source if unit.made_of is None else [*unit.reads, unit.made_of.scale]
 
 
@@ -274,8 +278,10 @@ def _card(
 
 
 def metrics_at(run: Path, manifest: Manifest) -> dict[str, dict[str, float | None]]:
-    """Split → metric → value of the last evaluation not after the checkpoint: of the run's rows, else of the manifest,
-    else of its summary if that is of the same step."""
+    """Return split → metric → value of the last evaluation not after the checkpoint.
+
+    It is read from the run's rows, else from the manifest, else from the run's summary if that is of the same step.
+    """
     rows = [row for row in read_rows(run) if row["step"] <= manifest.step and row["split"] != FIT]
     if rows:
         return summarize(rows)["final"]

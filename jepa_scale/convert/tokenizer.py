@@ -1,4 +1,4 @@
-"""The tokenizer that a run's data were made with, and the ids that have a meaning."""
+"""The tokenizer of a run's data, and the special ids."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jepa_scale.utils.errors import InputError
 class Tokenizer:
     """Attributes:
     files: as ``save_pretrained`` writes them, by their path; empty if the data have no tokenizer.
-    special: ``eos``, ``pad``, ``bos``, and ``end`` of an answer in a chat, those that there are.
+    special: ``eos``, ``pad``, ``bos``, and ``end`` of an answer in a chat, as far as they exist.
     size: number of ids, 0 if the data have no tokenizer. chat: whether it has a chat template.
     """
 
@@ -29,7 +29,7 @@ class Tokenizer:
 
 
 def named_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of a folder; ``"none"`` = none.
+    """Return the tokenizer of a folder; ``"none"`` = none.
 
     Raises:
         InputError: the folder cannot be read.
@@ -38,7 +38,7 @@ def named_tokenizer(name: str) -> Tokenizer:
 
 
 def data_tokenizer(data: SourceOptions) -> Tokenizer:
-    """The tokenizer that a run's data were made with.
+    """Return the tokenizer with which a run's data were made.
 
     Raises:
         InputError: the data cannot be read.

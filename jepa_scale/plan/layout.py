@@ -1,4 +1,4 @@
-"""How a run is laid out on its ranks: which engine shards what over how many of them."""
+"""The layout of a run on its ranks: the engine, and the number of ranks over which it shards."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ CHECKPOINTING = ("none", "full", "selective")
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Ranks are replicas × shards × tp; every tp ranks share their micro-batches.
+    """The layout of a run: ranks = replicas × shards × tp. The tp ranks of a tensor-parallel group share their
+    micro-batches.
 
     Attributes:
         engine: ``"fsdp"`` or ``"deepspeed"``; stage: of ZeRO, 3 under FSDP2.
@@ -36,12 +37,12 @@ class Layout:
 
     @property
     def data_ranks(self) -> int:
-        """Ranks that train on different micro-batches."""
+        """Number of ranks that train on different micro-batches."""
         return self.world_size // self.tp
 
     @property
     def shards(self) -> int:
-        """Ranks over which state is sharded."""
+        """Number of ranks over which state is sharded."""
         return self.world_size // (self.tp * self.replicas)
 
     @property
@@ -68,12 +69,12 @@ def layout_of(
     replicas: int | None = None,
     checkpointing: str | None = None,
 ) -> Layout:
-    """What ``engine:`` says, for so many ranks.
+    """Return the layout that ``engine:`` gives for a number of ranks.
 
     ``engine.tp``, ``engine.replicas`` and ``engine.activation_checkpointing`` hold where the arguments are ``None``.
 
     Raises:
-        InputError: the ranks cannot be divided so, or the DeepSpeed JSON is not one that the engine takes.
+        InputError: the ranks cannot be divided so, or the engine does not accept the DeepSpeed JSON.
     """
     tp = tp or section.tp
     replicas = replicas or section.replicas
@@ -101,7 +102,7 @@ def layout_of(
         world_size=world_size,
         tp=tp,
         replicas=replicas,
-        precision="bf16" if section.precision == "auto" else section.precision,  # GPUs are planned for
+        precision="bf16" if section.precision == "auto" else section.precision,  # the plan is for GPUs
         checkpointing=checkpointing,
         compile=section.compile,
         **more,

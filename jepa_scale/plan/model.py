@@ -1,4 +1,4 @@
-"""The config's model and objective on the ``meta`` device: everything but numbers."""
+"""The config's model and objective on the ``meta`` device: all but the values."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from jepa_scale.plan.tensor_parallel import cut_for_rank
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """A trainable or frozen parameter as a tp rank has it.
+    """A trainable or frozen parameter as it is on one tp rank.
 
     Attributes:
         shape: of the rank's part. moments: tensors of its shape that the optimizer keeps. group: number of its group.
@@ -42,13 +42,14 @@ class Sizes:
 
 @dataclass(slots=True)
 class Modelled:
-    """A tp rank's model, in the compute dtype, without numbers.
+    """The model of one tp rank, in the compute dtype, without values.
 
     Attributes:
         parameters: name → sizes; a tied one once, as in ``module.named_parameters()``.
         whole: parameters of the model, tp or not; taught: of the teacher's copies; largest: elements of the largest parameter,
             tp or not.
-        flops: of the whole model: micro-batches of a data rank → what training on them costs its tp ranks together.
+        flops: of the whole model: micro-batches of a data-parallel rank → FLOPs of training on them, all its tp ranks
+            together.
     """
 
     module: JepaModel
@@ -69,7 +70,7 @@ class Modelled:
 
     @property
     def shard(self) -> list[nn.Module]:
-        """What an engine gathers and frees one at a time."""
+        """The units that an engine gathers and frees one at a time."""
         return [*self.backbone.layers, *self.objective.blocks]
 
     @property
@@ -79,7 +80,7 @@ class Modelled:
 
 
 def model_on_meta(experiment: Experiment, data: Any, layout: Layout) -> Modelled:
-    """Build what :func:`jepa_scale.training.build.build` would, as rank 0 of each group has it.
+    """Build the model of :func:`jepa_scale.training.build.build`, as it is on rank 0 of each group.
 
     Raises:
         InputError: the model, the objective or the layout does not fit the others.
@@ -114,7 +115,7 @@ def model_on_meta(experiment: Experiment, data: Any, layout: Layout) -> Modelled
 def _optimized(
     module: JepaModel, optim: OptimConfig, objective: Objective, backbone: Backbone
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Name of each trainable parameter → moments that the optimizer keeps of it, and the number of its group."""
+    """Return name of each trainable parameter → moments that the optimizer keeps of it, and the number of its group."""
     names = {parameter: name for name, parameter in module.named_parameters()}
     moments, groups = {}, {}
     for number, group in enumerate(parameter_groups(module, optim, objective.head_prefixes(backbone))):
@@ -125,7 +126,10 @@ def _optimized(
 
 
 def fuse_norms(module: nn.Module) -> None:
-    """RMSNorm as a GPU runs it, by one kernel that keeps its input and a number a row; a CPU keeps every step of it."""
+    """Replace RMSNorm by the fused kernel of a GPU, which keeps its input and one value per row for the backward pass.
+
+    A CPU keeps the result of every operation.
+    """
     for part in module.modules():
         if isinstance(part, nn.RMSNorm):
             part.forward = _fused_forward(part)  # type: ignore[method-assign,assignment]

@@ -1,4 +1,4 @@
-"""From a config and a number of ranks to what a rank needs and how long a run takes."""
+"""Plan a run from a config and a number of ranks: the memory of a rank and the time of the run."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from jepa_scale.utils.errors import InputError
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What to plan beside the config; ``None`` = as the config says.
+    """The settings of a plan beside the config; ``None`` = the config's value.
 
     Attributes:
-        tokens: of a whole run, whose days are asked for. efficiency: share of the roofline that operators reach.
+        tokens: of a whole run, to compute its days. efficiency: share of the roofline that operators reach.
         gpu: ``None`` = kernels as a CPU has them, no limit of memory and no times.
     """
 
@@ -43,11 +43,11 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class RunPlan:
-    """What one rank, the fullest, needs. Sizes are bytes.
+    """The needs of one rank, the one with the highest memory use. Sizes are bytes.
 
     Attributes:
         parameters: of the whole model. micro_tokens: of the config's micro-batch; micro_samples: samples in it.
-        start: at least needed while the engine is built, when the weights come one parameter at a time.
+        start: lower bound while the engine is built, when it takes the weights one parameter at a time.
         usable: of the GPU's memory. largest: tokens of the largest micro-batch that fits; 0 = not even one sample, ``None`` =
             not looked for. largest_samples: samples in it.
         step_tokens: of an optimizer step, all ranks together. flops: of a micro-batch on its tp ranks together.
@@ -89,7 +89,7 @@ class RunPlan:
 
     @property
     def days(self) -> float | None:
-        """Of training on ``tokens``."""
+        """Days of training on ``tokens``."""
         per_day = self.tokens_per_day
         return None if per_day is None or self.tokens is None else self.tokens / per_day
 
@@ -154,7 +154,7 @@ def make_plan(experiment: Experiment, request: Request) -> RunPlan:
 
 
 def _batch(train: TrainConfig, model: Modelled, data: Any, layout: Layout) -> tuple[int, int, int]:
-    """Tokens of a micro-batch or else samples, and micro-batches a rank and step."""
+    """Return the tokens, or else the samples, of a micro-batch, and the micro-batches per rank and step."""
     if train.batch_tokens:
         accumulation, rest = divmod(train.batch_tokens, train.micro_tokens * layout.data_ranks)
         if rest or not accumulation:
@@ -167,8 +167,11 @@ def _batch(train: TrainConfig, model: Modelled, data: Any, layout: Layout) -> tu
 
 
 def _start(layout: Layout, state: Mapping[str, int], largest: int, sizes: Mapping[str, Any]) -> int:
-    """While an engine is built: each parameter comes whole from rank 0, in fp32 under FSDP2 and else in the compute dtype, beside
-    what is kept of all; then moments come into being by a step with gradients of zeros. The teacher comes later."""
+    """Return the bytes needed while an engine is built.
+
+    Each parameter comes whole from rank 0, in fp32 under FSDP2 and else in the compute dtype, in addition to the state
+    that stays. Then a step with zero gradients creates the moments. The teacher is built later.
+    """
     trained = sum(s.numel for s in sizes.values() if s.trains)
     own = trained // (layout.shards if layout.stage > 0 else 1)
     built = sum(size for kind, size in state.items() if kind != "teacher") + 4 * own
@@ -182,7 +185,7 @@ def _start(layout: Layout, state: Mapping[str, int], largest: int, sizes: Mappin
 
 
 class _Trial:
-    """Peaks of micro-batches of other sizes."""
+    """Memory peaks of micro-batches of other sizes."""
 
     def __init__(self, experiment: Experiment, data: Any, layout: Layout, request: Request) -> None:
         self.experiment, self.data, self.layout, self.request = experiment, data, layout, request
@@ -196,7 +199,7 @@ class _Trial:
 def _largest(
     trial: _Trial, model: Modelled, data: Any, by_tokens: bool, accumulation: int, usable: int
 ) -> tuple[int, int]:
-    """Tokens and samples of the largest micro-batch of whole samples whose peak is within ``usable``."""
+    """Return tokens and samples of the largest micro-batch of whole samples whose peak is within ``usable``."""
     each = int(model.objective.view_tokens(np.array([data.train.max_size]))[0]) if by_tokens else 0
     limit = 1 << 16
 
@@ -212,9 +215,9 @@ def _largest(
 
 
 def largest_within(peak: Callable[[int], int], usable: int, limit: int) -> int:
-    """The largest n ≤ ``limit`` with peak(n) ≤ ``usable``, 0 if there is none, for a peak that grows with n.
+    """Find the largest n ≤ ``limit`` with peak(n) ≤ ``usable``, 0 if there is none, for a peak that grows with n.
 
-    Peaks are nearly straight lines, so a line through the two ends of what is left is a better guess than the middle.
+    Peaks are nearly linear in n, so interpolation between the ends of the remaining interval beats bisection.
     """
     low, low_peak = 1, peak(1)
     if low_peak > usable:

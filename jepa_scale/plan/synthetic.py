@@ -1,6 +1,6 @@
-"""Data that look like the config's, for planning where the data are not: token counts are what memory depends on.
+"""Synthetic data for planning without the config's data: memory depends only on the token counts.
 
-Nothing is read: a sample is as long as ``data.max_length`` lets it be, unless the user knows its mean length.
+Nothing is read: a sample has the length ``data.max_length``, unless the user gives the mean length.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class _Examples:
 
 @dataclass(frozen=True)
 class StandIn:
-    """As much of a :class:`jepa_scale.data.base.Dataset` as models and objectives ask for."""
+    """The part of a :class:`jepa_scale.data.base.Dataset` that models and objectives use."""
 
     kind: Kind
     train: _Examples
@@ -80,8 +80,10 @@ class StandIn:
 
 
 class _Tokenizer:
-    """What an objective asks the tokenizer of conversations without a chat template: a template's own tokens, some a message,
-    are not counted."""
+    """The part of a tokenizer without a chat template that an objective uses for conversations.
+
+    A template's own tokens, a few per message, are not counted.
+    """
 
     bos_token_id, eos_token_id = SPECIAL["bos"], SPECIAL["eos"]
     bos_token = "<bos>"
@@ -97,20 +99,20 @@ class _Tokenizer:
 
 
 def stand_in(experiment: Experiment, vocab_size: int | None, sample_tokens: int | None) -> Any:
-    """Data such as an experiment's.
+    """Return synthetic data of the same kind as an experiment's.
 
     Args:
         vocab_size: rows of the embedding; ``None`` = as the config says. sample_tokens: of a sample; ``None`` =
             ``data.max_length``.
 
     Raises:
-        InputError: nothing says how large the vocabulary is, or the source's data are of another kind.
+        InputError: the size of the vocabulary is not known, or the source's data are of another kind.
     """
     options = experiment.data
     if isinstance(options, MixtureOptions):
         raise InputError("data.source: a mixture cannot be planned; plan one of its parts")
     if isinstance(options, ReversalOptions):
-        return load_data(options)  # made, not read
+        return load_data(options)  # generated, not read
     trained = options.vocab_size if options.tokenizer == "bpe" else None  # on the data, to that size
     found = vocab_size or experiment.model.vocab_size or (GRID_VOCABULARY if options.source == "grids" else trained)
     if not found:
@@ -127,8 +129,10 @@ def stand_in(experiment: Experiment, vocab_size: int | None, sample_tokens: int 
 
 
 def micro_batch(objective: Objective, data: Any, tokens: int = 0, samples: int = 0) -> PackedBatch:
-    """A rank's micro-batch, packed as the loader packs: of so many ``samples``, or of samples whose views take up to
-    ``tokens`` tokens, with a shorter one to fill up where there can be.
+    """Return a rank's micro-batch, packed as the loader packs.
+
+    It has the given number of ``samples``, or as many as have views of up to ``tokens`` tokens in total, and then a
+    shorter sample to fill the rest if possible.
 
     Raises:
         InputError: not one sample fits.
@@ -152,7 +156,7 @@ def micro_batch(objective: Objective, data: Any, tokens: int = 0, samples: int =
 
 
 def _filling(objective: Objective, data: StandIn, rest: int, number: int) -> list[Any]:
-    """A shorter sample whose views take ``rest`` tokens or somewhat less; none if there is no such sample."""
+    """Return a shorter sample whose views take ``rest`` tokens or slightly fewer; none if there is no such sample."""
     if rest < 8:
         return []
     sizes = np.arange(4, data.train.size + 1)
@@ -161,6 +165,6 @@ def _filling(objective: Objective, data: StandIn, rest: int, number: int) -> lis
 
 
 def on_meta(batch: PackedBatch) -> PackedBatch:
-    """The batch without its numbers, with totals as the loop sets them."""
+    """Return the batch without its values, with totals as the training loop sets them."""
     totals = {name: torch.empty((), device="meta") for name in [*batch.counts, "skipped", "budget"]}
     return replace(batch.to("meta"), totals=totals)
