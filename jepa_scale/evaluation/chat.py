@@ -1,4 +1,4 @@
-"""Evaluation of conversations by what the model says: each last answer of the assistant generated, saved and scored."""
+"""Evaluation of conversations by generation: each last answer of the assistant is generated, saved and scored."""
 
 from __future__ import annotations
 
@@ -35,8 +35,10 @@ class _Turn(Protocol):
 
 
 class Conversation(Protocol):
-    """As :class:`jepa_scale.data.examples.Conversation`: turns belong to the messages, in order; a conversation that was
-    cut has fewer turns than messages."""
+    """The interface of :class:`jepa_scale.data.examples.Conversation`.
+
+    Turns belong to the messages, in order; a truncated conversation has fewer turns than messages.
+    """
 
     @property
     def tokens(self) -> np.ndarray: ...
@@ -48,13 +50,13 @@ class Conversation(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What a row of a split asks.
+    """The question of a row of a split.
 
     Attributes:
         row: its number in the split.
-        prompt: (n,) token ids up to where the last answer begins, what the template opens it with included.
-        asked: what the user said last.
-        problem: why it cannot be asked; '' if it can.
+        prompt: (n,) token ids up to the start of the last answer, including the template's opening of the answer.
+        asked: the user's last message.
+        problem: why the question cannot be answered; '' if it can.
     """
 
     row: int
@@ -66,7 +68,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where generations go, and whether to tell how far they are; None = they are not saved."""
+    """The place to save generations, and whether to log their progress; None = they are not saved."""
 
     run_dir: Path | None = None
     step: int = 0
@@ -74,9 +76,12 @@ class Place:
 
 
 def generations_file(run_dir: Path, step: int, split: str) -> Path:
-    """JSON Lines, a row of the split each: ``row``, ``prompt`` (what the user said last), ``wanted``, ``generated`` and
-    ``tokens``, its length (both null where nothing was), ``stopped`` (by a token that closes an answer, not by the limit),
-    ``values`` by metric, ``notes`` of the metrics, ``unscored`` (why it does not count, '' if it does)."""
+    """Return the path of a split's generations: JSON Lines, one line per row of the split.
+
+    A line has ``row``, ``prompt`` (the user's last message), ``wanted``, ``generated`` and ``tokens``, its length (both
+    null if nothing was generated), ``stopped`` (by a token that closes an answer, not by the limit), ``values`` by
+    metric, ``notes`` of the metrics, and ``unscored`` (why the row is not scored, '' if it is).
+    """
     return run_dir / "generations" / f"step_{step:08d}_{split}.jsonl"
 
 
@@ -87,7 +92,7 @@ class ChatTest:
     Attributes:
         decode: token ids → text, special tokens left out.
         stop: tokens that close an answer.
-        positions: that the decoder has; None = without limit.
+        positions: number of positions of the decoder; None = no limit.
     """
 
     options: ChatEvalOptions
@@ -99,9 +104,9 @@ class ChatTest:
     def run(self, call: Call, ranks: ParallelContext, place: Place) -> dict[str, dict[str, float]]:
         """Answer all questions. Collective; the same result on every rank.
 
-        Of each split the mean of every value of the metrics over the rows that can be scored by all of them,
-        ``generated`` (answers), ``stopped`` (share of the answers that ended by themselves) and ``unscored`` (rows that
-        are in no mean: nothing is wanted, or nothing could match it).
+        The result has, for each split, the mean of every metric value over the rows that all metrics can score,
+        ``generated`` (number of answers), ``stopped`` (share of the answers that a closing token ended) and
+        ``unscored`` (number of rows in no mean: no answer is wanted, or no answer could match it).
         """
         results = {}
         for split, questions in self.questions.items():
@@ -118,7 +123,7 @@ class ChatTest:
     def _answers(
         self, call: Call, split: str, questions: Sequence[Question], ranks: ParallelContext, place: Place
     ) -> Iterator[dict[str, Any]]:
-        """This rank's records, as they come."""
+        """Yield this rank's records as they are generated."""
         asked = [q for q in questions if not q.problem]
         prompts = [q.prompt for q in asked]
         size = self.options.generation_batch * ranks.dp_size
@@ -164,7 +169,7 @@ class ChatTest:
 
 
 def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Metrics of a split from the records of its rows; see :meth:`ChatTest.run`."""
+    """Return the metrics of a split from the records of its rows; see :meth:`ChatTest.run`."""
     scored = [r for r in records if not r["unscored"]]
     said = [r for r in records if r["generated"] is not None]
     names = list(scored[0]["values"]) if scored else []
@@ -175,7 +180,7 @@ def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def save(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Write the records; a full disk is a warning, and costs no run its evaluation."""
+    """Write the records. A full disk causes a warning only, and the evaluation goes on."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
@@ -187,13 +192,13 @@ def save(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
 
 
 def chosen(total: int, wanted: int) -> list[int]:
-    """Numbers of ``wanted`` of ``total`` rows, evenly spread; 0 = all."""
+    """Return the numbers of ``wanted`` of ``total`` rows, evenly spread; 0 = all."""
     some = min(total, wanted or total)
     return [i * total // some for i in range(some)]
 
 
 def question(example: Conversation, row: int, split: str, options: ChatEvalOptions) -> Question:
-    """The last answer of the assistant, asked for.
+    """Return the question whose answer is the assistant's last message.
 
     Raises:
         InputError: naming ``eval.database`` or ``eval.database_id`` and the row: its SQLite file is not there.
@@ -206,7 +211,7 @@ def question(example: Conversation, row: int, split: str, options: ChatEvalOptio
     wanted = Wanted(example.messages[last]["content"], name, dict.fromkeys(options.choices, ""), database)
     if last >= len(example.turns):
         return Question(row, example.tokens[:0], asked, wanted, f"{name}: data.max_length cuts it before its answer")
-    prompt = example.tokens[: example.turns[last].start].copy()  # not a view: the whole conversation would stay
+    prompt = example.tokens[: example.turns[last].start].copy()  # a view would keep the whole conversation
     return Question(row, prompt, asked, wanted, "" if len(prompt) else f"{name}: there is nothing before its answer")
 
 
@@ -228,7 +233,7 @@ def _database(asked: str, name: str, options: ChatEvalOptions) -> Path:
 
 
 class Counter:
-    """How many of ``total`` answers there are: on a terminal a bar, elsewhere now and then a message, ``SECONDS`` apart."""
+    """Progress over ``total`` answers: a bar on a terminal, elsewhere a message at most every ``SECONDS`` seconds."""
 
     SECONDS = 30.0
 

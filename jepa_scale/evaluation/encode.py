@@ -1,4 +1,4 @@
-"""Texts through whatever runs an objective's tasks: micro-batches of a split, and the states of texts."""
+"""Encoding of texts through an objective's tasks: micro-batches of a split, and the states of texts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from jepa_scale.packing import PackedBatch, Views
 
 
 class EncodedTexts(NamedTuple):
-    """What a micro-batch of this rank gives of m texts, on the device.
+    """The states of the m texts of one micro-batch of this rank, on the device.
 
     Attributes:
         numbers: (m,) int64 of the texts.
@@ -54,16 +54,17 @@ def encode_texts(
     ranks: ParallelContext,
     pooling: str | None = None,
 ) -> Iterator[EncodedTexts]:
-    """The states of texts, each of them on one rank and once. Collective; ranks with less to do yield no texts now and then.
+    """Yield the states of texts, each text once and on one rank. Collective; a rank with fewer texts yields empty
+    results, too.
 
     Args:
-        micro_tokens: tokens in one forward of a rank, or one text.
+        micro_tokens: greatest number of tokens in one forward of a rank, unless a single text has more.
         pooling: ``mean`` or ``last``; None = the objective's own.
     """
     for batch in text_batches(texts, Numbered(objective), 0, micro_tokens, ranks, tokens=lambda sizes: sizes):
         states = call("encode", batch)
         segments = batch.segments["text"]
-        ends = batch.streams["main"].table.cu_seqlens.tolist()  # on the host: the loader made it there
+        ends = batch.streams["main"].table.cu_seqlens.tolist()  # on the host, where the loader made it
         yield EncodedTexts(
             batch.values["text_number"],
             states[pooling or objective.pooling][segments.to(states["last"].device)],
@@ -80,11 +81,12 @@ def text_batches(
     streams: tuple[str, ...] = ("main",),
     tokens: Callable[[np.ndarray], np.ndarray] = lambda sizes: sizes - 1,
 ) -> Iterator[PackedBatch]:
-    """This rank's micro-batches of a split: each sample on one rank, and as many micro-batches on every rank.
+    """Return this rank's micro-batches of a split: each sample on one rank, and equally many micro-batches on every
+    rank.
 
     Args:
         samples: how many, evenly spread over the split; 0 = all.
-        tokens: (m,) tokens of examples → (m,) tokens that their views take at most.
+        tokens: (m,) tokens of examples → (m,) upper bounds on the tokens of their views.
     """
     n = len(examples)
     if not n:

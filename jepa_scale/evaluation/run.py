@@ -1,4 +1,4 @@
-"""Which evaluation belongs to which data: what ``eval:`` may say, and how a run's splits are evaluated."""
+"""Evaluate a run's splits, by the options of ``eval:`` that belong to its data."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Results = dict[str, dict[str, float]]
 def chat_test(
     options: EvaluationOptions, data: Any, backbone: Backbone, predicts_tokens: bool = True
 ) -> chat.ChatTest | None:
-    """What generation will ask; None if the evaluation generates nothing. Reads the rows of every split.
+    """Return the questions for generation, from the rows of every split; None if the evaluation generates nothing.
 
     Raises:
         InputError: naming the key: the objective trains no model that could answer, the data have no tokenizer, or a row's
@@ -69,11 +69,11 @@ def evaluate(
     place: chat.Place | None = None,
     probe: ProbeTest | None = None,
 ) -> Results:
-    """The metrics of every split, and of ``probe``. Collective; the same result on every rank.
+    """Return the metrics of every split, and of ``probe``. Collective; the same result on every rank.
 
     Args:
-        test: of :func:`chat_test`. place: where its generations are saved.
-        probe: of :func:`jepa_scale.evaluation.text_probe.probe_test`.
+        test: result of :func:`chat_test`. place: where its generations are saved.
+        probe: result of :func:`jepa_scale.evaluation.text_probe.probe_test`.
     """
     if isinstance(options, EvalOptions):
         return reversal.evaluate(objective.answer_generator(call), data.splits, data.names, options, ranks.device)
@@ -102,7 +102,7 @@ def evaluate(
 
 
 def device_call(engine: Any, device: torch.device, between: Callable[[], None]) -> Call:
-    """:class:`Call` through an engine; ``between`` is called before each forward."""
+    """Return a :class:`Call` through an engine; ``between`` is called before each forward."""
 
     def call(task: Task, batch: Any, *args: Any) -> Any:
         between()

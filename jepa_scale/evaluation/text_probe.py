@@ -1,4 +1,4 @@
-"""Probes at every evaluation: what labels can be read off the states of texts that nobody trained on as such."""
+"""Probes at every evaluation: how well labels can be predicted from the states of labelled texts."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ logger = logging.getLogger(__name__)
 SPLIT = "probe"
 """Name of the metrics' split."""
 TOKENS = 4096
-"""Token states that are looked at, at most, evenly spread over all texts."""
+"""Greatest number of token states measured, evenly spread over all texts."""
 ROWS = 4096
-"""Texts among which pairs are compared, at most, evenly spread."""
+"""Greatest number of texts among which pairs are compared, evenly spread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class ProbeTest:
     """Labelled texts, read before the training begins.
 
     Attributes:
-        starts: (n + 1,) int64, the number of each text's first state when the states of all texts are counted through.
+        starts: (n + 1,) int64, index of each text's first state in the concatenated states of all texts.
     """
 
     labelled: LabelledTexts
@@ -52,17 +52,17 @@ class ProbeTest:
     def run(self, objective: Objective, call: Call, ranks: ParallelContext) -> dict[str, float]:
         """Encode all texts with the objective's own pooling, and probe them. Collective; the same result on every rank.
 
-        ``knn_accuracy`` and ``probe_accuracy`` (see :mod:`jepa_scale.metrics.probe`), ``chance`` (the majority's share),
-        ``effective_rank`` of the pooled states and ``effective_rank_tokens`` of token states, ``uniformity`` of the pooled
-        states, ``texts`` and ``classes``. What states that are not finite would give is NaN.
+        The metrics are ``knn_accuracy`` and ``probe_accuracy`` (see :mod:`jepa_scale.metrics.probe`), ``chance`` (the
+        majority's share), ``effective_rank`` of the pooled states and ``effective_rank_tokens`` of token
+        states, ``uniformity`` of the pooled states, ``texts`` and ``classes``. A metric of states that are not finite is NaN.
         """
         pooled, tokens = self.states(objective, call, ranks)
         return broadcast_object(self.measure(pooled, tokens) if ranks.is_main else None)
 
     def states(self, objective: Objective, call: Call, ranks: ParallelContext) -> tuple[Tensor, Tensor]:
-        """(n, d) pooled and (m, d) token states, fp32, whole on every rank. Collective."""
+        """Return (n, d) pooled and (m, d) token states, fp32, whole on every rank. Collective."""
         n, total = len(self.texts), int(self.starts[-1])
-        wanted = np.arange(min(TOKENS, total)) * total // min(TOKENS, total)  # states, counted through
+        wanted = np.arange(min(TOKENS, total)) * total // min(TOKENS, total)  # indices into the concatenated states
         firsts = np.searchsorted(wanted, self.starts)
         pooled = tokens = torch.zeros(0)
         for part in encode_texts(objective, call, self.texts, self.micro_tokens, ranks):
@@ -73,10 +73,10 @@ class ProbeTest:
             for number, states in zip(part.numbers.tolist(), part.tokens, strict=True):
                 some = slice(firsts[number], firsts[number + 1])
                 tokens[some] = states[torch.from_numpy(wanted[some] - self.starts[number]).to(states.device)]
-        return all_reduce_sum(pooled), all_reduce_sum(tokens)  # each row is one rank's, and zero elsewhere
+        return all_reduce_sum(pooled), all_reduce_sum(tokens)  # each row comes from one rank and is zero on the others
 
     def measure(self, pooled: Tensor, tokens: Tensor) -> dict[str, float]:
-        """Metrics of (n, d) pooled and (m, d) token states."""
+        """Return the metrics of (n, d) pooled and (m, d) token states."""
         found = self.labelled
         labels = torch.from_numpy(found.labels).to(pooled.device)
         trains = torch.from_numpy(found.train).to(pooled.device)
@@ -100,7 +100,7 @@ class ProbeTest:
 
 
 def probe_test(options: EvaluationOptions, data: Any, backbone: Backbone, objective: Objective) -> ProbeTest | None:
-    """The texts of ``eval.probe``; None if there are none.
+    """Return the texts of ``eval.probe``; None if there are none.
 
     Raises:
         InputError: naming the key or the row: there is no such file, a row cannot be used or is too long for the model, the
