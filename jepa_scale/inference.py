@@ -86,8 +86,9 @@ class LoadedRun:
         truncate: bool = False,
         progress: bool = False,
     ) -> np.ndarray:
-        """Encode texts as (n, d) float32, one row per text. A row does not depend on the rest of its batch (up to fp32
-        rounding).
+        """Encode texts as (n, d) float32, one row per text.
+
+        A row does not depend on the other texts of its batch, up to the rounding of fp32.
 
         Args:
             pooling: mean of a text's states after the final norm, or the last state; None = the objective's own
@@ -214,8 +215,7 @@ def load(run_dir: str | Path, checkpoint: str | Path = "auto", device: str | tor
 
     Raises:
         InputError: there is no such run or no complete checkpoint, its data cannot be opened, or the checkpoint is of
-            another
-            model.
+            another model.
     """
     run = Path(run_dir).expanduser()
     file = config_of(run)

@@ -54,7 +54,8 @@ class ProbeTest:
 
         The metrics are ``knn_accuracy`` and ``probe_accuracy`` (see :mod:`jepa_scale.metrics.probe`), ``chance`` (the
         majority's share), ``effective_rank`` of the pooled states and ``effective_rank_tokens`` of token
-        states, ``uniformity`` of the pooled states, ``texts`` and ``classes``. A metric of states that are not finite is NaN.
+        states, ``uniformity`` of the pooled states, ``texts`` and ``classes``. A metric of states that are not finite
+        is NaN.
         """
         pooled, tokens = self.states(objective, call, ranks)
         return broadcast_object(self.measure(pooled, tokens) if ranks.is_main else None)

@@ -59,7 +59,7 @@ class TrainingComponents:
     generated answers are saved under that step in the run directory, if one is given."""
     steps: int  # of the whole run: ``train.steps``, those that ``train.flops`` pay for, or fewer if the data end
     flops: StepFlops  # this rank's micro-batches of a step → FLOPs of training on them, over its tensor-parallel group
-    splits: dict[str, Split]  # names of the parameters that are split over the tensor-parallel group
+    splits: dict[str, Split]  # of the parameters that are split over the tensor-parallel group, by name
 
     @property
     def parts(self) -> list[Checkpointable]:
@@ -232,9 +232,9 @@ def model_of(experiment: Experiment, data: Any) -> JepaModel:
 
 
 def split_over_tp_group(backbone: Backbone, ranks: ParallelContext) -> dict[str, Split]:
-    """Split the backbone over the tensor-parallel group, in place, and return the names of the split parameters.
+    """Split the backbone over the tensor-parallel group, in place, and return name → split of each split parameter.
 
-    The names are those in :class:`JepaModel`; the result is empty without tensor parallelism.
+    The names are those in :class:`JepaModel`. The result is empty without tensor parallelism.
     """
     group = tp_group()
     if group is None:
