@@ -16,7 +16,7 @@ from jepa_scale.plan.layout import Layout, layout_of
 from jepa_scale.plan.model import Modelled, model_on_meta
 from jepa_scale.plan.roofline import Estimate, estimate
 from jepa_scale.plan.simulate import Simulated, fake_ranks, simulate
-from jepa_scale.plan.synthetic import StandIn, micro_batch, on_meta, stand_in
+from jepa_scale.plan.synthetic import StandIn, micro_batch, on_meta, synthetic_data
 from jepa_scale.utils.errors import InputError
 
 
@@ -102,7 +102,7 @@ def make_plan(experiment: Experiment, request: Request) -> RunPlan:
     """
     layout = layout_of(experiment.engine, request.world_size, request.tp, request.replicas, request.checkpointing)
     with fake_ranks(layout.data_ranks):
-        data = stand_in(experiment, request.vocab_size, request.sample_tokens)
+        data = synthetic_data(experiment, request.vocab_size, request.sample_tokens)
         trial = _Trial(experiment, data, layout, request)
         model = model_on_meta(experiment, data, layout)
         tokens, samples, accumulation = _batch(experiment.train, model, data, layout)

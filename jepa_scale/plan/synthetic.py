@@ -98,7 +98,7 @@ class _Tokenizer:
         return [self.bos_token_id]
 
 
-def stand_in(experiment: Experiment, vocab_size: int | None, sample_tokens: int | None) -> Any:
+def synthetic_data(experiment: Experiment, vocab_size: int | None, sample_tokens: int | None) -> Any:
     """Return synthetic data of the same kind as an experiment's.
 
     Args:

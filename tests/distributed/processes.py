@@ -164,7 +164,7 @@ class ProcessPool:
             self._pids = None
             self.process.stdin.write(json.dumps(order) + "\n")
             self.process.stdin.flush()
-            assert self._ended.wait_for(lambda: self._pids, HANG), "the nursery does not answer"
+            assert self._ended.wait_for(lambda: self._pids, HANG), "the process pool does not answer"
             assert self._pids
             run = Forked(self._pids, logs, self._ended)
             self._by_pid.update({pid: (run, rank) for rank, pid in enumerate(self._pids)})
@@ -296,7 +296,7 @@ class Launched:
         self.process.wait()
 
 
-# -- in the nursery ---------------------------------------------------------------------------------------------------
+# -- in the process pool ---------------------------------------------------------------------------------------------------
 
 
 def serve() -> int:

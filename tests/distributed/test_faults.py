@@ -124,12 +124,18 @@ def test_no_room_for_one_of_the_files(process_pool, undisturbed, tmp_path, befor
     assert_same(tmp_path / "run", undisturbed / "run", STEPS)
 
 
+def is_saved(folder: Path, step: int) -> bool:
+    """Whether a save has come to its end, which is to name the checkpoint in ``latest``; the checkpoint itself is there before."""
+    latest = folder / "checkpoints" / "latest"
+    return latest.exists() and latest.read_text() == f"step_{step:08d}"
+
+
 def test_permission_lost_and_then_the_folder(process_pool, undisturbed, tmp_path):
     (forbidden, allowed, removed, restored), held = gates(tmp_path, 5, 13, 17, 25)
     run = process_pool.start(config_of(undisturbed, tmp_path), 2, [*held, IMPATIENT, {"name": "bound_by_permissions"}])
     folder = tmp_path / "run"
     forbidden.reached(run)
-    until(lambda: newest(folder) == 4, "checkpoint")
+    until(lambda: is_saved(folder, 4), "checkpoint")
     (folder / "checkpoints").chmod(0o555)
     try:
         forbidden.open()
@@ -142,7 +148,7 @@ def test_permission_lost_and_then_the_folder(process_pool, undisturbed, tmp_path
         (folder / "checkpoints").chmod(0o755)
     allowed.open()
     removed.reached(run)
-    until(lambda: newest(folder) == 16, "checkpoint")
+    until(lambda: is_saved(folder, 16), "checkpoint")
     (folder / "checkpoints").rename(tmp_path / "away")
     (folder / "checkpoints").write_text("in the way")
     removed.open()

@@ -10,7 +10,7 @@ from jepa_scale.experiment import validate
 from jepa_scale.plan.layout import Layout, layout_of
 from jepa_scale.plan.model import Modelled, model_on_meta
 from jepa_scale.plan.planner import Request, RunPlan, make_plan
-from jepa_scale.plan.synthetic import stand_in
+from jepa_scale.plan.synthetic import synthetic_data
 
 LAYERS, WIDTH, INNER, HEADS, KV, VOCAB = 3, 32, 48, 4, 2, 128
 MODEL = {
@@ -45,7 +45,7 @@ def zero(stage: int, **more: Any) -> dict[str, Any]:
 def modelled(config: Config, world_size: int = 1, tp: int = 1) -> tuple[Modelled, Layout]:
     experiment = validate(config)
     layout = layout_of(experiment.engine, world_size, tp)
-    return model_on_meta(experiment, stand_in(experiment, None, None), layout), layout
+    return model_on_meta(experiment, synthetic_data(experiment, None, None), layout), layout
 
 
 def planned(config: Config, world_size: int = 1, **more: Any) -> RunPlan:

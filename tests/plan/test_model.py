@@ -6,7 +6,7 @@ import torch
 from jepa_scale.experiment import validate
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.objectives.base import JepaModel
-from jepa_scale.plan.synthetic import stand_in
+from jepa_scale.plan.synthetic import synthetic_data
 from tests.plan.small import BLOCK, HORIZON, LAYERS, MODEL, PARAMETERS, VOCAB, WIDTH, config, modelled
 
 
@@ -18,7 +18,7 @@ def test_parameters_in_closed_form():
 
 def test_names_and_shapes_are_those_of_the_built_model():
     experiment = validate(config(objective=HORIZON))
-    data = stand_in(experiment, None, None)
+    data = synthetic_data(experiment, None, None)
     backbone = build_backbone(experiment.model, data.vocab_size)
     real = JepaModel(backbone, experiment.objective.build(backbone, data))
     model, _ = modelled(config(objective=HORIZON))

@@ -8,7 +8,7 @@ import pytest
 from jepa_scale.config.loading import load_config
 from jepa_scale.experiment import validate
 from jepa_scale.plan.planner import Request, make_plan
-from jepa_scale.plan.synthetic import micro_batch, stand_in
+from jepa_scale.plan.synthetic import micro_batch, synthetic_data
 from jepa_scale.utils.errors import InputError
 from tests.plan.small import MODEL, config, modelled
 
@@ -17,7 +17,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 def test_a_micro_batch_is_full():
     experiment = validate(config(train={"batch_tokens": 100, "micro_tokens": 100}))
-    data = stand_in(experiment, None, None)
+    data = synthetic_data(experiment, None, None)
     objective = modelled(config())[0].objective
     batch = micro_batch(objective, data, tokens=100)
     assert batch.streams["main"].table.lengths == (16,) * 6  # 17 tokens, the last one only predicted; 4 are too few
@@ -30,16 +30,16 @@ def test_the_vocabulary_must_be_known():
     without = {**MODEL, "vocab_size": None}
     unknown = config(model=without, data={"source": "text", "path": "nowhere", "tokenizer": "some/tokenizer"})
     with pytest.raises(InputError, match="model.vocab_size: no data are read to plan.*--vocab-size"):
-        stand_in(validate(unknown), None, None)
-    assert stand_in(validate(unknown), 77, None).vocab_size == 77
+        synthetic_data(validate(unknown), None, None)
+    assert synthetic_data(validate(unknown), 77, None).vocab_size == 77
     trained = config(model=without, data={"source": "text", "path": "nowhere", "tokenizer": "bpe", "vocab_size": 512})
-    assert stand_in(validate(trained), None, None).vocab_size == 512
+    assert synthetic_data(validate(trained), None, None).vocab_size == 512
 
 
 def test_a_sample_is_not_longer_than_the_config_allows():
     with pytest.raises(InputError, match="--sample-tokens 18: no sample has more than data.max_length=17"):
-        stand_in(validate(config()), None, 18)
-    data = stand_in(validate(config()), None, 9)
+        synthetic_data(validate(config()), None, 18)
+    data = synthetic_data(validate(config()), None, 9)
     assert data.train.max_size == 9 and (data.train.sizes(np.arange(3)) == 9).all()
 
 

@@ -233,13 +233,13 @@ def test_a_trainer_that_fails_takes_its_workers_along(tmp_path: Path) -> None:
     script.write_text(
         "from jepa_scale.data.sampling.loader import Loader\n"
         "from jepa_scale.data.sampling.order import Permuted, shuffled\n"
-        "from jepa_scale.data.sampling.batches import SampleStream\n"
+        "from jepa_scale.data.sampling.batches import SampleBatchSampler\n"
         "from jepa_scale.packing import Segment, Views\n"
         "import os\n"
         "def views(example, draw):\n"
         "    return Views([Segment([1], 'x')], values={'pid': os.getpid()})\n"
         "order = Permuted(50, lambda epoch: shuffled(0, epoch, 50))\n"
-        "steps = iter(Loader(range(50), SampleStream(order, 0, 2), views, ('main',), 0, 10_000, 0, workers=2))\n"
+        "steps = iter(Loader(range(50), SampleBatchSampler(order, 0, 2), views, ('main',), 0, 10_000, 0, workers=2))\n"
         "print(*{int(next(steps)[0].values['pid'][0]) for _ in range(8)}, flush=True)\n"
         "raise SystemExit(3)\n"  # with the iterator, and so the workers, still alive
     )
