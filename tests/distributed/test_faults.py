@@ -79,6 +79,12 @@ def small_disk(tmp_path: Path) -> Iterator[tuple[ProcessPool, Path, Path]]:
     process_pool.close()
 
 
+def is_saved(folder: Path, step: int) -> bool:
+    """Whether a save has come to its end, which is to name the checkpoint in ``latest``; the checkpoint itself is there before."""
+    latest = folder / "checkpoints" / "latest"
+    return latest.exists() and latest.read_text() == f"step_{step:08d}"
+
+
 @pytest.mark.matrix
 def test_a_full_disk_costs_checkpoints_and_nothing_else(small_disk, undisturbed, tmp_path):
     """The whole run directory is on the full disk, so rows of metrics.jsonl wait for space, too."""
@@ -87,7 +93,7 @@ def test_a_full_disk_costs_checkpoints_and_nothing_else(small_disk, undisturbed,
     run = process_pool.start(config_of(undisturbed, disk), 2, [*held, IMPATIENT])
     folder = seen / "run"
     filled.reached(run)
-    until(lambda: newest(folder) == 4, "checkpoint")
+    until(lambda: is_saved(folder, 4), "checkpoint")
     with open(seen / "ballast", "wb", buffering=0) as ballast:
         try:
             while True:
@@ -122,12 +128,6 @@ def test_no_room_for_one_of_the_files(process_pool, undisturbed, tmp_path, befor
     assert "the checkpoint of step 4 was not saved" in line and "File too large" in line
     check_checkpoints(tmp_path / "run")
     assert_same(tmp_path / "run", undisturbed / "run", STEPS)
-
-
-def is_saved(folder: Path, step: int) -> bool:
-    """Whether a save has come to its end, which is to name the checkpoint in ``latest``; the checkpoint itself is there before."""
-    latest = folder / "checkpoints" / "latest"
-    return latest.exists() and latest.read_text() == f"step_{step:08d}"
 
 
 def test_permission_lost_and_then_the_folder(process_pool, undisturbed, tmp_path):
