@@ -20,7 +20,7 @@ autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
-napoleon_use_ivar = True  # attributes are told once, not as objects beside those that autodoc finds
+napoleon_use_ivar = True  # attributes are listed once, not as objects beside those that autodoc finds
 
 html_theme = "furo"
 html_title = "jepa_scale"

@@ -40,7 +40,7 @@ class RecordOptions(Section):
     max_eval_items: int = Field(0, ge=0, description="Records of every evaluation split to take; 0 = all.")
     columns: dict[str, str] = Field(
         default_factory=dict,
-        description="Which column is what: text, messages, input, output or system → name. Empty = told from the names.",
+        description="Which column is what: text, messages, input, output or system → name. Empty = by the columns' names.",
     )
     remove_thinking: bool = Field(False, description="Remove <think>…</think> from what the assistant says.")
     plain: bool = Field(
