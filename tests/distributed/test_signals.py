@@ -158,13 +158,17 @@ def test_a_frozen_process_is_named(process_pool, tmp_path):
     ]
     run = process_pool.start(["--config", str(config)], 2, faults)
     gate.reached(run)
+    # its watchdog writes the first time half a second after the start, which a fast machine needs for 20 steps
+    until((tmp_path / "run" / "watchdog" / "rank_00001.json").exists, "file of rank 1's watchdog")
     gate.open()
     run.send(1, signal.SIGSTOP)
     mark.touch()
     until(lambda: 0 in run.codes, "end")
     run.kill()
     assert run.codes[0] == 1
-    (told,) = [line for line in run.output().splitlines() if "no progress" in line]
+    told = [line for line in run.output().splitlines() if "no progress" in line]
+    assert len(told) == 1, run.output()
+    (told,) = told
     assert re.search(r": rank 1 hangs at step \d+ in '", told), told
 
 
