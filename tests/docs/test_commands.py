@@ -280,6 +280,16 @@ def jobs() -> list[list[str]]:
     return [*first, *(job for _, job in sorted(found, key=lambda pair: pair[0]))]
 
 
+def test_no_two_commands_train_into_one_folder():
+    names = []
+    for job in jobs():
+        if job[0] == "train" and "--resume" not in job:
+            named = [word.removeprefix("run.name=") for word in job if word.startswith("run.name=")]
+            names.append(named[-1] if named else Path(job[2]).stem)
+    assert len(names) > 10
+    assert not [name for name in set(names) if names.count(name) > 1]
+
+
 @pytest.mark.matrix
 def test_commands_run(workplace):
     """All in one process, one rank, two steps a run."""
