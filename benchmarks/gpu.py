@@ -226,7 +226,7 @@ def run_steps(run: TrainingComponents, device: torch.device) -> Iterator[tuple[f
         for micro, batch in enumerate(batches):
             run.engine.backward(run.engine.forward("loss", batch, [], micro).total)
         norm = run.engine.step()
-        run.objective.stepped(step, norm)
+        run.objective.on_optimizer_step(step, norm)
         if run.teacher:
             run.teacher.update(step)
         if device.type == "cuda":

@@ -201,7 +201,7 @@ def train(run: TrainingComponents, ranks: ParallelContext, meter: MetricAccumula
             del loss
         settle(ranks)
         norm = run.engine.step()
-        run.objective.stepped(step, norm)
+        run.objective.on_optimizer_step(step, norm)
         if run.teacher:
             run.teacher.update(step)
         del batches, gathered, batch

@@ -49,10 +49,12 @@ def overrides(config: dict[str, Any], steps: int) -> list[str]:
 
 def train(out: Path, steps: int, configs: list[str]) -> None:
     """Train each config on each engine, ``out/CONFIG-ENGINE`` each."""
-    from tests.distributed.processes import ProcessPool
+    from tests.distributed import processes
 
     out.mkdir(parents=True)
-    process_pool = ProcessPool(out)
+    # its name in revisions before the rename
+    pool = getattr(processes, "ProcessPool", None) or processes.Nursery  # type: ignore[attr-defined]
+    process_pool = pool(out)
     try:
         for file in configs or sorted(map(str, Path("configs").glob("*.yaml"))):
             name = Path(file).stem
@@ -99,7 +101,7 @@ def difference(before: Path, after: Path) -> str:
 def compare(before: Path, after: Path) -> int:
     """Print what became of each run; 1 if any differs, or there is none."""
     names = sorted(run.name for run in before.iterdir() if (run / "checkpoints").is_dir())
-    found = {name: difference(before / name, after / name) for name in names if (after / name).is_dir()}
+    found = {name: difference(before / name, after / name) for name in names if (after / name / "checkpoints").is_dir()}
     found |= {name: "is trained no more" for name in names if name not in found}
     for name, what in found.items():
         print(f"{'differs' if what else 'equal':8} {name}{': ' if what else ''}{what}")

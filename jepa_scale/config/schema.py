@@ -138,9 +138,7 @@ class OptimConfig(Section):
             return self
         for key in ("lr_muon", "muon_momentum", "muon_steps", "adjust_lr"):
             if getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(
-                    f"{key}: is Muon's, and nothing is stepped by it; set method to muon, or remove the key"
-                )
+                raise ValueError(f"{key}: is set, but no parameter uses Muon; set optim.method=muon or remove the key")
         return self
 
 

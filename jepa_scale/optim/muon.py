@@ -82,33 +82,33 @@ class MatrixOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         assert closure is None
-        stepped = [
+        updated = [
             (tensor, group)
             for group in self.param_groups
             if group["method"] == "muon"
             for tensor in group["params"]
             if tensor.grad is not None
         ]
-        for tensor, _ in stepped:
+        for tensor, _ in updated:
             if not self.state[tensor]:
                 self.state[tensor]["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
                 self.state[tensor]["momentum_buffer"] = torch.zeros_like(tensor)
-        if self._layout is not None and stepped:
-            self._step_matrices(stepped)
+        if self._layout is not None and updated:
+            self._step_matrices(updated)
         else:
-            assert not stepped or self.found_inf is not None, "call bind() before the first step"
+            assert not updated or self.found_inf is not None, "call bind() before the first step"
         if self._adamw is not None:
             self._adamw.param_groups = [group for group in self.param_groups if group["method"] == "adamw"]
             self._adamw.state = self.state
             self._adamw.found_inf = self.found_inf  # type: ignore[attr-defined]
             self._adamw.step()
 
-    def _step_matrices(self, stepped: list[tuple[Tensor, dict[str, Any]]]) -> None:
+    def _step_matrices(self, updated: list[tuple[Tensor, dict[str, Any]]]) -> None:
         keep = 1.0 if self.found_inf is None else 1.0 - self.found_inf  # 0 = change nothing
         skip = None if self.found_inf is None else self.found_inf.bool()
-        numbers = tuple(self._numbers[tensor] for tensor, _ in stepped)
-        values = dict(zip(numbers, (_local(tensor) for tensor, _ in stepped), strict=True))
-        updates = dict(zip(numbers, self._updates([tensor for tensor, _ in stepped], keep, skip), strict=True))
+        numbers = tuple(self._numbers[tensor] for tensor, _ in updated)
+        values = dict(zip(numbers, (_local(tensor) for tensor, _ in updated), strict=True))
+        updates = dict(zip(numbers, self._updates([tensor for tensor, _ in updated], keep, skip), strict=True))
         if numbers not in self._plans:
             assert self._layout is not None
             self._plans[numbers] = self._layout.plan(numbers)
@@ -117,7 +117,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if skip is not None:
             results.masked_fill_(skip, 0.0)
 
-        groups = dict(zip(numbers, (group for _, group in stepped), strict=True))
+        groups = dict(zip(numbers, (group for _, group in updated), strict=True))
         for number, group in groups.items():
             values[number].mul_(1.0 - group["lr"] * group["weight_decay"] * keep)
         pairs: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
@@ -129,7 +129,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 views.append(view)
         for lr, (targets, directions) in pairs.items():
             torch._foreach_add_(targets, directions, alpha=-lr)
-        steps = [self.state[tensor]["step"] for tensor, _ in stepped]
+        steps = [self.state[tensor]["step"] for tensor, _ in updated]
         if isinstance(keep, Tensor):
             torch._foreach_add_(steps, keep, alpha=1)  # without alpha the overload for numbers reads the tensor's value
         else:

@@ -118,12 +118,12 @@ def make_plan(experiment: Experiment, request: Request) -> RunPlan:
             largest, largest_samples = _largest(trial, model, data, bool(tokens), accumulation, usable)
     time = None
     if request.gpu is not None:
-        stepped = sum(s.numel for s in sizes.values() if s.trains)
+        updated = sum(s.numel for s in sizes.values() if s.trains)
         parts = layout.shards if layout.stage > 0 else 1
         time = estimate(
             memory.ops,
             accumulation,
-            -(-stepped // parts),
+            -(-updated // parts),
             -(-copied // parts),
             traffic,
             flops / layout.tp,

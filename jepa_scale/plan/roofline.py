@@ -14,7 +14,7 @@ from jepa_scale.plan.hardware import Gpu
 from jepa_scale.plan.layout import Layout
 from jepa_scale.plan.memory_tracker import OpCost
 
-STEPPED = 28
+UPDATED = 28
 """Bytes that AdamW reads (parameter, gradient, two moments) and writes (parameter, two moments) per element, in fp32."""
 AVERAGED = 12
 """Bytes that a teacher's update reads and writes per element, in fp32."""
@@ -56,7 +56,7 @@ class Estimate:
 def estimate(
     ops: Sequence[OpCost],
     accumulation: int,
-    stepped: int,
+    updated: int,
     averaged: int,
     traffic: Sequence[Traffic],
     model_flops: float,
@@ -69,14 +69,14 @@ def estimate(
 
     Args:
         ops: operators of one micro-batch.
-        stepped: number of elements that this rank's optimizer updates.
+        updated: number of elements that this rank's optimizer updates.
         averaged: number of elements that this rank's teacher updates.
         model_flops: FLOPs of this rank's share of the model, without recomputation.
         efficiency: fraction of the roofline that operators reach; links are assumed to reach their full bandwidth.
     """
     peak = gpu.flops(layout.precision, tf32)
     passes = sum(max(op.flops / peak, op.bytes / gpu.bandwidth) for op in ops) * accumulation
-    updates = (STEPPED * stepped + AVERAGED * averaged) / gpu.bandwidth
+    updates = (UPDATED * updated + AVERAGED * averaged) / gpu.bandwidth
     hidden = sum(t.sent / gpu.reach(t.ranks, t.span) for t in traffic if t.overlaps)
     exposed = sum(t.sent / gpu.reach(t.ranks, t.span) for t in traffic if not t.overlaps)
     return Estimate((passes + updates) / efficiency, hidden, exposed, model_flops, peak)

@@ -23,6 +23,25 @@ def backbone(seed: int = 0, **keys: Any):
     return build_backbone(options, DATA.vocab_size)
 
 
+class Copies:
+    """A teacher that stands still, a little beside its student."""
+
+    def __init__(self, objective: Objective, backbone: Any) -> None:
+        self.copies = objective.teacher_copies(backbone)
+        generator = torch.Generator().manual_seed(9)
+        with torch.no_grad():
+            for part in self.copies.values():
+                for p in part.parameters():
+                    p += 0.1 * torch.randn(p.shape, generator=generator)
+
+    @torch.no_grad()
+    def forward(self, path: str, *args: Any) -> Any:
+        return self.copies[path](*args)
+
+    def momentum(self, step: int) -> float:
+        return 0.5 + step / 100
+
+
 def batch_of(objective: Objective, facts: list[Any], step: int = 0, first: int = 0) -> PackedBatch:
     """The facts as one micro-batch that is the whole global batch."""
     views = objective.view_transform()

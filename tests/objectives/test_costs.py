@@ -20,9 +20,8 @@ from jepa_scale.objectives.stp_options import StpOptions
 from jepa_scale.objectives.two_view.objective import TwoView, TwoViewOptions
 from jepa_scale.packing import add_counts, pack
 from tests.objectives import chats
-from tests.objectives.helpers import DATA, backbone
+from tests.objectives.helpers import DATA, Copies, backbone
 from tests.objectives.horizon import reference as horizon_reference
-from tests.objectives.horizon.reference import Copies
 
 ROWS = chats.conversations(8)
 FACTS = [*(DATA.splits["train"][i] for i in range(0, 60, 10)), *(DATA.splits["atomic"][i] for i in range(4))]

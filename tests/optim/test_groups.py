@@ -163,7 +163,7 @@ def test_muon_for_what_is_no_matrix_is_refused(key, message):
 )
 def test_muons_keys_are_refused_where_nothing_is_stepped_by_it(values):
     key = next(iter(values))
-    with pytest.raises(InputError, match=f"^optim.{key}: is Muon's"):
+    with pytest.raises(InputError, match=f"^optim.{key}: is set, but no parameter uses Muon"):
         parse_section(OptimConfig, values, "optim")
     parse_section(OptimConfig, {"method": "muon", **values}, "optim")
     parse_section(OptimConfig, {"overrides": {"backbone": {"method": "muon"}}, **values}, "optim")

@@ -13,10 +13,10 @@ GPU = Gpu("NVIDIA H200", 100, bandwidth=1e12, link=100e9, network=10e9)
 PEAK = 989.4e12
 
 
-def of(ops, traffic=(), accumulation=1, stepped=0, averaged=0, efficiency=1.0):
+def of(ops, traffic=(), accumulation=1, updated=0, averaged=0, efficiency=1.0):
     layout = layout_of(config({"precision": "bf16"}).engine, 16)
     flops = sum(op.flops for op in ops) * accumulation
-    return estimate(ops, accumulation, stepped, averaged, traffic, flops, GPU, layout, True, efficiency)
+    return estimate(ops, accumulation, updated, averaged, traffic, flops, GPU, layout, True, efficiency)
 
 
 def test_an_operator_waits_for_the_slower_of_products_and_memory():
@@ -27,7 +27,7 @@ def test_an_operator_waits_for_the_slower_of_products_and_memory():
 
 
 def test_the_update_reads_and_writes_its_elements():
-    assert of([], stepped=10**10, averaged=10**10).seconds == pytest.approx((28 + 12) / 100)
+    assert of([], updated=10**10, averaged=10**10).seconds == pytest.approx((28 + 12) / 100)
 
 
 def test_links():

@@ -6,7 +6,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from pathlib import Path
 
 import filelock
 import pytest
@@ -14,24 +14,12 @@ import pytest
 from jepa_scale.utils import lock
 from jepa_scale.utils.errors import InputError
 from jepa_scale.utils.lock import locked
+from tests.forked import in_child
 
 
-def in_child(work: Callable[[], None]) -> int:
-    """Run in a forked process; its pid."""
-    pid = os.fork()
-    if pid:
-        return pid
-    try:
-        work()
-        os._exit(0)
-    except BaseException:
-        os._exit(1)
-
-
-@pytest.fixture
-def held(tmp_path):
-    """A lock's path, and the pid of a process that holds it until it is killed."""
-    path, (ready, holds) = tmp_path / "job.lock", os.pipe()
+def hold_in_child(path: Path) -> int:
+    """Start a process that holds the lock until it is killed; return its pid."""
+    ready, holds = os.pipe()
 
     def hold() -> None:
         with locked(path):
@@ -40,6 +28,14 @@ def held(tmp_path):
 
     pid = in_child(hold)
     os.read(ready, 1)
+    return pid
+
+
+@pytest.fixture
+def held(tmp_path):
+    """A lock's path, and the pid of a process that holds it until it is killed."""
+    path = tmp_path / "job.lock"
+    pid = hold_in_child(path)
     yield path, pid
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
@@ -79,15 +75,8 @@ def test_a_process_that_waits_gets_it(held, monkeypatch):
 
 
 def test_a_killed_holder_lets_go(tmp_path):
-    path, (ready, holds) = tmp_path / "job.lock", os.pipe()
-
-    def hold() -> None:
-        with locked(path):
-            os.write(holds, b"x")
-            signal.pause()
-
-    pid = in_child(hold)
-    os.read(ready, 1)
+    path = tmp_path / "job.lock"
+    pid = hold_in_child(path)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     assert path.exists()

@@ -125,7 +125,7 @@ class SampleBatchSampler(_BatchSampler):
         order: position → sample.
         seed: the run's seed.
         batch_size: B, samples in an optimizer step over all ranks and micro-batches.
-        dealt: the split of a step over ranks.
+        dp_slice: the split of a step over ranks.
         fingerprint: fingerprint of the data; a saved position is only valid for the same data.
         epochs: number of epochs after which the data end; 0 = never. The last step may be smaller.
 
@@ -206,7 +206,7 @@ class TokenBatchSampler(_BatchSampler):
         sizes: (m,) sample numbers → (m,) largest number of tokens of each sample's views, as the objective makes them.
         budget: tokens in a micro-batch of a rank.
         mean_size: mean tokens of a sample; it sets the number of samples in a window (``WINDOW_BINS`` bins on average).
-        dealt, fingerprint, epochs: as for :class:`SampleBatchSampler`.
+        dp_slice, fingerprint, epochs: as for :class:`SampleBatchSampler`.
     """
 
     kind = "tokens"

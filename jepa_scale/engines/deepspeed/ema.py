@@ -89,7 +89,7 @@ class ReplicatedEMA(ShardedEMA):
                     piece = view.pieces[students[name]]
                     assert piece is not None and piece.start <= share.start, name
                     begin = piece.at + share.start - piece.start
-                    source = piece.stepped.detach().view(-1)[begin : begin + share.length]
+                    source = piece.master.detach().view(-1)[begin : begin + share.length]
                     start, average = share.start, self._average(offsets[name] + share.start, share.length)
                     self._averages.append(average)
                     self._sources.append(source)
@@ -193,7 +193,7 @@ class PartitionedEMA(ShardedEMA):
                 self._computed.append(value)
                 value = value.to(view.device, torch.float32)  # in fp32 the same memory, unless masters are on the host
                 self._averages.append(value)
-                self._sources.append(piece.stepped.detach()[piece.at : piece.at + count])
+                self._sources.append(piece.master.detach()[piece.at : piece.at + count])
                 value.copy_(self._sources[-1])
             else:
                 value = torch.empty(0, device=view.device)
@@ -252,9 +252,9 @@ def _shares(
     if view.stage == 0:
         sizes = {name: parameter.numel() for name, parameter in averaged.items()}
         return even_shares(sizes, dp_size())
-    stepped = [id(tensor) for group in view.optimizer.param_groups for tensor in group["params"]]
+    masters = [id(tensor) for group in view.optimizer.param_groups for tensor in group["params"]]
     mine = {
-        name: (stepped.index(id(piece.stepped)), piece.at, piece.start, piece.length)
+        name: (masters.index(id(piece.master)), piece.at, piece.start, piece.length)
         for name in averaged
         if (piece := view.pieces[students[name]])
     }

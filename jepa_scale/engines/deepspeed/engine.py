@@ -191,11 +191,11 @@ class DeepSpeedEngine(Engine):
         if self.stage == 3:
             internals.hide_hooks(module)
         with internals.filled_param_groups(self.ds.optimizer) if self.stage == 3 else nullcontext():
-            stepped = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-            buffers = [parameter.grad for parameter in stepped]
+            masters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+            buffers = [parameter.grad for parameter in masters]
             create_optimizer_state(self.optimizer)
         if self._offloads:  # DeepSpeed writes the gradients into these buffers
-            for parameter, buffer in zip(stepped, buffers, strict=True):
+            for parameter, buffer in zip(masters, buffers, strict=True):
                 parameter.grad = buffer
         self._view = StateView(module, self.ds.optimizer, self.optimizer, self.stage, self._offloads)
         if isinstance(self.optimizer, MatrixOptimizer):
@@ -246,8 +246,8 @@ class DeepSpeedEngine(Engine):
         assert self.ds.is_gradient_accumulation_boundary()
         pieces = (
             piece
-            for stepped, fragments in self._view.gradients()
-            for piece in cut(fragments, self._ranges.get(stepped, []))
+            for master, fragments in self._view.gradients()
+            for piece in cut(fragments, self._ranges.get(master, []))
         )
         copies = self.ranks.dp_size if self.stage == 0 else 1
         norm = self._measure(self._clipping.sort(pieces), copies)
@@ -264,18 +264,18 @@ class DeepSpeedEngine(Engine):
         for name, parameter in self.module.named_parameters():
             if piece := self._view.pieces.get(parameter):
                 part = Range(self._clipping.group_of(name), piece.at, piece.at + piece.length)
-                ranges.setdefault(piece.stepped, []).append(part)
-        return {stepped: join(parts) for stepped, parts in ranges.items()}
+                ranges.setdefault(piece.master, []).append(part)
+        return {master: join(parts) for master, parts in ranges.items()}
 
     @torch.no_grad()
     def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Clip the gradients of the tensors that the optimizer updates next: all, or one group or sub-group of ZeRO."""
         parts = (
-            (group, stepped.grad if end - begin == stepped.numel() else stepped.grad[begin:end])
+            (group, master.grad if end - begin == master.numel() else master.grad[begin:end])
             for of_group in optimizer.param_groups
-            for stepped in of_group["params"]
-            if stepped.grad is not None
-            for group, begin, end in self._ranges.get(stepped, [])
+            for master in of_group["params"]
+            if master.grad is not None
+            for group, begin, end in self._ranges.get(master, [])
         )
         self._clipping.scale(self._clipping.sort(parts))
 
@@ -283,7 +283,7 @@ class DeepSpeedEngine(Engine):
     def _keep_in_bounds(self, *_: Any) -> None:
         """Clamp this rank's part of the masters; see :attr:`jepa_scale.engines.base.EngineOptions.bounds`."""
         for (low, high), piece in self._bounded:
-            piece.stepped.detach().view(-1)[piece.at : piece.at + piece.length].clamp_(low, high)
+            piece.master.detach().view(-1)[piece.at : piece.at + piece.length].clamp_(low, high)
 
     def _param_groups(self) -> list[dict[str, Any]]:
         return self.ds.optimizer.param_groups

@@ -134,13 +134,13 @@ class FlatGroup(NamedTuple):
 
     Attributes:
         parameters: its trainable parameters, each a view into ``flat``.
-        stepped: fp32 masters of this rank's part, which the optimizer updates.
+        master: fp32 masters of this rank's part, which the optimizer updates.
         flat: the whole group, flattened, in the compute dtype.
         part: this rank's part of ``flat``, a view.
     """
 
     parameters: Sequence[nn.Parameter]
-    stepped: Tensor
+    master: Tensor
     flat: Tensor
     part: Tensor
 
@@ -173,8 +173,8 @@ def flat_groups(wrapped: Any) -> Iterator[FlatGroup]:
             z.parallel_partitioned_bit16_groups,
         )
     )
-    for parameters, stepped, flat, parts, group in zip(*lists, z.real_dp_process_group, strict=True):
-        yield FlatGroup(parameters, stepped, flat, parts[dist.get_rank(group)])
+    for parameters, master, flat, parts, group in zip(*lists, z.real_dp_process_group, strict=True):
+        yield FlatGroup(parameters, master, flat, parts[dist.get_rank(group)])
 
 
 def sub_groups(wrapped: Any) -> Iterator[tuple[Sequence[nn.Parameter], Tensor]]:

@@ -30,18 +30,18 @@ from jepa_scale.optim import Part
 class Piece(NamedTuple):
     """Map from a parameter's elements to those of the tensor that the optimizer updates.
 
-    It maps ``length`` elements of the flattened ``parameter``, from ``start``, to the flat tensor ``stepped``, from ``at``.
+    It maps ``length`` elements of the flattened ``parameter``, from ``start``, to the flat tensor ``master``, from ``at``.
     Alternatively, both tensors have the same shape and the piece is the whole parameter.
     """
 
     parameter: nn.Parameter
     start: int
-    stepped: Tensor
+    master: Tensor
     at: int
     length: int
 
     def boxes(self, values: Tensor) -> ShardView:
-        """Return the piece's elements of ``values``, a tensor with the layout of ``stepped``: itself or a moment."""
+        """Return the piece's elements of ``values``, a tensor with the layout of ``master``: itself or a moment."""
         shape = true_shape(self.parameter)
         if self.length == values.numel() and values.shape == shape:
             return ShardView.whole(values.detach())
@@ -65,7 +65,7 @@ class StateView:
         self.module, self.wrapped, self.optimizer, self.stage = module, wrapped, optimizer, stage
         self.offloaded = offloaded
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self.stepped = {parameter: stepped for parameters, stepped in self._tensors() for parameter in parameters}
+        self.masters = {parameter: master for parameters, master in self._tensors() for parameter in parameters}
         """Trainable parameter → the tensor that is updated for it, which may contain none of its elements on this rank."""
         self.pieces: dict[nn.Parameter, Piece | None] = dict.fromkeys(trainable)
         """Trainable parameter → the piece of it that this rank updates; None if there is none."""
@@ -79,7 +79,7 @@ class StateView:
         if self.stage == 3:
             yield from internals.sub_groups(self.wrapped)
         elif self.stage > 0:
-            yield from ((group.parameters, group.stepped) for group in internals.flat_groups(self.wrapped))
+            yield from ((group.parameters, group.master) for group in internals.flat_groups(self.wrapped))
         elif self.wrapped is not self.optimizer:  # bf16
             yield from (([low], high) for low, high in internals.whole_masters(self.wrapped))
         else:
@@ -89,24 +89,24 @@ class StateView:
         if self.stage in (1, 2):
             yield from self._pieces_of_flat_groups()
             return
-        for parameters, stepped in self._tensors():
+        for parameters, master in self._tensors():
             at = 0
             for parameter in parameters:
                 start, count = shard(parameter) if self.stage == 3 else (0, parameter.numel())
                 if count > 0 or self.stage == 0:
-                    yield Piece(parameter, start, stepped, at, count)
+                    yield Piece(parameter, start, master, at, count)
                 at += internals.padded_length(parameter) if self.stage == 3 else count
-            assert at == stepped.numel(), (at, stepped.numel())
+            assert at == master.numel(), (at, master.numel())
 
     def _pieces_of_flat_groups(self) -> Iterator[Piece]:
-        for parameters, stepped, flat, part in internals.flat_groups(self.wrapped):
+        for parameters, master, flat, part in internals.flat_groups(self.wrapped):
             begin = _offset(part, flat)
-            end = begin + stepped.numel()
+            end = begin + master.numel()
             for parameter in filter(torch.numel, parameters):
                 first = _offset(parameter, flat)
                 left, right = max(first, begin), min(first + parameter.numel(), end)
                 if left < right:
-                    yield Piece(parameter, left - first, stepped, left - begin, right - left)
+                    yield Piece(parameter, left - first, master, left - begin, right - left)
 
     def gradients(self) -> Iterator[tuple[Tensor, Sequence[Tensor]]]:
         """Yield each tensor that is updated, and its gradient, between the last backward of a step and DeepSpeed's step.
@@ -115,22 +115,22 @@ class StateView:
         accumulates. Their concatenation has the layout of the tensor; if it is shorter, the rest of the gradient is zero.
         """
         if self.offloaded:
-            for _, stepped in self._tensors():
-                yield stepped, [] if stepped.grad is None else [stepped.grad]
+            for _, master in self._tensors():
+                yield master, [] if master.grad is None else [master.grad]
         elif self.stage == 0:
             for piece in self.pieces.values():
                 assert piece is not None
-                yield piece.stepped, [] if piece.parameter.grad is None else [piece.parameter.grad]
+                yield piece.master, [] if piece.parameter.grad is None else [piece.parameter.grad]
         else:
-            tensors = [stepped for _, stepped in self._tensors()]
+            tensors = [master for _, master in self._tensors()]
             yield from zip(tensors, internals.reduced_gradients(self.wrapped, len(tensors)), strict=True)
 
     def clear_gradients(self) -> None:
         """Set to zero the gradients that DeepSpeed keeps in place after a step."""
         if self.offloaded:
-            for _, stepped in self._tensors():
-                if stepped.grad is not None:
-                    stepped.grad.zero_()
+            for _, master in self._tensors():
+                if master.grad is not None:
+                    master.grad.zero_()
         if self.stage == 3:
             internals.clear_gradient_buffer(self.wrapped)
 
@@ -141,15 +141,15 @@ class StateView:
             if parameter not in self.pieces:
                 boxes[f"model/{name}"] = self._frozen(parameter)
                 continue
-            piece, stepped = self.pieces[parameter], self.stepped[parameter]
-            for key, values in {"model": stepped, **self._moments(stepped)}.items():
+            piece, master = self.pieces[parameter], self.masters[parameter]
+            for key, values in {"model": master, **self._moments(master)}.items():
                 nothing = ShardView(true_shape(parameter), torch.float32, [])
                 boxes[f"{key}/{name}"] = nothing if piece is None else piece.boxes(values)
         return boxes
 
-    def _moments(self, stepped: Tensor) -> dict[str, Tensor]:
-        state = self.optimizer.state[stepped]
-        return {name: value for name, value in state.items() if torch.is_tensor(value) and value.shape == stepped.shape}
+    def _moments(self, master: Tensor) -> dict[str, Tensor]:
+        state = self.optimizer.state[master]
+        return {name: value for name, value in state.items() if torch.is_tensor(value) and value.shape == master.shape}
 
     def parts_of(self, matrices: Iterable[str]) -> list[tuple[Tensor, list[Part]]]:
         """Locate parameters for :meth:`jepa_scale.optim.MatrixOptimizer.bind`.
@@ -160,7 +160,7 @@ class StateView:
         parameters = dict(self.module.named_parameters())
         parts: dict[Tensor, list[Part]] = {}
         for name in matrices:
-            of_tensor = parts.setdefault(self.stepped[parameters[name]], [])
+            of_tensor = parts.setdefault(self.masters[parameters[name]], [])
             if piece := self.pieces[parameters[name]]:
                 of_tensor.append(Part(name, piece.start, piece.at, piece.length))
         return list(parts.items())
@@ -174,7 +174,7 @@ class StateView:
         """Update the parameters from the tensors that the optimizer updates. Collective."""
         if self.stage == 0:
             for piece in self._pieces():
-                piece.parameter.data.copy_(piece.stepped.data)
+                piece.parameter.data.copy_(piece.master.data)
         else:
             internals.renew_parameters(self.wrapped, self.stage)
 
@@ -183,10 +183,10 @@ class StateView:
         piece = self.pieces[parameter]
         if self.stage == 0:
             assert piece is not None
-            return piece.stepped.detach()
+            return piece.master.detach()
         whole = torch.zeros(true_shape(parameter), dtype=torch.float32, device=self.device)
         if piece is not None:
-            mine = piece.stepped.detach()[piece.at : piece.at + piece.length]
+            mine = piece.master.detach()[piece.at : piece.at + piece.length]
             whole.view(-1)[piece.start : piece.start + piece.length] = mine
         dist.all_reduce(whole, group=dp_group())
         return whole
@@ -202,7 +202,7 @@ class StateView:
             dist.all_reduce(counts, group=dp_group())
         expected = [true_shape(parameter).numel() for parameter in self.pieces]
         assert counts.tolist() == expected, "the ranks' pieces of a parameter do not add up to the parameter"
-        assert all(piece.stepped in self.optimizer.state for piece in self.pieces.values() if piece)
+        assert all(piece.master in self.optimizer.state for piece in self.pieces.values() if piece)
 
 
 def _offset(view: Tensor, flat: Tensor) -> int:

@@ -24,6 +24,7 @@ from jepa_scale.data.prepare.job import prepare, prepared
 from jepa_scale.data.shards.format import Index
 from jepa_scale.utils.errors import InputError
 from tests.data.prepare import lines
+from tests.forked import in_child
 
 OPTIONS = PrepareOptions(shard_samples=7)
 
@@ -55,18 +56,6 @@ def source(folder: Path, train: list[str], **others: list[str]) -> Path:
 
 def content(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
-
-
-def in_child(work: Callable[[], Any]) -> int:
-    """Run in a forked process; its pid."""
-    pid = os.fork()
-    if pid:
-        return pid
-    try:
-        work()
-        os._exit(0)
-    except BaseException:
-        os._exit(1)
 
 
 class Command:

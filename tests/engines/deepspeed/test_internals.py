@@ -226,9 +226,9 @@ def check_flat_groups(engine: Any) -> None:
     groups = list(internals.flat_groups(engine.ds.optimizer))
     assert {id(p) for group in groups for p in group.parameters} == {id(parameter) for parameter in trainable(engine)}
     for group, ours in zip(groups, engine.optimizer.param_groups, strict=True):
-        assert [id(group.stepped)] == [id(parameter) for parameter in ours["params"]]
-        assert group.stepped.dtype == torch.float32 and group.flat.dtype == engine._dtype
-        assert torch.equal(group.part, group.stepped.to(group.part.dtype))
+        assert [id(group.master)] == [id(parameter) for parameter in ours["params"]]
+        assert group.master.dtype == torch.float32 and group.flat.dtype == engine._dtype
+        assert torch.equal(group.part, group.master.to(group.part.dtype))
         inside = range(group.flat.data_ptr(), group.flat.data_ptr() + group.flat.nbytes + 1)
         for view in (*group.parameters, group.part):
             assert view.data_ptr() in inside and view.data_ptr() + view.nbytes in inside, "not a view into flat"
@@ -237,27 +237,27 @@ def check_flat_groups(engine: Any) -> None:
 def check_sub_groups(engine: Any) -> None:
     groups = list(internals.sub_groups(engine.ds.optimizer))
     assert {id(p) for parameters, _ in groups for p in parameters} == {id(parameter) for parameter in trainable(engine)}
-    for parameters, stepped in groups:
-        assert stepped.dtype == torch.float32
-        assert stepped.numel() == sum(internals.padded_length(parameter) for parameter in parameters)
+    for parameters, master in groups:
+        assert master.dtype == torch.float32
+        assert master.numel() == sum(internals.padded_length(parameter) for parameter in parameters)
         parts = torch.cat([parameter.ds_tensor.view(-1) for parameter in parameters])  # padding included
-        assert torch.equal(parts.to(engine._dtype), stepped.to(engine._dtype))
+        assert torch.equal(parts.to(engine._dtype), master.to(engine._dtype))
 
 
 def check_reduced_gradients(engine: Any) -> None:
     one_backward(engine)
     wrapped = engine.ds.optimizer
     of = internals.sub_groups if engine.stage == 3 else internals.flat_groups
-    stepped = [group[1] for group in of(wrapped)]
-    fragments = [torch.cat([f.flatten() for f in each]) for each in internals.reduced_gradients(wrapped, len(stepped))]
-    assert len(fragments) == len(stepped)
-    assert all(each.numel() <= tensor.numel() for each, tensor in zip(fragments, stepped, strict=True))
+    masters = [group[1] for group in of(wrapped)]
+    fragments = [torch.cat([f.flatten() for f in each]) for each in internals.reduced_gradients(wrapped, len(masters))]
+    assert len(fragments) == len(masters)
+    assert all(each.numel() <= tensor.numel() for each, tensor in zip(fragments, masters, strict=True))
     assert sum(each.count_nonzero() for each in fragments) > 0
     engine.step()
 
 
 def check_renew_parameters(engine: Any) -> None:
-    for tensor in engine._view.stepped.values():
+    for tensor in engine._view.masters.values():
         tensor.data.fill_(0.5)
     internals.renew_parameters(engine.ds.optimizer, engine.stage)
     for parameter in trainable(engine):
@@ -275,13 +275,13 @@ def check_clear_gradient_buffer(engine: Any) -> None:
 
 
 def check_filled_param_groups(engine: Any) -> None:
-    def stepped() -> set[int]:
+    def masters() -> set[int]:
         return {id(parameter) for group in engine.optimizer.param_groups for parameter in group["params"]}
 
-    assert stepped() == set()
+    assert masters() == set()
     with internals.filled_param_groups(engine.ds.optimizer):
-        assert stepped() == {id(tensor) for _, tensor in internals.sub_groups(engine.ds.optimizer)}
-    assert stepped() == set()
+        assert masters() == {id(tensor) for _, tensor in internals.sub_groups(engine.ds.optimizer)}
+    assert masters() == set()
 
 
 def check_release_gathered(engine: Any) -> None:

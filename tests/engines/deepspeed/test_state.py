@@ -9,17 +9,17 @@ from jepa_scale.engines.deepspeed.state import Piece
 def test_a_flat_partition_that_has_the_shape_of_a_parameter_by_chance():
     """A partition of eight elements, of which the last four are the first four of a parameter of eight."""
     piece = Piece(nn.Parameter(torch.zeros(8)), 0, torch.arange(8.0), 4, 4)
-    [(offset, box)] = piece.boxes(piece.stepped).parts
+    [(offset, box)] = piece.boxes(piece.master).parts
     assert offset == (0,) and torch.equal(box, torch.arange(4.0, 8))
 
 
 def test_a_piece_is_a_view_into_what_is_stepped():
     piece = Piece(nn.Parameter(torch.zeros(3, 4)), 5, torch.arange(20.0, requires_grad=True), 10, 6)
-    boxes = piece.boxes(piece.stepped)
+    boxes = piece.boxes(piece.master)
     assert [(offset, box.shape) for offset, box in boxes.parts] == [((1, 1), (1, 3)), ((2, 0), (1, 3))]
     for _, box in boxes.parts:
         box.fill_(-1)
-    assert (piece.stepped < 0).nonzero().flatten().tolist() == list(range(10, 16))
+    assert (piece.master < 0).nonzero().flatten().tolist() == list(range(10, 16))
 
 
 def test_a_whole_tensor_need_not_be_contiguous():

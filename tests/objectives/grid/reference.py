@@ -21,6 +21,7 @@ from jepa_scale.objectives.grid.config import GridOptions
 from jepa_scale.objectives.grid.objective import Grid
 from jepa_scale.packing import PackedBatch, Segment, add_counts, pack, pack_sequence
 from tests.data.grids.flood_fill import flood_fill
+from tests.objectives.helpers import Copies
 
 SMALL = dict(dim=8, object_heads=2, slots=5, vq_codes=6, queue=12, sigreg_slices=4)
 DATA = SimpleNamespace(kind="grids")
@@ -30,25 +31,6 @@ def backbone(seed: int = 0, **keys: Any) -> Any:
     torch.manual_seed(seed)
     options = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.3)
     return build_backbone(ModelOptions(**(options | keys)), GRID_VOCABULARY)
-
-
-class Copies:
-    """A teacher that stands still, a little beside its student."""
-
-    def __init__(self, objective: Grid, model: Any) -> None:
-        self.copies = objective.teacher_copies(model)
-        generator = torch.Generator().manual_seed(9)
-        with torch.no_grad():
-            for part in self.copies.values():
-                for p in part.parameters():
-                    p += 0.1 * torch.randn(p.shape, generator=generator)
-
-    @torch.no_grad()
-    def forward(self, path: str, *args: Any) -> Any:
-        return self.copies[path](*args)
-
-    def momentum(self, step: int) -> float:
-        return 0.5 + step / 100
 
 
 def make(model: Any, **options: Any) -> Grid:

@@ -19,7 +19,7 @@ from jepa_scale.models.options import ModelOptions
 from jepa_scale.objectives.horizon.config import HorizonOptions
 from jepa_scale.objectives.horizon.objective import Horizon
 from jepa_scale.packing import IGNORE, PackedBatch, add_counts, pack
-from tests.objectives.helpers import alone
+from tests.objectives.helpers import Copies, alone
 
 VOCABULARY, LONGEST = 40, 24
 HORIZONS = [2, 5, 9]
@@ -39,25 +39,6 @@ def model(name: str = "native", seed: int = 0) -> Any:
         shape = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, initializer_range=0.3)
         options = ModelOptions(**shape, **MODELS[name])
     return build_backbone(options, VOCABULARY)
-
-
-class Copies:
-    """A teacher that stands still, a little beside its student."""
-
-    def __init__(self, objective: Horizon, backbone: Any) -> None:
-        self.copies = objective.teacher_copies(backbone)
-        generator = torch.Generator().manual_seed(9)
-        with torch.no_grad():
-            for part in self.copies.values():
-                for p in part.parameters():
-                    p += 0.1 * torch.randn(p.shape, generator=generator)
-
-    @torch.no_grad()
-    def forward(self, path: str, *args: Any) -> Any:
-        return self.copies[path](*args)
-
-    def momentum(self, step: int) -> float:
-        return 0.5 + step / 100
 
 
 def make(backbone: Any, **options: Any) -> Horizon:
