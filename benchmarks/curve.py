@@ -15,8 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.rows import row, write  # noqa: E402
 from jepa_scale.report.plots import curves, plot  # noqa: E402
-from jepa_scale.telemetry import FIT, load_run  # noqa: E402
+from jepa_scale.telemetry import load_run  # noqa: E402
 from jepa_scale.telemetry.records import values_of  # noqa: E402
+from jepa_scale.utils.splits import TRAIN  # noqa: E402
 
 
 def main() -> None:
@@ -28,14 +29,14 @@ def main() -> None:
     args = parser.parse_args()
 
     record = load_run(args.run)
-    seconds = {logged["step"]: logged["seconds"] for logged in record.rows if logged["split"] == FIT}
+    seconds = {logged["step"]: logged["seconds"] for logged in record.rows if logged["split"] == TRAIN}
     rows: list[dict[str, Any]] = []
     for logged in record.rows:
-        if logged["split"] != FIT:
+        if logged["split"] != TRAIN:
             for metric, value in values_of(logged).items():
                 name = f"{logged['split']}/{metric}@{logged['step']}"
                 rows.append(row(name, [value], ""))
-    for step in sorted({logged["step"] for logged in record.rows if logged["split"] != FIT}):
+    for step in sorted({logged["step"] for logged in record.rows if logged["split"] != TRAIN}):
         spent = max(value for at, value in seconds.items() if at <= step)
         rows.append(row(f"training_time@{step}", [spent], "s"))
     for made in rows:
@@ -45,7 +46,7 @@ def main() -> None:
         machine = {**record.summary["environment"], "seed": record.config["run"]["seed"], "config": config}
         write(args.json, machine, rows)
     if args.png:
-        plot(args.metric, [c for c in curves(record.rows)[args.metric] if c.label != FIT], args.png)
+        plot(args.metric, [c for c in curves(record.rows)[args.metric] if c.label != TRAIN], args.png)
 
 
 if __name__ == "__main__":

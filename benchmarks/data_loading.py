@@ -161,7 +161,9 @@ def waiting(name: str, overrides: list[str], folder: Path, config: str) -> list[
     command = [sys.executable, "jepa_scale/train.py", "--config", config, f"run.dir={folder}", f"run.name={name}"]
     subprocess.run([*command, *train, *overrides], cwd=REPOSITORY, check=True)
     record = load_run(folder / name)
-    fit = [r["data_wait"] for r in record.rows if r["split"] == "fit"][1:]  # the first row has the workers' start in it
+    fit = [r["data_wait"] for r in record.rows if r["split"] == "train"][
+        1:
+    ]  # the first row has the workers' start in it
     return [row(f"data_wait/{name}", fit, "fraction of training time")]
 
 

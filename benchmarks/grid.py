@@ -30,8 +30,9 @@ sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.rows import row, write  # noqa: E402
 from benchmarks.study import train_all  # noqa: E402
-from jepa_scale.telemetry import FIT, RunRecord, load_run  # noqa: E402
+from jepa_scale.telemetry import RunRecord, load_run  # noqa: E402
 from jepa_scale.utils.format import text_table  # noqa: E402
+from jepa_scale.utils.splits import TRAIN  # noqa: E402
 
 CASES: dict[str, list[str]] = {
     "diagnostic": [],  # attention, gentle codes, temperature 0.05 to 0.2: all that GridJEPA settled on
@@ -75,18 +76,18 @@ SHOWN = (
 
 def figures(record: RunRecord) -> dict[str, float]:
     """``METRICS`` of a run; some have no codes, some no attention."""
-    final = dict(record.summary["final"]["valid"])
-    fit = [logged for logged in record.rows if logged["split"] == FIT]
+    final = dict(record.summary["final"]["eval/valid"])
+    trained = [logged for logged in record.rows if logged["split"] == TRAIN]
     final["under_chance"] = final["chance"] - final["info_nce"]
-    if "vq_usage" in fit[0]:
-        final["vq_usage_least"] = min(logged["vq_usage"] for logged in fit)
+    if "vq_usage" in trained[0]:
+        final["vq_usage_least"] = min(logged["vq_usage"] for logged in trained)
     options = record.config["objective"]
     parts = (("cross", "relational_weight"), ("self", "context_self_weight"))
     final["relational_first"] = sum(
-        options[weight] * fit[0].get(f"relational_{name}", 0.0) for name, weight in parts
+        options[weight] * trained[0].get(f"relational_{name}", 0.0) for name, weight in parts
     )  # as it is in the loss
-    places = [name for name in fit[0] if name.startswith("context_weight_")]
-    final["attention_moved"] = max(abs(fit[-1][name] - fit[0][name]) for name in places)
+    places = [name for name in trained[0] if name.startswith("context_weight_")]
+    final["attention_moved"] = max(abs(trained[-1][name] - trained[0][name]) for name in places)
     return {name: float(final[name]) for name in METRICS if name in final}
 
 

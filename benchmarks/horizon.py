@@ -131,7 +131,7 @@ def main() -> None:
 
     rows: list[dict[str, Any]] = []
     shown_rows: list[list[str]] = []
-    finals = {job: load_run(path).summary["final"]["valid"] for job, path in runs.items()}
+    finals = {job: load_run(path).summary["final"]["eval/valid"] for job, path in runs.items()}
     for case in cases:
         values: dict[str, list[float]] = {}
         for seed in seeds:

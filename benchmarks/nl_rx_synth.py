@@ -93,7 +93,7 @@ def main() -> None:
         },
         args.jobs,
     )
-    finals = {job: load_run(path).summary["final"]["test"] for job, path in runs.items()}
+    finals = {job: load_run(path).summary["final"]["eval/test"] for job, path in runs.items()}
     rows: list[dict[str, Any]] = []
     table: list[list[str]] = []
     for case in cases:

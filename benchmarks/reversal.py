@@ -96,7 +96,7 @@ def main() -> None:
         machine = records[0].summary["environment"]
         cells = [case, str(len(records))]
         for split, metric in COLUMNS:
-            values = [float(record.summary["final"][split][metric]) for record in records]
+            values = [float(record.summary["final"][f"eval/{split}"][metric]) for record in records]
             mean, low, high = statistics.fmean(values), min(values), max(values)
             name = f"{case}/{split}/{metric}"
             rows.append(row(name, values, "", mean))

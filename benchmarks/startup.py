@@ -81,7 +81,7 @@ def write_run(folder: Path) -> None:
     from jepa_scale.checkpoint.manifest import Manifest
 
     (folder / "config.yaml").write_text((REPOSITORY / CONFIG).read_text(encoding="utf-8"), encoding="utf-8")
-    fit = {"step": 4, "split": "fit", "tokens": 10, "loss": 1.5, "seconds": 2.0, "tokens_per_second": 5.0}
+    fit = {"step": 4, "split": "train", "tokens": 10, "loss": 1.5, "seconds": 2.0, "tokens_per_second": 5.0}
     (folder / "metrics.jsonl").write_text(json.dumps(fit) + "\n", encoding="utf-8")
     checkpoint = folder / "checkpoints" / "step_00000004"
     checkpoint.mkdir(parents=True)

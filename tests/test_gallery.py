@@ -39,7 +39,7 @@ def tuned(tmp_path_factory):
 def test_a_local_model_is_fine_tuned_and_answers_in_transformers(tuned):
     folder, said = tuned
     for name in ("lm", "two_view"):
-        assert "valid" in splits(folder / "made" / name)
+        assert "eval/valid" in splits(folder / "made" / name)
     assert (folder / "made" / "hf" / "model.safetensors").is_file()
     alone = said[said.index("in transformers, without jepa_scale:") :]
     asked = json.loads((folder / "made" / "test.jsonl").read_text().splitlines()[0])["messages"]
@@ -59,7 +59,7 @@ def test_a_span_encoder_is_trained_and_probed(tmp_path):
     less = ["model.hidden_size=32", "model.num_hidden_layers=1", "data.vocab_size=512", "log.report=false"]
     said = run(tmp_path, sys.executable, GALLERY / "span_probe.py", "--small", "--out", "made", *less)
     for name in ("untrained", "lm", "span"):
-        assert "probe" in splits(tmp_path / "made" / name)
+        assert "eval/probe" in splits(tmp_path / "made" / name)
     assert "probe/knn_accuracy" in said and "the nearest passage:" in said
 
 

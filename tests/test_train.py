@@ -55,14 +55,14 @@ def test_a_run_leaves_what_it_promises(config, tmp_path, capsys):
     assert summary["name"] == "small" and summary["steps"] == 4
     assert summary["tokens"] > 0 and summary["tokens_per_second"] > 0
     for split in ("train", "atomic", "test"):
-        assert {"exact_match", "mrr", "joint_nll"} <= summary["final"][split].keys()
-    assert {"loss", "jepa_loss", "lm_loss", "grad_norm"} <= summary["final"]["fit"].keys()
+        assert {"exact_match", "mrr", "joint_nll"} <= summary["final"][f"eval/{split}"].keys()
+    assert {"loss", "jepa_loss", "lm_loss", "grad_norm"} <= summary["final"]["train"].keys()
     assert summary["environment"]
     resolved = yaml.safe_load((folder / "config.yaml").read_text())
     assert resolved["objective"]["predictor"] == "rotation"  # defaults, written out
     assert resolved["data"]["seed"] == 0 and resolved["model"]["rope_theta"] == 10_000
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in lines if row["split"] == "fit"] == [2, 4]
+    assert [row["step"] for row in lines if row["split"] == "train"] == [2, 4]
     assert all({"step", "split", "tokens"} <= row.keys() for row in lines)
     assert (folder / "checkpoints" / "step_00000004" / "manifest.json").is_file()
     assert "<html" in (folder / "report.html").read_text()
@@ -165,7 +165,7 @@ def test_resume_auto_goes_on_to_more_steps_and_starts_where_there_is_nothing(con
     assert run(config, "--resume", "auto", "train.steps=6", "log.report=false") == 0
     folder = tmp_path / "runs" / "small"
     rows = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in rows if r["split"] == "fit"] == [2, 4, 6]
+    assert [r["step"] for r in rows if r["split"] == "train"] == [2, 4, 6]
     before = json.loads((folder / "summary.json").read_text())["final"]
     assert run(config, "--resume", "auto", "train.steps=6", "log.report=false") == 0  # nothing is left to do
     assert json.loads((folder / "summary.json").read_text())["final"] == before
@@ -186,9 +186,9 @@ def test_a_checkpoint_has_the_metrics_of_its_own_step(config, tmp_path):
     saves = ["checkpoint.every=2", "checkpoint.keep_last=9", "train.steps=10", "train.eval_every=4"]
     assert run(config, *saves, "log.report=false") == 0
     lines = [json.loads(x) for x in (tmp_path / "runs/small/metrics.jsonl").read_text().splitlines()]
-    nll = {row["step"]: row["joint_nll"] for row in lines if row["split"] == "test"}
+    nll = {row["step"]: row["joint_nll"] for row in lines if row["split"] == "eval/test"}
     found = complete(tmp_path / "runs" / "small" / "checkpoints")
-    assert {f.step: f.manifest.metrics.get("test/joint_nll") for f in found} == {2: None, 6: None, **nll}
+    assert {f.step: f.manifest.metrics.get("eval/test/joint_nll") for f in found} == {2: None, 6: None, **nll}
     assert set(nll) == {4, 8, 10}
 
 
@@ -221,7 +221,7 @@ def test_files_train_as_the_generated_facts_do(config, tmp_path):
     values["data"] = {"source": "reversal", "path": str(tmp_path / "facts")}
     config.write_text(yaml.safe_dump(values))
     assert run(config, "log.report=false", "train.steps=2") == 0
-    assert json.loads((tmp_path / "runs/small/summary.json").read_text())["final"]["fit"]["loss"] > 0
+    assert json.loads((tmp_path / "runs/small/summary.json").read_text())["final"]["train"]["loss"] > 0
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ def test_bf16_on_a_gpu(config, tmp_path, engine, objective):
     alone = [sys.executable, "jepa_scale/train.py", "--config", str(config), "run.name=cpu", "train.steps=20"]
     subprocess.run([*alone, "log.report=false"], cwd=REPOSITORY, env=environment, check=True, capture_output=True)
     reference = json.loads((tmp_path / "runs/cpu/summary.json").read_text())
-    got, expected = (s["final"]["fit"]["loss"] for s in (summary, reference))
+    got, expected = (s["final"]["train"]["loss"] for s in (summary, reference))
     assert abs(got - expected) < 0.1 * abs(expected)
 
 

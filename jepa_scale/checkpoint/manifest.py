@@ -11,6 +11,7 @@ from typing import Any
 
 from jepa_scale.utils.errors import InputError
 from jepa_scale.utils.io import write_atomic
+from jepa_scale.utils.splits import current_key
 
 FILE = "manifest.json"
 TENSORS = "tensors"
@@ -67,6 +68,7 @@ class Manifest:
                 )
             if values.pop("sha256") != _sha256(values):
                 raise InputError(f"{file}: its checksum is wrong")
+            values["metrics"] = {current_key(key): value for key, value in values["metrics"].items()}
             return cls(**values)
         except InputError:
             raise

@@ -13,6 +13,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from jepa_scale.utils.splits import current_key, split_key
+
 
 class Section(BaseModel):
     """A group of keys. Unknown keys are errors, and a section is frozen once it has been checked.
@@ -150,38 +152,39 @@ RENAMED_METRICS = {
 
 
 def _current_metric(key: str) -> str:
-    """Return ``split/metric`` with the metric's present name."""
-    split, _, name = key.rpartition("/")
-    if name not in RENAMED_METRICS:
-        return key
-    current = f"{split}/{RENAMED_METRICS[name]}"
-    warnings.warn(f"the metric {key} has a new name; write {current} in the config", FutureWarning, stacklevel=1)
+    """Return the key of a metric with the present names of its split and of the metric."""
+    split, name = split_key(current_key(key))
+    current = f"{split}/{RENAMED_METRICS.get(name, name)}"
+    if current != key:
+        warnings.warn(f"the metric {key} has a new name; write {current} in the config", FutureWarning, stacklevel=1)
     return current
 
 
-MetricKey = Annotated[str, AfterValidator(_current_metric)]
+MetricKey = Annotated[str, Field(pattern=r"^[^/]+(/[^/]+){1,2}$"), AfterValidator(_current_metric)]
+"""``train/<metric>`` for a metric of training, ``eval/<split>/<metric>`` for one of an evaluation."""
 
 
 class EarlyStopping(Section):
     """End the run when an evaluation's metric stops improving. The metric's kind decides the direction: a loss must
     fall."""
 
-    metric: MetricKey = Field(description="As split/metric, e.g. valid/ppl.", pattern=r"^[^/]+/[^/]+$")
-    patience: int = Field(10, ge=1, description="Evaluations in a row without an improvement after which the run ends.")
-    min_delta: float = Field(0.0, ge=0, description="What counts as an improvement is more than this.")
+    metric: MetricKey = Field(description="Metric of an evaluation, e.g. eval/valid/ppl.")
+    patience: int = Field(
+        10, ge=1, description="Evaluations in a row without an improvement, after which the run ends."
+    )
+    min_delta: float = Field(0.0, ge=0, description="Least change that counts as an improvement.")
 
 
 class AbortRule(Section):
     """End the run, with an error, when a metric leaves its allowed range. NaN and infinity are never allowed."""
 
     metric: MetricKey = Field(
-        description="As split/metric; the split fit is the training itself, looked at in its logged rows.",
-        pattern=r"^[^/]+/[^/]+$",
+        description="Metric of the logged training rows, e.g. train/loss, or of an evaluation, e.g. eval/valid/ppl."
     )
-    below: float | None = Field(None, description="The least value that it may have; null = any.")
-    above: float | None = Field(None, description="The greatest value that it may have; null = any.")
-    after_steps: int = Field(0, ge=0, description="Optimizer steps up to which nothing is said.")
-    after_epochs: float = Field(0, ge=0, description="Passes over the data before which nothing is said.")
+    below: float | None = Field(None, description="Least allowed value; null = any.")
+    above: float | None = Field(None, description="Greatest allowed value; null = any.")
+    after_steps: int = Field(0, ge=0, description="Optimizer steps before which the rule does not apply.")
+    after_epochs: float = Field(0, ge=0, description="Passes over the data before which the rule does not apply.")
 
 
 class TrainConfig(Section):
@@ -197,7 +200,7 @@ class TrainConfig(Section):
     )
     same_flops_as: str | None = Field(None, description="A run directory: train with the FLOPs that this run took.")
     batch_size: int = Field(
-        0, ge=0, description="Samples in an optimizer step, over all ranks; 0 = as batch_tokens say, or 256."
+        0, ge=0, description="Samples in an optimizer step, over all ranks; 0 = set by batch_tokens, else 256."
     )
     accumulation: int = Field(1, ge=1, description="Micro-batches a rank and step; batch_size is divided by it.")
     batch_tokens: int = Field(
@@ -212,30 +215,30 @@ class TrainConfig(Section):
         10, ge=0, description="Steps in a row without a finite gradient, all skipped, after which the run stops."
     )
     spike_factor: float = Field(
-        0.0, ge=0, description="Tell of losses above this many times the median of the last 20 rows; 0 = don't look."
+        0.0, ge=0, description="Warn of losses above this many times the median of the last 20 rows; 0 = no check."
     )
     hang_minutes: float = Field(
-        30.0, ge=0, description="Without progress for so long a rank is taken to hang, and the run ends; 0 = never."
+        30.0,
+        ge=0,
+        description="Minutes without progress after which a rank counts as hung and the run ends; 0 = never.",
     )
 
     early_stopping: EarlyStopping | None = Field(
-        None, description="When the run has learned enough; null = at its last step."
+        None, description="Rule that ends the run when it stops improving; null = none."
     )
-    abort: list[AbortRule] = Field(
-        default_factory=list, description="What must not happen; the run ends with an error."
-    )
+    abort: list[AbortRule] = Field(default_factory=list, description="Rules that end the run with an error.")
 
     @model_validator(mode="after")
     def _complete(self) -> TrainConfig:
         if (self.flops or self.same_flops_as) and (self.steps or self.epochs):
             given = "flops" if self.flops else "same_flops_as"
             raise ValueError(
-                f"{given}: says how long to train, and so does {'steps' if self.steps else 'epochs'}; remove one"
+                f"{given}: sets the length of training, and so does {'steps' if self.steps else 'epochs'}; remove one"
             )
         if not (self.steps or self.epochs or self.flops or self.same_flops_as):
             self._fill(steps=1000)
         if self.early_stopping and not self.eval_every:
-            raise ValueError("early_stopping: needs evaluations to look at; set eval_every")
+            raise ValueError("early_stopping: needs evaluations; set eval_every")
         if self.batch_size and self.batch_tokens:
             raise ValueError("give one of batch_size (samples) and batch_tokens, and leave the other one 0")
         if not self.batch_size and not self.batch_tokens:
@@ -250,9 +253,9 @@ class TrainConfig(Section):
 class CheckpointConfig(Section):
     every: int = Field(0, ge=0, description="Steps between checkpoints; 0 = at the end only.")
     keep_last: int = Field(2, ge=1, description="Newest checkpoints to keep.")
-    keep_every: int = Field(0, ge=0, description="Keep those whose step is a multiple of this, too; 0 = none.")
+    keep_every: int = Field(0, ge=0, description="Also keep those whose step is a multiple of this; 0 = none.")
     keep_best: MetricKey | None = Field(
-        None, description="Keep the one that is best by this metric of an evaluation, as split/metric, too."
+        None, description="Also keep the best one by this metric of an evaluation, e.g. eval/valid/ppl; null = none."
     )
     ephemeral_every: int = Field(
         0, ge=0, description="Steps between further checkpoints of which only the newest is kept; 0 = none."
@@ -279,7 +282,7 @@ class Config(Section):
     # The four mappings stay unparsed here, because their keys depend on the class that each names.
     # jepa_scale.experiment.validate turns them into options, and the config into an Experiment.
     run: RunConfig = Field(RunConfig(), description="Name, place and seed.")
-    engine: EngineConfig = Field(EngineConfig(), description="Who shards the model.")
+    engine: EngineConfig = Field(EngineConfig(), description="Sharding of the model, precision, parallelism.")
     model: dict[str, Any] = Field(description="Backbone: a file of configs/models or its keys (jepa_scale.models).")
     data: dict[str, Any] = Field(description="Source and its options (jepa_scale.data).")
     objective: dict[str, Any] = Field(description="Objective and its options (jepa_scale.objectives).")

@@ -38,9 +38,10 @@ from jepa_scale.convert.tensor_file import Entry, write_tensors
 from jepa_scale.convert.tokenizer import Tokenizer, data_tokenizer, named_tokenizer
 from jepa_scale.data import parse_data
 from jepa_scale.models.options import ModelOptions
-from jepa_scale.telemetry.records import FIT, SUMMARY_FILE, config_of, read_rows, summarize
+from jepa_scale.telemetry.records import config_of, read_rows, read_summary, summarize
 from jepa_scale.utils.errors import InputError
 from jepa_scale.utils.lock import JOB_LOCK, locked
+from jepa_scale.utils.splits import TRAIN, split_key
 
 logger = logging.getLogger(__name__)
 
@@ -282,18 +283,14 @@ def metrics_at(run: Path, manifest: Manifest) -> dict[str, dict[str, float | Non
 
     It is read from the run's rows, else from the manifest, else from the run's summary if that is of the same step.
     """
-    rows = [row for row in read_rows(run) if row["step"] <= manifest.step and row["split"] != FIT]
-    if rows:
-        return summarize(rows)["final"]
     found: dict[str, dict[str, float | None]] = {}
-    for name, value in manifest.metrics.items():
-        split, _, metric = name.partition("/")
-        found.setdefault(split, {})[metric] = value
-    if not found:
-        try:
-            summary = json.loads((run / SUMMARY_FILE).read_text(encoding="utf-8"))
-            if summary["steps"] == manifest.step:
-                found = {split: values for split, values in summary["final"].items() if split != FIT}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            pass
-    return found
+    rows = [row for row in read_rows(run) if row["step"] <= manifest.step and row["split"] != TRAIN]
+    if rows:
+        found = summarize(rows)["final"]
+    elif manifest.metrics:
+        for key, value in manifest.metrics.items():
+            split, metric = split_key(key)
+            found.setdefault(split, {})[metric] = value
+    elif (summary := read_summary(run)).get("steps") == manifest.step:
+        found = summary.get("final", {})
+    return {split.removeprefix("eval/"): values for split, values in found.items() if split != TRAIN}

@@ -12,8 +12,9 @@ from typing import Any
 
 from jepa_scale.evaluation.snapshot_files import read_snapshots
 from jepa_scale.telemetry.metrics import in_report_order
-from jepa_scale.telemetry.records import FIT, RunRecord, load_run
+from jepa_scale.telemetry.records import RunRecord, load_run
 from jepa_scale.utils.format import format_number
+from jepa_scale.utils.splits import TRAIN
 
 NO_MATTER = ("run", "log", "checkpoint")
 """Config sections that do not affect training, apart from the seed, which is in ``run``."""
@@ -80,7 +81,7 @@ def final_metrics(of: Sequence[Variant]) -> list[tuple[str, str]]:
         for run in variant.runs:
             for split, values in run.summary.get("final", {}).items():
                 found.setdefault(split, set()).update(values)
-    splits = sorted(found, key=lambda split: split == FIT)
+    splits = sorted(found, key=lambda split: split == TRAIN)
     return [(split, metric) for split in splits for metric in in_report_order(found[split])]
 
 

@@ -12,9 +12,10 @@ from jepa_scale.report.figure import COLOURS
 from jepa_scale.report.html import folded, plots, shared_sections
 from jepa_scale.report.page import headlines, html_page
 from jepa_scale.telemetry.metrics import describe
-from jepa_scale.telemetry.records import FIT, last_counts
+from jepa_scale.telemetry.records import last_counts
 from jepa_scale.utils.format import format_flops, format_number
 from jepa_scale.utils.io import write_atomic
+from jepa_scale.utils.splits import TRAIN
 
 COMPARISON_FILE = "comparison.html"
 _MORE_CSS = """
@@ -37,8 +38,8 @@ def write_comparison(directories: Sequence[Path], path: Path) -> Path:
 def comparison_page(of: Sequence[Variant]) -> str:
     """Return the HTML page that compares the variants."""
     curves = overlaid(of)
-    evaluated = {what: png for what, png in curves.items() if what[0] != FIT}
-    trained = {what: png for what, png in curves.items() if what[0] == FIT}
+    evaluated = {what: png for what, png in curves.items() if what[0] != TRAIN}
+    trained = {what: png for what, png in curves.items() if what[0] == TRAIN}
     return html_page(
         " · ".join(variant.name for variant in of),
         [
@@ -110,7 +111,7 @@ def _final(of: Sequence[Variant], rest: bool = False) -> list[str]:
         return ["<p>Nothing was logged.</p>"]
     several = any(len(variant.runs) > 1 for variant in of)
     note = "Several seeds: mean ± standard deviation (least to greatest). " if several else ""
-    return [table, f'<p class="faint">{note}“{escape(FIT)}” is logged during training.</p>']
+    return [table, f'<p class="faint">{note}“{escape(TRAIN)}” is logged during training.</p>']
 
 
 def _head(of: Sequence[Variant]) -> str:

@@ -12,9 +12,10 @@ from jepa_scale.report.compare import Variant
 from jepa_scale.report.html import figure, folded, shared_sections
 from jepa_scale.report.plots import Curve, curves, plot_all
 from jepa_scale.telemetry.metrics import describe, in_report_order
-from jepa_scale.telemetry.records import FIT, RunRecord, load_run
+from jepa_scale.telemetry.records import RunRecord, load_run
 from jepa_scale.utils.format import format_flops, format_number, text_table
 from jepa_scale.utils.io import write_atomic
+from jepa_scale.utils.splits import TRAIN, current_key, split_key
 
 REPORT_FILE, PLOTS_DIR = "report.html", "plots"
 
@@ -144,7 +145,7 @@ def _results(summary: Mapping[str, Any], rest: bool = False) -> list[str]:
     final, best = summary.get("final", {}), summary.get("best", {})
     if not final:
         return [] if rest else ["<p>Nothing was logged.</p>"]
-    splits = sorted(final, key=lambda s: s != FIT)
+    splits = sorted(final, key=lambda s: s != TRAIN)
     head = "".join(f"<th>{escape(s)}</th>" for s in splits)
     rows = []
     for metric in headlines(in_report_order({m for values in final.values() for m in values}), rest):
@@ -155,7 +156,7 @@ def _results(summary: Mapping[str, Any], rest: bool = False) -> list[str]:
     )
     if rest:
         return folded("Everything else that was measured", table) if rows else []
-    note = f"Last values. “{escape(FIT)}” is logged during training, the other columns are evaluations."
+    note = f"Last values. “{escape(TRAIN)}” is logged during training, the other columns are evaluations."
     return [table, f'<p class="faint">{note}</p>']
 
 
@@ -222,16 +223,16 @@ def headline_columns(runs: Sequence[RunRecord]) -> list[str]:
     for run in runs:
         for split, values in run.summary.get("final", {}).items():
             splits.setdefault(split, set()).update(values)
-    evaluated = {s: names for s, names in splits.items() if s != FIT} or splits
+    evaluated = {s: names for s, names in splits.items() if s != TRAIN} or splits
     found = [f"{s}/{m}" for s, names in evaluated.items() for m in _HEADLINES if m in names]
     return ["steps", *_flops_column(runs), "tokens_per_second", *found]
 
 
 REVERSAL_COLUMNS = {
-    "forward accuracy (train)": "train/exact_match",
-    "forward accuracy (atomic)": "atomic/exact_match",
-    "reverse accuracy (test)": "test/exact_match",
-    "reverse MRR (test)": "test/mrr",
+    "forward accuracy (train)": "eval/train/exact_match",
+    "forward accuracy (atomic)": "eval/atomic/exact_match",
+    "reverse accuracy (test)": "eval/test/exact_match",
+    "reverse MRR (test)": "eval/test/mrr",
 }
 
 
@@ -246,7 +247,7 @@ def runs_table(run_dirs: Sequence[Path | str]) -> str:
         InputError: one of the directories holds no run.
     """
     runs = [load_run(d) for d in run_dirs]
-    about_facts = all(run.value("test", "mrr") is not None for run in runs)
+    about_facts = all(run.value("eval/test", "mrr") is not None for run in runs)
     places = [f"{run.name}: {run.directory / REPORT_FILE}, {run.directory / PLOTS_DIR}/" for run in runs]
     spent = {"training FLOPs": "flops"} if _flops_column(runs) else {}
     columns = {**REVERSAL_COLUMNS, **spent} if about_facts else None
@@ -264,5 +265,5 @@ def _shown(column: str, value: float | None) -> str:
 def _lookup(run: RunRecord, column: str, which: str) -> float | None:
     if column in _COUNTS:
         return run.summary.get(column)
-    split, _, metric = column.partition("/")
+    split, metric = split_key(current_key(column))
     return run.value(split, metric, which)

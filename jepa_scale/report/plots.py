@@ -13,7 +13,8 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from jepa_scale.report.figure import COLOURS, new_picture, save_picture
 from jepa_scale.report.step_time_plots import plot_breakdown
 from jepa_scale.telemetry.metrics import STEP_PARTS, STEP_TIME, describe, in_report_order, step_part
-from jepa_scale.telemetry.records import FIT, Row, values_of
+from jepa_scale.telemetry.records import Row, values_of
+from jepa_scale.utils.splits import TRAIN
 
 _LOG_SPAN = 30.0  # ratio of largest to smallest value from which a falling metric gets a logarithmic axis
 OF_HORIZON = re.compile(r"(.+)_h(\d+)")
@@ -50,7 +51,7 @@ def curves(rows: list[Row]) -> dict[str, list[Curve]]:
     order = in_report_order(set(points))
     result = {}
     for metric in order:
-        splits = sorted(points[metric].items(), key=lambda item: item[0] != FIT)  # stable: FIT first
+        splits = sorted(points[metric].items(), key=lambda item: item[0] != TRAIN)  # stable: TRAIN first
         result[metric] = [
             Curve(split, sorted(by_step), [by_step[s] for s in sorted(by_step)]) for split, by_step in splits
         ]

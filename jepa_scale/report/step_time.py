@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jepa_scale.telemetry.metrics import STEP_PARTS, STEP_TIME, step_part
-from jepa_scale.telemetry.records import FIT, Row
+from jepa_scale.telemetry.records import Row
 from jepa_scale.utils.format import format_number, text_table
+from jepa_scale.utils.splits import TRAIN
 
 
 def mean_parts(rows: Sequence[Row]) -> dict[str, float]:
@@ -35,5 +36,5 @@ def breakdown_table(rows: Sequence[Row]) -> str:
 
 def measured(rows: Sequence[Row]) -> list[Row]:
     """Return the rows of training with timed steps, ordered by step; the last row of a step that was repeated."""
-    by_step = {row["step"]: row for row in rows if row["split"] == FIT and row.get(STEP_TIME)}
+    by_step = {row["step"]: row for row in rows if row["split"] == TRAIN and row.get(STEP_TIME)}
     return [by_step[step] for step in sorted(by_step)]

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from jepa_scale.telemetry.metrics import describe
 from jepa_scale.telemetry.quiet import quiet_libraries
-from jepa_scale.telemetry.records import FIT, RunRecord, load_run
+from jepa_scale.telemetry.records import RunRecord, load_run
 
 if TYPE_CHECKING:
     from jepa_scale.telemetry.environment import package_versions
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from jepa_scale.telemetry.run_log import RunLog
 
 __all__ = [
-    "FIT",
     "RunLog",
     "RunRecord",
     "describe",

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-FIT = "fit"
-"""Split of the rows that are logged during training."""
+from jepa_scale.utils.splits import TRAIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +128,11 @@ def describe(name: str) -> Metric:
 
 
 def chart(split: str, name: str) -> str:
-    """Return the name of a metric in TensorBoard and W&B, which group metrics by the word before the slash.
+    """Return the name of a metric in TensorBoard and W&B, which group metrics by the word before the first slash.
 
-    That word is the split. For metrics of the optimizer and of speed in rows of training it is ``optimizer`` or ``speed``.
+    The groups are ``train`` and ``eval``, and ``optimizer`` and ``speed`` for such metrics of training.
     """
-    return f"{_CHARTS.get(name, split) if split == FIT else split}/{name}"
+    return f"{_CHARTS.get(name, split) if split == TRAIN else split}/{name}"
 
 
 def in_report_order(names: set[str]) -> list[str]:

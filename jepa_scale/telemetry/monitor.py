@@ -12,8 +12,9 @@ from typing import Any
 
 from jepa_scale.checkpoint.retention import complete
 from jepa_scale.config.loading import read_yaml
-from jepa_scale.telemetry.records import CONFIG_FILE, FIT, METRICS_FILE, SUMMARY_FILE, Row, config_of, read_rows
+from jepa_scale.telemetry.records import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, Row, config_of, read_rows
 from jepa_scale.utils.format import format_number
+from jepa_scale.utils.splits import TRAIN
 
 RECENT = 20
 """Number of training rows from which the time of a step is measured."""
@@ -77,7 +78,7 @@ def look(run: Path, stall: float, now: float | None = None) -> Status:
     """
     config = read_yaml(config_of(run))
     every = read_rows(run)
-    rows = [row for row in every if row["split"] == FIT]
+    rows = [row for row in every if row["split"] == TRAIN]
     last: Row = rows[-1] if rows else {"step": 0}
     found = complete(run / "checkpoints")
     steps = _steps(config, found[-1].manifest.state if found else {})
@@ -104,7 +105,7 @@ def look(run: Path, stall: float, now: float | None = None) -> Status:
         alarm=alarm,
         losses=[row["loss"] for row in rows if row.get("loss") is not None],
         row=last,
-        evaluated={row["split"]: row for row in every if row["split"] != FIT},
+        evaluated={row["split"]: row for row in every if row["split"] != TRAIN},
     )
 
 

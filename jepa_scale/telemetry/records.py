@@ -1,8 +1,8 @@
 """Files of a run directory: reading, truncating and summarising the rows of metrics.
 
 ``metrics.jsonl`` has one JSON object a line: ``step``, ``split``, ``tokens`` and ``flops`` (trained so far, all ranks) and
-the metrics. Rows that training logs have the split ``"fit"``; rows of an evaluation have the name of its split. JSON has no
-NaN and no infinity; such values are written as ``null``.
+the metrics. Rows that training logs have the split ``"train"``; rows of an evaluation have ``"eval/"`` and its split. JSON has
+no NaN and no infinity; such values are written as ``null``.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from typing import Any
 
 import yaml
 
-from jepa_scale.telemetry.metrics import FIT, describe
+from jepa_scale.telemetry.metrics import describe
 from jepa_scale.utils.errors import InputError
 from jepa_scale.utils.io import write_atomic
+from jepa_scale.utils.splits import TRAIN, current_splits
 
 METRICS_FILE, SUMMARY_FILE, CONFIG_FILE = "metrics.jsonl", "summary.json", "config.yaml"
 _NOT_VALUES = ("step", "split", "tokens", "flops")
@@ -78,7 +79,10 @@ def clean(value: Any) -> float | int | None:
 
 
 def read_rows(run_dir: Path) -> list[Row]:
-    """Read the rows of ``metrics.jsonl``; a line that a killed run left half-written is skipped."""
+    """Read the rows of ``metrics.jsonl``, with the present names of their splits.
+
+    A line that a killed run left half-written is skipped.
+    """
     rows: list[Row] = []
     try:
         lines = (run_dir / METRICS_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
@@ -91,7 +95,8 @@ def read_rows(run_dir: Path) -> list[Row]:
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int) and isinstance(row.get("split"), str):
             rows.append(row)
-    return rows
+    names = current_splits({row["split"] for row in rows})
+    return [row | {"split": names[row["split"]]} for row in rows]
 
 
 def truncate_rows(run_dir: Path, step: int) -> list[Row]:
@@ -175,7 +180,7 @@ def load_run(run_dir: Path | str) -> RunRecord:
     if not directory.is_dir():
         raise InputError(f"{directory}: no such run directory")
     rows = read_rows(directory)
-    summary = _mapping(directory / SUMMARY_FILE, json.loads)
+    summary = read_summary(directory)
     if not rows and not summary:
         raise InputError(f"{directory}: not a run directory, it has no {METRICS_FILE} and no {SUMMARY_FILE}")
     config_file = directory / CONFIG_FILE
@@ -189,11 +194,21 @@ def load_run(run_dir: Path | str) -> RunRecord:
     return RunRecord(directory, str(name), rows, summary, config, text)
 
 
+def read_summary(run_dir: Path) -> dict[str, Any]:
+    """Read ``summary.json``, with the present names of splits; empty if it is missing or damaged."""
+    summary = _mapping(run_dir / SUMMARY_FILE, json.loads)
+    for which in ("final", "best"):
+        if isinstance(by_split := summary.get(which), dict):
+            names = current_splits(by_split)
+            summary[which] = {names[split]: values for split, values in by_split.items()}
+    return summary
+
+
 def last_counts(rows: list[Row]) -> tuple[int, int, float]:
     """Return the latest numbers of steps, tokens and training seconds in the rows."""
     steps = max((row["step"] for row in rows), default=0)
     tokens = max((row.get("tokens") or 0 for row in rows), default=0)
-    seconds = max((row.get("seconds") or 0.0 for row in rows if row["split"] == FIT), default=0.0)
+    seconds = max((row.get("seconds") or 0.0 for row in rows if row["split"] == TRAIN), default=0.0)
     return steps, tokens, seconds
 
 

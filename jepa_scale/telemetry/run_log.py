@@ -19,10 +19,10 @@ from jepa_scale.telemetry.environment import describe_environment
 from jepa_scale.telemetry.loggers import Loggers, start_loggers
 from jepa_scale.telemetry.metrics import chart
 from jepa_scale.telemetry.progress import Progress
-from jepa_scale.telemetry.records import FIT
 from jepa_scale.telemetry.row_file import RowFile
 from jepa_scale.utils.format import format_number
 from jepa_scale.utils.io import write_atomic
+from jepa_scale.utils.splits import TRAIN
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class RunLog:
     """Rows, summary, loggers and progress of one run. Every rank makes the same calls; only rank 0 writes.
 
     It takes Python numbers and never reads the device. ``with RunLog(…) as log:`` opens the run directory and starts
-    the clock, ``log.tick(step)`` follows every optimizer step, ``log.fit(…)`` writes a row of the running training,
+    the clock, ``log.tick(step)`` follows every optimizer step, ``log.trained(…)`` writes a row of the running training,
     ``log.evaluated(…)`` one of an evaluation, and ``with log.paused():`` keeps evaluations and saves out of tokens/s.
     Leaving the block, also by an exception, writes ``summary.json``. In a row a value of ``None`` is left out; NaN and
     infinities are written as ``null``.
@@ -98,9 +98,9 @@ class RunLog:
         self.run_dir, self.name, self.total_steps = Path(run_dir), name, total_steps
         self.step = start_step
         self.tokens = 0
-        """Tokens trained so far, over all ranks, as passed to :meth:`tick` and :meth:`fit`."""
+        """Tokens trained so far, over all ranks, as passed to :meth:`tick` and :meth:`trained`."""
         self.flops = 0
-        """FLOPs of training so far, as passed to :meth:`fit`."""
+        """FLOPs of training so far, as passed to :meth:`trained`."""
         self.clock = Stopwatch()
         self._peak, self._budget = peak, budget
         self._log, self._ranks, self._config_yaml = log, ranks, config_yaml
@@ -110,7 +110,7 @@ class RunLog:
         self._loggers = Loggers()
         self._progress: Progress | None = None
         self._environment: dict[str, Any] = {}
-        self._last = (0, 0.0, 0)  # tokens, seconds and FLOPs at the last fit row
+        self._last = (0, 0.0, 0)  # tokens, seconds and FLOPs at the last row of training
         self._began = 0.0
         self._kept: list[records.Row] = []
 
@@ -150,13 +150,13 @@ class RunLog:
         if self._progress is not None:
             self._progress.step(step)
 
-    def fit(self, step: int, values: Mapping[str, float | None], tokens: int = 0, flops: int = 0) -> None:
-        """Write a row of split ``"fit"`` after optimizer step ``step``.
+    def trained(self, step: int, values: Mapping[str, float | None], tokens: int = 0, flops: int = 0) -> None:
+        """Write a row of split ``"train"`` after optimizer step ``step``.
 
         ``tokens`` are those trained on over all ranks and not yet passed to :meth:`tick`; ``flops`` are the FLOPs of
-        all ranks for them. The row gets more columns: ``tokens_per_second`` since the last fit row and ``seconds`` of
+        all ranks for them. The row gets more columns: ``tokens_per_second`` since the last row of training and ``seconds`` of
         training time since the run began, both without the time spent in :meth:`paused`, and, if the peak is known,
-        ``mfu``: the FLOPs since the last fit row as a share of the devices' peak.
+        ``mfu``: the FLOPs since the last row of training as a share of the devices' peak.
         """
         self.step = step
         self.tokens += tokens
@@ -168,13 +168,13 @@ class RunLog:
         if self._peak and self.flops and passed > 0:
             mfu = (self.flops - self._last[2]) / passed / self._ranks.world_size / self._peak
         self._last = (self.tokens, seconds, self.flops)
-        self._write(step, FIT, {**values, "tokens_per_second": rate, "mfu": mfu, "seconds": round(seconds, 3)})
+        self._write(step, TRAIN, {**values, "tokens_per_second": rate, "mfu": mfu, "seconds": round(seconds, 3)})
         if self._progress is not None:
             self._progress.values(step, records.clean(values.get("loss")), rate, seconds - self._began)
 
     def evaluated(self, step: int, split: str, values: Mapping[str, float | None]) -> None:
-        """Write a row of an evaluation split, evaluated with the parameters after optimizer step ``step``."""
-        assert split != FIT, f"{FIT!r} is the split of training rows"
+        """Write a row of an evaluation (``eval/valid``), evaluated with the parameters after optimizer step ``step``."""
+        assert split.startswith("eval/"), f"{split!r} is no split of an evaluation"
         self._write(step, split, values)
         if self._progress is not None:
             shown = "  ".join(f"{name} {format_number(records.clean(value))}" for name, value in values.items())
@@ -182,7 +182,7 @@ class RunLog:
 
     def has_evaluated(self, step: int) -> bool:
         """Return whether an evaluation after that step was logged before a resume; the same on every rank."""
-        found = any(row["step"] == step and row["split"] != FIT for row in self._kept)
+        found = any(row["step"] == step and row["split"] != TRAIN for row in self._kept)
         return bool(broadcast_object(found))
 
     def paused(self) -> Any:
@@ -201,8 +201,7 @@ class RunLog:
         counts = {"tokens": self.tokens, **({"flops": self.flops} if self.flops else {})}
         line = json.dumps({"step": step, "split": split, **counts, **row}, allow_nan=False)
         self._file.write(line)
-        told = {chart(split, n): math.nan if v is None else float(v) for n, v in row.items()}
-        self._loggers.log(step, told)
+        self._loggers.log(step, {chart(split, n): math.nan if v is None else float(v) for n, v in row.items()})
 
     def close(self, exit_code: int = 0) -> dict[str, Any]:
         """Stop the clock, write and return the summary (empty on other ranks), and close the loggers.

@@ -25,6 +25,7 @@ from jepa_scale.training.trainer import Trainer, run_dir_of
 from jepa_scale.training.watchdog import Watchdog
 from jepa_scale.utils import allocator
 from jepa_scale.utils.errors import InputError
+from jepa_scale.utils.splits import split_key
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ def steps_of(found: Path | None, flops: float) -> int:
 
 def saver_of(keep: CheckpointConfig, run_dir: Path) -> Saver:
     """Return the saver that writes and keeps checkpoints by the options of ``checkpoint:``."""
-    higher = bool(keep.keep_best) and describe(str(keep.keep_best).rpartition("/")[2]).better == "higher"
+    higher = bool(keep.keep_best) and describe(split_key(str(keep.keep_best))[1]).better == "higher"
     policy = checkpoint.Policy(keep.keep_last, keep.keep_every, keep.keep_best, higher)
     return Saver(
         run_dir / "checkpoints",

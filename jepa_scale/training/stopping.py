@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jepa_scale.config.schema import AbortRule, EarlyStopping, TrainConfig
-from jepa_scale.telemetry import FIT, describe
+from jepa_scale.telemetry import describe
 from jepa_scale.utils.errors import InputError
+from jepa_scale.utils.splits import TRAIN, current_key, split_key
 
 SOMETIMES = {"skipped_steps", "skipped_samples", "loss_spike"}
 """Training metrics that are logged only when they occur."""
@@ -72,19 +73,19 @@ class StoppingRules:
     ) -> float | None:
         """Return the logged value of a metric, or None if its split was not logged. A metric that was logged before and is now
         missing is NaN, because some rows leave NaN values out."""
-        split = metric.rpartition("/")[0]
+        split, name = split_key(metric)
         if split not in rows or metric in values:
             return values.get(metric)
         if metric in self._seen:
             return math.nan
-        if split == FIT and metric.rpartition("/")[2] in SOMETIMES:
+        if split == TRAIN and name in SOMETIMES:
             return None
         there = ", ".join(sorted(rows[split]))
-        raise InputError(f"{key}: split {split!r} logs no {metric.rpartition('/')[2]!r}; choose one of {there}")
+        raise InputError(f"{key}: split {split!r} logs no {name!r}; choose one of {there}")
 
     def _follow(self, step: int, value: float) -> None:
         assert self._early is not None
-        sign = -1.0 if describe(self._early.metric.rpartition("/")[2]).better == "higher" else 1.0
+        sign = -1.0 if describe(split_key(self._early.metric)[1]).better == "higher" else 1.0
         if math.isfinite(value) and (self._best is None or sign * value < sign * self._best - self._early.min_delta):
             self._best, self._best_step, self._since = value, step, 0
         else:
@@ -107,7 +108,7 @@ class StoppingRules:
         """Restore a :meth:`state`. A run that has stopped early stays ended, unless ``patience`` was raised since."""
         if state:
             self._best, self._best_step, self._since = state["best"], state["best_step"], state["since"]
-            self._seen = set(state["seen"])
+            self._seen = {current_key(key) for key in state["seen"]}
             self._check()
 
 

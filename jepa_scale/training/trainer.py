@@ -17,13 +17,14 @@ from jepa_scale.distributed import comm
 from jepa_scale.evaluation.run import Results
 from jepa_scale.optim import lr_factor
 from jepa_scale.packing import PackedBatch, add_counts
-from jepa_scale.telemetry import FIT, RunLog, package_versions
+from jepa_scale.telemetry import RunLog, package_versions
 from jepa_scale.training.build import TrainingComponents
 from jepa_scale.training.loss_checks import LossChecks
 from jepa_scale.training.metrics import MetricAccumulator
 from jepa_scale.training.preemption import EvaluationStopped, StopRequest
 from jepa_scale.training.stopping import StoppingRules
 from jepa_scale.training.watchdog import Watchdog
+from jepa_scale.utils.splits import TRAIN, eval_split
 
 WATCHED = {
     "data": "data",
@@ -88,7 +89,7 @@ class Trainer:
             evaluates, saves = self.evaluates() and not self.stopping, self.saver.due(self.done, self.run.steps)
             rows: Results = {}
             if self.logs() or evaluates or saves or self.stopping:
-                rows[FIT] = self.log_step(grad_norm)
+                rows[TRAIN] = self.log_step(grad_norm)
             results = self.evaluate() if evaluates else {}
             ends = self.check(rows | results) or self.stopping
             if saves or ends:
@@ -128,7 +129,7 @@ class Trainer:
         return grad_norm
 
     def evaluate(self) -> Results:
-        """Evaluate the present weights, log the metrics and return them by split.
+        """Evaluate the present weights, log the metrics and return them by split (``eval/valid``).
 
         The result is empty, and ``stopping`` is set, if all ranks have agreed to stop meanwhile.
         """
@@ -139,10 +140,11 @@ class Trainer:
 
         with self.pause("evaluation"):
             try:
-                results = self.run.evaluate(between, self.done, run_dir_of(self.experiment.run))
+                of_splits = self.run.evaluate(between, self.done, run_dir_of(self.experiment.run))
             except EvaluationStopped:
                 self.stopping = True
                 return {}
+            results = {eval_split(split): metrics for split, metrics in of_splits.items()}
             for split, metrics in results.items():
                 self.log.evaluated(self.done, split, metrics)
         return results
@@ -168,7 +170,7 @@ class Trainer:
         values |= self.loss_checks.check(values, steps, self.metrics.bad_steps, tells=self.ranks.is_main)
         norms = {f"grad_norm_{group}": float(norm) for group, norm in self.engine.group_norms.items()}
         values |= {"grad_norm": float(grad_norm), **norms, "lr": self.engine.lr()}
-        self.log.fit(self.done, values, tokens, self.metrics.flops)
+        self.log.trained(self.done, values, tokens, self.metrics.flops)
         return values
 
     def batches(self, start: int) -> Iterator[list[PackedBatch]]:

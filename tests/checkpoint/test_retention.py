@@ -9,7 +9,7 @@ from jepa_scale.checkpoint.retention import CheckpointInfo, Policy, complete, pr
 
 
 def manifest(step: int, permanent: bool = True, **metrics: float) -> Manifest:
-    return Manifest(step, "fsdp", "FSDP2 fp32", 1, step, permanent, {f"valid/{k}": v for k, v in metrics.items()})
+    return Manifest(step, "fsdp", "FSDP2 fp32", 1, step, permanent, {f"eval/valid/{k}": v for k, v in metrics.items()})
 
 
 def found(*manifests: Manifest) -> list[CheckpointInfo]:
@@ -27,8 +27,8 @@ def test_every_nth_stays_too():
 @pytest.mark.parametrize(("higher", "best"), [(False, 20), (True, 10)])
 def test_the_best_stays(higher: bool, best: int):
     rated = found(manifest(10, ppl=9.0), manifest(20, ppl=3.0), manifest(30, ppl=5.0), manifest(40))
-    assert Policy(last=1, best="valid/ppl", higher=higher).remaining(rated) == {best, 40}
-    assert Policy(last=1, best="valid/nothing").remaining(rated) == {40}
+    assert Policy(last=1, best="eval/valid/ppl", higher=higher).remaining(rated) == {best, 40}
+    assert Policy(last=1, best="eval/valid/nothing").remaining(rated) == {40}
 
 
 def test_ephemeral_ones_stay_while_they_are_newest():

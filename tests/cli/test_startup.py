@@ -146,7 +146,7 @@ def test_the_parts_of_a_mixture_are_checked_too():
 def run_folder(folder: Path) -> Path:
     """What a run leaves behind, as far as those look at it who read no tensor."""
     (folder / "config.yaml").write_text((REPOSITORY / FACTS).read_text())
-    row = {"step": 4, "split": "fit", "tokens": 10, "loss": 1.5, "seconds": 2.0, "tokens_per_second": 5.0}
+    row = {"step": 4, "split": "train", "tokens": 10, "loss": 1.5, "seconds": 2.0, "tokens_per_second": 5.0}
     (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     for step in (2, 4):
         place = folder / "checkpoints" / f"step_{step:08d}"

@@ -23,12 +23,12 @@ def test_a_view_says_how_far_and_how_well(tmp_path):
     run = folder(tmp_path / "small", [3.0, 2.0, 1.0])
     with open(run / "metrics.jsonl", "a") as file:
         file.write(
-            '{"step": 20, "split": "valid", "tokens": 5, "ppl": 7.5}\n{"step": 30, "split": "valid", "ppl": 6.5}\n'
+            '{"step": 20, "split": "eval/valid", "tokens": 5, "ppl": 7.5}\n{"step": 30, "split": "eval/valid", "ppl": 6.5}\n'
         )
     first, second, third, fourth = view(look(run, stall=60, now=NOW))
     assert first == f"small  {'█' * 7}{'·' * 17} 30%  step 30 of 100  0:02:20 left"
     assert second.split() == ["loss", "1.000", "█▅▁", "50.00", "tokens/s"]
-    assert third == "  valid at step 30: ppl 6.500"
+    assert third == "  eval/valid at step 30: ppl 6.500"
     assert fourth.startswith("  no checkpoint  last word ")
 
 

@@ -70,8 +70,8 @@ def test_a_config_is_read_without_the_files_of_another_run(tmp_path):
 @pytest.mark.parametrize(
     ("train", "summary", "message"),
     [
-        ({"flops": 1e9, "steps": 3}, None, r"flops: says how long to train, and so does steps; remove one"),
-        ({"same_flops_as": "x", "epochs": 3}, None, r"same_flops_as: says how long to train, and so does epochs"),
+        ({"flops": 1e9, "steps": 3}, None, r"flops: sets the length of training, and so does steps; remove one"),
+        ({"same_flops_as": "x", "epochs": 3}, None, r"same_flops_as: sets the length of training, and so does epochs"),
         ({"same_flops_as": "x"}, None, r"same_flops_as: 'x' is no run directory with a summary.json"),
         ({"same_flops_as": "x"}, "{", r"same_flops_as: the summary.json of 'x' is damaged"),
         ({"same_flops_as": "x"}, "{}", r"same_flops_as: the summary.json of 'x' has no flops; train that run again"),
@@ -100,7 +100,7 @@ def test_a_length_in_flops_that_is_none(tmp_path, monkeypatch, train, summary, m
         ({"train": {"batch_size": 8, "batch_tokens": 64}}, r"train: .*one of batch_size"),
         ({"train": {"batch_tokens": 64}}, r"train: .*batch_tokens and micro_tokens"),
         ({"train": {"batch_tokens": 64, "micro_tokens": 32, "accumulation": 2}}, r"train: .*accumulation"),
-        ({"train": {"abort": [{"metric": "fit/loss", "abov": 1}]}}, r"^train\.abort\.0\.abov: .*mean 'above'\?$"),
+        ({"train": {"abort": [{"metric": "train/loss", "abov": 1}]}}, r"^train\.abort\.0\.abov: .*mean 'above'\?$"),
         ({"optim": {"overrides": {"backbone.x": {"lrr": 1}}}}, r"^optim\.overrides\.backbone\.x\.lrr: .*mean 'lr'\?$"),
         ({"engine": {"precision": "fp8"}}, r"engine\.precision: .*'auto', 'fp32' or 'bf16'.*'fp8'"),
         ({"objective": None}, r"objective: .*dictionary"),
@@ -119,10 +119,10 @@ def test_a_former_name_of_a_metric_is_read_as_its_name_now(tmp_path):
         "early_stopping": {"metric": "valid/effective_rank_target"},
     }
     checkpoint = {"keep_best": "valid/effective_rank_context"}
-    with pytest.warns(FutureWarning, match="write valid/covariance_entropy_rank_context in the config"):
+    with pytest.warns(FutureWarning, match="write eval/valid/covariance_entropy_rank_context in the config"):
         config = load_config(write(tmp_path, {**MINIMAL, "train": train, "checkpoint": checkpoint}))
-    assert config.train.abort[0].metric == config.checkpoint.keep_best == "valid/covariance_entropy_rank_context"
-    assert config.train.early_stopping.metric == "valid/covariance_entropy_rank_target"
+    assert config.train.abort[0].metric == config.checkpoint.keep_best == "eval/valid/covariance_entropy_rank_context"
+    assert config.train.early_stopping.metric == "eval/valid/covariance_entropy_rank_target"
 
 
 def test_missing_section(tmp_path):

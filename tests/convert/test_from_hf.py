@@ -110,7 +110,7 @@ def test_training_goes_on_from_it(tmp_path, monkeypatch, name):
     monkeypatch.setattr("jepa_scale.training.run.quiet_libraries", lambda: None)
     assert train.main(["--config", str(tmp_path / "back" / "config.yaml"), "--resume", "auto"]) == 0
     rows = [json.loads(line) for line in (tmp_path / "back" / "metrics.jsonl").read_text().splitlines()]
-    fit = [row for row in rows if row["split"] == "fit"]
+    fit = [row for row in rows if row["split"] == "train"]
     assert [row["step"] for row in fit] == [1, 2, 3, 4]
     assert train.main(["--config", str(config_file(tmp_path, "scratch", MODELS[name]))]) == 0
     scratch = json.loads((tmp_path / "scratch" / "metrics.jsonl").read_text().splitlines()[0])

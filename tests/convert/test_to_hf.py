@@ -174,7 +174,7 @@ def test_a_trained_run_scores_in_transformers_what_its_own_evaluation_says(tmp_p
             total += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
         count += ids.shape[1] - 1
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    (told,) = [row["lm_loss"] for row in rows if row["split"] == "valid"]
+    (told,) = [row["lm_loss"] for row in rows if row["split"] == "eval/valid"]
     assert total / count == pytest.approx(told, abs=1e-5) and told < 3.5
     assert f"| valid | lm_loss [nats/token] | {format_number(told)} |" in (tmp_path / "hf" / "README.md").read_text()
 
@@ -385,10 +385,10 @@ def test_tokenizer_can_be_named_or_left_out(with_tokenizers, tmp_path):
 def test_card_tells_metrics_of_the_step_and_config_without_private_paths(with_tokenizers, tmp_path):
     folder, _ = with_tokenizers
     rows = [
-        {"step": 5, "split": "valid", "tokens": 9, "ppl": 12.5},
-        {"step": 7, "split": "fit", "tokens": 9, "loss": 3.0},
-        {"step": 7, "split": "valid", "tokens": 9, "ppl": 11.25},
-        {"step": 9, "split": "valid", "tokens": 9, "ppl": 10.0},
+        {"step": 5, "split": "eval/valid", "tokens": 9, "ppl": 12.5},
+        {"step": 7, "split": "train", "tokens": 9, "loss": 3.0},
+        {"step": 7, "split": "eval/valid", "tokens": 9, "ppl": 11.25},
+        {"step": 9, "split": "eval/valid", "tokens": 9, "ppl": 10.0},
     ]
     (folder / "chat" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     export(folder / "chat", tmp_path / "out", QUIET)
@@ -405,11 +405,11 @@ def test_card_tells_metrics_of_the_step_and_config_without_private_paths(with_to
 
 
 def test_metrics_of_a_run_without_rows(tmp_path):
-    manifest = Manifest(step=4, engine="", layout="", world_size=1, updates=4, metrics={"test/mrr": 0.5})
+    manifest = Manifest(step=4, engine="", layout="", world_size=1, updates=4, metrics={"eval/test/mrr": 0.5})
     assert metrics_at(tmp_path, manifest) == {"test": {"mrr": 0.5}}
     bare = Manifest(step=4, engine="", layout="", world_size=1, updates=4)
     assert metrics_at(tmp_path, bare) == {}
-    summary = {"steps": 4, "final": {"fit": {"loss": 1.0}, "valid": {"ppl": 3.0}}}
+    summary = {"steps": 4, "final": {"train": {"loss": 1.0}, "eval/valid": {"ppl": 3.0}}}
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     assert metrics_at(tmp_path, bare) == {"valid": {"ppl": 3.0}}
     (tmp_path / "summary.json").write_text(json.dumps({**summary, "steps": 5}))

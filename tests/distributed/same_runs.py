@@ -49,8 +49,8 @@ def assert_same_run(
         for key in a.keys() - elsewhere:
             assert b[key] == pytest.approx(a[key], *fit(key)), f"{case}, step {a['step']}: {key}"
     splits = [{row["split"]: row for row in rows(folder, run, None)} for folder, run in ((expected, name), (got, case))]
-    assert splits[0].keys() == splits[1].keys() > {"fit"}
-    for split in splits[0].keys() - {"fit"}:
+    assert splits[0].keys() == splits[1].keys() > {"train"}
+    for split in splits[0].keys() - {"train"}:
         a, b = (of[split] for of in splits)
         assert a.keys() == b.keys()
         for key in a.keys() - elsewhere:

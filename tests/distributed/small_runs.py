@@ -52,7 +52,7 @@ def rows(run: Path, split: str | None = None) -> list[dict[str, Any]]:
 
 def last_step(run: Path) -> int:
     """Return the last step in the rows of training; 0 if there are none."""
-    return max((row["step"] for row in rows(run, "fit")), default=0)
+    return max((row["step"] for row in rows(run, "train")), default=0)
 
 
 def checkpoint(run: Path, step: int) -> Path:

@@ -92,7 +92,7 @@ def test_training_saves_and_scores_what_it_says(folder):
     for step in (STEPS // 2, STEPS):
         records = generations(folder / "run", step)
         assert [r["row"] for r in records] == list(range(7))
-        row = next(row for row in rows(folder / "run", "valid") if row["step"] == step)
+        row = next(row for row in rows(folder / "run", "eval/valid") if row["step"] == step)
         scored = [r for r in records if not r["unscored"]]
         assert [r["row"] for r in records if r["unscored"]] == [5]  # the fish
         for name in ("exact_match", "exact_match_upstream", "starts_with", "starts_with_upstream"):
@@ -154,13 +154,13 @@ def test_a_signal_between_batches_ends_the_evaluation(folder, tmp_path, process_
     gate.open()
     assert stopped.wait() == [0, 0], stopped.output()
     assert "after step 4; go on with --resume auto" in stopped.output(0)
-    assert not (run / "generations").exists() and not rows(run, "valid")
+    assert not (run / "generations").exists() and not rows(run, "eval/valid")
     process_pool.run([*arguments, "train.eval_every=4", "train.steps=4", "--resume", "auto"], 2)
-    assert len(generations(run, 4)) == 7 and len(rows(run, "valid")) == 1
+    assert len(generations(run, 4)) == 7 and len(rows(run, "eval/valid")) == 1
 
 
 def test_other_objectives_answer_too(folder, tmp_path):
     config = config_file(folder, tmp_path, objective={"name": "two_view"}, train={"steps": 3, "eval_every": 0})
     run_ranks(train_runs, 2, [(str(config), None)])
     assert len(generations(tmp_path / "run", 3)) == 7
-    assert torch.isfinite(torch.tensor(rows(tmp_path / "run", "valid")[-1]["lm_loss"]))
+    assert torch.isfinite(torch.tensor(rows(tmp_path / "run", "eval/valid")[-1]["lm_loss"]))

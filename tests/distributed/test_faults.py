@@ -171,7 +171,7 @@ def test_nan_on_one_rank_is_skipped_on_all(process_pool, tmp_path, engine):
     config = config_file(tmp_path, "lm", engine, name="run", **options)
     run = process_pool.run(["--config", str(config)], 2, [{"name": "nan_loss", "who": 1, "steps": [4, 6, 7]}])
     assert "no finite gradient in step 4; skipped on all ranks" in run.output(0)
-    fit = rows(tmp_path / "run", "fit")
+    fit = rows(tmp_path / "run", "train")
     assert [row.get("skipped_steps", 0) for row in fit] == [0, 0, 0, 1, 0, 1, 1, 0, 0]
     assert [row["step"] for row in fit if row["loss"] is None] == [4, 6, 7]
     saved = {step: tensors(checkpoint(tmp_path / "run", step)) for step in range(1, 10)}

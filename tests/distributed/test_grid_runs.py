@@ -87,8 +87,11 @@ def test_training_learns_and_the_temperature_keeps_its_bounds(corpus, tmp_path):
     assert fit[-1]["negatives"] > fit[0]["negatives"]  # the queue has filled up
     temperatures = [row["temperature"] for row in fit]
     assert max(temperatures) <= 0.2 + 1e-6 and len(set(temperatures)) > 30
-    assert rows(tmp_path, "long", "valid")[-1]["chance"] > math.log(8)
+    assert rows(tmp_path, "long", "eval/valid")[-1]["chance"] > math.log(8)
 
 
 def test_a_decoder_that_predicts_tokens_is_evaluated_as_a_language_model(reference):
-    assert "ppl" in rows(reference, "decoder", "valid")[-1] and "ppl" not in rows(reference, "objects", "valid")[-1]
+    assert (
+        "ppl" in rows(reference, "decoder", "eval/valid")[-1]
+        and "ppl" not in rows(reference, "objects", "eval/valid")[-1]
+    )

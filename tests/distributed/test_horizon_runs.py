@@ -96,7 +96,7 @@ def test_training_learns(reference):
         fit = rows(reference, name)
         assert fit[-1]["lm_loss"] < fit[0]["lm_loss"], name
         assert fit[-1]["jepa_loss"] < fit[0]["jepa_loss"], name
-        valid = rows(reference, name, "valid")
+        valid = rows(reference, name, "eval/valid")
         assert len(valid) >= 2 and {"ppl", "std_gap", "effective_rank", "retrieval_margin_h3"} <= valid[-1].keys()
         assert "kl_future" in valid[-1]
         assert ("grad_norm_lower" in fit[0]) == (name != "cosine")

@@ -226,7 +226,7 @@ def test_a_run_goes_on_with_fewer_ranks_and_leaves_as_what_it_was(corpus, tmp_pa
     run_ranks(train_runs, 2, [(before, None)])
     after = config_file(tmp_path, "moved", corpus, "vicreg", "fsdp", **how)
     run_ranks(train_runs, 1, [(whole, None), (after, str(checkpoint(tmp_path / "moved", 2)))])
-    mine, theirs = rows(tmp_path / "moved", "fit"), rows(tmp_path / "whole", "fit")
+    mine, theirs = rows(tmp_path / "moved", "train"), rows(tmp_path / "whole", "train")
     assert [row["step"] for row in mine] == [row["step"] for row in theirs]
     assert [row["loss"] for row in mine] == pytest.approx([row["loss"] for row in theirs], abs=1e-4)
     last = newest(tmp_path / "whole")
@@ -242,5 +242,5 @@ def test_a_run_goes_on_with_fewer_ranks_and_leaves_as_what_it_was(corpus, tmp_pa
             with torch.no_grad():
                 total += float(merged(ids, labels=ids).loss) * (ids.shape[1] - 1)
             count += ids.shape[1] - 1
-    (told,) = [row["lm_loss"] for row in rows(tmp_path / "moved", "valid") if row["step"] == last]
+    (told,) = [row["lm_loss"] for row in rows(tmp_path / "moved", "eval/valid") if row["step"] == last]
     assert total / count == pytest.approx(told, abs=1e-5)

@@ -68,7 +68,7 @@ def train_runs(ranks: ParallelContext, cases: list[tuple[str, str | None]]) -> N
         run_training(argparse.Namespace(config=config, resume=resume, overrides=[]))
 
 
-def rows(folder: Path, name: str, split: str | None = "fit") -> list[dict[str, Any]]:
+def rows(folder: Path, name: str, split: str | None = "train") -> list[dict[str, Any]]:
     """Return the rows of ``metrics.jsonl`` of a split; None = of all splits."""
     lines = (folder / name / "metrics.jsonl").read_text().splitlines()
     return [row for row in map(json.loads, lines) if split in (None, row["split"])]
@@ -103,7 +103,7 @@ def test_training_learns_and_evaluates(reference):
         losses = curve(reference, objective)
         assert losses[-5:].mean() < 0.95 * losses[:5].mean(), objective
         for split in ("train", "atomic", "test"):
-            metrics = rows(reference, objective, split)[-1]
+            metrics = rows(reference, objective, f"eval/{split}")[-1]
             assert 0 <= metrics["exact_match"] <= 1 and 0 < metrics["mrr"] <= 1
             assert math.isfinite(metrics["joint_nll"])
 

@@ -68,7 +68,7 @@ def test_a_signal_in_an_evaluation_is_obeyed_at_once_and_the_evaluation_made_up_
         assert stopped.wait() == [0, 0], stopped.output()
         assert newest(run) == last_step(run) == step
         assert f"stopped by a signal to another rank after step {step}; go on with --resume auto" in stopped.output(0)
-        assert not [row for row in rows(run) if row["step"] == step and row["split"] != "fit"]
+        assert not [row for row in rows(run) if row["step"] == step and row["split"] != "train"]
     process_pool.run(arguments, 2)
     assert_same(run, undisturbed / "run", STEPS)
 
@@ -99,7 +99,7 @@ def test_under_a_real_launcher(launch, undisturbed, tmp_path, launcher, engine, 
     assert f"stopped by a signal to another rank after step {step}; go on with --resume auto" in started.output()
     assert Manifest.read(checkpoint(run, step)).engine == engine
     # the learning rate rises alike for the first three steps, however many there are
-    for row, expected in zip(rows(run, "fit")[:3], rows(undisturbed / "run", "fit")[:3], strict=True):
+    for row, expected in zip(rows(run, "train")[:3], rows(undisturbed / "run", "train")[:3], strict=True):
         assert abs(row["loss"] - expected["loss"]) < 1e-4
 
 

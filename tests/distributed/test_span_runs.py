@@ -66,4 +66,4 @@ def test_training_learns(reference):
     for name in OBJECTIVES:
         fit = rows(reference, name)
         assert fit[-1]["loss"] < 0.9 * fit[0]["loss"]
-        assert ("ppl" in rows(reference, name, "valid")[-1]) == (name == "ema")  # only that one predicts tokens
+        assert ("ppl" in rows(reference, name, "eval/valid")[-1]) == (name == "ema")  # only that one predicts tokens

@@ -92,7 +92,7 @@ def references(corpus, tmp_path_factory):
 
 
 def assert_same_run(got: Path, expected: Path, start: int = 0) -> None:
-    for split, tolerance in (("fit", 1e-4), ("valid", 1e-2)):
+    for split, tolerance in (("train", 1e-4), ("eval/valid", 1e-2)):
         both = (rows(run.parent, run.name, split) for run in (expected, got))
         theirs, ours = ([row for row in of_run if row["step"] > start] for of_run in both)
         assert len(theirs) == len(ours) > 0

@@ -52,7 +52,7 @@ def test_a_run_ends_with_the_data_and_learns(reference):
     assert fit[-1]["loss"] < 0.97 * fit[0]["loss"]
     assert sum(r["packing_efficiency"] for r in fit[:-1]) / (len(fit) - 1) > 0.95
     assert all(0 <= r["data_wait"] < 1 for r in fit)
-    valid = rows(reference, "run", "valid")[-1]
+    valid = rows(reference, "run", "eval/valid")[-1]
     assert valid["ppl"] == pytest.approx(torch.tensor(valid["lm_loss"]).exp().item(), rel=1e-4)
 
 
@@ -71,7 +71,7 @@ def test_every_engine_walks_the_same_steps_to_the_end(reference, corpus, tmp_pat
         for a, b in zip(expected, got, strict=True):
             assert b["loss"] == pytest.approx(a["loss"], abs=1e-4), engine
             assert b["grad_norm"] == pytest.approx(a["grad_norm"], abs=1e-3), engine
-        a, b = rows(reference, "run", "valid")[-1], rows(tmp_path, engine, "valid")[-1]
+        a, b = rows(reference, "run", "eval/valid")[-1], rows(tmp_path, engine, "eval/valid")[-1]
         assert b["labels"] == a["labels"]
         assert b["lm_loss"] == pytest.approx(a["lm_loss"], abs=1e-4)
 

@@ -67,6 +67,6 @@ def test_it_learns_and_its_views_are_looked_at(reference):
     for name in OBJECTIVES:
         fit = rows(reference, name)
         assert len(fit) == STEPS and fit[-1]["lm_loss"] < fit[0]["lm_loss"]
-        valid = rows(reference, name, "valid")[-1]
+        valid = rows(reference, name, "eval/valid")[-1]
         assert {"ppl", "view_cosine", "view_cosine_others", "retrieval_top1", "effective_rank"} <= set(valid)
         assert valid["retrieval_chance"] == pytest.approx(1 / 8, abs=0.02)

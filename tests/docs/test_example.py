@@ -41,10 +41,10 @@ def test_it_learns_and_its_curve_does_not_depend_on_ranks_engine_or_accumulation
     zero3 = {"name": "deepspeed", "deepspeed": str(DOCS.parent / "configs/ds/zero3.json")}
     run_ranks(train_runs, 1, [write(tmp_path, "one")])
     run_ranks(train_runs, 2, [write(tmp_path, "two", 2), write(tmp_path, "zero3", engine=zero3)])
-    expected = rows(tmp_path / "one", "fit")
+    expected = rows(tmp_path / "one", "train")
     assert len(expected) == 16
     for name in ("two", "zero3"):
-        for row, other in zip(rows(tmp_path / name, "fit"), expected, strict=True):
+        for row, other in zip(rows(tmp_path / name, "train"), expected, strict=True):
             for column in ("loss", "lm_loss", "jepa_loss"):
                 assert abs(row[column] - other[column]) < 1e-4, (name, row["step"], column)
     first, last = (sum(row["jepa_loss"] for row in part) / 4 for part in (expected[:4], expected[-4:]))

@@ -149,13 +149,13 @@ def test_runs_on_every_engine_have_the_same_probe(tmp_path):
         sharded = {} if engine == "fsdp" else {"deepspeed": str(small_buckets(engine, str(tmp_path)))}
         name = "fsdp" if engine == "fsdp" else "deepspeed"
         changes = {"engine": {"name": name, **sharded}, "train": {"eval_every": 2}, "eval": probe}
-        changes["checkpoint"] = {"keep_best": "probe/probe_accuracy"}
+        changes["checkpoint"] = {"keep_best": "eval/probe/probe_accuracy"}
         files.append((str(config_file(tmp_path, engine, **changes)), None))
     run_ranks(train_runs, 2, files)
-    expected = rows(tmp_path / "fsdp", "probe")
+    expected = rows(tmp_path / "fsdp", "eval/probe")
     assert [row["step"] for row in expected] == [2, 4]
     assert expected[-1]["probe_accuracy"] > 0.6 > 2 * expected[-1]["chance"]  # other words: they are told apart easily
-    for a, b in zip(rows(tmp_path / "zero3", "probe"), expected, strict=True):
+    for a, b in zip(rows(tmp_path / "zero3", "eval/probe"), expected, strict=True):
         assert a["effective_rank"] == pytest.approx(b["effective_rank"], rel=1e-3)
         assert a["uniformity"] == pytest.approx(b["uniformity"], abs=1e-3)
         assert a["probe_accuracy"] == pytest.approx(b["probe_accuracy"], abs=0.1)

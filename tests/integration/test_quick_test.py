@@ -35,7 +35,7 @@ def test_all_its_parts(launch, tmp_path):
     assert done.wait() == 0, done.output()
     run = tmp_path / "kept" / "quick_test"
     assert newest(run) == 4 and (run / "checkpoints" / "step_00000002").is_dir()
-    assert [row["step"] for row in rows(run, "fit")] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows(run, "train")] == [1, 2, 3, 4]
     assert (run / "report.html").is_file()
     assert done.output().endswith("quick test: all works\n") and "step 4 of 4" in done.output()
     assert not (tmp_path / "long").exists()

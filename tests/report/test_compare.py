@@ -33,12 +33,12 @@ def make_run(folder, name, seed=0, objective="lm", lr=0.1, ppl=10.0):
     with RunLog(directory, LogConfig(progress=False), ranks, name, 6, config) as log:
         for step in range(1, 7):
             parts = {"time_data": 0.1, "time_forward": 0.3 + seed, "time_per_step": 0.4 + seed}
-            log.fit(step, {"loss": 5.0 / step, **(parts if objective == "horizon" else {})}, tokens=10)
+            log.trained(step, {"loss": 5.0 / step, **(parts if objective == "horizon" else {})}, tokens=10)
             if step % 3 == 0:
                 horizons = (
                     {f"retrieval_top1_h{h}": 0.1 + seed / h for h in (2, 8, 32)} if objective == "horizon" else {}
                 )
-                log.evaluated(step, "valid", {"ppl": ppl / step, **horizons})
+                log.evaluated(step, "eval/valid", {"ppl": ppl / step, **horizons})
     if objective == "horizon":
         x = torch.randn(20, 8, generator=torch.Generator().manual_seed(seed))
         save_snapshot({"prediction": x, "target": x + 0.1}, directory, 6, "valid")
@@ -77,16 +77,16 @@ def test_what_differs(runs):
 
 def test_values_over_seeds(runs):
     lm, jepa = variants(load_runs(runs))
-    assert lm.shown("valid", "ppl") == "1.667"
-    assert jepa.shown("valid", "ppl") == "2.000 ± 1.000 (1.000 to 3.000)"
-    assert lm.shown("valid", "retrieval_top1_h2") == "-"
-    assert final_metrics([lm, jepa])[0] == ("valid", "ppl")
+    assert lm.shown("eval/valid", "ppl") == "1.667"
+    assert jepa.shown("eval/valid", "ppl") == "2.000 ± 1.000 (1.000 to 3.000)"
+    assert lm.shown("eval/valid", "retrieval_top1_h2") == "-"
+    assert final_metrics([lm, jepa])[0] == ("eval/valid", "ppl")
 
 
 def test_pictures(runs):
     found = variants(load_runs(runs))
-    assert {("valid", "ppl"), ("fit", "loss")} <= overlaid(found).keys()
-    assert list(by_horizon(found)) == [("valid", "retrieval_top1")]
+    assert {("eval/valid", "ppl"), ("train", "loss")} <= overlaid(found).keys()
+    assert list(by_horizon(found)) == [("eval/valid", "retrieval_top1")]
     of_kinds = spectra(found)
     assert {kind: [name for name, _ in lines] for kind, lines in of_kinds.items()} == {
         f"valid: {kind}": ["jepa (3 seeds)"] * 3 for kind in ("prediction", "target")
@@ -127,7 +127,8 @@ def test_what_a_run_is_judged_by_comes_before_the_pictures_and_the_rest_after(pa
         above, _, below = text.partition("<img")
         below = below.rpartition("Everything else that was measured")[2].partition("</details>")[0]
         told = {
-            where: re.findall(r"<tr><th>(?:\w+: )?(\w+)", html) for where, html in (("above", above), ("below", below))
+            where: re.findall(r"<tr><th>(?:[\w/]+: )?(\w+)", html)
+            for where, html in (("above", above), ("below", below))
         }
         assert {"loss", "ppl"} <= set(told["above"]) and not {"loss", "ppl"} & set(told["below"])
         assert folded <= set(told["below"]) and not folded & set(told["above"])

@@ -49,10 +49,10 @@ def make_run(directory, name="demo", reverse=0.9, flops=0, budget=0.0):
     with RunLog(directory, LogConfig(progress=False), ranks, name, 6, config, budget=budget) as log:
         for step in range(1, 7):
             loss = math.nan if step == 3 else 10.0 ** (2 - step)
-            log.fit(step, {"loss": loss, "lr": 1e-3 / step, "grad_norm": 1.0}, tokens=10, flops=flops)
+            log.trained(step, {"loss": loss, "lr": 1e-3 / step, "grad_norm": 1.0}, tokens=10, flops=flops)
             if step % 3 == 0:
                 for split, value in (("train", 1.0), ("atomic", 0.75), ("test", reverse)):
-                    log.evaluated(step, split, {"exact_match": value * step / 6, "mrr": value})
+                    log.evaluated(step, f"eval/{split}", {"exact_match": value * step / 6, "mrr": value})
     return directory
 
 
@@ -80,7 +80,7 @@ def test_the_report_is_one_self_contained_page(tmp_path):
         "<script>alert(1)</script> & more",
     ):
         assert expected in said, expected
-    assert "fit/loss was not finite in 1 of 6 rows, first at step 3" in said
+    assert "train/loss was not finite in 1 of 6 rows, first at step 3" in said
     assert "best" not in said.split("mrr")[1].split("lr")[0]  # final mrr is the best mrr: said once
 
 
@@ -105,7 +105,7 @@ def test_each_split_has_a_line_of_its_own(tmp_path):
 
 
 def test_a_metric_that_was_never_finite_has_no_plot_and_old_plots_go(tmp_path):
-    rows = [{"step": 1, "split": "fit", "loss": None, "a/b": 1.0}]
+    rows = [{"step": 1, "split": "train", "loss": None, "a/b": 1.0}]
     (tmp_path / "gone.png").touch()
     assert {m: p.name for m, p in plot_all(rows, tmp_path).items()} == {"a/b": "a_b.png"}
     assert [p.name for p in tmp_path.iterdir()] == ["a_b.png"]
@@ -113,24 +113,24 @@ def test_a_metric_that_was_never_finite_has_no_plot_and_old_plots_go(tmp_path):
 
 def test_curves_are_sorted_and_a_repeated_step_counts_once():
     rows = [
-        {"step": 2, "split": "test", "loss": 5.0},
-        {"step": 1, "split": "test", "loss": 6.0},
-        {"step": 2, "split": "test", "loss": 4.0},
-        {"step": 1, "split": "fit", "loss": None},
+        {"step": 2, "split": "eval/test", "loss": 5.0},
+        {"step": 1, "split": "eval/test", "loss": 6.0},
+        {"step": 2, "split": "eval/test", "loss": 4.0},
+        {"step": 1, "split": "train", "loss": None},
     ]
-    fit, test = curves(rows)["loss"]
-    assert (fit.label, test.label) == ("fit", "test")
+    train, test = curves(rows)["loss"]
+    assert (train.label, test.label) == ("train", "eval/test")
     assert (test.steps, test.values) == ([1, 2], [6.0, 4.0])
-    assert np.isnan(fit.values).all() and fit.finite == []
+    assert np.isnan(train.values).all() and train.finite == []
 
 
 def test_what_is_measured_by_horizon_is_one_plot():
-    rows = [{"step": s, "split": "valid", "margin_h2": 0.5 + s, "margin_h16": 0.25, "margin": 0.1} for s in (1, 2)]
+    rows = [{"step": s, "split": "eval/valid", "margin_h2": 0.5 + s, "margin_h16": 0.25, "margin": 0.1} for s in (1, 2)]
     found = curves(rows)
     assert found.keys() == {"margin", "margin_by_horizon"}
     assert {c.label: c.values for c in found["margin_by_horizon"]} == {
-        "valid, 2 tokens": [1.5, 2.5],
-        "valid, 16 tokens": [0.25, 0.25],
+        "eval/valid, 2 tokens": [1.5, 2.5],
+        "eval/valid, 16 tokens": [0.25, 0.25],
     }
 
 
@@ -166,9 +166,9 @@ def test_runs_side_by_side(tmp_path):
         "run",
         "steps",
         "tokens_per_second",
-        *(f"{s}/{m}" for s in ("train", "atomic", "test") for m in ("exact_match", "mrr")),
+        *(f"eval/{s}/{m}" for s in ("train", "atomic", "test") for m in ("exact_match", "mrr")),
     ]
-    chosen = compare_table([good], {"steps": "steps", "loss": "fit/loss", "none": "x/y"}, which="best")
+    chosen = compare_table([good], {"steps": "steps", "loss": "train/loss", "none": "eval/x/y"}, which="best")
     assert chosen.splitlines()[2].split() == ["reversal", "6", "0.0001000", "-"]
 
 
@@ -192,24 +192,24 @@ def test_flops_have_a_column_where_they_were_counted(tmp_path):
 
 
 def test_a_run_that_was_never_evaluated_is_compared_by_its_loss(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "split": "fit", "loss": 2.5}) + "\n")
-    assert compare_table([tmp_path]).splitlines()[0].split()[-1] == "fit/loss"
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "split": "train", "loss": 2.5}) + "\n")
+    assert compare_table([tmp_path]).splitlines()[0].split()[-1] == "train/loss"
 
 
 def test_an_older_run_is_reported_under_the_names_that_it_has(tmp_path):
     """Version 0.1 logged the covariance entropy ranks of ``grid`` as effective ranks."""
-    rows = [{"step": s, "split": "valid", "loss": 1.0 / s, "effective_rank_context": 10.0 + s} for s in (1, 2)]
+    rows = [{"step": s, "split": "eval/valid", "loss": 1.0 / s, "effective_rank_context": 10.0 + s} for s in (1, 2)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = " ".join(Page(write_report(tmp_path).read_text(encoding="utf-8")).words)
     assert "effective_rank_context" in words and "12" in words and "covariance_entropy_rank" not in words
-    shown = compare_table([tmp_path], {"rank": "valid/effective_rank_context"})
+    shown = compare_table([tmp_path], {"rank": "eval/valid/effective_rank_context"})
     assert shown.splitlines()[2].split()[-1].startswith("12")
 
 
 def test_runs_on_text_are_compared_by_perplexity(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(
-        json.dumps({"step": 1, "split": "valid", "lm_loss": 2.0, "ppl": 7.39}) + "\n"
+        json.dumps({"step": 1, "split": "eval/valid", "lm_loss": 2.0, "ppl": 7.39}) + "\n"
     )
     head, _, row, _, place = runs_table([tmp_path]).splitlines()
-    assert "valid/ppl" in head.split() and "7.390" in row.split()
+    assert "eval/valid/ppl" in head.split() and "7.390" in row.split()
     assert "report.html" in place

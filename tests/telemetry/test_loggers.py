@@ -14,6 +14,7 @@ from jepa_scale.config.schema import LogConfig
 from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.telemetry import RunLog, load_run
 from jepa_scale.telemetry.loggers import Loggers
+from jepa_scale.utils.splits import split_key
 
 CONFIG = "run:\n  name: demo\noptim:\n  lr: 0.00123456\n"
 needs_wandb = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
@@ -33,23 +34,23 @@ def scalars(directory):
 def test_tensorboard_events_read_back_and_are_superseded_at_a_resume(tmp_path):
     with run_log(tmp_path, tensorboard=True) as log:
         for step in (1, 2, 3):
-            log.fit(step, {"loss": float(step), "skipped": None})
-        log.evaluated(3, "test", {"mrr": 0.25})
+            log.trained(step, {"loss": float(step), "skipped": None})
+        log.evaluated(3, "eval/test", {"mrr": 0.25})
     with run_log(tmp_path, tensorboard=True, start_step=2) as log:
-        log.fit(3, {"loss": 30.0})
+        log.trained(3, {"loss": 30.0})
     events = scalars(tmp_path)
-    assert events["fit/loss"] == [(1, 1.0), (2, 2.0), (3, 30.0)]
-    assert "fit/skipped" not in events and "speed/tokens_per_second" in events
-    assert events.get("test/mrr", []) == []  # step 3 was undone
+    assert events["train/loss"] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+    assert "train/skipped" not in events and "speed/tokens_per_second" in events
+    assert events.get("eval/test/mrr", []) == []  # step 3 was undone
     with run_log(tmp_path, tensorboard=True, start_step=0) as log:  # no checkpoint was found
-        log.fit(1, {"loss": 10.0})
-    assert scalars(tmp_path)["fit/loss"] == [(1, 10.0)]
+        log.trained(1, {"loss": 10.0})
+    assert scalars(tmp_path)["train/loss"] == [(1, 10.0)]
 
 
 def test_tensorboard_gets_nan_as_nan(tmp_path):
     with run_log(tmp_path, tensorboard=True) as log:
-        log.fit(1, {"loss": math.nan})
-    assert math.isnan(scalars(tmp_path)["fit/loss"][0][1])
+        log.trained(1, {"loss": math.nan})
+    assert math.isnan(scalars(tmp_path)["train/loss"][0][1])
 
 
 class Broken:
@@ -74,7 +75,7 @@ def test_a_logger_that_raises_is_reported_once_and_dropped(tmp_path, caplog, mon
         log._loggers.add("bad", lambda: bad)
         log._loggers.add("good", lambda: good)
         for step in (1, 2, 3):
-            log.fit(step, {"loss": 1.0})
+            log.trained(step, {"loss": 1.0})
     assert bad.calls == [1, "close"] and good.calls == [1, 2, 3, "close"]
     warnings = caplog.messages
     assert len(warnings) == 1 and "bad" in warnings[0] and "ConnectionError" in warnings[0]
@@ -90,7 +91,7 @@ def test_a_logger_that_cannot_start_or_close_is_reported(caplog):
 
     loggers.add("absent", fail)
     loggers.add("sticky", lambda: Broken(at="close"))
-    loggers.log(1, {"fit/loss": 1.0})
+    loggers.log(1, {"train/loss": 1.0})
     loggers.close(0)
     warnings = caplog.messages
     assert len(warnings) == 2 and "absent" in warnings[0] and "sticky" in warnings[1]
@@ -126,8 +127,8 @@ directory, start = Path(sys.argv[1]), int(sys.argv[2])
 log = LogConfig(progress=False, wandb=True, tensorboard=True, wandb_project="probe")
 ranks = ParallelContext(0, 1, 0, torch.device("cpu"), "python")
 with RunLog(directory, log, ranks, "demo", 10, {config!r}, start_step=start) as log:
-    log.fit(start + 1, {{"loss": 1.2345678, "lr": 0.001, "grad_norm": None}})
-    log.evaluated(start + 1, "test", {{"mrr": 0.8765432}})
+    log.trained(start + 1, {{"loss": 1.2345678, "lr": 0.001, "grad_norm": None}})
+    log.evaluated(start + 1, "eval/test", {{"mrr": 0.8765432}})
 """
 
 
@@ -152,19 +153,19 @@ def test_wandb_logs_offline_without_asking_and_a_resume_keeps_its_id(tmp_path):
     name = (tmp_path / "wandb_id.txt").read_text().strip()
     (stored,) = (tmp_path / "wandb").glob(f"offline-run-*/run-{name}.wandb")
     content = stored.read_bytes()
-    for expected in (b"fit/loss", b"1.2345678", b"test/mrr", b"0.8765432", b"0.00123456", b"probe"):
+    for expected in (b"train/loss", b"1.2345678", b"eval/test/mrr", b"0.8765432", b"0.00123456", b"probe"):
         assert expected in content, expected
 
     # the same names and values, in all three
     rows = wandb_rows(stored)
     events = scalars(tmp_path)
-    assert {"fit/loss", "optimizer/lr", "speed/tokens_per_second", "speed/seconds"} <= rows[0].keys()
-    assert {"step", "test/mrr"} == rows[1].keys()
+    assert {"train/loss", "optimizer/lr", "speed/tokens_per_second", "speed/seconds"} <= rows[0].keys()
+    assert {"step", "eval/test/mrr"} == rows[1].keys()
     for chart, curve in events.items():
         assert [(row["step"], round(row[chart], 4)) for row in rows if chart in row] == curve
     assert events.keys() == set().union(*rows) - {"step"}
     written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    plain = {chart.partition("/")[2] for chart in events}
+    plain = {split_key(chart)[1] for chart in events}
     assert plain == {key for row in written for key, v in row.items() if v is not None} - {"step", "split", "tokens"}
 
     # Online is asked for and no key is known: no prompt, no failure, and the run goes on under its id.

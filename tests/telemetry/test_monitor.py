@@ -23,7 +23,7 @@ def folder(path, losses, steps=100, ended=False, age=5.0, seconds_per_step=2.0, 
     rows = [
         {
             "step": every * i,
-            "split": "fit",
+            "split": "train",
             "loss": loss,
             "tokens_per_second": 50.0,
             "seconds": every * i * seconds_per_step,

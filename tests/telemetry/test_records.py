@@ -57,8 +57,8 @@ def test_clean_keeps_numbers_and_turns_what_json_lacks_into_none():
 
 
 def test_damaged_lines_are_skipped(tmp_path):
-    whole = [{"step": 1, "split": "fit", "loss": 2.0}, {"step": 2, "split": "fit", "loss": 1.0}]
-    write_rows(tmp_path, whole, tail='[1]\n{"step": "x", "split": "fit"}\n{"step": 3, "split": "fit", "lo')
+    whole = [{"step": 1, "split": "train", "loss": 2.0}, {"step": 2, "split": "train", "loss": 1.0}]
+    write_rows(tmp_path, whole, tail='[1]\n{"step": "x", "split": "train"}\n{"step": 3, "split": "train", "lo')
     assert read_rows(tmp_path) == whole
     assert truncate_rows(tmp_path, 10) == whole
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 2
@@ -67,7 +67,7 @@ def test_damaged_lines_are_skipped(tmp_path):
 @given(steps=st.lists(st.integers(0, 30), max_size=20), cut=st.integers(0, 30))
 def test_truncation_keeps_exactly_the_rows_up_to_the_step(tmp_path_factory, steps, cut):
     directory = tmp_path_factory.mktemp("run")
-    rows = [{"step": s, "split": "fit", "tokens": i} for i, s in enumerate(steps)]
+    rows = [{"step": s, "split": "train", "tokens": i} for i, s in enumerate(steps)]
     write_rows(directory, rows)
     kept = truncate_rows(directory, cut)
     assert kept == read_rows(directory)
@@ -85,15 +85,15 @@ def test_write_atomic_leaves_the_old_file_when_writing_fails(tmp_path):
 
 def test_summarize_knows_which_way_is_better_and_leaves_out_nan():
     rows = [
-        {"step": 1, "split": "test", "loss": 3.0, "mrr": 0.1, "gate": 0.2},
-        {"step": 2, "split": "test", "loss": 1.0, "mrr": 0.9, "gate": 0.3},
-        {"step": 3, "split": "test", "loss": 2.0, "mrr": 0.5, "gate": 0.4},
-        {"step": 4, "split": "test", "loss": None},
-        {"step": 4, "split": "fit", "loss": None, "tokens": 7},
+        {"step": 1, "split": "eval/test", "loss": 3.0, "mrr": 0.1, "gate": 0.2},
+        {"step": 2, "split": "eval/test", "loss": 1.0, "mrr": 0.9, "gate": 0.3},
+        {"step": 3, "split": "eval/test", "loss": 2.0, "mrr": 0.5, "gate": 0.4},
+        {"step": 4, "split": "eval/test", "loss": None},
+        {"step": 4, "split": "train", "loss": None, "tokens": 7},
     ]
     summary = summarize(rows)
-    assert summary["final"] == {"test": {"loss": None, "mrr": 0.5, "gate": 0.4}, "fit": {"loss": None}}
-    assert summary["best"] == {"test": {"loss": {"value": 1.0, "step": 2}, "mrr": {"value": 0.9, "step": 2}}}
+    assert summary["final"] == {"eval/test": {"loss": None, "mrr": 0.5, "gate": 0.4}, "train": {"loss": None}}
+    assert summary["best"] == {"eval/test": {"loss": {"value": 1.0, "step": 2}, "mrr": {"value": 0.9, "step": 2}}}
 
 
 def test_names_tell_direction():
@@ -118,14 +118,14 @@ def test_names_tell_direction():
 
 
 def test_a_killed_run_loads_without_a_summary(tmp_path):
-    rows = [{"step": 5, "split": "fit", "tokens": 100, "loss": 1.5, "seconds": 2.0}]
+    rows = [{"step": 5, "split": "train", "tokens": 100, "loss": 1.5, "seconds": 2.0}]
     write_rows(tmp_path, rows, tail='{"step": 6')
     (tmp_path / "config.yaml").write_text("run: {name: lost}\n")
     run = load_run(tmp_path)
     assert (run.name, run.rows) == ("lost", rows)
     assert run.summary["steps"] == 5 and run.summary["tokens"] == 100 and run.summary["tokens_per_second"] == 50
-    assert run.value("fit", "loss") == 1.5 == run.value("fit", "loss", "best")
-    assert run.value("test", "mrr") is None
+    assert run.value("train", "loss") == 1.5 == run.value("train", "loss", "best")
+    assert run.value("eval/test", "mrr") is None
     (tmp_path / "summary.json").write_text('{"name": "cut of')
     (tmp_path / "config.yaml").write_text("a: [")
     run = load_run(tmp_path)

@@ -45,22 +45,22 @@ def test_rows_and_summary_round_trip(tmp_path):
         for step in range(1, 5):
             log.tick(step, tokens=50)
             if step % 2 == 0:
-                log.fit(step, {"loss": 4.0 / step, "gate": None}, tokens=10)
+                log.trained(step, {"loss": 4.0 / step, "gate": None}, tokens=10)
                 assert len(read_rows(tmp_path)) == step // 2  # flushed line by line
-        log.evaluated(4, "test", {"mrr": 0.75})
+        log.evaluated(4, "eval/test", {"mrr": 0.75})
     rows = read_rows(tmp_path)
     assert [(r["step"], r["split"], r["tokens"]) for r in rows] == [
-        (2, "fit", 110),
-        (4, "fit", 220),
-        (4, "test", 220),
+        (2, "train", 110),
+        (4, "train", 220),
+        (4, "eval/test", 220),
     ]
     assert rows[0]["loss"] == 2.0 and "gate" not in rows[0] and rows[2]["mrr"] == 0.75
     assert rows[1]["tokens_per_second"] > 0 and rows[1]["seconds"] >= rows[0]["seconds"]
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["name"], summary["steps"], summary["tokens"]) == ("demo", 4, 220)
     assert summary["tokens_per_second"] > 0
-    assert summary["final"]["test"] == {"mrr": 0.75} and summary["final"]["fit"]["loss"] == 1.0
-    assert summary["best"]["fit"]["loss"] == {"value": 1.0, "step": 4}
+    assert summary["final"]["eval/test"] == {"mrr": 0.75} and summary["final"]["train"]["loss"] == 1.0
+    assert summary["best"]["train"]["loss"] == {"value": 1.0, "step": 4}
     environment = summary["environment"]
     assert (environment["engine"], environment["precision"], environment["launcher"]) == (
         "fsdp",
@@ -76,22 +76,22 @@ def test_every_line_is_valid_json_whatever_the_values(tmp_path):
         raise AssertionError(f"{constant} is not JSON")
 
     with run_log(tmp_path) as log:
-        log.fit(1, {"loss": math.nan, "grad_norm": -math.inf, "lr": 1e-3})
+        log.trained(1, {"loss": math.nan, "grad_norm": -math.inf, "lr": 1e-3})
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     row = json.loads(line, parse_constant=refuse)
     assert row["loss"] is None and row["grad_norm"] is None and row["lr"] == 1e-3
     summary = json.loads((tmp_path / "summary.json").read_text(), parse_constant=refuse)
-    assert summary["final"]["fit"]["loss"] is None and "loss" not in summary["best"].get("fit", {})
+    assert summary["final"]["train"]["loss"] is None and "loss" not in summary["best"].get("train", {})
 
 
 def test_tensors_and_reserved_columns_are_refused(tmp_path):
     with run_log(tmp_path) as log:
         with pytest.raises(AssertionError, match="Python number"):
-            log.fit(1, {"loss": torch.tensor(1.0)})
+            log.trained(1, {"loss": torch.tensor(1.0)})
         with pytest.raises(AssertionError, match="reserved"):
-            log.evaluated(1, "test", {"tokens": 3})
-        with pytest.raises(AssertionError, match="fit"):
-            log.evaluated(1, "fit", {"loss": 3.0})
+            log.evaluated(1, "eval/test", {"tokens": 3})
+        with pytest.raises(AssertionError, match="train"):
+            log.evaluated(1, "train", {"loss": 3.0})
     assert read_rows(tmp_path) == []
 
 
@@ -100,14 +100,14 @@ def test_resume_drops_later_rows_and_continues_counts(tmp_path, wait):
         for step in range(1, 7):
             log.tick(step, tokens=100)
             wait(2.0)
-            log.fit(step, {"loss": 10.0 - step})
+            log.trained(step, {"loss": 10.0 - step})
             if step == 4:
                 state = log.state()
     assert state["tokens"] == 400
     for options in ({}, {"state": {"tokens": 420, "seconds": 1000.0}}):
         with run_log(tmp_path, start_step=4, **options) as log:
             wait(4.0)
-            log.fit(5, {"loss": 20.0}, tokens=100)
+            log.trained(5, {"loss": 20.0}, tokens=100)
         rows = read_rows(tmp_path)
         assert [(r["step"], r["loss"]) for r in rows] == [(1, 9), (2, 8), (3, 7), (4, 6), (5, 20)]
         start = 420 if options else 400
@@ -115,14 +115,14 @@ def test_resume_drops_later_rows_and_continues_counts(tmp_path, wait):
         assert rows[-1]["seconds"] == (1004 if options else 8 + 4)
         assert rows[-1]["tokens_per_second"] == 100 / 4  # of this process
         summary = json.loads((tmp_path / "summary.json").read_text())
-        assert summary["steps"] == 5 and summary["best"]["fit"]["loss"] == {"value": 6.0, "step": 4}
+        assert summary["steps"] == 5 and summary["best"]["train"]["loss"] == {"value": 6.0, "step": 4}
 
 
 def test_starting_again_without_a_checkpoint_starts_empty(tmp_path):
     with run_log(tmp_path) as log:
-        log.fit(3, {"loss": 1.0}, tokens=5)
+        log.trained(3, {"loss": 1.0}, tokens=5)
     with run_log(tmp_path, start_step=0) as log:
-        log.fit(1, {"loss": 2.0}, tokens=5)
+        log.trained(1, {"loss": 2.0}, tokens=5)
     assert [(r["step"], r["tokens"]) for r in read_rows(tmp_path)] == [(1, 5)]
 
 
@@ -132,19 +132,19 @@ def test_flops_add_up_and_are_set_against_the_peak_of_all_ranks(tmp_path, wait):
             with log.paused():
                 wait(0.1)
             wait(0.05)
-            log.fit(step, {"loss": 1.0}, tokens=10, flops=1000)
-        log.evaluated(2, "test", {"mrr": 1.0})
+            log.trained(step, {"loss": 1.0}, tokens=10, flops=1000)
+        log.evaluated(2, "eval/test", {"mrr": 1.0})
         state = log.state()
         assert state["flops"] == 2000
-        log.fit(3, {"loss": 1.0}, tokens=10, flops=1000)
+        log.trained(3, {"loss": 1.0}, tokens=10, flops=1000)
     rows = read_rows(tmp_path)
     assert [row["flops"] for row in rows] == [1000, 2000, 2000, 3000]
     assert rows[1]["mfu"] == pytest.approx(1000 / 0.05 / 2 / 1e6, rel=1e-9)
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["flops"] == 3000 and "flops" not in summary["final"]["fit"]
+    assert summary["flops"] == 3000 and "flops" not in summary["final"]["train"]
     assert "flops_budget" not in summary  # it was interrupted: no wonder
     with run_log(tmp_path, total=4, start_step=2, state=state, budget=4000.0) as log:
-        log.fit(4, {"loss": 1.0}, tokens=10, flops=1900)
+        log.trained(4, {"loss": 1.0}, tokens=10, flops=1900)
     assert [row["flops"] for row in read_rows(tmp_path)] == [1000, 2000, 2000, 3900]
     assert "mfu" not in read_rows(tmp_path)[-1]
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -158,7 +158,7 @@ def test_flops_add_up_and_are_set_against_the_peak_of_all_ranks(tmp_path, wait):
 
 def test_what_was_not_counted_is_in_no_row(tmp_path):
     with run_log(tmp_path, peak=1e6) as log:
-        log.fit(1, {"loss": 1.0}, tokens=10)
+        log.trained(1, {"loss": 1.0}, tokens=10)
     assert not {"flops", "mfu"} & read_rows(tmp_path)[0].keys()
     assert "flops" not in json.loads((tmp_path / "summary.json").read_text())
 
@@ -166,8 +166,8 @@ def test_what_was_not_counted_is_in_no_row(tmp_path):
 def test_other_ranks_write_nothing_and_count_the_same(tmp_path):
     with run_log(tmp_path, rank=1, world_size=2) as log:
         log.tick(1, tokens=5)
-        log.fit(1, {"loss": 1.0}, tokens=5)
-        log.evaluated(1, "test", {"mrr": 1.0})
+        log.trained(1, {"loss": 1.0}, tokens=5)
+        log.evaluated(1, "eval/test", {"mrr": 1.0})
         with log.paused():
             pass
         assert log.state()["tokens"] == 10
@@ -177,7 +177,7 @@ def test_other_ranks_write_nothing_and_count_the_same(tmp_path):
 
 def test_an_exception_still_leaves_a_summary(tmp_path):
     with pytest.raises(RuntimeError, match="boom"), run_log(tmp_path) as log:
-        log.fit(2, {"loss": 1.0})
+        log.trained(2, {"loss": 1.0})
         raise RuntimeError("boom")
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 2
 
@@ -187,7 +187,7 @@ def test_speed_excludes_what_is_paused(tmp_path, wait):
         wait(0.02)
         with log.paused():
             wait(0.3)
-        log.fit(1, {"loss": 1.0}, tokens=1000)
+        log.trained(1, {"loss": 1.0}, tokens=1000)
     (row,) = read_rows(tmp_path)
     assert row["seconds"] == pytest.approx(0.02, rel=1e-9)
     assert row["tokens_per_second"] == pytest.approx(1000 / 0.02, rel=1e-9)
@@ -223,14 +223,14 @@ def file_limit(size):
 
 def test_rows_wait_while_there_is_no_room(tmp_path, caplog):
     with run_log(tmp_path) as log:
-        log.fit(1, {"loss": 1.0})
+        log.trained(1, {"loss": 1.0})
         before = (tmp_path / "metrics.jsonl").stat().st_size
         with file_limit(before + 10):  # in the middle of a row
-            log.fit(2, {"loss": 2.0})
-            log.fit(3, {"loss": 3.0})
+            log.trained(2, {"loss": 2.0})
+            log.trained(3, {"loss": 3.0})
             assert (tmp_path / "metrics.jsonl").stat().st_size == before + 10
             assert [r["step"] for r in read_rows(tmp_path)] == [1]
-        log.fit(4, {"loss": 4.0})
+        log.trained(4, {"loss": 4.0})
         assert [(r["step"], r["loss"]) for r in read_rows(tmp_path)] == [(1, 1), (2, 2), (3, 3), (4, 4)]
     (message,) = caplog.messages
     assert "its rows wait in memory" in message and str(tmp_path / "metrics.jsonl") in message
@@ -238,7 +238,7 @@ def test_rows_wait_while_there_is_no_room(tmp_path, caplog):
 
 def test_rows_that_never_found_room_are_an_error(tmp_path):
     log = run_log(tmp_path).__enter__()
-    log.fit(1, {"loss": 1.0})
+    log.trained(1, {"loss": 1.0})
     with file_limit(10), pytest.raises(OSError, match="metrics.jsonl"):
-        log.fit(2, {"loss": 1.0})
+        log.trained(2, {"loss": 1.0})
         log.close()

@@ -20,12 +20,12 @@ def criteria(**options) -> StoppingRules:
     return StoppingRules(TrainConfig(steps=100, eval_every=5, **options))
 
 
-def check(who: StoppingRules, step: int, epochs: float = 0.0, split: str = "valid", **values: float) -> bool:
+def check(who: StoppingRules, step: int, epochs: float = 0.0, split: str = "eval/valid", **values: float) -> bool:
     return who.check(step, {split: values}, lambda: epochs)
 
 
 def patient(**changes) -> StoppingRules:
-    return criteria(early_stopping={"metric": "valid/ppl", "patience": 2, "min_delta": 0.1, **changes})
+    return criteria(early_stopping={"metric": "eval/valid/ppl", "patience": 2, "min_delta": 0.1, **changes})
 
 
 def test_it_ends_after_so_many_evaluations_without_an_improvement():
@@ -34,12 +34,12 @@ def test_it_ends_after_so_many_evaluations_without_an_improvement():
     assert [check(who, step, ppl=v) for step, v in enumerate(values)] == [False] * 5 + [True]
     assert not who.aborted
     assert who.ended == (
-        "stopped early: valid/ppl has not improved by more than 0.1 in 2 evaluations; the best was 7.85 after step 3"
+        "stopped early: eval/valid/ppl has not improved by more than 0.1 in 2 evaluations; the best was 7.85 after step 3"
     )
 
 
 def test_better_may_be_higher_and_nan_is_never_better():
-    who = patient(metric="valid/retrieval_top1", min_delta=0.0)
+    who = patient(metric="eval/valid/retrieval_top1", min_delta=0.0)
     assert [check(who, s, retrieval_top1=v) for s, v in enumerate([0.1, 0.2, 0.15, math.nan])] == [False] * 3 + [True]
     never = patient()
     assert [check(never, s, ppl=math.nan) for s in range(2)] == [False, True]
@@ -48,7 +48,7 @@ def test_better_may_be_higher_and_nan_is_never_better():
 
 def test_rows_of_other_splits_say_nothing():
     who = patient()
-    assert not any(check(who, step, split="fit", loss=1.0) for step in range(50))
+    assert not any(check(who, step, split="train", loss=1.0) for step in range(50))
     assert not who.check(3, {}, lambda: pytest.fail("nobody wants to know"))
 
 
@@ -86,36 +86,36 @@ def test_a_checkpoint_remembers_and_more_patience_goes_on():
     ],
 )
 def test_abort_rules(rule, value, epochs, why):
-    who = criteria(abort=[{"metric": "fit/vq_usage", **rule}])
-    assert check(who, 7, epochs, "fit", vq_usage=value) == who.aborted == bool(why)
-    assert who.ended == (f"aborted after step 7: fit/vq_usage is {why}" if why else "")
+    who = criteria(abort=[{"metric": "train/vq_usage", **rule}])
+    assert check(who, 7, epochs, "train", vq_usage=value) == who.aborted == bool(why)
+    assert who.ended == (f"aborted after step 7: train/vq_usage is {why}" if why else "")
 
 
 def test_a_metric_that_has_gone_is_no_number():
     """Evaluations leave out what is not a number."""
-    who = criteria(abort=[{"metric": "valid/info_nce"}])
+    who = criteria(abort=[{"metric": "eval/valid/info_nce"}])
     assert not check(who, 1, info_nce=3.0, top1=0.1)
     assert check(who, 2, top1=0.1) and "nan" in who.ended
 
 
 def test_metrics_that_are_not_there_are_named():
     for options, key in (
-        ({"abort": [{"metric": "fit/loss"}, {"metric": "valid/ppk"}]}, "train.abort.1.metric"),
-        ({"early_stopping": {"metric": "valid/ppk"}}, "train.early_stopping.metric"),
+        ({"abort": [{"metric": "train/loss"}, {"metric": "eval/valid/ppk"}]}, "train.abort.1.metric"),
+        ({"early_stopping": {"metric": "eval/valid/ppk"}}, "train.early_stopping.metric"),
     ):
-        with pytest.raises(InputError, match=f"{key}: split 'valid' logs no 'ppk'; choose one of loss, ppl"):
+        with pytest.raises(InputError, match=f"{key}: split 'eval/valid' logs no 'ppk'; choose one of loss, ppl"):
             check(criteria(**options), 5, ppl=1.0, loss=2.0)
-    assert not check(criteria(abort=[{"metric": "fit/skipped_steps", "above": 0}]), 5, split="fit", loss=1.0)
-    with pytest.raises(InputError, match="'fit' logs no 'los'"):
-        check(criteria(abort=[{"metric": "fit/los"}]), 5, split="fit", loss=1.0)
+    assert not check(criteria(abort=[{"metric": "train/skipped_steps", "above": 0}]), 5, split="train", loss=1.0)
+    with pytest.raises(InputError, match="'train' logs no 'los'"):
+        check(criteria(abort=[{"metric": "train/los"}]), 5, split="train", loss=1.0)
 
 
 def test_options_that_make_no_sense_are_refused():
-    for wrong in ("ppl", "valid/", "/ppl"):
+    for wrong in ("ppl", "valid/", "/ppl", "eval/valid/", "eval/valid/ppl/2"):
         with pytest.raises(ValidationError):
             TrainConfig(eval_every=1, early_stopping={"metric": wrong})
     with pytest.raises(ValidationError, match="set eval_every"):
-        TrainConfig(early_stopping={"metric": "valid/ppl"})
+        TrainConfig(early_stopping={"metric": "eval/valid/ppl"})
 
 
 @pytest.fixture
@@ -144,9 +144,9 @@ def last_steps(tmp_path) -> tuple[int, list[str]]:
 
 def test_a_run_that_stops_early_is_done_and_goes_on_if_it_is_to_be_more_patient(config, tmp_path, capsys):
     """With so small a learning rate nothing improves after the first evaluation."""
-    early = "train.early_stopping={metric: test/joint_nll, patience: 2, min_delta: 0.01}"
+    early = "train.early_stopping={metric: eval/test/joint_nll, patience: 2, min_delta: 0.01}"
     assert train.main(["--config", str(config), early]) == 0
-    assert "INFO stopped early: test/joint_nll" in capsys.readouterr().err
+    assert "INFO stopped early: eval/test/joint_nll" in capsys.readouterr().err
     assert last_steps(tmp_path) == (6, ["step_00000006"])
     assert json.loads((tmp_path / "runs/small/summary.json").read_text())["steps"] == 6
     assert train.main(["--config", str(config), early, "--resume", "auto"]) == 0
@@ -156,10 +156,10 @@ def test_a_run_that_stops_early_is_done_and_goes_on_if_it_is_to_be_more_patient(
 
 
 def test_a_run_that_is_aborted_has_saved_and_ends_with_an_error(config, tmp_path, capfd):
-    rule = "train.abort=[{metric: fit/lm_loss, above: 0.5, after_epochs: 1}]"
+    rule = "train.abort=[{metric: train/lm_loss, above: 0.5, after_epochs: 1}]"
     assert train.main(["--config", str(config), rule, "-q"]) == 1
     logged = capfd.readouterr().err
-    assert re.fullmatch(r"\d\d:\d\d:\d\d ERROR aborted after step .*fit/lm_loss is .*\n", logged)
+    assert re.fullmatch(r"\d\d:\d\d:\d\d ERROR aborted after step .*train/lm_loss is .*\n", logged)
     step, saved = last_steps(tmp_path)
     facts = len(generate(50, 5, 2).train)
     assert step == 2 * math.ceil(facts / 16 / 2) and saved == [f"step_{step:08d}"]
@@ -167,5 +167,5 @@ def test_a_run_that_is_aborted_has_saved_and_ends_with_an_error(config, tmp_path
 
 @pytest.mark.parametrize(("after", "code"), [(2, 1), (3, 0)])
 def test_at_the_end_of_the_data_as_many_epochs_are_done_as_there_were(config, tmp_path, after, code):
-    rule = f"train.abort=[{{metric: fit/lm_loss, above: 0.5, after_epochs: {after}}}]"
+    rule = f"train.abort=[{{metric: train/lm_loss, above: 0.5, after_epochs: {after}}}]"
     assert train.main(["--config", str(config), rule, "train.epochs=2", "train.steps=0"]) == code

@@ -57,15 +57,15 @@ def test_switched_off_it_does_nothing():
 
 
 def test_the_table_is_a_mean_over_steps_without_the_first_row():
-    row = {"split": "fit", "time_per_step": 3.0, "time_data": 1.0, "time_forward": 2.0}
+    row = {"split": "train", "time_per_step": 3.0, "time_data": 1.0, "time_forward": 2.0}
     later = [{**row, "step": 3, "time_data": 2.0}, {**row, "step": 6, "time_data": 5.0}]
-    rows = [{**row, "step": 1, "time_data": 99.0}, *later, {"step": 6, "split": "valid", "ppl": 2.0}]
+    rows = [{**row, "step": 1, "time_data": 99.0}, *later, {"step": 6, "split": "eval/valid", "ppl": 2.0}]
     head, _, data, forward, total = breakdown_table(rows).splitlines()
     assert data.split() == ["time_data", "3.800", "65.5%"]  # (2 · 2 + 3 · 5) / 5
     assert forward.split() == ["time_forward", "2.000", "34.5%"]
     assert total.split() == ["time_per_step", "5.800", "100.0%"]
     assert breakdown_table(rows[:1]).splitlines()[2].split()[1] == "99.00"  # there is no other
-    assert breakdown_table([{"step": 1, "split": "fit", "loss": 1.0}]) == ""
+    assert breakdown_table([{"step": 1, "split": "train", "loss": 1.0}]) == ""
 
 
 def test_a_run_tells_where_its_time_went(tmp_path: Path, capsys):
@@ -75,14 +75,14 @@ def test_a_run_tells_where_its_time_went(tmp_path: Path, capsys):
     )
     assert train.main(["--config", str(config)]) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    fit = [row for row in rows if row["split"] == "fit"]
+    fit = [row for row in rows if row["split"] == "train"]
     said = capsys.readouterr().out
     parts = [step_part(part) for part in STEP_PARTS if part != "gather"]  # it does not collect
     for row in fit:
         assert [name for name in row if name in map(step_part, STEP_PARTS)] == parts
         assert row["time_per_step"] == pytest.approx(sum(row[name] for name in parts))
         assert all(row[name] > 0 for name in parts)
-    assert not any("time_per_step" in row for row in rows if row["split"] != "fit")
+    assert not any("time_per_step" in row for row in rows if row["split"] != "train")
     assert all(name in said for name in parts)
     plots = {path.stem for path in (tmp_path / "run" / "plots").iterdir()}
     assert "time_per_step" in plots and not plots & set(parts)
