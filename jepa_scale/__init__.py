@@ -16,6 +16,6 @@ __version__ = "0.1.0"
 
 def load(run_dir: str | Path, checkpoint: str | Path = "auto", device: str | Device = "cpu") -> LoadedRun:
     """See :func:`jepa_scale.inference.load`."""
-    from jepa_scale.inference import load as load_run  # torch and all: not for who wants the version
+    from jepa_scale.inference import load as load_run  # imports torch, which reading the version does not need
 
     return load_run(run_dir, checkpoint, device)

@@ -13,7 +13,9 @@ from jepa_scale.utils.format import text_table
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="jepa-scale checkpoint", description="Look after the checkpoints of a run.")
+    top = argparse.ArgumentParser(
+        prog="jepa-scale checkpoint", description="List, verify and remove the checkpoints of a run."
+    )
     commands = top.add_subparsers(required=True, metavar="ls|verify|prune")
     flags = logging_flags()
 
@@ -28,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     )
     less.add_argument("--keep-last", type=int, default=1, metavar="K", help="newest to keep (default: 1)")
     less.add_argument("--keep-every", type=int, default=0, metavar="N", help="keep multiples of this step, too")
-    less.add_argument("--dry-run", action="store_true", help="say what would go")
+    less.add_argument("--dry-run", action="store_true", help="print what would be removed, and remove nothing")
     less.set_defaults(command=prune_checkpoints)
     for command in (ls, check, less):
         command.add_argument("run", type=Path, help="run directory, or a folder of checkpoints")

@@ -167,7 +167,9 @@ def import_model(args: argparse.Namespace) -> int:
     checkpoint = write_checkpoint(args.out / "checkpoints", module, state, experiment.optim, experiment.resolved())
     write_atomic(args.out / CONFIG_FILE, experiment.to_yaml())
     own = sum(1 for _ in objective.parameters())
-    told = "" if not own else ", the objective's parameters too" if heads else ", the objective freshly initialised"
-    print(f"{args.source} → {checkpoint}: {type(backbone.decoder).__name__}{told}")
+    heads_note = (
+        "" if not own else ", the objective's parameters too" if heads else ", the objective freshly initialised"
+    )
+    print(f"{args.source} → {checkpoint}: {type(backbone.decoder).__name__}{heads_note}")
     print(f"go on with: jepa-scale train --config {args.out / CONFIG_FILE} --resume auto")
     return 0

@@ -73,8 +73,8 @@ def add_options(group: argparse._ArgumentGroup) -> None:
         kind: Any = field.annotation
         if isinstance(kind, UnionType):  # X | None: leaving the flag out means None
             (kind,) = (k for k in get_args(kind) if k is not type(None))
-        told = kind in (str, int, float) or get_origin(kind) is Literal
-        default = field.default if told and field.default is not None else ""
+        shows_default = kind in (str, int, float) or get_origin(kind) is Literal
+        default = field.default if shows_default and field.default is not None else ""
         text = (field.description or "").rstrip(".") + (f" (default: {default})" if default != "" else "")
         common: dict[str, Any] = {
             "dest": f"option_{name}",

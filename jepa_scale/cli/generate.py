@@ -14,7 +14,7 @@ from jepa_scale.utils.errors import InputError
 def parser() -> argparse.ArgumentParser:
     generate = argparse.ArgumentParser(
         prog="jepa-scale generate",
-        description="What a run's model says, greedily: its answer to a user's message if it was trained on conversations, else "
+        description="Generate greedily with a run's model: the answer to a user's message if it was trained on conversations, else "
         "how a text goes on.",
         parents=[logging_flags()],
     )
@@ -42,6 +42,6 @@ def generate_texts(args: argparse.Namespace) -> int:
 
     prompts = args.prompts or [found.text for found in read_texts("-")]
     run = load(args.run, args.checkpoint, args.device)
-    for prompt, said in zip(prompts, run.generate(prompts, args.max_new_tokens, args.batch_size), strict=True):
-        print(json.dumps({"prompt": prompt, "generated": said}, ensure_ascii=False) if args.json else said)
+    for prompt, text in zip(prompts, run.generate(prompts, args.max_new_tokens, args.batch_size), strict=True):
+        print(json.dumps({"prompt": prompt, "generated": text}, ensure_ascii=False) if args.json else text)
     return 0

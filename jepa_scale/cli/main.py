@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("checkpoint", help="list, verify or prune checkpoints (see jepa-scale checkpoint --help)")
     commands.add_parser("convert", help="to and from Hugging Face format (see jepa-scale convert --help)")
     commands.add_parser("encode", help="texts to states of a run's model (see jepa-scale encode --help)")
-    commands.add_parser("generate", help="what a run's model says (see jepa-scale generate --help)")
+    commands.add_parser("generate", help="generate text with a run's model (see jepa-scale generate --help)")
 
     commands.add_parser("plan", help="memory, communication and time of a run (see jepa-scale plan --help)")
     commands.add_parser("watch", help="follow runs while they train (see jepa-scale watch --help)")

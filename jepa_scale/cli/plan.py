@@ -33,12 +33,12 @@ def parser() -> argparse.ArgumentParser:
                       help="what is computed again in the backward (default: engine.activation_checkpointing)")  # fmt: skip
     plan.add_argument("--gpu", default="h100", help="h100, h200, a100, a100-40, b200, l40s (default: h100)")
     plan.add_argument("--tokens", type=float, default=1e12, help="of the whole run, for its days (default: 1e12)")
-    plan.add_argument("--vocab-size", type=int, metavar="V", help="token ids, where the config does not say")
+    plan.add_argument("--vocab-size", type=int, metavar="V", help="number of token ids, if the config does not set it")
     plan.add_argument("--sample-tokens", type=int, metavar="L", help="tokens of a sample (default: data.max_length)")
     plan.add_argument(
         "--efficiency", type=float, default=1.0, help="share of the roofline that kernels reach (default: 1, the bound)"
     )
-    plan.add_argument("--no-search", action="store_true", help="do not look for the largest micro-batch")
+    plan.add_argument("--no-search", action="store_true", help="skip the search for the largest micro-batch")
     plan.add_argument("--json", type=Path, metavar="FILE", help="write the plan there, too")
     plan.add_argument("--set", dest="overrides", nargs="+", action="extend", default=[], metavar="section.key=value",
                       help="override keys of the config, as train takes them")  # fmt: skip
@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def print_plan(args: argparse.Namespace) -> int:
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed checks its JSON, and looks for a GPU otherwise
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed checks its JSON, and needs a GPU for that otherwise
     from jepa_scale.config.loading import load_config
     from jepa_scale.experiment import validate
     from jepa_scale.plan.hardware import find_gpu

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from jepa_scale.cli.flags import logging_flags
-from jepa_scale.telemetry.monitor import Status, duration, look
+from jepa_scale.telemetry.monitor import Status, duration, read_status
 from jepa_scale.utils.format import format_number
 
 
@@ -20,11 +20,11 @@ def follow(runs: Sequence[Path], every: float, stall: float, once: bool = False)
     """Show the runs again and again until all have ended: on a terminal in place, else a line for each.
 
     Returns:
-        The exit code: 1 if the last look found an alarm.
+        The exit code: 1 if there is an alarm at the end.
     """
     screen = Screen(sys.stdout) if sys.stdout.isatty() and not once else None
     while True:
-        seen = [look(run, stall) for run in runs]
+        seen = [read_status(run, stall) for run in runs]
         if screen:
             screen.show([line for status in seen for line in view(status)])
         else:
@@ -106,11 +106,13 @@ def parser(prog: str = "jepa-scale watch") -> argparse.ArgumentParser:
         parents=[logging_flags()],
     )
     own.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory")
-    own.add_argument("--every", type=float, metavar="SECONDS", help="between looks (default 2 on a terminal, else 30)")
     own.add_argument(
-        "--stall", type=float, default=10, metavar="MINUTES", help="without a word that are an alarm (default 10)"
+        "--every", type=float, metavar="SECONDS", help="between two readings (default 2 on a terminal, else 30)"
     )
-    own.add_argument("--once", action="store_true", help="look once; the exit code is 1 if there is an alarm")
+    own.add_argument(
+        "--stall", type=float, default=10, metavar="MINUTES", help="of silence that are an alarm (default 10)"
+    )
+    own.add_argument("--once", action="store_true", help="print once; the exit code is 1 if there is an alarm")
     own.set_defaults(command=watch)
     return own
 

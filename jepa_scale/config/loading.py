@@ -24,11 +24,13 @@ def find_file(path: str | Path, key: str, beside: Path | None = None) -> Path:
         InputError: no such file in any of these folders.
     """
     path = Path(path).expanduser()
-    places = [path] if path.is_absolute() else [Path.cwd() / path, *([beside / path] if beside else []), SHIPPED / path]
-    for place in places:
-        if place.is_file():
-            return place
-    raise InputError(f"{key}: no file {str(path)!r} (looked for {', '.join(str(p) for p in places)})")
+    candidates = (
+        [path] if path.is_absolute() else [Path.cwd() / path, *([beside / path] if beside else []), SHIPPED / path]
+    )
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise InputError(f"{key}: no file {str(path)!r} (looked for {', '.join(str(p) for p in candidates)})")
 
 
 def shipped_configs() -> list[tuple[str, str]]:
@@ -56,7 +58,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     """Set ``a.b=value`` in place; the value is read as YAML (``1e-3`` as a number too)."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise InputError(f"override {override!r}: must look like section.key=value")
+        raise InputError(f"override {override!r}: must have the form section.key=value")
     *parents, leaf = key.split(".")
     for parent in parents:
         child = values.setdefault(parent, {})

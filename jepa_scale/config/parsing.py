@@ -54,7 +54,9 @@ def _explain(cls: type[Section], error: ValidationError, prefix: str) -> str:
     if first["type"] == "missing":
         return f"{name}: required key is missing"
     if first["type"] == "value_error":  # raised by a validator of ours, whose message is complete
-        said = str(first["ctx"]["error"])
-        key = said.partition(":")[0]
-        return ".".join(filter(None, [prefix, said])) if not path and key in cls.model_fields else f"{name}: {said}"
+        message = str(first["ctx"]["error"])
+        key = message.partition(":")[0]
+        return (
+            ".".join(filter(None, [prefix, message])) if not path and key in cls.model_fields else f"{name}: {message}"
+        )
     return f"{name}: {first['msg'][0].lower() + first['msg'][1:]}, got {first['input']!r}"

@@ -49,7 +49,7 @@ class RunPlan:
         parameters: of the whole model. micro_tokens: of the config's micro-batch; micro_samples: samples in it.
         start: lower bound while the engine is built, when it takes the weights one parameter at a time.
         usable: of the GPU's memory. largest: tokens of the largest micro-batch that fits; 0 = not even one sample, ``None`` =
-            not looked for. largest_samples: samples in it.
+            not searched for. largest_samples: samples in it.
         step_tokens: of an optimizer step, all ranks together. flops: of a micro-batch on its tp ranks together.
     """
 

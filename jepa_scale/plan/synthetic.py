@@ -102,7 +102,7 @@ def synthetic_data(experiment: Experiment, vocab_size: int | None, sample_tokens
     """Return synthetic data of the same kind as an experiment's.
 
     Args:
-        vocab_size: rows of the embedding; ``None`` = as the config says. sample_tokens: of a sample; ``None`` =
+        vocab_size: rows of the embedding; ``None`` = as in the config. sample_tokens: of a sample; ``None`` =
             ``data.max_length``.
 
     Raises:
@@ -117,7 +117,7 @@ def synthetic_data(experiment: Experiment, vocab_size: int | None, sample_tokens
     found = vocab_size or experiment.model.vocab_size or (GRID_VOCABULARY if options.source == "grids" else trained)
     if not found:
         raise InputError(
-            "model.vocab_size: no data are read to plan, and nothing says how many tokens there are; set it, "
+            "model.vocab_size: no data are read to plan, so the number of token ids is unknown; set it, "
             "or give --vocab-size"
         )
     size = sample_tokens or options.max_length

@@ -114,11 +114,11 @@ def _hook(engine: EngineModel, unit: Unit) -> None:
         if not torch.is_grad_enabled():
             return args, kwargs
         leaves, spec = tree_flatten((args, kwargs))
-        places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
-        if places:
+        indices = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
+        if indices:
             for i, x in zip(
-                places,
-                _PostBackward.apply(lambda: engine.post_backward(unit), *[leaves[i] for i in places]),
+                indices,
+                _PostBackward.apply(lambda: engine.post_backward(unit), *[leaves[i] for i in indices]),
                 strict=True,
             ):
                 leaves[i] = x

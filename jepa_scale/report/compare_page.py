@@ -66,13 +66,13 @@ def _runs(of: Sequence[Variant]) -> str:
     for number, variant in enumerate(of):
         key = f'<span class="key" style="background:{COLOURS[number % len(COLOURS)]}"></span>'
         for run in variant.runs:
-            told, (_, _, seconds) = run.summary, last_counts(run.rows)
+            summary, (_, _, seconds) = run.summary, last_counts(run.rows)
             cells = [
                 f"<th>{key}{escape(run.name)}<small>{escape(variant.name)}</small></th>",
                 f"<td>{escape(str(run.config.get('run', {}).get('seed', '-')))}</td>",
-                *(f"<td>{format_number(told.get(name))}</td>" for name in ("steps", "tokens")),
-                f"<td>{format_flops(told.get('flops'))}</td>",
-                f"<td>{format_number(told.get('tokens_per_second'))}</td>",
+                *(f"<td>{format_number(summary.get(name))}</td>" for name in ("steps", "tokens")),
+                f"<td>{format_flops(summary.get('flops'))}</td>",
+                f"<td>{format_number(summary.get('tokens_per_second'))}</td>",
                 f"<td>{format_number(seconds / 60)}</td>",
             ]
             rows.append(f"<tr>{''.join(cells)}</tr>")

@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from jepa_scale.report.compare import Variant, final_metrics
-from jepa_scale.report.figure import COLOURS, new_picture, save_picture
+from jepa_scale.report.figure import COLOURS, new_figure, save_figure
 from jepa_scale.report.plots import OF_HORIZON, Curve, plot
 from jepa_scale.telemetry.metrics import describe
 from jepa_scale.telemetry.records import values_of
@@ -57,7 +57,7 @@ def by_horizon(of: Sequence[Variant]) -> dict[tuple[str, str], bytes]:
             found.setdefault((split, match[1]), set()).add(int(match[2]))
     images = {}
     for (split, metric), horizons in found.items():
-        figure, axes = new_picture()
+        figure, axes = new_figure()
         for variant, colour in zip(of, cycle(COLOURS), strict=False):
             values = {h: variant.values(split, f"{metric}_h{h}") for h in sorted(horizons)}
             values = {h: many for h, many in values.items() if many}
@@ -91,16 +91,16 @@ def of_spectrum(lines: Sequence[tuple[str, Sequence[float]]]) -> bytes:
 
     The line of a collapsed model falls steeply at the start.
     """
-    figure, axes = new_picture()
+    figure, axes = new_figure()
     names = list(dict.fromkeys(name for name, _ in lines))
-    told: set[str] = set()
+    labelled: set[str] = set()
     for name, values in lines:
         positive = [value for value in values if value > 0]
         colour = COLOURS[names.index(name) % len(COLOURS)]
         axes.plot(
-            range(1, len(positive) + 1), positive, color=colour, linewidth=1.2, label=None if name in told else name
+            range(1, len(positive) + 1), positive, color=colour, linewidth=1.2, label=None if name in labelled else name
         )
-        told.add(name)
+        labelled.add(name)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("singular value, the largest first")
@@ -110,7 +110,7 @@ def of_spectrum(lines: Sequence[tuple[str, Sequence[float]]]) -> bytes:
 
 def of_projection(saved: Mapping[str, Any]) -> bytes:
     """Plot representations along their first two principal directions, one colour a kind; up to ``LINKS`` pairs are joined."""
-    figure, axes = new_picture()
+    figure, axes = new_figure()
     kinds = list(saved["projections"].items())
     if len(kinds) == 2 and len(kinds[0][1]) == len(kinds[1][1]):
         every = max(1, len(kinds[0][1]) // LINKS)
@@ -135,5 +135,5 @@ def of_projection(saved: Mapping[str, Any]) -> bytes:
 
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    save_picture(figure, buffer)
+    save_figure(figure, buffer)
     return buffer.getvalue()

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 
 
-def new_picture() -> tuple[Figure, Axes]:
+def new_figure() -> tuple[Figure, Axes]:
     """Create a figure of 800 × 480 pixels with one pair of axes."""
     figure = Figure(figsize=(5, 3), dpi=160, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
@@ -25,7 +25,7 @@ def new_picture() -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def save_picture(figure: Figure, path: Path | BinaryIO) -> None:
+def save_figure(figure: Figure, path: Path | BinaryIO) -> None:
     """Save a figure as PNG, with a legend if it has several labels and no legend yet."""
     (axes,) = figure.axes
     if axes.get_legend() is None and len(axes.get_legend_handles_labels()[0]) > 1:

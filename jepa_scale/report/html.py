@@ -39,13 +39,13 @@ def shared_sections(of: Sequence[Variant]) -> list[str]:
     """Return the sections on horizons, representations and the parts of a step, for the runs that have them."""
     horizons = {f"{split}: {metric} by horizon": png for (split, metric), png in by_horizon(of).items()}
     spectrum = {f"{name}, spectrum": of_spectrum(lines) for name, lines in spectra(of).items()}
-    places = {
+    scatter_plots = {
         f"{split}: {name}": of_projection(saved) for split, found in projections(of).items() for name, saved in found
     }
     return [
         *plots("Final values by horizon", horizons),
         *plots("Representations: spectra", spectrum),
-        *plots("Representations: principal directions", places),
+        *plots("Representations: principal directions", scatter_plots),
         *plots("Where a step's time goes", _breakdowns(of)),
     ]
 

@@ -115,12 +115,12 @@ def html_page(title: str, body: Sequence[str], css: str = "") -> str:
 def _facts(summary: Mapping[str, Any]) -> str:
     facts = [(summary.get("steps"), "optimizer steps"), (summary.get("tokens"), "tokens")]
     facts.append((summary.get("tokens_per_second"), "tokens/s"))
-    told = [f"{format_number(value)} {what}" for value, what in facts if value]
+    texts = [f"{format_number(value)} {what}" for value, what in facts if value]
     if flops := summary.get("flops"):
-        told.append(f"{format_flops(flops)} FLOPs of training")
+        texts.append(f"{format_flops(flops)} FLOPs of training")
     if (error := summary.get("flops_error")) is not None:
-        told.append(f"{error:+.1%} off the budget of {format_flops(summary['flops_budget'])}")
-    return " · ".join(told)
+        texts.append(f"{error:+.1%} off the budget of {format_flops(summary['flops_budget'])}")
+    return " · ".join(texts)
 
 
 def _warnings(by_metric: Mapping[str, list[Curve]]) -> list[str]:
@@ -248,10 +248,10 @@ def runs_table(run_dirs: Sequence[Path | str]) -> str:
     """
     runs = [load_run(d) for d in run_dirs]
     about_facts = all(run.value("eval/test", "mrr") is not None for run in runs)
-    places = [f"{run.name}: {run.directory / REPORT_FILE}, {run.directory / PLOTS_DIR}/" for run in runs]
+    paths = [f"{run.name}: {run.directory / REPORT_FILE}, {run.directory / PLOTS_DIR}/" for run in runs]
     spent = {"training FLOPs": "flops"} if _flops_column(runs) else {}
     columns = {**REVERSAL_COLUMNS, **spent} if about_facts else None
-    return "\n".join([compare_table(run_dirs, columns), "", *places])
+    return "\n".join([compare_table(run_dirs, columns), "", *paths])
 
 
 def _flops_column(runs: Sequence[RunRecord]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from jepa_scale.report.figure import COLOURS, new_picture, save_picture
+from jepa_scale.report.figure import COLOURS, new_figure, save_figure
 from jepa_scale.report.step_time_plots import plot_breakdown
 from jepa_scale.telemetry.metrics import STEP_PARTS, STEP_TIME, describe, in_report_order, step_part
 from jepa_scale.telemetry.records import Row, values_of
@@ -63,7 +63,7 @@ def plot(metric: str, lines: list[Curve], path: Path | BinaryIO) -> None:
 
     The plot is legible at a width of 360 pixels, and inverted on a dark page.
     """
-    figure, axes = new_picture()
+    figure, axes = new_figure()
     groups = list(dict.fromkeys(line.group or line.label for line in lines))
     named: set[str] = set()
     for line in lines:
@@ -90,7 +90,7 @@ def plot(metric: str, lines: list[Curve], path: Path | BinaryIO) -> None:
         axes.set_yscale("log")
     elif finite and max(abs(v) for v in finite) >= 1e4:
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
-    save_picture(figure, path)
+    save_figure(figure, path)
 
 
 def wants_log_axis(metric: str, values: list[float]) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib import colormaps
 
-from jepa_scale.report.figure import new_picture, save_picture
+from jepa_scale.report.figure import new_figure, save_figure
 from jepa_scale.report.step_time import measured
 from jepa_scale.telemetry.metrics import STEP_PARTS, STEP_TIME, describe, step_part
 from jepa_scale.telemetry.records import Row
@@ -24,7 +24,7 @@ def stacked(bars: Mapping[str, Mapping[str, float]]) -> bytes:
 
     ``bars`` maps names to the seconds per step of each part (:func:`jepa_scale.report.step_time.mean_parts`).
     """
-    figure, axes = new_picture()
+    figure, axes = new_figure()
     figure.set_size_inches(5, 1.5 + 0.5 * len(bars))
     totals = [sum(parts.values()) for parts in bars.values()]
     left = [0.0] * len(bars)
@@ -46,7 +46,7 @@ def stacked(bars: Mapping[str, Mapping[str, float]]) -> bytes:
     axes.set_xlabel("seconds per step")
     axes.legend(fontsize="small", frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     buffer = io.BytesIO()
-    save_picture(figure, buffer)
+    save_figure(figure, buffer)
     return buffer.getvalue()
 
 
@@ -54,7 +54,7 @@ def plot_breakdown(rows: Sequence[Row], path: Path) -> None:
     """Plot the parts of a step in seconds, stacked, against optimizer steps, as a PNG of 800 × 480 pixels."""
     found = measured(rows)
     parts = [part for part in STEP_PARTS if any(step_part(part) in row for row in found)]
-    figure, axes = new_picture()
+    figure, axes = new_figure()
     bottom = [0.0] * len(found)
     steps = [row["step"] for row in found]
     widths = [step - before for before, step in zip([0, *steps], steps, strict=False)]
@@ -70,7 +70,7 @@ def plot_breakdown(rows: Sequence[Row], path: Path) -> None:
     axes.legend(
         handles[::-1], labels[::-1], fontsize="small", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5)
     )
-    save_picture(figure, path)
+    save_figure(figure, path)
 
 
 def _colour(part: str) -> Any:

@@ -67,7 +67,7 @@ def duration(seconds: float | None) -> str:
     return "?" if seconds is None else str(timedelta(seconds=round(seconds)))
 
 
-def look(run: Path, stall: float, now: float | None = None) -> Status:
+def read_status(run: Path, stall: float, now: float | None = None) -> Status:
     """Read a run's folder.
 
     Args:

@@ -50,11 +50,11 @@ def run_training(args: argparse.Namespace) -> None:
     run = build(experiment, ranks, steps_of(found, experiment.train.flops))
     experiment = run.experiment  # with the precision that this run has
     logger.debug(f"{run.engine.layout} on {ranks.device}, started by {ranks.launcher}; {run.steps:,} steps")
-    start, counts, criteria = 0, None, StoppingRules(experiment.train)
+    start, counts, stopping_rules = 0, None, StoppingRules(experiment.train)
     if found:
         state = checkpoint.load(found, run.parts).state
         start = run.sampler.resume(state["data"], accept_changes=experiment.data.accept_changes)
-        criteria.resume(state.get("criteria"))
+        stopping_rules.resume(state.get("criteria"))
         counts = {name: state.get(name, 0) for name in ("tokens", "seconds", "flops")}
 
     log = RunLog(
@@ -79,7 +79,7 @@ def run_training(args: argparse.Namespace) -> None:
         StopRequest(ranks.device) as stop,
         Watchdog(run_dir, ranks, 60 * experiment.train.hang_minutes) as watchdog,
     ):
-        trainer = Trainer(run, log, saver, watchdog, stop, criteria)
+        trainer = Trainer(run, log, saver, watchdog, stop, stopping_rules)
         try:
             trainer.train(start)
         except BaseException:
@@ -88,15 +88,15 @@ def run_training(args: argparse.Namespace) -> None:
         saver.close()
     if ranks.is_main:
         conclude(trainer, run_dir)
-    if criteria.aborted:
-        raise Aborted(criteria.ended)
+    if stopping_rules.aborted:
+        raise Aborted(stopping_rules.ended)
 
 
 def conclude(trainer: Trainer, run_dir: Path) -> None:
     """Log how a run has ended, and write its report unless it is to go on."""
-    log, criteria = trainer.experiment.log, trainer.criteria
-    if criteria.ended and not criteria.aborted:
-        logger.info(criteria.ended)
+    log, stopping_rules = trainer.experiment.log, trainer.stopping_rules
+    if stopping_rules.ended and not stopping_rules.aborted:
+        logger.info(stopping_rules.ended)
     if trainer.stopping:
         by = trainer.stop.name or "a signal to another rank"
         logger.warning(f"stopped by {by} after step {trainer.done}; go on with --resume auto")

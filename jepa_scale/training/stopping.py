@@ -1,4 +1,4 @@
-"""Criteria that end a run before its last step: it no longer improves (``train.early_stopping``), or something is wrong
+"""Rules that end a run before its last step: it no longer improves (``train.early_stopping``), or something is wrong
 (``train.abort``). They use logged metrics, which every objective has and which are the same on every rank. So all ranks take
 the same decision."""
 
@@ -49,7 +49,7 @@ class StoppingRules:
                 it.
 
         Raises:
-            InputError: a criterion's metric is not logged for its split.
+            InputError: a rule's metric is not logged for its split.
         """
         if not self.active or self.ended or not rows:
             return bool(self.ended)

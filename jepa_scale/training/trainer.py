@@ -45,7 +45,7 @@ class Trainer:
     Args:
         run: model, engine, data and evaluation. log: takes the rows.
         saver: writes checkpoints. watchdog: ends a rank that hangs.
-        stop: whether this process was asked to stop. criteria: rules that end a run before its last step.
+        stop: whether this process was asked to stop. stopping_rules: end a run before its last step.
 
     Attributes:
         done: number of finished optimizer steps.
@@ -59,10 +59,10 @@ class Trainer:
         saver: Saver,
         watchdog: Watchdog,
         stop: StopRequest,
-        criteria: StoppingRules,
+        stopping_rules: StoppingRules,
     ) -> None:
         self.run, self.log, self.saver, self.watchdog = run, log, saver, watchdog
-        self.stop, self.criteria = stop, criteria
+        self.stop, self.stopping_rules = stop, stopping_rules
         self.experiment, self.ranks = run.experiment, run.ranks
         self.engine, self.objective, self.teacher = run.engine, run.objective, run.teacher
         self.metrics = MetricAccumulator(run.ranks.device, run.experiment.log.breakdown)
@@ -70,7 +70,7 @@ class Trainer:
         self.done, self.stopping = 0, False
 
     def train(self, start: int) -> None:
-        """Train from step ``start`` to the run's last step, or until a criterion ends it or all ranks have agreed to stop.
+        """Train from step ``start`` to the run's last step, or until a stopping rule ends it or all ranks have agreed to stop.
 
         If a run is stopped when an evaluation is due, that step is saved, and a resumed run begins with that
         evaluation.
@@ -79,7 +79,7 @@ class Trainer:
         self.engine.train()
         if self.evaluates() and start > 0 and not self.log.has_evaluated(start):
             self.check(self.evaluate())
-        if self.stopping or self.criteria.ended:
+        if self.stopping or self.stopping_rules.ended:
             return
         for step, batches in enumerate(self.batches(start), start):
             grad_norm = self.train_step(step, batches)
@@ -167,7 +167,7 @@ class Trainer:
         """
         steps = self.metrics.steps
         values, tokens = self.metrics.read()
-        values |= self.loss_checks.check(values, steps, self.metrics.bad_steps, tells=self.ranks.is_main)
+        values |= self.loss_checks.check(values, steps, self.metrics.bad_steps, logs=self.ranks.is_main)
         norms = {f"grad_norm_{group}": float(norm) for group, norm in self.engine.group_norms.items()}
         values |= {"grad_norm": float(grad_norm), **norms, "lr": self.engine.lr()}
         self.log.trained(self.done, values, tokens, self.metrics.flops)
@@ -210,8 +210,8 @@ class Trainer:
         return due(self.done, self.experiment.train.eval_every, self.run.steps)
 
     def check(self, rows: Results) -> bool:
-        """Return whether a criterion ends the run, after these rows were logged. Collective."""
-        return self.criteria.check(self.done, rows, self.epochs)
+        """Return whether a stopping rule ends the run, after these rows were logged. Collective."""
+        return self.stopping_rules.check(self.done, rows, self.epochs)
 
     def epochs(self) -> float:
         """Return the number of whole passes over the data so far. Collective: a step may span two epochs."""
@@ -232,7 +232,7 @@ class Trainer:
             state={
                 "data": self.run.sampler.state(self.done),
                 "steps": self.run.steps,
-                "criteria": self.criteria.state(),
+                "criteria": self.stopping_rules.state(),
                 **self.log.state(),
             },
             config=self.experiment.resolved(),

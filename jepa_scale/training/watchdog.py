@@ -45,7 +45,7 @@ class Watchdog:
     ) -> None:
         self._folder, self._ranks, self._limit, self._end = run_dir / "watchdog", ranks, limit, end
         self._now = (0, "start", time.time())  # step, phase, since
-        self._told: tuple[int, str, float] | None = None
+        self._written: tuple[int, str, float] | None = None
         self._main = threading.main_thread().ident
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -75,22 +75,22 @@ class Watchdog:
         pause = min(1.0, self._limit / 10)
         while not self._closed.wait(pause):
             now = self._now
-            if now != self._told:
-                self._tell(now)
+            if now != self._written:
+                self._write(now)
             if time.time() - now[2] > self._limit:
-                self._tell(now, *place_of(self._main))
-                time.sleep(2 * pause)  # the other ranks write where they are, too
+                self._write(now, *place_of(self._main))
+                time.sleep(2 * pause)  # the other ranks write their places, too
                 if self._now == now and not self._closed.is_set():
                     logger.error(self._verdict())
                     self._end()
                     return
 
-    def _tell(self, now: tuple[int, str, float], place: str = "", waits: bool = False) -> None:
+    def _write(self, now: tuple[int, str, float], place: str = "", waits: bool = False) -> None:
         partial = self._file(self._ranks.rank).with_suffix(".partial")
         try:
             partial.write_text(json.dumps([*now, place, waits]))
             os.replace(partial, self._file(self._ranks.rank))
-            self._told = now
+            self._written = now
         except OSError:
             pass  # a full disk must not stop the run
 
@@ -100,7 +100,7 @@ class Watchdog:
             try:
                 found[rank] = tuple(json.loads(self._file(rank).read_text()))
             except (OSError, ValueError):
-                return f"rank {rank} has ended without a word; the others waited {self._limit:,.0f} s for it"
+                return f"rank {rank} has ended and left no watchdog file; the others waited {self._limit:,.0f} s for it"
         reached = {rank: (step, PHASES.index(phase)) for rank, (step, phase, *_) in found.items()}
         behind = [rank for rank in found if reached[rank] == min(reached.values())]
         behind = [rank for rank in behind if not found[rank][4]] or behind

@@ -102,7 +102,7 @@ BAD = [
     ("data.source=null", "data.source: required key is missing"),
     ("eval.max_facts=all", "eval.max_facts: "),
     ("model=configs/models/none.yaml", "model: no file 'configs/models/none.yaml'"),
-    ("train.steps", "override 'train.steps': must look like section.key=value"),
+    ("train.steps", "override 'train.steps': must have the form section.key=value"),
     ("train.steps=[", "override 'train.steps=[': '[' is not a YAML value"),
 ]
 """An override that makes a config bad, and what is said of it."""

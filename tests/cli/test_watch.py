@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jepa_scale.cli.watch import CURVE, LEVELS, Screen, curve, view
-from jepa_scale.telemetry.monitor import look
+from jepa_scale.telemetry.monitor import read_status
 from tests.distributed.processes import ENVIRONMENT, REPOSITORY
 from tests.telemetry.test_monitor import NOW, folder
 
@@ -25,7 +25,7 @@ def test_a_view_says_how_far_and_how_well(tmp_path):
         file.write(
             '{"step": 20, "split": "eval/valid", "tokens": 5, "ppl": 7.5}\n{"step": 30, "split": "eval/valid", "ppl": 6.5}\n'
         )
-    first, second, third, fourth = view(look(run, stall=60, now=NOW))
+    first, second, third, fourth = view(read_status(run, stall=60, now=NOW))
     assert first == f"small  {'█' * 7}{'·' * 17} 30%  step 30 of 100  0:02:20 left"
     assert second.split() == ["loss", "1.000", "█▅▁", "50.00", "tokens/s"]
     assert third == "  eval/valid at step 30: ppl 6.500"
@@ -34,7 +34,7 @@ def test_a_view_says_how_far_and_how_well(tmp_path):
 
 def test_an_alarm_has_a_line_of_its_own(tmp_path):
     assert (
-        view(look(folder(tmp_path / "run", [3.0], age=90), stall=60, now=NOW))[-1]
+        view(read_status(folder(tmp_path / "run", [3.0], age=90), stall=60, now=NOW))[-1]
         == "  ALARM: nothing written for 0:01:30"
     )
 

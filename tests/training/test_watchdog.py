@@ -97,4 +97,4 @@ def test_where_all_are_in_the_same_place_it_does_not_pretend_to_know(tmp_path: P
 
 def test_a_rank_that_is_gone_is_named(tmp_path: Path, caplog, hand: Hand) -> None:
     told = verdicts(tmp_path, caplog, hand, {0: (3, "update"), 2: (3, "update")})
-    assert len(told) == 2 and all("rank 1 has ended without a word" in line for line in told)
+    assert len(told) == 2 and all("rank 1 has ended and left no watchdog file" in line for line in told)
