@@ -214,11 +214,11 @@ def kernels(steps: Iterator[Any], count: int) -> str:
 
 
 def run_steps(run: TrainingComponents, device: torch.device) -> Iterator[tuple[float, int, int, int]]:
-    """Of one optimizer step after the other: seconds, FLOPs, the decoder's own FLOPs, tokens of all streams."""
+    """Of one optimizer step after the other: seconds, FLOPs, the decoder's own FLOPs, tokens of all sequences."""
     alone = Objective.flops
     count = alone(run.objective, run.engine.module.backbone) if whole(run) else None
     for step, batches in enumerate(run.batches(0, run.steps)):
-        tokens = sum(len(stream.input_ids) for batch in batches for stream in batch.streams.values())
+        tokens = sum(len(stream.input_ids) for batch in batches for stream in batch.sequences.values())
         batches = [replace(batch.to(device), totals=global_totals(batches, device, False)) for batch in batches]
         if device.type == "cuda":
             torch.cuda.synchronize()

@@ -86,7 +86,7 @@ class Dense:
         for i, segments in enumerate(seen):
             masked[i, 0] = False
             for v, segment in enumerate(segments, 1):
-                masked[i, v, segment.positions] = False
+                masked[i, v, segment.position_ids] = False
         self.masked = torch.from_numpy(masked).to(device)  # (B, 9, n); the first row is the whole text
         ids = torch.from_numpy(np.stack([whole.tokens for whole in wholes])).to(device)
         self.ids = ids[:, None].expand(-1, masked.shape[1], -1).flatten(0, 1)
@@ -97,17 +97,17 @@ class Dense:
         order = torch.arange(n, device=device)
         self.last = torch.where(self.masked, -1, order).amax(dim=-1)  # (B, 9)
         # spans of all views, in the packed batch's order: where they are in the view's row and in the whole text
-        rows, texts, places = [], [], []
+        rows, texts, span_positions = [], [], []
         for i in range(len(views)):
             for v in range(1, masked.shape[1]):
                 at = np.flatnonzero(masked[i, v])
                 rows.append(np.full(len(at), i * (masked.shape[1] - 1) + v - 1))
                 texts.append(np.full(len(at), i))
-                places.append(at)
-        self.rows, self.texts, self.places = (
-            torch.from_numpy(np.concatenate(x)).to(device) for x in (rows, texts, places)
+                span_positions.append(at)
+        self.rows, self.texts, self.span_positions = (
+            torch.from_numpy(np.concatenate(x)).to(device) for x in (rows, texts, span_positions)
         )
-        chosen = [np.asarray(whole.places["chosen"]) for whole in wholes]
+        chosen = [np.asarray(whole.positions["chosen"]) for whole in wholes]
         self.chosen_texts = torch.from_numpy(np.concatenate([np.full(len(c), i) for i, c in enumerate(chosen)])).to(
             device
         )
@@ -132,7 +132,7 @@ class Dense:
         at_last = self.last[..., None, None].expand(-1, -1, 1, d)
         pooled = hidden.gather(2, at_last)[:, 1:, 0]
         first = raw.gather(2, at_last)[:, 1 : 1 + options.global_views, 0]
-        means = [first.mean(dim=1), self._means(raw[:, 0], self.texts, self.places, "span_length")]
+        means = [first.mean(dim=1), self._means(raw[:, 0], self.texts, self.span_positions, "span_length")]
         means.append(self._means(raw[:, 0], self.chosen_texts, self.chosen, "chosen_length"))
         center, spans, chosen = backbone.norm(torch.cat(means)).split([len(part) for part in means])
         x = torch.where(self.masked[:, 1:, :, None], predictor.mask_embedding(self.positions), hidden[:, 1:]).flatten(
@@ -143,15 +143,15 @@ class Dense:
         for layer in predictor.layers:
             x = layer(x, rotary=table)
         predictor.config._attn_implementation = implementation
-        predicted = predictor.norm(self._means(x, self.rows, self.places, "span_length"))
+        predicted = predictor.norm(self._means(x, self.rows, self.span_positions, "span_length"))
         return Encoded(out.last_hidden_state, pooled, center, predicted, spans, chosen)
 
-    def _means(self, states: Tensor, rows: Tensor, places: Tensor, name: str) -> Tensor:
+    def _means(self, states: Tensor, rows: Tensor, positions: Tensor, name: str) -> Tensor:
         lengths = self.batch.rows[name]
         owner = torch.repeat_interleave(
-            torch.arange(len(lengths), device=rows.device), lengths, output_size=len(places)
+            torch.arange(len(lengths), device=rows.device), lengths, output_size=len(positions)
         )
-        sums = states.new_zeros(len(lengths), states.shape[-1]).index_add(0, owner, states[rows, places])
+        sums = states.new_zeros(len(lengths), states.shape[-1]).index_add(0, owner, states[rows, positions])
         return sums / lengths[:, None]
 
 
@@ -163,7 +163,7 @@ def build_variants(args: argparse.Namespace, device: torch.device) -> dict[str, 
     for number in range(args.batches):
         documents = [Document(np.append(r, 0)) for r in rng.integers(1, VOCABULARY, (args.batch_size, args.length))]
         views = [make(x, SampleRNG(0, 0, number, i)) for i, x in enumerate(documents)]
-        batch = with_totals(pack(views, ours.objective.streams, step=number)).to(device)
+        batch = with_totals(pack(views, ours.objective.sequences, step=number)).to(device)
         packed.append(batch)
         rows.append(Dense(dense, batch, views, device))
         texts.append(with_totals(pack([lm_views(x, SampleRNG(0, 0, number, 0)) for x in documents])).to(device))
@@ -181,9 +181,9 @@ def build_variants(args: argparse.Namespace, device: torch.device) -> dict[str, 
         return losses(dense, rows[number](), packed[number])
 
     def of_lm(number: int) -> Losses:
-        return lm_loss(plain.backbone, plain.backbone.hidden(texts[number].streams["main"]), texts[number]), {}
+        return lm_loss(plain.backbone, plain.backbone.hidden(texts[number].sequences["main"]), texts[number]), {}
 
-    main = [batch.streams["main"].num_tokens for batch in packed]
+    main = [batch.sequences["main"].num_tokens for batch in packed]
     return {
         "ours": Variant(ours, of_ours, main),
         "dense": Variant(dense, of_dense, [args.batch_size * 9 * args.length] * args.batches),

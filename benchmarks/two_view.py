@@ -141,7 +141,7 @@ def pad(samples: list[list[Segment]], width: int, side_by_side: bool) -> Rows:
             end = at + len(part.tokens)
             begins[r, number] = at
             ids[r, at:end], owner[r, at:end] = part.tokens, number
-            places = np.asarray(part.places.get("predictor", []), np.int64)
+            places = np.asarray(part.positions.get("predictor", []), np.int64)
             predictor[r, at + places] = np.arange(len(places))
             if part.labels is not None:
                 labels[r, at + 1 : end + 1] = part.labels
@@ -153,7 +153,7 @@ def pad(samples: list[list[Segment]], width: int, side_by_side: bool) -> Rows:
         attention = torch.zeros(same.shape).masked_fill(~same, torch.finfo(torch.float32).min)[:, None]
     one = np.arange(n)
     source, target = (n + one, n + one if side_by_side else 2 * n + one)
-    read = [np.array([s.places[name][0] for s in of]) for name, of in (("source", sources), ("target", targets))]
+    read = [np.array([s.positions[name][0] for s in of]) for name, of in (("source", sources), ("target", targets))]
     read[1] = read[1] + (begins[n:, 1] if side_by_side else 0)
     tensors = [torch.from_numpy(x) for x in (source, read[0], target, read[1])]
     return Rows(

@@ -127,10 +127,10 @@ def objective_class(name: str) -> type[Objective]:
     """
     _check_name(name)
     if name in OBJECTIVES:
-        found: type[Objective] = _named(OBJECTIVES[name][0])
+        found: type[Objective] = _import(OBJECTIVES[name][0])
         return found
     try:
-        outside = _named(name)
+        outside = _import(name)
     except (ImportError, AttributeError, ValueError) as error:
         raise InputError(
             f"objective.name: {name!r} cannot be imported ({error}); is its folder in PYTHONPATH?"
@@ -149,7 +149,7 @@ def objective_options(name: str) -> type[Section]:
         InputError: as :func:`objective_class`.
     """
     _check_name(name)
-    options: type[Section] = _named(OBJECTIVES[name][1]) if name in OBJECTIVES else objective_class(name).Options
+    options: type[Section] = _import(OBJECTIVES[name][1]) if name in OBJECTIVES else objective_class(name).Options
     return options
 
 
@@ -160,9 +160,9 @@ def _check_name(name: str) -> None:
         raise InputError(f"objective.name: unknown objective {name!r}; {hint}")
 
 
-def _named(place: str) -> Any:
+def _import(path: str) -> Any:
     """Import the object that ``module:name`` names."""
-    module, _, attribute = place.partition(":")
+    module, _, attribute = path.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
 

@@ -175,12 +175,12 @@ class LoadedRun:
                 f"prompts[{number}]: its {len(ids[number]):,} tokens leave no room; the model has {positions}"
             )
         stop = sorted({self.data.special[name] for name in ("end", "eos") if name in self.data.special})
-        said: dict[int, str] = {}
+        texts: dict[int, str] = {}
         for part in plan:
             for made in answer(self._call, ids, part, stop, self._ranks):
                 before = [] if self._chats else ids[made.number].tolist()
-                said[made.number] = self._decode([*before, *made.tokens])[len(self._decode(before)) :]
-        return [said[number] for number in range(len(ids))]
+                texts[made.number] = self._decode([*before, *made.tokens])[len(self._decode(before)) :]
+        return [texts[number] for number in range(len(ids))]
 
     @property
     def _chats(self) -> bool:
@@ -193,9 +193,9 @@ class LoadedRun:
         if not self._chats:
             return np.array([*bos_prefix(self.tokenizer), *encode_text(self.tokenizer, text)], dtype=np.int64)
         encode = ChatEncoder(self.tokenizer, self.data.plain, False, "of the data")
-        said = [{"role": "user", "content": text}, {"role": "assistant", "content": "a"}]
+        messages = [{"role": "user", "content": text}, {"role": "assistant", "content": "a"}]
         try:
-            (sample,) = encode(Record(name, {"messages": said}))
+            (sample,) = encode(Record(name, {"messages": messages}))
         except BadRecord as error:
             raise InputError(str(error)) from None
         return sample.members["npy"][: sample.members["json"]["turns"][1][0]].astype(np.int64)
@@ -228,8 +228,8 @@ def load(run_dir: str | Path, checkpoint: str | Path = "auto", device: str | tor
         module = JepaModel(backbone, experiment.objective.build(backbone, data))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # DCP's message names only its internals
-        boxes = {name: ShardView.whole(tensor) for name, tensor in state_tensors(module).items()}
-        store.read(found / TENSORS, boxes, alone=True)
+        views = {name: ShardView.whole(tensor) for name, tensor in state_tensors(module).items()}
+        store.read(found / TENSORS, views, alone=True)
     tokenizer = data.load_tokenizer() if getattr(data, "tokenizer", None) is not None else None
     return LoadedRun(experiment, found, module.to(where).eval(), data, tokenizer, where)
 

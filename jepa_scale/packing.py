@@ -1,6 +1,6 @@
 """Packed sequences: segments of tokens laid end to end without padding, and the packer that builds them.
 
-A *segment* is a run of tokens that attend only to each other. A *packed sequence*, or *stream* in names, is a number of
+A *segment* is a run of tokens that attend only to each other. A *packed sequence* is a number of
 segments laid end to end, with their boundaries in ``cu_seqlens``. A micro-batch has one or more packed sequences, because an
 objective may run different segments through different parts of the decoder (names through the lower blocks, answers through
 all of them).
@@ -33,10 +33,10 @@ class Segment:
         role: purpose of the segment in its objective, e.g. ``"forward"``; the objective finds it by this name.
         labels: n ids; ``labels[t]`` is the token to predict *from* position t (already shifted), ``IGNORE`` for none.
             ``None`` = nothing is predicted.
-        positions: n position ids; ``None`` = 0 … n-1, or in a branch the n positions after its prefix.
-        stream: name of the packed sequence that holds the segment.
-        key: segments of one micro-batch with the same stream, role and key are packed once and shared by their samples.
-        places: name → offsets within the segment of the tokens whose states the objective reads or replaces.
+        position_ids: n integers; ``None`` = 0 … n-1, or in a branch the n positions after its prefix.
+        sequence: name of the packed sequence that holds the segment.
+        key: segments of one micro-batch with the same sequence, role and key are packed once and shared by their samples.
+        positions: name → offsets within the segment of tokens whose states or embeddings the objective uses.
         prefix: (role, m) makes the segment a branch, whose tokens also see the first m ≥ 1 tokens of the sample's only
             segment of that role. That segment is in the same packed sequence and is no branch itself; a branch has no ``key``.
     """
@@ -44,10 +44,10 @@ class Segment:
     tokens: Sequence[int]
     role: str
     labels: Sequence[int] | None = None
-    positions: Sequence[int] | None = None
-    stream: str = "main"
+    position_ids: Sequence[int] | None = None
+    sequence: str = "main"
     key: Hashable = None
-    places: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    positions: Mapping[str, Sequence[int]] = field(default_factory=dict)
     prefix: tuple[str, int] | None = None
 
 
@@ -120,7 +120,7 @@ class PackedSequence:
         labelled: (L,) int64, the token positions with a label; the LM head runs only on these.
         table: boundaries of the segments.
         keys: keys of each segment, if one of them is a branch; ``None`` = each segment sees only itself.
-        seeds: (S,) int64, a seed for each segment of each sample, which does not depend on the segment's place in the packed
+        seeds: (S,) int64, a seed for each segment of each sample, which does not depend on the segment's index in the packed
             sequence; ``None`` = not packed from views. A shared segment has the seed of its first sample.
     """
 
@@ -169,12 +169,12 @@ class PackedBatch:
     """One micro-batch of one rank.
 
     Attributes:
-        streams: the packed sequences by name.
+        sequences: the packed sequences by name.
         segments: role → (n,) int64, the index of the segment within its packed sequence, with one entry for each segment of
             each sample (a shared segment has several entries).
         samples: role → (n,) int64, the sample (row of ``values``) of each of those entries.
         values: name → (N, …), stacked over the N samples.
-        places: name → (n,) int64, positions in the packed sequence of the tokens of this name, sample by sample.
+        positions: name → (n,) int64, positions in the packed sequence of the tokens of this name, sample by sample.
         rows: name → (n, …), concatenated sample by sample.
         counts: name → the sum over this micro-batch, plain integers.
         totals: name → 0-d float tensor, the sum over the *global* batch (all ranks, all micro-batches). Set by the loop.
@@ -183,11 +183,11 @@ class PackedBatch:
         seed: the run's seed.
     """
 
-    streams: dict[str, PackedSequence]
+    sequences: dict[str, PackedSequence]
     segments: dict[str, Tensor]
     samples: dict[str, Tensor]
     values: dict[str, Tensor]
-    places: dict[str, Tensor]
+    positions: dict[str, Tensor]
     rows: dict[str, Tensor]
     counts: dict[str, int]
     totals: dict[str, Tensor] = field(default_factory=dict)
@@ -197,17 +197,17 @@ class PackedBatch:
 
     @property
     def num_tokens(self) -> int:
-        return sum(s.num_tokens for s in self.streams.values())
+        return sum(s.num_tokens for s in self.sequences.values())
 
     def to(self, device: torch.device | str) -> PackedBatch:
         move = lambda d: {k: v.to(device, non_blocking=True) for k, v in d.items()}  # noqa: E731
         return replace(
             self,
-            streams={k: s.to(device) for k, s in self.streams.items()},
+            sequences={k: s.to(device) for k, s in self.sequences.items()},
             segments=move(self.segments),
             samples=move(self.samples),
             values=move(self.values),
-            places=move(self.places),
+            positions=move(self.positions),
             rows=move(self.rows),
             totals=move(self.totals),
         )
@@ -233,24 +233,26 @@ def pack_sequence(
     lengths = [len(s.tokens) for s in segments]
     total = sum(lengths)
     ids = np.empty(total, dtype=np.int64)
-    positions = np.empty(total, dtype=np.int64)
+    position_ids = np.empty(total, dtype=np.int64)
     labels = np.full(total, IGNORE, dtype=np.int64)
     at = 0
     for segment, n in zip(segments, lengths, strict=True):
         if n == 0:
             raise ValueError(f"a segment of role {segment.role!r} has no tokens; leave it out instead")
-        for what in (segment.labels, segment.positions):
+        for what in (segment.labels, segment.position_ids):
             assert what is None or len(what) == n, f"role {segment.role!r}: {len(what)} labels or positions, {n} tokens"
         ids[at : at + n] = segment.tokens
         assert segment.prefix is None or parents, f"role {segment.role!r}: a branch without a parent"
         start = 0 if segment.prefix is None else segment.prefix[1]
-        positions[at : at + n] = np.arange(start, start + n) if segment.positions is None else segment.positions
+        position_ids[at : at + n] = (
+            np.arange(start, start + n) if segment.position_ids is None else segment.position_ids
+        )
         if segment.labels is not None:
             labels[at : at + n] = segment.labels
         at += n
     return PackedSequence(
         input_ids=torch.from_numpy(ids),
-        position_ids=torch.from_numpy(positions),
+        position_ids=torch.from_numpy(position_ids),
         labels=torch.from_numpy(labels),
         labelled=torch.from_numpy(np.flatnonzero(labels != IGNORE)),
         table=SegmentTable.from_lengths(lengths),
@@ -277,7 +279,7 @@ def _key_rows(lengths: Sequence[int], prefixes: Sequence[int], parents: Mapping[
 
 def pack(
     views: Sequence[Views],
-    streams: Sequence[str] = ("main",),
+    sequences: Sequence[str] = ("main",),
     step: int = 0,
     seed: int = 0,
     max_samples: int | None = None,
@@ -294,16 +296,18 @@ def pack(
         like: views that give an empty micro-batch its roles, values and their shapes, with zero rows of each.
 
     Raises:
-        ValueError: a segment names a stream that is not in ``streams``, or a prefix that does not exist.
+        ValueError: a segment names a packed sequence that is not in ``sequences``, or a prefix that does not exist.
     """
-    unique: dict[str, list[Segment]] = {name: [] for name in streams}
-    seeds: dict[str, list[int]] = {name: [] for name in streams}  # one for each of `unique`
-    parents: dict[str, dict[int, int]] = {name: {} for name in streams}  # index in `unique` of a branch → of its parent
+    unique: dict[str, list[Segment]] = {name: [] for name in sequences}
+    seeds: dict[str, list[int]] = {name: [] for name in sequences}  # one for each of `unique`
+    parents: dict[str, dict[int, int]] = {
+        name: {} for name in sequences
+    }  # index in `unique` of a branch → of its parent
     seen: dict[tuple[str, str, Hashable], int] = {}
     refs: dict[str, list[int]] = {}
     owners: dict[str, list[int]] = {}
-    stream_of: dict[str, str] = {}
-    marked: dict[str, list[tuple[str, int, Sequence[int]]]] = {}  # name → stream, index of the segment, offsets
+    sequence_of: dict[str, str] = {}
+    marked: dict[str, list[tuple[str, int, Sequence[int]]]] = {}  # name → sequence, index of the segment, offsets
     counts: dict[str, int] = {"samples": len(views)}
     for sample, view in enumerate(views):
         for name, n in view.counts.items():
@@ -311,62 +315,64 @@ def pack(
         numbers: list[int] = []  # index in `unique` of each of the sample's segments
         branches: list[int] = []  # positions in `numbers` of the branches
         for segment in view.segments:
-            if segment.stream not in unique:
-                raise ValueError(f"a segment of role {segment.role!r} names the unknown stream {segment.stream!r}")
-            pool = unique[segment.stream]
+            if segment.sequence not in unique:
+                raise ValueError(
+                    f"a segment of role {segment.role!r} names the unknown packed sequence {segment.sequence!r}"
+                )
+            pool = unique[segment.sequence]
             number = len(pool)
             if segment.key is not None:
-                number = seen.setdefault((segment.stream, segment.role, segment.key), number)
+                number = seen.setdefault((segment.sequence, segment.role, segment.key), number)
             if number == len(pool):
                 pool.append(segment)
-                seeds[segment.stream].append(view.seed + len(numbers))  # neighbouring seeds: users hash them
+                seeds[segment.sequence].append(view.seed + len(numbers))  # neighbouring seeds: users hash them
             if segment.prefix is not None:
                 branches.append(len(numbers))
             numbers.append(number)
             refs.setdefault(segment.role, []).append(number)
             owners.setdefault(segment.role, []).append(sample)
-            stream_of[segment.role] = segment.stream
-            for name, offsets in segment.places.items():
-                marked.setdefault(name, []).append((segment.stream, number, offsets))
+            sequence_of[segment.role] = segment.sequence
+            for name, offsets in segment.positions.items():
+                marked.setdefault(name, []).append((segment.sequence, number, offsets))
         for i in branches:  # resolved only now: a branch may come before its parent
             segment = view.segments[i]
-            parents[segment.stream][numbers[i]] = numbers[_parent(segment, view.segments)]
+            parents[segment.sequence][numbers[i]] = numbers[_parent(segment, view.segments)]
 
     packed: dict[str, PackedSequence] = {}
-    place: dict[str, np.ndarray] = {}  # index in `unique` → index in the packed sequence
+    index: dict[str, np.ndarray] = {}  # index in `unique` → index in the packed sequence
     for name, pool in unique.items():
         lengths = [len(s.tokens) for s in pool]  # the primary sort key, which lexsort takes last
         order = np.lexsort((_prefix_lengths(pool), lengths)) if parents[name] else np.argsort(lengths, kind="stable")
-        place[name] = np.empty(len(pool), dtype=np.int64)
-        place[name][order] = np.arange(len(pool))
-        moved = {int(place[name][branch]): int(place[name][parent]) for branch, parent in parents[name].items()}
+        index[name] = np.empty(len(pool), dtype=np.int64)
+        index[name][order] = np.arange(len(pool))
+        moved = {int(index[name][branch]): int(index[name][parent]) for branch, parent in parents[name].items()}
         packed[name] = pack_sequence([pool[i] for i in order], moved, [seeds[name][i] for i in order])
 
     counts["tokens"] = sum(len(s.tokens) for pool in unique.values() for s in pool)
     counts["labels"] = sum(len(p.labelled) for p in packed.values())
     values = {name: _stack([v.values[name] for v in views]) for name in (views[0].values if views else {})}
     rows = {name: _rows([v.rows[name] for v in views]) for name in (views[0].rows if views else {})}
-    starts = {name: stream.table.cu_seqlens.numpy() for name, stream in packed.items()}
-    places = {
-        name: _rows([starts[stream][place[stream][n]] + np.asarray(offsets, np.int64) for stream, n, offsets in marks])
+    starts = {name: sequence.table.cu_seqlens.numpy() for name, sequence in packed.items()}
+    positions = {
+        name: _rows([starts[s][index[s][n]] + np.asarray(offsets, np.int64) for s, n, offsets in marks])
         for name, marks in marked.items()
     }
     if not views and like is not None:
         values = {name: _stack([value])[:0] for name, value in like.values.items()}
         rows = {name: _rows([value])[:0] for name, value in like.rows.items()}
-        places = {name: torch.zeros(0, dtype=torch.int64) for segment in like.segments for name in segment.places}
+        positions = {name: torch.zeros(0, dtype=torch.int64) for segment in like.segments for name in segment.positions}
         counts |= dict.fromkeys(like.counts, 0)
         for segment in like.segments:
-            refs[segment.role], owners[segment.role], stream_of[segment.role] = [], [], segment.stream
+            refs[segment.role], owners[segment.role], sequence_of[segment.role] = [], [], segment.sequence
     return PackedBatch(
-        streams=packed,
+        sequences=packed,
         segments={
-            role: torch.from_numpy(place[stream_of[role]][np.asarray(numbers, dtype=np.int64)])
+            role: torch.from_numpy(index[sequence_of[role]][np.asarray(numbers, dtype=np.int64)])
             for role, numbers in refs.items()
         },
         samples={role: torch.as_tensor(rows, dtype=torch.int64) for role, rows in owners.items()},
         values=values,
-        places=places,
+        positions=positions,
         rows=rows,
         counts=counts,
         max_samples=max(1, len(views)) if max_samples is None else max_samples,
@@ -391,8 +397,8 @@ def _parent(branch: Segment, segments: Sequence[Segment]) -> int:
         trouble = f"the sample has {len(found)} segments of that role, not one"
     elif (parent := segments[found[0]]).prefix is not None:
         trouble = "that segment is a branch itself"
-    elif parent.stream != branch.stream:
-        trouble = f"that segment is in the stream {parent.stream!r}, not in {branch.stream!r}"
+    elif parent.sequence != branch.sequence:
+        trouble = f"that segment is in the packed sequence {parent.sequence!r}, not in {branch.sequence!r}"
     elif not 1 <= n <= len(parent.tokens):
         trouble = f"it has {len(parent.tokens)} tokens"
     if trouble:

@@ -45,7 +45,7 @@ class PaddedHorizon(Loop):
             view = make(self.samples.run.data.train[int(number)], draw)
             segment = view.segments[0]
             ids[row, : len(segment.tokens)], labels[row, : len(segment.tokens)] = segment.tokens, segment.labels
-            anchors, targets = segment.places["anchor"], segment.places["target"]
+            anchors, targets = segment.positions["anchor"], segment.positions["target"]
             pairs.append((np.full(len(anchors), row), anchors, targets, view.rows["horizon"]))
         joined = [np.concatenate(parts) for parts in zip(*pairs, strict=True)]
         return tuple(torch.from_numpy(np.asarray(x)) for x in (ids, labels, *joined))

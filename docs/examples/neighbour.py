@@ -35,7 +35,7 @@ class NeighbourOptions(Section):
 
 @dataclass(frozen=True, slots=True)
 class NeighbourViews:
-    """A sample as one segment, with the places of its anchors and their targets."""
+    """A sample as one segment, with the positions of its anchors and their targets."""
 
     options: NeighbourOptions
 
@@ -45,8 +45,8 @@ class NeighbourViews:
         room = max(0, len(tokens) - self.options.distance)
         count = self.options.anchors if room else 0  # a short text has no pair, and still learns its next tokens
         anchors = draw.rng("anchors").integers(0, max(1, room), size=count)
-        places = {"anchor": anchors, "target": anchors + self.options.distance}
-        return Views([Segment(tokens, "text", labels=labels, places=places)], counts={"anchors": count})
+        positions = {"anchor": anchors, "target": anchors + self.options.distance}
+        return Views([Segment(tokens, "text", labels=labels, positions=positions)], counts={"anchors": count})
 
 
 class Neighbour(Objective):
@@ -66,11 +66,11 @@ class Neighbour(Objective):
         return sizes - 1
 
     def loss(self, backbone: Backbone, batch: PackedBatch, gathered: list[dict[str, Tensor]], micro: int) -> Loss:
-        states = backbone.hidden(batch.streams["main"])
-        places = batch.places
+        states = backbone.hidden(batch.sequences["main"])
+        positions = batch.positions
         # Without an anchor on this rank the predictor still runs, on no rows: its collectives are everybody's
-        predicted = self.predictor(states[places["anchor"]]).float()
-        targets = states[places["target"]].detach().float()
+        predicted = self.predictor(states[positions["anchor"]]).float()
+        targets = states[positions["target"]].detach().float()
         distances = 1 - F.cosine_similarity(predicted, targets, dim=-1)
         jepa = mean_over_global_batch(distances.sum(), batch.totals["anchors"])
         lm = lm_loss(backbone, states, batch)

@@ -67,8 +67,14 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """The place to save generations, and whether to log their progress; None = they are not saved."""
+class Output:
+    """Output of a generation.
+
+    Attributes:
+        run_dir: run whose folder ``generations`` gets the records; None = they are not saved.
+        step: optimizer step, part of the file's name.
+        progress: whether to log how many answers are done.
+    """
 
     run_dir: Path | None = None
     step: int = 0
@@ -101,7 +107,7 @@ class ChatTest:
     stop: tuple[int, ...]
     positions: int | None = None
 
-    def run(self, call: Call, ranks: ParallelContext, place: Place) -> dict[str, dict[str, float]]:
+    def run(self, call: Call, ranks: ParallelContext, output: Output) -> dict[str, dict[str, float]]:
         """Answer all questions. Collective; the same result on every rank.
 
         The result has, for each split, the mean of every metric value over the rows that all metrics can score,
@@ -112,26 +118,26 @@ class ChatTest:
         for split, questions in self.questions.items():
             if not questions:
                 continue
-            mine = list(self._answers(call, split, questions, ranks, place))
+            mine = list(self._answers(call, split, questions, ranks, output))
             records = [record for of_rank in all_gather_object(mine) for record in of_rank]
             records.sort(key=lambda record: record["row"])
             results[split] = summary(records)
-            if ranks.is_main and place.run_dir is not None:
-                save(generations_file(place.run_dir, place.step, split), records)
+            if ranks.is_main and output.run_dir is not None:
+                save(generations_file(output.run_dir, output.step, split), records)
         return results
 
     def _answers(
-        self, call: Call, split: str, questions: Sequence[Question], ranks: ParallelContext, place: Place
+        self, call: Call, split: str, questions: Sequence[Question], ranks: ParallelContext, output: Output
     ) -> Iterator[dict[str, Any]]:
         """Yield this rank's records as they are generated."""
         asked = [q for q in questions if not q.problem]
         prompts = [q.prompt for q in asked]
         size = self.options.generation_batch * ranks.dp_size
         plan = rounds([len(p) for p in prompts], self.options.max_new_tokens, self.positions, size)
-        with Counter(f"generate {split}", len(asked), place.progress and ranks.is_main) as counter:
+        with Counter(f"generate {split}", len(asked), output.progress and ranks.is_main) as counter:
             for part in plan:
-                for said in answer(call, prompts, part, self.stop, ranks):
-                    yield self._record(asked[said.number], said)
+                for answered in answer(call, prompts, part, self.stop, ranks):
+                    yield self._record(asked[answered.number], answered)
                 counter.add(len(part.prompts))
         planned = {number for part in plan for number in part.prompts}
         without_room = [q for number, q in enumerate(asked) if number not in planned]
@@ -141,8 +147,8 @@ class ChatTest:
         for question in without_prompt[ranks.dp_rank :: ranks.dp_size]:
             yield self._record(question, None)
 
-    def _record(self, question: Question, said: Answer | None) -> dict[str, Any]:
-        text = None if said is None else self.decode(said.tokens)
+    def _record(self, question: Question, answered: Answer | None) -> dict[str, Any]:
+        text = None if answered is None else self.decode(answered.tokens)
         values: dict[str, float] = {}
         notes: dict[str, str] = {}
         problem = question.problem
@@ -160,8 +166,8 @@ class ChatTest:
             "prompt": question.asked,
             "wanted": question.wanted.answer,
             "generated": text,
-            "tokens": None if said is None else len(said.tokens),
-            "stopped": said is not None and said.stopped,
+            "tokens": None if answered is None else len(answered.tokens),
+            "stopped": answered is not None and answered.stopped,
             "values": values,
             "notes": notes,
             "unscored": problem,
@@ -171,12 +177,12 @@ class ChatTest:
 def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return the metrics of a split from the records of its rows; see :meth:`ChatTest.run`."""
     scored = [r for r in records if not r["unscored"]]
-    said = [r for r in records if r["generated"] is not None]
+    generated = [r for r in records if r["generated"] is not None]
     names = list(scored[0]["values"]) if scored else []
     found = {name: sum(r["values"][name] for r in scored) / len(scored) for name in names}
-    if said:
-        found["stopped"] = sum(r["stopped"] for r in said) / len(said)
-    return found | {"generated": float(len(said)), "unscored": float(len(records) - len(scored))}
+    if generated:
+        found["stopped"] = sum(r["stopped"] for r in generated) / len(generated)
+    return found | {"generated": float(len(generated)), "unscored": float(len(records) - len(scored))}
 
 
 def save(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
@@ -221,7 +227,9 @@ def _database(asked: str, name: str, options: ChatEvalOptions) -> Path:
     if DATABASE in path:
         match = re.search(options.database_id, asked)
         if match is None or not match[1] or Path(match[1]).name != match[1]:
-            raise InputError(f"eval.database_id: finds no database in {name}, which says {asked[:80]!r}")
+            raise InputError(
+                f"eval.database_id: finds no database in the user's message of {name}, {asked[:80]!r}; correct the expression or the row"
+            )
         path = path.replace(DATABASE, match[1])
     file = Path(path).expanduser()
     if not file.is_file():
@@ -240,7 +248,7 @@ class Counter:
     def __init__(self, name: str, total: int, shown: bool, stream: TextIO | None = None) -> None:
         self._name, self._total, self._shown = name, total, shown
         self._stream = stream if stream is not None else sys.stderr
-        self._done, self._told = 0, time.monotonic()
+        self._done, self._last_logged = 0, time.monotonic()
         self._bar: tqdm | None = None
 
     def __enter__(self) -> Counter:
@@ -263,6 +271,6 @@ class Counter:
         self._done += answers
         if self._bar is not None:
             self._bar.update(answers)
-        elif self._shown and time.monotonic() - self._told >= self.SECONDS:
-            self._told = time.monotonic()
+        elif self._shown and time.monotonic() - self._last_logged >= self.SECONDS:
+            self._last_logged = time.monotonic()
             logger.info(f"{self._name}  {self._done}/{self._total}")

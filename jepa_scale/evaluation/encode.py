@@ -42,7 +42,7 @@ class Numbered:
 
     def __call__(self, example: Any, draw: SampleRNG) -> Views:
         views = self.objective.text_views(example, draw)
-        assert [(s.role, s.stream) for s in views.segments] == [("text", "main")], "text_views gives one segment"
+        assert [(s.role, s.sequence) for s in views.segments] == [("text", "main")], "text_views gives one segment"
         return replace(views, values={**views.values, "text_number": draw.sample})
 
 
@@ -64,7 +64,7 @@ def encode_texts(
     for batch in text_batches(texts, Numbered(objective), 0, micro_tokens, ranks, tokens=lambda sizes: sizes):
         states = call("encode", batch)
         segments = batch.segments["text"]
-        ends = batch.streams["main"].table.cu_seqlens.tolist()  # on the host, where the loader made it
+        ends = batch.sequences["main"].table.cu_seqlens.tolist()  # on the host, where the loader made it
         yield EncodedTexts(
             batch.values["text_number"],
             states[pooling or objective.pooling][segments.to(states["last"].device)],
@@ -78,7 +78,7 @@ def text_batches(
     samples: int,
     micro_tokens: int,
     ranks: ParallelContext,
-    streams: tuple[str, ...] = ("main",),
+    sequences: tuple[str, ...] = ("main",),
     tokens: Callable[[np.ndarray], np.ndarray] = lambda sizes: sizes - 1,
 ) -> Iterator[PackedBatch]:
     """Return this rank's micro-batches of a split: each sample on one rank, and equally many micro-batches on every
@@ -93,7 +93,7 @@ def text_batches(
         return
     wanted = min(n, samples or n)
     numbers = np.arange(wanted, dtype=np.int64) * n // wanted
-    stream = TokenBatchSampler(
+    sampler = TokenBatchSampler(
         Permuted(wanted, lambda epoch: numbers),
         seed=0,
         sizes=lambda samples: tokens(examples.sizes(samples)),
@@ -102,7 +102,7 @@ def text_batches(
         dp_slice=DataParallelSlice(rank=ranks.dp_rank, world_size=ranks.dp_size),
         epochs=1,
     )
-    steps = stream.steps
+    steps = sampler.steps
     assert steps is not None
-    for batches in Loader(examples, stream, views, streams, start_step=0, steps=steps, seed=0):
+    for batches in Loader(examples, sampler, views, sequences, start_step=0, steps=steps, seed=0):
         yield from batches

@@ -38,8 +38,8 @@ def evaluate(
         ranked = chosen[: options.rank_facts] if options.rank_facts else chosen
         sums = np.zeros(5)
         for questions, weight in _batches(facts, chosen, options.batch_size):
-            spoken = answer_generator.verbalize(questions, length)
-            right = [s[: len(q.answer)] == tuple(q.answer) for s, q in zip(spoken, questions, strict=True)]
+            generated = answer_generator.verbalize(questions, length)
+            right = [s[: len(q.answer)] == tuple(q.answer) for s, q in zip(generated, questions, strict=True)]
             sums[0] += (weight * np.array(right)).sum()
             sums[1] += (weight * answer_generator.nll(questions)).sum()
             sums[2] += weight.sum()

@@ -66,13 +66,13 @@ def evaluate(
     options: EvaluationOptions,
     ranks: ParallelContext,
     test: chat.ChatTest | None = None,
-    place: chat.Place | None = None,
+    output: chat.Output | None = None,
     probe: ProbeTest | None = None,
 ) -> Results:
     """Return the metrics of every split, and of ``probe``. Collective; the same result on every rank.
 
     Args:
-        test: result of :func:`chat_test`. place: where its generations are saved.
+        test: result of :func:`chat_test`. output: where generations and snapshots are saved; None = nowhere.
         probe: result of :func:`jepa_scale.evaluation.text_probe.probe_test`.
     """
     if isinstance(options, EvalOptions):
@@ -88,13 +88,13 @@ def evaluate(
         results = perplexity.evaluate(partial(call, "label_log_probs"), whole, ranks.device)
     if diagnostics := objective.diagnostics(call):
         for split in results:
-            more = {"streams": objective.streams, "tokens": diagnostics.view_tokens}
+            more = {"sequences": objective.sequences, "tokens": diagnostics.view_tokens}
             fixed = batches(data.splits[split], diagnostics.views, diagnostics.samples, **more)
             results[split] |= (measured := diagnostics.measure(fixed))
-            if measured and place and place.run_dir and ranks.is_main:
-                save_snapshot(diagnostics.representations, place.run_dir, place.step, split)
+            if measured and output and output.run_dir and ranks.is_main:
+                save_snapshot(diagnostics.representations, output.run_dir, output.step, split)
     if test is not None:
-        for split, values in test.run(call, ranks, place or chat.Place()).items():
+        for split, values in test.run(call, ranks, output or chat.Output()).items():
             results[split] = results.get(split, {}) | values
     if probe is not None:
         results[SPLIT] = probe.run(objective, call, ranks)

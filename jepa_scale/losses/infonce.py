@@ -48,7 +48,7 @@ def first_of_each(keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mark the first occurrence of each of the m keys; ``NO_KEY`` is never marked.
 
     Returns:
-        (m,) bool, the sorted keys, and the indices that sort them; the latter two are for :func:`places_of`.
+        (m,) bool, the sorted keys, and the indices that sort them; the latter two are for :func:`first_index_of`.
     """
     ordered, order = torch.sort(keys, stable=True)
     fresh = torch.ones_like(ordered, dtype=torch.bool)
@@ -57,7 +57,7 @@ def first_of_each(keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return keep, ordered, order
 
 
-def places_of(wanted: Tensor, ordered: Tensor, order: Tensor) -> Tensor:
+def first_index_of(wanted: Tensor, ordered: Tensor, order: Tensor) -> Tensor:
     """Return the index of the first occurrence of each of the n wanted keys, (n,); every wanted key must occur."""
     return order[torch.searchsorted(ordered, wanted).clamp(max=len(order) - 1)]
 
@@ -93,7 +93,7 @@ def contrast(
         candidates: (m, d), those of this micro-batch on this rank. keys: (m,) int64, ≥ 0.
         scale: 0-d, inverse temperature.
         capacity: a number ≥ m, equal on every rank (all ranks gather equal shapes).
-        collected: results of :func:`gather_contrast` for every micro-batch of the step, this one included; empty or
+        gathered: results of :func:`gather_contrast` for every micro-batch of the step, this one included; empty or
             None when the step has one micro-batch. ``micro``: index of this micro-batch.
         queue: (Q, d) and (Q,) int64, candidates of earlier steps and their keys, equal on every rank; they get no
             gradient.
@@ -121,7 +121,7 @@ def contrast(
     def score(q: Tensor, q_keys: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         with without_autocast(q):
             logits = torch.addmm(bar, q * s, everything.T)  # (n, M): scaling and exclusion need no extra pass
-        return logits, places_of(q_keys, ordered, order)
+        return logits, first_index_of(q_keys, ordered, order)
 
     logits, right = score(queries, query_keys, scale)
     losses = F.cross_entropy(logits, right, reduction="none")

@@ -16,7 +16,7 @@ from jepa_scale.losses.precision import without_autocast
 TINY = torch.finfo(torch.float32).tiny
 ELEMENTS = 1 << 24
 """Number of distances computed at a time: 64 MiB."""
-SAME_PLACE = 1e-4
+EQUAL_DISTANCE = 1e-4
 """Squared distance, relative to the variance of the rows, below which two rows count as equal."""
 
 
@@ -104,7 +104,7 @@ def _taken(pool: Tensor, valid: Tensor, codebook: Tensor, alive: Tensor) -> Tens
     count = valid.sum().clamp(min=1)
     mean = (pool * valid[:, None]).sum(dim=0) / count
     pool, codebook = pool - mean, codebook.float() - mean
-    near = SAME_PLACE * (pool.square().sum(dim=1) * valid).sum() / count
+    near = EQUAL_DISTANCE * (pool.square().sum(dim=1) * valid).sum() / count
     squares = pool.square().sum(dim=1)
     of_pool = squares[:, None] + squares - 2 * (pool @ pool.T)
     of_codes = squares[:, None] + codebook.square().sum(dim=1) - 2 * (pool @ codebook.T)

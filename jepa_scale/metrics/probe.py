@@ -84,7 +84,7 @@ def linear_probe(train: Labelled, classes: int) -> LinearProbe:
     λ is chosen by the accuracy on held-out training rows (see ``HELD_OUT``), and among equals by the cross-entropy there.
     If every class is too small to hold rows out, λ is the second smallest.
     """
-    order = _place_in_class(train.labels, classes)
+    order = _index_in_class(train.labels, classes)
     held = order % HELD_OUT == HELD_OUT - 1
     if not held.any():
         return fit_probe(train, classes, sorted(PENALTIES)[1])
@@ -140,7 +140,7 @@ def fit_probe(train: Labelled, classes: int, penalty: float, start: LinearProbe 
     return LinearProbe(mean, scale, theta[:d].clone(), theta[d].clone(), penalty)
 
 
-def _place_in_class(labels: Tensor, classes: int) -> Tensor:
+def _index_in_class(labels: Tensor, classes: int) -> Tensor:
     """Number of earlier rows with the same label. (n,) → (n,)."""
     before = F.one_hot(labels, classes).cumsum(dim=0)
     return before.gather(1, labels[:, None])[:, 0] - 1

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jepa_scale.losses.infonce import NO_KEY, first_of_each, places_of
+from jepa_scale.losses.infonce import NO_KEY, first_index_of, first_of_each
 from jepa_scale.losses.precision import without_autocast
 
 CHUNK = 1024
@@ -73,7 +73,7 @@ def retrieval(queries: Tensor, targets: Tensor, keys: Tensor, groups: Tensor) ->
             rows = ((groups == group) & (keys != NO_KEY)).nonzero()[:, 0]
             first, ordered, order = first_of_each(keys[rows])
             column = first.cumsum(dim=0) - 1  # index among the candidates, at the first row of each key
-            own = column[places_of(keys[rows], ordered, order)]
+            own = column[first_index_of(keys[rows], ordered, order)]
             pool = F.normalize(targets[rows[first]].float(), dim=1)
             lead = torch.cat(
                 [

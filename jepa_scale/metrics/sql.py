@@ -182,7 +182,7 @@ def sorts(query: str) -> bool:
 
 # ---------------------------------------------------------------------------------------------- running SQL
 
-READING = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
+READ_ACTIONS = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
 FORBIDDEN_FUNCTIONS = {"load_extension", "fts3_tokenizer"}
 LONGEST_VALUE = 16 << 20  # bytes of a text, a blob or a row
 STEPS = 1000  # of SQLite's virtual machine, between two checks of the time
@@ -190,13 +190,13 @@ STEPS = 1000  # of SQLite's virtual machine, between two checks of the time
 
 def _authorize(action: int, argument: str | None, second: str | None, *where: str | None) -> int:
     """Permit only reading: no ATTACH, no PRAGMA (nor ``pragma_…`` tables), no transaction, no change."""
-    if action not in READING or action == sqlite3.SQLITE_FUNCTION and str(second).lower() in FORBIDDEN_FUNCTIONS:
+    if action not in READ_ACTIONS or action == sqlite3.SQLITE_FUNCTION and str(second).lower() in FORBIDDEN_FUNCTIONS:
         return sqlite3.SQLITE_DENY
     return sqlite3.SQLITE_OK
 
 
 @contextmanager
-def _reading(database: Path, limits: Limits) -> Iterator[sqlite3.Connection]:
+def _read_only(database: Path, limits: Limits) -> Iterator[sqlite3.Connection]:
     """Open a read-only connection for one query; its time limit starts now. SQLite's errors become ``_QueryError``."""
     uri = f"{database.absolute().as_uri()}?mode=ro"
     # In WAL mode even a reader creates files beside the database. It needs none if there is no log to read.
@@ -221,7 +221,7 @@ def _fetch(database: Path, query: str, limits: Limits) -> Table:
     first = next(_tokens(query), "")
     if first not in ("SELECT", "WITH"):
         raise _QueryError(f"not a SELECT or WITH: it begins with {first!r}" if first else "empty")
-    with _reading(database, limits) as connection:
+    with _read_only(database, limits) as connection:
         # some of Spider's databases hold Latin-1
         connection.text_factory = lambda raw: raw.decode("utf-8", "surrogateescape")
         cursor = connection.execute(query)
@@ -264,7 +264,7 @@ def _printed(database: Path, script: str, limits: Limits) -> str:
         return ""
     lines: list[bytes] = []
     try:
-        with _reading(database, limits) as connection, closing(sqlite3.connect(":memory:")) as formatter:
+        with _read_only(database, limits) as connection, closing(sqlite3.connect(":memory:")) as formatter:
             connection.text_factory = bytes
             for statement in _statements(script):
                 for row in _limited(connection.execute(statement), limits):

@@ -252,10 +252,10 @@ def _labels(text: str, choices: Mapping[str, str]) -> set[str]:
 
 
 def _meant(match: re.Match[str], group: int, label: str, exact: bool = False) -> bool:
-    said = match[group]
-    if said is None or label in ("A", "a", "I", "i") and ENGLISH.match(match.string, match.end(group)):
+    named = match[group]
+    if named is None or label in ("A", "a", "I", "i") and ENGLISH.match(match.string, match.end(group)):
         return False
-    return said == label if exact else said.casefold() == label.casefold()
+    return named == label if exact else named.casefold() == label.casefold()
 
 
 def _plain(text: str) -> str:
@@ -276,8 +276,8 @@ def open_answer(generated: str, wanted: Wanted) -> Score:
     answers = {piece for piece in map(_bare, _reference(wanted).split(";")) if piece}
     if not answers:
         raise DataError(f"{wanted.name}: no word in the wanted answer {wanted.answer[:60]!r}; leave the row out")
-    said = {piece for piece in map(_bare, clean(generated).split(";")) if piece}
-    return _score("open_answer", bool(said) and said <= answers, upstream_open_answer(generated, wanted.answer))
+    pieces = {piece for piece in map(_bare, clean(generated).split(";")) if piece}
+    return _score("open_answer", bool(pieces) and pieces <= answers, upstream_open_answer(generated, wanted.answer))
 
 
 def upstream_open_answer(generated: str, answer: str) -> bool:

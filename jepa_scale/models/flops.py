@@ -128,11 +128,11 @@ class DecoderFlops:
         """Return the FLOPs of :meth:`forward` and of its backward."""
         return sum(self._total(way, lengths, head_rows, square, key_lengths) for way in (0, 1))
 
-    def of_stream(self, stream: PackedSequence, training: bool, rows: int | None = None, square: bool = False) -> int:
+    def of_sequence(self, packed: PackedSequence, training: bool, rows: int | None = None, square: bool = False) -> int:
         """Return the FLOPs of a whole packed sequence, with the LM head on ``rows`` rows; ``None`` = the labelled ones."""
         run = self.training if training else self.forward
-        rows = len(stream.labelled) if rows is None else rows
-        return run(stream.table.lengths, rows, square=square, key_lengths=stream.key_lengths)
+        rows = len(packed.labelled) if rows is None else rows
+        return run(packed.table.lengths, rows, square=square, key_lengths=packed.key_lengths)
 
     def _total(
         self, way: int, lengths: Sequence[int], head_rows: int, square: bool, key_lengths: Sequence[int] | None
@@ -178,10 +178,10 @@ class ReadoutFlops:
             Cost(pairs.forward // until, pairs.backward // until),
         )
 
-    def of_stream(self, stream: PackedSequence, training: bool, square: bool = False) -> int:
+    def of_sequence(self, packed: PackedSequence, training: bool, square: bool = False) -> int:
         """Return the FLOPs of a packed sequence without branches."""
-        lengths = stream.table.lengths
-        full = self.blocks.of_stream(stream, training, 0, square)
+        lengths = packed.table.lengths
+        full = self.blocks.of_sequence(packed, training, 0, square)
         # the last query of a segment sees all n of its keys
         unseen = attention_pairs(lengths, causal=not square) - sum(lengths)
         spared = [c * (sum(lengths) - len(lengths)) + p * unseen for c, p in zip(self.spared, self.pairs, strict=True)]

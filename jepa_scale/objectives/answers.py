@@ -46,7 +46,7 @@ class AnswerGenerator(Protocol):
         """Return the rank of the right answer among all answers, (n,), 1 = best. Each tie adds one half to the rank."""
 
 
-def stream_of(segments: Sequence[Segment]) -> Any:
+def pack_segments(segments: Sequence[Segment]) -> Any:
     """Pack segments that belong to no sample, in the order given."""
     return pack([Views([s]) for s in segments])
 
@@ -64,7 +64,7 @@ class LanguageModelAnswerGenerator:
 
     def _next_log_probs(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         """Return the log-probabilities of the token after each sequence, (n, V)."""
-        batch = stream_of([Segment(tokens=s, role="prompt") for s in sequences])
+        batch = pack_segments([Segment(tokens=s, role="prompt") for s in sequences])
         logits = self.call("next_token_logits", batch)
         return torch.log_softmax(logits, dim=-1)[batch.segments["prompt"].to(logits.device)]
 
@@ -80,7 +80,7 @@ class LanguageModelAnswerGenerator:
         for q in questions:
             tokens, answer = [*q.prompt, *q.answer[:-1]], q.answer
             segments.append(Segment(tokens, "fact", labels=[IGNORE] * (len(q.prompt) - 1) + list(answer)))
-        batch = stream_of(segments)
+        batch = pack_segments(segments)
         log_probs = self.call("label_log_probs", batch).cpu().double().numpy()
         return -sum_by_segment(log_probs, batch)
 
@@ -110,9 +110,9 @@ class LanguageModelAnswerGenerator:
         return rank_of(device_scores, right)
 
 
-def sum_by_segment(values: np.ndarray, batch: Any, stream: str = "main") -> np.ndarray:
-    """Sum the values of a stream's labels by segment: (L,) → (n,), in the order in which the segments were packed."""
-    packed = batch.streams[stream]
+def sum_by_segment(values: np.ndarray, batch: Any, sequence: str = "main") -> np.ndarray:
+    """Sum the values of a packed sequence's labels by segment: (L,) → (n,), in the order in which the segments were packed."""
+    packed = batch.sequences[sequence]
     ends = np.cumsum(packed.table.lengths)
     owner = np.searchsorted(ends, packed.labelled.cpu().numpy(), side="right")
     sums = np.bincount(owner, weights=values, minlength=len(ends))

@@ -73,14 +73,14 @@ class TargetEncoder(Protocol):
 class Objective(nn.Module):
     """Base of every objective.
 
-    A subclass declares its ``Options`` and its ``streams``, builds its heads in ``__init__(options, backbone, data)``,
+    A subclass declares its ``Options`` and its ``sequences``, builds its heads in ``__init__(options, backbone, data)``,
     makes its views in :meth:`view_transform` and its loss in :meth:`loss`. Every head must be used on every rank in every
     step, with weight zero if need be. Parameters must belong to sub-modules. Both are needed because ZeRO-3 and FSDP2 issue
     their collectives when a module runs.
     """
 
     Options: ClassVar[type[Section]] = Section
-    streams: tuple[str, ...] = ("main",)
+    sequences: tuple[str, ...] = ("main",)
     needs_global_batch: bool = False
     """Whether the loss compares samples across micro-batches. If so, :meth:`gather` runs on all of them first."""
     pooling: ClassVar[Literal["mean", "last"]] = "mean"
@@ -156,20 +156,20 @@ class Objective(nn.Module):
         """Return a function that counts one rank's FLOPs for an optimizer step's micro-batches.
 
         The count includes the gather pass and the teacher. Called once, before the weights are sharded. The base class
-        counts all streams through the whole decoder and the LM head at the labelled positions. If the objective needs the
+        counts all sequences through the whole decoder and the LM head at the labelled positions. If the objective needs the
         global batch, it counts a second pass without head and gradient. Subclasses add heads, a teacher and the products
         within the loss.
 
         Args:
             square: as for :meth:`jepa_scale.models.flops.DecoderFlops.forward`.
         """
-        decoder, names, needs_global_batch = DecoderFlops.of(backbone), self.streams, self.needs_global_batch
+        decoder, names, needs_global_batch = DecoderFlops.of(backbone), self.sequences, self.needs_global_batch
 
         def count(batches: Sequence[PackedBatch]) -> int:
-            streams = [batch.streams[name] for batch in batches for name in names]
-            total = sum(decoder.of_stream(stream, training=True, square=square) for stream in streams)
+            sequences = [batch.sequences[name] for batch in batches for name in names]
+            total = sum(decoder.of_sequence(packed, training=True, square=square) for packed in sequences)
             if needs_global_batch and len(batches) > 1:
-                total += sum(decoder.of_stream(stream, training=False, rows=0, square=square) for stream in streams)
+                total += sum(decoder.of_sequence(packed, training=False, rows=0, square=square) for packed in sequences)
             return total
 
         return count
@@ -198,7 +198,7 @@ class Objective(nn.Module):
         return LanguageModelAnswerGenerator(call)
 
     def text_views(self, example: Any, draw: SampleRNG) -> Views:
-        """Return the view of a text to be encoded: one segment of the stream ``"main"`` with role ``"text"``.
+        """Return the view of a text to be encoded: one segment of the sequence ``"main"`` with role ``"text"``.
 
         The segment has at most as many tokens as the text; the base class takes all of them.
 
@@ -213,16 +213,16 @@ class Objective(nn.Module):
         return getattr(backbone.decoder.config, "max_position_embeddings", None)
 
     def encode(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:
-        """Return the states of the stream ``"main"`` after the final norm, fp32, in stream order.
+        """Return the states of the sequence ``"main"`` after the final norm, fp32, in packed order.
 
         ``tokens`` (T, d) are all states, ``last`` (S, d) those at each segment's last token, ``mean`` (S, d) the mean over
         each segment. ``batch.segments["text"]`` and ``batch.samples["text"]`` map the rows to the order of the texts.
         """
-        stream = batch.streams["main"]
-        states = backbone.hidden(stream).float()
-        lengths = stream.table.cu_seqlens.diff().long()
+        packed = batch.sequences["main"]
+        states = backbone.hidden(packed).float()
+        lengths = packed.table.cu_seqlens.diff().long()
         mean = torch.segment_reduce(states, "mean", lengths=lengths, axis=0)
-        return {"tokens": states, "last": states[stream.last], "mean": mean}
+        return {"tokens": states, "last": states[packed.last], "mean": mean}
 
     def diagnostics(self, call: Call) -> Diagnostics | None:
         """Return the objective's own metrics for an evaluation on text, beside the perplexity; None = there are none."""
@@ -233,14 +233,14 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def next_token_logits(self, backbone: Backbone, batch: PackedBatch) -> Tensor:
-        """Return the logits after each segment of the stream ``"main"``, (S, V) fp32."""
-        stream = batch.streams["main"]
-        return backbone.logits(backbone.hidden(stream)[stream.last]).float()
+        """Return the logits after each segment of the sequence ``"main"``, (S, V) fp32."""
+        packed = batch.sequences["main"]
+        return backbone.logits(backbone.hidden(packed)[packed.last]).float()
 
     def label_log_probs(self, backbone: Backbone, batch: PackedBatch) -> Tensor:
-        """Return the log-probability of each label of the stream ``"main"``, (L,) fp32, in stream order."""
-        stream = batch.streams["main"]
-        return -backbone.label_losses(backbone.hidden(stream)[stream.labelled], stream.labels[stream.labelled])
+        """Return the log-probability of each label of the sequence ``"main"``, (L,) fp32, in packed order."""
+        packed = batch.sequences["main"]
+        return -backbone.label_losses(backbone.hidden(packed)[packed.labelled], packed.labels[packed.labelled])
 
     def generate(self, backbone: Backbone, prompts: Prompts, stop: tuple[int, ...], new_tokens: int) -> Generated:
         """Decode answers greedily, of at most ``new_tokens`` tokens; see :func:`jepa_scale.models.generation.greedy`."""
@@ -268,12 +268,12 @@ class JepaModel(nn.Module):
         return getattr(self.objective, task)(self.backbone, *args, **kwargs)
 
 
-def lm_loss(backbone: Backbone, hidden: Tensor, batch: PackedBatch, stream: str = "main") -> Tensor:
-    """Return a stream's next-token loss as its contribution to the mean over the global batch's labels.
+def lm_loss(backbone: Backbone, hidden: Tensor, batch: PackedBatch, sequence: str = "main") -> Tensor:
+    """Return a packed sequence's next-token loss as its contribution to the mean over the global batch's labels.
 
     hidden (T, d) → 0-d.
     """
-    packed = batch.streams[stream]
+    packed = batch.sequences[sequence]
     losses = backbone.label_losses(hidden[packed.labelled], packed.labels[packed.labelled])
     return mean_over_global_batch(losses.sum(), batch.totals["labels"])
 

@@ -35,5 +35,5 @@ class LanguageModeling(Objective):
         return sizes - 1
 
     def loss(self, backbone: Backbone, batch: PackedBatch, gathered: list[dict[str, Tensor]], micro: int) -> Loss:
-        total = lm_loss(backbone, backbone.hidden(batch.streams["main"]), batch)
+        total = lm_loss(backbone, backbone.hidden(batch.sequences["main"]), batch)
         return Loss(total, means={"loss": total.detach(), "lm_loss": total.detach()})

@@ -103,13 +103,13 @@ class StpViews:
             drawn = draw_spans(len(path), o.spans, o.max_span, rng)
             first = np.zeros(len(drawn), np.int64)
             columns = {"first": first, "start": drawn[:, 0], "end": drawn[:, 1], "last": first + len(path) - 1}
-        places = {name: path[column] for name, column in columns.items()}
-        return Views([Segment(tokens, "text", labels=labels, places=places)], counts={"spans": len(drawn)})
+        positions = {name: path[column] for name, column in columns.items()}
+        return Views([Segment(tokens, "text", labels=labels, positions=positions)], counts={"spans": len(drawn)})
 
 
-def changes(states: Tensor, places: dict[str, Tensor], form: Form) -> tuple[Tensor, Tensor, Tensor]:
+def changes(states: Tensor, positions: dict[str, Tensor], form: Form) -> tuple[Tensor, Tensor, Tensor]:
     """Return the two changes of the state that are compared, and a state at one of their ends, (n, d) fp32 each."""
-    at = {name: states[place].float() for name, place in places.items()}
+    at = {name: states[place].float() for name, place in positions.items()}
     if form == "triple":
         return at["t"] - at["r"], at["r"] - at["s"], at["r"]
     patch = at["end"] - at["start"]
@@ -142,17 +142,17 @@ class Stp(Objective):
 
     def states(self, backbone: Backbone, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """Return the states for the LM head and the states that are compared, (T, d) each."""
-        stream = batch.streams["main"]
+        packed = batch.sequences["main"]
         if self.tap:
-            return backbone.hidden_and_tap(stream, self.tap)
-        hidden = backbone.hidden(stream)
+            return backbone.hidden_and_tap(packed, self.tap)
+        hidden = backbone.hidden(packed)
         return hidden, hidden
 
     def loss(self, backbone: Backbone, batch: PackedBatch, gathered: list[dict[str, Tensor]], micro: int) -> Loss:
         o = self.options
         hidden, states = self.states(backbone, batch)
         lm = lm_loss(backbone, hidden, batch)
-        bends = 1 - cosines(*changes(states, batch.places, o.form))
+        bends = 1 - cosines(*changes(states, batch.positions, o.form))
         jepa = mean_over_global_batch(bends.sum(), batch.totals["spans"])
         jepa_weight = o.jepa_weight * ramp(batch.step - o.jepa_start, o.jepa_ramp)
         total = o.lm_weight * lm + jepa_weight * jepa
@@ -167,8 +167,8 @@ class Stp(Objective):
     def diagnose(self, backbone: Backbone, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """Return each triple's cosine, (n,), and its three states, (n, 3, d), fp32."""
         _, states = self.states(backbone, batch)
-        cosine = cosines(*changes(states, batch.places, "triple"))
-        return cosine, torch.stack([states[batch.places[name]] for name in ("s", "r", "t")], dim=1).float()
+        cosine = cosines(*changes(states, batch.positions, "triple"))
+        return cosine, torch.stack([states[batch.positions[name]] for name in ("s", "r", "t")], dim=1).float()
 
 
 @dataclass(slots=True)

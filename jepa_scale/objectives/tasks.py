@@ -15,7 +15,7 @@ Task = Literal[
     # of the concept objective alone
     "encode_names",
     "predict",
-    "say_logits",
+    "decode_logits",
 ]
 TASKS: frozenset[str] = frozenset(get_args(Task))
 """Names of the methods that :meth:`jepa_scale.objectives.base.JepaModel.forward` may call. An objective outside of this package

@@ -152,7 +152,7 @@ def micro_batch(objective: Objective, data: Any, tokens: int = 0, samples: int =
         if isinstance(made, DataError):
             raise InputError(f"objective: the made-up sample has no views: {made}")
         views.append(replace(made, seed=number))
-    return pack(views, objective.streams)
+    return pack(views, objective.sequences)
 
 
 def _filling(objective: Objective, data: StandIn, rest: int, number: int) -> list[Any]:

@@ -24,7 +24,7 @@ from jepa_scale.engines.base import Engine, EngineOptions
 from jepa_scale.engines.ema import Teacher, TeacherModel
 from jepa_scale.engines.precision import resolve_precision
 from jepa_scale.engines.weights import Weights, built_by_rank_0
-from jepa_scale.evaluation.chat import Place
+from jepa_scale.evaluation.chat import Output
 from jepa_scale.evaluation.run import Results, chat_test, device_call, evaluate
 from jepa_scale.evaluation.text_probe import probe_test
 from jepa_scale.experiment import Experiment
@@ -162,7 +162,7 @@ def build(experiment: Experiment, ranks: ParallelContext, steps: int = 0) -> Tra
             data.train,
             sampler,
             objective.view_transform(),
-            streams=objective.streams,
+            sequences=objective.sequences,
             start_step=start_step,
             steps=steps,
             seed=experiment.run.seed,
@@ -210,12 +210,12 @@ def build(experiment: Experiment, ranks: ParallelContext, steps: int = 0) -> Tra
     def run_evaluation(
         between: Callable[[], None] = lambda: None, step: int = 0, run_dir: Path | None = None
     ) -> Results:
-        place = Place(run_dir, step, experiment.log.progress)
+        output = Output(run_dir, step, experiment.log.progress)
         engine.eval()
         try:
             with torch.no_grad():
                 call = device_call(engine, ranks.device, between)
-                return evaluate(objective, call, data, experiment.eval, ranks, test, place, probe)
+                return evaluate(objective, call, data, experiment.eval, ranks, test, output, probe)
         finally:
             engine.train()
 

@@ -25,15 +25,15 @@ def run(ranks: ParallelContext, accumulation: int) -> dict[str, Any]:
     for step in range(STEPS):
         data = torch.Generator().manual_seed(step)
         rows = torch.randn(SLICES, ROWS, 3, generator=data)
-        lots = torch.randint(0, 2**62, (SLICES, ROWS), generator=data)
+        priorities = torch.randint(0, 2**62, (SLICES, ROWS), generator=data)
         keys = torch.randint(0, 60, (SLICES, ROWS), generator=data)
         for micro in range(accumulation):
             part = micro * ranks.world_size + ranks.rank
             here = ROWS - part % 2  # not all of one size
             mine = moments(2 * rows[part, :here] + 1)
             moments.observe(mine)
-            book.observe(mine, book(mine).codes, lots[part, :here], step)
-            queue.note(mine, keys[part, :here], ROWS)
+            book.observe(mine, book(mine).codes, priorities[part, :here], step)
+            queue.observe(mine, keys[part, :here], ROWS)
         good = torch.tensor(step != 5)
         moments.update(good, 0.7)
         book.update(good, 0.7)

@@ -22,7 +22,7 @@ from jepa_scale.data import load_data, parse_data
 from jepa_scale.data.examples import Conversation, Turn
 from jepa_scale.data.shards.decode import truncate
 from jepa_scale.distributed.comm import ParallelContext
-from jepa_scale.evaluation.chat import ChatTest, Counter, Place, chosen, generations_file, question, save, summary
+from jepa_scale.evaluation.chat import ChatTest, Counter, Output, chosen, generations_file, question, save, summary
 from jepa_scale.evaluation.options import ChatEvalOptions
 from jepa_scale.evaluation.run import chat_test
 from jepa_scale.models.generation import Generated, Prompts
@@ -209,7 +209,7 @@ def test_metrics_are_means_over_what_can_be_scored_and_every_answer_is_kept(tmp_
     }
     model = Told(said)
     how = options(metrics=["exact_match", "gsm8k"], generation_batch=2, max_new_tokens=13)
-    results = test_of(rows, how).run(model, ALONE, Place(tmp_path, 12))
+    results = test_of(rows, how).run(model, ALONE, Output(tmp_path, 12))
     assert results == {
         "valid": {
             "exact_match": 1 / 4,
@@ -240,7 +240,7 @@ def test_rows_that_cannot_be_asked_are_kept_and_not_counted(tmp_path):
     made = test_of([("a" * 20, "x"), ("b", "x"), ("c" * 6, "xyz")], options(metrics=["exact_match"]), positions=10)
     cut = question(truncate(conversation(ASK, ("assistant", "x")), 4), 3, "valid", made.options)
     made = ChatTest(made.options, {"valid": [*made.questions["valid"], cut]}, made.decode, made.stop, 10)
-    (result,) = made.run(Told({"b": "x", "c" * 6: "xyz"}), ALONE, Place(tmp_path, 0)).values()
+    (result,) = made.run(Told({"b": "x", "c" * 6: "xyz"}), ALONE, Output(tmp_path, 0)).values()
     assert (result["exact_match"], result["generated"], result["unscored"]) == (1 / 3, 3.0, 1.0)
     records = read(tmp_path, 0)
     assert [r["generated"] for r in records] == ["", "x", "xy", None]  # "xyz" would need an eleventh position
@@ -257,20 +257,20 @@ def test_queries_run_on_the_rows_database(tmp_path):
     rows = [(ask.format("zoo"), "SELECT name FROM t"), (ask.format("sea"), "SELECT name FROM t")]
     said = {rows[0][0]: "SELECT name FROM t ORDER BY 1", rows[1][0]: "SELECT nam FROM t"}
     how = options(metrics=["sql_execution"], database=f"{tmp_path}/{{db_id}}.sqlite")
-    (result,) = test_of(rows, how).run(Told(said), ALONE, Place(tmp_path, 3)).values()
+    (result,) = test_of(rows, how).run(Told(said), ALONE, Output(tmp_path, 3)).values()
     assert (result["sql_execution"], result["sql_execution_upstream"]) == (0.5, 0.0)
     assert "no such column: nam" in read(tmp_path, 3)[1]["notes"]["sql_execution"]
 
 
 def test_labels_come_from_the_options():
     how = options(metrics=["multiple_choice"], choices=["A", "B"])
-    (result,) = test_of([("q", "B"), ("p", "A")], how).run(Told({"q": "(B)", "p": "B"}), ALONE, Place()).values()
+    (result,) = test_of([("q", "B"), ("p", "A")], how).run(Told({"q": "(B)", "p": "B"}), ALONE, Output()).values()
     assert (result["multiple_choice"], result["multiple_choice_upstream"]) == (0.5, 0.0)
 
 
 def test_without_rows_or_scores_there_are_no_means(tmp_path):
-    assert test_of([], options(metrics=["exact_match"])).run(Told({}), ALONE, Place(tmp_path)) == {}
-    (result,) = test_of([("q", "")], options(metrics=["exact_match"])).run(Told({"q": ""}), ALONE, Place()).values()
+    assert test_of([], options(metrics=["exact_match"])).run(Told({}), ALONE, Output(tmp_path)) == {}
+    (result,) = test_of([("q", "")], options(metrics=["exact_match"])).run(Told({"q": ""}), ALONE, Output()).values()
     assert result == {"stopped": 1.0, "generated": 1.0, "unscored": 1.0}
     assert summary([]) == {"generated": 0.0, "unscored": 0.0}
 
@@ -349,6 +349,6 @@ def test_prompts_and_texts_of_prepared_conversations(tmp_path):
 
     objective = LanguageModeling(LmOptions(), backbone, data)
     (result,) = test.run(
-        lambda task, *args: getattr(objective, task)(backbone, *args), ALONE, Place(tmp_path, 5)
+        lambda task, *args: getattr(objective, task)(backbone, *args), ALONE, Output(tmp_path, 5)
     ).values()
     assert result["generated"] == 2.0 and len(read(tmp_path, 5)) == 2

@@ -53,7 +53,7 @@ class Silent(LanguageModeling):
     predicts_tokens = False
 
     def text_views(self, example: Any, draw: SampleRNG) -> Views:
-        return Views([Segment(example.tokens[1:], "text", positions=np.arange(1, len(example.tokens)))])
+        return Views([Segment(example.tokens[1:], "text", position_ids=np.arange(1, len(example.tokens)))])
 
 
 def evaluate_on_rank(ranks: ParallelContext, config: str, silent: bool) -> tuple[Any, list[str]]:
@@ -119,7 +119,7 @@ def test_figures_are_those_of_texts_encoded_one_by_one(config, world_size, silen
 
 
 def stream_from(ids: list[int], start: int) -> Any:
-    return pack_sequence([Segment(ids, "x", positions=range(start, start + len(ids)))])
+    return pack_sequence([Segment(ids, "x", position_ids=range(start, start + len(ids)))])
 
 
 def test_some_token_states_are_evenly_spread(config, monkeypatch):

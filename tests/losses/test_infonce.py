@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jepa_scale.losses.infonce import NO_KEY, contrast, first_of_each, gather_contrast, places_of
+from jepa_scale.losses.infonce import NO_KEY, contrast, first_index_of, first_of_each, gather_contrast
 
 SCALE = torch.tensor(7.0)
 
@@ -52,7 +52,7 @@ def test_padding_of_a_gather_is_no_candidate():
     keys = torch.tensor([3, NO_KEY, 3, 5, NO_KEY])
     keep, ordered, order = first_of_each(keys)
     assert keep.tolist() == [True, False, False, True, False]
-    assert places_of(torch.tensor([3, 5]), ordered, order).tolist() == [0, 3]
+    assert first_index_of(torch.tensor([3, 5]), ordered, order).tolist() == [0, 3]
 
 
 @settings(max_examples=25)

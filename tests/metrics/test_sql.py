@@ -167,10 +167,10 @@ def test_nothing_is_written(shop, query):
 
 
 def test_every_lock_holds_alone(shop, monkeypatch):
-    with sql._reading(shop, Limits()) as connection, pytest.raises(sqlite3.DatabaseError, match="not authorized"):
+    with sql._read_only(shop, Limits()) as connection, pytest.raises(sqlite3.DatabaseError, match="not authorized"):
         connection.execute("PRAGMA query_only = OFF")
     monkeypatch.setattr(sql, "_authorize", None)
-    with sql._reading(shop, Limits()) as connection:
+    with sql._read_only(shop, Limits()) as connection:
         with pytest.raises(sqlite3.OperationalError, match="readonly"):
             connection.execute("CREATE TEMP TABLE t (a)")  # no file: query_only alone
         connection.execute("PRAGMA query_only = OFF")
@@ -183,7 +183,7 @@ def test_the_file_is_read_only_also_in_wal_mode(tmp_path, monkeypatch):
     with closing(sqlite3.connect(path, isolation_level=None)) as writer:
         writer.executescript("PRAGMA journal_mode = WAL; CREATE TABLE t (a); INSERT INTO t VALUES (1);")
         monkeypatch.setattr(sql, "_authorize", None)
-        with sql._reading(path, Limits()) as connection:
+        with sql._read_only(path, Limits()) as connection:
             connection.execute("PRAGMA query_only = OFF")
             with pytest.raises(sqlite3.OperationalError, match="readonly"):
                 connection.execute("DELETE FROM t")

@@ -303,7 +303,7 @@ def test_unembedding_is_a_product_with_the_embeddings_as_they_enter(name, piece,
 
 def test_positions_are_the_streams_own():
     backbone = make("gpt2")
-    shifted = pack_sequence([Segment([1, 2, 3], "a", positions=[4, 7, 9])])
+    shifted = pack_sequence([Segment([1, 2, 3], "a", position_ids=[4, 7, 9])])
     with backbone.unpacked() as decoder:
         out = decoder(
             torch.tensor([[1, 2, 3]]), position_ids=torch.tensor([[4, 7, 9]]), attention_mask=torch.ones(1, 3)

@@ -70,7 +70,7 @@ def samples(branches, labelled, only=None):
                 segments.insert(0, Segment(tokens, "branch", prefix=(f"parent{parent}", n)))
             else:
                 segments.insert(
-                    0, Segment(parents[parent][:n] + tokens, "branch", places={"own": range(n, n + len(tokens))})
+                    0, Segment(parents[parent][:n] + tokens, "branch", positions={"own": range(n, n + len(tokens))})
                 )
         views.append(Views(segments))
     return views
@@ -78,18 +78,18 @@ def samples(branches, labelled, only=None):
 
 def rows(batch, role):
     """Places in the stream of a role's tokens, sample by sample."""
-    edges = batch.streams["main"].table.cu_seqlens.tolist()
+    edges = batch.sequences["main"].table.cu_seqlens.tolist()
     return torch.cat([torch.arange(edges[i], edges[i + 1]) for i in batch.segments[role].tolist()])
 
 
 def both(labelled=False, only=None):
-    """Two batches that say the same, and in each the places of the branches' own tokens and of the parents'."""
+    """Two batches that say the same, and in each the positions of the branches' own tokens and of the parents'."""
     branched, whole = (pack(samples(branches, labelled, only)) for branches in (True, False))
-    own = rows(branched, "branch"), whole.places["own"]
+    own = rows(branched, "branch"), whole.positions["own"]
     parents = [torch.cat([rows(batch, "parent0"), rows(batch, "parent1")]) for batch in (branched, whole)]
-    streams = branched.streams["main"], whole.streams["main"]
-    assert torch.equal(*(s.input_ids[r] for s, r in zip(streams, own, strict=True)))
-    return list(zip(streams, own, parents, strict=True))
+    sequences = branched.sequences["main"], whole.sequences["main"]
+    assert torch.equal(*(s.input_ids[r] for s, r in zip(sequences, own, strict=True)))
+    return list(zip(sequences, own, parents, strict=True))
 
 
 def outcome(backbone, case, until=None):
@@ -186,7 +186,7 @@ def test_a_branch_sees_its_prefix_and_nothing_else_of_its_parent_which_never_see
     def states(parent, branch):
         views = Views([Segment(parent, "parent"), Segment(branch, "branch", prefix=("parent", 5))])
         batch = pack([views])
-        hidden = backbone.hidden(batch.streams["main"]).detach()
+        hidden = backbone.hidden(batch.sequences["main"]).detach()
         return hidden[rows(batch, "parent")], hidden[rows(batch, "branch")]
 
     backbone = make(name)
@@ -205,7 +205,7 @@ def test_a_branch_is_as_long_as_with_its_prefix():
 
     def stream(own):
         views = Views([Segment([1] * 7, "parent"), Segment([2] * own, "branch", prefix=("parent", 6))])
-        return pack([views]).streams["main"]
+        return pack([views]).sequences["main"]
 
     backbone.hidden(stream(2))
     with pytest.raises(ValueError, match="a segment has 9 tokens, more than the model.s max_position_embeddings, 8"):

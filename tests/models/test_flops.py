@@ -226,7 +226,7 @@ def test_a_branch_is_charged_for_its_prefix(window):
 def test_every_product_of_branches_is_counted(name):
     """Those of a parent, its branches and a stranger, by PyTorch's counter again."""
     segments = [Segment([1] * 9, "p"), Segment([2] * 3, "b", prefix=("p", 5)), Segment([3], "c", prefix=("p", 9))]
-    packed = pack([Views([*segments, Segment([4] * 5, "d")])]).streams["main"]
+    packed = pack([Views([*segments, Segment([4] * 5, "d")])]).sequences["main"]
     backbone = make(name)
     flops, lengths, keys = DecoderFlops.of(backbone), packed.table.lengths, packed.key_lengths
     forward = flops.forward(lengths, ROWS, square=True, key_lengths=keys)

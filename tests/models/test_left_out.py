@@ -44,7 +44,9 @@ def dense(backbone, tokens, masked):
 def both(backbone, texts):
     """States of the tokens that are seen, text by text: packed, and from the dense mask."""
     segments = [
-        Segment([t for t, m in zip(tokens, masked, strict=True) if not m], "view", positions=(~masked).nonzero()[:, 0])
+        Segment(
+            [t for t, m in zip(tokens, masked, strict=True) if not m], "view", position_ids=(~masked).nonzero()[:, 0]
+        )
         for tokens, masked in texts
     ]
     packed = backbone.hidden(pack_sequence(segments))
@@ -92,6 +94,6 @@ def test_positions_that_are_kept_matter(name):
     """Else the tests above could pass with positions ignored."""
     backbone = make(name)
     tokens = [3, 1, 4, 1, 5, 9]
-    kept = backbone.hidden(pack_sequence([Segment(tokens, "view", positions=[0, 1, 4, 6, 7, 30])]))
+    kept = backbone.hidden(pack_sequence([Segment(tokens, "view", position_ids=[0, 1, 4, 6, 7, 30])]))
     closed = backbone.hidden(pack_sequence([Segment(tokens, "view")]))
     assert (kept - closed).abs().max() > 1e-3

@@ -117,4 +117,4 @@ def batch_of(objective: Objective, examples: list[Any], step: int = 0, first: in
     views = objective.view_transform()
     made = [views(example, SampleRNG(0, 0, step, first + i)) for i, example in enumerate(examples)]
     form = views(like, SampleRNG(0, 0, step, 0)) if like is not None else None
-    return with_totals(pack(made, objective.streams, step=step, like=form))
+    return with_totals(pack(made, objective.sequences, step=step, like=form))

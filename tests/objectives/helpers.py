@@ -46,7 +46,7 @@ def batch_of(objective: Objective, facts: list[Any], step: int = 0, first: int =
     """The facts as one micro-batch that is the whole global batch."""
     views = objective.view_transform()
     batch = pack(
-        [views(f, SampleRNG(0, 0, step, first + i)) for i, f in enumerate(facts)], objective.streams, step=step
+        [views(f, SampleRNG(0, 0, step, first + i)) for i, f in enumerate(facts)], objective.sequences, step=step
     )
     return with_totals(batch)
 

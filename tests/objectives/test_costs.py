@@ -40,7 +40,7 @@ def micro_batches(objective, samples, count):
     batches = []
     for first in range(0, len(samples), size):
         made = [view(x, SampleRNG(0, 0, 3, first + i)) for i, x in enumerate(samples[first : first + size])]
-        batches.append(pack(made, objective.streams, step=3, max_samples=size))
+        batches.append(pack(made, objective.sequences, step=3, max_samples=size))
     totals = {name: torch.tensor(float(n)) for name, n in add_counts(batches).items()}
     return [replace(batch, totals=totals) for batch in batches]
 
@@ -86,7 +86,7 @@ class Looks(LanguageModeling):
     needs_global_batch = True
 
     def gather(self, backbone, batch):
-        return {"states": backbone.hidden(batch.streams["main"])}
+        return {"states": backbone.hidden(batch.sequences["main"])}
 
 
 @pytest.mark.parametrize("micros", [1, 3])

@@ -27,7 +27,7 @@ def test_states_pooled_by_segment_come_back_to_the_order_of_the_texts():
         out = objective.encode(model, batch)
         for sample, segment in zip(batch.samples["text"].tolist(), batch.segments["text"].tolist(), strict=True):
             expected = alone(model, TEXTS[sample])
-            start, stop = batch.streams["main"].table.cu_seqlens[segment : segment + 2].tolist()
+            start, stop = batch.sequences["main"].table.cu_seqlens[segment : segment + 2].tolist()
             torch.testing.assert_close(out["tokens"][start:stop], expected)
             torch.testing.assert_close(out["mean"][segment], expected.mean(dim=0))
             torch.testing.assert_close(out["last"][segment], expected[-1])

@@ -1,4 +1,4 @@
-"""`stp`: its places, and its loss against a plain reference in fp64, one sequence at a time, no packing."""
+"""`stp`: its positions, and its loss against a plain reference in fp64, one sequence at a time, no packing."""
 
 import copy
 import math
@@ -148,7 +148,7 @@ def test_places_of_packed_conversations_are_in_their_own_last_exchange(chats, fo
         possible += spans * (len(own) >= 3)
     maker = StpViews(StpOptions(form=form, spans=spans))
     batch = pack([maker(example, SampleRNG(seed, 0, 0, i)) for i, (example, _) in enumerate(examples)])
-    at = {name: batch.streams["main"].input_ids[batch.places[name]] for name in NAMES[form]}
+    at = {name: batch.sequences["main"].input_ids[batch.positions[name]] for name in NAMES[form]}
     assert batch.counts["spans"] == possible and {len(x) for x in at.values()} == {possible}
     for row in torch.stack(list(at.values()), dim=1).tolist():
         (sample,) = {token // 100 for token in row}
@@ -165,7 +165,7 @@ def test_a_sample_is_one_segment_and_its_places_are_its_own():
     (segment,) = views.segments
     assert list(segment.tokens) == list(doc.tokens[:-1]) and list(segment.labels) == list(doc.tokens[1:])
     assert views.counts == {"spans": 5}
-    drawn = lambda *draw: [x.tolist() for x in maker(doc, SampleRNG(*draw)).segments[0].places.values()]  # noqa: E731
+    drawn = lambda *draw: [x.tolist() for x in maker(doc, SampleRNG(*draw)).segments[0].positions.values()]  # noqa: E731
     assert drawn(0, 2, 9, 7) == drawn(0, 2, 10, 7)  # the step has no part in it
     assert all(drawn(0, 2, 9, 7) != drawn(*other) for other in ((1, 2, 9, 7), (0, 3, 9, 7), (0, 2, 9, 8)))
     assert make(model()).view_tokens(np.array([2, 9])).tolist() == [1, 8]
@@ -174,16 +174,16 @@ def test_a_sample_is_one_segment_and_its_places_are_its_own():
 @pytest.mark.parametrize("form", ["triple", "span"])
 def test_max_span_bounds_the_span(form):
     maker = StpViews(StpOptions(form=form, spans=300, max_span=4))
-    places = maker(document(200), SampleRNG(0, 0, 0, 0)).segments[0].places
+    positions = maker(document(200), SampleRNG(0, 0, 0, 0)).segments[0].positions
     a, b = ("s", "t") if form == "triple" else ("start", "end")
-    assert (places[b] - places[a]).max() == 4
+    assert (positions[b] - positions[a]).max() == 4
 
 
 # -- closed forms -----------------------------------------------------------------------------------------------------
 
 
-def bend(states, form, *places):
-    at = {name: torch.tensor([place]) for name, place in zip(NAMES[form], places, strict=True)}
+def bend(states, form, *positions):
+    at = {name: torch.tensor([place]) for name, place in zip(NAMES[form], positions, strict=True)}
     return float(1 - cosines(*changes(states, at, form)))
 
 
@@ -225,7 +225,7 @@ def micro_batches(objective, *parts, step=0):
     like = maker(SAMPLES[0], SampleRNG(0, 0, step, 0))
     for part in parts:
         views = [maker(x, SampleRNG(0, 0, step, first + i)) for i, x in enumerate(part)]
-        batches.append(pack(views, objective.streams, step=step, like=like))
+        batches.append(pack(views, objective.sequences, step=step, like=like))
         first += len(part)
     totals = {name: torch.tensor(float(n)) for name, n in add_counts(batches).items()}
     return [replace(batch, totals=totals) for batch in batches]
@@ -257,11 +257,11 @@ def reference(backbone, objective, samples):
     o, lm, bends = objective.options, [], []
     tap = {None: None, -2: 2, 3: 3, 1: 1}[o.tap_layer]
     for number, sample in enumerate(samples):
-        places = objective.view_transform()(sample, SampleRNG(0, 0, 0, number)).segments[0].places
+        positions = objective.view_transform()(sample, SampleRNG(0, 0, 0, number)).segments[0].positions
         tokens, labels = (np.asarray(x)[:-1].tolist() for x in sample.lm_sequence())
         logits, h = backbone.logits(alone(backbone, tokens)), alone(backbone, tokens, tap)
         lm += [F.cross_entropy(logits[i], torch.tensor(x)) for i, x in enumerate(labels) if x != IGNORE]
-        for at in zip(*(places[name].tolist() for name in NAMES[o.form]), strict=True):
+        for at in zip(*(positions[name].tolist() for name in NAMES[o.form]), strict=True):
             if o.form == "triple":
                 s, r, t = at
                 pair = h[t] - h[r], h[r] - h[s]
@@ -319,8 +319,8 @@ def test_the_loss_is_computed_in_fp32_under_autocast():
     backbone = model()
     objective = make(backbone)
     (batch,) = micro_batches(objective, SAMPLES)
-    states = backbone.hidden(batch.streams["main"]).detach()
-    exact = cosines(*changes(states.bfloat16(), batch.places, "triple"))
+    states = backbone.hidden(batch.sequences["main"]).detach()
+    exact = cosines(*changes(states.bfloat16(), batch.positions, "triple"))
     backbone.hidden = lambda stream: states.bfloat16()  # what a decoder in half precision gives
     backbone.logits = lambda rows: rows.float() @ torch.ones(16, VOCABULARY)
     with torch.autocast("cpu", torch.bfloat16):
@@ -365,9 +365,9 @@ def test_diagnostics_equal_the_plain_reference_and_stay_so(tap_layer):
     cosine, rows = [], []
     with torch.no_grad():
         for number, sample in enumerate(SAMPLES):
-            places = StpViews(StpOptions(spans=4))(sample, SampleRNG(0, 0, 0, number)).segments[0].places
+            positions = StpViews(StpOptions(spans=4))(sample, SampleRNG(0, 0, 0, number)).segments[0].positions
             h = alone(wide, sample.tokens[:-1].tolist(), None if tap_layer is None else 1)
-            for s, r, t in zip(*(places[name].tolist() for name in "srt"), strict=True):
+            for s, r, t in zip(*(positions[name].tolist() for name in "srt"), strict=True):
                 cosine.append(F.cosine_similarity(h[t] - h[r], h[r] - h[s], dim=0))
                 rows += [h[s], h[r], h[t]]
     share = torch.linalg.svdvals(torch.stack(rows) - torch.stack(rows).mean(0))

@@ -38,6 +38,6 @@ def test_what_is_no_task_is_refused():
     assert model("count", 3) == (model.backbone, 3)
     for name in ("uncounted", "state_dict", "los", "view_transform"):
         with pytest.raises(
-            AssertionError, match=rf"^'{name}' is no task of Counting; there are count, diagnose, encode"
+            AssertionError, match=rf"^'{name}' is no task of Counting; there are count, decode_logits, diagnose, encode"
         ):
             model(name)

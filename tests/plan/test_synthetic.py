@@ -20,7 +20,7 @@ def test_a_micro_batch_is_full():
     data = synthetic_data(experiment, None, None)
     objective = modelled(config())[0].objective
     batch = micro_batch(objective, data, tokens=100)
-    assert batch.streams["main"].table.lengths == (16,) * 6  # 17 tokens, the last one only predicted; 4 are too few
+    assert batch.sequences["main"].table.lengths == (16,) * 6  # 17 tokens, the last one only predicted; 4 are too few
     assert micro_batch(objective, data, samples=3).num_tokens == 48
     with pytest.raises(InputError, match="train.micro_tokens: a sample's views take 16 tokens, more than 3"):
         micro_batch(objective, data, tokens=3)

@@ -35,7 +35,7 @@ def run(chat, options=None, rank=0, world_size=1, **train):
     keys = {"batch_size": 0, "batch_tokens": 0, "micro_tokens": 0, "accumulation": 1, "epochs": 0, **train}
     experiment = SimpleNamespace(train=SimpleNamespace(**keys), run=SimpleNamespace(seed=SEED))
     stream = create_sampler(experiment, chat, objective, SimpleNamespace(dp_rank=rank, dp_size=world_size))
-    loader = Loader(chat.train, stream, objective.view_transform(), objective.streams, 0, 0, SEED)
+    loader = Loader(chat.train, stream, objective.view_transform(), objective.sequences, 0, 0, SEED)
     return loader, objective.flops(model), lambda step: objective.kind_of_step(step, SEED)
 
 

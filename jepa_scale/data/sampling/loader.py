@@ -44,7 +44,7 @@ class Loader:
         examples: the training examples, picked by number.
         stream: which of them a step takes, and how many tokens they may have.
         view_maker: example → its segments.
-        streams: names of the streams that the objective packs.
+        sequences: names of the sequences that the objective packs.
         start_step: the first step; its micro-batches are those of an uninterrupted run at that step.
         steps: the step at which to stop (the run's length, not the number of steps still to go).
         seed: the run's seed, for :class:`SampleRNG` and the batches.
@@ -55,7 +55,7 @@ class Loader:
     examples: Readable
     sampler: BatchSampler
     view_transform: ViewTransform
-    streams: Sequence[str]
+    sequences: Sequence[str]
     start_step: int
     steps: int
     seed: int
@@ -95,7 +95,7 @@ class Loader:
                 views.append(replace(made, seed=draw.number("model")))
         batch = pack(
             views,
-            self.streams,
+            self.sequences,
             step=step,
             seed=self.seed,
             max_samples=self.sampler.max_samples(step),

@@ -35,7 +35,7 @@ class NameViews(Protocol):
     def names(self, fact: Any) -> Views: ...
 
 
-class ConceptAnswerer:
+class ConceptAnswerGenerator:
     """Answer generator that predicts in concept space.
 
     With ``snap``, it decodes the known concept nearest to the prediction, else the prediction. Known concepts are those of
@@ -46,12 +46,13 @@ class ConceptAnswerer:
         self,
         call: Call,
         views: NameViews,
-        say: Callable[[int, tuple[int, ...]], Segment],
-        streams: tuple[str, ...],
+        decode_segment: Callable[[int, tuple[int, ...]], Segment],
+        sequences: tuple[str, ...],
         snap: bool,
         chunk: int = 8192,
     ):
-        self.call, self.views, self.say, self.streams, self.snap, self.chunk = call, views, say, streams, snap, chunk
+        self.call, self.views, self.decode_segment = call, views, decode_segment
+        self.sequences, self.snap, self.chunk = sequences, snap, chunk
         self.own: dict[tuple[int, ...], int] = {}
         self.index = torch.empty(0)
 
@@ -68,7 +69,7 @@ class ConceptAnswerer:
         self.index = F.normalize(all_gather_rows(torch.cat(parts))[: len(answers)], dim=-1)
 
     def _pack(self, views: list[Views]) -> PackedBatch:
-        return pack(views, self.streams)
+        return pack(views, self.sequences)
 
     def _predict(self, questions: Sequence[Any]) -> Tensor:
         return F.normalize(self.call("predict", self._pack([self.views.names(q) for q in questions])), dim=-1)
@@ -77,34 +78,34 @@ class ConceptAnswerer:
         right = torch.tensor([self.own[q.answer] for q in questions], device=self.index.device)
         return rank_of(self._predict(questions) @ self.index.T, right)
 
-    def _to_say(self, questions: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    def _concepts_to_decode(self, questions: Sequence[Any]) -> tuple[Tensor, Tensor]:
         """Return the concepts to decode, (n, dim), and the nearest known names, (n,)."""
         predicted = self._predict(questions)
         nearest = (predicted @ self.index.T).argmax(dim=-1)
         return (self.index[nearest] if self.snap else predicted), nearest
 
-    def _say(
+    def _logits(
         self, questions: Sequence[Any], texts: Sequence[tuple[int, ...]], concepts: Tensor, nearest: Tensor
     ) -> Any:
-        views = [Views([self.say(q.mask, text)]) for q, text in zip(questions, texts, strict=True)]
+        views = [Views([self.decode_segment(q.mask, text)]) for q, text in zip(questions, texts, strict=True)]
         batch = self._pack(views)
-        return batch, self.call("say_logits", batch, concepts, nearest)
+        return batch, self.call("decode_logits", batch, concepts, nearest)
 
     def verbalize(self, questions: Sequence[Any], length: int) -> list[tuple[int, ...]]:
-        concepts, nearest = self._to_say(questions)
-        spoken: list[tuple[int, ...]] = [() for _ in questions]
+        concepts, nearest = self._concepts_to_decode(questions)
+        generated: list[tuple[int, ...]] = [() for _ in questions]
         for _ in range(length):
             # The last token is a dummy label: it adds a labelled position for the next token's logits, but is not read.
-            batch, logits = self._say(questions, [(*s, 0) for s in spoken], concepts, nearest)
-            ends = torch.tensor(np.cumsum(batch.streams["say"].table.lengths) - 1, device=logits.device)
-            following = logits[ends].argmax(dim=-1)[batch.segments["say"].to(logits.device)].tolist()
-            spoken = [(*s, t) for s, t in zip(spoken, following, strict=True)]
-        return spoken
+            batch, logits = self._logits(questions, [(*s, 0) for s in generated], concepts, nearest)
+            ends = torch.tensor(np.cumsum(batch.sequences["decode"].table.lengths) - 1, device=logits.device)
+            following = logits[ends].argmax(dim=-1)[batch.segments["decode"].to(logits.device)].tolist()
+            generated = [(*s, t) for s, t in zip(generated, following, strict=True)]
+        return generated
 
     def nll(self, questions: Sequence[Any]) -> np.ndarray:
-        concepts, nearest = self._to_say(questions)
-        batch, logits = self._say(questions, [q.answer for q in questions], concepts, nearest)
-        stream = batch.streams["say"]
-        wanted = stream.labels[stream.labelled].to(logits.device)
+        concepts, nearest = self._concepts_to_decode(questions)
+        batch, logits = self._logits(questions, [q.answer for q in questions], concepts, nearest)
+        packed = batch.sequences["decode"]
+        wanted = packed.labels[packed.labelled].to(logits.device)
         log_probs = torch.log_softmax(logits, dim=-1).gather(1, wanted[:, None])[:, 0]
-        return -sum_by_segment(log_probs.cpu().double().numpy(), batch, "say")
+        return -sum_by_segment(log_probs.cpu().double().numpy(), batch, "decode")

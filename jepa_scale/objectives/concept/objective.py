@@ -30,7 +30,7 @@ from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.flops import Cost, DecoderFlops, ReadoutFlops, linear_cost
 from jepa_scale.models.layers.bridge import Bridge
 from jepa_scale.objectives.base import Loss, Objective, lm_loss, mean_over_global_batch, resolve_tap
-from jepa_scale.objectives.concept.answers import ConceptAnswerer
+from jepa_scale.objectives.concept.answers import ConceptAnswerGenerator
 from jepa_scale.objectives.concept.config import ConceptOptions
 from jepa_scale.objectives.concept.memory import ConceptMemory
 from jepa_scale.objectives.concept.predictors import PREDICTORS
@@ -57,35 +57,35 @@ class ConceptViews:
             return Views([], values)
         names = (fact.subject, fact.object)
         values["names"] = np.array([hash(name) & (2**63 - 1) for name in names])
-        return Views([Segment(name, "name", stream="names", key=name) for name in names], values)
+        return Views([Segment(name, "name", sequence="names", key=name) for name in names], values)
 
     def __call__(self, fact: Any, draw: SampleRNG) -> Views:
         views = self.names(fact)
-        rng = draw.rng("say")
+        rng = draw.rng("say")  # the name is part of the seed
         # Either name, so that all entities are decoded equally often: some are the object of held-out facts only.
         which = int(rng.integers(2))
-        views.values["spoken"] = which
-        spoken = rng.random() < self.options.decode_fraction
-        if spoken:
-            views.segments.append(say_segment(fact.mask, fact.object if which else fact.subject))
+        views.values["decoded_name"] = which
+        decoded = rng.random() < self.options.decode_fraction
+        if decoded:
+            views.segments.append(decode_segment(fact.mask, fact.object if which else fact.subject))
         if self.options.decode_noise and self.slots is None:
-            noise = rng.standard_normal(self.dim, dtype=np.float32) if spoken else np.zeros(self.dim, np.float32)
+            noise = rng.standard_normal(self.dim, dtype=np.float32) if decoded else np.zeros(self.dim, np.float32)
             views.values["noise"] = self.options.decode_noise * noise
         views.counts["pairs"] = 1
         return views
 
 
-def say_segment(mask: int, name: tuple[int, ...]) -> Segment:
+def decode_segment(mask: int, name: tuple[int, ...]) -> Segment:
     """Return the segment that decodes a name: <mask>, then the name without its last token.
 
     Each position predicts the name's next token.
     """
-    return Segment([mask, *name[:-1]], "say", labels=name, stream="say")
+    return Segment([mask, *name[:-1]], "decode", labels=name, sequence="decode")
 
 
-def _spoken(batch: PackedBatch) -> int:
+def _names_to_decode(batch: PackedBatch) -> int:
     """Return the number of samples with a name to decode."""
-    return len(batch.samples.get("say", ()))
+    return len(batch.samples.get("decode", ()))
 
 
 class LogScale(nn.Module):
@@ -130,7 +130,7 @@ class Concept(Objective):
         self.memory = ConceptMemory(self.known, dim) if options.memory else None
         needs_projection = not options.memory and options.concept_dim is not None
         self.project = nn.Linear(backbone.hidden_size, dim, bias=False) if needs_projection else nn.Identity()
-        self.streams = ("say",) if options.memory else ("names", "say")
+        self.sequences = ("decode",) if options.memory else ("names", "decode")
 
     @property
     def bounds(self) -> dict[str, tuple[float, float]]:
@@ -143,9 +143,9 @@ class Concept(Objective):
     def view_tokens(self, sizes: np.ndarray) -> np.ndarray:
         return 2 * sizes  # two names, and one of them again for decoding: less than the fact twice
 
-    def answer_generator(self, call: Call) -> ConceptAnswerer:
+    def answer_generator(self, call: Call) -> ConceptAnswerGenerator:
         snap = self.options.snap or self.options.memory
-        return ConceptAnswerer(call, self.view_transform(), say_segment, self.streams, snap)
+        return ConceptAnswerGenerator(call, self.view_transform(), decode_segment, self.sequences, snap)
 
     def flops(self, backbone: Backbone, square: bool = False) -> StepFlops:
         """See the base class. Elementwise operations are not counted; looking up a memory's slots costs nothing."""
@@ -158,15 +158,17 @@ class Concept(Objective):
 
         def count(batches: Sequence[PackedBatch]) -> int:
             several = len(batches) > 1
-            facts, spoken = (sum(n) for n in zip(*((b.counts["pairs"], _spoken(b)) for b in batches), strict=True))
-            total = sum(decoder.of_stream(b.streams["say"], training=True, square=square) for b in batches)
-            total += spoken * sum(bridge) + facts * (predictor.forward * (1 + several) + predictor.backward)
+            facts, decoded = (
+                sum(n) for n in zip(*((b.counts["pairs"], _names_to_decode(b)) for b in batches), strict=True)
+            )
+            total = sum(decoder.of_sequence(b.sequences["decode"], training=True, square=square) for b in batches)
+            total += decoded * sum(bridge) + facts * (predictor.forward * (1 + several) + predictor.backward)
             total += contrast_flops(facts, 2 * batches[0].max_samples, dim, len(batches), ranks)
             if not has_memory:
-                for stream in (b.streams["names"] for b in batches):
-                    total += names.of_stream(stream, training=True, square=square)
-                    total += several * names.of_stream(stream, training=False, square=square)
-                    total += len(stream.table.lengths) * (project.forward * (1 + several) + project.backward)
+                for packed in (b.sequences["names"] for b in batches):
+                    total += names.of_sequence(packed, training=True, square=square)
+                    total += several * names.of_sequence(packed, training=False, square=square)
+                    total += len(packed.table.lengths) * (project.forward * (1 + several) + project.backward)
             return total
 
         return count
@@ -182,13 +184,12 @@ class Concept(Objective):
         names = batch.values["names"]  # (N, 2): slots, or hashes of the names
         if self.memory is not None:
             states, keys = self.memory(names.flatten()), names.flatten()
-            places = torch.arange(names.numel(), device=names.device).view_as(names)
+            rows = torch.arange(names.numel(), device=names.device).view_as(names)
         else:
-            stream = batch.streams["names"]
-            states = self.project(backbone.last_hidden(stream, until=self.tap))
-            places = batch.segments["name"].view(-1, 2)
-            keys = names.new_full((len(states),), NO_KEY).scatter(0, places.flatten(), names.flatten())
-        return F.rms_norm(states.float(), (self.dim,)), keys, places
+            states = self.project(backbone.last_hidden(batch.sequences["names"], until=self.tap))
+            rows = batch.segments["name"].view(-1, 2)
+            keys = names.new_full((len(states),), NO_KEY).scatter(0, rows.flatten(), names.flatten())
+        return F.rms_norm(states.float(), (self.dim,)), keys, rows
 
     def predictions(self, backbone: Backbone, concepts: Tensor, batch: PackedBatch) -> Tensor:
         """Return the predicted concepts of the objects, (N, dim) of unit RMS, from the subjects' concepts (N, dim)."""
@@ -197,24 +198,24 @@ class Concept(Objective):
         predicted = self.predictor(concepts, relation, batch.values["relation_index"])
         return F.rms_norm(predicted, (self.dim,))
 
-    def spoken(self, backbone: Backbone, latents: Tensor, batch: PackedBatch) -> Tensor:
-        """Return the hidden states (T, d) of the stream ``say``.
+    def decoder_states(self, backbone: Backbone, latents: Tensor, batch: PackedBatch) -> Tensor:
+        """Return the hidden states (T, d) of the sequence ``decode``.
 
         The bridge adds the latents (n, ·) to the first embedding of each segment; both have the order of the samples.
         """
-        stream = batch.streams["say"]
-        embeds = backbone.embed(stream.input_ids)
-        places = stream.first[batch.segments.get("say", stream.first.new_zeros(0))]
-        embeds = embeds.index_add(0, places, self.bridge(latents).to(embeds.dtype))
-        return backbone.hidden(stream, inputs_embeds=embeds)
+        packed = batch.sequences["decode"]
+        embeds = backbone.embed(packed.input_ids)
+        positions = packed.first[batch.segments.get("decode", packed.first.new_zeros(0))]
+        embeds = embeds.index_add(0, positions, self.bridge(latents).to(embeds.dtype))
+        return backbone.hidden(packed, inputs_embeds=embeds)
 
     # -- training -----------------------------------------------------------------------------------------------------
 
     def _contrast_inputs(self, backbone: Backbone, batch: PackedBatch) -> tuple[Tensor, ...]:
-        concepts, keys, places = self.concepts(backbone, batch)
-        predicted = self.predictions(backbone, concepts[places[:, 0]], batch)
+        concepts, keys, rows = self.concepts(backbone, batch)
+        predicted = self.predictions(backbone, concepts[rows[:, 0]], batch)
         queries, candidates = F.normalize(predicted, dim=-1), F.normalize(concepts, dim=-1)
-        return concepts, places, queries, keys[places[:, 1]], candidates, keys
+        return concepts, rows, queries, keys[rows[:, 1]], candidates, keys
 
     def gather(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:
         _, _, queries, wanted, candidates, keys = self._contrast_inputs(backbone, batch)
@@ -222,23 +223,23 @@ class Concept(Objective):
 
     def loss(self, backbone: Backbone, batch: PackedBatch, gathered: list[dict[str, Tensor]], micro: int) -> Loss:
         o, pairs = self.options, batch.totals["pairs"]
-        concepts, places, queries, wanted, candidates, keys = self._contrast_inputs(backbone, batch)
+        concepts, rows, queries, wanted, candidates, keys = self._contrast_inputs(backbone, batch)
         scale = self.scale()
         result = contrast(queries, wanted, candidates, keys, scale, 2 * batch.max_samples, gathered, micro)
         jepa = mean_over_global_batch(result.losses.sum() + result.elsewhere, pairs)
 
-        speakers = batch.samples.get("say", places.new_zeros(0))
-        which = batch.values["spoken"][speakers]
+        decoded = batch.samples.get("decode", rows.new_zeros(0))
+        which = batch.values["decoded_name"][decoded]
         if self.memory is not None:
-            latents = self.memory.key(batch.values["names"][speakers, which], backbone.embed)
+            latents = self.memory.key(batch.values["names"][decoded, which], backbone.embed)
         else:
-            latents = concepts[places[speakers, which]].detach()
+            latents = concepts[rows[decoded, which]].detach()
             if "noise" in batch.values:
-                latents = F.rms_norm(latents + batch.values["noise"][speakers], (self.dim,))
-        lm = lm_loss(backbone, self.spoken(backbone, latents, batch), batch, "say")
+                latents = F.rms_norm(latents + batch.values["noise"][decoded], (self.dim,))
+        lm = lm_loss(backbone, self.decoder_states(backbone, latents, batch), batch, "decode")
 
         total = o.jepa_weight * jepa + o.lm_weight * lm
-        cosine = (queries.detach() * candidates.detach()[places[:, 1]]).sum(dim=-1)
+        cosine = (queries.detach() * candidates.detach()[rows[:, 1]]).sum(dim=-1)
         means = {
             "loss": total.detach(),
             "jepa_loss": jepa.detach(),
@@ -252,16 +253,16 @@ class Concept(Objective):
 
     def encode_names(self, backbone: Backbone, batch: PackedBatch) -> Tensor:
         """Return the concepts of each sample's two names, (N, 2, dim)."""
-        concepts, _, places = self.concepts(backbone, batch)
-        return concepts[places]
+        concepts, _, rows = self.concepts(backbone, batch)
+        return concepts[rows]
 
     def predict(self, backbone: Backbone, batch: PackedBatch) -> Tensor:
         """Return the predicted concept of each sample's object, (N, dim)."""
-        concepts, _, places = self.concepts(backbone, batch)
-        return self.predictions(backbone, concepts[places[:, 0]], batch)
+        concepts, _, rows = self.concepts(backbone, batch)
+        return self.predictions(backbone, concepts[rows[:, 0]], batch)
 
-    def say_logits(self, backbone: Backbone, batch: PackedBatch, concepts: Tensor, slots: Tensor | None) -> Tensor:
-        """Return the logits at the labelled positions of the stream ``say``, (L, V) fp32.
+    def decode_logits(self, backbone: Backbone, batch: PackedBatch, concepts: Tensor, slots: Tensor | None) -> Tensor:
+        """Return the logits at the labelled positions of the sequence ``decode``, (L, V) fp32.
 
         Its n segments are decoded from ``concepts`` (n, dim), or from the keys of ``slots`` (n,) when there is a memory.
         """
@@ -269,5 +270,5 @@ class Concept(Objective):
         if self.memory is not None:
             assert slots is not None
             latents = self.memory.key(slots, backbone.embed)
-        hidden = self.spoken(backbone, latents, batch)
-        return backbone.logits(hidden[batch.streams["say"].labelled]).float()
+        hidden = self.decoder_states(backbone, latents, batch)
+        return backbone.logits(hidden[batch.sequences["decode"].labelled]).float()

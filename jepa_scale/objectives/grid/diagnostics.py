@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jepa_scale.distributed.comm import all_gather_object
-from jepa_scale.losses.infonce import first_of_each, places_of
+from jepa_scale.losses.infonce import first_index_of, first_of_each
 from jepa_scale.metrics.representation import retrieval
 from jepa_scale.metrics.spectrum import covariance_entropy_rank, isotropy
 from jepa_scale.objectives.grid.config import GridOptions
@@ -75,13 +75,13 @@ class GridDiagnostics:
         query, target, keys = every["query"], every["target"], every["key"]
         temperature = float(every["temperature"][0])
         loss, candidates = self._info_nce(query, target, keys, temperature)
-        found_again = retrieval(query, target, keys, torch.zeros_like(keys))
+        result = retrieval(query, target, keys, torch.zeros_like(keys))
         metrics = {
             "info_nce": loss,
             "chance": math.log(candidates),
-            "retrieval_top1": float(found_again.top1[0]),
-            "retrieval_margin": float(found_again.margin[0]),
-            "retrieval_chance": 1 / int(found_again.candidates[0]),
+            "retrieval_top1": float(result.top1[0]),
+            "retrieval_margin": float(result.margin[0]),
+            "retrieval_chance": 1 / int(result.candidates[0]),
             "temperature": temperature,
         }
         self.representations = {side: every[f"{side}_state"] for side in ("context", "target")}
@@ -100,7 +100,7 @@ class GridDiagnostics:
         rows, row_keys = ([], []) if queue is None else ([queue.rows.cpu()], [queue.keys.cpu()])
         everything, every_key = torch.cat([target, *rows]), torch.cat([keys, *row_keys])
         keep, ordered, order = first_of_each(every_key)
-        column = (keep.cumsum(dim=0) - 1)[places_of(keys, ordered, order)]
+        column = (keep.cumsum(dim=0) - 1)[first_index_of(keys, ordered, order)]
         pool = everything[keep]
         total = sum(
             float(F.cross_entropy(some @ pool.T / temperature, own, reduction="sum"))

@@ -20,7 +20,7 @@ class EncodedGrids(NamedTuple):
         objects: (n, d), before quantisation. used: (n, d), after it: the codes, with the objects' gradient; without a
             quantizer the objects. table: (n, d) fp32, the codes without gradient. codes: (n,) int64, their indices. Without a
             quantizer ``table`` and ``codes`` are empty.
-        grids: (B, L, d), states of the grids. states: (B, d), states of the sequences. places: (B, L) fp32, weight of each
+        grids: (B, L, d), states of the grids. states: (B, d), states of the sequences. weights: (B, L) fp32, weight of each
             grid in its sequence.
         projected: (B, latent), projections of ``states``.
     """
@@ -31,7 +31,7 @@ class EncodedGrids(NamedTuple):
     codes: Tensor
     grids: Tensor
     states: Tensor
-    places: Tensor
+    weights: Tensor
     projected: Tensor
 
 
@@ -67,16 +67,16 @@ class GridEncoder(nn.Module):
         sums = objects.new_zeros(counts.numel(), objects.shape[1], dtype=torch.float32)
         means = sums.index_add(0, owner, rows.float()) / counts.flatten().clamp(min=1)[:, None]
         grids = means.to(objects.dtype).view(*counts.shape, means.shape[1])
-        states, places = self.temporal(grids, present)
-        return EncodedGrids(objects, rows, table, codes, grids, states, places, self.projector(states))
+        states, weights = self.temporal(grids, present)
+        return EncodedGrids(objects, rows, table, codes, grids, states, weights, self.projector(states))
 
     @torch.no_grad()
-    def observe(self, encoded: EncodedGrids, lots: Tensor, step: int) -> None:
-        """Record :meth:`forward`'s result for a micro-batch of training. ``lots``: one random number for each object, see
+    def observe(self, encoded: EncodedGrids, priorities: Tensor, step: int) -> None:
+        """Record :meth:`forward`'s result for a micro-batch of training. ``priorities``: one random number for each object, see
         :meth:`jepa_scale.objectives.grid.quantizer.Quantizer.observe`."""
         self.standardize.observe(encoded.objects)
         if self.quantizer is not None:
-            self.quantizer.observe(encoded.objects, encoded.codes, lots, step)
+            self.quantizer.observe(encoded.objects, encoded.codes, priorities, step)
 
     @torch.no_grad()
     def update(self, good: Tensor, momentum: float) -> None:

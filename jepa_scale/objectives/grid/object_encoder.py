@@ -20,14 +20,14 @@ class AdjacentLayer(nn.Module):
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
-    def forward(self, x: Tensor, place: Tensor, seen: Tensor) -> Tensor:
+    def forward(self, x: Tensor, index: Tensor, seen: Tensor) -> Tensor:
         """Apply the layer: (n, d) objects, (n,) their slots among all G · S, (G, S, S) bool attention mask → (n, d)."""
         grids, slots, dim = seen.shape[0], seen.shape[1], x.shape[1]
         qkv = self.qkv(self.attention_norm(x))
-        laid = qkv.new_zeros(grids * slots, 3 * dim).index_copy(0, place, qkv)
-        q, k, v = laid.view(grids, slots, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)  # (G, H, S, d / H)
+        padded = qkv.new_zeros(grids * slots, 3 * dim).index_copy(0, index, qkv)
+        q, k, v = padded.view(grids, slots, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)  # (G, H, S, d / H)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None])
-        x = x + self.out(mixed.transpose(1, 2).reshape(grids * slots, dim)[place])
+        x = x + self.out(mixed.transpose(1, 2).reshape(grids * slots, dim)[index])
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -49,7 +49,7 @@ class ObjectEncoder(nn.Module):
         self.layers = nn.ModuleList(AdjacentLayer(dim, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, features: Tensor, place: Tensor, adjacent: Tensor) -> Tensor:
+    def forward(self, features: Tensor, index: Tensor, adjacent: Tensor) -> Tensor:
         """Encode objects: (n, f) features, (n,) int64 grid · S + slot of each object, (G, S, S) bool adjacency of the slots
         of each grid → (n, d)."""
         x = self.down(F.gelu(self.up((features / self.spread).to(self.up.weight.dtype))))
@@ -57,7 +57,7 @@ class ObjectEncoder(nn.Module):
             # every slot attends to itself: for an object without neighbours, and because an empty slot's row would be NaN
             seen = adjacent | torch.eye(adjacent.shape[1], dtype=torch.bool, device=adjacent.device)
             for layer in self.layers:
-                x = layer(x, place, seen)
+                x = layer(x, index, seen)
         return self.norm(x)
 
 

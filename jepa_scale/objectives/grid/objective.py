@@ -61,7 +61,7 @@ class Grid(Objective):
         if data.kind != "grids":
             raise InputError("objective.name: grid needs sequences of grids (data.source: grids)")
         self.predicts_tokens = o.lm_weight > 0
-        self.streams = ("main", TARGETS)
+        self.sequences = ("main", TARGETS)
         latent = o.latent_dim or o.dim
         if o.encoder == "objects":
             # The decoder is not run. Frozen, it takes no optimizer state and is not changed by weight decay.
@@ -148,10 +148,10 @@ class Grid(Objective):
             total = backward + seen * lookup
             if decoder is not None:
                 for batch in batches:
-                    main, targets = batch.streams["main"], batch.streams[TARGETS]
-                    total += decoder.of_stream(main, training=True, square=square)
-                    total += several * decoder.of_stream(main, training=False, rows=0, square=square)
-                    teaching += decoder.of_stream(targets, training=False, rows=0, square=square)
+                    main, targets = batch.sequences["main"], batch.sequences[TARGETS]
+                    total += decoder.of_sequence(main, training=True, square=square)
+                    total += several * decoder.of_sequence(main, training=False, rows=0, square=square)
+                    teaching += decoder.of_sequence(targets, training=False, rows=0, square=square)
             total += (forward + teaching) * (1 + several)
             total += contrast_flops(samples, batches[0].max_samples, latent, len(batches), ranks, False, o.queue)
             if o.sigreg_weight:
@@ -171,7 +171,7 @@ class Grid(Objective):
         values, variants = batch.values, 1 + len(self.options.invariances)
         states = values["present"].new_zeros(0, dtype=torch.float32)
         if self.options.encoder == "decoder":
-            states = backbone.hidden(batch.streams["main"])
+            states = backbone.hidden(batch.sequences["main"])
             inputs = _cells(states, batch, "cell", "inputs")
         else:
             inputs = self._features(batch, values["objects"], values["adjacent"], "")
@@ -185,7 +185,7 @@ class Grid(Objective):
         counts = F.pad(values["target_objects"].flatten(0, 1), (length - 1, 0))  # (N, L)
         present = torch.arange(length, device=counts.device) == length - 1
         if self.options.encoder == "decoder":
-            states = self.teacher.forward("backbone", batch.streams[TARGETS])
+            states = self.teacher.forward("backbone", batch.sequences[TARGETS])
             inputs = _cells(states, batch, "target_cell", "target_inputs")
         else:
             inputs = self._features(batch, values["target_objects"], values["target_adjacent"], "target_")
@@ -256,16 +256,16 @@ class Grid(Objective):
         if o.lm_weight:
             lm = lm_loss(backbone, states, batch)
             total, means["lm_loss"] = total + o.lm_weight * lm, lm.detach()
-        means |= {"loss": total.detach(), "jepa_loss": jepa.detach(), **self._looks(context, batch, result)}
+        means |= {"loss": total.detach(), "jepa_loss": jepa.detach(), **self._logged_values(context, batch, result)}
 
         gauges: dict[str, Tensor | float] = {"temperature": temperature.detach()}
         gauges |= {"negatives": result.candidates - 1, "ema_momentum": self.teacher.momentum(batch.step)}
         if (quantizer := self.encoder.quantizer) is not None:
             gauges |= {"vq_usage": quantizer.usage(), "vq_perplexity": quantizer.perplexity()}
         if self.training:
-            self.encoder.observe(context, batch.rows["lot"], batch.step)
+            self.encoder.observe(context, batch.rows["priority"], batch.step)
             if self.queue is not None:
-                self.queue.note(candidates, keys, batch.max_samples)
+                self.queue.observe(candidates, keys, batch.max_samples)
         return Loss(total, means, gauges)
 
     def _object_terms(
@@ -301,18 +301,17 @@ class Grid(Objective):
         return terms
 
     @torch.no_grad()
-    def _looks(self, context: EncodedGrids, batch: PackedBatch, result: Contrast) -> dict[str, Tensor]:
+    def _logged_values(self, context: EncodedGrids, batch: PackedBatch, result: Contrast) -> dict[str, Tensor]:
         """Return further values to log: this micro-batch's contributions to their means."""
         samples = batch.totals["samples"]
         truncated = torch.full_like(samples, batch.counts["truncated"])
-        looks = {"retrieval_top1": mean_over_global_batch(result.hits.sum(), samples)}
-        looks["truncated_grids"] = mean_over_global_batch(truncated, batch.totals["grids"])
+        values = {"retrieval_top1": mean_over_global_batch(result.hits.sum(), samples)}
+        values["truncated_grids"] = mean_over_global_batch(truncated, batch.totals["grids"])
         sequences = samples * (1 + len(self.options.invariances))
-        for place, weight in enumerate(context.places.sum(dim=0)):
-            looks[f"context_weight_{place + 1 - context.places.shape[1]:+d}"] = mean_over_global_batch(
-                weight, sequences
-            )
-        return looks
+        for index, weight in enumerate(context.weights.sum(dim=0)):
+            name = f"context_weight_{index + 1 - context.weights.shape[1]:+d}"
+            values[name] = mean_over_global_batch(weight, sequences)
+        return values
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
@@ -345,10 +344,10 @@ def _head(size_in: int, size_out: int, multiple: int | None) -> nn.Module:
     return Mlp(size_in, size_out, multiple) if multiple else nn.Linear(size_in, size_out)
 
 
-def _cells(states: Tensor, batch: PackedBatch, place: str, row: str) -> tuple[Tensor, Tensor, Tensor]:
+def _cells(states: Tensor, batch: PackedBatch, cells: str, row: str) -> tuple[Tensor, Tensor, Tensor]:
     """Return the inputs of :class:`CellReadout`: states, positions of the objects' cells, and cells per object."""
     sizes = batch.rows[row]
-    return states, batch.places.get(place, sizes[:0]), sizes
+    return states, batch.positions.get(cells, sizes[:0]), sizes
 
 
 def _starts(objects: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ class Quantizer(AveragedState):
         self.register_buffer("sizes", torch.zeros(codes))
         self.register_buffer("last_used", torch.full((codes,), NEVER, dtype=torch.int64))
         self.register_buffer("updates", torch.zeros(1, dtype=torch.int64))
-        self._noted: list[tuple[Tensor, Tensor]] = []
+        self._observed: list[tuple[Tensor, Tensor]] = []
         self._drawn: list[tuple[Tensor, Tensor]] = []
 
     def forward(self, rows: Tensor) -> Quantized:
@@ -75,19 +75,19 @@ class Quantizer(AveragedState):
         return refreshes(step, self.refresh_every)
 
     @torch.no_grad()
-    def observe(self, rows: Tensor, codes: Tensor, lots: Tensor, step: int) -> None:
+    def observe(self, rows: Tensor, codes: Tensor, priorities: Tensor, step: int) -> None:
         """Record a micro-batch of this rank.
 
         Args:
             rows: (n, d). codes: (n,), the code that each row was assigned to.
-            lots: (n,) int64 ≥ 0, a random number for each row that does not depend on the rank that computes it. Dead codes are
-                replaced by the rows with the greatest lots.
+            priorities: (n,) int64 ≥ 0, a random number for each row that does not depend on the rank that computes it. Dead codes are
+                replaced by the rows with the greatest priorities.
             step: the optimizer step.
         """
         rows = rows.detach().float()
-        self._noted.append(assigned(rows, codes, len(self.codebook)))
+        self._observed.append(assigned(rows, codes, len(self.codebook)))
         if self.refreshes(step):
-            self._drawn.append(_greatest(rows, lots, len(self.codebook)))
+            self._drawn.append(_greatest(rows, priorities, len(self.codebook)))
 
     @torch.no_grad()
     def update(self, good: Tensor, momentum: float) -> None:
@@ -98,21 +98,21 @@ class Quantizer(AveragedState):
             good: 0-d bool, whether the optimizer updated the parameters; if not, the codes do not change either.
             momentum: the teacher's, for the average of the codes. A replaced code's average is replaced, too.
         """
-        counts, sums = (torch.stack(parts).sum(dim=0) for parts in zip(*self._noted, strict=True))
+        counts, sums = (torch.stack(parts).sum(dim=0) for parts in zip(*self._observed, strict=True))
         total = all_reduce_sum(torch.cat([counts[:, None], sums], dim=1))
         counts, sums = total[:, 0], total[:, 1:]
         first = self.updates[0] < SETTLING
         moved = torch.zeros_like(counts, dtype=torch.bool)
         codebook, sizes = follow(self.codebook, self.sizes, counts, sums, self.decay)
         if self._drawn:
-            rows, lots = (torch.cat(parts) for parts in zip(*self._drawn, strict=True))
-            rows, lots = _greatest(rows, lots, len(codebook))
-            rows, lots = _greatest(all_gather_rows(rows), all_gather_rows(lots), len(codebook))
+            rows, priorities = (torch.cat(parts) for parts in zip(*self._drawn, strict=True))
+            rows, priorities = _greatest(rows, priorities, len(codebook))
+            rows, priorities = _greatest(all_gather_rows(rows), all_gather_rows(priorities), len(codebook))
             # in the first steps assignments are to random codes: all of them are replaced
             sizes = torch.where(first, torch.zeros_like(sizes), sizes)
             codebook = torch.where(first, self.codebook, codebook)
-            codebook, sizes, moved = refresh(codebook, sizes, rows, lots >= 0, self.threshold)
-        self._noted, self._drawn = [], []
+            codebook, sizes, moved = refresh(codebook, sizes, rows, priorities >= 0, self.threshold)
+        self._observed, self._drawn = [], []
         self.write("codebook", codebook, momentum, moved[:, None], good)
         overwrite(self.sizes, sizes, good)
         overwrite(self.last_used, torch.where(counts > 0, self.updates, self.last_used), good)
@@ -134,10 +134,10 @@ def refreshes(step: int, every: int) -> bool:
     return step < SETTLING or (every > 0 and (step % every == 0 or (step < every and step & (step - 1) == 0)))
 
 
-def _greatest(rows: Tensor, lots: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the ``count`` rows with the greatest lots (≥ 0), in descending order, padded with rows of lot −1."""
+def _greatest(rows: Tensor, priorities: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the ``count`` rows with the greatest priorities (≥ 0), in descending order, padded with rows of priority −1."""
     missing = max(0, count - len(rows))
     rows = torch.cat([rows, rows.new_zeros(missing, rows.shape[1])])
-    lots = torch.cat([lots, lots.new_full((missing,), -1)])
-    lots, chosen = torch.sort(lots, descending=True, stable=True)
-    return rows[chosen[:count]], lots[:count]
+    priorities = torch.cat([priorities, priorities.new_full((missing,), -1)])
+    priorities, chosen = torch.sort(priorities, descending=True, stable=True)
+    return rows[chosen[:count]], priorities[:count]

@@ -26,13 +26,13 @@ class TargetQueue(Fp32State):
         super().__init__()
         self.register_buffer("rows", torch.zeros(size, dim))
         self.register_buffer("keys", torch.full((size,), NO_KEY, dtype=torch.int64))
-        self._noted: list[tuple[Tensor, Tensor]] = []
+        self._observed: list[tuple[Tensor, Tensor]] = []
 
     @torch.no_grad()
-    def note(self, rows: Tensor, keys: Tensor, capacity: int) -> None:
+    def observe(self, rows: Tensor, keys: Tensor, capacity: int) -> None:
         """Record the targets (n, d) of this rank's micro-batch and their keys (n,); n ≤ ``capacity``, which is the same on every
         rank."""
-        self._noted.append((pad_rows(rows.detach().float(), capacity), pad_rows(keys, capacity, NO_KEY)))
+        self._observed.append((pad_rows(rows.detach().float(), capacity), pad_rows(keys, capacity, NO_KEY)))
 
     @torch.no_grad()
     def update(self, good: Tensor) -> None:
@@ -41,9 +41,9 @@ class TargetQueue(Fp32State):
         Args:
             good: 0-d bool; if it is false, the queue does not change.
         """
-        rows = [all_gather_rows(noted) for noted, _ in self._noted]
-        keys = [all_gather_rows(noted) for _, noted in self._noted]
-        self._noted = []
+        rows = [all_gather_rows(part) for part, _ in self._observed]
+        keys = [all_gather_rows(part) for _, part in self._observed]
+        self._observed = []
         every_row, every_key = torch.cat([*rows, self.rows]), torch.cat([*keys, self.keys])
         keep, _, _ = first_of_each(every_key)  # the newest row of each key
         order = torch.argsort((~keep).to(torch.int8), stable=True)[: len(self.keys)]

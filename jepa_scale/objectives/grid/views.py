@@ -19,7 +19,7 @@ from jepa_scale.packing import Segment, Views
 from jepa_scale.utils.errors import DataError
 
 TARGETS = "targets"
-"""Name of the stream with the targets."""
+"""Name of the packed sequence with the targets."""
 NOWHERE = np.array([1, 1, -1, -1]) << 40
 """A bounding box that is near no other."""
 
@@ -49,9 +49,9 @@ class _Part(NamedTuple):
     def of(self, grids: slice) -> _Part:
         before, now = self.counts[: grids.start].sum(), self.counts[grids].sum()
         cells = self.cell_counts[: grids.start].sum()
-        rows, places = slice(before, before + now), slice(cells, cells + self.cell_counts[grids].sum())
+        rows, tokens = slice(before, before + now), slice(cells, cells + self.cell_counts[grids].sum())
         return _Part(
-            self.counts[grids], self.slots[rows], self.inputs[rows], self.cells[places], self.cell_counts[grids]
+            self.counts[grids], self.slots[rows], self.inputs[rows], self.cells[tokens], self.cell_counts[grids]
         )
 
 
@@ -79,7 +79,7 @@ class GridViews:
     ========================== =========================================================================================
     ``inputs``                 (23,) features, or the number of its cells (``encoder: decoder``); ``target_inputs`` likewise
     ``slot``                   its slot in its grid; ``target_slot`` likewise
-    ``lot``                    a random number, in steps in which dead codes may be replaced
+    ``priority``               a random number, in steps in which dead codes may be replaced
     ``self_pair``              a row for each pair of adjacent objects of the unchanged sample: their indices among the
                                context's objects
     ``cross_pair``             a row for each adjacent pair of an object of the last grid and one of the target: the index
@@ -87,7 +87,7 @@ class GridViews:
     ========================== =========================================================================================
 
     With ``encoder: objects`` the tokens of a segment are the colours of the objects, and a context is one segment.
-    With ``encoder: decoder`` a grid is one segment, and ``places["cell"]`` and ``places["target_cell"]`` are the cells of the
+    With ``encoder: decoder`` a grid is one segment, and ``positions["cell"]`` and ``positions["target_cell"]`` are the cells of the
     objects. The token that ends a grid is then one more object, the last one, because its state depends on the whole grid.
     """
 
@@ -198,7 +198,7 @@ class GridViews:
             "target_inputs": target.inputs,
             "slot": context.slots,
             "target_slot": target.slots,
-            "lot": self._lots(len(context.inputs), draw),
+            "priority": self._priorities(len(context.inputs), draw),
             "self_pair": self_pair,
             "cross_pair": cross_pair,
         }
@@ -210,7 +210,7 @@ class GridViews:
         }
         return Views(self._segments(sample, context, target), values, rows, numbers)
 
-    def _lots(self, count: int, draw: SampleRNG) -> np.ndarray:
+    def _priorities(self, count: int, draw: SampleRNG) -> np.ndarray:
         if not self.options.vq_codes or not refreshes(draw.step, self.options.vq_refresh_every):
             return np.zeros(count, dtype=np.int64)
         return draw.rng("codes").integers(0, 2**62, count)
@@ -219,22 +219,24 @@ class GridViews:
         if self.options.encoder == "objects":
             parts = [(context, "context", "main"), (target, "target", TARGETS)]
             return [
-                _segment(part.inputs[:, GEOMETRY:].argmax(axis=1), role, stream=stream)
-                for part, role, stream in parts
+                _segment(part.inputs[:, GEOMETRY:].argmax(axis=1), role, sequence=sequence)
+                for part, role, sequence in parts
                 if len(part.inputs)
             ]
         grids = [grid for each in sample.contexts for grid in each]
         ends = context.cell_counts.cumsum()
         cells = np.split(context.cells, ends[:-1])
         segments = [
-            _segment(flatten_grid(grid), "context", places={"cell": mine})
+            _segment(flatten_grid(grid), "context", positions={"cell": mine})
             for grid, mine in zip(grids, cells, strict=True)
         ]
-        last = _segment(flatten_grid(sample.target), "target", stream=TARGETS, places={"target_cell": target.cells})
+        last = _segment(
+            flatten_grid(sample.target), "target", sequence=TARGETS, positions={"target_cell": target.cells}
+        )
         return [*segments, last]
 
     def most_tokens(self, sizes: np.ndarray) -> np.ndarray:
-        """Return the most tokens that all views of a sample take in all streams: (m,) tokens of samples → (m,)."""
+        """Return the most tokens that all views of a sample take in all sequences: (m,) tokens of samples → (m,)."""
         o, sizes = self.options, np.asarray(sizes)
         variants = 1 + len(o.invariances)
         if o.encoder == "objects":

@@ -58,18 +58,18 @@ class Horizon(Objective):
         self.latent_to_hidden = self._latent_to_hidden(latent, backbone) if o.kl_weight else None
 
     def _latent_to_hidden(self, latent: int, backbone: Backbone) -> nn.Module:
-        reads = backbone.head_size
+        width = backbone.head_size
         kind = self.options.latent_to_hidden
-        if kind == "identity" and latent != reads:
+        if kind == "identity" and latent != width:
             raise InputError(
-                f"objective.latent_to_hidden: latents of {latent} do not fit the LM head, which reads {reads}; use linear, "
-                f"or objective.latent_dim={reads}"
+                f"objective.latent_to_hidden: identity needs latents of the LM head's width, {width}, not {latent}; use linear, or "
+                f"objective.latent_dim={width}"
             )
         if kind == "identity":
             return nn.Identity()
         # Normalized: large latents would give large gradients here, and clipping would then shrink the decoder's too.
         mlp = kind == "mlp"
-        to_hidden = Mlp(latent, reads, self.options.predictor_multiple) if mlp else nn.Linear(latent, reads)
+        to_hidden = Mlp(latent, width, self.options.predictor_multiple) if mlp else nn.Linear(latent, width)
         return nn.Sequential(nn.RMSNorm(latent), to_hidden)
 
     # -- how it is trained --------------------------------------------------------------------------------------------
@@ -117,15 +117,15 @@ class Horizon(Objective):
 
         def count(batches: Sequence[PackedBatch]) -> int:
             several = needs_global_batch and len(batches) > 1
-            pairs, streams = sum(b.counts["pairs"] for b in batches), [b.streams["main"] for b in batches]
-            total = sum(whole.of_stream(s, training=True, square=square) for s in streams)
+            pairs, sequences = sum(b.counts["pairs"] for b in batches), [b.sequences["main"] for b in batches]
+            total = sum(whole.of_sequence(s, training=True, square=square) for s in sequences)
             total += pairs * (online + encoder.backward + predictor.backward + sum(head))
             teaching = pairs * encoder.forward
             if o.teacher == "backbone":
-                teaching += sum(lower.of_stream(s, training=False, rows=0, square=square) for s in streams)
+                teaching += sum(lower.of_sequence(s, training=False, rows=0, square=square) for s in sequences)
             total += teaching * (1 + several)
             if several:
-                total += sum(lower.of_stream(s, training=False, rows=0, square=square) for s in streams)
+                total += sum(lower.of_sequence(s, training=False, rows=0, square=square) for s in sequences)
                 total += pairs * online
             if needs_global_batch:
                 total += moments_flops(pairs, latent, len(batches), sides=2 if o.loss == "vicreg" else 1)
@@ -141,7 +141,7 @@ class Horizon(Objective):
         Args:
             states: (T, d) states at the tap.
         """
-        anchors = self.encoder(states[batch.places["anchor"]])
+        anchors = self.encoder(states[batch.positions["anchor"]])
         horizons = self.horizon_embedding(batch.rows["horizon"])
         return anchors, self.predictor(torch.cat([anchors, horizons], dim=-1))
 
@@ -149,8 +149,8 @@ class Horizon(Objective):
     def targets(self, states: Tensor, batch: PackedBatch) -> Tensor:
         """Return the targets' latents, encoded by the teacher, (n, latent)."""
         if self.options.teacher == "backbone":
-            states = self.teacher.forward("backbone", batch.streams["main"])
-        return self.teacher.forward("objective.encoder", states[batch.places["target"]])
+            states = self.teacher.forward("backbone", batch.sequences["main"])
+        return self.teacher.forward("objective.encoder", states[batch.positions["target"]])
 
     def future(self, backbone: Backbone, predicted: Tensor, logits: Tensor) -> FutureKL:
         """Return the future KL of each pair.
@@ -166,20 +166,20 @@ class Horizon(Objective):
     # -- training -----------------------------------------------------------------------------------------------------
 
     def gather(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:
-        states = backbone.hidden(batch.streams["main"], until=self.tap)
+        states = backbone.hidden(batch.sequences["main"], until=self.tap)
         return {"predicted": self.predictions(states, batch)[1], "target": self.targets(states, batch)}
 
     def loss(self, backbone: Backbone, batch: PackedBatch, gathered: list[dict[str, Tensor]], micro: int) -> Loss:
         o, pairs = self.options, batch.totals["pairs"]
-        stream = batch.streams["main"]
-        hidden, states = backbone.hidden_and_tap(stream, self.tap)
+        packed = batch.sequences["main"]
+        hidden, states = backbone.hidden_and_tap(packed, self.tap)
         logits = counts = None
         if self.latent_to_hidden is None:
             lm = lm_loss(backbone, hidden, batch)
         else:
             rows, counts = target_rows(batch)
             losses, logits = backbone.label_losses_and_logits(
-                hidden[stream.labelled], stream.labels[stream.labelled], rows
+                hidden[packed.labelled], packed.labels[packed.labelled], rows
             )
             lm = mean_over_global_batch(losses.sum(), batch.totals["labels"])
         _, predicted = self.predictions(states, batch)
@@ -230,12 +230,12 @@ class Horizon(Objective):
 
         With the future KL, ``future`` (n, 3) holds its cross-entropy, its entropy and whether the pair counts.
         """
-        stream = batch.streams["main"]
-        hidden, states = backbone.hidden_and_tap(stream, self.tap)
+        packed = batch.sequences["main"]
+        hidden, states = backbone.hidden_and_tap(packed, self.tap)
         anchor, predicted = self.predictions(states, batch)
         found = {"anchor": anchor, "prediction": predicted, "target": self.targets(states, batch)}
         if self.latent_to_hidden is not None:
-            future = self.future(backbone, predicted, backbone.logits(hidden[batch.places["target"]]))
+            future = self.future(backbone, predicted, backbone.logits(hidden[batch.positions["target"]]))
             counts = target_rows(batch)[1]
             found["future"] = torch.stack([*future, counts.float()], dim=-1)
         return {name: value.float() for name, value in found.items()}
@@ -249,8 +249,8 @@ def target_rows(batch: PackedBatch) -> tuple[Tensor, Tensor]:
         language model is trained only at labelled positions. The KL of other targets does not count; their row is
         arbitrary.
     """
-    labelled, places = batch.streams["main"].labelled, batch.places["target"]
+    labelled, positions = batch.sequences["main"].labelled, batch.positions["target"]
     if not len(labelled):
-        return torch.zeros_like(places), torch.zeros_like(places, dtype=torch.bool)
-    rows = torch.searchsorted(labelled, places).clamp(max=len(labelled) - 1)
-    return rows, labelled[rows] == places
+        return torch.zeros_like(positions), torch.zeros_like(positions, dtype=torch.bool)
+    rows = torch.searchsorted(labelled, positions).clamp(max=len(labelled) - 1)
+    return rows, labelled[rows] == positions

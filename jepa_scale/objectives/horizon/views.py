@@ -71,9 +71,9 @@ class HorizonViews:
         rng = draw.rng("pairs")
         which, anchors = sample_pairs(len(tokens), horizons, probs, self.options.pairs_per_sequence, rng)
         targets = anchors + horizons[which]
-        places = {"anchor": anchors, "target": targets}
+        positions = {"anchor": anchors, "target": targets}
         return Views(
-            [Segment(tokens, "text", labels=labels, places=places)],
+            [Segment(tokens, "text", labels=labels, positions=positions)],
             rows={"horizon": which.astype(np.int64), "key": draw.sample * POSITIONS + targets},
             counts={"pairs": len(which), "kl_pairs": int((np.asarray(labels)[targets] != IGNORE).sum())},
         )

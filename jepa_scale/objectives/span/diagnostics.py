@@ -35,21 +35,21 @@ class SpanDiagnostics:
     =========================== ====================================================================================
     """
 
-    made: SpanViews
+    span_views: SpanViews
     distance: Callable[[Tensor, Tensor], Tensor]
     call: Call
     representations: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def samples(self) -> int:
-        return self.made.options.eval_samples
+        return self.span_views.options.eval_samples
 
     @property
     def views(self) -> SpanViews:
-        return self.made
+        return self.span_views
 
     def view_tokens(self, sizes: np.ndarray) -> np.ndarray:
-        return self.made.most_tokens(sizes)
+        return self.span_views.most_tokens(sizes)
 
     def measure(self, batches: Iterable[PackedBatch]) -> dict[str, float]:
         found: dict[str, list[Tensor]] = {}
@@ -62,23 +62,23 @@ class SpanDiagnostics:
         if not every or not len(every["whole"]):
             return {}
         pooled, center, whole = every["pooled"], every["center"], every["whole"]
-        o, n = self.made.options, len(whole)
+        o, n = self.span_views.options, len(whole)
         last = pooled[:, -1]
         self.representations = {"whole text": whole, "view": last}
         keys = torch.arange(n)
-        found_again = retrieval(last, center, keys, torch.zeros_like(keys))
+        result = retrieval(last, center, keys, torch.zeros_like(keys))
         metrics = {
             "seq_rec": float(self.distance(pooled, center[:, None]).mean()),
             "sigreg": float(sigreg(mine["whole"], torch.tensor(float(n)), 0, 0, o.sigreg_slices, o.sigreg_knots)),
             "effective_rank": float(effective_rank(whole)),
             "effective_rank_tokens": float(effective_rank(every["tokens"])),
             "uniformity": float(uniformity(whole)),
-            "retrieval_top1": float(found_again.top1[0]),
-            "retrieval_margin": float(found_again.margin[0]),
+            "retrieval_top1": float(result.top1[0]),
+            "retrieval_margin": float(result.margin[0]),
             "retrieval_chance": 1 / n,
         }
         if pooled.shape[1] > 1:
             metrics["alignment"] = float(alignment(pooled[:, 0], last))
-        if self.made.predicts and len(every["spans"]):
+        if self.span_views.predicts and len(every["spans"]):
             metrics["span_rec"] = float((every["predicted"] - every["spans"]).square().mean())
         return {name: value for name, value in metrics.items() if value == value}  # a single text has no margin

@@ -71,11 +71,11 @@ class Span(Objective):
         if data.kind not in ("text", "chat"):
             raise InputError("objective.name: span needs texts (data.source: text)")
         longest = int(data.train.max_size)
-        places = o.max_positions or longest
-        if places < longest:
+        max_positions = o.max_positions or longest
+        if max_positions < longest:
             raise InputError(
-                f"objective.max_positions: {places} places have a mask embedding, and the longest sample has {longest} tokens; "
-                "raise it or leave it out, or lower data.max_length"
+                f"objective.max_positions: {max_positions} is below the {longest} tokens of the longest sample; raise the key or "
+                "remove it, or lower data.max_length"
             )
         self.predicts_tokens = o.lm_weight > 0
         self.needs_global_batch = o.jepa_weight > 0 and o.sigreg_weight > 0
@@ -84,8 +84,8 @@ class Span(Objective):
         left_out = frozenset(int(data.special[name]) for name in ("eos", "pad") if name in data.special)
         predicts, teaches = o.predictor_layers > 0, o.target == "ema"
         self.views = SpanViews(o, left_out, predicts, teaches)
-        self.streams = ("main", *([PREDICTOR] if predicts else []), *([TARGETS] if teaches else []))
-        self.predictor = SpanPredictor.of(backbone, o.predictor_layers, places) if predicts else None
+        self.sequences = ("main", *([PREDICTOR] if predicts else []), *([TARGETS] if teaches else []))
+        self.predictor = SpanPredictor.of(backbone, o.predictor_layers, max_positions) if predicts else None
 
     # -- how it is trained --------------------------------------------------------------------------------------------
 
@@ -120,14 +120,14 @@ class Span(Objective):
             k, total = len(batches), 0
             several = needs_global_batch and k > 1
             for batch in batches:
-                main = batch.streams["main"]
-                total += decoder.of_stream(main, training=True, square=square)
-                total += several * decoder.of_stream(main, training=False, rows=0, square=square)
+                main = batch.sequences["main"]
+                total += decoder.of_sequence(main, training=True, square=square)
+                total += several * decoder.of_sequence(main, training=False, rows=0, square=square)
                 if predictor is not None:
-                    masked = len(batch.places.get("masked", ()))
-                    total += predictor.training(batch.streams[PREDICTOR], masked, square=square)
+                    masked = len(batch.positions.get("masked", ()))
+                    total += predictor.training(batch.sequences[PREDICTOR], masked, square=square)
                 if teacher is not None:
-                    passed = teacher.of_stream(batch.streams[TARGETS], training=False, rows=0, square=square)
+                    passed = teacher.of_sequence(batch.sequences[TARGETS], training=False, rows=0, square=square)
                     total += passed * (1 + several)
             if needs_global_batch:
                 views = o.global_views + o.local_views
@@ -144,8 +144,8 @@ class Span(Objective):
 
         If ``predict`` is false, the predictor does not run, and ``predicted`` holds the targets.
         """
-        hidden, raw = backbone.hidden_and_tap(batch.streams["main"], self.tap)
-        last = batch.streams["main"].last
+        hidden, raw = backbone.hidden_and_tap(batch.sequences["main"], self.tap)
+        last = batch.sequences["main"].last
         pooled = torch.cat([self._of_texts(hidden[last[batch.segments[role]]], n) for role, n in self._roles], dim=1)
         first = self._of_texts(raw[last[batch.segments["global"]]], self.options.global_views)
         if self.options.target == "ema":
@@ -179,15 +179,15 @@ class Span(Objective):
         rows = [first.float().mean(dim=1)]
         for name in names:
             lengths = batch.rows[f"{name}_length"]
-            rows.append(_span_means(raw, batch.places.get(name, lengths[:0]), lengths))
+            rows.append(_span_means(raw, batch.positions.get(name, lengths[:0]), lengths))
         normed = norm(torch.cat(rows).to(raw.dtype))  # one call, so that an engine gathers the norm's weights once
         return normed.split([len(part) for part in rows])
 
     @torch.no_grad()
     def _targets_of_teacher(self, backbone: Backbone, batch: PackedBatch) -> tuple[Tensor, ...]:
-        stream = batch.streams[TARGETS]
-        _, raw = self.teacher.forward("backbone", stream, tap=self.tap)
-        first = self._of_texts(raw[stream.last[batch.segments["target_global"]]], self.options.global_views)
+        packed = batch.sequences[TARGETS]
+        _, raw = self.teacher.forward("backbone", packed, tap=self.tap)
+        first = self._of_texts(raw[packed.last[batch.segments["target_global"]]], self.options.global_views)
 
         def norm(rows: Tensor) -> Tensor:
             return self.teacher.forward(f"backbone.{backbone.norm_name}", rows)
@@ -197,11 +197,11 @@ class Span(Objective):
     def _predicted(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
         """Return the predictions, (m, d), in the order of the spans."""
         assert self.predictor is not None
-        stream, lengths = batch.streams[PREDICTOR], batch.rows["span_length"]
-        kept, seen, masked = (batch.places.get(name, lengths[:0]) for name in ("kept", "seen", "masked"))
-        if not len(masked):  # no text here has a span; the stream's one token makes every rank run the predictor
-            return self.predictor.norm(self.predictor(hidden[kept], seen, masked.new_zeros(1), stream))[:0]
-        filled = self.predictor(hidden[kept], seen, masked, stream)  # (M, d), span after span
+        packed, lengths = batch.sequences[PREDICTOR], batch.rows["span_length"]
+        kept, seen, masked = (batch.positions.get(name, lengths[:0]) for name in ("kept", "seen", "masked"))
+        if not len(masked):  # no text here has a span; the sequence's one token makes every rank run the predictor
+            return self.predictor.norm(self.predictor(hidden[kept], seen, masked.new_zeros(1), packed))[:0]
+        filled = self.predictor(hidden[kept], seen, masked, packed)  # (M, d), span after span
         means = _span_means(filled, torch.arange(len(filled), device=filled.device), lengths)
         return self.predictor.norm(means.to(filled.dtype))
 
@@ -275,22 +275,24 @@ class Span(Objective):
         (n, d) is the state at the last token of each unmasked text, ``tokens`` (n, d) that at its middle token.
         """
         encoded = self.encode_views(backbone, batch)
-        stream = batch.streams["main"]
+        packed = batch.sequences["main"]
         sample = batch.segments["sample"]
-        middle = (stream.first[sample] + stream.last[sample]) // 2
+        middle = (packed.first[sample] + packed.last[sample]) // 2
         found = {"pooled": encoded.pooled, "center": encoded.center}
-        found |= {"whole": encoded.hidden[stream.last[sample]].float(), "tokens": encoded.hidden[middle].float()}
+        found |= {"whole": encoded.hidden[packed.last[sample]].float(), "tokens": encoded.hidden[middle].float()}
         return found | {"predicted": encoded.predicted, "spans": encoded.spans}
 
 
-def _span_means(states: Tensor, places: Tensor, lengths: Tensor) -> Tensor:
+def _span_means(states: Tensor, positions: Tensor, lengths: Tensor) -> Tensor:
     """Return the mean of each span's states, (m, d) fp32.
 
     Args:
         states: (T, d).
-        places: (M,) token positions, span after span.
+        positions: (M,) token positions, span after span.
         lengths: (m,) lengths of the spans.
     """
-    owner = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths, output_size=len(places))
+    owner = torch.repeat_interleave(
+        torch.arange(len(lengths), device=lengths.device), lengths, output_size=len(positions)
+    )
     sums = states.new_zeros(len(lengths), states.shape[1], dtype=torch.float32)
-    return sums.index_add(0, owner, states[places].float()) / lengths[:, None]
+    return sums.index_add(0, owner, states[positions].float()) / lengths[:, None]

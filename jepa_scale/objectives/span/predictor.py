@@ -86,34 +86,34 @@ class SpanPredictor(nn.Module):
             raise InputError(f"objective: a predictor can't be shaped like the model's blocks: {error}") from None
         return cls(config, max_positions)
 
-    def forward(self, states: Tensor, kept: Tensor, masked: Tensor, stream: PackedSequence) -> Tensor:
+    def forward(self, states: Tensor, kept: Tensor, masked: Tensor, packed: PackedSequence) -> Tensor:
         """Predict the representations of the masked tokens.
 
         Args:
-            states: (N, d) states of the tokens that were not masked. kept: (N,) their indices in ``stream``.
-            masked: (M,) indices of the masked tokens in ``stream``. A token in neither, the filler of an empty stream, is zero.
-            stream: the views at full length. Only positions, segments and, with DropPath, seeds are used. Positions are below
+            states: (N, d) states of the tokens that were not masked. kept: (N,) their indices in ``packed``.
+            masked: (M,) indices of the masked tokens in ``packed``. A token in neither, the filler of an empty sequence, is zero.
+            packed: the views at full length. Only positions, segments and, with DropPath, seeds are used. Positions are below
                 ``max_positions``.
 
         Returns:
             (M, d), before the final norm, in the order of ``masked``. N and M may be 0. Every parameter is used even then.
         """
-        config, places = self.config, stream.position_ids
-        guess = self.mask_embedding(places[masked])  # (M, d)
-        x = guess.new_zeros(stream.num_tokens, config.hidden_size)
+        config, positions = self.config, packed.position_ids
+        guess = self.mask_embedding(positions[masked])  # (M, d)
+        x = guess.new_zeros(packed.num_tokens, config.hidden_size)
         x = x.index_copy(0, kept, states.to(x.dtype)).index_copy(0, masked, guess)[None]
-        rotary = position_table(config, places[None], x.dtype)
+        rotary = position_table(config, positions[None], x.dtype)
         branches = None
         if self.training and config.drop_path:
-            assert stream.seeds is not None, "DropPath in a packed stream needs its segments' seeds"
-            branches = segments_kept(stream.seeds, stream.table, config.drop_path, len(self.layers), _STACK)
+            assert packed.seeds is not None, "DropPath in a packed sequence needs its segments' seeds"
+            branches = segments_kept(packed.seeds, packed.table, config.drop_path, len(self.layers), _STACK)
         for number, layer in enumerate(self.layers, 1):
             x = layer(
                 x,
                 rows=masked if number == len(self.layers) else None,  # only these are returned
                 kept=None if branches is None else branches[number - 1],
                 rotary=rotary,
-                packed=stream.table,
+                packed=packed.table,
             )
         return x[0]
 
@@ -142,15 +142,15 @@ class SpanFlops:
     per_mask: Cost
     per_pair: Cost
 
-    def forward(self, stream: PackedSequence, masked: int, square: bool = False) -> int:
-        """Return the FLOPs of a pass without gradient over a stream with ``masked`` masked tokens. Every pair is computed, so
+    def forward(self, packed: PackedSequence, masked: int, square: bool = False) -> int:
+        """Return the FLOPs of a pass without gradient over a sequence with ``masked`` masked tokens. Every pair is computed, so
         ``square`` makes no difference."""
-        return self._total(0, stream, masked)
+        return self._total(0, packed, masked)
 
-    def training(self, stream: PackedSequence, masked: int, square: bool = False) -> int:
+    def training(self, packed: PackedSequence, masked: int, square: bool = False) -> int:
         """Return the FLOPs of a forward and a backward, the gradient of the states included."""
-        return self._total(0, stream, masked) + self._total(1, stream, masked)
+        return self._total(0, packed, masked) + self._total(1, packed, masked)
 
-    def _total(self, way: int, stream: PackedSequence, masked: int) -> int:
-        pairs = attention_pairs(stream.table.lengths, causal=False)
-        return self.per_token[way] * stream.num_tokens + self.per_mask[way] * masked + self.per_pair[way] * pairs
+    def _total(self, way: int, packed: PackedSequence, masked: int) -> int:
+        pairs = attention_pairs(packed.table.lengths, causal=False)
+        return self.per_token[way] * packed.num_tokens + self.per_mask[way] * masked + self.per_pair[way] * pairs

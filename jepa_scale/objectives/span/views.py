@@ -18,9 +18,9 @@ from jepa_scale.packing import Segment, Views
 from jepa_scale.utils.errors import DataError
 
 PREDICTOR = "predictor"
-"""Name of the stream with the predictor's input: each masked view at full length."""
+"""Name of the packed sequence with the predictor's input: each masked view at full length."""
 TARGETS = "targets"
-"""Name of the stream with an EMA teacher's input."""
+"""Name of the packed sequence with an EMA teacher's input."""
 _TRIES = 16  # random draws before all free windows are listed, which is slower
 
 
@@ -73,14 +73,14 @@ class SpanViews:
 
     Attributes:
         left_out: ids that are removed from every view, EOS and padding; the tokens after them keep their positions.
-        predicts: whether spans are predicted. If so, the views are repeated at full length in the stream :data:`PREDICTOR`,
+        predicts: whether spans are predicted. If so, the views are repeated at full length in the packed sequence :data:`PREDICTOR`,
             with their masked positions.
-        teaches: whether a teacher encodes the targets. If so, they are repeated in the stream :data:`TARGETS`.
+        teaches: whether a teacher encodes the targets. If so, they are repeated in the packed sequence :data:`TARGETS`.
 
-    ``places["kept"]`` in the views and ``places["seen"]`` in the predictor's segments are the same tokens in the same order.
-    ``places["masked"]`` are the predictor's other tokens, span after span. ``places["span"]`` are the positions of these in the
+    ``positions["kept"]`` in the views and ``positions["seen"]`` in the predictor's segments are the same tokens in the same order.
+    ``positions["masked"]`` are the predictor's other tokens, span after span. ``positions["span"]`` are the positions of these in the
     whole text, from which the targets are taken. ``rows["span_length"]`` is each span's length. One span of a sample is
-    ``places["chosen"]`` in the whole text of the stream ``main``. Its length is ``rows["chosen_length"]``.
+    ``positions["chosen"]`` in the whole text of the sequence ``main``. Its length is ``rows["chosen_length"]``.
     """
 
     options: SpanOptions
@@ -93,13 +93,13 @@ class SpanViews:
         all_tokens, all_labels = example.lm_sequence()
         all_tokens = np.asarray(all_tokens, dtype=np.int64)
         eligible = ~np.isin(all_tokens, tuple(self.left_out))
-        positions = np.flatnonzero(eligible)
-        tokens, n = all_tokens[positions], len(positions)
+        position_ids = np.flatnonzero(eligible)
+        tokens, n = all_tokens[position_ids], len(position_ids)
         if n == 0:
             raise DataError(
                 f"sample {draw.sample}: holds nothing but EOS and padding; remove it, or set data.on_error: skip"
             )
-        labels = np.asarray(all_labels, dtype=np.int64)[positions] if o.lm_weight else None
+        labels = np.asarray(all_labels, dtype=np.int64)[position_ids] if o.lm_weight else None
         rng = draw.rng("spans")
         order = np.cumsum(eligible) - 1  # position in the text → index among the eligible tokens
 
@@ -107,28 +107,28 @@ class SpanViews:
         spans: list[np.ndarray] = []  # of all views, as indices among the eligible tokens
         everything = np.arange(n)
 
-        def segment(role: str, which: Any, places: Any, **more: Any) -> Segment:
-            return Segment(tokens[which], role, positions=positions[which], places=places, **more)
+        def segment(role: str, which: Any, marked: Any, **more: Any) -> Segment:
+            return Segment(tokens[which], role, position_ids=position_ids[which], positions=marked, **more)
 
         for role, (low, high) in o.ratios:
             masked = mask_spans(eligible, low + (high - low) * rng.random(), o.span_length, rng)
-            seen, hidden = np.flatnonzero(~masked[positions]), np.flatnonzero(masked[positions])
+            seen, hidden = np.flatnonzero(~masked[position_ids]), np.flatnonzero(masked[position_ids])
             predicted = self.predicts and len(hidden) > 0
             views.append(segment(role, seen, {"kept": np.arange(len(seen))} if predicted else {}))
             if predicted:
-                places = {"seen": seen, "masked": hidden}
-                views.append(segment("predicted", everything, places, stream=PREDICTOR))
+                parts = {"seen": seen, "masked": hidden}
+                views.append(segment("predicted", everything, parts, sequence=PREDICTOR))
                 spans += [order[begin : begin + length] for begin, length in free_runs(masked)]
         chosen = [spans[rng.integers(len(spans))]] if spans else []
         nothing = np.zeros(0, dtype=np.int64)
-        masked_places = {"span": np.concatenate([nothing, *spans])}
-        one_of_them = {"chosen": np.concatenate([nothing, *chosen])}
+        span_tokens = {"span": np.concatenate([nothing, *spans])}
+        chosen_tokens = {"chosen": np.concatenate([nothing, *chosen])}
         if self.teaches:
             first = [view for view in views if view.role == "global"]
-            views += [Segment(v.tokens, "target_global", positions=v.positions, stream=TARGETS) for v in first]
-            views.append(segment("target", everything, masked_places, stream=TARGETS))
-        places = one_of_them if self.teaches else {**masked_places, **one_of_them}
-        sample = segment("sample", everything, places, labels=labels)
+            views += [Segment(v.tokens, "target_global", position_ids=v.position_ids, sequence=TARGETS) for v in first]
+            views.append(segment("target", everything, span_tokens, sequence=TARGETS))
+        marked = chosen_tokens if self.teaches else {**span_tokens, **chosen_tokens}
+        sample = segment("sample", everything, marked, labels=labels)
         return Views(
             [sample, *views],
             rows={
@@ -139,7 +139,7 @@ class SpanViews:
         )
 
     def most_tokens(self, sizes: np.ndarray) -> np.ndarray:
-        """Return the most tokens that all views of a sample take in all streams: (m,) tokens of samples → (m,)."""
+        """Return the most tokens that all views of a sample take in all sequences: (m,) tokens of samples → (m,)."""
         o = self.options
         sizes = np.asarray(sizes, dtype=np.int64)
         kept = [sizes - np.minimum(np.floor(low * sizes).astype(np.int64), sizes - 1) for _, (low, _) in o.ratios]

@@ -54,7 +54,7 @@ class TwoView(Objective):
         self.tap = (
             resolve_tap(o.tap_layer, backbone.num_layers, "objective.tap_layer") if o.tap_layer is not None else 0
         )
-        self.streams = ("main", "targets") if o.target == "ema" else ("main",)
+        self.sequences = ("main", "targets") if o.target == "ema" else ("main",)
         self.needs_global_batch = (
             o.jepa_weight > 0 and not o.legacy_loss and (o.distance == "infonce" or o.regularizer != "none")
         )
@@ -123,16 +123,18 @@ class TwoView(Objective):
         views = 2 if o.target == "trained" else 1
 
         def count(batches: Sequence[PackedBatch]) -> int:
-            own, k = [len(batch.rows["source_places"]) for batch in batches], len(batches)
+            own, k = [len(batch.rows["source_length"]) for batch in batches], len(batches)
             several = needs_global_batch and k > 1
-            pairs, streams = sum(own), [batch.streams["main"] for batch in batches]
-            total = sum(decoder.of_stream(s, training=True, square=square) for s in streams)
+            pairs, sequences = sum(own), [batch.sequences["main"] for batch in batches]
+            total = sum(decoder.of_sequence(s, training=True, square=square) for s in sequences)
             total += pairs * (linear.forward * (1 + several) + linear.backward)
             if several:
-                total += sum(decoder.of_stream(s, training=False, rows=0, square=square) for s in streams)
+                total += sum(decoder.of_sequence(s, training=False, rows=0, square=square) for s in sequences)
             if o.target == "ema":
-                seen = (batch.streams["targets"] for batch in batches)
-                total += (1 + several) * sum(teacher.of_stream(s, training=False, rows=0, square=square) for s in seen)
+                seen = (batch.sequences["targets"] for batch in batches)
+                total += (1 + several) * sum(
+                    teacher.of_sequence(s, training=False, rows=0, square=square) for s in seen
+                )
             if o.legacy_loss:
                 return total + (o.distance == "infonce") * sum(3 * 2 * n * n * dim for n in own)
             if o.distance == "infonce" and o.jepa_weight:
@@ -149,41 +151,43 @@ class TwoView(Objective):
 
     def _states(self, backbone: Backbone, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """Return the states after the final norm, for next-token prediction, and the states of the views, (T, d) each."""
-        stream, embeds = batch.streams["main"], None
+        packed, embeds = batch.sequences["main"], None
         if self.predictors is not None:
-            embeds = backbone.embed(stream.input_ids)
+            embeds = backbone.embed(packed.input_ids)
             which = batch.rows["predictor"]
-            places = batch.places.get("predictor", which)  # without any, `which` is empty too
-            embeds = embeds.index_copy(0, places, self.predictors(which).to(embeds.dtype))
+            positions = batch.positions.get("predictor", which)  # without any, `which` is empty too
+            embeds = embeds.index_copy(0, positions, self.predictors(which).to(embeds.dtype))
         if self.tap:
-            return backbone.hidden_and_tap(stream, self.tap, embeds)
-        hidden = backbone.hidden(stream, embeds)
+            return backbone.hidden_and_tap(packed, self.tap, embeds)
+        hidden = backbone.hidden(packed, embeds)
         return hidden, hidden
 
-    def _read(self, states: Tensor, batch: PackedBatch, view: str) -> Tensor:
+    def _readout(self, states: Tensor, batch: PackedBatch, view: str) -> Tensor:
         """Return the read-out states of one view: (T, d) → (n, d) fp32, for each pair the mean over the view's positions."""
-        counts = batch.rows[f"{view}_places"]
-        places = batch.places.get(view, counts)
-        rows = states[places].float()
+        counts = batch.rows[f"{view}_length"]
+        positions = batch.positions.get(view, counts)
+        rows = states[positions].float()
         if self.options.readout != "mean" or isinstance(self._views, FactViews):
             return rows
         owner = torch.repeat_interleave(
-            torch.arange(len(counts), device=counts.device), counts, output_size=len(places)
+            torch.arange(len(counts), device=counts.device), counts, output_size=len(positions)
         )
         return rows.new_zeros(len(counts), rows.shape[1]).index_add(0, owner, rows) / counts[:, None]
 
-    def readings(self, states: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    def readouts(self, states: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """Return the read-out states of the first and the second views, (n, d) fp32 each.
 
         Those of the first views pass through the linear predictor if there is one.
         """
-        source = self._read(states, batch, "source")
+        source = self._readout(states, batch, "source")
         if self.linear is not None:
             source = self.linear(source)
         if self.options.target == "ema":
             with torch.no_grad():
-                return source, self._read(self.teacher.forward("backbone", batch.streams["targets"]), batch, "target")
-        target = self._read(states, batch, "target")
+                return source, self._readout(
+                    self.teacher.forward("backbone", batch.sequences["targets"]), batch, "target"
+                )
+        target = self._readout(states, batch, "target")
         return source, target.detach() if self.options.target == "stop_gradient" else target
 
     def _contrast_inputs(
@@ -195,7 +199,7 @@ class TwoView(Objective):
     # -- training -----------------------------------------------------------------------------------------------------
 
     def gather(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:
-        source, target = self.readings(self._states(backbone, batch)[1], batch)
+        source, target = self.readouts(self._states(backbone, batch)[1], batch)
         found = {"source": source, "target": target}
         if self.options.distance == "infonce":
             found |= gather_contrast(*self._contrast_inputs(source, target, batch))
@@ -204,7 +208,7 @@ class TwoView(Objective):
     def loss(self, backbone: Backbone, batch: PackedBatch, gathered: list[dict[str, Tensor]], micro: int) -> Loss:
         o, weight = self.options, self.options.jepa_weight_at(batch.step)
         hidden, states = self._states(backbone, batch)
-        source, target = self.readings(states, batch)
+        source, target = self.readouts(states, batch)
         if o.legacy_loss:
             return self._legacy(backbone, hidden, source, target, batch, weight)
         pairs = batch.totals["pairs"]
@@ -266,9 +270,9 @@ class TwoView(Objective):
         All terms, InfoNCE included, are means over this rank's micro-batch. They are summed over the accumulated
         micro-batches, without a division by their number, and averaged over the ranks.
         """
-        o, stream = self.options, batch.streams["main"]
+        o, packed = self.options, batch.sequences["main"]
         ranks = dp_size()
-        losses = backbone.label_losses(hidden[stream.labelled], stream.labels[stream.labelled])
+        losses = backbone.label_losses(hidden[packed.labelled], packed.labels[packed.labelled])
         lm = losses.sum() / max(1, len(losses))
         n = len(source)
         if o.distance == "infonce":
@@ -290,7 +294,7 @@ class TwoView(Objective):
 
     def diagnose(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:
         """Return the read-out states of both views, (n, d) fp32, and the keys of the second views, (n,)."""
-        source, target = self.readings(self._states(backbone, batch)[1], batch)
+        source, target = self.readouts(self._states(backbone, batch)[1], batch)
         return {"source": source.float(), "target": target.float(), "key": batch.rows["key"]}
 
 

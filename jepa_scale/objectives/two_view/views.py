@@ -41,8 +41,8 @@ def pair_rows(keys: Sequence[int], lengths: tuple[int, int] = (1, 1), predictors
     n = len(keys)
     return {
         "key": np.asarray(keys, np.int64),
-        "source_places": np.asarray(lengths[:1] * n, np.int64),
-        "target_places": np.asarray(lengths[1:] * n, np.int64),
+        "source_length": np.asarray(lengths[:1] * n, np.int64),
+        "target_length": np.asarray(lengths[1:] * n, np.int64),
         "predictor": np.asarray(predictors, np.int64),
     }
 
@@ -63,11 +63,11 @@ class FactViews:
         k = self.options.predictor_tokens
         paired = fact.kind == "train" and paired_at(self.options, draw)
         forward = [*tokens, *[self.pred] * k]
-        places = {"source": [len(forward) - 1]} if paired else {}
-        segments = [Segment(forward, "forward", labels=[*labels, *[IGNORE] * k], places=places)]
+        positions = {"source": [len(forward) - 1]} if paired else {}
+        segments = [Segment(forward, "forward", labels=[*labels, *[IGNORE] * k], positions=positions)]
         if paired:
             reverse = [*fact.object, fact.inverse, fact.mask, *fact.subject]
-            segments.append(Segment(reverse, "reverse", places={"target": [len(reverse) - 1]}))
+            segments.append(Segment(reverse, "reverse", positions={"target": [len(reverse) - 1]}))
         key = hash((fact.subject, fact.relation, fact.object)) & (2**63 - 1)
         return Views(segments, rows=pair_rows([key] if paired else []), counts={"pairs": int(paired)})
 
@@ -156,22 +156,22 @@ class ChatViews:
             labels = np.append(np.where(following == self.pad, IGNORE, following), IGNORE)
         paired = isinstance(example, Conversation) and paired_at(self.options, draw)
         exchange = last_exchange(example) if paired else None
-        said = self._said(tokens, exchange) if exchange else None
-        if exchange is None or said is None:
+        contents = self._contents(tokens, exchange) if exchange else None
+        if exchange is None or contents is None:
             return Views([Segment(tokens[:-1], "text", labels=labels[:-1])], rows=pair_rows([]), counts={"pairs": 0})
         o, k = self.options, self.options.predictor_tokens
-        question, answer = said
+        question, answer = contents
         first, second = (answer, question) if o.swap_views else (question, answer)
         if o.shared_prefix:
             segments, read = self._branch(tokens[:-1], labels[:-1], exchange[0], k)
             predictors = list(range(k))
         else:
             ids, predictors, read = self._view(first, o.swap_views, k)
-            places = {"predictor": predictors, "source": read}
-            segments = [Segment(tokens[:-1], "text", labels=labels[:-1]), Segment(ids, "source", places=places)]
+            positions = {"predictor": predictors, "source": read}
+            segments = [Segment(tokens[:-1], "text", labels=labels[:-1]), Segment(ids, "source", positions=positions)]
         ids, _, seen = self._view(second, not o.swap_views, 0)
-        stream = "targets" if o.target == "ema" else "main"
-        segments.append(Segment(ids, "target", stream=stream, places={"target": seen}))
+        sequence = "targets" if o.target == "ema" else "main"
+        segments.append(Segment(ids, "target", sequence=sequence, positions={"target": seen}))
         # the order of LLM-JEPA's code, so that its trained tokens can be used
         order = range(k) if o.predictor_place == "front" else range(k - 1, -1, -1)
         which = [0 if o.same_predictor else n for n in order][: len(predictors)]
@@ -189,7 +189,7 @@ class ChatViews:
         )
         return 2 * sizes + sum(map(len, added)) + self.options.predictor_tokens
 
-    def _said(self, tokens: np.ndarray, exchange: tuple[Turn, Turn]) -> tuple[np.ndarray, np.ndarray] | None:
+    def _contents(self, tokens: np.ndarray, exchange: tuple[Turn, Turn]) -> tuple[np.ndarray, np.ndarray] | None:
         """Return the content of question and answer, without the token that closes the answer; None if the answer is empty."""
         question, answer = exchange
         stop = min(answer.stop, len(tokens))
@@ -199,7 +199,7 @@ class ChatViews:
             return None
         return tokens[question.start : question.stop], tokens[answer.start : stop]
 
-    def _view(self, said: np.ndarray, is_answer: bool, k: int) -> tuple[list[int], list[int], list[int]]:
+    def _view(self, content: np.ndarray, is_answer: bool, k: int) -> tuple[list[int], list[int], list[int]]:
         """Return a view's tokens up to its last read-out position, the positions of its predictor tokens, and its read-out
         positions. Later tokens are left out: attention is causal, so they have no effect on the read-out."""
         frame = self.frame
@@ -209,8 +209,8 @@ class ChatViews:
         front = k if self.options.predictor_place == "front" else 0
         back = k - front
         begin = len(before) + front
-        end = begin + len(said) + back  # end of the content with its predictor tokens
-        tokens = [*before, *[FILLER] * front, *map(int, said), *[FILLER] * back, *after]
+        end = begin + len(content) + back  # end of the content with its predictor tokens
+        tokens = [*before, *[FILLER] * front, *map(int, content), *[FILLER] * back, *after]
         predictors = [*range(len(before), begin), *range(end - back, end)]
         if self.options.last_token is not None:
             read = [max(0, len(tokens) + self.options.last_token)]
@@ -229,20 +229,20 @@ class ChatViews:
         mean = self.options.readout == "mean"
         if k == 0:
             read = list(range(question.start, question.stop)) if mean else [question.stop - 1]
-            return [Segment(tokens, "text", labels=labels, places={"source": read})], read
+            return [Segment(tokens, "text", labels=labels, positions={"source": read})], read
         asked = list(range(question.start, question.stop)) if mean else []
         added = list(range(k)) if mean else [k - 1]
-        text = Segment(tokens, "text", labels=labels, places={"source": asked} if mean else {})
+        text = Segment(tokens, "text", labels=labels, positions={"source": asked} if mean else {})
         branch = Segment(
             [FILLER] * k,
             "source",
             prefix=("text", question.stop),
-            places={"predictor": list(range(k)), "source": added},
+            positions={"predictor": list(range(k)), "source": added},
         )
         return [text, branch], [*asked, *added]
 
 
-def _key(said: np.ndarray) -> int:
+def _key(content: np.ndarray) -> int:
     """Return a hash of the tokens that is the same in every process."""
-    digest = hashlib.blake2b(np.ascontiguousarray(said, dtype=np.int64).tobytes(), digest_size=8).digest()
+    digest = hashlib.blake2b(np.ascontiguousarray(content, dtype=np.int64).tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "little") & (2**63 - 1)

@@ -27,9 +27,9 @@ def test_no_batch_of_an_epoch_holds_a_held_out_fact(name):
     for step in range(steps):
         _, samples = stream.micro_batch(step, 0)
         seen_facts |= {(f.subject, f.relation, f.object) for f in (data.train[int(i)] for i in samples)}
-    loader = Loader(data.train, stream, objective.view_transform(), objective.streams, 0, steps, seed=0)
+    loader = Loader(data.train, stream, objective.view_transform(), objective.sequences, 0, steps, seed=0)
     for (batch,) in loader:
-        for packed in batch.streams.values():
+        for packed in batch.sequences.values():
             ends = np.cumsum(packed.table.lengths)
             for start, end in zip(ends - packed.table.lengths, ends, strict=True):
                 row = packed.input_ids[start:end].tolist()

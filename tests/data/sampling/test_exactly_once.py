@@ -91,7 +91,7 @@ def check(examples: ShardExamples, lengths: list[list[int]], steps: list[list[Pa
     assert examples.mean_size == pytest.approx(sizes.mean())
     who = [tuple(row) for batch in batches for row in batch.values["who"].tolist()]
     assert Counter(who) == {(e, i): 1 for e in range(epochs) for i in range(len(examples))}
-    labels = Counter(int(t) for b in batches for t in b.streams["main"].labels if t >= 0)
+    labels = Counter(int(t) for b in batches for t in b.sequences["main"].labels if t >= 0)
     expected = Counter(t for shard in lengths for n in shard for t in range(n - 1))
     assert labels == {t: n * epochs for t, n in expected.items()}  # every token but the first is predicted once
 
@@ -127,7 +127,7 @@ def test_worker_processes_change_nothing(tmp_path: Path, plan: list[Any], batchi
     check(examples, lengths, with_workers, epochs=1)
     for a, b in zip(with_workers, without, strict=True):
         for x, y in zip(a, b, strict=True):
-            assert x.streams["main"].input_ids.equal(y.streams["main"].input_ids)
+            assert x.sequences["main"].input_ids.equal(y.sequences["main"].input_ids)
             assert x.values["noise"].equal(y.values["noise"])
 
 
@@ -139,6 +139,6 @@ def test_batches_after_a_resume_are_those_of_an_undisturbed_run(tmp_path: Path) 
         assert len(whole) == len(again) > 8
         for a, b in zip(whole, again, strict=True):
             for x, y in zip(a, b, strict=True):
-                assert x.streams["main"].input_ids.equal(y.streams["main"].input_ids)
+                assert x.sequences["main"].input_ids.equal(y.sequences["main"].input_ids)
                 assert x.values["noise"].equal(y.values["noise"])
                 assert x.values["who"].equal(y.values["who"])

@@ -26,8 +26,8 @@ def fact_views(fact: Fact, draw: SampleRNG) -> Views:
     tokens, labels = fact.lm_sequence()
     segments = [
         Segment(tokens, "forward", labels=labels),
-        Segment(fact.subject, "name", stream="names", key=fact.subject),
-        Segment(fact.object, "name", stream="names", key=fact.object),
+        Segment(fact.subject, "name", sequence="names", key=fact.subject),
+        Segment(fact.object, "name", sequence="names", key=fact.object),
     ]
     if draw.rng("drop").random() < 0.3:
         segments = segments[:1]
@@ -79,7 +79,7 @@ def loader(data: ReversalData, **changes: Any) -> Loader:
         k: changes.pop(k) for k in ("accumulation", "rank", "world_size") if k in changes
     }
     options = {"start_step": 0, "steps": 8, "seed": 5, "workers": 0, "view_transform": fact_views} | changes
-    return Loader(data.train, stream_of(data, 24, DataParallelSlice(**stream)), streams=("main", "names"), **options)
+    return Loader(data.train, stream_of(data, 24, DataParallelSlice(**stream)), sequences=("main", "names"), **options)
 
 
 def same(a: Any, b: Any) -> bool:
@@ -158,7 +158,7 @@ def test_a_segments_seed_follows_its_sample_and_epoch(data: ReversalData) -> Non
         found = {}
         for step in loader(data, **changes):
             for batch in step:
-                of = batch.streams["main"].seeds[batch.segments["forward"]].tolist()
+                of = batch.sequences["main"].seeds[batch.segments["forward"]].tolist()
                 keys = zip(batch.values["epoch"].tolist(), batch.values["sample"].tolist(), strict=True)
                 found |= dict(zip(keys, of, strict=True))
         return found
@@ -175,7 +175,7 @@ def test_batches_hold_the_facts_of_the_stream(data: ReversalData) -> None:
     (batch,) = next(iter(loader(data, accumulation=1)))
     _, samples = stream_of(data, 24).micro_batch(0, 0)
     assert batch.values["sample"].tolist() == samples.tolist()
-    main = batch.streams["main"]
+    main = batch.sequences["main"]
     for sample, segment in zip(samples, batch.segments["forward"].tolist(), strict=True):
         a, b = main.table.cu_seqlens[segment : segment + 2].tolist()
         assert main.input_ids[a:b].tolist() == data.train[int(sample)].lm_sequence()[0]
@@ -191,7 +191,7 @@ def test_no_held_out_fact_comes_out_of_the_loader(data: ReversalData) -> None:
     seen = set()
     for step in loader(data, steps=12):  # two epochs
         for batch in step:
-            main = batch.streams["main"]
+            main = batch.sequences["main"]
             seen |= {tuple(x.tolist()) for x in main.input_ids.split(list(main.table.lengths))}
     assert len(seen) == len(data.train)
     assert held_out
@@ -314,7 +314,7 @@ def test_a_micro_batch_without_samples_has_the_shapes_of_one(data: ReversalData)
         assert all(len(v) == 0 for v in [*empty.values.values(), *empty.segments.values(), *empty.samples.values()])
         assert set(empty.segments) <= {"forward", "name"}
         assert "forward" in empty.segments
-        assert {s.num_tokens for s in empty.streams.values()} == {1}
+        assert {s.num_tokens for s in empty.sequences.values()} == {1}
 
 
 def twice(fact: Fact, draw: SampleRNG) -> Views:

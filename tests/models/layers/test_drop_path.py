@@ -99,7 +99,7 @@ def samples(n=5, seed=0):
 def states(backbone, views):
     """Role and sample → states of that segment."""
     batch = pack(views)
-    stream = batch.streams["main"]
+    stream = batch.sequences["main"]
     hidden = backbone.hidden(stream)
     found = {}
     for role, numbers in batch.segments.items():
@@ -127,7 +127,7 @@ def test_states_are_those_of_blocks_run_by_hand():
     backbone = make()
     views = samples()
     batch = pack(views)
-    stream = batch.streams["main"]
+    stream = batch.sequences["main"]
     kept = segments_kept(stream.seeds, stream.table, 0.6, BLOCKS)
     assert not kept.all() and kept.any()
     x = backbone.embed(stream.input_ids)
@@ -146,7 +146,7 @@ def test_states_are_those_of_blocks_run_by_hand():
 
 def test_partial_runs_and_reading_out_make_the_same_choices():
     backbone = make()
-    stream = pack(samples()).streams["main"]
+    stream = pack(samples()).sequences["main"]
     _, tap = backbone.hidden_and_tap(stream, 3)
     torch.testing.assert_close(backbone.hidden(stream, until=3), tap)
     torch.testing.assert_close(backbone.lower(3).train().hidden(stream), tap)
@@ -157,16 +157,16 @@ def test_branches_of_a_stream_make_choices_of_their_own():
     """A branch's tokens go through what its seed says, and see what its parent's says."""
     views = [Views([Segment([1, 2, 3, 4], "p"), Segment([5, 6], "b", prefix=("p", 3))], seed=900)]
     backbone = make()
-    stream = pack(views).streams["main"]
+    stream = pack(views).sequences["main"]
     assert torch.equal(backbone.hidden(stream), backbone.hidden(stream))
-    parent = pack([Views(views[0].segments[:1], seed=900)]).streams["main"]
+    parent = pack([Views(views[0].segments[:1], seed=900)]).sequences["main"]
     number = stream.table.lengths.index(4)
     own = slice(*stream.table.cu_seqlens[number : number + 2].tolist())
     torch.testing.assert_close(backbone.hidden(stream)[own], backbone.hidden(parent), atol=1e-5, rtol=1e-4)
 
 
 def test_torchs_generator_has_no_part_in_it():
-    backbone, stream = make(), pack(samples()).streams["main"]
+    backbone, stream = make(), pack(samples()).sequences["main"]
     torch.manual_seed(1)
     before = torch.get_rng_state()
     first = backbone.hidden(stream)
@@ -181,14 +181,14 @@ def test_activation_checkpointing_makes_the_same_choices_again():
         backbone = make()
         if checkpointing:
             backbone.decoder.gradient_checkpointing_enable()
-        backbone.hidden(pack(samples()).streams["main"]).square().sum().backward()
+        backbone.hidden(pack(samples()).sequences["main"]).square().sum().backward()
         grads.append({name: p.grad for name, p in backbone.named_parameters() if p.grad is not None})
     for name, grad in grads[0].items():
         torch.testing.assert_close(grads[1][name], grad, msg=name)
 
 
 def test_evaluation_and_a_rate_of_zero_know_nothing_of_it():
-    stream = pack(samples()).streams["main"]
+    stream = pack(samples()).sequences["main"]
     with_it, without = make(), make(rate=0.0)
     assert torch.equal(with_it.eval().hidden(stream), without.train().hidden(stream))
     heard = []

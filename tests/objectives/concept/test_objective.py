@@ -65,9 +65,9 @@ def test_speaking_equals_the_plain_reference():
     lm = objective.loss(model, batch, [], 0).means["lm_loss"]
     losses = []
     for i, fact in enumerate(FACTS):
-        name = fact.object if batch.values["spoken"][i] else fact.subject
+        name = fact.object if batch.values["decoded_name"][i] else fact.subject
         concept = unit_rms(alone(model, list(name), until=1)[-1])
-        stream = pack_sequence([Segment([fact.mask, *name[:-1]], "say")])
+        stream = pack_sequence([Segment([fact.mask, *name[:-1]], "decode")])
         embeds = model.embed(stream.input_ids)
         bridged = objective.bridge(concept[None])
         states = model.hidden(stream, inputs_embeds=torch.cat([embeds[:1] + bridged, embeds[1:]]))
@@ -90,7 +90,7 @@ def test_every_parameter_gets_a_gradient_in_every_step():
         model = backbone()
         objective = make(model, decode_fraction=1e-9, memory=memory, concept_dim=8)
         batch = batch_of(objective, FACTS)
-        assert "say" not in batch.segments
+        assert "decode" not in batch.segments
         objective.loss(model, batch, [], 0).total.backward()
         for name, p in [*model.named_parameters(), *objective.named_parameters()]:
             assert p.grad is not None, name
@@ -100,7 +100,7 @@ def test_noise_belongs_to_the_sample_not_to_the_batch():
     objective = make(backbone())
     whole = batch_of(objective, FACTS).values
     parts = [batch_of(objective, FACTS[:3]).values, batch_of(objective, FACTS[3:], first=3).values]
-    for name in ("noise", "spoken"):
+    for name in ("noise", "decoded_name"):
         torch.testing.assert_close(torch.cat([p[name] for p in parts]), whole[name])
     assert abs(whole["noise"].std() / objective.options.decode_noise - 1) < 0.2
 
@@ -114,7 +114,7 @@ def test_noise_is_as_large_as_the_option_says():
 def test_a_name_is_encoded_once_a_micro_batch():
     batch = batch_of(make(backbone()), FACTS + FACTS)
     names = {name for fact in FACTS for name in (fact.subject, fact.object)}
-    assert len(batch.streams["names"].table.lengths) == len(names)
+    assert len(batch.sequences["names"].table.lengths) == len(names)
 
 
 def test_the_scale_is_bounded_by_the_engine_and_has_a_gradient_at_its_bound_and_beyond():

@@ -83,7 +83,7 @@ def micro_batches(
         some = list(range(first, first + size))
         made = maker.many([samples[i] for i in some], [SampleRNG(0, 0, step, i) for i in some])  # type: ignore[attr-defined]
         like = maker(samples[0], SampleRNG(0, 0, step, 0))
-        batches.append(pack(made, objective.streams, step=step, max_samples=capacity or max(sizes), like=like))
+        batches.append(pack(made, objective.sequences, step=step, max_samples=capacity or max(sizes), like=like))
         first += size
     totals = {name: torch.tensor(float(n)) for name, n in add_counts(batches).items()}
     return [replace(batch, totals=totals) for batch in batches]

@@ -97,8 +97,8 @@ def test_an_evaluation_writes_nothing_and_training_writes_only_when_a_step_is_do
     with torch.no_grad():
         objective.gather(model, batch)
     assert (
-        not objective.queue._noted
-        and not objective.encoder.quantizer._noted
+        not objective.queue._observed
+        and not objective.encoder.quantizer._observed
         and not objective.encoder.standardize._noted
     )
     objective.loss(model, batch, [], 0)
@@ -143,7 +143,7 @@ def test_objects_beyond_the_slots_neither_quantise_nor_count():
     assert truncated >= 2 and max(every) == 36
     assert batch.counts["truncated"] == truncated and batch.counts["grids"] == sum(len(s.context) + 1 for s in samples)
     objective.loss(model, batch, [], 0)
-    counts, _ = objective.encoder.quantizer._noted[0]
+    counts, _ = objective.encoder.quantizer._observed[0]
     assert counts.sum() == batch.counts["objects"] == len(batch.rows["inputs"])
     assert batch.values["objects"].max() == 5
     means, _ = step_of(objective, model, [batch])
@@ -255,7 +255,8 @@ def test_lots_are_drawn_where_codes_may_need_a_place_alone():
     objective = make(backbone(), vq_refresh_every=10)
     (sample,) = sequences(6)[4:5]
     drawn = {
-        step: objective.view_transform()(sample, SampleRNG(0, 0, step, 4)).rows["lot"] for step in (0, 3, 8, 9, 10, 30)
+        step: objective.view_transform()(sample, SampleRNG(0, 0, step, 4)).rows["priority"]
+        for step in (0, 3, 8, 9, 10, 30)
     }
-    assert {step for step, lots in drawn.items() if lots.any()} == {0, 8, 10, 30}
+    assert {step for step, priorities in drawn.items() if priorities.any()} == {0, 8, 10, 30}
     assert (drawn[0] == drawn[10]).all()  # of the sample, not of the step

@@ -49,7 +49,7 @@ def test_reading_never_moves_the_codes():
         out.rows.sum().backward()
     assert same(before, state(module))
     assert torch.equal(out.table, module.codebook[out.codes])
-    assert not module._noted and not module._drawn
+    assert not module._observed and not module._drawn
 
 
 def test_the_first_two_steps_put_the_codes_among_the_rows():

@@ -12,7 +12,7 @@ def rows(*values: int) -> torch.Tensor:
 
 def enter(queue: TargetQueue, *micros: tuple[list[int], list[int]], good=GOOD) -> None:
     for values, keys in micros:
-        queue.note(rows(*values), torch.tensor(keys, dtype=torch.int64), capacity=3)
+        queue.observe(rows(*values), torch.tensor(keys, dtype=torch.int64), capacity=3)
     queue.update(good)
 
 
@@ -30,7 +30,7 @@ def test_the_newest_of_each_key_are_kept_in_the_order_of_the_global_batch():
 
 def test_what_is_noted_enters_at_the_end_of_the_step():
     queue = TargetQueue(3, 2)
-    queue.note(rows(1), torch.tensor([1]), 1)
+    queue.observe(rows(1), torch.tensor([1]), 1)
     assert queue.keys.tolist() == [NO_KEY] * 3
     queue.update(GOOD)
     assert queue.keys.tolist() == [1, NO_KEY, NO_KEY]

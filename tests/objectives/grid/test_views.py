@@ -95,17 +95,17 @@ def test_cells_of_the_decoders_objects_are_their_tokens():
     for number, sample in enumerate(sequences(8)):
         views = GridViews(o)(sample, draws(8)[number])
         grids = [*sample.context, sample.target]
-        assert [s.stream for s in views.segments] == ["main"] * len(sample.context) + [TARGETS]
+        assert [s.sequence for s in views.segments] == ["main"] * len(sample.context) + [TARGETS]
         sizes = {"context": views.rows["inputs"].tolist(), "target": views.rows["target_inputs"].tolist()}
         for grid, segment in zip(grids, views.segments, strict=True):
             assert (segment.tokens == flatten_grid(grid)).all()
-            places = segment.places["cell" if segment.role == "context" else "target_cell"]
+            positions = segment.positions["cell" if segment.role == "context" else "target_cell"]
             for thing in flood_fill(grid.tolist())[: o.slots]:
-                own, places = places[: len(thing["cells"])], places[len(thing["cells"]) :]
+                own, positions = positions[: len(thing["cells"])], positions[len(thing["cells"]) :]
                 assert [divmod(int(p), grid.shape[1] + 1) for p in own] == thing["cells"]
                 assert (segment.tokens[own] == thing["colour"]).all()
                 assert sizes[segment.role].pop(0) == len(own)
-            assert places.tolist() == [len(segment.tokens) - 1]  # the token that ends the grid is one more object
+            assert positions.tolist() == [len(segment.tokens) - 1]  # the token that ends the grid is one more object
             assert sizes[segment.role].pop(0) == 1
         assert sizes == {"context": [], "target": []}
 

@@ -71,7 +71,7 @@ def micro_batches(objective: Horizon, *parts: list[Any], step: int = 0) -> list[
     like = maker(documents(LONGEST)[0], SampleRNG(0, 0, step, 0))
     for part in parts:
         views = [maker(x, SampleRNG(0, 0, step, first + i)) for i, x in enumerate(part)]
-        batches.append(pack(views, objective.streams, step=step, like=like))
+        batches.append(pack(views, objective.sequences, step=step, like=like))
         first += len(part)
     totals = {name: torch.tensor(float(n)) for name, n in add_counts(batches).items()}
     return [replace(batch, totals=totals) for batch in batches]
@@ -126,7 +126,7 @@ def every_pair(backbone: Any, objective: Horizon, samples: list[Any], step: int 
         for t, label in enumerate(labels.tolist()):
             if label != IGNORE:
                 found["lm"].append(-torch.log_softmax(logits[t], -1)[label])
-        for horizon, anchor in zip(views.rows["horizon"].tolist(), segment.places["anchor"].tolist(), strict=True):
+        for horizon, anchor in zip(views.rows["horizon"].tolist(), segment.positions["anchor"].tolist(), strict=True):
             target = anchor + o.horizons[horizon]
             latent = objective.encoder(states[anchor])
             predicted = objective.predictor(torch.cat([latent, objective.horizon_embedding.weight[horizon]]))

@@ -53,10 +53,10 @@ def scaled(rows):
 
 def found_by(query, pairs, number):
     """Is its own target the nearest of the distinct targets of its horizon, the lead over the best other, and how many."""
-    places, candidates = {}, {}
+    positions, candidates = {}, {}
     for j, place in enumerate(pairs.place):
-        if pairs.horizon[j] == pairs.horizon[number] and place not in places:
-            places[place] = j
+        if pairs.horizon[j] == pairs.horizon[number] and place not in positions:
+            positions[place] = j
             candidates[place] = F.cosine_similarity(query, scaled(pairs.target)[j], dim=0).item()
     own = candidates.pop(pairs.place[number])
     best = max(candidates.values(), default=-math.inf)

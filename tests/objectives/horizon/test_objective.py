@@ -144,12 +144,12 @@ def test_the_kl_compares_what_is_predicted_from_the_target_place():
     backbone = model()
     objective = make(backbone, latent_dim=16, latent_to_hidden="identity", kl_temperature=1.5)
     (batch,) = micro_batches(objective, SAMPLES)
-    stream = batch.streams["main"]
+    stream = batch.sequences["main"]
     with torch.no_grad():
         hidden = backbone.hidden(stream)
         rows, counts = target_rows(batch)
         logits = backbone.logits(hidden[stream.labelled])[rows]
-        target = batch.places["target"]
+        target = batch.positions["target"]
         at = objective.future(backbone, hidden[target], logits)
         before = objective.future(backbone, hidden[target - 1], logits)
     assert torch.equal(counts, stream.labels[target] >= 0) and 0 < counts.sum() < len(counts)
@@ -291,7 +291,7 @@ def test_views_take_all_tokens_but_the_last():
         (dict(tap_layer=4), "objective.tap_layer: 4 is outside the decoder's 3 blocks"),
         (dict(tap_layer=0), "objective.tap_layer: 0 is outside"),
         (dict(tap_layer=-4), "objective.tap_layer: -4 is outside"),
-        (dict(latent_to_hidden="identity"), "objective.latent_to_hidden: latents of 6 .* reads 16; .*latent_dim=16"),
+        (dict(latent_to_hidden="identity"), "objective.latent_to_hidden: identity needs .* 16, not 6; .*latent_dim=16"),
         (dict(horizons=[2, 5, 23]), "objective.horizons: 23 fits no document.*24 tokens; use at most 22"),
     ],
 )

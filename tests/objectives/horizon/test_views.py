@@ -1,4 +1,4 @@
-"""Pairs of places in a document, and the options that say which."""
+"""Pairs of positions in a document, and the options that say which."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -70,10 +70,10 @@ def test_anchors_are_uniform_over_the_whole_range_of_their_horizon():
     horizons, probs = np.array([3, 10]), np.array([0.5, 0.5])
     drawn = [sample_pairs(13, horizons, probs, 10, generator(f"a/{i}")) for i in range(4000)]
     which, anchors = (np.concatenate(x) for x in zip(*drawn, strict=True))
-    for index, places in ((0, 10), (1, 3)):
-        found = np.bincount(anchors[which == index], minlength=places)
-        assert len(found) == places
-        assert chi_square(found, np.full(places, found.sum() / places)) < 4
+    for index, positions in ((0, 10), (1, 3)):
+        found = np.bincount(anchors[which == index], minlength=positions)
+        assert len(found) == positions
+        assert chi_square(found, np.full(positions, found.sum() / positions)) < 4
 
 
 # -- views ------------------------------------------------------------------------------------------------------------
@@ -82,7 +82,7 @@ def test_anchors_are_uniform_over_the_whole_range_of_their_horizon():
 def pairs_of(views):
     (segment,) = views.segments
     return [
-        tuple(x) for x in zip(views.rows["horizon"], *(segment.places[n] for n in ("anchor", "target")), strict=True)
+        tuple(x) for x in zip(views.rows["horizon"], *(segment.positions[n] for n in ("anchor", "target")), strict=True)
     ]
 
 
@@ -93,8 +93,8 @@ def test_a_document_is_one_segment_with_its_pairs_as_places():
     assert list(segment.tokens) == list(doc.tokens[:-1]) and list(segment.labels) == list(doc.tokens[1:])
     assert views.counts == {"pairs": 6, "kl_pairs": 6}
     horizons = np.array([2, 5, 9])[views.rows["horizon"]]
-    assert (segment.places["target"] - segment.places["anchor"] == horizons).all()
-    assert views.rows["key"].tolist() == [7 * POSITIONS + int(t) for t in segment.places["target"]]
+    assert (segment.positions["target"] - segment.positions["anchor"] == horizons).all()
+    assert views.rows["key"].tolist() == [7 * POSITIONS + int(t) for t in segment.positions["target"]]
     assert views.rows["horizon"].dtype == views.rows["key"].dtype == np.int64
 
 
@@ -105,8 +105,8 @@ def test_pairs_of_packed_documents_never_cross(lengths, seed):
     docs = [Document(np.arange(n) + 100 * i) for i, n in enumerate(lengths)]
     maker = HorizonViews(options())
     batch = pack([maker(doc, SampleRNG(seed, 0, 0, i)) for i, doc in enumerate(docs)])
-    ids = batch.streams["main"].input_ids
-    anchors, targets = ids[batch.places["anchor"]], ids[batch.places["target"]]
+    ids = batch.sequences["main"].input_ids
+    anchors, targets = ids[batch.positions["anchor"]], ids[batch.positions["target"]]
     assert torch.equal(targets - anchors, torch.tensor([2, 5, 9])[batch.rows["horizon"]])
     assert torch.equal(targets // 100, batch.rows["key"] // POSITIONS)
     assert torch.equal(targets % 100, batch.rows["key"] % POSITIONS)
@@ -133,7 +133,7 @@ def test_targets_without_a_label_are_counted_out_of_the_kl():
     tokens = np.arange(24)
     chat = Conversation(tokens, (Turn("user", 1, 12), Turn("assistant", 13, 24)), [])
     views = HorizonViews(options(pairs_per_sequence=20))(chat, SampleRNG(0, 0, 0, 0))
-    targets = views.segments[0].places["target"]
+    targets = views.segments[0].positions["target"]
     assert views.counts == {"pairs": 20, "kl_pairs": int((targets >= 12).sum())}
     assert 0 < views.counts["kl_pairs"] < 20
 
@@ -161,7 +161,7 @@ def test_a_loader_gives_the_same_pairs_with_and_without_processes(workers):
         own = [maker(docs[n], SampleRNG(0, e, step, n)) for n, e in zip(numbers, epochs, strict=True)]
         expected = pack(own)
         for name in ("anchor", "target"):
-            assert torch.equal(batch.places[name], expected.places[name])
+            assert torch.equal(batch.positions[name], expected.positions[name])
         for name in ("horizon", "key"):
             assert torch.equal(batch.rows[name], expected.rows[name])
         assert batch.counts["pairs"] == expected.counts["pairs"] > 0

@@ -51,7 +51,7 @@ def batches_of(objective: Span, examples: list[Document], micros: int = 1, step:
     make = objective.view_transform()
     views = [make(example, SampleRNG(7, 0, step, i)) for i, example in enumerate(examples)]
     some = [views[i::micros] for i in range(micros)]
-    packed = [pack(part, objective.streams, step=step, seed=7, like=views[0]) for part in some]
+    packed = [pack(part, objective.sequences, step=step, seed=7, like=views[0]) for part in some]
     totals = {name: torch.tensor(float(n)) for name, n in add_counts(packed).items()}
     return [replace(batch, totals=totals) for batch in packed]
 
@@ -122,7 +122,7 @@ def reference(module: JepaModel, examples: list[Document], step: int = 3, teache
     for i, example in enumerate(examples):
         segments = make(example, SampleRNG(7, 0, step, i)).segments
         (whole,) = [s for s in segments if s.role == "sample"]
-        tokens, positions = np.asarray(whole.tokens), np.asarray(whole.positions)
+        tokens, positions = np.asarray(whole.tokens), np.asarray(whole.position_ids)
         nothing = np.zeros(len(tokens), dtype=bool)
         _, raw = encode(backbone, tokens, positions, nothing)
         raw_targets = encode(of_targets, tokens, positions, nothing)[1] if teacher else raw
@@ -130,7 +130,7 @@ def reference(module: JepaModel, examples: list[Document], step: int = 3, teache
         for view in segments:
             if view.role not in ("global", "local"):
                 continue
-            masked = ~np.isin(positions, view.positions)
+            masked = ~np.isin(positions, view.position_ids)
             hidden, before = encode(backbone, tokens, positions, masked)
             last = int(np.flatnonzero(~masked)[-1])
             views.append(hidden[last])
@@ -150,7 +150,7 @@ def reference(module: JepaModel, examples: list[Document], step: int = 3, teache
         pooled.append(torch.stack(views))
         centers.append(of_targets.norm(torch.stack(firsts).mean(dim=0)))
         if mine:  # which one is the sampler's choice
-            pick = list(whole.places["chosen"])
+            pick = list(whole.positions["chosen"])
             assert pick in mine
             chosen.append(backbone.norm(raw[pick].mean(dim=0)))
     rows, center = torch.stack(pooled), torch.stack(centers)

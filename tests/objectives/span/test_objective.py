@@ -45,7 +45,7 @@ def assert_same_gradients(got, wanted):
 def test_token_states_of_packed_views_are_those_under_a_dense_mask(position):
     module = model({}, position_embedding=position)
     (batch,) = batches_of(module.objective, texts(*EXAMPLES))
-    stream = batch.streams["main"]
+    stream = batch.sequences["main"]
     states = module.backbone.hidden(stream)
     ends = stream.table.cu_seqlens.tolist()
     make, seen = module.objective.view_transform(), {"sample": 0, "global": 0, "local": 0}
@@ -57,8 +57,8 @@ def test_token_states_of_packed_views_are_those_under_a_dense_mask(position):
                 continue
             number = int(batch.segments[view.role][seen[view.role]])
             seen[view.role] += 1
-            masked = ~np.isin(whole.positions, view.positions)
-            expected, _ = encode(module.backbone, np.asarray(whole.tokens), np.asarray(whole.positions), masked)
+            masked = ~np.isin(whole.position_ids, view.position_ids)
+            expected, _ = encode(module.backbone, np.asarray(whole.tokens), np.asarray(whole.position_ids), masked)
             torch.testing.assert_close(
                 states[ends[number] : ends[number + 1]], expected[~torch.from_numpy(masked)], rtol=1e-5, atol=1e-5
             )
@@ -97,7 +97,7 @@ def test_nothing_depends_on_accumulation(form):
 def test_a_batch_in_which_nothing_is_masked_still_runs_everything():
     module = model({})
     (batch,) = batches_of(module.objective, texts(1, 1, 2))  # 45 % of two tokens is none
-    assert batch.streams[PREDICTOR].num_tokens == 1
+    assert batch.sequences[PREDICTOR].num_tokens == 1
     got = run(module, [batch])
     assert float(got["span_rec"]) == 0 and all(torch.isfinite(v) for v in got.values())
     found = gradients(module)
@@ -165,8 +165,8 @@ def test_flops_of_a_step_are_those_of_its_parts():
     decoder, predictor = DecoderFlops.of(backbone), objective.predictor.flops()
     least = 0
     for batch in batches:
-        least += decoder.of_stream(batch.streams["main"], training=True)
-        least += predictor.training(batch.streams[PREDICTOR], len(batch.places["masked"]))
+        least += decoder.of_sequence(batch.sequences["main"], training=True)
+        least += predictor.training(batch.sequences[PREDICTOR], len(batch.positions["masked"]))
     assert least < count(batches) < 2 * least  # with the collecting pass and SIGReg
 
 
@@ -177,7 +177,7 @@ def test_bad_input_is_named():
         with pytest.raises(InputError, match=message):
             Span(SpanOptions(**keys), module.backbone, data)
 
-    refuse("objective.max_positions: 20 places have a mask embedding, and the longest sample has 24", max_positions=20)
+    refuse("objective.max_positions: 20 is below the 24 tokens", max_positions=20)
     facts = SimpleNamespace(kind="reversal", special={}, train=DATA.train)
     refuse("objective.name: span needs texts", data=facts)
     assert Span(SpanOptions(max_positions=30), module.backbone, DATA).predictor.mask_embedding.num_embeddings == 30

@@ -40,15 +40,15 @@ def positions_of(view):
 
 
 def packed(views, reverse=False) -> tuple[PackedSequence, torch.Tensor, torch.Tensor]:
-    """The stream, and the places of the kept and of the masked tokens, view by view."""
+    """The stream, and the positions of the kept and of the masked tokens, view by view."""
     samples = []
     for number, view in enumerate(views):
         where = {"kept": [i for i, m in enumerate(view) if not m], "masked": [i for i, m in enumerate(view) if m]}
         samples.append(
-            Views([Segment([0] * len(view), "v", positions=positions_of(view), places=where)], seed=100 * number)
+            Views([Segment([0] * len(view), "v", position_ids=positions_of(view), positions=where)], seed=100 * number)
         )
     batch = pack(samples[::-1] if reverse else samples)
-    return batch.streams["main"], batch.places["kept"], batch.places["masked"]
+    return batch.sequences["main"], batch.positions["kept"], batch.positions["masked"]
 
 
 def states_of(views, width=32):
@@ -157,7 +157,9 @@ def test_every_token_sees_its_whole_view_and_no_other():
 @pytest.mark.parametrize("views", [[], [[0, 0, 0]], [[1, 1]], [[1]]])
 def test_with_nothing_kept_or_masked_every_parameter_still_takes_part(views):
     predictor = make(layers=2).train()
-    stream, kept, masked = packed(views) if views else (pack([]).streams["main"], *torch.zeros(2, 0, dtype=torch.int64))
+    stream, kept, masked = (
+        packed(views) if views else (pack([]).sequences["main"], *torch.zeros(2, 0, dtype=torch.int64))
+    )
     states = torch.randn(len(kept), 32, requires_grad=True)
     out = predictor.norm(predictor(states, kept, masked, stream))
     assert out.shape == (len(masked), 32)

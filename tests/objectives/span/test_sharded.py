@@ -39,10 +39,10 @@ class Root(nn.Module):
         self.predictor = SpanPredictor.of(self.backbone, 2, 16)
 
     def forward(self, batch):
-        stream, full = batch.streams["main"], batch.streams["predictor"]
+        stream, full = batch.sequences["main"], batch.sequences["predictor"]
         hidden = self.backbone.hidden(stream)
         empty = torch.zeros(0, dtype=torch.int64)
-        kept, seen, masked = (batch.places.get(name, empty) for name in ("kept", "seen", "masked"))
+        kept, seen, masked = (batch.positions.get(name, empty) for name in ("kept", "seen", "masked"))
         filled = self.predictor.norm(self.predictor(hidden[kept], seen, masked, full))
         last = hidden[stream.last[batch.segments.get("view", empty)]]
         with patch.object(backbone_module, "_PIECE", 20):  # three of them
@@ -60,9 +60,9 @@ def texts(step):
         masked = torch.rand(n, generator=generator) < 0.4
         masked[0], masked[1] = False, True
         seen, hidden = (~masked).nonzero()[:, 0], masked.nonzero()[:, 0]
-        view = Segment(tokens[seen].tolist(), "view", positions=seen, places={"kept": range(len(seen))})
-        places = {"seen": seen, "masked": hidden}
-        full = Segment(tokens.tolist(), "full", stream="predictor", places=places)
+        view = Segment(tokens[seen].tolist(), "view", position_ids=seen, positions={"kept": range(len(seen))})
+        positions = {"seen": seen, "masked": hidden}
+        full = Segment(tokens.tolist(), "full", sequence="predictor", positions=positions)
         views.append(Views([view, full], seed=10_000 * step + 100 * number))
     return views
 

@@ -69,7 +69,7 @@ def test_spans_have_poisson_lengths_and_start_anywhere():
     found = np.bincount(begins, minlength=n)
     x = ((found - draws / n) ** 2 / (draws / n)).sum()
     assert (x - (n - 1)) / (2 * (n - 1)) ** 0.5 < 4
-    long = 4000  # so many places that spans seldom touch
+    long = 4000  # so many positions that spans seldom touch
     for i in range(40):
         masked = mask_spans(np.ones(long, bool), 0.01, 3.0, generator(f"lengths/{i}"))
         lengths += [length for _, length in free_runs(masked)][:-1]
@@ -79,7 +79,7 @@ def test_spans_have_poisson_lengths_and_start_anywhere():
 
 
 def test_a_span_fits_what_is_free_even_where_it_is_crowded():
-    """Two thirds of the places are single free ones between others: long spans become single tokens there."""
+    """Two thirds of the positions are single free ones between others: long spans become single tokens there."""
     eligible = np.arange(60) % 3 == 0
     masked = mask_spans(eligible, 0.9, 8.0, generator("crowded"))
     assert masked.sum() == 18 and not (masked & ~eligible).any()
@@ -104,15 +104,15 @@ def test_views_are_the_text_without_its_masked_tokens(n, predicts, teaches, samp
     tokens = example.tokens[:-1]  # no EOS
     by_role = {}
     for segment in views.segments:
-        by_role.setdefault((segment.stream, segment.role), []).append(segment)
+        by_role.setdefault((segment.sequence, segment.role), []).append(segment)
     (whole,) = by_role["main", "sample"]
-    assert (np.asarray(whole.tokens) == tokens).all() and (whole.positions == np.arange(n)).all()
+    assert (np.asarray(whole.tokens) == tokens).all() and (whole.position_ids == np.arange(n)).all()
     assert len(by_role["main", "global"]) == 2 and len(by_role["main", "local"]) == 6
     shares = []
     for role in ("global", "local"):
         for view in by_role["main", role]:
-            assert (np.asarray(view.tokens) == tokens[view.positions]).all()
-            assert (np.diff(view.positions) > 0).all() and len(view.tokens) >= 1
+            assert (np.asarray(view.tokens) == tokens[view.position_ids]).all()
+            assert (np.diff(view.position_ids) > 0).all() and len(view.tokens) >= 1
             assert view.labels is None
             shares.append(1 - len(view.tokens) / n)
     assert all(
@@ -126,22 +126,22 @@ def test_views_are_the_text_without_its_masked_tokens(n, predicts, teaches, samp
     at = 0
     read_from = by_role[TARGETS, "target"][0] if teaches else whole
     for view, full in zip(with_mask if predicts else [], predicted, strict=True):
-        assert (np.asarray(full.tokens) == tokens).all() and (full.positions == np.arange(n)).all()
-        assert (view.places["kept"] == np.arange(len(view.tokens))).all()
-        assert (full.places["seen"] == view.positions).all()
-        hidden = full.places["masked"]
-        assert sorted([*hidden, *full.places["seen"]]) == list(range(n))
-        assert (read_from.places["span"][at : at + len(hidden)] == hidden).all()
+        assert (np.asarray(full.tokens) == tokens).all() and (full.position_ids == np.arange(n)).all()
+        assert (view.positions["kept"] == np.arange(len(view.tokens))).all()
+        assert (full.positions["seen"] == view.position_ids).all()
+        hidden = full.positions["masked"]
+        assert sorted([*hidden, *full.positions["seen"]]) == list(range(n))
+        assert (read_from.positions["span"][at : at + len(hidden)] == hidden).all()
         at += len(hidden)
-    assert lengths.sum() == at == len(read_from.places["span"])
+    assert lengths.sum() == at == len(read_from.positions["span"])
     ends = np.cumsum(lengths)
     for begin, end in zip(ends - lengths, ends, strict=True):
-        assert (np.diff(read_from.places["span"][begin:end]) == 1).all()
+        assert (np.diff(read_from.positions["span"][begin:end]) == 1).all()
     assert views.counts == {"texts": 1, "spans": len(lengths), "chosen": int(len(lengths) > 0)}
     if len(lengths):
         (length,) = views.rows["chosen_length"]
-        runs = [tuple(read_from.places["span"][end - n_ : end]) for n_, end in zip(lengths, ends, strict=True)]
-        assert len(whole.places["chosen"]) == length and tuple(whole.places["chosen"]) in runs
+        runs = [tuple(read_from.positions["span"][end - n_ : end]) for n_, end in zip(lengths, ends, strict=True)]
+        assert len(whole.positions["chosen"]) == length and tuple(whole.positions["chosen"]) in runs
     if teaches:
         teacher = by_role[TARGETS, "target_global"]
         assert [list(v.tokens) for v in teacher] == [list(v.tokens) for v in by_role["main", "global"]]
@@ -154,7 +154,7 @@ def test_eos_in_the_middle_is_left_out_and_its_place_kept():
     example = Document(np.array([5, 6, EOS, 7, 8, PAD, 9, EOS]))
     (whole,) = [s for s in maker(lm_weight=1.0)(example, SampleRNG(0, 0, 0, 0)).segments if s.role == "sample"]
     assert list(whole.tokens) == [5, 6, 7, 8, 9]
-    assert list(whole.positions) == [0, 1, 3, 4, 6]
+    assert list(whole.position_ids) == [0, 1, 3, 4, 6]
     assert list(whole.labels) == [6, EOS, 8, PAD, EOS]  # what follows in the text, which may be an EOS
 
 
@@ -169,11 +169,11 @@ def test_views_are_a_function_of_seed_epoch_and_sample():
 def test_places_of_views_and_predictor_match_when_packed():
     make = maker()
     batch = pack([make(text(n, n), SampleRNG(0, 0, 0, n)) for n in (9, 1, 30, 2, 17)], ("main", PREDICTOR))
-    main, full = batch.streams["main"], batch.streams[PREDICTOR]
-    kept, seen, masked = (batch.places[name] for name in ("kept", "seen", "masked"))
+    main, full = batch.sequences["main"], batch.sequences[PREDICTOR]
+    kept, seen, masked = (batch.positions[name] for name in ("kept", "seen", "masked"))
     assert (main.input_ids[kept] == full.input_ids[seen]).all()
     assert (main.position_ids[kept] == full.position_ids[seen]).all()
-    assert (main.input_ids[batch.places["span"]] == full.input_ids[masked]).all()
+    assert (main.input_ids[batch.positions["span"]] == full.input_ids[masked]).all()
     assert sorted([*seen.tolist(), *masked.tolist()]) == list(range(full.num_tokens))
     assert batch.rows["span_length"].sum() == len(masked)
     assert (main.labels == IGNORE).all()
@@ -181,7 +181,7 @@ def test_places_of_views_and_predictor_match_when_packed():
 
 def test_nine_views_cost_less_than_six_texts():
     views = [maker()(text(200, i), SampleRNG(0, 0, 0, i)) for i in range(20)]
-    tokens = sum(len(s.tokens) for v in views for s in v.segments if s.stream == "main")
+    tokens = sum(len(s.tokens) for v in views for s in v.segments if s.sequence == "main")
     assert tokens / (20 * 200) == pytest.approx(1 + 2 * 0.725 + 6 * 0.575, abs=0.05)
 
 

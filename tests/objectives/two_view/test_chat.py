@@ -134,7 +134,7 @@ def test_a_shared_prefix_reads_what_a_whole_view_would(data, k, readout):
     examples = list(data.train)
     batch = batch_of(objective, examples)
     loss = objective.loss(model, batch, [], 0)
-    source, _ = objective.readings(objective._states(model, batch)[1], batch)
+    source, _ = objective.readouts(objective._states(model, batch)[1], batch)
     for row, example in zip(source, examples, strict=True):
         question = example.turns[1]
         ids = [*example.tokens[: question.stop].tolist(), *(-1 - n for n in reversed(range(k)))]
@@ -163,14 +163,14 @@ def test_the_teacher_encodes_the_second_view(data):
 
     objective.teacher = Stands()
     batch = batch_of(objective, list(data.train))
-    _, target = objective.readings(objective._states(model, batch)[1], batch)
+    _, target = objective.readouts(objective._states(model, batch)[1], batch)
     assert not target.requires_grad
     own = make(model, data)
     plain = batch_of(own, list(data.train))
-    _, trained = own.readings(own._states(model, plain)[1], plain)
+    _, trained = own.readouts(own._states(model, plain)[1], plain)
     assert (target - trained).abs().max() > 0.1
     halved = make(copied, data)
-    _, expected = halved.readings(copied.hidden(plain.streams["main"]).detach(), plain)
+    _, expected = halved.readouts(copied.hidden(plain.sequences["main"]).detach(), plain)
     torch.testing.assert_close(target, expected, atol=1e-5, rtol=1e-4)
 
 
@@ -179,7 +179,7 @@ def test_stop_gradient_trains_the_first_view_alone(data):
     objective = make(model, data, target="stop_gradient", lm_weight=0.0, predictor_tokens=0)
     batch = batch_of(objective, list(data.train))
     hidden, states = objective._states(model, batch)
-    source, target = objective.readings(states, batch)
+    source, target = objective.readouts(states, batch)
     assert source.requires_grad and not target.requires_grad
 
 
@@ -187,9 +187,9 @@ def test_read_after_an_inner_block(data):
     model = backbone("llama", data.vocab_size)
     objective = make(model, data, tap_layer=1, predictor_tokens=0)
     batch = batch_of(objective, list(data.train))
-    source, _ = objective.readings(objective._states(model, batch)[1], batch)
-    states = model.hidden(batch.streams["main"], until=1)
-    torch.testing.assert_close(source, states[batch.places["source"]])
+    source, _ = objective.readouts(objective._states(model, batch)[1], batch)
+    states = model.hidden(batch.sequences["main"], until=1)
+    torch.testing.assert_close(source, states[batch.positions["source"]])
 
 
 def test_the_legacy_loss_is_upstreams(data):
@@ -203,7 +203,9 @@ def test_the_legacy_loss_is_upstreams(data):
     for batch, part in zip(halves, (examples[:5], examples[5:]), strict=True):
         loss = objective.loss(model, replace(batch, totals={}), [], 0)
         labels = [int(t) for example in part for t in example.tokens[1:] if t != pad]
-        assert sorted(labels) == sorted(batch.streams["main"].labels[batch.streams["main"].labels != IGNORE].tolist())
+        assert sorted(labels) == sorted(
+            batch.sequences["main"].labels[batch.sequences["main"].labels != IGNORE].tolist()
+        )
         losses = []
         for example in part:
             ids = example.tokens.tolist()
@@ -211,7 +213,7 @@ def test_the_legacy_loss_is_upstreams(data):
             losses += [F.cross_entropy(logits[t], torch.tensor(ids[t + 1])) for t in range(len(ids) - 1)]
         torch.testing.assert_close(loss.means["lm_loss"], torch.stack(losses).mean(), atol=1e-5, rtol=1e-4)
         hidden, states = objective._states(model, batch)
-        source, target = objective.readings(states, batch)
+        source, target = objective.readouts(states, batch)
         torch.testing.assert_close(loss.means["jepa_loss"], distance_of("infonce", source, target, 0.07))
         torch.testing.assert_close(loss.total, loss.means["lm_loss"] + loss.means["jepa_loss"])
 

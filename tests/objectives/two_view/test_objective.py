@@ -66,7 +66,7 @@ def test_only_train_facts_are_paired_and_only_answers_are_labelled():
     batch = batch_of(objective, FACTS)
     assert batch.counts["pairs"] == 6 and len(batch.segments["reverse"]) == 6
     assert batch.counts["labels"] == 2 * len(FACTS)
-    stream = batch.streams["main"]
+    stream = batch.sequences["main"]
     answers = {token for fact in FACTS for token in fact.object}
     assert set(stream.labels[stream.labels != IGNORE].tolist()) <= answers
 

@@ -43,12 +43,12 @@ def test_views_are_what_the_template_renders(family):
         asked, answered = example.messages[1]["content"], example.messages[2]["content"]
         made = by_role(views(example, DRAW))
         source, target = list(made["source"].tokens), list(made["target"].tokens)
-        assert source[-2:] == [FILLER, FILLER] and made["source"].places["predictor"] == [
+        assert source[-2:] == [FILLER, FILLER] and made["source"].positions["predictor"] == [
             len(source) - 2,
             len(source) - 1,
         ]
-        assert made["source"].places["source"] == [len(source) - 1]
-        assert made["target"].places["target"] == [len(target) - 1]
+        assert made["source"].positions["source"] == [len(source) - 1]
+        assert made["target"].positions["target"] == [len(target) - 1]
         text = tok.decode(source[:-2]), tok.decode(target)
         assert text[0].endswith(asked) and text[1].endswith(answered)
         assert "Convert words." not in text[0] + text[1]
@@ -91,7 +91,7 @@ def test_last_token_counts_from_the_end_of_the_rendering(family):
             ids = tok(asked, add_special_tokens=False)["input_ids"]
             made = by_role(views(example, DRAW))
             assert list(made["source"].tokens) == ids[: len(ids) + last + 1]
-            assert made["source"].places["source"] == [len(ids) + last]
+            assert made["source"].positions["source"] == [len(ids) + last]
 
 
 def test_front_same_and_swapped_predictors(family):
@@ -99,9 +99,13 @@ def test_front_same_and_swapped_predictors(family):
     example = data.train[0]
     front = views = maker(data, tok, predictor_tokens=3, predictor_place="front")(example, DRAW)
     source = by_role(front)["source"]
-    start = source.places["predictor"][0]
-    assert source.places["predictor"] == [start, start + 1, start + 2] and views.rows["predictor"].tolist() == [0, 1, 2]
-    assert list(source.tokens[start : start + 3]) == [FILLER] * 3 and source.places["source"] == [
+    start = source.positions["predictor"][0]
+    assert source.positions["predictor"] == [start, start + 1, start + 2] and views.rows["predictor"].tolist() == [
+        0,
+        1,
+        2,
+    ]
+    assert list(source.tokens[start : start + 3]) == [FILLER] * 3 and source.positions["source"] == [
         len(source.tokens) - 1
     ]
     assert maker(data, tok, predictor_tokens=3, same_predictor=True)(example, DRAW).rows["predictor"].tolist() == [
@@ -121,11 +125,11 @@ def test_the_shared_prefix_adds_predictor_tokens_alone(family):
         roles = [segment.role for segment in made.segments]
         question = data.train[0].turns[1]
         if k == 0:
-            assert roles == ["text", "target"] and made.segments[0].places["source"] == [question.stop - 1]
+            assert roles == ["text", "target"] and made.segments[0].positions["source"] == [question.stop - 1]
         else:
             branch = made.segments[1]
             assert roles == ["text", "source", "target"] and branch.prefix == ("text", question.stop)
-            assert list(branch.tokens) == [FILLER] * k and branch.places["source"] == [k - 1]
+            assert list(branch.tokens) == [FILLER] * k and branch.positions["source"] == [k - 1]
 
 
 def test_the_label_mask_is_the_assistants_and_the_legacy_one_is_not(family):
@@ -163,7 +167,7 @@ def test_a_key_does_not_depend_on_the_process():
     st.booleans(),
 )
 def test_any_conversation_has_a_pair_or_none(said, k, readout, place, swap):
-    """Places lie within their segments, predictors are where their tokens are, and rows fit the places."""
+    """Places lie within their segments, predictors are where their tokens are, and rows fit the positions."""
     turns, tokens = [], [1]
     for role, length in said:
         tokens += [2]
@@ -182,10 +186,10 @@ def test_any_conversation_has_a_pair_or_none(said, k, readout, place, swap):
         return
     segments = by_role(made)
     for view in ("source", "target"):
-        places = segments[view].places[view]
-        assert len(places) == made.rows[f"{view}_places"][0] >= 1
-        assert max(places) == len(segments[view].tokens) - 1 and min(places) >= 0
-    predictors = segments["source"].places["predictor"]
+        positions = segments[view].positions[view]
+        assert len(positions) == made.rows[f"{view}_length"][0] >= 1
+        assert max(positions) == len(segments[view].tokens) - 1 and min(positions) >= 0
+    predictors = segments["source"].positions["predictor"]
     assert [segments["source"].tokens[p] for p in predictors] == [FILLER] * k and len(made.rows["predictor"]) == k
 
 
