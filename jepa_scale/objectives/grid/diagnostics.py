@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jepa_scale.distributed.comm import all_gather_object
 from jepa_scale.losses.infonce import first_index_of, first_of_each
 from jepa_scale.metrics.representation import retrieval
 from jepa_scale.metrics.spectrum import covariance_entropy_rank, isotropy
@@ -19,6 +18,7 @@ from jepa_scale.objectives.grid.config import GridOptions
 from jepa_scale.objectives.grid.quantizer import Quantizer
 from jepa_scale.objectives.grid.queue import TargetQueue
 from jepa_scale.objectives.grid.views import GridViews
+from jepa_scale.objectives.grouping import gather_rows
 from jepa_scale.objectives.tasks import Call
 from jepa_scale.packing import PackedBatch
 
@@ -63,13 +63,7 @@ class GridDiagnostics:
         return self.views.most_tokens(sizes)
 
     def measure(self, batches: Iterable[PackedBatch]) -> dict[str, float]:
-        found: dict[str, list[Tensor]] = {}
-        for batch in batches:
-            for name, rows in self.call("diagnose", batch).items():
-                found.setdefault(name, []).append(rows.cpu())
-        mine = {name: torch.cat(rows).numpy() for name, rows in found.items()}
-        everyone = all_gather_object(mine)
-        every = {name: torch.from_numpy(np.concatenate([rows[name] for rows in everyone])) for name in mine}
+        _, every = gather_rows(self.call("diagnose", batch) for batch in batches)
         if not every or not len(every["key"]):
             return {}
         query, target, keys = every["query"], every["target"], every["key"]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from jepa_scale.models.fp32_state import AveragedState
 from jepa_scale.models.layers.standardize import Standardize
 from jepa_scale.objectives.grid.quantizer import Quantized, Quantizer
+from jepa_scale.objectives.grouping import group_means
 
 
 class EncodedGrids(NamedTuple):
@@ -61,11 +62,7 @@ class GridEncoder(nn.Module):
         objects = self.standardize(self.objects(*inputs))
         nothing = Quantized(objects, objects.new_zeros(0, dtype=torch.float32), counts.new_zeros(0))
         rows, table, codes = nothing if self.quantizer is None else self.quantizer(objects)
-        owner = torch.repeat_interleave(
-            torch.arange(counts.numel(), device=counts.device), counts.flatten(), output_size=len(objects)
-        )
-        sums = objects.new_zeros(counts.numel(), objects.shape[1], dtype=torch.float32)
-        means = sums.index_add(0, owner, rows.float()) / counts.flatten().clamp(min=1)[:, None]
+        means = group_means(rows, counts.flatten())
         grids = means.to(objects.dtype).view(*counts.shape, means.shape[1])
         states, weights = self.temporal(grids, present)
         return EncodedGrids(objects, rows, table, codes, grids, states, weights, self.projector(states))

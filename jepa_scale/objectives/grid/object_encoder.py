@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from jepa_scale.objectives.grouping import group_means
+
 
 class AdjacentLayer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)). An object attends to itself and to adjacent objects of its grid."""
@@ -71,7 +73,4 @@ class CellReadout(nn.Module):
     def forward(self, states: Tensor, cells: Tensor, sizes: Tensor) -> Tensor:
         """Read out objects: (T, h) states, (c,) token indices of the cells, object after object, (n,) number of cells of each
         object, ≥ 1 → (n, d)."""
-        owner = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes, output_size=len(cells))
-        sums = states.new_zeros(len(sizes), states.shape[1], dtype=torch.float32)
-        means = sums.index_add(0, owner, states[cells].float()) / sizes[:, None]
-        return self.norm(self.project(means.to(states.dtype)))
+        return self.norm(self.project(group_means(states[cells], sizes).to(states.dtype)))

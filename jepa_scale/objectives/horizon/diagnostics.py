@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jepa_scale.distributed.comm import all_gather_object
 from jepa_scale.metrics.representation import retrieval, standardized, std_gap
 from jepa_scale.metrics.spectrum import effective_rank
+from jepa_scale.objectives.grouping import gather_rows
 from jepa_scale.objectives.horizon.config import HorizonOptions
 from jepa_scale.objectives.horizon.losses import distance, is_statistic, statistic
 from jepa_scale.objectives.horizon.views import HorizonViews
@@ -44,13 +44,7 @@ class HorizonDiagnostics:
         return sizes - 1
 
     def measure(self, batches: Iterable[PackedBatch]) -> dict[str, float]:
-        found: dict[str, list[Tensor]] = {}
-        for batch in batches:
-            for name, rows in {**self.call("diagnose", batch), **batch.rows}.items():
-                found.setdefault(name, []).append(rows.cpu())
-        mine = {name: torch.cat(rows) for name, rows in found.items()}
-        everyone = all_gather_object({name: rows.numpy() for name, rows in mine.items()})
-        every = {name: torch.from_numpy(np.concatenate([rows[name] for rows in everyone])) for name in mine}
+        mine, every = gather_rows({**self.call("diagnose", batch), **batch.rows} for batch in batches)
         if not every or not len(every["key"]):
             return {}
         self.representations = {name: every[name] for name in ("prediction", "target")}

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jepa_scale.distributed.comm import all_gather_object
 from jepa_scale.losses.sigreg import sigreg
 from jepa_scale.metrics.geometry import alignment, uniformity
 from jepa_scale.metrics.representation import retrieval
 from jepa_scale.metrics.spectrum import effective_rank
+from jepa_scale.objectives.grouping import gather_rows
 from jepa_scale.objectives.span.views import SpanViews
 from jepa_scale.objectives.tasks import Call
 from jepa_scale.packing import PackedBatch
@@ -52,13 +52,7 @@ class SpanDiagnostics:
         return self.span_views.most_tokens(sizes)
 
     def measure(self, batches: Iterable[PackedBatch]) -> dict[str, float]:
-        found: dict[str, list[Tensor]] = {}
-        for batch in batches:
-            for name, rows in self.call("diagnose", batch).items():
-                found.setdefault(name, []).append(rows.cpu())
-        mine = {name: torch.cat(rows) for name, rows in found.items()}
-        everyone = all_gather_object({name: rows.numpy() for name, rows in mine.items()})
-        every = {name: torch.from_numpy(np.concatenate([rows[name] for rows in everyone])) for name in mine}
+        mine, every = gather_rows(self.call("diagnose", batch) for batch in batches)
         if not every or not len(every["whole"]):
             return {}
         pooled, center, whole = every["pooled"], every["center"], every["whole"]

@@ -24,6 +24,7 @@ from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.flops import DecoderFlops
 from jepa_scale.objectives.base import Loss, Objective, lm_loss, mean_over_global_batch
 from jepa_scale.objectives.costs import StepFlops, sigreg_flops
+from jepa_scale.objectives.grouping import group_means
 from jepa_scale.objectives.span.config import SpanOptions
 from jepa_scale.objectives.span.diagnostics import SpanDiagnostics
 from jepa_scale.objectives.span.predictor import SpanPredictor
@@ -179,7 +180,7 @@ class Span(Objective):
         rows = [first.float().mean(dim=1)]
         for name in names:
             lengths = batch.rows[f"{name}_length"]
-            rows.append(_span_means(raw, batch.positions.get(name, lengths[:0]), lengths))
+            rows.append(group_means(raw[batch.positions.get(name, lengths[:0])], lengths))
         normed = norm(torch.cat(rows).to(raw.dtype))  # one call, so that an engine gathers the norm's weights once
         return normed.split([len(part) for part in rows])
 
@@ -202,8 +203,7 @@ class Span(Objective):
         if not len(masked):  # no text here has a span; the sequence's one token makes every rank run the predictor
             return self.predictor.norm(self.predictor(hidden[kept], seen, masked.new_zeros(1), packed))[:0]
         filled = self.predictor(hidden[kept], seen, masked, packed)  # (M, d), span after span
-        means = _span_means(filled, torch.arange(len(filled), device=filled.device), lengths)
-        return self.predictor.norm(means.to(filled.dtype))
+        return self.predictor.norm(group_means(filled, lengths).to(filled.dtype))
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -281,18 +281,3 @@ class Span(Objective):
         found = {"pooled": encoded.pooled, "center": encoded.center}
         found |= {"whole": encoded.hidden[packed.last[sample]].float(), "tokens": encoded.hidden[middle].float()}
         return found | {"predicted": encoded.predicted, "spans": encoded.spans}
-
-
-def _span_means(states: Tensor, positions: Tensor, lengths: Tensor) -> Tensor:
-    """Return the mean of each span's states, (m, d) fp32.
-
-    Args:
-        states: (T, d).
-        positions: (M,) token positions, span after span.
-        lengths: (m,) lengths of the spans.
-    """
-    owner = torch.repeat_interleave(
-        torch.arange(len(lengths), device=lengths.device), lengths, output_size=len(positions)
-    )
-    sums = states.new_zeros(len(lengths), states.shape[1], dtype=torch.float32)
-    return sums.index_add(0, owner, states[positions].float()) / lengths[:, None]

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jepa_scale.distributed.comm import all_gather_object
 from jepa_scale.losses.distance import cosine
 from jepa_scale.metrics.representation import retrieval, std_gap
 from jepa_scale.metrics.spectrum import effective_rank, effective_rank_of_directions
+from jepa_scale.objectives.grouping import gather_rows
 from jepa_scale.objectives.tasks import Call
 from jepa_scale.objectives.two_view.views import ChatViews
 from jepa_scale.packing import PackedBatch
@@ -47,12 +47,7 @@ class TwoViewDiagnostics:
         return self.chat_views.tokens(sizes)
 
     def measure(self, batches: Iterable[PackedBatch]) -> dict[str, float]:
-        found: dict[str, list[Tensor]] = {}
-        for batch in batches:
-            for name, rows in self.call("diagnose", batch).items():
-                found.setdefault(name, []).append(rows.cpu())
-        everyone = all_gather_object({name: torch.cat(rows).numpy() for name, rows in found.items()})
-        every = {name: torch.from_numpy(np.concatenate([rows[name] for rows in everyone])) for name in found}
+        _, every = gather_rows(self.call("diagnose", batch) for batch in batches)
         if not every or not len(every["key"]):
             return {}
         source, target, key = every["source"], every["target"], every["key"]

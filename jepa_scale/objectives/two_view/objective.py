@@ -28,6 +28,7 @@ from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.flops import Cost, DecoderFlops, linear_cost
 from jepa_scale.objectives.base import Loss, Objective, lm_loss, mean_over_global_batch, resolve_tap
 from jepa_scale.objectives.costs import StepFlops, contrast_flops, moments_flops, sigreg_flops
+from jepa_scale.objectives.grouping import group_means
 from jepa_scale.objectives.tasks import Call
 from jepa_scale.objectives.two_view.config import TwoViewOptions
 from jepa_scale.objectives.two_view.diagnostics import TwoViewDiagnostics
@@ -165,14 +166,9 @@ class TwoView(Objective):
     def _readout(self, states: Tensor, batch: PackedBatch, view: str) -> Tensor:
         """Return the read-out states of one view: (T, d) → (n, d) fp32, for each pair the mean over the view's positions."""
         counts = batch.rows[f"{view}_length"]
-        positions = batch.positions.get(view, counts)
-        rows = states[positions].float()
-        if self.options.readout != "mean" or isinstance(self._views, FactViews):
-            return rows
-        owner = torch.repeat_interleave(
-            torch.arange(len(counts), device=counts.device), counts, output_size=len(positions)
-        )
-        return rows.new_zeros(len(counts), rows.shape[1]).index_add(0, owner, rows) / counts[:, None]
+        rows = states[batch.positions.get(view, counts)].float()
+        one_each = self.options.readout != "mean" or isinstance(self._views, FactViews)
+        return rows if one_each else group_means(rows, counts)
 
     def readouts(self, states: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """Return the read-out states of the first and the second views, (n, d) fp32 each.
