@@ -126,7 +126,7 @@ class LoadedRun:
             InputError: naming the text by its number: it is empty or too long.
         """
         if isinstance(texts, str):
-            raise InputError("texts: is one string; give a list of them")
+            raise InputError("texts: is one string; give a list of strings")
         hint = "" if truncate else "shorten it, or have it cut (truncate)"
         return tokenize(self.tokenizer, texts, self.vocab_size, self.max_tokens, lambda n: f"texts[{n}]", hint)
 
@@ -163,23 +163,26 @@ class LoadedRun:
                 room.
         """
         if not self.module.objective.predicts_tokens:
-            raise InputError(f"objective {self.experiment.objective.name!r} does not train next-token prediction")
+            raise InputError(
+                f"objective {self.experiment.objective.name!r} trains no next-token prediction, so nothing can be generated"
+            )
         if self.tokenizer is None:
-            raise InputError("the run's data have no tokenizer to read prompts with")
+            raise InputError("the run's data have no tokenizer to encode prompts with; use a run whose data have one")
         ids = [self._prompt(prompt, f"prompts[{n}]") for n, prompt in enumerate(prompts)]
         positions = getattr(self.module.backbone.decoder.config, "max_position_embeddings", None)
         plan = rounds([len(prompt) for prompt in ids], max_new_tokens, positions, batch_size)
         if unasked := set(range(len(ids))) - {number for part in plan for number in part.prompts}:
             number = min(unasked)
             raise InputError(
-                f"prompts[{number}]: its {len(ids[number]):,} tokens leave no room; the model has {positions}"
+                f"prompts[{number}]: its {len(ids[number]):,} tokens leave no room for an answer; the model has {positions} "
+                "positions"
             )
         stop = sorted({self.data.special[name] for name in ("end", "eos") if name in self.data.special})
         texts: dict[int, str] = {}
         for part in plan:
-            for made in answer(self._call, ids, part, stop, self._ranks):
-                before = [] if self._chats else ids[made.number].tolist()
-                texts[made.number] = self._decode([*before, *made.tokens])[len(self._decode(before)) :]
+            for answered in answer(self._call, ids, part, stop, self._ranks):
+                before = [] if self._chats else ids[answered.number].tolist()
+                texts[answered.number] = self._decode([*before, *answered.tokens])[len(self._decode(before)) :]
         return [texts[number] for number in range(len(ids))]
 
     @property
@@ -240,7 +243,7 @@ def _device(name: str | torch.device) -> torch.device:
     except RuntimeError as error:
         raise InputError(f"device {name!r}: {str(error).splitlines()[0]}") from None
     if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
-        raise InputError(f"device {name!r}: there are {torch.cuda.device_count()} such devices; take another, or cpu")
+        raise InputError(f"device {name!r}: there are {torch.cuda.device_count()} CUDA devices; use another, or cpu")
     return device
 
 
@@ -261,7 +264,7 @@ def find_checkpoint(run: Path, which: str | Path, hashes: bool) -> Path:
         if not damage:
             return found.path
         logger.warning(f"{damage[0]}; {found.path.name} is passed over")
-    raise InputError(f"{directory}: holds no whole checkpoint")
+    raise InputError(f"{directory}: holds no complete, undamaged checkpoint; give another run")
 
 
 def open_data(options: SourceOptions) -> Dataset:

@@ -111,7 +111,7 @@ class KeyRows:
 
 @dataclass(frozen=True, slots=True)
 class PackedSequence:
-    """One packed sequence.
+    """Tensors of one packed sequence: T tokens in S segments, L of them with a label.
 
     Attributes:
         input_ids: (T,) int64.
@@ -177,7 +177,7 @@ class PackedBatch:
         positions: name → (n,) int64, positions in the packed sequence of the tokens of this name, sample by sample.
         rows: name → (n, …), concatenated sample by sample.
         counts: name → the sum over this micro-batch, plain integers.
-        totals: name → 0-d float tensor, the sum over the *global* batch (all ranks, all micro-batches). Set by the loop.
+        totals: name → 0-d float tensor, the sum over the *global* batch (all ranks, all micro-batches). Set by the trainer.
         max_samples: number of samples in the largest micro-batch of the step on any rank; ranks pad to it to gather rows.
         step: optimizer step of the batch.
         seed: the run's seed.
@@ -240,7 +240,9 @@ def pack_sequence(
         if n == 0:
             raise ValueError(f"a segment of role {segment.role!r} has no tokens; leave it out instead")
         for what in (segment.labels, segment.position_ids):
-            assert what is None or len(what) == n, f"role {segment.role!r}: {len(what)} labels or positions, {n} tokens"
+            assert what is None or len(what) == n, (
+                f"role {segment.role!r}: {len(what)} labels or position ids, {n} tokens"
+            )
         ids[at : at + n] = segment.tokens
         assert segment.prefix is None or parents, f"role {segment.role!r}: a branch without a parent"
         start = 0 if segment.prefix is None else segment.prefix[1]
@@ -313,7 +315,7 @@ def pack(
         for name, n in view.counts.items():
             counts[name] = counts.get(name, 0) + n
         numbers: list[int] = []  # index in `unique` of each of the sample's segments
-        branches: list[int] = []  # positions in `numbers` of the branches
+        branches: list[int] = []  # indices in `numbers` of the branches
         for segment in view.segments:
             if segment.sequence not in unique:
                 raise ValueError(
@@ -382,7 +384,7 @@ def pack(
 
 
 def _parent(branch: Segment, segments: Sequence[Segment]) -> int:
-    """Return the index, among a sample's segments, of a branch's parent.
+    """Return the index of a branch's parent among the sample's segments.
 
     Raises:
         ValueError: the branch has a key, or no segment of the sample can be its parent.

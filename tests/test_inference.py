@@ -212,10 +212,12 @@ def test_generation_goes_on_with_the_likeliest_token(run):
 def test_prompts_that_cannot_be_answered(run, monkeypatch):
     with pytest.raises(InputError, match=r"prompts\[1\]: is empty"):
         run.generate(["a", " "])
-    with pytest.raises(InputError, match=r"prompts\[1\]: its \d+ tokens leave no room; the model has 128"):
+    with pytest.raises(
+        InputError, match=r"prompts\[1\]: its \d+ tokens leave no room for an answer; the model has 128"
+    ):
         run.generate(["a", "wave " * 200])
     monkeypatch.setattr(run.module.objective, "predicts_tokens", False)
-    with pytest.raises(InputError, match="objective 'lm' does not train next-token prediction"):
+    with pytest.raises(InputError, match="objective 'lm' trains no next-token prediction"):
         run.generate(["a"])
 
 
@@ -253,7 +255,7 @@ def test_damaged_checkpoints_and_folders_that_are_no_run(folder, tmp_path, capsy
     with pytest.raises(InputError, match="its checksum is wrong"):
         jepa_scale.load(tmp_path / "run", new)
     shutil.rmtree(old)
-    with pytest.raises(InputError, match="holds no whole checkpoint"):
+    with pytest.raises(InputError, match="holds no complete, undamaged checkpoint"):
         jepa_scale.load(tmp_path / "run")
     with pytest.raises(InputError, match="not a complete checkpoint"):
         jepa_scale.load(tmp_path / "run", "step_00000001")

@@ -93,7 +93,7 @@ def generations_file(run_dir: Path, step: int, split: str) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class ChatTest:
-    """The questions of every split, read before the training begins, and how they are answered and scored.
+    """Questions of every split, read before training begins, with the means to answer and score them.
 
     Attributes:
         decode: token ids → text, special tokens left out.
@@ -207,7 +207,7 @@ def question(example: Conversation, row: int, split: str, options: ChatEvalOptio
     """Return the question whose answer is the assistant's last message.
 
     Raises:
-        InputError: naming ``eval.database`` or ``eval.database_id`` and the row: its SQLite file is not there.
+        InputError: naming ``eval.database`` or ``eval.database_id`` and the row: its SQLite file does not exist.
     """
     name = f"{split} row {row}"
     last = max(n for n, message in enumerate(example.messages) if message["role"] == "assistant")
@@ -218,7 +218,7 @@ def question(example: Conversation, row: int, split: str, options: ChatEvalOptio
     if last >= len(example.turns):
         return Question(row, example.tokens[:0], asked, wanted, f"{name}: data.max_length cuts it before its answer")
     prompt = example.tokens[: example.turns[last].start].copy()  # a view would keep the whole conversation
-    return Question(row, prompt, asked, wanted, "" if len(prompt) else f"{name}: there is nothing before its answer")
+    return Question(row, prompt, asked, wanted, "" if len(prompt) else f"{name}: its answer has no prompt")
 
 
 def _database(asked: str, name: str, options: ChatEvalOptions) -> Path:
@@ -228,16 +228,16 @@ def _database(asked: str, name: str, options: ChatEvalOptions) -> Path:
         match = re.search(options.database_id, asked)
         if match is None or not match[1] or Path(match[1]).name != match[1]:
             raise InputError(
-                f"eval.database_id: finds no database in the user's message of {name}, {asked[:80]!r}; correct the expression or the row"
+                f"eval.database_id: matches no database name in {name}, {asked[:80]!r}; correct the expression or the row"
             )
         path = path.replace(DATABASE, match[1])
     file = Path(path).expanduser()
     if not file.is_file():
-        raise InputError(f"eval.database: {name} needs {file}, which is not there")
+        raise InputError(f"eval.database: {file} does not exist, but {name} needs it; correct the path")
     return file
 
 
-# ---------------------------------------------------------------------------------------------- how far it is
+# ---------------------------------------------------------------------------------------------- progress
 
 
 class Counter:

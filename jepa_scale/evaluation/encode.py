@@ -21,12 +21,12 @@ from jepa_scale.packing import PackedBatch, Views
 
 
 class EncodedTexts(NamedTuple):
-    """The states of the m texts of one micro-batch of this rank, on the device.
+    """States of the m texts of one micro-batch of this rank, on the device.
 
     Attributes:
-        numbers: (m,) int64 of the texts.
+        numbers: (m,) int64, indices of the texts.
         pooled: (m, d) fp32.
-        tokens: of each text (n_i, d) fp32, a view.
+        tokens: for each text (n_i, d) fp32, views of one tensor.
     """
 
     numbers: Tensor
@@ -36,7 +36,7 @@ class EncodedTexts(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Numbered:
-    """An objective's views of a text, with the text's number."""
+    """View transform of a text by an objective, which adds the text's number to the values."""
 
     objective: Objective
 

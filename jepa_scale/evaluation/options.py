@@ -1,4 +1,4 @@
-"""The keys of ``eval:``, which the data choose."""
+"""The keys of ``eval:``; ``data.source`` decides which of them apply."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class EvalOptions(Section):
     """Keys of ``eval:`` for facts."""
 
     max_facts: int = Field(3000, ge=0, description="Facts of a split to evaluate, a fixed random choice; 0 = all.")
-    rank_facts: int = Field(512, ge=0, description="Of these, facts ranked against all entities; 0 = all.")
+    rank_facts: int = Field(512, ge=0, description="Facts of these that are also ranked against all entities; 0 = all.")
     batch_size: int = Field(512, ge=1, description="Questions in one forward on a rank.")
 
 
@@ -28,10 +28,11 @@ class PerplexityOptions(Section):
     micro_tokens: int = Field(8192, ge=1, description="Tokens in one forward on a rank.")
     max_samples: int = Field(0, ge=0, description="Samples of a split to evaluate, evenly spread; 0 = all.")
     probe: str | None = Field(
-        None, description="JSONL of text and label, perhaps split (train, test): labels that are read off the states."
+        None,
+        description="JSONL file with the keys text, label and, by option, split (train or test): probes predict the labels.",
     )
     probe_test_fraction: float = Field(
-        0.3, gt=0, lt=1, description="Share of each label's texts that test, where the rows have no split."
+        0.3, gt=0, lt=1, description="Share of each label's texts for testing, if the rows have no split."
     )
     probe_neighbours: int = Field(10, ge=1, description="Nearest training texts that vote on a test text's label.")
 
@@ -40,18 +41,19 @@ class ChatEvalOptions(PerplexityOptions):
     """Keys of ``eval:`` for chat."""
 
     metrics: list[str] = Field(
-        default_factory=list, description=f"Of generated answers: {', '.join(METRICS)}; empty = generate none."
+        default_factory=list,
+        description=f"Metrics of generated answers: {', '.join(METRICS)}; empty = generate nothing.",
     )
-    max_new_tokens: int = Field(128, ge=1, description="Tokens of an answer, at most, its closing one included.")
+    max_new_tokens: int = Field(128, ge=1, description="Most tokens of an answer, the closing token included.")
     max_generations: int = Field(0, ge=0, description="Rows of a split to answer, evenly spread; 0 = all.")
     generation_batch: int = Field(64, ge=1, description="Answers generated together on a rank.")
     choices: list[str] = Field(default_factory=list, description="multiple_choice: the labels, e.g. [A, B, C, D].")
     database: str | None = Field(
-        None, description="sql_execution: SQLite file; {db_id} in it is the name found by database_id."
+        None, description="sql_execution: path of the SQLite file; {db_id} stands for the name found by database_id."
     )
     database_id: str = Field(
         r"For db_id:\[([^\]/\\]+)\]",
-        description="sql_execution: regular expression; its one group finds the database in what the user says.",
+        description="sql_execution: regular expression whose one group matches the database's name in the user's message.",
     )
 
     @model_validator(mode="after")
@@ -59,20 +61,20 @@ class ChatEvalOptions(PerplexityOptions):
         for name in self.metrics:
             if name not in METRICS:
                 near = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.5)
-                hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(METRICS)}"
+                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(METRICS)}"
                 raise ValueError(f"metrics: unknown metric {name!r}; {hint}")
         if "multiple_choice" in self.metrics and not self.choices:
             raise ValueError("choices: multiple_choice needs the labels, e.g. [A, B, C, D]")
         if len(set(self.choices)) < len(self.choices) or not all(label.strip() for label in self.choices):
-            raise ValueError(f"choices: must be labels that differ, got {self.choices}")
+            raise ValueError(f"choices: labels must differ and not be empty, got {self.choices}")
         if "sql_execution" in self.metrics and not self.database:
             raise ValueError(f"database: sql_execution needs an SQLite file, e.g. databases/{DATABASE}.sqlite")
         try:
             groups = re.compile(self.database_id).groups
         except re.error as error:
-            raise ValueError(f"database_id: no regular expression: {error}") from None
+            raise ValueError(f"database_id: is no regular expression: {error}; correct it") from None
         if groups != 1:
-            raise ValueError(f"database_id: must have one group, the database's name; it has {groups}")
+            raise ValueError(f"database_id: must have one group, for the database's name, but has {groups}")
         return self
 
 

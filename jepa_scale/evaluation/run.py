@@ -31,15 +31,17 @@ def chat_test(
     """Return the questions for generation, from the rows of every split; None if the evaluation generates nothing.
 
     Raises:
-        InputError: naming the key: the objective trains no model that could answer, the data have no tokenizer, or a row's
-            database is not there.
+        InputError: naming the key: the objective trains no model that generates, the data have no tokenizer, or a row's
+            database does not exist.
     """
     if not isinstance(options, ChatEvalOptions) or not options.metrics:
         return None
     if not predicts_tokens:
-        raise InputError("eval.metrics: the objective does not train next-token prediction, which answers; remove it")
+        raise InputError(
+            "eval.metrics: the objective trains no next-token prediction, so nothing can be generated; remove the key"
+        )
     if data.tokenizer is None:
-        raise InputError("eval.metrics: the data have no tokenizer to read generated answers with; prepare them again")
+        raise InputError("eval.metrics: the data have no tokenizer to decode answers with; prepare the data again")
     tokenizer = data.load_tokenizer()
 
     def decode(tokens: list[int]) -> str:

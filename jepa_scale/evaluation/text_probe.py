@@ -110,9 +110,13 @@ def probe_test(options: EvaluationOptions, data: Any, backbone: Backbone, object
     if not isinstance(options, PerplexityOptions) or options.probe is None:
         return None
     if getattr(data, "tokenizer", None) is None:
-        raise InputError("eval.probe: the data have no tokenizer to read texts with; prepare them again, or remove it")
+        raise InputError(
+            "eval.probe: the data have no tokenizer to encode texts with; prepare the data again or remove the key"
+        )
     if SPLIT in data.splits:
-        raise InputError(f"eval.probe: its metrics are called {SPLIT}, as a split of the data is; rename the split")
+        raise InputError(
+            f"eval.probe: the data have a split {SPLIT!r}, the name of the probe's metrics; rename the split"
+        )
     labelled = read_labelled(find_file(options.probe, "eval.probe"), options.probe_test_fraction)
     texts = tokenize(
         data.load_tokenizer(),
@@ -124,7 +128,7 @@ def probe_test(options: EvaluationOptions, data: Any, backbone: Backbone, object
     )
     if labelled.left_out and rank() == 0:
         logger.warning(
-            f"eval.probe: {labelled.left_out} rows are left out: no other text of their label is left to test them with"
+            f"eval.probe: {labelled.left_out} rows are left out: their labels have no other text to test with"
         )
     seen = [len(objective.text_views(texts[n], SampleRNG(0, 0, 0, n)).segments[0].tokens) for n in range(len(texts))]
     return ProbeTest(

@@ -61,10 +61,10 @@ class Diagnostics(Protocol):
 
 
 class TargetEncoder(Protocol):
-    """Interface for objectives to an EMA of parts of the model; :class:`jepa_scale.engines.ema.Teacher` implements it."""
+    """Interface through which an objective uses its EMA teacher; :class:`jepa_scale.engines.ema.Teacher` implements it."""
 
     def forward(self, path: str, *args: Any, **kwargs: Any) -> Any:
-        """Run the EMA of the sub-module at ``path`` of :class:`JepaModel`, without gradient."""
+        """Run the EMA copy of the sub-module at ``path`` of :class:`JepaModel`, without gradient."""
 
     def momentum(self, step: int) -> float:
         """Return the momentum of the update after optimizer step ``step``, counted from 0."""
@@ -81,6 +81,7 @@ class Objective(nn.Module):
 
     Options: ClassVar[type[Section]] = Section
     sequences: tuple[str, ...] = ("main",)
+    """Names of the packed sequences that hold the segments of its views."""
     needs_global_batch: bool = False
     """Whether the loss compares samples across micro-batches. If so, :meth:`gather` runs on all of them first."""
     pooling: ClassVar[Literal["mean", "last"]] = "mean"
@@ -175,7 +176,7 @@ class Objective(nn.Module):
         return count
 
     def kind_of_step(self, step: int, seed: int) -> Hashable:
-        """Return the kind of a step. Steps of one kind cost the same, apart from the lengths of their samples."""
+        """Return the kind of a step: steps of one kind take the same time, apart from the lengths of their samples."""
         return 0
 
     def loss(self, backbone: Backbone, batch: PackedBatch, gathered: list[dict[str, Tensor]], micro: int) -> Loss:
@@ -187,7 +188,7 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def gather(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:
-        """Return the tensors of this micro-batch that the others' losses need; called without gradient, on every rank."""
+        """Return the tensors of this micro-batch that the losses of the others need. Called without gradient, on every rank."""
         raise NotImplementedError
 
     def answer_generator(self, call: Call) -> AnswerGenerator:

@@ -15,7 +15,7 @@ from jepa_scale.packing import PackedBatch, Segment, Views
 
 
 def lm_views(example: Any, draw: SampleRNG) -> Views:
-    """Return one segment for each example: the question and the answer without its last token, which has no next token."""
+    """Return an example as one segment, without its last token, which has no next token."""
     tokens, labels = example.lm_sequence()
     return Views([Segment(tokens[:-1], "text", labels=labels[:-1])])
 

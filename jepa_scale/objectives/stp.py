@@ -1,7 +1,7 @@
 """``stp``: Semantic Tube Prediction (Huang, LeCun & Balestriero, arXiv 2602.22617).
 
-The states along a text are assumed to lie locally on a line, and deviations from the line to be noise. So, beside next-token
-prediction, the change of the state over one span is drawn to the direction of its change over another. There are no views
+The states along a text are assumed to lie locally on a line, and deviations from the line to be noise. So a second loss
+beside next-token prediction aligns the change of the state over one span with its change over another. There are no views
 and no teacher: both spans are taken from the states of the one forward pass for next-token prediction.
 
 The loss is a sum over spans divided by their number in the global batch, and a span is a function of seed, epoch and sample;
@@ -109,7 +109,7 @@ class StpViews:
 
 def changes(states: Tensor, positions: dict[str, Tensor], form: Form) -> tuple[Tensor, Tensor, Tensor]:
     """Return the two changes of the state that are compared, and a state at one of their ends, (n, d) fp32 each."""
-    at = {name: states[place].float() for name, place in positions.items()}
+    at = {name: states[index].float() for name, index in positions.items()}
     if form == "triple":
         return at["t"] - at["r"], at["r"] - at["s"], at["r"]
     patch = at["end"] - at["start"]

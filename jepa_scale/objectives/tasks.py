@@ -1,4 +1,4 @@
-"""Names of the methods of an objective that run the model. They are called through the engine, and named tasks here."""
+"""Tasks: the methods of an objective that run the model and are called by name through the engine."""
 
 from __future__ import annotations
 
@@ -23,6 +23,6 @@ adds its own names in ``Objective.own_tasks``."""
 
 
 class Call(Protocol):
-    """Runs a task of the objective through the engine, without gradient, on all ranks together."""
+    """Function that runs a task of the objective through the engine, without gradient, on all ranks together."""
 
     def __call__(self, task: Task, batch: Any, /, *args: Any) -> Any: ...

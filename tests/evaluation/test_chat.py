@@ -45,13 +45,13 @@ def options(**keys: Any) -> ChatEvalOptions:
     ("keys", "message"),
     [
         ({"metrics": ["exact_mach"]}, "eval.metrics: unknown metric 'exact_mach'; did you mean 'exact_match'?"),
-        ({"metrics": ["zzz"]}, "eval.metrics: unknown metric 'zzz'; there are exact_match, starts_with"),
+        ({"metrics": ["zzz"]}, "eval.metrics: unknown metric 'zzz'; known: exact_match, starts_with"),
         ({"metrics": ["multiple_choice"]}, "eval.choices: multiple_choice needs the labels"),
-        ({"choices": ["A", "A"]}, "eval.choices: must be labels that differ"),
-        ({"choices": ["A", " "]}, "eval.choices: must be labels that differ"),
+        ({"choices": ["A", "A"]}, "eval.choices: labels must differ"),
+        ({"choices": ["A", " "]}, "eval.choices: labels must differ"),
         ({"metrics": ["sql_execution"]}, "eval.database: sql_execution needs an SQLite file"),
-        ({"database_id": "(a"}, "eval.database_id: no regular expression"),
-        ({"database_id": "a"}, "eval.database_id: must have one group, the database's name; it has 0"),
+        ({"database_id": "(a"}, "eval.database_id: is no regular expression"),
+        ({"database_id": "a"}, "eval.database_id: must have one group, for the database's name, but has 0"),
         ({"max_new_tokens": 0}, "eval.max_new_tokens:"),
         ({"micro_tokns": 0}, "eval.micro_tokns: unknown key; did you mean 'micro_tokens'?"),
     ],
@@ -107,7 +107,7 @@ def test_a_conversation_that_was_cut_is_asked_only_if_the_prompt_is_whole():
     cut = question(truncate(example, 4), 3, "valid", options())
     assert cut.problem == "valid row 3: data.max_length cuts it before its answer"
     first = question(conversation(("assistant", "hello"), opening=0), 4, "valid", options())
-    assert first.problem == "valid row 4: there is nothing before its answer" and first.asked == ""
+    assert first.problem == "valid row 4: its answer has no prompt" and first.asked == ""
 
 
 @given(st.integers(0, 50), st.integers(0, 60))
@@ -142,8 +142,8 @@ def test_every_question_finds_its_database(tmp_path):
     assert asked("who in <zoo>?", spider.model_copy(update={"database_id": "<(.*)>"})) == wanted
     assert asked("who?", spider.model_copy(update={"metrics": []})) is None
     for text, message in {
-        "For db_id:[sea]": f"eval.database: valid row 2 needs {tmp_path}/sea/sea.sqlite, which is not there",
-        "who?": "eval.database_id: finds no database in valid row 2, which says 'who?'",
+        "For db_id:[sea]": f"eval.database: {tmp_path}/sea/sea.sqlite does not exist, but valid row 2 needs it",
+        "who?": "eval.database_id: matches no database name in valid row 2, 'who?'",
         "For db_id:[..]": "eval.database:",
     }.items():
         with pytest.raises(InputError) as error:

@@ -197,11 +197,11 @@ def test_data_without_a_tokenizer_and_a_split_of_that_name_are_refused(config):
     with pytest.raises(InputError, match=r"eval.probe: the data have no tokenizer"):
         probe_test(experiment.eval, Other, backbone, objective)
     Other.tokenizer, Other.splits = data.tokenizer, {"probe": []}
-    with pytest.raises(InputError, match=r"eval.probe: its metrics are called probe"):
+    with pytest.raises(InputError, match=r"eval.probe: the data have a split 'probe'"):
         probe_test(experiment.eval, Other, backbone, objective)
     assert probe_test(experiment.eval.model_copy(update={"probe": None}), data, backbone, objective) is None
 
 
 def test_an_objective_that_predicts_no_tokens_is_not_asked_for_answers():
-    with pytest.raises(InputError, match=r"eval.metrics: the objective does not train next-token prediction"):
+    with pytest.raises(InputError, match=r"eval.metrics: the objective trains no next-token prediction"):
         chat_test(ChatEvalOptions(metrics=["exact_match"]), None, None, predicts_tokens=False)  # type: ignore[arg-type]

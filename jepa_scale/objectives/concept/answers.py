@@ -19,7 +19,7 @@ from jepa_scale.packing import PackedBatch, Segment, Views, pack
 
 @dataclass(frozen=True, slots=True)
 class NamePair:
-    """Substitute for a fact, used to encode names."""
+    """Fact of two names without further fields, for encoding the names."""
 
     subject: tuple[int, ...]
     object: tuple[int, ...]

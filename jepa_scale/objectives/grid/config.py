@@ -27,8 +27,8 @@ class GridOptions(Section):
     slots: int = Field(16, ge=1, description="Most objects of a grid; the largest are kept.")
     overflow: Literal["truncate", "error"] = Field(
         "truncate",
-        description="Treatment of a grid with more objects: truncate = leave the smallest out and count the grid; error = "
-        "refuse the sample.",
+        description="Treatment of a grid with more objects than slots: truncate = leave the smallest out and count the grid; "
+        "error = refuse the sample.",
     )
     reach: int = Field(1, ge=0, description="Most cells between the bounding boxes of adjacent objects.")
     dim: int = Field(128, ge=2, description="Width of the representations of objects and grids, and of the codes.")

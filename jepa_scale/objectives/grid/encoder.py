@@ -88,8 +88,8 @@ class GridEncoder(nn.Module):
 
     def as_teacher(self) -> GridEncoder:
         """Return a copy for a teacher, which reads the averages of moments and codes."""
-        made = copy.deepcopy(self)
-        for module in made.modules():
+        teacher = copy.deepcopy(self)
+        for module in teacher.modules():
             if isinstance(module, AveragedState):
                 module.of_teacher = True
-        return made
+        return teacher

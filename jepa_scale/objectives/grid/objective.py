@@ -3,7 +3,7 @@
 The objects of each grid of the context are encoded as codes. A grid's state is the mean of its codes. The context's state is
 a mean of its grids' states with learned weights. A prediction from the context's state is compared with the next grid as
 encoded by an EMA teacher. InfoNCE trains it to be nearest to that target among all targets in the global batch and in a
-queue of earlier targets. SIGReg prevents collapse of the contexts, and adjacent objects are drawn slightly together. By
+queue of earlier targets. SIGReg prevents collapse of the contexts, and a small loss makes adjacent objects similar. By
 option, the context's projection is trained to be invariant to other colours, another position or a rotation.
 
 Objects are encoded by a small network over their features, or they are read out of the decoder, which takes each grid as a

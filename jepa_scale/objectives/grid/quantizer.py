@@ -12,6 +12,7 @@ from jepa_scale.losses.quantizer import assigned, follow, nearest, perplexity, r
 from jepa_scale.models.fp32_state import AveragedState, overwrite
 
 NEVER = -(2**62)
+"""Update at which a code was last used, if it never was."""
 SETTLING = 2
 """Steps at the start in which all codes are replaced by rows of the batch. After them the encoder's output has its final
 scale."""
@@ -80,8 +81,8 @@ class Quantizer(AveragedState):
 
         Args:
             rows: (n, d). codes: (n,), the code that each row was assigned to.
-            priorities: (n,) int64 ≥ 0, a random number for each row that does not depend on the rank that computes it. Dead codes are
-                replaced by the rows with the greatest priorities.
+            priorities: (n,) int64 ≥ 0, a random number for each row, independent of the rank that computes it. Dead codes
+                are replaced by the rows with the greatest priorities.
             step: the optimizer step.
         """
         rows = rows.detach().float()

@@ -30,7 +30,7 @@ class TargetQueue(Fp32State):
 
     @torch.no_grad()
     def observe(self, rows: Tensor, keys: Tensor, capacity: int) -> None:
-        """Record the targets (n, d) of this rank's micro-batch and their keys (n,); n ≤ ``capacity``, which is the same on every
+        """Record the targets (n, d) of this rank's micro-batch and their keys (n,). ``capacity`` ≥ n is the same on every
         rank."""
         self._observed.append((pad_rows(rows.detach().float(), capacity), pad_rows(keys, capacity, NO_KEY)))
 

@@ -57,7 +57,7 @@ class _Part(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class GridViews:
-    """Maker of the views of a sequence of grids.
+    """View transform of a sequence of grids.
 
     V is 1 plus the number of invariances with a weight, L the length of a context, S the number of slots. Objects are ordered
     by variant, then by grid, then by size, the largest first. A context of fewer than L grids fills the last of the L time
@@ -87,17 +87,17 @@ class GridViews:
     ========================== =========================================================================================
 
     With ``encoder: objects`` the tokens of a segment are the colours of the objects, and a context is one segment.
-    With ``encoder: decoder`` a grid is one segment, and ``positions["cell"]`` and ``positions["target_cell"]`` are the cells of the
-    objects. The token that ends a grid is then one more object, the last one, because its state depends on the whole grid.
+    With ``encoder: decoder`` a grid is one segment, and ``positions["cell"]`` and ``positions["target_cell"]`` are the cells of
+    the objects. The token that ends a grid is then one more object, the last one, because its state depends on the whole grid.
     """
 
     options: GridOptions
 
     def __call__(self, example: GridSequence, draw: SampleRNG) -> Views:
-        (made,) = self.many([example], [draw])
-        if isinstance(made, DataError):
-            raise made
-        return made
+        (views,) = self.many([example], [draw])
+        if isinstance(views, DataError):
+            raise views
+        return views
 
     def many(self, examples: Sequence[GridSequence], draws: Sequence[SampleRNG]) -> list[Views | DataError]:
         """Make the views of several samples; the objects of all of them are found in one call."""
@@ -113,14 +113,14 @@ class GridViews:
         adjacent = near(boxes, boxes, o.reach)
         part = self._part(objects, grids)
 
-        made: list[Views | DataError] = []
+        results: list[Views | DataError] = []
         at = 0  # index of the sample's first grid
         for number, (example, draw, sample) in enumerate(zip(examples, draws, samples, strict=True)):
             own, length = len(sample.contexts) * len(sample.contexts[0]), len(sample.contexts[0])
             target = len(contexts) + number
             found = np.append(objects.found[at : at + length], objects.found[target])
             if o.overflow == "error" and found.max() > o.slots:
-                made.append(_too_many(example, draw, found, o.slots))
+                results.append(_too_many(example, draw, found, o.slots))
             else:
                 ours = slice(at, at + own), slice(target, target + 1)
                 views = self._views(sample, draw, part.of(ours[0]), part.of(ours[1]), boxes, adjacent, ours)
@@ -128,9 +128,9 @@ class GridViews:
                 if o.lm_weight:
                     tokens, labels = GridSequence(tuple(sample.contexts[0]), sample.target).lm_sequence()
                     views.segments.append(_segment(tokens[:-1], "lm", labels=labels[:-1]))
-                made.append(views)
+                results.append(views)
             at += own
-        return made
+        return results
 
     def _grids(self, example: GridSequence, draw: SampleRNG) -> _Sample:
         o = self.options

@@ -62,8 +62,8 @@ class Horizon(Objective):
         kind = self.options.latent_to_hidden
         if kind == "identity" and latent != width:
             raise InputError(
-                f"objective.latent_to_hidden: identity needs latents of the LM head's width, {width}, not {latent}; use linear, or "
-                f"objective.latent_dim={width}"
+                f"objective.latent_to_hidden: identity needs latents of the LM head's width, {width}, not {latent}; use "
+                f"linear, or objective.latent_dim={width}"
             )
         if kind == "identity":
             return nn.Identity()

@@ -13,7 +13,7 @@ from jepa_scale.packing import IGNORE, Segment, Views
 from jepa_scale.utils.errors import InputError
 
 POSITIONS = 1 << 24
-"""More than the tokens of any sample. So sample · POSITIONS + position is unique for each position of each sample."""
+"""Upper bound on the tokens of a sample. It makes sample · POSITIONS + position unique for each position of each sample."""
 
 
 def check_horizons(options: HorizonOptions, longest: int) -> None:
@@ -55,7 +55,7 @@ def sample_pairs(
 
 @dataclass(frozen=True, slots=True)
 class HorizonViews:
-    """A sample as one segment for next-token prediction, with its pairs as token positions in it.
+    """View transform: one segment for next-token prediction, with pairs of token positions in it.
 
     ``rows["horizon"]`` is the index of each pair's horizon. ``rows["key"]`` identifies its target: pairs with the same target
     have the same key.

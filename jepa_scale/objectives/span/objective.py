@@ -1,8 +1,8 @@
 """``span``: LeJEPA (Balestriero & LeCun, arXiv 2511.08544) on masked views of text (SpanJEPA).
 
-Each masked view of a text is drawn to the centre of its global views. A predictor sees the unmasked tokens of a view and
-predicts the masked spans in representation space. SIGReg prevents collapse: it keeps the pooled states and the spans'
-targets close to a standard Gaussian. Everything is one packed forward; a view is the text without its masked tokens
+Each masked view of a text is trained to be near the centre of its global views. A predictor takes the unmasked tokens of a
+view and predicts the masked spans in representation space. SIGReg prevents collapse: it keeps the pooled states and the
+spans' targets close to a standard Gaussian. Everything is one packed forward; a view is the text without its masked tokens
 (:mod:`jepa_scale.objectives.span.views`).
 """
 
@@ -75,8 +75,8 @@ class Span(Objective):
         max_positions = o.max_positions or longest
         if max_positions < longest:
             raise InputError(
-                f"objective.max_positions: {max_positions} is below the {longest} tokens of the longest sample; raise the key or "
-                "remove it, or lower data.max_length"
+                f"objective.max_positions: {max_positions} is below the {longest} tokens of the longest sample; raise the key "
+                "or remove it, or lower data.max_length"
             )
         self.predicts_tokens = o.lm_weight > 0
         self.needs_global_batch = o.jepa_weight > 0 and o.sigreg_weight > 0

@@ -91,7 +91,7 @@ class SpanPredictor(nn.Module):
 
         Args:
             states: (N, d) states of the tokens that were not masked. kept: (N,) their indices in ``packed``.
-            masked: (M,) indices of the masked tokens in ``packed``. A token in neither, the filler of an empty sequence, is zero.
+            masked: (M,) indices of the masked tokens in ``packed``. The filler of an empty sequence is in neither and is zero.
             packed: the views at full length. Only positions, segments and, with DropPath, seeds are used. Positions are below
                 ``max_positions``.
 

@@ -69,17 +69,17 @@ def _window(taken: bytearray, length: int, rng: np.random.Generator) -> tuple[in
 
 @dataclass(frozen=True, slots=True)
 class SpanViews:
-    """Maker of a document's views: a segment of all its tokens, one for each masked view, and the predictor's segments.
+    """View transform: a segment of all of a document's tokens, one for each masked view, and the predictor's segments.
 
     Attributes:
         left_out: ids that are removed from every view, EOS and padding; the tokens after them keep their positions.
-        predicts: whether spans are predicted. If so, the views are repeated at full length in the packed sequence :data:`PREDICTOR`,
-            with their masked positions.
+        predicts: whether spans are predicted. If so, the views are repeated at full length in the packed sequence
+            :data:`PREDICTOR`, with their masked positions.
         teaches: whether a teacher encodes the targets. If so, they are repeated in the packed sequence :data:`TARGETS`.
 
-    ``positions["kept"]`` in the views and ``positions["seen"]`` in the predictor's segments are the same tokens in the same order.
-    ``positions["masked"]`` are the predictor's other tokens, span after span. ``positions["span"]`` are the positions of these in the
-    whole text, from which the targets are taken. ``rows["span_length"]`` is each span's length. One span of a sample is
+    ``positions["kept"]`` in the views and ``positions["seen"]`` in the predictor's segments are the same tokens in the same
+    order. ``positions["masked"]`` are the predictor's other tokens, span after span. ``positions["span"]`` are these tokens in
+    the whole text, from which the targets are taken. ``rows["span_length"]`` is each span's length. One span of a sample is
     ``positions["chosen"]`` in the whole text of the sequence ``main``. Its length is ``rows["chosen_length"]``.
     """
 
@@ -96,9 +96,7 @@ class SpanViews:
         position_ids = np.flatnonzero(eligible)
         tokens, n = all_tokens[position_ids], len(position_ids)
         if n == 0:
-            raise DataError(
-                f"sample {draw.sample}: holds nothing but EOS and padding; remove it, or set data.on_error: skip"
-            )
+            raise DataError(f"sample {draw.sample}: has only EOS and padding; remove it, or set data.on_error: skip")
         labels = np.asarray(all_labels, dtype=np.int64)[position_ids] if o.lm_weight else None
         rng = draw.rng("spans")
         order = np.cumsum(eligible) - 1  # position in the text → index among the eligible tokens

@@ -47,7 +47,7 @@ class TwoViewOptions(Section):
     last_token: int | None = Field(
         None,
         lt=0,
-        description="Position of the read-out token instead, counted from the end of the rendered view; null = use readout "
+        description="Position of the read-out token, counted from the end of the rendered view; null = as readout chooses "
         "[last_token].",
     )
     tap_layer: int | None = Field(
@@ -96,7 +96,7 @@ class TwoViewOptions(Section):
                     )
         if self.last_token is not None and self.readout != "content":
             raise ValueError(
-                f"last_token: {self.last_token} and readout {self.readout!r} both set the read-out; remove one of them"
+                f"last_token: {self.last_token} and readout {self.readout!r} both choose the read-out; remove one of them"
             )
         if self.legacy_loss and (self.target != "trained" or self.regularizer != "none"):
             raise ValueError(

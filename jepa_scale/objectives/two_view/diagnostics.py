@@ -38,7 +38,7 @@ class TwoViewDiagnostics:
 
     @property
     def views(self) -> ChatViews:
-        """The views of training, but with a pair for every conversation, even where training leaves the JEPA loss out."""
+        """The transform of training, but with a pair for every conversation, also in steps without the JEPA term."""
         options = self.chat_views.options
         always = {"jepa_start": 0, "jepa_ramp": 0, "loss_dropout": 0.0, "jepa_weight": 1.0, "min_jepa_weight": 0.0}
         return replace(self.chat_views, options=options.model_copy(update=always))

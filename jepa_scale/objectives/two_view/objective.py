@@ -1,8 +1,8 @@
 """``two_view``: two views of one thing in one packed forward (LLM-JEPA, Huang et al., arXiv 2509.14252; GPT2WithJEPA).
 
-A conversation is trained by next-token prediction. A second loss draws the state after its question and k predictor tokens
-to the state after its answer, encoded alone. In the same way a fact of type ``train`` (stated in both directions) is drawn
-to its reverse. The views are segments of one packed sequence, so neither attends to the other.
+A conversation is trained by next-token prediction. A second loss makes the state after its question and k predictor tokens
+predict the state after its answer, which is encoded alone. In the same way a fact of type ``train`` (stated in both
+directions) predicts its reverse. The views are segments of one packed sequence, so neither attends to the other.
 """
 
 from __future__ import annotations
@@ -79,15 +79,19 @@ class TwoView(Objective):
         }
         changed = [name for name in sorted(own | {"readout", "legacy_loss"}) if _is_set(o, name)]
         if changed:
-            raise InputError(f"objective.{changed[0]}: is for conversations; facts have their views from the data")
+            raise InputError(f"objective.{changed[0]}: applies to conversations only; remove it for facts")
         if o.predictor_tokens > 4:
-            raise InputError(f"objective.predictor_tokens: {o.predictor_tokens}; facts have at most 4")
+            raise InputError(
+                f"objective.predictor_tokens: {o.predictor_tokens} is more than 4, the most for facts; lower it"
+            )
         return FactViews(data.special["pred"], o)
 
     def _chat_views(self, data: Any, backbone: Backbone) -> ChatViews:
         o = self.options
         if data.kind != "chat":
-            raise InputError("objective.name: two_view needs conversations (data.source: chat) or facts (reversal)")
+            raise InputError(
+                "objective.name: two_view needs conversations (data.source: chat) or facts (data.source: reversal)"
+            )
         tokenizer = data.load_tokenizer()
         frame = Frame() if o.plain_views else Frame.of(tokenizer, data.plain)
         if o.predictor_tokens:
@@ -324,6 +328,7 @@ def _predictors(count: int, backbone: Backbone, tokenizer: Any) -> nn.Embedding:
     if reused:
         names = ", ".join(UPSTREAM_PREDICTOR.format(n + 1) for n in reused)
         logger.info(
-            f"objective.predictor_tokens: the tokenizer has {names}; ours begin as these, and text that reads so is text"
+            f"objective.predictor_tokens: the tokenizer has {names}; the predictor tokens are initialised with their "
+            "embeddings, and the tokenizer's own tokens remain ordinary text"
         )
     return table

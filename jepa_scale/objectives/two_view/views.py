@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 FILLER = 0
 """Token id at the positions of predictor tokens, whose embeddings replace it."""
 MARK = "\ue000"
+"""Placeholder for a message's content in a rendered template."""
 
 
 def paired_at(options: TwoViewOptions, draw: SampleRNG) -> bool:
@@ -35,7 +36,7 @@ def pair_rows(keys: Sequence[int], lengths: tuple[int, int] = (1, 1), predictors
     """Return the rows of a sample with one pair or none.
 
     Args:
-        keys: identity of the second view, or nothing. lengths: read-out positions of the first and of the second view.
+        keys: identity of the second view, or nothing. lengths: number of read-out positions of the first and second view.
         predictors: index of the predictor token at each of its positions.
     """
     n = len(keys)
@@ -49,7 +50,7 @@ def pair_rows(keys: Sequence[int], lengths: tuple[int, int] = (1, 1), predictors
 
 @dataclass(frozen=True, slots=True)
 class FactViews:
-    """Maker of a fact's forward view with its predictor tokens and, for type ``train``, of its reverse view (GPT2WithJEPA).
+    """View transform: a fact's forward view with predictor tokens and, for type ``train``, its reverse view (GPT2WithJEPA).
 
     Every fact is trained by next-token prediction in its forward view. The reverse view has no labels, because the reverse
     facts are samples of their own.
@@ -137,7 +138,7 @@ def last_exchange(example: Conversation) -> tuple[Turn, Turn] | None:
 
 @dataclass(frozen=True, slots=True)
 class ChatViews:
-    """Maker of a conversation's segment for next-token prediction, and of the views of its last question and answer.
+    """View transform: a conversation for next-token prediction, and the views of its last question and answer.
 
     Attributes:
         closing: ids that end an answer; they belong to the template, not to the content.

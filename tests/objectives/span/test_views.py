@@ -186,7 +186,7 @@ def test_nine_views_cost_less_than_six_texts():
 
 
 def test_a_text_of_eos_alone_is_refused():
-    with pytest.raises(DataError, match="sample 7: holds nothing but EOS"):
+    with pytest.raises(DataError, match="sample 7: has only EOS"):
         maker()(Document(np.array([EOS, EOS])), SampleRNG(0, 0, 0, 7))
 
 

@@ -226,7 +226,9 @@ def test_predictor_tokens_that_the_tokenizer_has_are_where_ours_begin(tmp_path, 
     tokenizer.save_pretrained(data.tokenizer)
     model = backbone("llama", len(tokenizer))
     objective = make(model, data, predictor_tokens=3)
-    assert "the tokenizer has <|predictor_2|>; ours begin as these" in caplog.text
+    assert (
+        "the tokenizer has <|predictor_2|>; the predictor tokens are initialised with their embeddings" in caplog.text
+    )
     same = [
         any(torch.equal(row, known) for known in model.decoder.get_input_embeddings().weight)
         for row in objective.predictors.weight
