@@ -62,11 +62,7 @@ class ShardedEMA(ABC):
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the copy without gradient. All ranks call it together, within a forward of the engine or outside of it."""
-        output = self._forward(*args, **kwargs)
-        assert not is_dataclass(output), (
-            f"{type(output).__name__}: engines find no tensors in a dataclass; use a NamedTuple"
-        )
-        return output
+        return _no_dataclass(self._forward(*args, **kwargs))
 
     @abstractmethod
     def refresh(self) -> None:
@@ -103,6 +99,8 @@ class Engine(ABC):
     """``"deepspeed"`` or ``"fsdp"``."""
     layout: str
     """Description of the layout, e.g. ``"ZeRO-2 bf16"``; any layout reads the checkpoint of any other."""
+    optimizer: torch.optim.Optimizer
+    """The optimizer; its state holds ``step`` and the moments of each tensor that it updates."""
 
     def __init__(self, module: nn.Module, options: EngineOptions, ranks: ParallelContext):
         self.module = module
@@ -122,11 +120,7 @@ class Engine(ABC):
         Evaluation runs under ``torch.no_grad()``; every other forward must be followed by its backward.
         """
         self._forwards += torch.is_grad_enabled()
-        output = self._forward(*args, **kwargs)
-        assert not is_dataclass(output), (
-            f"{type(output).__name__}: engines find no tensors in a dataclass; use a NamedTuple"
-        )
-        return output
+        return _no_dataclass(self._forward(*args, **kwargs))
 
     def backward(self, loss: Tensor) -> None:
         """Back-propagate one micro-batch's contribution to the loss (0-d)."""
@@ -155,17 +149,17 @@ class Engine(ABC):
 
     def scale_lr(self, factor: float) -> None:
         """Set the learning rate of each group to ``factor`` times its initial value."""
-        for group, peak in zip(self._param_groups(), self._peak_lrs, strict=True):
+        for group, peak in zip(self.optimizer.param_groups, self._peak_lrs, strict=True):
             group["lr"] = peak * factor
 
     def lr(self) -> float:
         """Return the current learning rate of the first group (the backbone's, unless all of it is frozen)."""
-        return float(self._param_groups()[0]["lr"])
+        return float(self.optimizer.param_groups[0]["lr"])
 
     @property
     def updates(self) -> int:
         """Number of optimizer updates so far, the same on all ranks; skipped steps do not count. Waits for the device."""
-        steps = torch.stack([state["step"] for state in self._optimizer_states()])
+        steps = torch.stack([state["step"] for state in self.optimizer.state.values()])
         low, high = steps.aminmax()
         assert low == high, f"the optimizer has updated some tensors {int(low)} times, others {int(high)} times"
         return int(high)
@@ -215,22 +209,14 @@ class Engine(ABC):
     def eval(self) -> None:
         self.module.eval()
 
-    @abstractmethod
-    def _forward(self, *args: Any, **kwargs: Any) -> Any: ...
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
 
     @abstractmethod
     def _backward(self, loss: Tensor, last: bool) -> None: ...
 
     @abstractmethod
     def _step(self) -> Tensor: ...
-
-    @abstractmethod
-    def _param_groups(self) -> list[dict[str, Any]]:
-        """Return the optimizer's parameter groups."""
-
-    @abstractmethod
-    def _optimizer_states(self) -> list[dict[str, Any]]:
-        """Return the optimizer's state of each tensor that it updates: ``step`` and the moments."""
 
     def _measure(self, gradients: list[list[Tensor]], copies: int) -> Tensor:
         """Return the total norm of the gradients; arguments as in :meth:`jepa_scale.engines.clip.Clipping.measure`."""
@@ -239,8 +225,14 @@ class Engine(ABC):
         return total
 
     def _set_updates(self, updates: int) -> None:
-        for state in self._optimizer_states():
+        for state in self.optimizer.state.values():
             state["step"].fill_(updates)
+
+
+def _no_dataclass(output: Any) -> Any:
+    name = type(output).__name__
+    assert not is_dataclass(output), f"{name}: engines find no tensors in a dataclass; use a NamedTuple"
+    return output
 
 
 def skip_if_not_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:

@@ -35,7 +35,36 @@ class OwnedRange(NamedTuple):
     end: int
 
 
-class ReplicatedEMA(ShardedEMA):
+class _DeepSpeedEMA(ShardedEMA):
+    """Base of both copies.
+
+    Attributes:
+        _constant: name of a frozen parameter → the copy's, if every rank has it whole.
+        _parts: name of a parameter → its shape, and offset and values of this rank's part.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._averages: list[Tensor] = []
+        self._sources: list[Tensor] = []
+        self._constant: dict[str, nn.Parameter] = {}
+        self._parts: dict[str, tuple[torch.Size, int, Tensor]] = {}
+
+    @property
+    def ema_parameters(self) -> list[Tensor]:
+        return self._averages
+
+    @property
+    def sources(self) -> list[Tensor]:
+        return self._sources
+
+    def sharded_state(self) -> dict[str, ShardView]:
+        boxes = {name: ShardView.whole(buffer) for name, buffer in persistent_buffers(self.module)}
+        boxes |= {name: ShardView.whole(parameter.detach()) for name, parameter in self._constant.items()}
+        return boxes | {name: ShardView.of_range(*part) for name, part in self._parts.items()}
+
+
+class ReplicatedEMA(_DeepSpeedEMA):
     """A copy that every rank has whole, in the compute dtype; each rank averages the elements whose masters it has.
 
     All averaged parameters are views into one flat tensor, in the order of the student's parameters in DeepSpeed's flat
@@ -52,12 +81,12 @@ class ReplicatedEMA(ShardedEMA):
     """
 
     def __init__(self, module: nn.Module, view: StateView, dtype: torch.dtype, device: torch.device) -> None:
-        self.module = module
+        super().__init__(module)
         students = _students(module, view)
         parameters = dict(module.named_parameters())
         averaged = {name: parameter for name, parameter in parameters.items() if students[name] in view.pieces}
-        self._frozen = {name: parameter for name, parameter in parameters.items() if name not in averaged}
-        for name, parameter in self._frozen.items():
+        self._constant = {name: parameter for name, parameter in parameters.items() if name not in averaged}
+        for name, parameter in self._constant.items():
             replace(parameter, students[name].detach().clone())
         self._aliases = (
             dtype == torch.float32 and device == view.device
@@ -79,9 +108,6 @@ class ReplicatedEMA(ShardedEMA):
             if stretch.owner == dp_rank()
         }
 
-        self._parts: dict[str, tuple[torch.Size, int, Tensor]] = {}  # shape, and offset and values of this rank's part
-        self._averages: list[Tensor] = []
-        self._sources: list[Tensor] = []
         for name, of_parameter in shares.items():
             start, average = 0, torch.empty(0, device=view.device)
             for share in of_parameter:
@@ -107,14 +133,6 @@ class ReplicatedEMA(ShardedEMA):
         assert begin + length <= stretch.end, (begin, length, stretch)
         return mine[begin - stretch.begin : begin - stretch.begin + length]
 
-    @property
-    def ema_parameters(self) -> list[Tensor]:
-        return self._averages
-
-    @property
-    def sources(self) -> list[Tensor]:
-        return self._sources
-
     @torch.no_grad()
     def refresh(self) -> None:
         if not self._aliases:
@@ -128,13 +146,8 @@ class ReplicatedEMA(ShardedEMA):
             for work in works:
                 work.wait()
 
-    def sharded_state(self) -> dict[str, ShardView]:
-        boxes = {name: ShardView.whole(buffer) for name, buffer in persistent_buffers(self.module)}
-        boxes |= {name: ShardView.whole(parameter.detach()) for name, parameter in self._frozen.items()}
-        return boxes | {name: ShardView.of_range(*part) for name, part in self._parts.items()}
 
-
-class PartitionedEMA(ShardedEMA):
+class PartitionedEMA(_DeepSpeedEMA):
     """A copy in a second stage-3 engine, without an optimizer, whose hooks gather and free each module's parameters.
 
     It is partitioned like the student. In fp32 the partitions are the EMA parameters themselves; in bf16 a rank has its own
@@ -167,7 +180,7 @@ class PartitionedEMA(ShardedEMA):
                 "stage3_max_reuse_distance": 0,
             },
         }
-        self.module = module
+        super().__init__(module)
         topology = topology_of(ranks)
 
         def fill(name: str, parameter: nn.Parameter) -> None:
@@ -177,9 +190,6 @@ class PartitionedEMA(ShardedEMA):
         self._ds, *_ = deepspeed.initialize(model=module, config=config, dist_init_required=False, mpu=topology)
         self._ds.eval()
 
-        self._shards: dict[str, tuple[torch.Size, int, Tensor]] = {}  # shape, and offset and values of this rank's part
-        self._averages: list[Tensor] = []
-        self._sources: list[Tensor] = []
         self._computed: list[Tensor] = []
         for name, parameter in module.named_parameters():
             student: Any = students[name]
@@ -197,17 +207,9 @@ class PartitionedEMA(ShardedEMA):
                 value.copy_(self._sources[-1])
             else:
                 value = torch.empty(0, device=view.device)
-            self._shards[name] = (true_shape(parameter), start, value)
+            self._parts[name] = (true_shape(parameter), start, value)
         self._copies = any(a is not b for a, b in zip(self._computed, self._averages, strict=True))
         self.refresh()
-
-    @property
-    def ema_parameters(self) -> list[Tensor]:
-        return self._averages
-
-    @property
-    def sources(self) -> list[Tensor]:
-        return self._sources
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         output = self._ds(*args, **kwargs)
@@ -218,10 +220,6 @@ class PartitionedEMA(ShardedEMA):
     def refresh(self) -> None:
         if self._copies:
             torch._foreach_copy_(self._computed, self._averages)
-
-    def sharded_state(self) -> dict[str, ShardView]:
-        boxes = {name: ShardView.whole(buffer) for name, buffer in persistent_buffers(self.module)}
-        return boxes | {name: ShardView.of_range(*part) for name, part in self._shards.items()}
 
 
 _SHARED = ("stage3_prefetch_bucket_size", "stage3_max_live_parameters")

@@ -285,12 +285,6 @@ class DeepSpeedEngine(Engine):
         for (low, high), piece in self._bounded:
             piece.master.detach().view(-1)[piece.at : piece.at + piece.length].clamp_(low, high)
 
-    def _param_groups(self) -> list[dict[str, Any]]:
-        return self.ds.optimizer.param_groups
-
-    def _optimizer_states(self) -> list[dict[str, Any]]:
-        return list(self.optimizer.state.values())
-
     @torch.no_grad()
     def sharded_state(self) -> dict[str, ShardView]:
         buffers = {f"model/{name}": ShardView.whole(buffer) for name, buffer in persistent_buffers(self.module)}

@@ -98,9 +98,6 @@ class FSDPEngine(Engine):
     def _fsdp_modules(self) -> list[FSDPModule]:
         return [m for m in self.module.modules() if isinstance(m, FSDPModule)]
 
-    def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module(*args, **kwargs)
-
     def _backward(self, loss: Tensor, last: bool) -> None:
         loss.backward()
 
@@ -121,12 +118,6 @@ class FSDPEngine(Engine):
             cast(DTensor, self._trainable[name]).to_local().clamp_(low, high)
         self.optimizer.zero_grad()
         return norm
-
-    def _param_groups(self) -> list[dict[str, Any]]:
-        return self.optimizer.param_groups
-
-    def _optimizer_states(self) -> list[dict[str, Any]]:
-        return list(self.optimizer.state.values())
 
     @torch.no_grad()
     def sharded_state(self) -> dict[str, ShardView]:
