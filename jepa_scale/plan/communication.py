@@ -6,12 +6,15 @@ an all-reduce (Patarasu & Yuan 2009, Bandwidth optimal all-reduce algorithms, se
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from torch import nn
 
 from jepa_scale.plan.fsdp import REDUCED, shard_numel
 from jepa_scale.plan.layout import Layout
 from jepa_scale.plan.model import Modelled
-from jepa_scale.plan.units import Unit, units_of
+from jepa_scale.plan.units import units_of
 from jepa_scale.plan.zero import module_units
 
 
@@ -58,20 +61,18 @@ def _passes(model: Modelled, accumulation: int) -> int:
     return accumulation * (2 if model.objective.needs_global_batch and accumulation > 1 else 1)
 
 
-def _padded(unit: Unit, layout: Layout) -> int:
-    """Return the number of elements of a unit, padding included."""
-    return layout.shards * sum(shard_numel(tuple(p.shape), layout.shards) for p in unit.parameters.values())
+def _padded(parameters: Iterable[nn.Parameter], layout: Layout) -> int:
+    """Return the number of elements of parameters, padding included."""
+    return layout.shards * sum(shard_numel(tuple(p.shape), layout.shards) for p in parameters)
 
 
 def _fsdp(model: Modelled, layout: Layout, accumulation: int) -> list[Traffic]:
     shards, span = layout.shards, layout.shards * layout.tp
     units = units_of(model.module, model.shard)
-    blocks, root = sum(_padded(u, layout) for u in units[:-1]), _padded(units[-1], layout)
+    *blocks, root = (_padded(unit.parameters.values(), layout) for unit in units)
     forwards = _passes(model, accumulation)
-    gathered = layout.width * (blocks * (forwards + accumulation) + root * forwards)
-    trained = sum(
-        shards * shard_numel(tuple(p.shape), shards) for u in units for p in u.parameters.values() if p.requires_grad
-    )
+    gathered = layout.width * (sum(blocks) * (forwards + accumulation) + root * forwards)
+    trained = _padded((p for unit in units for p in unit.parameters.values() if p.requires_grad), layout)
     found = [
         Traffic("all-gather", "parameters", shards, span, gathered, True),
         Traffic("reduce-scatter", "gradients", shards, span, REDUCED * trained * accumulation, True),
@@ -81,7 +82,7 @@ def _fsdp(model: Modelled, layout: Layout, accumulation: int) -> list[Traffic]:
         ),
     ]  # fmt: skip
     if model.teacher is not None:
-        copied = sum(shards * shard_numel(tuple(p.shape), shards) for p in model.teacher.parameters())
+        copied = _padded(model.teacher.parameters(), layout)
         found.append(Traffic("all-gather", "teacher", shards, span, layout.width * copied * forwards, True))
     return found
 

@@ -65,9 +65,6 @@ class FsdpModel(EngineModel):
     def gradients(self) -> int:
         return 4 * sum(self._shard(name) for name, sizes in self.parameters.items() if sizes.trains)
 
-    def attach(self) -> None:
-        self.hook_units(self.units)
-
     def pre_forward(self, unit: Unit) -> None:
         self._gathering.gather(unit, keeps_buffer=True)
 
@@ -76,7 +73,7 @@ class FsdpModel(EngineModel):
         if unit is self.root:
             self._gathering.end_forward()
         else:
-            self._gathering.free(unit)
+            self.release(unit)
 
     def pre_backward(self, unit: Unit) -> None:
         if unit in self._order:
@@ -87,7 +84,7 @@ class FsdpModel(EngineModel):
                 self._gathering.prefetch(self._order[at - 1])
 
     def post_backward(self, unit: Unit) -> None:
-        self._gathering.free(unit)
+        self.release(unit)
         names = [name for name, p in unit.parameters.items() if p.grad is not None]
         self.ledger.free("buffers", self._reducing)
         self._reducing = 0
@@ -111,6 +108,7 @@ class FsdpModel(EngineModel):
             self.ledger.free("gradients", own)  # added to the existing gradient, then freed
 
     def after_backward(self, last: bool) -> None:
+        """Account for the end of a micro-batch; ``last``: whether it is the last of the step."""
         for unit in self.units:
             self.post_backward_if_due(unit)
         self._gathering.drop_prefetched()
@@ -178,11 +176,6 @@ class Gathering:
             self.ledger.free("buffers", buffer)
         self._ahead.clear()
 
-    def free(self, unit: Unit) -> None:
-        if unit.gathered:
-            unit.gathered = False
-            self.ledger.free("buffers", unit.size)
-
 
 class FsdpEmaModel(EngineModel):
     """Model of the teacher's copy (:class:`jepa_scale.engines.fsdp.ema.FSDPEMA`): fp32 shards, gathered as the engine's."""
@@ -196,16 +189,10 @@ class FsdpEmaModel(EngineModel):
         shapes = (tuple(p.shape) for p in self.module.parameters())
         return {"teacher": 4 * sum(shard_numel(shape, self.layout.shards) for shape in shapes)}
 
-    def attach(self) -> None:
-        self.hook_units(self.units)
-
     def pre_forward(self, unit: Unit) -> None:
         self._gathering.gather(unit, keeps_buffer=True)
 
     def post_forward(self, unit: Unit) -> None:
-        self._gathering.free(unit)
+        self.release(unit)
         if unit is self.units[-1]:
             self._gathering.end_forward()
-
-    def after_backward(self, last: bool) -> None: ...
-    def step(self) -> None: ...

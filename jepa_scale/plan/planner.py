@@ -10,6 +10,7 @@ import numpy as np
 
 from jepa_scale.config.schema import TrainConfig
 from jepa_scale.experiment import Experiment
+from jepa_scale.objectives.base import Objective
 from jepa_scale.plan.communication import Traffic, traffic_of
 from jepa_scale.plan.hardware import GIB, RESERVED, Gpu
 from jepa_scale.plan.layout import Layout, layout_of
@@ -103,7 +104,6 @@ def make_plan(experiment: Experiment, request: Request) -> RunPlan:
     layout = layout_of(experiment.engine, request.world_size, request.tp, request.replicas, request.checkpointing)
     with fake_ranks(layout.data_ranks):
         data = synthetic_data(experiment, request.vocab_size, request.sample_tokens)
-        trial = _Trial(experiment, data, layout, request)
         model = model_on_meta(experiment, data, layout)
         tokens, samples, accumulation = _batch(experiment.train, model, data, layout)
         batch = micro_batch(model.objective, data, tokens, samples)
@@ -115,7 +115,13 @@ def make_plan(experiment: Experiment, request: Request) -> RunPlan:
         usable = None if request.gpu is None else int(request.gpu.memory * (1 - RESERVED) * GIB)
         largest = largest_samples = None
         if usable is not None and request.search:
-            largest, largest_samples = _largest(trial, model, data, bool(tokens), accumulation, usable)
+
+            def peak(tokens: int, samples: int) -> int:
+                trial = model_on_meta(experiment, data, layout)
+                batch = on_meta(micro_batch(trial.objective, data, tokens, samples))
+                return simulate(trial, layout, batch, accumulation, gpu=True).peak
+
+            largest, largest_samples = _largest(peak, model.objective, data, bool(tokens), usable)
     time = None
     if request.gpu is not None:
         updated = sum(s.numel for s in sizes.values() if s.trains)
@@ -184,34 +190,20 @@ def _start(layout: Layout, state: Mapping[str, int], largest: int, sizes: Mappin
 # -------------------------------------------------------------------------------------------- the largest micro-batch
 
 
-class _Trial:
-    """Memory peaks of micro-batches of other sizes."""
-
-    def __init__(self, experiment: Experiment, data: Any, layout: Layout, request: Request) -> None:
-        self.experiment, self.data, self.layout, self.request = experiment, data, layout, request
-
-    def peak(self, tokens: int, samples: int, accumulation: int) -> int:
-        model = model_on_meta(self.experiment, self.data, self.layout)
-        batch = micro_batch(model.objective, self.data, tokens, samples)
-        return simulate(model, self.layout, on_meta(batch), accumulation, gpu=self.request.gpu is not None).peak
-
-
 def _largest(
-    trial: _Trial, model: Modelled, data: Any, by_tokens: bool, accumulation: int, usable: int
+    peak: Callable[[int, int], int], objective: Objective, data: Any, by_tokens: bool, usable: int
 ) -> tuple[int, int]:
-    """Return tokens and samples of the largest micro-batch of whole samples whose peak is within ``usable``."""
-    each = int(model.objective.view_tokens(np.array([data.train.max_size]))[0]) if by_tokens else 0
-    limit = 1 << 16
+    """Return tokens and samples of the largest micro-batch of whole samples whose peak is within ``usable``.
 
-    def peak(samples: int) -> int:
-        return trial.peak(each * samples, 0 if by_tokens else samples, accumulation)
-
-    best = largest_within(peak, usable, limit)
+    Args:
+        peak: tokens, or else samples, of a micro-batch → bytes.
+    """
     if by_tokens:
+        each = int(objective.view_tokens(np.array([data.train.max_size]))[0])
+        best = largest_within(lambda samples: peak(each * samples, 0), usable, 1 << 16)
         return best * each, best
-    if not best:
-        return 0, 0
-    return micro_batch(model.objective, data, samples=best).num_tokens, best
+    best = largest_within(lambda samples: peak(0, samples), usable, 1 << 16)
+    return micro_batch(objective, data, samples=best).num_tokens if best else 0, best
 
 
 def largest_within(peak: Callable[[int], int], usable: int, limit: int) -> int:

@@ -45,33 +45,23 @@ def units_of(root: nn.Module, modules: Sequence[nn.Module]) -> list[Unit]:
 class EngineModel(ABC):
     """Model of an engine's memory on a rank: what it keeps, and what it allocates and frees during a step, in a ledger.
 
-    ``attach`` adds hooks to the module, whose tensors have no data.
+    ``attach`` adds hooks to the module, whose tensors have no data. By default a unit is gathered without an intermediate buffer
+    for its forward and again for its backward, and freed after each.
     """
 
     ledger: MemoryTracker
     watch: Watch
+    units: list[Unit]
 
     @abstractmethod
     def state(self) -> dict[str, int]:
         """Return the bytes that are allocated all the time, by kind."""
 
-    @abstractmethod
-    def attach(self) -> None: ...
-
-    @abstractmethod
-    def after_backward(self, last: bool) -> None:
-        """Account for the end of a micro-batch; ``last``: whether it is the last of the step."""
-
-    @abstractmethod
-    def step(self) -> None:
-        """Account for the optimizer's step."""
-
-    def hook_units(self, units: Sequence[Unit]) -> None:
-        for unit in units:
+    def attach(self) -> None:
+        for unit in self.units:
             _hook(self, unit)
 
     def gather(self, unit: Unit) -> None:
-        """Account for the gathered parameters of a unit, without an intermediate buffer."""
         if not unit.gathered:
             unit.gathered = True
             self.ledger.add("buffers", unit.size)
@@ -81,17 +71,17 @@ class EngineModel(ABC):
             unit.gathered = False
             self.ledger.free("buffers", unit.size)
 
-    def pre_forward(self, unit: Unit) -> None:  # noqa: B027  (an optional hook)
-        pass
+    def pre_forward(self, unit: Unit) -> None:
+        self.gather(unit)
 
-    def post_forward(self, unit: Unit) -> None:  # noqa: B027
-        pass
+    def post_forward(self, unit: Unit) -> None:
+        self.release(unit)
 
-    def pre_backward(self, unit: Unit) -> None:  # noqa: B027
-        pass
+    def pre_backward(self, unit: Unit) -> None:
+        self.gather(unit)
 
-    def post_backward(self, unit: Unit) -> None:  # noqa: B027
-        pass
+    def post_backward(self, unit: Unit) -> None:
+        self.release(unit)
 
 
 class _PostBackward(torch.autograd.Function):

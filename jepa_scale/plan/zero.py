@@ -133,6 +133,7 @@ class ZeroModel(EngineModel):
         self._used = 0
 
     def after_backward(self, last: bool) -> None:
+        """Account for the end of a micro-batch; ``last``: whether it is the last of the step."""
         if self.through_buckets:
             self._flush()
             self.ledger.free("buffers", self._held)
@@ -208,20 +209,11 @@ class Zero3Model(ZeroModel):
     def attach(self) -> None:
         super().attach()
         if self.layout.shards > 1:
-            self.hook_units(self.units)
-
-    def pre_forward(self, unit: Unit) -> None:
-        self.gather(unit)
+            EngineModel.attach(self)
 
     def post_forward(self, unit: Unit) -> None:
         if self._after[unit] > self.reuse:
             self.release(unit)
-
-    def pre_backward(self, unit: Unit) -> None:
-        self.gather(unit)
-
-    def post_backward(self, unit: Unit) -> None:
-        self.release(unit)
 
     def _ready(self, parameter: Any) -> None:
         self.watch.become(parameter.grad, "gradients")
@@ -309,15 +301,3 @@ class ZeroEmaModel(EngineModel):
                         of_ranks[rank] += min(at + numel, (rank + 1) * part) - max(at, rank * part)
                 at += numel
         return max(of_ranks.values(), default=0)
-
-    def attach(self) -> None:
-        self.hook_units(self.units)
-
-    def pre_forward(self, unit: Unit) -> None:
-        self.gather(unit)
-
-    def post_forward(self, unit: Unit) -> None:
-        self.release(unit)
-
-    def after_backward(self, last: bool) -> None: ...
-    def step(self) -> None: ...
