@@ -93,6 +93,16 @@ def retrieval(queries: Tensor, targets: Tensor, keys: Tensor, groups: Tensor) ->
     )
 
 
+def retrieval_metrics(queries: Tensor, targets: Tensor, keys: Tensor) -> dict[str, float]:
+    """Return :func:`retrieval` with one group as ``retrieval_top1``, ``…_margin`` and ``…_chance``; at least one row."""
+    found = retrieval(queries, targets, keys, torch.zeros_like(keys))
+    return {
+        "retrieval_top1": float(found.top1[0]),
+        "retrieval_margin": float(found.margin[0]),
+        "retrieval_chance": 1 / int(found.candidates[0]),
+    }
+
+
 def _lead(scores: Tensor, own: Tensor) -> Tensor:
     """Score of the own candidate minus the best other score; +inf if there is no other. Overwrites the scores.
 

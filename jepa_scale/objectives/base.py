@@ -162,7 +162,7 @@ class Objective(nn.Module):
         within the loss.
 
         Args:
-            square: as for :meth:`jepa_scale.models.flops.DecoderFlops.forward`.
+            square: as for :meth:`jepa_scale.models.flops.DecoderFlops.count`.
         """
         decoder, names, needs_global_batch = DecoderFlops.of(backbone), self.sequences, self.needs_global_batch
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jepa_scale.losses.infonce import first_index_of, first_of_each
-from jepa_scale.metrics.representation import retrieval
+from jepa_scale.metrics.representation import retrieval_metrics
 from jepa_scale.metrics.spectrum import covariance_entropy_rank, isotropy
 from jepa_scale.objectives.grid.config import GridOptions
 from jepa_scale.objectives.grid.quantizer import Quantizer
@@ -69,13 +69,10 @@ class GridDiagnostics:
         query, target, keys = every["query"], every["target"], every["key"]
         temperature = float(every["temperature"][0])
         loss, candidates = self._info_nce(query, target, keys, temperature)
-        result = retrieval(query, target, keys, torch.zeros_like(keys))
         metrics = {
             "info_nce": loss,
             "chance": math.log(candidates),
-            "retrieval_top1": float(result.top1[0]),
-            "retrieval_margin": float(result.margin[0]),
-            "retrieval_chance": 1 / int(result.candidates[0]),
+            **retrieval_metrics(query, target, keys),
             "temperature": temperature,
         }
         self.representations = {side: every[f"{side}_state"] for side in ("context", "target")}

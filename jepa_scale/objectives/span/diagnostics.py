@@ -11,7 +11,7 @@ from torch import Tensor
 
 from jepa_scale.losses.sigreg import sigreg
 from jepa_scale.metrics.geometry import alignment, uniformity
-from jepa_scale.metrics.representation import retrieval
+from jepa_scale.metrics.representation import retrieval_metrics
 from jepa_scale.metrics.spectrum import effective_rank
 from jepa_scale.objectives.grouping import gather_rows
 from jepa_scale.objectives.span.views import SpanViews
@@ -59,17 +59,13 @@ class SpanDiagnostics:
         o, n = self.span_views.options, len(whole)
         last = pooled[:, -1]
         self.representations = {"whole text": whole, "view": last}
-        keys = torch.arange(n)
-        result = retrieval(last, center, keys, torch.zeros_like(keys))
         metrics = {
             "seq_rec": float(self.distance(pooled, center[:, None]).mean()),
             "sigreg": float(sigreg(mine["whole"], torch.tensor(float(n)), 0, 0, o.sigreg_slices, o.sigreg_knots)),
             "effective_rank": float(effective_rank(whole)),
             "effective_rank_tokens": float(effective_rank(every["tokens"])),
             "uniformity": float(uniformity(whole)),
-            "retrieval_top1": float(result.top1[0]),
-            "retrieval_margin": float(result.margin[0]),
-            "retrieval_chance": 1 / n,
+            **retrieval_metrics(last, center, torch.arange(n)),
         }
         if pooled.shape[1] > 1:
             metrics["alignment"] = float(alignment(pooled[:, 0], last))

@@ -6,12 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from jepa_scale.losses.distance import cosine
-from jepa_scale.metrics.representation import retrieval, std_gap
+from jepa_scale.metrics.representation import retrieval_metrics, std_gap
 from jepa_scale.metrics.spectrum import effective_rank, effective_rank_of_directions
 from jepa_scale.objectives.grouping import gather_rows
 from jepa_scale.objectives.tasks import Call
@@ -52,13 +51,10 @@ class TwoViewDiagnostics:
             return {}
         source, target, key = every["source"], every["target"], every["key"]
         self.representations = {"first view": source, "second view": target}
-        result = retrieval(source, target, key, torch.zeros_like(key))
         metrics = {
             "view_cosine": float((1 - cosine(source, target)).mean()),
             "view_cosine_others": _cosine_of_others(source, target),
-            "retrieval_top1": float(result.top1[0]),
-            "retrieval_margin": float(result.margin[0]),
-            "retrieval_chance": 1 / int(result.candidates[0]),
+            **retrieval_metrics(source, target, key),
             "std_gap": float(std_gap(source, target)),
             "effective_rank": float(effective_rank(target)),
             "effective_rank_prediction": float(effective_rank(source)),
