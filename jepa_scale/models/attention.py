@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from itertools import groupby
@@ -100,7 +100,7 @@ def attention(
     if window is not None and window >= plan.max_k:
         window = None  # it hides no key, and without it the faster kernels apply
     if q.is_meta:
-        return attention_meta(q, k, v, _pairs(plan, causal, window))[0]
+        return attention_meta(q, k, v, attention_pairs(table_q.lengths, window, causal, table_k.lengths))[0]
     name = _choose(backend, q, max(q.shape[-1], v.shape[-1]), dropout)
     if name == "sdpa":
         return _by_segment(q, k, v, plan, causal, scale, window, dropout)
@@ -158,18 +158,32 @@ def _obstacle(name: str, width: int, dropout: float, device: torch.device) -> st
     return ""
 
 
-def _pairs(plan: _Plan, causal: bool, window: int | None) -> int:
-    """Count the pairs of a query and a key that it sees."""
-    total = 0
-    for run in plan.runs:
-        width = run.k if window is None else min(run.k, window)
-        hidden = run.k - run.q  # keys before the first query
+def attention_pairs(
+    lengths: Sequence[int],
+    window: int | None = None,
+    causal: bool = True,
+    key_lengths: Sequence[int] | None = None,
+) -> int:
+    """Count the pairs of a query and a key that it sees, over segments of these lengths; without ``causal`` all pairs.
+
+    Args:
+        lengths: number of queries of each segment.
+        window: a causal query sees itself and the ``window − 1`` keys before it.
+        causal: whether a query sees only its own key and those before it.
+        key_lengths: number of keys of each segment, the last of them aligned with the last query; ``None`` = ``lengths``.
+    """
+    if key_lengths is not None:
+        pairs = list(zip(lengths, key_lengths, strict=True))
         if not causal:
-            total += run.n * run.q * width
-        else:  # query i sees hidden + i + 1 keys, at most `width`
-            growing = max(0, min(run.q, width - hidden))
-            total += run.n * (growing * hidden + growing * (growing + 1) // 2 + (run.q - growing) * width)
-    return total
+            return sum(n * keys for n, keys in pairs)
+        # the pairs of all key positions as queries, less those of the prefix
+        return attention_pairs(key_lengths, window) - attention_pairs([keys - n for n, keys in pairs], window)
+    if not causal:
+        return sum(n * n for n in lengths)
+    if window is None:
+        return sum(n * (n + 1) for n in lengths) // 2
+    seen = [(n, min(n, window)) for n in lengths]
+    return sum(w * (w + 1) // 2 + (n - w) * w for n, w in seen)
 
 
 # ------------------------------------------------------------------------------------------------- the layout

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from jepa_scale.models.attention import attention_pairs
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.decoder import EmbeddingNorm, JepaDecoderForCausalLM
 from jepa_scale.packing import PackedSequence
@@ -99,49 +100,35 @@ class DecoderFlops:
         total = Cost(sum(c.forward for c in tokens), sum(c.backward for c in tokens))
         return cls(total, pairs, rows, tuple(unknown))
 
-    def forward(
+    def count(
         self,
         lengths: Sequence[int],
         head_rows: int = 0,
         *,
+        training: bool = False,
         square: bool = False,
         key_lengths: Sequence[int] | None = None,
     ) -> int:
-        """Return the FLOPs of a pass without gradient: an evaluation, a teacher's forward, a gather pass.
+        """Return the FLOPs of a pass.
 
         Args:
             lengths: number of tokens of each segment, ``PackedSequence.table.lengths``.
             head_rows: number of rows that the LM head runs on.
+            training: whether the pass has a backward; if not, it is an evaluation, a teacher's forward or a gather pass.
             square: whether to charge all n² pairs of a segment, as ``FlopCounterMode`` does.
             key_lengths: number of tokens that each segment sees, ``PackedSequence.key_lengths``; ``None`` = only its own.
         """
-        return self._total(0, lengths, head_rows, square, key_lengths)
-
-    def training(
-        self,
-        lengths: Sequence[int],
-        head_rows: int = 0,
-        *,
-        square: bool = False,
-        key_lengths: Sequence[int] | None = None,
-    ) -> int:
-        """Return the FLOPs of :meth:`forward` and of its backward."""
-        return sum(self._total(way, lengths, head_rows, square, key_lengths) for way in (0, 1))
+        tokens, total = sum(lengths), 0
+        for way in (0, 1) if training else (0,):
+            total += self.per_token[way] * tokens + self.per_row[way] * head_rows
+            for window, cost in self.per_pair.items():
+                total += cost[way] * attention_pairs(lengths, window, not square, key_lengths)
+        return total
 
     def of_sequence(self, packed: PackedSequence, training: bool, rows: int | None = None, square: bool = False) -> int:
         """Return the FLOPs of a whole packed sequence, with the LM head on ``rows`` rows; ``None`` = the labelled ones."""
-        run = self.training if training else self.forward
         rows = len(packed.labelled) if rows is None else rows
-        return run(packed.table.lengths, rows, square=square, key_lengths=packed.key_lengths)
-
-    def _total(
-        self, way: int, lengths: Sequence[int], head_rows: int, square: bool, key_lengths: Sequence[int] | None
-    ) -> int:
-        pairs = sum(
-            cost[way] * attention_pairs(lengths, window, causal=not square, key_lengths=key_lengths)
-            for window, cost in self.per_pair.items()
-        )
-        return self.per_token[way] * sum(lengths) + pairs + self.per_row[way] * head_rows
+        return self.count(packed.table.lengths, rows, training=training, square=square, key_lengths=packed.key_lengths)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,34 +173,6 @@ class ReadoutFlops:
         unseen = attention_pairs(lengths, causal=not square) - sum(lengths)
         spared = [c * (sum(lengths) - len(lengths)) + p * unseen for c, p in zip(self.spared, self.pairs, strict=True)]
         return full - spared[0] - spared[1] * training
-
-
-def attention_pairs(
-    lengths: Sequence[int],
-    window: int | None = None,
-    causal: bool = True,
-    key_lengths: Sequence[int] | None = None,
-) -> int:
-    """Count the pairs of a query and a key that it sees, over segments of these lengths; without ``causal`` all pairs.
-
-    Args:
-        lengths: number of queries of each segment.
-        window: a causal query sees itself and the ``window − 1`` keys before it.
-        causal: whether a query sees only its own key and those before it.
-        key_lengths: number of keys of each segment, the last of them aligned with the last query; ``None`` = ``lengths``.
-    """
-    if key_lengths is not None:
-        pairs = list(zip(lengths, key_lengths, strict=True))
-        if not causal:
-            return sum(n * keys for n, keys in pairs)
-        # the pairs of all key positions as queries, less those of the prefix
-        return attention_pairs(key_lengths, window) - attention_pairs([keys - n for n, keys in pairs], window)
-    if not causal:
-        return sum(n * n for n in lengths)
-    if window is None:
-        return sum(n * (n + 1) for n in lengths) // 2
-    seen = [(n, min(n, window)) for n in lengths]
-    return sum(w * (w + 1) // 2 + (n - w) * w for n, w in seen)
 
 
 def linear_cost(module: nn.Module) -> Cost:

@@ -76,8 +76,8 @@ def counted(backbone, lengths, rows=ROWS, until=None, train=True):
 
 
 def ours(flops, lengths, rows=ROWS):
-    forward = flops.forward(lengths, rows, square=True)
-    return forward, flops.training(lengths, rows, square=True) - forward
+    forward = flops.count(lengths, rows, square=True)
+    return forward, flops.count(lengths, rows, square=True, training=True) - forward
 
 
 @pytest.mark.parametrize("lengths", [(7,), LENGTHS], ids=["one segment", "several"])
@@ -127,7 +127,7 @@ def test_frozen_matrices_only_pass_the_gradient_on():
 def test_nothing_trains():
     backbone = make("llama").requires_grad_(False)
     flops = DecoderFlops.of(backbone)
-    assert flops.training(LENGTHS, ROWS) == flops.forward(LENGTHS, ROWS)
+    assert flops.count(LENGTHS, ROWS, training=True) == flops.count(LENGTHS, ROWS)
     assert ours(flops, LENGTHS) == counted(backbone, LENGTHS, train=False)
 
 
@@ -229,19 +229,19 @@ def test_every_product_of_branches_is_counted(name):
     packed = pack([Views([*segments, Segment([4] * 5, "d")])]).sequences["main"]
     backbone = make(name)
     flops, lengths, keys = DecoderFlops.of(backbone), packed.table.lengths, packed.key_lengths
-    forward = flops.forward(lengths, ROWS, square=True, key_lengths=keys)
-    training = flops.training(lengths, ROWS, square=True, key_lengths=keys)
+    forward = flops.count(lengths, ROWS, square=True, key_lengths=keys)
+    training = flops.count(lengths, ROWS, square=True, key_lengths=keys, training=True)
     assert (forward, training - forward) == counted(backbone, packed)
     narrow = sum(cost.forward * attention_pairs(lengths, w, key_lengths=keys) for w, cost in flops.per_pair.items())
     square = sum(cost.forward * attention_pairs(lengths, None, False, keys) for cost in flops.per_pair.values())
-    assert forward - flops.forward(lengths, ROWS, key_lengths=keys) == square - narrow > 0
+    assert forward - flops.count(lengths, ROWS, key_lengths=keys) == square - narrow > 0
 
 
 def test_causal_attention_costs_the_pairs_that_are_seen():
     flops = DecoderFlops.of(make("gemma3"))
     one_pair = 2 * 4 * (16 + 16)
     assert flops.per_pair == {3: Cost(2 * one_pair, 4 * one_pair), None: Cost(one_pair, 2 * one_pair)}
-    saved = flops.forward((9,), square=True) - flops.forward((9,))
+    saved = flops.count((9,), square=True) - flops.count((9,))
     assert saved == one_pair * (2 * (81 - (6 + 6 * 3)) + (81 - 45))
 
 
@@ -258,7 +258,7 @@ def test_the_rule_of_six():
     backbone = make("llama")
     weights = sum(p.numel() for n, p in backbone.named_parameters() if p.dim() == 2 and "embed" not in n)
     flops = DecoderFlops.of(backbone)
-    assert flops.training((1,) * 100, 100) == 100 * (6 * weights + 3 * 3 * 2 * 4 * (8 + 8))
+    assert flops.count((1,) * 100, 100, training=True) == 100 * (6 * weights + 3 * 3 * 2 * 4 * (8 + 8))
 
 
 def test_heads_of_an_objective():

@@ -126,7 +126,7 @@ class Span(Objective):
                 total += several * decoder.of_sequence(main, training=False, rows=0, square=square)
                 if predictor is not None:
                     masked = len(batch.positions.get("masked", ()))
-                    total += predictor.training(batch.sequences[PREDICTOR], masked, square=square)
+                    total += predictor.count(batch.sequences[PREDICTOR], masked, training=True)
                 if teacher is not None:
                     passed = teacher.of_sequence(batch.sequences[TARGETS], training=False, rows=0, square=square)
                     total += passed * (1 + several)
@@ -200,7 +200,7 @@ class Span(Objective):
         assert self.predictor is not None
         packed, lengths = batch.sequences[PREDICTOR], batch.rows["span_length"]
         kept, seen, masked = (batch.positions.get(name, lengths[:0]) for name in ("kept", "seen", "masked"))
-        if not len(masked):  # no text here has a span; the sequence's one token makes every rank run the predictor
+        if not len(masked):  # no text here has a span; the stream's one token makes every rank run the predictor
             return self.predictor.norm(self.predictor(hidden[kept], seen, masked.new_zeros(1), packed))[:0]
         filled = self.predictor(hidden[kept], seen, masked, packed)  # (M, d), span after span
         return self.predictor.norm(group_means(filled, lengths).to(filled.dtype))

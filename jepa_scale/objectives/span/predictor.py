@@ -12,9 +12,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from jepa_scale.models import attention
+from jepa_scale.models.attention import attention_pairs
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.decoder import JepaAttention, JepaDecoderConfig, JepaDecoderLayer, initialize, position_table
-from jepa_scale.models.flops import Cost, attention_pairs, linear_cost
+from jepa_scale.models.flops import Cost, linear_cost
 from jepa_scale.models.layers.drop_path import segments_kept
 from jepa_scale.packing import PackedSequence
 from jepa_scale.utils.errors import InputError
@@ -142,15 +143,10 @@ class SpanFlops:
     per_mask: Cost
     per_pair: Cost
 
-    def forward(self, packed: PackedSequence, masked: int, square: bool = False) -> int:
-        """Return the FLOPs of a pass without gradient over a sequence with ``masked`` masked tokens. Every pair is computed, so
-        ``square`` makes no difference."""
-        return self._total(0, packed, masked)
-
-    def training(self, packed: PackedSequence, masked: int, square: bool = False) -> int:
-        """Return the FLOPs of a forward and a backward, the gradient of the states included."""
-        return self._total(0, packed, masked) + self._total(1, packed, masked)
-
-    def _total(self, way: int, packed: PackedSequence, masked: int) -> int:
-        pairs = attention_pairs(packed.table.lengths, causal=False)
-        return self.per_token[way] * packed.num_tokens + self.per_mask[way] * masked + self.per_pair[way] * pairs
+    def count(self, packed: PackedSequence, masked: int, training: bool) -> int:
+        """Return the FLOPs of a pass over a sequence with ``masked`` masked tokens. With ``training`` it has a backward, the
+        gradient of the states included."""
+        pairs, total = attention_pairs(packed.table.lengths, causal=False), 0
+        for way in (0, 1) if training else (0,):
+            total += self.per_token[way] * packed.num_tokens + self.per_mask[way] * masked + self.per_pair[way] * pairs
+        return total

@@ -166,7 +166,7 @@ def test_flops_of_a_step_are_those_of_its_parts():
     least = 0
     for batch in batches:
         least += decoder.of_sequence(batch.sequences["main"], training=True)
-        least += predictor.training(batch.sequences[PREDICTOR], len(batch.positions["masked"]))
+        least += predictor.count(batch.sequences[PREDICTOR], len(batch.positions["masked"]), training=True)
     assert least < count(batches) < 2 * least  # with the collecting pass and SIGReg
 
 

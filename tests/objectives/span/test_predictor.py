@@ -269,8 +269,8 @@ def test_every_product_is_counted(kind, layers):
         with FlopCounterMode(display=False) as counter:
             out.sum().backward()
     flops = predictor.flops()
-    assert flops.forward(stream, len(masked)) == forward
-    assert flops.training(stream, len(masked)) == forward + counter.get_total_flops()
+    assert flops.count(stream, len(masked), training=False) == forward
+    assert flops.count(stream, len(masked), training=True) == forward + counter.get_total_flops()
 
 
 def test_blocks_are_in_a_list_that_can_be_sharded():
