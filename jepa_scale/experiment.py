@@ -8,7 +8,6 @@ and a class is imported when it is first needed. So a wrong config is refused wi
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import json
 import math
@@ -32,7 +31,7 @@ from jepa_scale.data import SourceOptions, parse_data
 from jepa_scale.evaluation.options import OPTIONS, EvaluationOptions
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.telemetry.records import SUMMARY_FILE
-from jepa_scale.utils.errors import InputError
+from jepa_scale.utils.errors import InputError, suggestion
 
 if TYPE_CHECKING:
     from jepa_scale.models.backbone import Backbone
@@ -155,8 +154,7 @@ def objective_options(name: str) -> type[Section]:
 
 def _check_name(name: str) -> None:
     if name not in OBJECTIVES and ":" not in name:
-        near = difflib.get_close_matches(name, OBJECTIVES, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(OBJECTIVES)}, or module:Class of your own"
+        hint = suggestion(name, OBJECTIVES, f"known: {', '.join(OBJECTIVES)}, or module:Class of your own")
         raise InputError(f"objective.name: unknown objective {name!r}; {hint}")
 
 

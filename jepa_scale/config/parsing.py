@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
 
 from jepa_scale.config.schema import Section
-from jepa_scale.utils.errors import InputError
+from jepa_scale.utils.errors import InputError, suggestion
 
 S = TypeVar("S", bound=Section)
 
@@ -45,12 +44,9 @@ def _explain(cls: type[Section], error: ValidationError, prefix: str) -> str:
         for part in path[:-1]:
             if part in owner.model_fields:  # else a number in a list, or a name in a mapping
                 owner = next(_sections_in(owner.model_fields[part].annotation), owner)
-        near = difflib.get_close_matches(path[-1], owner.model_fields, n=1, cutoff=0.5)
-        known = (
-            f"known keys: {', '.join(sorted(owner.model_fields))}" if owner.model_fields else "there are no keys here"
-        )
-        hint = f"did you mean {near[0]!r}?" if near else known
-        return f"{name}: unknown key; {hint}"
+        fields = owner.model_fields
+        known = f"known keys: {', '.join(sorted(fields))}" if fields else "there are no keys here"
+        return f"{name}: unknown key; {suggestion(path[-1], fields, known)}"
     if first["type"] == "missing":
         return f"{name}: required key is missing"
     if first["type"] == "value_error":  # raised by a validator of ours, whose message is complete

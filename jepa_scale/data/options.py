@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
@@ -11,7 +10,7 @@ from jepa_scale.config.parsing import parse_section
 from jepa_scale.config.schema import Section
 from jepa_scale.data.base import DataOptions, Evaluation
 from jepa_scale.data.prepare.base import RecordOptions
-from jepa_scale.utils.errors import InputError
+from jepa_scale.utils.errors import InputError, suggestion
 
 GENERATOR_KEYS = {"entities_a", "comb", "relations", "seed"}
 
@@ -147,25 +146,21 @@ SOURCES: dict[str, type[SourceOptions]] = {
 }
 """Name of a source → its keys."""
 PARTS: dict[str, type[ReversalPart | TextPart | ChatPart | GridPart]] = {
-    "reversal": ReversalPart,
-    "text": TextPart,
-    "chat": ChatPart,
-    "grids": GridPart,
+    part.model_fields["source"].default: part for part in (ReversalPart, TextPart, ChatPart, GridPart)
 }
 """Name of a source → its keys as a part of a mixture."""
 
 
-def parse_data(values: dict[str, Any], prefix: str = "data") -> SourceOptions:
+def parse_data(values: dict[str, Any]) -> SourceOptions:
     """Check the keys of ``data:`` without loading anything.
 
     Raises:
         InputError: naming the key.
     """
-    given = values
-    if _source_of(values, prefix) == "mixture" and isinstance(values.get("parts"), list):
-        parts = [_parse_part(part, f"{prefix}.parts.{number}") for number, part in enumerate(values["parts"])]
-        given = {**values, "parts": parts}
-    return parse_section(SOURCES[values["source"]], given, prefix)
+    source = _source_of(values, "data")
+    if source == "mixture" and isinstance(values.get("parts"), list):
+        values = {**values, "parts": [_parse_part(part, f"data.parts.{n}") for n, part in enumerate(values["parts"])]}
+    return parse_section(SOURCES[source], values, "data")
 
 
 def _parse_part(values: Any, prefix: str) -> Part:
@@ -189,6 +184,5 @@ def _source_of(values: Any, prefix: str) -> str:
         return name
     if name is None:
         raise InputError(f"{prefix}.source: required key is missing; sources: {', '.join(sorted(SOURCES))}")
-    near = difflib.get_close_matches(str(name), SOURCES, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"sources: {', '.join(sorted(SOURCES))}"
+    hint = suggestion(str(name), SOURCES, f"sources: {', '.join(sorted(SOURCES))}")
     raise InputError(f"{prefix}.source: unknown source {name!r}; {hint}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 
 from pydantic import Field, model_validator
@@ -10,6 +9,7 @@ from pydantic import Field, model_validator
 from jepa_scale.config.schema import Section
 from jepa_scale.data.base import Evaluation
 from jepa_scale.metrics.text_match import METRICS
+from jepa_scale.utils.errors import suggestion
 
 DATABASE = "{db_id}"
 
@@ -60,8 +60,7 @@ class ChatEvalOptions(PerplexityOptions):
     def _complete(self) -> ChatEvalOptions:
         for name in self.metrics:
             if name not in METRICS:
-                near = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.5)
-                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(METRICS)}"
+                hint = suggestion(name, METRICS, f"known: {', '.join(METRICS)}")
                 raise ValueError(f"metrics: unknown metric {name!r}; {hint}")
         if "multiple_choice" in self.metrics and not self.choices:
             raise ValueError("choices: multiple_choice needs the labels, e.g. [A, B, C, D]")

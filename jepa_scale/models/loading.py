@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import logging
 from contextlib import suppress
@@ -18,7 +17,7 @@ from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.decoder import JepaDecoderConfig, JepaDecoderForCausalLM
 from jepa_scale.models.lora import add_lora
 from jepa_scale.models.options import HUGGINGFACE_KEYS, SHARED_KEYS, ModelOptions, check_options
-from jepa_scale.utils.errors import InputError
+from jepa_scale.utils.errors import InputError, suggestion
 
 logger = logging.getLogger(__name__)
 
@@ -85,9 +84,8 @@ def _random(keys: dict[str, Any], rows: int) -> PreTrainedModel:
     if "vocab_size" in keys:
         raise InputError("model.config.vocab_size: set model.vocab_size instead")
     if model_type not in CONFIG_MAPPING:
-        near = difflib.get_close_matches(str(model_type), CONFIG_MAPPING.keys(), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise InputError(f"model.config.model_type: transformers has no {model_type!r}{hint}")
+        hint = suggestion(str(model_type), CONFIG_MAPPING.keys(), "use one of its causal language models")
+        raise InputError(f"model.config.model_type: transformers has no {model_type!r}; {hint}")
     _check_keys(CONFIG_MAPPING[model_type], keys)
     # the family's default special tokens mean nothing in our vocabulary; a padding id would even freeze its embedding
     tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
@@ -103,8 +101,7 @@ def _check_keys(cls: type[PreTrainedConfig], keys: dict[str, Any]) -> None:
     known = {*inspect.signature(cls.__init__).parameters, *cls.attribute_map, "rope_theta", "rope_scaling"}
     for key in keys:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "see the family's config class in transformers"
+            hint = suggestion(key, known, "see the family's config class in transformers")
             raise InputError(f"model.config.{key}: unknown key of {cls.__name__}; {hint}")
 
 

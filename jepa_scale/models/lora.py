@@ -11,9 +11,8 @@ forward. Here the frozen rows and the trained ones are two layers, each called a
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Mapping, Sequence
-from typing import TypeVar, cast
+from typing import Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from jepa_scale.models.options import LoraOptions
-from jepa_scale.utils.errors import InputError
+from jepa_scale.utils.errors import InputError, suggestion
 
 M = TypeVar("M", bound=nn.Module)
 ADAPTER = "default"
@@ -101,8 +100,7 @@ def target_layers(decoder: PreTrainedModel, blocks: str, targets: Sequence[str] 
     for target in targets:
         if not any(f".{name}".endswith(f".{target}") for name in linear):
             kinds = sorted({name.rpartition(".")[2] for name in linear})
-            near = difflib.get_close_matches(target, kinds, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(kinds)}"
+            hint = suggestion(target, kinds, f"choose from {', '.join(kinds)}")
             raise InputError(f"model.lora.targets: no linear layer's name ends with {target!r}; {hint}")
     return [name for name in linear if any(f".{name}".endswith(f".{target}") for target in targets)]
 
@@ -118,24 +116,31 @@ def matrix_shape(layer: nn.Module) -> tuple[int, int]:
 # ------------------------------------------------------------------------------------------------------ new rows
 
 
-class GrownEmbedding(nn.Module):
-    """An embedding in two parts: the first rows, frozen, and the trainable rest.
+class _Grown(nn.Module, Generic[M]):
+    """A layer in two parts: the first rows, frozen, and the trainable rest.
 
     Args:
         base_layer: layer with the first rows.
         new_rows: layer of the same class with the other rows.
     """
 
-    def __init__(self, base_layer: nn.Embedding, new_rows: nn.Embedding) -> None:
+    def __init__(self, base_layer: M, new_rows: M) -> None:
         super().__init__()
         self.base_layer, self.new_rows = base_layer, new_rows
-        self.embedding_dim = base_layer.embedding_dim
-        self.num_embeddings = base_layer.num_embeddings + new_rows.num_embeddings
 
     @property
     def weight(self) -> Tensor:
         """The frozen rows, for callers that read width, dtype or device."""
-        return self.base_layer.weight
+        return self.base_layer.weight  # type: ignore[return-value]
+
+
+class GrownEmbedding(_Grown[nn.Embedding]):
+    """An embedding in two parts."""
+
+    def __init__(self, base_layer: nn.Embedding, new_rows: nn.Embedding) -> None:
+        super().__init__(base_layer, new_rows)
+        self.embedding_dim = base_layer.embedding_dim
+        self.num_embeddings = base_layer.num_embeddings + new_rows.num_embeddings
 
     def forward(self, ids: Tensor) -> Tensor:
         """Look up (…) int64 → (…, d). Both layers run for any ids, so that all ranks gather the same parameters."""
@@ -145,24 +150,13 @@ class GrownEmbedding(nn.Module):
         return torch.where((ids >= first)[..., None], new, old)
 
 
-class GrownHead(nn.Module):
-    """An LM head in two parts: the rows of the first ids, frozen, and the trainable rest.
-
-    Args:
-        base_layer: layer with the first rows.
-        new_rows: layer of the same class with the other rows.
-    """
+class GrownHead(_Grown[nn.Linear]):
+    """An LM head in two parts, split by token id."""
 
     def __init__(self, base_layer: nn.Linear, new_rows: nn.Linear) -> None:
-        super().__init__()
-        self.base_layer, self.new_rows = base_layer, new_rows
+        super().__init__(base_layer, new_rows)
         self.in_features = base_layer.in_features
         self.out_features = base_layer.out_features + new_rows.out_features
-
-    @property
-    def weight(self) -> Tensor:
-        """The frozen rows, for callers that read width, dtype or device."""
-        return self.base_layer.weight
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute logits, (…, d) → (…, V)."""

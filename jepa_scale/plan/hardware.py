@@ -5,10 +5,9 @@ FLOP/s are those of :func:`jepa_scale.models.flops.peak_flops` for the driver's 
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 
-from jepa_scale.utils.errors import InputError
+from jepa_scale.utils.errors import InputError, suggestion
 
 GIB = 2**30
 
@@ -83,6 +82,5 @@ def find_gpu(name: str) -> Gpu:
     key = name.lower()
     if key in GPUS:
         return GPUS[key]
-    near = difflib.get_close_matches(key, GPUS, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(GPUS)}"
+    hint = suggestion(key, GPUS, f"choose one of {', '.join(GPUS)}")
     raise InputError(f"--gpu: unknown GPU {name!r}; {hint}")

@@ -1,5 +1,10 @@
 """The one exception that means "the user's input is wrong"."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class InputError(ValueError):
     """Bad configuration, data or environment, found before any work starts.
@@ -11,3 +16,9 @@ class InputError(ValueError):
 
 class DataError(InputError):
     """A damaged or missing sample, found when it is read: perhaps by one rank alone, in the middle of a run."""
+
+
+def suggestion(name: str, known: Iterable[str], otherwise: str) -> str:
+    """Return ``did you mean 'x'?`` with the known name that is most similar to a wrong one; ``otherwise`` if none is similar."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else otherwise
