@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jepa_scale.utils.errors import InputError
-from jepa_scale.utils.io import write_atomic
+from jepa_scale.utils.io import sha256_of, write_atomic
 from jepa_scale.utils.splits import current_key
 
 FILE = "manifest.json"
@@ -102,10 +102,5 @@ def _sha256(values: dict[str, Any]) -> str:
 def describe(files: list[Path]) -> dict[str, Any]:
     """Return name → ``bytes`` and ``sha256`` of files; each is read once, up to four at a time."""
     with ThreadPoolExecutor(4) as pool:
-        digests = list(pool.map(_sha256_of_file, files))
+        digests = list(pool.map(sha256_of, files))
     return {f.name: {"bytes": f.stat().st_size, "sha256": d} for f, d in zip(files, digests, strict=True)}
-
-
-def _sha256_of_file(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -263,13 +263,7 @@ def _plain(error: Exception) -> str:
 
 
 def _write(file: Path, value: Any) -> None:
-    """Save a value with ``torch.save`` and flush it to the disk.
-
-    Given a path, ``torch.save`` would report a full disk as "unexpected pos".
-    """
+    """Save a value with ``torch.save``, which given a path would report a full disk as "unexpected pos"."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
-    with open(file, "wb") as stream:
-        stream.write(buffer.getbuffer())
-        stream.flush()
-        os.fsync(stream.fileno())
+    write_atomic(file, buffer.getvalue())

@@ -84,12 +84,7 @@ class _LoadPlanner(DefaultLoadPlanner):
         raise AssertionError("checkpoints hold tensors only; the base class would unpickle bytes")
 
 
-def _save_planner() -> _SavePlanner:
-    return _SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-
-
-def _load_planner() -> _LoadPlanner:
-    return _LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+_AS_IT_IS = {"flatten_state_dict": False, "flatten_sharded_tensors": False}
 
 
 class SafeReader(dcp.FileSystemReader):
@@ -142,7 +137,7 @@ def write(folder: Path, tensors: Mapping[str, ShardView], group: dist.ProcessGro
     folder.mkdir(parents=True, exist_ok=True)
     writer = dcp.FileSystemWriter(folder, sync_files=True)
     try:
-        dcp.save(dict(tensors), storage_writer=writer, planner=_save_planner(), process_group=group)
+        dcp.save(dict(tensors), storage_writer=writer, planner=_SavePlanner(**_AS_IT_IS), process_group=group)
     except CheckpointException as error:
         raise StoreError(error) from error
     rank = dist.get_rank() if dist.is_initialized() else 0
@@ -208,6 +203,6 @@ def read_whole(folder: Path, names: list[str]) -> dict[str, Tensor]:
 
 def _load(folder: Path, tensors: dict[str, Any], **how: Any) -> None:
     try:
-        dcp.load(tensors, storage_reader=SafeReader(folder), planner=_load_planner(), **how)
+        dcp.load(tensors, storage_reader=SafeReader(folder), planner=_LoadPlanner(**_AS_IT_IS), **how)
     except CheckpointException as error:
         raise InputError(f"{folder}: cannot be read: {_reason(error)}") from error

@@ -21,6 +21,7 @@ from jepa_scale.checkpoint.shard_view import ShardView
 from jepa_scale.config.schema import OptimConfig
 from jepa_scale.convert.plan import HEADS_FILE, MODEL
 from jepa_scale.convert.skeleton import llama_config
+from jepa_scale.engines.base import persistent_buffers
 from jepa_scale.engines.ema import TEACHER, TeacherModel
 from jepa_scale.models.decoder import JepaDecoderConfig
 from jepa_scale.models.lora import copy_plain
@@ -166,11 +167,7 @@ def state_tensors(module: nn.Module, part: str = MODEL) -> dict[str, torch.Tenso
     These are each parameter, under its first name, and the persistent buffers.
     """
     tensors = {f"{part}{name}": parameter.detach() for name, parameter in module.named_parameters()}
-    for prefix, child in module.named_modules():
-        for name, buffer in child.named_buffers(recurse=False):
-            if name not in child._non_persistent_buffers_set:
-                tensors[f"{part}{prefix}.{name}" if prefix else f"{part}{name}"] = buffer
-    return tensors
+    return tensors | {f"{part}{name}": buffer for name, buffer in persistent_buffers(module)}
 
 
 def write_checkpoint(

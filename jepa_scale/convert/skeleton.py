@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from jepa_scale.convert.standalone import auto_map, modelling_source
+from jepa_scale.engines.base import persistent_buffers
 from jepa_scale.models.decoder import JepaDecoderConfig, JepaDecoderForCausalLM
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
@@ -150,9 +151,7 @@ def _remote_code(model: PreTrainedModel) -> dict[str, str]:
 def _check(model: PreTrainedModel, there: Mapping[str, tuple[int, ...]]) -> None:
     """Check that the checkpoint has the model's tensors, in their shapes, and no others."""
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    parameters = {id(parameter) for parameter in model.parameters()}
-    buffers = {n: tuple(t.shape) for n, t in model.state_dict(keep_vars=True).items() if id(t) not in parameters}
-    wanted |= buffers
+    wanted |= {name: tuple(buffer.shape) for name, buffer in persistent_buffers(model)}
     for problem, names in (
         ("has no tensor", wanted.keys() - there.keys()),
         ("has a tensor that the model lacks,", there.keys() - wanted.keys()),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -15,7 +14,7 @@ import numpy as np
 from jepa_scale.data.prepare.base import BadRecord, Encoder, Record
 from jepa_scale.data.shards.format import Sample, ShardInfo, index_name, write_shard
 from jepa_scale.utils.errors import InputError
-from jepa_scale.utils.io import write_atomic
+from jepa_scale.utils.io import sha256_of, write_atomic
 
 BLOCK_BYTES = 64 * 2**20
 """A block is closed when its raw values reach this size (:func:`raw_size`), even with few records."""
@@ -137,18 +136,13 @@ def finished(folder: Path, block: Block) -> Done | None:
         done = Done(shard=info, **values)
         whole = info is None or (
             (folder / info.name).stat().st_size == info.bytes
-            and sha256(folder / info.name) == info.sha256
-            and sha256(folder / index_name(info.name)) == info.index_sha256
+            and sha256_of(folder / info.name) == info.sha256
+            and sha256_of(folder / index_name(info.name)) == info.index_sha256
         )
     except (OSError, ValueError, TypeError, KeyError):
         return None
     same = (done.first, done.records) == (block.first, len(block.records))
     return done if same and whole else None
-
-
-def sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def cannot_write(error: OSError, file: Path) -> InputError:

@@ -23,6 +23,7 @@ from jepa_scale.data.prepare.base import BadRecord, PrepareOptions, Record
 from jepa_scale.data.prepare.job import prepare, prepared
 from jepa_scale.data.shards.format import Index
 from jepa_scale.utils.errors import InputError
+from jepa_scale.utils.io import sha256_of
 from tests.data.prepare import lines
 from tests.forked import in_child
 
@@ -498,7 +499,7 @@ def test_the_record_of_a_shard_is_written_after_it(tmp_path: Path) -> None:
         prepare(raw, out, OPTIONS, processes=1, progress=False)
     done, shard = out / "train-000000.done.json", out / "train-000000.tar"
     assert done.stat().st_mtime_ns >= shard.stat().st_mtime_ns
-    assert json.loads(done.read_text())["shard"]["sha256"] == blocks.sha256(shard)
+    assert json.loads(done.read_text())["shard"]["sha256"] == sha256_of(shard)
 
 
 @pytest.mark.parametrize("how", ["file", pytest.param("stdin", marks=pytest.mark.matrix)])
