@@ -12,6 +12,7 @@ parent never sees the branch.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -418,8 +419,7 @@ def _rows(values: Sequence[Any]) -> Tensor:
 
 def add_counts(batches: Iterable[PackedBatch]) -> Mapping[str, int]:
     """Return the sum of the counts of several micro-batches."""
-    total: dict[str, int] = {}
+    total: Counter[str] = Counter()
     for batch in batches:
-        for name, n in batch.counts.items():
-            total[name] = total.get(name, 0) + n
+        total.update(batch.counts)
     return total

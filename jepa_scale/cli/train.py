@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jepa_scale.cli.flags import logging_flags
@@ -30,18 +30,17 @@ def parser() -> argparse.ArgumentParser:
 def refused(argv: Sequence[str]) -> int:
     """Check the config of a training process. Returns the exit code: 0, or 2 after printing what is wrong."""
     args = parser().parse_intermixed_args(argv)
-    try:
-        validate(load_config(args.config, args.overrides))
-    except InputError as error:
-        return refusal(error)
-    return 0
+    return _refused(lambda: args.config, args.overrides)
 
 
 def refused_evaluation(run: Path, overrides: Sequence[str]) -> int:
-    """Check the config, with the overrides, of a run to evaluate. Returns the exit code: 0, or 2 after printing what is
-    wrong."""
+    """Check the config, with the overrides, of a run to evaluate; as :func:`refused`."""
+    return _refused(lambda: config_of(run), overrides)
+
+
+def _refused(find: Callable[[], str | Path], overrides: Sequence[str]) -> int:
     try:
-        validate(load_config(config_of(run), list(overrides)))
+        validate(load_config(find(), list(overrides)))
     except InputError as error:
         return refusal(error)
     return 0

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jepa_scale.data.prepare.base import BadRecord
-from jepa_scale.data.prepare.formats.table import read_jsonl
 from jepa_scale.data.sampling.rng import generator
+from jepa_scale.data.texts import rows_with_text
 from jepa_scale.utils.errors import InputError
 
 
@@ -50,13 +49,8 @@ def read_labelled(path: Path, test_fraction: float) -> LabelledTexts:
     where: list[str] = []
     labels: list[str] = []
     splits: list[str | None] = []
-    for item in read_jsonl(path):
-        if isinstance(item, BadRecord):
-            raise InputError(f"{item}; correct or remove the line")
-        row = item.value
-        text, label, split = row.get("text"), row.get("label"), row.get("split")
-        if not isinstance(text, str) or not text.strip():
-            raise InputError(f"{item.where}: needs a text that is not empty, under the name text")
+    for item in rows_with_text(path):
+        label, split = item.value.get("label"), item.value.get("split")
         if not isinstance(label, str | int) or label == "":
             raise InputError(f"{item.where}: needs a label, a string or an integer, under the name label")
         if split not in (None, "train", "test"):
@@ -64,7 +58,7 @@ def read_labelled(path: Path, test_fraction: float) -> LabelledTexts:
         if splits and (split is None) != (splits[0] is None):
             has, lacks = (item.where, where[0]) if split else (where[0], item.where)
             raise InputError(f"{lacks}: has no split, but {has} has; give all rows one, or none")
-        texts.append(text)
+        texts.append(item.value["text"])
         where.append(item.where)
         labels.append(str(label))
         splits.append(split)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jepa_scale.data.examples import Document
-from jepa_scale.data.prepare.base import BadRecord
+from jepa_scale.data.prepare.base import BadRecord, Record
 from jepa_scale.data.prepare.encoders.chat_tokens import bos_prefix, encode_text
 from jepa_scale.data.prepare.formats.table import read_jsonl
 from jepa_scale.utils.errors import InputError
@@ -43,7 +43,7 @@ def read_texts(source: str) -> list[NamedText]:
     if source == "-":
         found = list(_lines(sys.stdin.buffer, "stdin"))
     elif path.suffix.lower() == ".jsonl":
-        found = list(_rows(path))
+        found = [NamedText(row.where, row.value["text"]) for row in rows_with_text(path)]
     elif path.suffix.lower() == ".txt":
         try:
             with open(path, "rb") as file:
@@ -69,14 +69,19 @@ def _lines(lines: Iterable[bytes], name: str) -> Iterator[NamedText]:
         yield NamedText(where, text)
 
 
-def _rows(path: Path) -> Iterator[NamedText]:
+def rows_with_text(path: Path) -> Iterator[Record]:
+    """Yield the rows of a JSONL file, all of which have a ``text``.
+
+    Raises:
+        InputError: a row cannot be read, or its text is missing or empty.
+    """
     for item in read_jsonl(path):
         if isinstance(item, BadRecord):
             raise InputError(f"{item}; correct or remove the line")
         text = item.value.get("text")
         if not isinstance(text, str) or not text.strip():
             raise InputError(f"{item.where}: needs a text that is not empty, under the name text")
-        yield NamedText(item.where, text)
+        yield item
 
 
 @dataclass(frozen=True, slots=True)

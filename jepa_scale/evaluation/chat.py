@@ -10,11 +10,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 import numpy as np
 from tqdm import tqdm
 
+from jepa_scale.data.examples import Conversation
 from jepa_scale.distributed.comm import ParallelContext, all_gather_object
 from jepa_scale.evaluation.options import DATABASE, ChatEvalOptions
 from jepa_scale.metrics.text_match import METRICS, Wanted
@@ -25,27 +26,6 @@ from jepa_scale.utils.io import write_atomic
 from jepa_scale.utils.logging import shows_progress
 
 logger = logging.getLogger(__name__)
-
-
-class _Turn(Protocol):
-    @property
-    def role(self) -> str: ...
-    @property
-    def start(self) -> int: ...
-
-
-class Conversation(Protocol):
-    """The interface of :class:`jepa_scale.data.examples.Conversation`.
-
-    Turns belong to the messages, in order; a truncated conversation has fewer turns than messages.
-    """
-
-    @property
-    def tokens(self) -> np.ndarray: ...
-    @property
-    def turns(self) -> Sequence[_Turn]: ...
-    @property
-    def messages(self) -> list[dict[str, Any]]: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,8 @@ from jepa_scale.data.prepare.encoders.encode import make_encoder
 from jepa_scale.data.prepare.readers import open_reader
 from jepa_scale.data.prepare.workers import Workers, cores
 from jepa_scale.data.shards.cache import cache_dir
-from jepa_scale.data.shards.format import FORMAT, INDEX_FILE, Index, ShardInfo, index_name
+from jepa_scale.data.shards.format import FORMAT, INDEX_FILE, Index, ShardInfo
+from jepa_scale.data.shards.locate import shard_fault
 from jepa_scale.utils.errors import InputError
 from jepa_scale.utils.io import write_atomic
 from jepa_scale.utils.lock import JOB_LOCK, locked
@@ -237,13 +238,8 @@ def _complete(folder: Path) -> Index | None:
     if not (folder / INDEX_FILE).exists():
         return None
     index = Index.read(folder)
-    try:
-        for info in (info for shards in index.splits.values() for info in shards):
-            if (folder / info.name).stat().st_size != info.bytes or not (folder / index_name(info.name)).exists():
-                return None
-    except FileNotFoundError:
-        return None
-    return index
+    shards = (shard for of_split in index.splits.values() for shard in of_split)
+    return None if any(shard_fault(folder, shard) for shard in shards) else index
 
 
 def _save_tokenizer(encoder: Encoder, out: Path) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,10 +17,10 @@ from jepa_scale.data.prepare.formats.table import count_parquet, read_json, read
 from jepa_scale.data.prepare.formats.tar import read_tar
 from jepa_scale.data.prepare.formats.text import read_text
 from jepa_scale.data.prepare.selection import select
+from jepa_scale.data.shards.cache import is_url
 from jepa_scale.data.shards.format import INDEX_FILE
 from jepa_scale.utils.errors import InputError
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|pipe:")
 _READ: dict[str, Callable[[Path], Items]] = {
     "jsonl": read_jsonl,
     "json": read_json,
@@ -54,7 +53,7 @@ def _open(path: str, options: PrepareOptions, valid: bool = False) -> Source:
     """
     if path in ALIASES:
         return _checked(ALIASES[path](options), path, options)
-    if _URL.match(path):
+    if is_url(path):
         raise InputError(f"data path {path!r}: raw data must be local files; download them first")
     paths = expand(path)
     if not paths:

@@ -190,8 +190,7 @@ class ReversalData:
     def order(self, seed: int) -> Permuted:
         """Return the order of the examples: each epoch uniformly shuffled, or ``by_name``."""
         n = len(self.train)
-        of_epoch = partial(order_by_name, self.train) if self.by_name else partial(_shuffled, n)
-        return Permuted(n, partial(of_epoch, seed))
+        return Permuted(n, partial(order_by_name, self.train, seed) if self.by_name else partial(shuffled, seed, n=n))
 
     @property
     def counts(self) -> dict[str, int]:
@@ -228,10 +227,6 @@ class ReversalData:
             digest.update(array.astype("<i4").tobytes())
         digest.update(f"{self.vocab_size} {sorted(self.special.items())}".encode())
         return digest.hexdigest()
-
-
-def _shuffled(n: int, seed: int, epoch: int) -> np.ndarray:
-    return shuffled(seed, epoch, n)
 
 
 @lru_cache(maxsize=4)  # as many as a batch that spans two epochs needs, twice

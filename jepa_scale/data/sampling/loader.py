@@ -12,13 +12,14 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
+from jepa_scale.data.base import Examples
 from jepa_scale.data.sampling.batches import BatchSampler
 from jepa_scale.data.sampling.rng import SampleRNG, ViewTransform, views_of
 from jepa_scale.packing import PackedBatch, Views, pack
@@ -26,14 +27,6 @@ from jepa_scale.utils.errors import DataError, InputError
 from jepa_scale.utils.logging import configure, configured_level
 
 logger = logging.getLogger(__name__)
-
-
-class Readable(Protocol):
-    """The interface of examples that are read by number."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, number: int, /) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +45,7 @@ class Loader:
         on_error: a damaged sample stops the run, or is left out with a warning and counted (``skipped``).
     """
 
-    examples: Readable
+    examples: Examples
     sampler: BatchSampler
     view_transform: ViewTransform
     sequences: Sequence[str]
@@ -116,15 +109,11 @@ class Loader:
             raise error
         logger.warning(f"skipped: {error}")
 
-    def _views(self, epoch: int, step: int, sample: int) -> Views:
-        draw = SampleRNG(self.seed, epoch, step, sample)
-        return replace(self.view_transform(self.examples[sample], draw), seed=draw.number("model"))
-
     def _any_views(self, step: int) -> Views:
         """Return the views of the first readable sample; they give an empty micro-batch its shapes."""
         for sample in range(len(self.examples)):
             try:
-                return self._views(0, step, sample)
+                return self.view_transform(self.examples[sample], SampleRNG(self.seed, 0, step, sample))
             except DataError:
                 continue
         raise InputError("data: none of the training examples can be read")
@@ -137,7 +126,6 @@ class Loader:
             batch_size=None,
             sampler=range(self.start_step * accumulation, self.steps * accumulation),
             num_workers=self.workers,
-            collate_fn=_unchanged,
             worker_init_fn=partial(_begin, configured_level()),
             multiprocessing_context="fork" if fork else None,
             generator=torch.Generator(),  # not the global one, whose state belongs to the model
@@ -154,9 +142,6 @@ class _MicroBatches(TorchDataset[Any]):
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
-
-    def __len__(self) -> int:
-        return self.loader.steps * self.loader.sampler.accumulation
 
     def __getitem__(self, number: int) -> bytes:
         """Return the pickled micro-batch. An InputError is returned as a value: torch would wrap it into a long
@@ -184,10 +169,6 @@ class _Pickler(pickle.Pickler):
 
 def _tensor(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(array)
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch
 
 
 def _begin(log_level: int | None, worker: int) -> None:

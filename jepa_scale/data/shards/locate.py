@@ -157,7 +157,7 @@ def check(located: Located, on_error: Literal["stop", "skip"] = "stop") -> list[
         return []
     damaged, first = [], ""
     for shard in located.shards.values():
-        if fault := _fault(located.source, shard):
+        if fault := shard_fault(located.source, shard):
             damaged.append(shard)
             first = first or fault
     if damaged and on_error == "stop":
@@ -168,7 +168,8 @@ def check(located: Located, on_error: Literal["stop", "skip"] = "stop") -> list[
     return damaged
 
 
-def _fault(folder: Path, shard: ShardInfo) -> str:
+def shard_fault(folder: Path, shard: ShardInfo) -> str:
+    """Return why a shard is not whole: a file is missing or has another size. Empty if it is whole; no content is read."""
     path, index = folder / shard.name, folder / index_name(shard.name)
     try:
         size = path.stat().st_size

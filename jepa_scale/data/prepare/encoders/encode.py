@@ -157,11 +157,8 @@ class ChatEncoder(_TokenizerEncoder):
         except BadRecord:  # the template requires more than this conversation
             return None
         last = int(sample.members["npy"][sample.members["json"]["turns"][1][1] - 1])
-        return last if last in self.tokenizer.all_special_ids or self._is_special(last) else None
-
-    def _is_special(self, token: int) -> bool:
-        added = getattr(self.tokenizer, "added_tokens_decoder", {}).get(token)
-        return added is not None and added.special
+        token = self.tokenizer.convert_ids_to_tokens(last)
+        return last if self._pattern is not None and self._pattern.fullmatch(token) else None
 
     def __call__(self, record: Record) -> list[Sample]:
         messages = normalise(record.value["messages"], record.where, self._remove_thinking)
