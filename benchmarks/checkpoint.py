@@ -18,9 +18,7 @@ The three take turns, and the first round does not count; figures are the median
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
-import shutil
 import statistics
 import sys
 import tempfile
@@ -38,7 +36,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from benchmarks.rows import row, write  # noqa: E402
+from benchmarks.ranks import on_ranks  # noqa: E402
+from benchmarks.rows import as_table, row, write  # noqa: E402
 from jepa_scale import checkpoint  # noqa: E402
 from jepa_scale.checkpoint import Manifest, Policy, Saver  # noqa: E402
 from jepa_scale.config.loading import load_config  # noqa: E402
@@ -47,7 +46,6 @@ from jepa_scale.experiment import validate  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
 from jepa_scale.training.build import TrainingComponents, build  # noqa: E402
 from jepa_scale.training.trainer import global_totals  # noqa: E402
-from jepa_scale.utils.format import text_table  # noqa: E402
 
 CONFIG = {
     "engine": {"name": "fsdp", "threads": 1},
@@ -175,20 +173,9 @@ def told(found: dict[str, list[float]]) -> str:
 
 
 def compare(world_size: int, rounds: int) -> list[dict[str, Any]]:
-    context = multiprocessing.get_context("spawn")
-    folder = Path(tempfile.mkdtemp())
-    try:
-        (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
-        results = context.Queue()
-        args = (world_size, str(folder), rounds, results)
-        processes = [context.Process(target=measure, args=(rank, *args)) for rank in range(world_size)]
-        for process in processes:
-            process.start()
-        found: dict[str, list[float]] = results.get(timeout=1800)
-        for process in processes:
-            process.join()
-    finally:
-        shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.yaml").write_text(yaml.safe_dump(CONFIG))
+        found: dict[str, list[float]] = on_ranks(measure, world_size, world_size, folder, rounds)
     prefix = f"{world_size}_ranks"
     units = {"size": "MB", "torch_save_size": "MB", "parameters": "million"}
     rows = [row(f"{prefix}/{name}", values, units.get(name, "s")) for name, values in found.items()]
@@ -207,8 +194,7 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.update({"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"})
     rows = [r for world_size in args.world_sizes for r in compare(world_size, args.rounds)]
-    cells = [[r["name"], f"{r['value']:,.4g}", f"{r['min']:,.4g}", f"{r['max']:,.4g}", r["unit"]] for r in rows]
-    print(text_table(["", "median", "min", "max", "unit"], cells))
+    print(as_table(rows))
     if args.json:
         machine = describe_environment(ParallelContext(0, 1, 0, torch.device("cpu"), "python"), "fsdp", "fp32")
         write(args.json, machine, rows)

@@ -29,7 +29,7 @@ import torch
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from benchmarks.rows import row, write  # noqa: E402
+from benchmarks.rows import as_table, row, write  # noqa: E402
 from jepa_scale.config.loading import load_config  # noqa: E402
 from jepa_scale.data import load_data, parse_data  # noqa: E402
 from jepa_scale.data.examples import Conversation, Document, Turn  # noqa: E402
@@ -41,7 +41,6 @@ from jepa_scale.objectives.lm import lm_views  # noqa: E402
 from jepa_scale.packing import IGNORE  # noqa: E402
 from jepa_scale.telemetry import load_run  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
-from jepa_scale.utils.format import text_table  # noqa: E402
 
 MICRO_TOKENS = 8192
 BUFFER = 1000
@@ -208,8 +207,7 @@ def main() -> None:
             rows += waiting(name, overrides + (["data.long=drop"] if name == "chat" else []), Path(folder), config)
         for workers in (0, 1):
             rows += waiting(f"reversal_{workers}", [f"data.workers={workers}"], Path(folder), "configs/reversal.yaml")
-    cells = [[r["name"], f"{r['value']:,.4g}", f"{r['min']:,.4g}", f"{r['max']:,.4g}", r["unit"]] for r in rows]
-    print(text_table(["", "median", "min", "max", "unit"], cells))
+    print(as_table(rows))
     if args.json:
         machine = describe_environment(ParallelContext(0, 1, 0, torch.device("cpu"), "python"), "", "")
         write(args.json, machine, rows)

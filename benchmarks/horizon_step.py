@@ -30,14 +30,13 @@ sys.path.insert(0, str(REPOSITORY))
 
 import torch  # noqa: E402
 
-from benchmarks.rows import row, write  # noqa: E402
+from benchmarks.rows import as_table, row, write  # noqa: E402
 from jepa_scale.config.loading import load_config  # noqa: E402
 from jepa_scale.distributed import comm  # noqa: E402
 from jepa_scale.experiment import validate  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
 from jepa_scale.training.build import TrainingComponents, build  # noqa: E402
 from jepa_scale.training.trainer import global_totals  # noqa: E402
-from jepa_scale.utils.format import text_table  # noqa: E402
 
 HORIZON = "configs/tiny_corpus.yaml"
 LM = "configs/tiny_corpus_lm.yaml"
@@ -106,11 +105,7 @@ def main() -> None:
         if name != "lm":
             ratios = [a / b for a, b in zip(of_variant, times["lm"], strict=True)]
             rows.append(row(f"ratio/{name}/lm", ratios, ""))
-    print(
-        text_table(
-            ["", "median", "min", "max"], [[r["name"], *(f"{r[k]:.3f}" for k in ("value", "min", "max"))] for r in rows]
-        )
-    )
+    print(as_table(rows))
     if args.json:
         settings = {key: str(value) for key, value in vars(args).items() if key != "json"}
         machine = {**describe_environment(ranks, "fsdp", "fp32"), "settings": settings}

@@ -19,14 +19,11 @@ end ``muon`` and ``naive`` must have the same weights.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
-import queue
 import sys
 import tempfile
 import time
 import warnings
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +36,8 @@ from torch import Tensor, nn
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from benchmarks.rows import row, write  # noqa: E402
+from benchmarks.ranks import on_ranks  # noqa: E402
+from benchmarks.rows import as_table, row, write  # noqa: E402
 from jepa_scale.config.schema import OptimConfig  # noqa: E402
 from jepa_scale.distributed.comm import ParallelContext  # noqa: E402
 from jepa_scale.engines import create_engine  # noqa: E402
@@ -52,7 +50,6 @@ from jepa_scale.optim.exchange import ExchangePlan  # noqa: E402
 from jepa_scale.optim.newton_schulz import orthogonalize  # noqa: E402
 from jepa_scale.packing import PackedSequence, Segment, pack_sequence  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
-from jepa_scale.utils.format import text_table  # noqa: E402
 
 MODEL = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4}
 VOCAB, LENGTH, RANKS = 4096, 128, 2
@@ -201,23 +198,8 @@ def measure(rank: int, folder: str, names: list[str], tokens: int, rounds: int, 
 
 
 def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
-    context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        results = context.Queue()
-        rest = (folder, args.engines, args.tokens, args.rounds, results)
-        processes = [context.Process(target=measure, args=(rank, *rest)) for rank in range(RANKS)]
-        for process in processes:
-            process.start()
-        found: dict[str, list[float]] | None = None
-        while found is None:
-            with suppress(queue.Empty):
-                found = results.get(timeout=1)
-            if found is None and any(process.exitcode for process in processes):
-                for process in processes:
-                    process.kill()
-                raise SystemExit("a rank has failed")
-        for process in processes:
-            process.join()
+        found: dict[str, list[float]] = on_ranks(measure, RANKS, folder, args.engines, args.tokens, args.rounds)
     units = {"sent": "MB", "flops": "GFLOP", "matrices": "million elements", "ratio": "times"}
     return [row(name, values, units.get(name.partition("/")[0], "s")) for name, values in sorted(found.items())]
 
@@ -231,8 +213,7 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.update({"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"})
     rows = compare(args)
-    cells = [[r["name"], f"{r['value']:,.4g}", f"{r['min']:,.4g}", f"{r['max']:,.4g}", r["unit"]] for r in rows]
-    print(text_table(["", "median", "min", "max", "unit"], cells))
+    print(as_table(rows))
     if args.json:
         machine = describe_environment(ParallelContext(0, 1, 0, torch.device("cpu"), "python"), "fsdp", "fp32")
         write(args.json, machine, rows)

@@ -43,6 +43,7 @@ import torch.distributed as dist
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
+from benchmarks.ranks import on_ranks  # noqa: E402
 from benchmarks.rows import row, write  # noqa: E402
 from jepa_scale.config.loading import load_config  # noqa: E402
 from jepa_scale.distributed.comm import ParallelContext  # noqa: E402
@@ -239,15 +240,9 @@ def measured(world_size: int, folder: Path, device: str, files: list[Path]) -> I
         context.set_forkserver_preload(
             ["torch", "torch._dynamo", "torch.distributed.fsdp", "deepspeed", "transformers"]
         )
-    results = context.Queue()
     for file in files:
-        rest = (world_size, str(folder / f"{file.stem}.store"), device, file, results)
-        processes = [context.Process(target=measure, args=(rank, *rest)) for rank in range(world_size)]
-        for process in processes:
-            process.start()
-        yield file.stem, results.get(timeout=600)
-        for process in processes:
-            process.join()
+        store = str(folder / f"{file.stem}.store")
+        yield file.stem, on_ranks(measure, world_size, world_size, store, device, file, context=context)
 
 
 def planned(file: Path, world_size: int, device: str) -> dict[str, float]:

@@ -18,7 +18,7 @@ def row(name: str, values: list[float], unit: str, value: float | None = None) -
 
 def as_table(rows: list[dict[str, Any]]) -> str:
     """For people to read."""
-    cells = [[r["name"], *(f"{r[key]:.4g}" for key in ("value", "min", "max")), r["unit"]] for r in rows]
+    cells = [[r["name"], *(f"{r[key]:,.4g}" for key in ("value", "min", "max")), r["unit"]] for r in rows]
     return text_table(["", "median", "min", "max", ""], cells)
 
 

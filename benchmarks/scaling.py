@@ -32,14 +32,13 @@ import numpy as np  # noqa: E402
 
 from benchmarks.figures import COLOURS, panels  # noqa: E402
 from benchmarks.peer_programs.ours import Ours  # noqa: E402
-from benchmarks.rows import row, write  # noqa: E402
+from benchmarks.rows import as_table, row, write  # noqa: E402
 from jepa_scale.config.loading import load_config  # noqa: E402
 from jepa_scale.distributed import comm  # noqa: E402
 from jepa_scale.distributed.comm import ParallelContext  # noqa: E402
 from jepa_scale.experiment import validate  # noqa: E402
 from jepa_scale.telemetry import quiet_libraries  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
-from jepa_scale.utils.format import text_table  # noqa: E402
 
 SIZES = {
     "length": (256, 512, 1024, 2048, 4096, 8192),
@@ -214,12 +213,7 @@ def main() -> None:
         comm.teardown()
     if args.plot:
         draw(shown, args.plot)
-    print(
-        text_table(
-            ["", "median", "min", "max", ""],
-            [[r["name"], *(f"{r[k]:,.4g}" for k in ("value", "min", "max")), r["unit"]] for r in rows],
-        )
-    )
+    print(as_table(rows))
 
 
 if __name__ == "__main__":

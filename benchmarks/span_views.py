@@ -29,7 +29,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from benchmarks.rows import row, write  # noqa: E402
+from benchmarks.rows import as_table, row, write  # noqa: E402
 from jepa_scale.config.schema import OptimConfig  # noqa: E402
 from jepa_scale.data.examples import Document  # noqa: E402
 from jepa_scale.data.sampling.rng import SampleRNG  # noqa: E402
@@ -45,7 +45,6 @@ from jepa_scale.optim import build_optimizer, parameter_groups  # noqa: E402
 from jepa_scale.packing import PackedBatch, pack  # noqa: E402
 from jepa_scale.telemetry import quiet_libraries  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
-from jepa_scale.utils.format import text_table  # noqa: E402
 
 VOCABULARY = 2048
 TOLERANCE = 1e-3
@@ -292,8 +291,7 @@ def main() -> None:
         rows.append(row(f"ratio/ours/{other}", values, "times faster" if other == "dense" else "times as long"))
     saved = [x / y for x, y in zip(memory["dense"], memory["ours"], strict=True)]
     rows.append(row("ratio/memory/ours/dense", saved, "times less"))
-    cells = [[r["name"], *(f"{r[k]:,.2f}" for k in ("value", "min", "max")), r["unit"]] for r in rows]
-    print(text_table(["", "median", "min", "max", ""], cells))
+    print(as_table(rows))
     if args.json:
         settings = {key: str(value) for key, value in vars(args).items() if key != "json"}
         ranks = ParallelContext(0, 1, 0, device, "python")

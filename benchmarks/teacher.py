@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -36,7 +35,8 @@ from torch import Tensor, nn
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from benchmarks.rows import row, write  # noqa: E402
+from benchmarks.ranks import on_ranks  # noqa: E402
+from benchmarks.rows import as_table, row, write  # noqa: E402
 from jepa_scale.config.ema import TeacherOptions  # noqa: E402
 from jepa_scale.config.schema import OptimConfig  # noqa: E402
 from jepa_scale.distributed.comm import ParallelContext  # noqa: E402
@@ -49,7 +49,6 @@ from jepa_scale.models.options import ModelOptions  # noqa: E402
 from jepa_scale.optim import parameter_groups  # noqa: E402
 from jepa_scale.packing import PackedSequence, Segment, pack_sequence  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
-from jepa_scale.utils.format import text_table  # noqa: E402
 
 MODEL = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4}
 VOCAB, LENGTH = 4096, 128
@@ -186,16 +185,9 @@ class Trial:
 
 
 def compare(world_size: int, args: argparse.Namespace) -> list[dict[str, Any]]:
-    context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        results = context.Queue()
-        rest = (world_size, folder, args.engines, args.precision, args.tokens, args.rounds, results)
-        processes = [context.Process(target=measure, args=(rank, *rest)) for rank in range(world_size)]
-        for process in processes:
-            process.start()
-        found: dict[str, list[float]] = results.get(timeout=1800)
-        for process in processes:
-            process.join()
+        rest = (world_size, folder, args.engines, args.precision, args.tokens, args.rounds)
+        found: dict[str, list[float]] = on_ranks(measure, world_size, *rest)
     rows = []
     for name, values in sorted(found.items()):
         kind = name.partition("/")[0]
@@ -215,8 +207,7 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.update({"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"})
     rows = [r for world_size in args.world_sizes for r in compare(world_size, args)]
-    cells = [[r["name"], f"{r['value']:,.4g}", f"{r['min']:,.4g}", f"{r['max']:,.4g}", r["unit"]] for r in rows]
-    print(text_table(["", "median", "min", "max", "unit"], cells))
+    print(as_table(rows))
     if args.json:
         machine = describe_environment(ParallelContext(0, 1, 0, torch.device("cpu"), "python"), "fsdp", args.precision)
         write(args.json, machine, rows)

@@ -47,7 +47,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from benchmarks.rows import row, write  # noqa: E402
+from benchmarks.rows import as_table, row, write  # noqa: E402
 from jepa_scale.config.schema import OptimConfig  # noqa: E402
 from jepa_scale.data import load_data, parse_data  # noqa: E402
 from jepa_scale.data.sampling.rng import SampleRNG  # noqa: E402
@@ -61,7 +61,6 @@ from jepa_scale.optim import build_optimizer, parameter_groups  # noqa: E402
 from jepa_scale.packing import IGNORE, Segment, pack  # noqa: E402
 from jepa_scale.telemetry import quiet_libraries  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
-from jepa_scale.utils.format import text_table  # noqa: E402
 
 WIDTH = 512
 """What upstream pads to unless told otherwise."""
@@ -338,12 +337,7 @@ def main() -> None:
     for name, other in RATIOS:
         pairs = list(zip(times[name], times[other], strict=True))
         rows.append(row(f"ratio/{name}/{other}", [a / b if other == "lm" else b / a for a, b in pairs], ""))
-    print(
-        text_table(
-            ["", "median", "min", "max", ""],
-            [[r["name"], *(f"{r[k]:,.2f}" for k in ("value", "min", "max")), r["unit"]] for r in rows],
-        )
-    )
+    print(as_table(rows))
     if args.json:
         ranks = ParallelContext(0, 1, 0, device, "python")
         settings = {key: str(value) for key, value in vars(args).items() if key != "json"}
