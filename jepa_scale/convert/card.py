@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from jepa_scale.checkpoint.manifest import Manifest
+from jepa_scale.convert.standalone import FILE
 from jepa_scale.data.shards.cache import is_url, shown
 from jepa_scale.telemetry.metrics import describe
 from jepa_scale.utils.format import format_number
@@ -52,11 +53,12 @@ class Card:
             **({"pipeline_tag": "text-generation"} if self.tokenizer else {}),
             "tags": ["jepa_scale", *([objective] if objective else [])],
         }
-        code = f" Its code, `{self._code_file()}`, is in the same folder." if self.own_code else ""
+        code = f" Its code, `{FILE}`, is in the same folder." if self.own_code else ""
+        what = f"LoRA adapters of a `{self.class_name}`" if self.adapter else "A causal language model"
         parts = [
             f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---",
             f"# {self.name}",
-            f"{self._what()}, {self.parameters:,} parameters in {self.dtype}, trained with jepa_scale's objective "
+            f"{what}, {self.parameters:,} parameters in {self.dtype}, trained with jepa_scale's objective "
             f"`{objective}`." + ("" if self.adapter else f" It loads as `{self.class_name}`.{code}"),
             "## Use",
             f"```python\n{self._usage()}\n```",
@@ -77,14 +79,6 @@ class Card:
             f"Converted by {self.made_by}. `conversion.json` lists the files with their SHA-256.",
         ]
         return "\n\n".join(parts) + "\n"
-
-    def _what(self) -> str:
-        return f"LoRA adapters of a `{self.class_name}`" if self.adapter else "A causal language model"
-
-    def _code_file(self) -> str:
-        from jepa_scale.convert.standalone import FILE
-
-        return FILE
 
     def _rows(self) -> list[str]:
         return [

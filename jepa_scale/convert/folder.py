@@ -116,7 +116,7 @@ class Folder:
         self._save()
 
     def _whole(self, files: dict[str, dict[str, Any]]) -> set[str]:
-        there = {n: self.path / n for n, told in files.items() if _size(self.path / n) == told["bytes"]}
+        there = {n: self.path / n for n in files if (self.path / n).is_file()}
         return {n for n, path in there.items() if describe([path])[path.name] == files[n]}
 
     def _save(self) -> None:
@@ -124,10 +124,6 @@ class Folder:
         values["files"] = dict(sorted(values["files"].items()))
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomic(self.path / JOURNAL, (json.dumps({"format": FORMAT, **values}, indent=1) + "\n").encode())
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else -1
 
 
 def _told(options: dict[str, Any]) -> str:

@@ -60,7 +60,8 @@ def split(backbone: Backbone, tp: TensorParallelGroup) -> dict[str, Split]:
     decoder, plan = backbone.decoder, plan_of(backbone.decoder)
     cutter = _Cutter(tp)
     base = decoder.base_model
-    ways = {name: way for name, _ in base.named_modules() if (way := _way(plan, name))}
+    patterns = {name: re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name, _ in base.named_modules()}
+    ways = {name: plan[pattern] for name, pattern in patterns.items() if pattern in plan}
     shared = {name.rpartition(".")[0] for name in ways}
     _check_plan(decoder, ways, shared)
 
@@ -103,10 +104,6 @@ def split(backbone: Backbone, tp: TensorParallelGroup) -> dict[str, Split]:
     backbone.tp = tp
     parameters = backbone.named_parameters(remove_duplicate=False)
     return {name: cutter.splits[parameter] for name, parameter in parameters if parameter in cutter.splits}
-
-
-def _way(plan: dict[str, str], name: str) -> str | None:
-    return plan.get(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name))
 
 
 def _check_plan(decoder: nn.Module, ways: dict[str, str], shared: set[str]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -120,11 +120,6 @@ def _check_zero_section(file: Path, zero: dict[str, Any]) -> None:
         raise InputError(f"{file}: {key}: {first['msg'][0].lower() + first['msg'][1:]}") from None
 
 
-def offloads(zero: Mapping[str, Any]) -> bool:
-    """Return whether masters, moments and gradients are in host memory."""
-    return bool((zero.get("offload_optimizer") or {}).get("device", "none") != "none")
-
-
 def _import_deepspeed() -> Any:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed searches for an accelerator and warns
@@ -155,7 +150,8 @@ class DeepSpeedEngine(Engine):
         config = validate_deepspeed_config(options.deepspeed)
         self._zero = config["zero_optimization"]
         self.stage = self._zero["stage"]
-        self._offloads = offloads(self._zero)
+        # whether masters, moments and gradients are in host memory
+        self._offloads = (self._zero.get("offload_optimizer") or {}).get("device", "none") != "none"
         self.layout = f"ZeRO-{self.stage} {options.precision}{' offloaded' if self._offloads else ''}"
         self._bf16 = options.precision == "bf16"
         self._dtype = compute_dtype(options.precision)

@@ -83,11 +83,6 @@ def decode_segment(mask: int, name: tuple[int, ...]) -> Segment:
     return Segment([mask, *name[:-1]], "decode", labels=name, sequence="decode")
 
 
-def _names_to_decode(batch: PackedBatch) -> int:
-    """Return the number of samples with a name to decode."""
-    return len(batch.samples.get("decode", ()))
-
-
 class LogScale(nn.Module):
     """A learned inverse temperature, bounded above: without a bound it grows and overfits the batch.
 
@@ -158,10 +153,9 @@ class Concept(Objective):
 
         def count(batches: Sequence[PackedBatch]) -> int:
             several = len(batches) > 1
-            facts, decoded = (
-                sum(n) for n in zip(*((b.counts["pairs"], _names_to_decode(b)) for b in batches), strict=True)
-            )
-            total = sum(decoder.of_sequence(b.sequences["decode"], training=True, square=square) for b in batches)
+            facts = sum(batch.counts["pairs"] for batch in batches)
+            decoded = sum(len(batch.samples.get("decode", ())) for batch in batches)  # samples with a name to decode
+            total = sum(decoder.of_sequence(b.streams["say"], training=True, square=square) for b in batches)
             total += decoded * sum(bridge) + facts * (predictor.forward * (1 + several) + predictor.backward)
             total += contrast_flops(facts, 2 * batches[0].max_samples, dim, len(batches), ranks)
             if not has_memory:

@@ -77,7 +77,8 @@ class TwoView(Objective):
             "same_predictor",
             "target",
         }
-        changed = [name for name in sorted(own | {"readout", "legacy_loss"}) if _is_set(o, name)]
+        fields = type(o).model_fields
+        changed = [n for n in sorted(own | {"readout", "legacy_loss"}) if getattr(o, n) != fields[n].default]
         if changed:
             raise InputError(f"objective.{changed[0]}: applies to conversations only; remove it for facts")
         if o.predictor_tokens > 4:
@@ -296,10 +297,6 @@ class TwoView(Objective):
         """Return the read-out states of both views, (n, d) fp32, and the keys of the second views, (n,)."""
         source, target = self.readouts(self._states(backbone, batch)[1], batch)
         return {"source": source.float(), "target": target.float(), "key": batch.rows["key"]}
-
-
-def _is_set(options: TwoViewOptions, name: str) -> bool:
-    return getattr(options, name) != type(options).model_fields[name].default
 
 
 def _linear(width: int) -> nn.Linear:

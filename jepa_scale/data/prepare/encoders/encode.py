@@ -157,7 +157,7 @@ class ChatEncoder(_TokenizerEncoder):
         except BadRecord:  # the template requires more than this conversation
             return None
         last = int(sample.members["npy"][sample.members["json"]["turns"][1][1] - 1])
-        token = self.tokenizer.convert_ids_to_tokens(last)
+        token = str(self.tokenizer.convert_ids_to_tokens(last))
         return last if self._pattern is not None and self._pattern.fullmatch(token) else None
 
     def __call__(self, record: Record) -> list[Sample]:

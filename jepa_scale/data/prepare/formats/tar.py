@@ -64,7 +64,9 @@ def _members(path: Path) -> Iterator[Member]:
                 base, _, extension = name.partition(".")
                 key = f"{folder}/{base}".lstrip("/")
                 if member.offset_data + member.size > size:
-                    yield key, "", BadRecord(f"{path}:{member.name}", "truncated tar", _rest(size, member))
+                    there = f"{max(size - member.offset_data, 0)} of {member.size} bytes are there"
+                    detail = f"{there}, the rest of the shard is lost"
+                    yield key, "", BadRecord(f"{path}:{member.name}", "truncated tar", detail)
                     return
                 content = archive.extractfile(member)
                 assert content is not None
@@ -81,10 +83,6 @@ def _members(path: Path) -> Iterator[Member]:
         yield lost("truncated tar" if end else "corrupt member", str(error))
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _rest(size: int, member: tarfile.TarInfo) -> str:
-    return f"{max(size - member.offset_data, 0)} of {member.size} bytes are there, the rest of the shard is lost"
 
 
 def _sample(path: Path, key: str, members: dict[str, bytes]) -> Record | BadRecord:
