@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,18 +100,9 @@ class Experiment:
 
     def resolved(self) -> dict[str, Any]:
         """Return the config with every default filled in, as plain YAML values that load as the same experiment."""
-        return {
-            "run": self.run.model_dump(mode="json"),
-            "engine": self.engine.model_dump(mode="json"),
-            "model": self.model.resolved(),
-            "data": self.data.resolved(),
-            "objective": self.objective.resolved(),
-            "optim": self.optim.model_dump(mode="json"),
-            "train": self.train.model_dump(mode="json"),
-            "checkpoint": self.checkpoint.model_dump(mode="json"),
-            "eval": self.eval.resolved(),
-            "log": self.log.model_dump(mode="json"),
-        }
+        sections = {section.name: getattr(self, section.name) for section in fields(self)}
+        chosen = {"model", "data", "objective", "eval"}  # their keys depend on others: only those in use are kept
+        return {n: s.resolved() if n in chosen else s.model_dump(mode="json") for n, s in sections.items()}
 
     def to_yaml(self) -> str:
         """Return the text of :meth:`resolved`, as a run saves it."""

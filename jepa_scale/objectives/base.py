@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -58,6 +59,17 @@ class Diagnostics(Protocol):
 
     def measure(self, batches: Iterable[PackedBatch]) -> dict[str, float]:
         """Return the metrics of one split, given its micro-batches on this rank. Collective; the same on every rank."""
+
+
+@dataclass(slots=True)
+class BaseDiagnostics:
+    """Base of this package's :class:`Diagnostics`; ``call("diagnose", batch)`` returns the rows of a micro-batch."""
+
+    call: Call
+    samples: int
+    views: Any
+    view_tokens: Callable[[np.ndarray], np.ndarray]
+    representations: dict[str, Tensor] = field(default_factory=dict, init=False)
 
 
 class TargetEncoder(Protocol):

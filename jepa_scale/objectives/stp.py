@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from jepa_scale.data.sampling.rng import SampleRNG, ViewTransform
 from jepa_scale.distributed.comm import all_gather_object
 from jepa_scale.metrics.spectrum import effective_rank
 from jepa_scale.models.backbone import Backbone
-from jepa_scale.objectives.base import Loss, Objective, lm_loss, mean_over_global_batch, resolve_tap
+from jepa_scale.objectives.base import BaseDiagnostics, Loss, Objective, lm_loss, mean_over_global_batch, resolve_tap
 from jepa_scale.objectives.ramp import ramp
 from jepa_scale.objectives.stp_options import Form, StpOptions
 from jepa_scale.objectives.tasks import Call
@@ -162,7 +162,10 @@ class Stp(Objective):
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
     def diagnostics(self, call: Call) -> StpDiagnostics | None:
-        return StpDiagnostics(self.options, call) if self.options.eval_spans else None
+        samples = math.ceil(self.options.eval_spans / EVAL_SPANS_OF_A_SAMPLE)
+        triples = {"form": "triple", "max_span": 0, "spans": EVAL_SPANS_OF_A_SAMPLE}
+        views = StpViews(self.options.model_copy(update=triples))
+        return StpDiagnostics(call, samples, views, self.view_tokens) if samples else None
 
     def diagnose(self, backbone: Backbone, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """Return each triple's cosine, (n,), and its three states, (n, 3, d), fp32."""
@@ -172,28 +175,12 @@ class Stp(Objective):
 
 
 @dataclass(slots=True)
-class StpDiagnostics:
+class StpDiagnostics(BaseDiagnostics):
     """Straightness of the paths and effective rank of their states; see :class:`jepa_scale.objectives.base.Diagnostics`.
 
     Both are measured on triples that are the same in every evaluation and for every ``form`` and ``max_span``. The rank is
     needed beside the straightness because the latter can be high when all states have collapsed.
     """
-
-    options: StpOptions
-    call: Call
-    representations: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def samples(self) -> int:
-        return math.ceil(self.options.eval_spans / EVAL_SPANS_OF_A_SAMPLE)
-
-    @property
-    def views(self) -> StpViews:
-        triples = {"form": "triple", "max_span": 0, "spans": EVAL_SPANS_OF_A_SAMPLE}
-        return StpViews(self.options.model_copy(update=triples))
-
-    def view_tokens(self, sizes: np.ndarray) -> np.ndarray:
-        return sizes - 1
 
     def measure(self, batches: Iterable[PackedBatch]) -> dict[str, float]:
         mine = [[part.cpu().numpy() for part in self.call("diagnose", batch)] for batch in batches]

@@ -155,7 +155,7 @@ class Concept(Objective):
             several = len(batches) > 1
             facts = sum(batch.counts["pairs"] for batch in batches)
             decoded = sum(len(batch.samples.get("decode", ())) for batch in batches)  # samples with a name to decode
-            total = sum(decoder.of_sequence(b.streams["say"], training=True, square=square) for b in batches)
+            total = sum(decoder.of_sequence(b.sequences["decode"], training=True, square=square) for b in batches)
             total += decoded * sum(bridge) + facts * (predictor.forward * (1 + several) + predictor.backward)
             total += contrast_flops(facts, 2 * batches[0].max_samples, dim, len(batches), ranks)
             if not has_memory:

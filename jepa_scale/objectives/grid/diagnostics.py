@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,12 +13,10 @@ from torch import Tensor
 from jepa_scale.losses.infonce import first_index_of, first_of_each
 from jepa_scale.metrics.representation import retrieval_metrics
 from jepa_scale.metrics.spectrum import covariance_entropy_rank, isotropy
-from jepa_scale.objectives.grid.config import GridOptions
+from jepa_scale.objectives.base import BaseDiagnostics
 from jepa_scale.objectives.grid.quantizer import Quantizer
 from jepa_scale.objectives.grid.queue import TargetQueue
-from jepa_scale.objectives.grid.views import GridViews
 from jepa_scale.objectives.grouping import gather_rows
-from jepa_scale.objectives.tasks import Call
 from jepa_scale.packing import PackedBatch
 
 CHUNK = 1024
@@ -27,7 +24,7 @@ CHUNK = 1024
 
 
 @dataclass(slots=True)
-class GridDiagnostics:
+class GridDiagnostics(BaseDiagnostics):
     """See :class:`jepa_scale.objectives.base.Diagnostics`.
 
     =================================== =================================================================================
@@ -45,22 +42,8 @@ class GridDiagnostics:
     =================================== =================================================================================
     """
 
-    options: GridOptions
     quantizer: Quantizer | None
     queue: TargetQueue | None
-    call: Call
-    representations: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def samples(self) -> int:
-        return self.options.eval_samples
-
-    @property
-    def views(self) -> GridViews:
-        return GridViews(self.options)
-
-    def view_tokens(self, sizes: np.ndarray) -> np.ndarray:
-        return self.views.most_tokens(sizes)
 
     def measure(self, batches: Iterable[PackedBatch]) -> dict[str, float]:
         _, every = gather_rows(self.call("diagnose", batch) for batch in batches)

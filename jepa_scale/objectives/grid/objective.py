@@ -316,7 +316,8 @@ class Grid(Objective):
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
     def diagnostics(self, call: Call) -> GridDiagnostics:
-        return GridDiagnostics(self.options, self.encoder.quantizer, self.queue, call)
+        own = (self.encoder.quantizer, self.queue)
+        return GridDiagnostics(call, self.options.eval_samples, self.view_transform(), self.view_tokens, *own)
 
     def diagnose(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:
         """Return the tensors for the diagnostics.

@@ -8,40 +8,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from jepa_scale.metrics.representation import retrieval, standardized, std_gap
 from jepa_scale.metrics.spectrum import effective_rank
+from jepa_scale.objectives.base import BaseDiagnostics
 from jepa_scale.objectives.grouping import gather_rows
 from jepa_scale.objectives.horizon.config import HorizonOptions
 from jepa_scale.objectives.horizon.losses import distance, is_statistic, statistic
-from jepa_scale.objectives.horizon.views import HorizonViews
-from jepa_scale.objectives.tasks import Call
 from jepa_scale.packing import PackedBatch
 
 
 @dataclass(slots=True)
-class HorizonDiagnostics:
+class HorizonDiagnostics(BaseDiagnostics):
     """See :class:`jepa_scale.objectives.base.Diagnostics`."""
 
     options: HorizonOptions
-    call: Call
-    representations: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def samples(self) -> int:
-        return math.ceil(self.options.eval_pairs / self.options.pairs_per_sequence)
-
-    @property
-    def views(self) -> HorizonViews:
-        return HorizonViews(self.options)
-
-    def view_tokens(self, sizes: np.ndarray) -> np.ndarray:
-        return sizes - 1
 
     def measure(self, batches: Iterable[PackedBatch]) -> dict[str, float]:
         mine, every = gather_rows({**self.call("diagnose", batch), **batch.rows} for batch in batches)

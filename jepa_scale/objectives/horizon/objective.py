@@ -9,6 +9,7 @@ model's next-token distribution at the target (the future KL).
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -223,7 +224,9 @@ class Horizon(Objective):
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
     def diagnostics(self, call: Call) -> HorizonDiagnostics | None:
-        return HorizonDiagnostics(self.options, call) if self.options.eval_pairs else None
+        o = self.options
+        samples = math.ceil(o.eval_pairs / o.pairs_per_sequence)
+        return HorizonDiagnostics(call, samples, self.view_transform(), self.view_tokens, o) if samples else None
 
     def diagnose(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:
         """Return, for each pair, the anchor's latent, the prediction and the target, (n, latent) fp32 each.

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,14 +12,14 @@ from jepa_scale.losses.sigreg import sigreg
 from jepa_scale.metrics.geometry import alignment, uniformity
 from jepa_scale.metrics.representation import retrieval_metrics
 from jepa_scale.metrics.spectrum import effective_rank
+from jepa_scale.objectives.base import BaseDiagnostics
 from jepa_scale.objectives.grouping import gather_rows
 from jepa_scale.objectives.span.views import SpanViews
-from jepa_scale.objectives.tasks import Call
 from jepa_scale.packing import PackedBatch
 
 
 @dataclass(slots=True)
-class SpanDiagnostics:
+class SpanDiagnostics(BaseDiagnostics):
     """See :class:`jepa_scale.objectives.base.Diagnostics`.
 
     =========================== ====================================================================================
@@ -35,28 +34,15 @@ class SpanDiagnostics:
     =========================== ====================================================================================
     """
 
-    span_views: SpanViews
+    views: SpanViews
     distance: Callable[[Tensor, Tensor], Tensor]
-    call: Call
-    representations: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def samples(self) -> int:
-        return self.span_views.options.eval_samples
-
-    @property
-    def views(self) -> SpanViews:
-        return self.span_views
-
-    def view_tokens(self, sizes: np.ndarray) -> np.ndarray:
-        return self.span_views.most_tokens(sizes)
 
     def measure(self, batches: Iterable[PackedBatch]) -> dict[str, float]:
         mine, every = gather_rows(self.call("diagnose", batch) for batch in batches)
         if not every or not len(every["whole"]):
             return {}
         pooled, center, whole = every["pooled"], every["center"], every["whole"]
-        o, n = self.span_views.options, len(whole)
+        o, n = self.views.options, len(whole)
         last = pooled[:, -1]
         self.representations = {"whole text": whole, "view": last}
         metrics = {
@@ -69,6 +55,6 @@ class SpanDiagnostics:
         }
         if pooled.shape[1] > 1:
             metrics["alignment"] = float(alignment(pooled[:, 0], last))
-        if self.span_views.predicts and len(every["spans"]):
+        if self.views.predicts and len(every["spans"]):
             metrics["span_rec"] = float((every["predicted"] - every["spans"]).square().mean())
         return {name: value for name, value in metrics.items() if value == value}  # a single text has no margin

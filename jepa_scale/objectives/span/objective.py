@@ -266,7 +266,8 @@ class Span(Objective):
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
     def diagnostics(self, call: Call) -> SpanDiagnostics | None:
-        return SpanDiagnostics(self.views, self.distance, call) if self.options.eval_samples else None
+        samples = self.options.eval_samples
+        return SpanDiagnostics(call, samples, self.views, self.view_tokens, self.distance) if samples else None
 
     def diagnose(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:
         """Return the states for the diagnostics, fp32.

@@ -3,47 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
-import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
 from jepa_scale.losses.distance import cosine
 from jepa_scale.metrics.representation import retrieval_metrics, std_gap
 from jepa_scale.metrics.spectrum import effective_rank, effective_rank_of_directions
+from jepa_scale.objectives.base import BaseDiagnostics
 from jepa_scale.objectives.grouping import gather_rows
-from jepa_scale.objectives.tasks import Call
-from jepa_scale.objectives.two_view.views import ChatViews
 from jepa_scale.packing import PackedBatch
 
 
 @dataclass(slots=True)
-class TwoViewDiagnostics:
+class TwoViewDiagnostics(BaseDiagnostics):
     """See :class:`jepa_scale.objectives.base.Diagnostics`.
 
     The distance between matching views is also small if the model maps all views to the same state. Such a collapse shows
     in ``view_cosine_others``, the mean cosine of views that do not match (1 = all the same), in the effective rank of the
     read-out states, and in retrieval.
     """
-
-    chat_views: ChatViews
-    call: Call
-    representations: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def samples(self) -> int:
-        return self.chat_views.options.eval_pairs
-
-    @property
-    def views(self) -> ChatViews:
-        """The transform of training, but with a pair for every conversation, also in steps without the JEPA term."""
-        options = self.chat_views.options
-        always = {"jepa_start": 0, "jepa_ramp": 0, "loss_dropout": 0.0, "jepa_weight": 1.0, "min_jepa_weight": 0.0}
-        return replace(self.chat_views, options=options.model_copy(update=always))
-
-    def view_tokens(self, sizes: np.ndarray) -> np.ndarray:
-        return self.chat_views.tokens(sizes)
 
     def measure(self, batches: Iterable[PackedBatch]) -> dict[str, float]:
         _, every = gather_rows(self.call("diagnose", batch) for batch in batches)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -289,9 +290,13 @@ class TwoView(Objective):
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
     def diagnostics(self, call: Call) -> TwoViewDiagnostics | None:
-        if not self.options.eval_pairs or not isinstance(self._views, ChatViews):
+        o, views = self.options, self._views
+        if not o.eval_pairs or not isinstance(views, ChatViews):
             return None
-        return TwoViewDiagnostics(self._views, call)
+        # a pair for every conversation, even where training leaves the JEPA loss out
+        always = {"jepa_start": 0, "jepa_ramp": 0, "loss_dropout": 0.0, "jepa_weight": 1.0, "min_jepa_weight": 0.0}
+        every = replace(views, options=o.model_copy(update=always))
+        return TwoViewDiagnostics(call, o.eval_pairs, every, views.tokens)
 
     def diagnose(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:
         """Return the read-out states of both views, (n, d) fp32, and the keys of the second views, (n,)."""
