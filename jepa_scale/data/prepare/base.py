@@ -1,8 +1,7 @@
-"""The interfaces between readers, encoders and the job that runs them."""
+"""Options, records and the interface of encoders; a reader is a :class:`~jepa_scale.data.prepare.formats.source.Source`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -10,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from pydantic import Field
 
 from jepa_scale.config.schema import Section
-from jepa_scale.data.base import Kind
 
 if TYPE_CHECKING:  # options are checked before any slow import
     from jepa_scale.data.shards.format import Sample
@@ -92,28 +90,6 @@ class BadRecord(Exception):
 
     def __str__(self) -> str:
         return f"{self.where}: {self.reason}" + (f": {self.detail}" if self.detail else "")
-
-
-class Reader(Protocol):
-    """Raw data as records, in an order that never changes."""
-
-    @property
-    def kind(self) -> Kind:
-        """Kind of the records."""
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        """``train``, and the splits that the data themselves hold (``valid``, ``test`` …)."""
-
-    def fingerprint(self) -> str:
-        """SHA-256 in hex of the content, to detect a changed file; cheap where the files are large."""
-
-    def count(self, split: str) -> int | None:
-        """Return the number of records of a split, None if it is not known before the end."""
-
-    def records(self, split: str) -> Iterator[Record | BadRecord]:
-        """Yield all records in order. A record that cannot be read is yielded as a BadRecord, and the next one
-        follows."""
 
 
 class Encoder(Protocol):

@@ -18,9 +18,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from jepa_scale.data.prepare.base import Encoder, PrepareOptions, Reader
+from jepa_scale.data.prepare.base import Encoder, PrepareOptions
 from jepa_scale.data.prepare.blocks import BLOCK_BYTES, DONE_SUFFIX, EXAMPLES, ShardMaker, cannot_write, cut
 from jepa_scale.data.prepare.encoders.encode import make_encoder
+from jepa_scale.data.prepare.formats.source import Source
 from jepa_scale.data.prepare.readers import open_reader
 from jepa_scale.data.prepare.workers import Workers, cores
 from jepa_scale.data.shards.cache import cache_dir
@@ -107,7 +108,7 @@ def prepared(
 
 
 def _fill(
-    reader: Reader,
+    reader: Source,
     path: str | Path,
     out: Path,
     options: PrepareOptions,

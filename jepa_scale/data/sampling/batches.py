@@ -8,10 +8,11 @@ but not which samples a step has.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -45,42 +46,8 @@ class DataParallelSlice:
 ALONE = DataParallelSlice()
 
 
-class BatchSampler(Protocol):
-    """Interface of a batch sampler for the loader and the checkpoint.
-
-    Attributes:
-        steps: optimizer steps until the data end; None = the data never end.
-        accumulation: micro-batches of a rank in a step.
-    """
-
-    @property
-    def steps(self) -> int | None: ...
-
-    @property
-    def accumulation(self) -> int: ...
-
-    def micro_batch(self, step: int, micro: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return (m,) int64 epochs and (m,) int64 sample numbers of this rank's micro-batch; m = 0 after the data end."""
-
-    def max_samples(self, step: int) -> int:
-        """Return the samples in the largest micro-batch of the step on any rank; at least 1."""
-
-    def budget(self) -> int:
-        """Return the largest number of tokens in a micro-batch; 0 = no limit."""
-
-    def state(self, step: int) -> dict[str, Any]:
-        """Return the sampler's state before ``step``, for a checkpoint; it is the same on every rank."""
-
-    def resume(self, state: dict[str, Any], accept_changes: bool = False) -> int:
-        """Restore a :meth:`state`, also one of another world size or accumulation; returns the step to continue with.
-
-        Raises:
-            InputError: the state belongs to other data, another seed or another kind of batches.
-        """
-
-
-class _BatchSampler:
-    """Base of both batch samplers: the end of the data, and the check that a state fits data and seed."""
+class BatchSampler(ABC):
+    """Base of both batch samplers, as the loader and the checkpoint use them."""
 
     kind: str
 
@@ -96,7 +63,37 @@ class _BatchSampler:
 
     @property
     def accumulation(self) -> int:
+        """Micro-batches of a rank in a step."""
         return self.dp_slice.accumulation
+
+    @property
+    @abstractmethod
+    def steps(self) -> int | None:
+        """Optimizer steps until the data end; None = the data never end."""
+
+    @abstractmethod
+    def micro_batch(self, step: int, micro: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return (m,) int64 epochs and (m,) int64 sample numbers of this rank's micro-batch; m = 0 after the data end."""
+
+    @abstractmethod
+    def max_samples(self, step: int) -> int:
+        """Return the samples in the largest micro-batch of the step on any rank; at least 1."""
+
+    @abstractmethod
+    def budget(self) -> int:
+        """Return the largest number of tokens in a micro-batch; 0 = no limit."""
+
+    @abstractmethod
+    def state(self, step: int) -> dict[str, Any]:
+        """Return the sampler's state before ``step``, for a checkpoint; it is the same on every rank."""
+
+    @abstractmethod
+    def resume(self, state: dict[str, Any], accept_changes: bool = False) -> int:
+        """Restore a :meth:`state`, also one of another world size or accumulation; returns the step to continue with.
+
+        Raises:
+            InputError: the state belongs to other data, another seed or another kind of batches.
+        """
 
     def _header(self, step: int) -> dict[str, Any]:
         return {"step": step, "batching": self.kind, "seed": self.seed, "fingerprint": self.fingerprint}
@@ -116,7 +113,7 @@ class _BatchSampler:
             raise InputError(f"run.seed: {self.seed} is not the checkpoint's; set it to {state['seed']}")
 
 
-class SampleBatchSampler(_BatchSampler):
+class SampleBatchSampler(BatchSampler):
     """Batch sampler with a fixed number of samples per step.
 
     Step s takes the positions [s·B, (s+1)·B). A step may contain the end of one epoch and the start of the next.
@@ -187,7 +184,7 @@ class SampleBatchSampler(_BatchSampler):
         return self.first_step
 
 
-class TokenBatchSampler(_BatchSampler):
+class TokenBatchSampler(BatchSampler):
     """Batch sampler with a token budget per micro-batch.
 
     Windows of the order are packed into bins by first-fit decreasing, and the bins of a window are shuffled. Each step

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jepa_scale.data.examples import GRID_END, GRID_ROW, GRID_VOCABULARY
-from jepa_scale.data.prepare.base import BadRecord, Encoder, PrepareOptions, Reader, Record
+from jepa_scale.data.prepare.base import BadRecord, Encoder, PrepareOptions, Record
 from jepa_scale.data.prepare.encoders.chat import normalise, special_pattern, turn_spans
 from jepa_scale.data.prepare.encoders.chat_tokens import (
     bos_prefix,
@@ -22,7 +22,7 @@ from jepa_scale.data.prepare.encoders.chat_tokens import (
     thinks,
 )
 from jepa_scale.data.prepare.encoders.tokenizer import load_tokenizer, special_ids, tokenizer_fingerprint, train_bpe
-from jepa_scale.data.prepare.formats.source import Vocabulary
+from jepa_scale.data.prepare.formats.source import Source, Vocabulary
 from jepa_scale.data.shards.format import Sample, token_dtype
 from jepa_scale.utils.errors import InputError
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def make_encoder(reader: Reader, options: PrepareOptions, cache: Path) -> Encoder:
+def make_encoder(reader: Source, options: PrepareOptions, cache: Path) -> Encoder:
     """Make the encoder for a reader's kind. Its tokenizer is trained on the split ``train``, or loaded.
 
     Args:
@@ -57,7 +57,7 @@ def make_encoder(reader: Reader, options: PrepareOptions, cache: Path) -> Encode
     return TextEncoder(tokenizer, options.max_document_tokens)
 
 
-def _texts(reader: Reader, options: PrepareOptions) -> Iterator[str]:
+def _texts(reader: Source, options: PrepareOptions) -> Iterator[str]:
     """Yield the texts on which a tokenizer is trained. Bad records are skipped; the job reports them."""
     for item in reader.records("train"):
         if isinstance(item, BadRecord):

@@ -45,11 +45,11 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A :class:`~jepa_scale.data.prepare.base.Reader` made of functions. Picklable if the functions are.
+    """A reader of raw data as records, in an order that never changes. Picklable if its functions are.
 
     Attributes:
         kind: of the records.
-        parts: split → how to read it; holds ``train``.
+        parts: split → how to read it: ``train``, and the splits that the data themselves hold (``valid``, ``test`` …).
         identify: returns the fingerprint.
         vocabulary: of data that are token ids already, else None.
         cut: whether ``valid`` was cut off the training text already, by ``valid_fraction``.
@@ -66,12 +66,15 @@ class Source:
         return tuple(self.parts)
 
     def fingerprint(self) -> str:
+        """SHA-256 in hex of the content, to detect a changed file; cheap where the files are large."""
         return self.identify()
 
     def count(self, split: str) -> int | None:
+        """Return the number of records of a split, None if it is not known before the end."""
         return self.parts[split].count
 
     def records(self, split: str) -> Items:
+        """Yield all records in order. One that cannot be read is yielded as a BadRecord, and the next one follows."""
         return self.parts[split].read()
 
 
