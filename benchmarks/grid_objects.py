@@ -26,7 +26,7 @@ sys.path.insert(0, str(REPOSITORY))
 from benchmarks.rows import row, write  # noqa: E402
 from jepa_scale.data.grids.objects import find_objects  # noqa: E402
 from jepa_scale.data.grids.rules import frames  # noqa: E402
-from jepa_scale.data.prepare.places import data_places  # noqa: E402
+from jepa_scale.data.prepare.folders import data_folders  # noqa: E402
 from jepa_scale.distributed.comm import ParallelContext  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
 from jepa_scale.utils.format import text_table  # noqa: E402
@@ -41,7 +41,7 @@ def generated() -> Grids:
 
 def arc() -> Grids:
     """The grids of the first 100 training tasks, if there are any."""
-    files = [file for place in data_places() for file in sorted((place / "arc" / "training").glob("*.json"))[:100]]
+    files = [file for folder in data_folders() for file in sorted((folder / "arc" / "training").glob("*.json"))[:100]]
     pairs = [pair for file in files for pair in json.loads(file.read_text())["train"]]
     return [np.array(pair[side], dtype=np.int8) for pair in pairs for side in ("input", "output")]
 

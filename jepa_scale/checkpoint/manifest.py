@@ -83,13 +83,13 @@ class Manifest:
             hashes: read the files and compare SHA-256; otherwise compare only sizes.
         """
         wrong = []
-        for name, told in list(sorted(self.files.items()))[part::parts]:
+        for name, expected in list(sorted(self.files.items()))[part::parts]:
             file = folder / name
             if not file.is_file():
                 wrong.append(f"{file}: is missing")
-            elif file.stat().st_size != told["bytes"]:
-                wrong.append(f"{file}: has {file.stat().st_size:,} bytes, should have {told['bytes']:,}")
-            elif hashes and describe([file])[file.name]["sha256"] != told["sha256"]:
+            elif file.stat().st_size != expected["bytes"]:
+                wrong.append(f"{file}: has {file.stat().st_size:,} bytes, should have {expected['bytes']:,}")
+            elif hashes and describe([file])[file.name]["sha256"] != expected["sha256"]:
                 wrong.append(f"{file}: its checksum is wrong")
         return wrong
 

@@ -65,7 +65,7 @@ class _Job:
     began: float
     thread: threading.Thread | None = None
     done: threading.Event = field(default_factory=threading.Event)
-    told: bool = False
+    reported: bool = False
 
 
 class Saver:
@@ -75,7 +75,7 @@ class Saver:
         directory: folder of the checkpoints.
         policy: rules for which checkpoints are kept.
         asynchronous: write in a thread; otherwise :meth:`save` returns when the checkpoint is complete.
-        tell: callback on rank 0, called with the outcome of each save when it is known.
+        on_finish: callback on rank 0, called with the outcome of each save when it is known.
         every: steps between permanent checkpoints; 0 = only one after the last step.
         ephemeral_every: steps between ephemeral checkpoints, which later ones replace; 0 = none.
     """
@@ -85,11 +85,11 @@ class Saver:
         directory: Path,
         policy: Policy,
         asynchronous: bool = True,
-        tell: Callable[[Report], None] = lambda report: None,
+        on_finish: Callable[[Report], None] = lambda report: None,
         every: int = 0,
         ephemeral_every: int = 0,
     ) -> None:
-        self.directory, self.policy, self.asynchronous, self.tell = directory, policy, asynchronous, tell
+        self.directory, self.policy, self.asynchronous, self.on_finish = directory, policy, asynchronous, on_finish
         self._every, self._ephemeral_every = every, ephemeral_every
         self._job: _Job | None = None
         if rank() == 0:
@@ -118,7 +118,7 @@ class Saver:
         """
         began = time.monotonic()
         self.wait()
-        tensors = {name: boxes.copy() for name, boxes in state_of(parts).items()}
+        tensors = {name: view.copy() for name, view in state_of(parts).items()}
         job = _Job(manifest, tensors, rng_state(), Report(manifest.step), began)
         job.report.stalled = time.monotonic() - began
         self._job = job
@@ -136,13 +136,13 @@ class Saver:
             return None
         if job.thread is not None:
             job.thread.join()
-        self._tell(job)
+        self._notify(job)
         return job.report
 
     def poll(self) -> None:
         """Report a save that has finished since the last call. Not collective."""
         if self._job is not None and self._job.done.is_set():
-            self._tell(self._job)
+            self._notify(self._job)
 
     def abandon(self) -> None:
         """Give the save in progress ``LAST_CHANCE`` seconds to finish after the run has failed. Not collective.
@@ -154,10 +154,10 @@ class Saver:
             self._job.thread.join(LAST_CHANCE)
             self.poll()
 
-    def _tell(self, job: _Job) -> None:
-        if rank() == 0 and not job.told:
-            job.told = True
-            self.tell(job.report)
+    def _notify(self, job: _Job) -> None:
+        if rank() == 0 and not job.reported:
+            job.reported = True
+            self.on_finish(job.report)
 
     # -- in the thread ------------------------------------------------------------------------------------------------
 
@@ -191,8 +191,8 @@ class Saver:
                 (partial / TENSORS).mkdir(parents=True)
             except OSError as error:
                 problem = _plain(error)
-        if told := self._agree(problem):
-            return told
+        if failure := self._agree(problem):
+            return failure
         files: dict[str, Any] = {}
         try:
             written = store.write(partial / TENSORS, job.tensors, self._group)

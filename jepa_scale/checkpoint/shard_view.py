@@ -44,7 +44,7 @@ class ShardView:
             flat: (n,) contiguous; n may be 0.
         """
         assert flat.dim() == 1 and start + len(flat) <= math.prod(shape), (tuple(shape), start, len(flat))
-        return cls(shape, flat.dtype, list(_boxes(tuple(shape), start, flat)))
+        return cls(shape, flat.dtype, list(_blocks(tuple(shape), start, flat)))
 
     @classmethod
     def of_dtensor(cls, tensor: DTensor) -> ShardView:
@@ -57,12 +57,12 @@ class ShardView:
     def within(self, dim: int, start: int, size: int) -> ShardView:
         """Return the same elements as a part of a larger tensor, from ``start`` in dimension ``dim`` of size ``size``."""
         shape = (*self.shape[:dim], size, *self.shape[dim + 1 :])
-        parts = [((*at[:dim], at[dim] + start, *at[dim + 1 :]), box) for at, box in self.parts]
+        parts = [((*at[:dim], at[dim] + start, *at[dim + 1 :]), block) for at, block in self.parts]
         return ShardView(shape, self.dtype, parts)
 
     def copy(self) -> ShardView:
         """Return a copy in host memory."""
-        parts = [(offset, box.detach().to("cpu", copy=True)) for offset, box in self.parts]
+        parts = [(offset, block.detach().to("cpu", copy=True)) for offset, block in self.parts]
         return ShardView(self.shape, self.dtype, parts)
 
     def size(self) -> torch.Size:
@@ -71,7 +71,7 @@ class ShardView:
     @property
     def nbytes(self) -> int:
         """Size of this rank's shards in bytes."""
-        return sum(box.numel() * box.element_size() for _, box in self.parts)
+        return sum(block.numel() * block.element_size() for _, block in self.parts)
 
     # -- torch.distributed._checkpointable._Checkpointable ------------------------------------------------------------
 
@@ -81,21 +81,21 @@ class ShardView:
                 index=MetadataIndex(fqn, torch.Size(offset)),
                 type=WriteItemType.SHARD,
                 tensor_data=TensorWriteData(
-                    chunk=ChunkStorageMetadata(offsets=torch.Size(offset), sizes=box.shape),
-                    properties=TensorProperties.create_from_tensor(box),
+                    chunk=ChunkStorageMetadata(offsets=torch.Size(offset), sizes=block.shape),
+                    properties=TensorProperties.create_from_tensor(block),
                     size=self.shape,
                 ),
             )
-            for offset, box in self.parts
+            for offset, block in self.parts
         ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(offsets=torch.Size(offset), sizes=box.shape) for offset, box in self.parts]
+        return [ChunkStorageMetadata(offsets=torch.Size(offset), sizes=block.shape) for offset, block in self.parts]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        for offset, box in self.parts:
+        for offset, block in self.parts:
             if torch.Size(offset) == index.offset:
-                return box
+                return block
         raise AssertionError(f"{index.fqn}: this rank has no shard at {index.offset}")
 
 
@@ -126,7 +126,7 @@ def state_of(parts: Sequence[Checkpointable]) -> dict[str, ShardView]:
     return state
 
 
-def _boxes(shape: tuple[int, ...], start: int, flat: Tensor) -> Any:
+def _blocks(shape: tuple[int, ...], start: int, flat: Tensor) -> Any:
     """Split a range of a row-major tensor into rectangular blocks, and yield the offset and view of each.
 
     A range is the rest of a row, whole rows, and the beginning of a row; the two partial rows are split recursively. There
@@ -142,12 +142,12 @@ def _boxes(shape: tuple[int, ...], start: int, flat: Tensor) -> Any:
     at = 0
     if skip or len(flat) < row:
         at = min(row - skip, len(flat))
-        for offset, box in _boxes(shape[1:], skip, flat[:at]):
-            yield (first, *offset), box.unsqueeze(0)
+        for offset, block in _blocks(shape[1:], skip, flat[:at]):
+            yield (first, *offset), block.unsqueeze(0)
         first += 1
     rows = (len(flat) - at) // row
     if rows:
         yield (first,) + (0,) * (len(shape) - 1), flat[at : at + rows * row].view(rows, *shape[1:])
         at += rows * row
-    for offset, box in _boxes(shape[1:], 0, flat[at:]):
-        yield (first + rows, *offset), box.unsqueeze(0)
+    for offset, block in _blocks(shape[1:], 0, flat[at:]):
+        yield (first + rows, *offset), block.unsqueeze(0)

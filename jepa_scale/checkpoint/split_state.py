@@ -24,11 +24,11 @@ class SplitState:
         self.part, self.splits = part, splits
 
     def sharded_state(self) -> dict[str, ShardView]:
-        return {name: self._whole(name, boxes) for name, boxes in self.part.sharded_state().items()}
+        return {name: self._whole(name, view) for name, view in self.part.sharded_state().items()}
 
-    def _whole(self, name: str, boxes: ShardView) -> ShardView:
+    def _whole(self, name: str, view: ShardView) -> ShardView:
         split = self.splits.get(name.partition("/")[2])  # strip "model/", "teacher/" or a moment's name
-        return boxes if split is None else boxes.within(*split)
+        return view if split is None else view.within(*split)
 
     def post_load(self, updates: int) -> None:
         self.part.post_load(updates)

@@ -157,12 +157,12 @@ def read(
         InputError: a tensor is missing or has another shape, or a file of tensors is missing or damaged.
     """
     there = shapes(folder)
-    for name, boxes in tensors.items():
+    for name, view in tensors.items():
         if name not in there:
             raise InputError(f"{folder}: holds no tensor {name!r}; {_of_another_model(name, tensors, there)}")
-        if there[name][0] != boxes.shape:
+        if there[name][0] != view.shape:
             raise InputError(
-                f"{folder}: {name} has shape {tuple(there[name][0])}, the model's has {tuple(boxes.shape)}; "
+                f"{folder}: {name} has shape {tuple(there[name][0])}, the model's has {tuple(view.shape)}; "
                 "set model and objective as in the run that wrote it"
             )
     _load(folder, dict(tensors), process_group=group, no_dist=alone)

@@ -69,12 +69,12 @@ class Card:
             parts.append(f"`{self.heads}` holds the objective's own trained parameters; transformers does not read it.")
         if rows := self._rows():
             parts += ["## Metrics", "\n".join(["| split | metric | value |", "|---|---|--:|", *rows])]
-        told = self.checkpoint
+        manifest = self.checkpoint
         parts += [
             "## Training",
-            f"Optimizer step {told.step:,}; {told.engine} ({told.layout}) on {told.world_size} "
-            f"rank{'s' if told.world_size != 1 else ''}."
-            + (f" {told.state['tokens']:,} tokens." if isinstance(told.state.get("tokens"), int) else ""),
+            f"Optimizer step {manifest.step:,}; {manifest.engine} ({manifest.layout}) on {manifest.world_size} "
+            f"rank{'s' if manifest.world_size != 1 else ''}."
+            + (f" {manifest.state['tokens']:,} tokens." if isinstance(manifest.state.get("tokens"), int) else ""),
             f"```yaml\n{yaml.safe_dump(_public(self.config), sort_keys=False, allow_unicode=True, width=100)}```",
             f"Converted by {self.made_by}. `conversion.json` lists the files with their SHA-256.",
         ]

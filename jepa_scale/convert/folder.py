@@ -83,15 +83,15 @@ class Folder:
         found = read_journal(path)
         if found is not None and found.plan != journal.plan:
             raise InputError(
-                f"{path}: holds another conversion (of {found.checkpoint}, {found.made_by}, {_told(found.options)}; this "
-                f"one is of {journal.checkpoint}, {journal.made_by}, {_told(journal.options)}); choose another folder"
+                f"{path}: holds another conversion (of {found.checkpoint}, {found.made_by}, {_options_text(found.options)}; this "
+                f"one is of {journal.checkpoint}, {journal.made_by}, {_options_text(journal.options)}); choose another folder"
             )
         self.journal = found or journal
         self.journal.made_by = journal.made_by
         self.kept = self._whole(self.journal.files) if found else set()
         """Files that an earlier start has finished and whose checksums are right."""
         self.journal.complete &= len(self.kept) == len(self.journal.files)
-        self.journal.files = {name: told for name, told in self.journal.files.items() if name in self.kept}
+        self.journal.files = {name: entry for name, entry in self.journal.files.items() if name in self.kept}
         self._save()
 
     def make(self, name: str, write: Callable[[Path], dict[str, Any]]) -> None:
@@ -103,12 +103,12 @@ class Folder:
     def put(self, name: str, content: str | bytes) -> None:
         """Write a small file; a file of that name is replaced."""
         data = content.encode() if isinstance(content, str) else content
-        told = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        if self.journal.files.get(name) != told:
+        entry = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        if self.journal.files.get(name) != entry:
             self.journal.complete = False
             (self.path / name).parent.mkdir(parents=True, exist_ok=True)
             write_atomic(self.path / name, data)
-            self.journal.files[name] = told
+            self.journal.files[name] = entry
 
     def finish(self) -> None:
         """Record that all files are finished."""
@@ -126,5 +126,5 @@ class Folder:
         write_atomic(self.path / JOURNAL, (json.dumps({"format": FORMAT, **values}, indent=1) + "\n").encode())
 
 
-def _told(options: dict[str, Any]) -> str:
+def _options_text(options: dict[str, Any]) -> str:
     return " ".join(f"{name}={value}" for name, value in options.items())

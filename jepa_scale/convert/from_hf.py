@@ -189,12 +189,12 @@ def write_checkpoint(
     tensors = state_tensors(module)
     if copies := module.objective.teacher_copies(module.backbone):
         tensors |= state_tensors(TeacherModel(copies), TEACHER)
-    boxes = {name: ShardView.whole(tensor) for name, tensor in tensors.items()}
+    views = {name: ShardView.whole(tensor) for name, tensor in tensors.items()}
     for group in parameter_groups(module, optim, ()):
         for name, parameter in zip(group["names"], group["params"], strict=True):
             nothing = torch.zeros((), dtype=torch.float32).expand(parameter.shape)  # takes no memory
-            boxes |= {f"{moment}/{name}": ShardView.whole(nothing) for moment in MOMENTS[group["method"]]}
-    files = {f"{TENSORS}/{name}": told for name, told in store.write(partial / TENSORS, boxes).items()}
+            views |= {f"{moment}/{name}": ShardView.whole(nothing) for moment in MOMENTS[group["method"]]}
+    files = {f"{TENSORS}/{name}": entry for name, entry in store.write(partial / TENSORS, views).items()}
     generators = partial / "rng_rank00000.pt"
     torch.save(rng_state(), generators)
     manifest = Manifest(

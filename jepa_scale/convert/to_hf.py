@@ -224,7 +224,7 @@ def _journal(
     checkpoint: Path, manifest: Manifest, plan: ConversionPlan, small: list[str], options: ExportOptions
 ) -> Journal:
     files = {
-        file: [(_told(unit), [(e.name, e.shape, str(e.dtype)) for e in unit.entries]) for unit in units]
+        file: [(_unit_key(unit), [(e.name, e.shape, str(e.dtype)) for e in unit.entries]) for unit in units]
         for file, units in plan.all_files().items()
     }
     of = hashlib.sha256((checkpoint / FILE).read_bytes()).hexdigest()  # it holds the checksums of the rest
@@ -242,7 +242,7 @@ def _journal(
     )
 
 
-def _told(unit: Unit) -> str | list[str | float]:
+def _unit_key(unit: Unit) -> str | list[str | float]:
     """Return all that a unit's bytes depend on, beside the checkpoint."""
     return unit.source if unit.made_of is None else [*unit.reads, unit.made_of.scale]
 

@@ -127,7 +127,7 @@ class Teacher:
 
     def sharded_state(self) -> dict[str, ShardView]:
         """Return ``teacher/<name>``, by name in the root module: parameters (averages in fp32) and persistent buffers."""
-        return {f"{TEACHER}{name}": boxes for name, boxes in self._copy.sharded_state().items()}
+        return {f"{TEACHER}{name}": view for name, view in self._copy.sharded_state().items()}
 
     def post_load(self, updates: int) -> None:
         self._copy.refresh()

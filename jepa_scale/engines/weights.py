@@ -36,11 +36,11 @@ def built_by_rank_0(build: Callable[[], T], ranks: ParallelContext) -> T:
             made = build()
         except InputError as found:
             error = found
-    told, generator = broadcast_object((None if error is None else str(error), torch.get_rng_state()))
+    message, generator = broadcast_object((None if error is None else str(error), torch.get_rng_state()))
     if error is not None:
         raise error
-    if told is not None:
-        raise InputError(told)
+    if message is not None:
+        raise InputError(message)
     torch.set_rng_state(generator)
     assert made is not None
     return made

@@ -298,8 +298,8 @@ def _band(q: int, k: int, causal: bool, window: int | None, device: torch.device
 
 @lru_cache(maxsize=8)
 def _square(size: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
-    place = torch.arange(size, device=device)
-    behind = place[:, None] - place[None, :]  # how far the key lies before the query
+    position = torch.arange(size, device=device)
+    behind = position[:, None] - position[None, :]  # how far the key lies before the query
     seen = torch.ones(size, size, dtype=torch.bool, device=device)
     if window is not None:
         seen &= behind.abs() < window

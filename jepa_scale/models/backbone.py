@@ -149,10 +149,10 @@ class Backbone(nn.Module):
         """
         tapped: list[Tensor] = []
 
-        def look(block: nn.Module, args: Any, output: Any) -> None:
+        def record(block: nn.Module, args: Any, output: Any) -> None:
             tapped.append(output[0] if isinstance(output, tuple) else output)
 
-        handle = self.layers[tap - 1].register_forward_hook(look)
+        handle = self.layers[tap - 1].register_forward_hook(record)
         try:
             hidden = self.hidden(stream, inputs_embeds)
         finally:
@@ -255,25 +255,25 @@ class Backbone(nn.Module):
         """
         return self._label_losses(rows, labels, None)[0]
 
-    def label_losses_and_logits(self, rows: Tensor, labels: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Return :meth:`label_losses`, and (m, V) fp32: the logits of the rows ``places``, (m,) int64, without gradient.
+    def label_losses_and_logits(self, rows: Tensor, labels: Tensor, logit_rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return :meth:`label_losses`, and (m, V) fp32: the logits of the rows ``logit_rows``, (m,) int64, without gradient.
 
         The logits are zeros if there are no rows.
         """
-        losses, logits = self._label_losses(rows, labels, places if len(rows) else places[:0])
+        losses, logits = self._label_losses(rows, labels, logit_rows if len(rows) else logit_rows[:0])
         assert logits is not None
-        return losses, logits if len(rows) else logits.new_zeros(len(places), self.vocab_size)
+        return losses, logits if len(rows) else logits.new_zeros(len(logit_rows), self.vocab_size)
 
-    def _label_losses(self, rows: Tensor, labels: Tensor, places: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _label_losses(self, rows: Tensor, labels: Tensor, logit_rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
         head, tp = self.decoder.get_output_embeddings(), self.tp
         part = slice(0, self.vocab_size) if tp is None else tp.part(self.vocab_size)
         own = part.stop - part.start  # columns of the vocabulary on this rank
         with nullcontext() if tp is None else tp.split_vocabulary():
             if lm_head.columns(len(rows), own) < own and lm_head.can_measure(head):
-                *found, kept = lm_head.measure(head, rows, labels - part.start, self._shape, places)
+                *found, kept = lm_head.measure(head, rows, labels - part.start, self._shape, logit_rows)
             else:
                 logits = self.logits(rows).float()
-                kept = None if places is None else logits.detach()[places]
+                kept = None if logit_rows is None else logits.detach()[logit_rows]
                 if tp is None:
                     return F.cross_entropy(logits, labels, reduction="none"), kept
                 found = [*lm_head.statistics(logits, labels - part.start)]

@@ -86,12 +86,12 @@ def statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits: (n, v) fp32.
         targets: (n,) int64 columns, which may lie outside of 0 … v − 1.
     """
-    place, here = _places(targets, 0, logits.shape[1])
-    return logits.logsumexp(dim=-1), logits.gather(1, place)[:, 0].where(here, 0)
+    column, here = _columns_in(targets, 0, logits.shape[1])
+    return logits.logsumexp(dim=-1), logits.gather(1, column)[:, 0].where(here, 0)
 
 
 def measure(
-    head: nn.Module, rows: Tensor, targets: Tensor, shape: Shape | None, places: Tensor | None = None
+    head: nn.Module, rows: Tensor, targets: Tensor, shape: Shape | None, logit_rows: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Compute :func:`statistics` of a head's logits with only one piece of them at a time.
 
@@ -101,7 +101,7 @@ def measure(
         rows: (n, d).
         targets: (n,) int64, counted from the head's first column.
         shape: function from the head's product to logits; None = the product is the logit.
-        places: (m,) int64, rows whose logits are returned too, without gradient.
+        logit_rows: (m,) int64, rows whose logits are returned too, without gradient.
 
     Returns:
         (n,) fp32, (n,) fp32 and (m, v) fp32 or None.
@@ -109,9 +109,9 @@ def measure(
     parts, first, kept = _parts(head), 0, []
 
     def run(part: LMHead, targets: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if places is not None:
+        if logit_rows is not None:
             with torch.no_grad():
-                some = F.linear(x[places], weight, bias)
+                some = F.linear(x[logit_rows], weight, bias)
                 kept.append((some if shape is None else shape(some)).float())
         return _Measure.apply(x, weight, bias, targets, shape, part.compiles)
 
@@ -137,7 +137,7 @@ def _instead(part: LMHead, product: Callable[..., Tensor]) -> Iterator[None]:
         del part.product
 
 
-def _places(targets: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+def _columns_in(targets: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
     """Return the offsets of (n,) columns within ``start`` … ``stop`` − 1, (n, 1), and whether they are in it, (n,)."""
     here = (targets >= start) & (targets < stop)
     return (targets - start).clamp(0, stop - start - 1)[:, None], here
@@ -162,8 +162,8 @@ class _Measure(torch.autograd.Function):
         for start, stop in _pieces(len(x), len(weight)):
             z = _product(x, weight, bias, start, stop)
             z = z if shape is None else shape(z)
-            place, here = _places(targets, start, stop)
-            chosen += z.gather(1, place)[:, 0].float().where(here, 0)
+            column, here = _columns_in(targets, start, stop)
+            chosen += z.gather(1, column)[:, 0].float().where(here, 0)
             normalizers = torch.logaddexp(normalizers, normalizers_(z))
             del z  # free it before the next one
         ctx.save_for_backward(x, weight, bias, targets, normalizers)
@@ -185,13 +185,13 @@ class _Measure(torch.autograd.Function):
             if ctx.shape is not None:
                 with torch.enable_grad():
                     shaped = ctx.shape(product.requires_grad_())
-            place, here = _places(targets, start, stop)
-            of_label = (shaped.detach().gather(1, place)[:, 0].float() - normalizers).exp_() * to_normalizer
+            column, here = _columns_in(targets, start, stop)
+            of_label = (shaped.detach().gather(1, column)[:, 0].float() - normalizers).exp_() * to_normalizer
             of_label += to_chosen * here
             z = shaped.detach() if ctx.shape is None else shaped.detach().clone()
             grad = probabilities_(z, normalizers, to_normalizer)
             # where the label is in another piece, this writes the value that is already there
-            grad.scatter_(1, place, of_label.to(grad.dtype)[:, None])
+            grad.scatter_(1, column, of_label.to(grad.dtype)[:, None])
             if ctx.shape is not None:
                 (grad,) = torch.autograd.grad(shaped, product, grad)
             del product, shaped, z

@@ -128,7 +128,7 @@ def saver_of(keep: CheckpointConfig, run_dir: Path) -> Saver:
         run_dir / "checkpoints",
         policy,
         keep.asynchronous,
-        tell=log_save,
+        on_finish=log_save,
         every=keep.every,
         ephemeral_every=keep.ephemeral_every,
     )

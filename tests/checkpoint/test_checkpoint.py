@@ -101,7 +101,7 @@ def save_many(ranks: ParallelContext, folder: str) -> list[str]:
         (directory / "step_00000020.partial").mkdir(parents=True)
         (directory / "step_00000020.partial" / "garbage").touch()
     told = []
-    saver = Saver(directory, Policy(last=2), tell=told.append)
+    saver = Saver(directory, Policy(last=2), on_finish=told.append)
     for step in (10, 20, 30, 30):
         saver.save([engine], manifest(engine, step))
     saver.close()
@@ -197,7 +197,7 @@ def save_on_a_full_disk(ranks: ParallelContext, folder: str) -> list[Any]:
 
     engine = make_engine("fsdp", ranks)
     told: list[checkpoint.Report] = []
-    saver = Saver(Path(folder), Policy(last=5), tell=told.append)
+    saver = Saver(Path(folder), Policy(last=5), on_finish=told.append)
     write, fails = store.write, [0]
 
     def failing(*args: Any) -> Any:

@@ -72,23 +72,23 @@ def find_objects(grids: Sequence[np.ndarray], slots: int = 16) -> Objects:
     shapes = np.array([grid.shape for grid in grids], dtype=np.int64)
     areas = shapes[:, 0] * shapes[:, 1]
     colours = np.concatenate([grid.ravel() for grid in grids])
-    place = np.flatnonzero(colours)  # index of each coloured cell in the concatenated grids
-    grid = np.repeat(np.arange(len(grids)), areas)[place]
+    cells = np.flatnonzero(colours)  # index of each coloured cell in the concatenated grids
+    grid = np.repeat(np.arange(len(grids)), areas)[cells]
     height, width = shapes[grid].T
-    local = place - (areas.cumsum() - areas)[grid]
+    local = cells - (areas.cumsum() - areas)[grid]
     row = local // width
     column = local - row * width
 
-    colour = colours[place]
+    colour = colours[cells]
     last = len(colours) - 1
     right = (column + 1 < width) & (
-        colours[np.minimum(place + 1, last)] == colour
+        colours[np.minimum(cells + 1, last)] == colour
     )  # the right neighbour belongs to the same object
-    below = (row + 1 < height) & (colours[np.minimum(place + width, last)] == colour)
-    of = _components(place, right, below, place + width, len(colours))
+    below = (row + 1 < height) & (colours[np.minimum(cells + width, last)] == colour)
+    of = _components(cells, right, below, cells + width, len(colours))
 
     order = of.argsort(kind="stable")  # group cells by object, each in reading order
-    row, column, of, place = row[order], column[order], of[order], place[order]
+    row, column, of, cells = row[order], column[order], of[order], cells[order]
     size = np.bincount(of)
     n = len(size)
     firsts = size.cumsum() - size
@@ -99,9 +99,9 @@ def find_objects(grids: Sequence[np.ndarray], slots: int = 16) -> Objects:
     box_rows, box_columns = bottom - top + 1, right_most - left + 1
 
     owner = np.full(len(colours), -1)
-    owner[place] = of
-    mirrored = owner[place + (left + right_most)[of] - 2 * column] == of
-    flipped = owner[place + ((top + bottom)[of] - 2 * row) * wide[of]] == of
+    owner[cells] = of
+    mirrored = owner[cells + (left + right_most)[of] - 2 * column] == of
+    flipped = owner[cells + ((top + bottom)[of] - 2 * row) * wide[of]] == of
     neighbours = (right * 1.0 + below)[order]  # counts each side between two cells of an object once
 
     features = np.zeros((n, FEATURES), dtype=np.float32)
@@ -142,7 +142,7 @@ def find_objects(grids: Sequence[np.ndarray], slots: int = 16) -> Objects:
     )
 
 
-def _components(place: np.ndarray, right: np.ndarray, below: np.ndarray, under: np.ndarray, cells: int) -> np.ndarray:
+def _components(cells: np.ndarray, right: np.ndarray, below: np.ndarray, under: np.ndarray, total: int) -> np.ndarray:
     """Return the object number of each coloured cell; objects are numbered in reading order of their first cells.
 
     Horizontal runs of one colour are joined where they touch vertically. Every run points to an earlier run of its object.
@@ -150,16 +150,16 @@ def _components(place: np.ndarray, right: np.ndarray, below: np.ndarray, under: 
     the longest chain (Shiloach & Vishkin, J. Algorithms 3, 1982).
 
     Args:
-        place: (c,) indices of the coloured cells among all cells, ascending.
+        cells: (c,) indices of the coloured cells among all cells, ascending.
         right, below: (c,) bool, whether the right or lower neighbour belongs to the same object.
         under: (c,) index of the cell below.
-        cells: number of all cells.
+        total: number of all cells.
     """
-    begins = np.ones(len(place), dtype=bool)
+    begins = np.ones(len(cells), dtype=bool)
     begins[1:] = ~right[:-1]
     run = begins.cumsum() - 1
-    run_at = np.zeros(cells, dtype=np.int64)
-    run_at[place] = run
+    run_at = np.zeros(total, dtype=np.int64)
+    run_at[cells] = run
     above, beneath = run[below], run_at[under[below]]
     root = np.arange(run[-1] + 1 if len(run) else 0)
     while True:

@@ -10,13 +10,13 @@ from http.client import HTTPException
 from pathlib import Path
 
 from jepa_scale.data.prepare.base import PrepareOptions, Record
+from jepa_scale.data.prepare.folders import data_folders
 from jepa_scale.data.prepare.formats.grid_sources import arc, generated
 from jepa_scale.data.prepare.formats.hub import hub_rows, identify_hub
 from jepa_scale.data.prepare.formats.rows import Schema, expanded
 from jepa_scale.data.prepare.formats.source import Items, Part, Source, identify_files, identity, read_each
 from jepa_scale.data.prepare.formats.table import read_jsonl
 from jepa_scale.data.prepare.formats.text import cut_at_line, read_piece, read_text, split_documents
-from jepa_scale.data.prepare.places import data_places
 from jepa_scale.data.shards.cache import cache_dir
 from jepa_scale.utils.errors import InputError
 
@@ -36,7 +36,7 @@ def tiny_shakespeare(options: PrepareOptions) -> Source:
     Raises:
         InputError: there is no local file, and the download failed.
     """
-    candidates = [place / name for place in data_places() for name in SHAKESPEARE_NAMES]
+    candidates = [folder / name for folder in data_folders() for name in SHAKESPEARE_NAMES]
     file = next((c for c in candidates if c.is_file()), None)
     if file is None:
         file = cache_dir() / SHAKESPEARE_NAMES[0]
@@ -75,7 +75,7 @@ def wikitext2(options: PrepareOptions) -> Source:
     Raises:
         InputError: a local folder lacks the training file; or there is no folder, and the hub cannot be reached.
     """
-    folders = [place / "wikitext2" for place in data_places()]
+    folders = [folder / "wikitext2" for folder in data_folders()]
     for folder in folders:
         found = {split: file for split in _SPLITS if (file := _wikitext_file(folder, split))}
         if found:
@@ -130,7 +130,7 @@ def nl_rx_synth(options: PrepareOptions) -> Source:
     Raises:
         InputError: the files are missing.
     """
-    folders = [place / "nl_rx_synth" for place in data_places()]
+    folders = [folder / "nl_rx_synth" for folder in data_folders()]
     for folder in folders:
         names = {split: (f"{split}.jsonl", f"synth_{split}.jsonl") for split in ("train", "test")}
         found = {s: next((folder / n for n in of if (folder / n).is_file()), None) for s, of in names.items()}

@@ -49,9 +49,9 @@ def verify(folder: str | Path, progress: bool = True) -> list[str]:
 
 
 def _shard(folder: Path, info: ShardInfo) -> Iterator[str]:
-    table, said = _table(folder / index_name(info.name), info)
-    if said:
-        yield said
+    table, fault = _table(folder / index_name(info.name), info)
+    if fault:
+        yield fault
     file = folder / info.name
     try:
         with open(file, "rb") as stream:

@@ -66,43 +66,43 @@ class Workers:
             InputError: the first failure of reader or encoder in the order of the records; it is the same for any number
                 of processes.
         """
-        given = told = 0
+        submitted = yielded = 0
         source = iter(blocks)
         failed = False
         while not failed:
             try:
                 block = next(source, None)
             except Exception as error:  # raised in order: an earlier block may fail first
-                self._results[given] = (error, False)
-                given += 1
+                self._results[submitted] = (error, False)
+                submitted += 1
                 break
             if block is None:
                 break
             there = finished(self._make.folder, block)
             if there is not None:
-                self._results[given] = (there, True)
+                self._results[submitted] = (there, True)
             else:
-                self._give(given, block)
-            given += 1
-            while told in self._results:
-                yield self._tell(told)
-                told += 1
+                self._submit(submitted, block)
+            submitted += 1
+            while yielded in self._results:
+                yield self._take_result(yielded)
+                yielded += 1
             failed = any(isinstance(result, Exception) for result, _ in self._results.values())
         if self._waiting and not self._started:
             self._make_here(*self._waiting.popleft())
-        while told < given:
-            while told not in self._results:
+        while yielded < submitted:
+            while yielded not in self._results:
                 self._collect(None)
-            yield self._tell(told)
-            told += 1
+            yield self._take_result(yielded)
+            yielded += 1
 
-    def _tell(self, number: int) -> tuple[Done, bool]:
+    def _take_result(self, number: int) -> tuple[Done, bool]:
         result, there = self._results.pop(number)
         if isinstance(result, Exception):
             raise result
         return result, there
 
-    def _give(self, number: int, block: Block) -> None:
+    def _submit(self, number: int, block: Block) -> None:
         if self._processes == 1:
             self._make_here(number, block)
             return

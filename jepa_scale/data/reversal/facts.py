@@ -282,10 +282,10 @@ def generate(entities_a: int, comb: int = 10, relations: int = 6, seed: int = 0)
         """Match entities for each relation: (relations, pairs, 2 directions, 3), the last axis subject, relation,
         object."""
         matched = np.stack([rng.permutation(entities).reshape(-1, 2) for _ in range(relations)])
-        ahead = np.repeat(np.arange(0, 2 * relations, 2)[:, None], matched.shape[1], axis=1)
-        told = np.stack([matched[..., 0], ahead, matched[..., 1]], axis=-1)
-        back = np.stack([matched[..., 1], ahead + 1, matched[..., 0]], axis=-1)
-        return np.stack([told, back], axis=2)
+        relation = np.repeat(np.arange(0, 2 * relations, 2)[:, None], matched.shape[1], axis=1)
+        forward = np.stack([matched[..., 0], relation, matched[..., 1]], axis=-1)
+        reverse = np.stack([matched[..., 1], relation + 1, matched[..., 0]], axis=-1)
+        return np.stack([forward, reverse], axis=2)
 
     def facts(rows: np.ndarray, kind: np.ndarray) -> Facts:
         subject, relation, object_ = (np.ascontiguousarray(c, dtype=np.int32) for c in rows.reshape(-1, 3).T)

@@ -106,8 +106,8 @@ class MixtureData:
 
     @property
     def fingerprint(self) -> str:
-        told = [(name, part.fingerprint) for name, part in self.parts.items()]
-        return hashlib.sha256(repr((told, list(self.weights))).encode()).hexdigest()
+        parts = [(name, part.fingerprint) for name, part in self.parts.items()]
+        return hashlib.sha256(repr((parts, list(self.weights))).encode()).hexdigest()
 
     def order(self, seed: int) -> Mixed:
         """Return an order that interleaves the parts; every part has its own epochs."""

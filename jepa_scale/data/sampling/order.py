@@ -56,11 +56,11 @@ class Permuted:
     permutation: Callable[[int], np.ndarray]
 
     def take(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        epochs, places = np.divmod(np.arange(start, start + count, dtype=np.int64), self.length)
+        epochs, positions = np.divmod(np.arange(start, start + count, dtype=np.int64), self.length)
         samples = np.empty(count, dtype=np.int64)
         for epoch in range(int(epochs[0]), int(epochs[-1]) + 1) if count else ():
             here = epochs == epoch
-            samples[here] = self.permutation(epoch)[places[here]]
+            samples[here] = self.permutation(epoch)[positions[here]]
         return epochs, samples
 
 
@@ -90,15 +90,15 @@ class Windowed:
 
     def take(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         n = self.length
-        epochs, places = np.divmod(np.arange(start, start + count, dtype=np.int64), n)
+        epochs, positions = np.divmod(np.arange(start, start + count, dtype=np.int64), n)
         samples = np.empty(count, dtype=np.int64)
         at = 0
         while at < count:  # window by window
-            epoch, place = int(epochs[at]), int(places[at])
-            number = place // self.window
+            epoch, position = int(epochs[at]), int(positions[at])
+            number = position // self.window
             begin = number * self.window
-            stop = min(at + min(begin + self.window, n) - place, count)
-            samples[at:stop] = self._window(epoch, number)[places[at:stop] - begin]
+            stop = min(at + min(begin + self.window, n) - position, count)
+            samples[at:stop] = self._window(epoch, number)[positions[at:stop] - begin]
             at = stop
         return epochs, samples
 
@@ -176,13 +176,13 @@ class Mixed:
         offsets = np.cumsum([0, *self.sizes[:-1]])
         at = 0
         while at < count:
-            block, place = divmod(start + at, MIXTURE_BLOCK)
-            stop = min(at + MIXTURE_BLOCK - place, count)
+            block, position = divmod(start + at, MIXTURE_BLOCK)
+            stop = min(at + MIXTURE_BLOCK - position, count)
             who = _mixture_block(self.seed, block, tuple(self.quota.tolist()))
-            chosen = who[place : place + stop - at]
+            chosen = who[position : position + stop - at]
             for part, order in enumerate(self.parts):
                 here = np.flatnonzero(chosen == part)
-                before = block * int(self.quota[part]) + int((who[:place] == part).sum())
+                before = block * int(self.quota[part]) + int((who[:position] == part).sum())
                 part_epochs, part_samples = order.take(before, len(here))
                 epochs[at + here], samples[at + here] = part_epochs, part_samples + offsets[part]
             at = stop

@@ -98,7 +98,7 @@ class Index:
         """
         try:
             values = json.loads(text)
-            found, told = values.pop("format"), values.pop("fingerprint")
+            found, fingerprint = values.pop("format"), values.pop("fingerprint")
             if found != FORMAT:
                 raise InputError(f"{where}: is of format {found}, this version reads format {FORMAT}; prepare it again")
             values["splits"] = {k: [ShardInfo(**s) for s in shards] for k, shards in values["splits"].items()}
@@ -107,7 +107,7 @@ class Index:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{where}: not an index of shards ({error}); prepare the data again") from None
-        if index.fingerprint != told:
+        if index.fingerprint != fingerprint:
             raise InputError(
                 f"{where}: contradicts its own fingerprint; it was changed by hand, prepare the data again"
             )

@@ -101,11 +101,11 @@ class ReplicatedEMA(_DeepSpeedEMA):
             parameter = averaged[name]
             offsets[name], at = at, at + parameter.numel()
             replace(parameter, self._flat[offsets[name] : at].view(parameter.shape))
-        self._stretches = list(stretches(shares, offsets))
+        self._ranges = list(owned_ranges(shares, offsets))
         self._mine = {
-            stretch: self._slice(stretch) if self._aliases else self._slice(stretch).to(view.device, torch.float32)
-            for stretch in self._stretches
-            if stretch.owner == dp_rank()
+            owned: self._slice(owned) if self._aliases else self._slice(owned).to(view.device, torch.float32)
+            for owned in self._ranges
+            if owned.owner == dp_rank()
         }
 
         for name, of_parameter in shares.items():
@@ -124,24 +124,23 @@ class ReplicatedEMA(_DeepSpeedEMA):
             average.copy_(source)
         self.refresh()
 
-    def _slice(self, stretch: OwnedRange) -> Tensor:
-        return self._flat[stretch.begin : stretch.end]
+    def _slice(self, owned: OwnedRange) -> Tensor:
+        return self._flat[owned.begin : owned.end]
 
     def _average(self, begin: int, length: int) -> Tensor:
         """Return this rank's averages of ``length`` elements of the flat copy, from ``begin``."""
-        stretch, mine = next((s, mine) for s, mine in self._mine.items() if s.begin <= begin < s.end)
-        assert begin + length <= stretch.end, (begin, length, stretch)
-        return mine[begin - stretch.begin : begin - stretch.begin + length]
+        owned, mine = next((s, mine) for s, mine in self._mine.items() if s.begin <= begin < s.end)
+        assert begin + length <= owned.end, (begin, length, owned)
+        return mine[begin - owned.begin : begin - owned.begin + length]
 
     @torch.no_grad()
     def refresh(self) -> None:
         if not self._aliases:
-            for stretch, mine in self._mine.items():
-                self._slice(stretch).copy_(mine)
+            for owned, mine in self._mine.items():
+                self._slice(owned).copy_(mine)
         if self._sends:
             works = [
-                dist.broadcast(self._slice(s), group=dp_group(), group_src=s.owner, async_op=True)
-                for s in self._stretches
+                dist.broadcast(self._slice(s), group=dp_group(), group_src=s.owner, async_op=True) for s in self._ranges
             ]
             for work in works:
                 work.wait()
@@ -257,13 +256,13 @@ def _shares(
         if (piece := view.pieces[students[name]])
     }
     tables = all_gather_object(mine)
-    places: dict[str, tuple[int, int, int]] = {}
+    positions: dict[str, tuple[int, int, int]] = {}
     shares: dict[str, list[Share]] = {name: [] for name in averaged}
     for owner, table in enumerate(tables):
         for name, (group, at, start, length) in table.items():
             shares[name].append(Share(owner, start, length))
-            places[name] = min(places.get(name, (group, owner, at)), (group, owner, at))
-    order = sorted(shares, key=lambda name: places.get(name, (-1, 0, 0)))  # one without elements has no place
+            positions[name] = min(positions.get(name, (group, owner, at)), (group, owner, at))
+    order = sorted(shares, key=lambda name: positions.get(name, (-1, 0, 0)))  # one without elements has no position
     return {name: sorted(shares[name], key=lambda share: share.start) for name in order}
 
 
@@ -279,7 +278,7 @@ def even_shares(sizes: Mapping[str, int], world_size: int) -> dict[str, list[Sha
     return shares
 
 
-def stretches(shares: Mapping[str, list[Share]], offsets: Mapping[str, int]) -> Iterator[OwnedRange]:
+def owned_ranges(shares: Mapping[str, list[Share]], offsets: Mapping[str, int]) -> Iterator[OwnedRange]:
     """Yield the shares as ranges of the flat copy, with adjacent shares of one rank merged."""
     last = OwnedRange(-1, 0, 0)
     for name, of_parameter in shares.items():

@@ -284,7 +284,7 @@ class DeepSpeedEngine(Engine):
     @torch.no_grad()
     def sharded_state(self) -> dict[str, ShardView]:
         buffers = {f"model/{name}": ShardView.whole(buffer) for name, buffer in persistent_buffers(self.module)}
-        return buffers | self._view.boxes()
+        return buffers | self._view.sharded_state()
 
     @torch.no_grad()
     def post_load(self, updates: int) -> None:

@@ -40,7 +40,7 @@ class Piece(NamedTuple):
     at: int
     length: int
 
-    def boxes(self, values: Tensor) -> ShardView:
+    def shard_view(self, values: Tensor) -> ShardView:
         """Return the piece's elements of ``values``, a tensor with the layout of ``master``: itself or a moment."""
         shape = true_shape(self.parameter)
         if self.length == values.numel() and values.shape == shape:
@@ -134,18 +134,18 @@ class StateView:
         if self.stage == 3:
             internals.clear_gradient_buffer(self.wrapped)
 
-    def boxes(self) -> dict[str, ShardView]:
+    def sharded_state(self) -> dict[str, ShardView]:
         """Return the content of :meth:`jepa_scale.engines.base.Engine.state`, without the buffers."""
-        boxes = {}
+        views = {}
         for name, parameter in self.module.named_parameters():
             if parameter not in self.pieces:
-                boxes[f"model/{name}"] = self._frozen(parameter)
+                views[f"model/{name}"] = self._frozen(parameter)
                 continue
             piece, master = self.pieces[parameter], self.masters[parameter]
             for key, values in {"model": master, **self._moments(master)}.items():
                 nothing = ShardView(true_shape(parameter), torch.float32, [])
-                boxes[f"{key}/{name}"] = nothing if piece is None else piece.boxes(values)
-        return boxes
+                views[f"{key}/{name}"] = nothing if piece is None else piece.shard_view(values)
+        return views
 
     def _moments(self, master: Tensor) -> dict[str, Tensor]:
         state = self.optimizer.state[master]

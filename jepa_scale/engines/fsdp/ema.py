@@ -67,9 +67,9 @@ class FSDPEMA(ShardedEMA):
             assert group.is_sharded, "a forward of the copy has left parameters gathered"
 
     def sharded_state(self) -> dict[str, ShardView]:
-        boxes = {name: ShardView.whole(buffer) for name, buffer in persistent_buffers(self.module)}
+        views = {name: ShardView.whole(buffer) for name, buffer in persistent_buffers(self.module)}
         with torch.no_grad():
-            return boxes | {n: ShardView.of_dtensor(cast(DTensor, p)) for n, p in self.module.named_parameters()}
+            return views | {n: ShardView.of_dtensor(cast(DTensor, p)) for n, p in self.module.named_parameters()}
 
 
 def allocate(module: nn.Module, device: torch.device) -> None:

@@ -90,10 +90,10 @@ class FSDPEngine(Engine):
     def _fill(self, sharded: Mapping[str, nn.Parameter], weights: Weights) -> None:
         """Set each parameter's initial values. Beside the shards, a device holds one whole parameter at a time."""
         for name, parameter in sharded.items():
-            boxes = ShardView.of_dtensor(cast(DTensor, parameter))
-            mine = part_of(weights.take(name), boxes.shape, self.options.split.get(name))
-            for offsets, box in boxes.parts:
-                box.copy_(mine[tuple(slice(at, at + n) for at, n in zip(offsets, box.shape, strict=True))])
+            view = ShardView.of_dtensor(cast(DTensor, parameter))
+            mine = part_of(weights.take(name), view.shape, self.options.split.get(name))
+            for offsets, block in view.parts:
+                block.copy_(mine[tuple(slice(at, at + n) for at, n in zip(offsets, block.shape, strict=True))])
 
     def _fsdp_modules(self) -> list[FSDPModule]:
         return [m for m in self.module.modules() if isinstance(m, FSDPModule)]
@@ -122,13 +122,13 @@ class FSDPEngine(Engine):
     @torch.no_grad()
     def sharded_state(self) -> dict[str, ShardView]:
         self._reshard()
-        boxes = {f"model/{name}": ShardView.whole(buffer) for name, buffer in persistent_buffers(self.module)}
+        views = {f"model/{name}": ShardView.whole(buffer) for name, buffer in persistent_buffers(self.module)}
         for name, parameter in self.module.named_parameters():
-            boxes[f"model/{name}"] = ShardView.of_dtensor(cast(DTensor, parameter))
+            views[f"model/{name}"] = ShardView.of_dtensor(cast(DTensor, parameter))
             for moment, value in self.optimizer.state.get(parameter, {}).items():
                 if isinstance(value, DTensor) and value.shape == parameter.shape:
-                    boxes[f"{moment}/{name}"] = ShardView.of_dtensor(value)
-        return boxes
+                    views[f"{moment}/{name}"] = ShardView.of_dtensor(value)
+        return views
 
     @torch.no_grad()
     def post_load(self, updates: int) -> None:

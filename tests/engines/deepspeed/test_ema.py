@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jepa_scale.engines.deepspeed.ema import OwnedRange, Share, even_shares, stretches
+from jepa_scale.engines.deepspeed.ema import OwnedRange, Share, even_shares, owned_ranges
 
 
 def test_parameters_are_cut_where_a_rank_ends():
@@ -13,7 +13,7 @@ def test_parameters_are_cut_where_a_rank_ends():
         "b": [],
         "c": [Share(1, 0, 3), Share(2, 3, 3)],
     }
-    assert list(stretches(shares, {"a": 0, "b": 5, "c": 5})) == [
+    assert list(owned_ranges(shares, {"a": 0, "b": 5, "c": 5})) == [
         OwnedRange(0, 0, 4),
         OwnedRange(1, 4, 8),
         OwnedRange(2, 8, 11),
@@ -36,6 +36,6 @@ def test_even_shares_cover_everything_once(sizes, world_size):
     assert set(owners) <= set(range(world_size))
 
     offsets = {name: sum(sizes[:i]) for i, name in enumerate(names)}
-    found = list(stretches(shares, offsets))
+    found = list(owned_ranges(shares, offsets))
     assert [owner for owner, begin, end in found for _ in range(begin, end)] == owners
     assert len(found) == len(set(owners)), "one stretch a rank"

@@ -157,7 +157,7 @@ class _Marked:
             text = render(marked)
         except Exception:  # a template may depend on contents
             return None
-        places: dict[int, tuple[int, int, int, int]] = {}
+        spans: dict[int, tuple[int, int, int, int]] = {}
         done = at = 0  # positions in the marked text and in the real one
         for n, mark in marks.items():
             start = text.find(mark, done)
@@ -174,9 +174,9 @@ class _Marked:
             length = next((len(f) for f in forms if real.startswith(f + after, at)), None)
             if length is None:
                 return None
-            places[n] = (start, len(mark), at, length)
+            spans[n] = (start, len(mark), at, length)
             at += length
-        return cls(marked, text, places) if real[at:] == text[done:] else None
+        return cls(marked, text, spans) if real[at:] == text[done:] else None
 
     def real(self, position: int) -> int:
         """Map a position of ``text`` outside the marks to the real text."""
@@ -191,23 +191,23 @@ class _Marked:
 
     def turn(self, number: int, render: Render, special: re.Pattern[str] | None) -> Span | None:
         """Return the turn of a message in the real text; None if it cannot be found."""
-        place = self.marks.get(number)
+        span = self.marks.get(number)
         if self.messages[number]["role"] != "assistant":
             # an empty content has no mark: it is placed where the last content before it ends
             before = max((at + length for n, (_, _, at, length) in self.marks.items() if n < number), default=0)
-            return Span(place[2], place[2] + place[3]) if place else Span(before, before)
+            return Span(span[2], span[2] + span[3]) if span else Span(before, before)
         prompt = self._prefix(render, self.messages[:number], add_generation_prompt=True)
-        if prompt is None and place is None:
+        if prompt is None and span is None:
             return None
-        start = prompt if prompt is not None else place[0] if place else 0
-        said = place[0] + place[1] if place else start
+        start = prompt if prompt is not None else span[0] if span else 0
+        content_end = span[0] + span[1] if span else start
         whole = self._prefix(render, self.messages[: number + 1])
         if whole is not None:
-            ends = [m.end() for m in special.finditer(self.text, said, whole)] if special else []
+            ends = [m.end() for m in special.finditer(self.text, content_end, whole)] if special else []
             stop = ends[-1] if ends else whole
-        elif place is not None:
-            closing = special.search(self.text, said) if special else None
-            stop = closing.end() if closing else said
+        elif span is not None:
+            closing = special.search(self.text, content_end) if special else None
+            stop = closing.end() if closing else content_end
         else:
             return None
         return Span(self.real(start), self.real(stop))

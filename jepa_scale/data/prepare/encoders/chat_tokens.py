@@ -82,12 +82,12 @@ def encode_turns(
         text, add_special_tokens=False, split_special_tokens=False, return_offsets_mapping=True, verbose=False
     )
     offsets = np.asarray(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)
-    places = []
+    ranges = []
     for turn in turns:
         start = int(np.searchsorted(offsets[:, 1], turn.start, side="right"))
         stop = int(np.searchsorted(offsets[:, 0], turn.stop, side="left")) if turn.stop > turn.start else start
-        places.append((start, max(start, stop)))
-    return list(encoding["input_ids"]), places
+        ranges.append((start, max(start, stop)))
+    return list(encoding["input_ids"]), ranges
 
 
 def _by_pieces(tokenizer: PreTrainedTokenizerBase, text: str, turns: list[Span], contents: list[Span]) -> Tokens:

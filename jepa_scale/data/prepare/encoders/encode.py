@@ -163,17 +163,17 @@ class ChatEncoder(_TokenizerEncoder):
     def __call__(self, record: Record) -> list[Sample]:
         messages = normalise(record.value["messages"], record.where, self._remove_thinking)
         if self._plain:
-            ids, places = encode_plain(self.tokenizer, messages, self._bos)
+            ids, spans = encode_plain(self.tokenizer, messages, self._bos)
         else:
             rendered = partial(render, self.tokenizer, thinking=thinks(messages))
             text, turns, contents = turn_spans(messages, rendered, self._pattern, record.where)
-            ids, places = encode_turns(self.tokenizer, text, turns, contents, self._pattern)
+            ids, spans = encode_turns(self.tokenizer, text, turns, contents, self._pattern)
         if len(ids) < 2:
             raise BadRecord(record.where, "single token", "it predicts nothing")
-        assert len(places) == len(messages)
+        assert len(spans) == len(messages)
         tokens = np.array(ids, dtype=token_dtype(self.vocab_size))
-        told = {"messages": messages, "turns": [list(place) for place in places], "where": _name(record.where)}
-        return [Sample({"npy": tokens, "json": told}, len(tokens))]
+        values = {"messages": messages, "turns": [list(span) for span in spans], "where": _name(record.where)}
+        return [Sample({"npy": tokens, "json": values}, len(tokens))]
 
 
 class TokenEncoder:
@@ -204,8 +204,8 @@ class GridEncoder:
     def __call__(self, record: Record) -> list[Sample]:
         grids = [*record.value["context"], record.value["target"]]
         tokens = sum(len(grid) * (len(grid[0]) + 1) + 1 for grid in grids)
-        told = {"context": grids[:-1], "target": grids[-1], "where": _name(record.where)}
-        return [Sample({"json": told}, tokens)]
+        values = {"context": grids[:-1], "target": grids[-1], "where": _name(record.where)}
+        return [Sample({"json": values}, tokens)]
 
     def save(self, folder: Path) -> bool:
         return False

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from jepa_scale.data.grids import rules as grid_rules
 from jepa_scale.data.prepare.base import BadRecord, PrepareOptions, Record
+from jepa_scale.data.prepare.folders import data_folders
 from jepa_scale.data.prepare.formats.grids import pair, windows
 from jepa_scale.data.prepare.formats.source import Items, Part, Source, identify_files, identity
 from jepa_scale.data.prepare.formats.table import read_json
-from jepa_scale.data.prepare.places import data_places
 from jepa_scale.utils.errors import InputError
 
 FRAMES = 6
@@ -51,7 +51,7 @@ def arc(options: PrepareOptions) -> Source:
     Raises:
         InputError: the folder of task files is missing.
     """
-    folders = [place / "arc" / "training" for place in data_places()]
+    folders = [folder / "arc" / "training" for folder in data_folders()]
     for folder in folders:
         files = tuple(sorted(folder.glob("*.json")))
         if files:

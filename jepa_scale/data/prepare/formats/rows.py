@@ -63,7 +63,7 @@ class Schema:
         return Record(where, text) if text.strip() else BadRecord(where, "empty document")
 
     def _conversation(self, where: str, row: Mapping[str, Any]) -> Record | BadRecord:
-        said = {}
+        texts = {}
         for role in ("system", "input", "more", "output"):
             value = row.get(self.columns.get(role, ""))
             if value is None:
@@ -72,11 +72,11 @@ class Schema:
             fault = _text_fault(value)
             if fault:
                 return BadRecord(where, fault, f"field {self.columns[role]!r}")
-            said[role] = value
-        asked = "\n\n".join(x for x in (said["input"], said.get("more", "")) if x.strip())
-        messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": said["output"]}]
-        if said.get("system", "").strip():
-            messages.insert(0, {"role": "system", "content": said["system"]})
+            texts[role] = value
+        question = "\n\n".join(x for x in (texts["input"], texts.get("more", "")) if x.strip())
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": texts["output"]}]
+        if texts.get("system", "").strip():
+            messages.insert(0, {"role": "system", "content": texts["system"]})
         return Record(where, {"messages": messages})
 
 
@@ -149,22 +149,22 @@ def match(row: Mapping[str, Any], options: PrepareOptions) -> Schema | None:
     def allowed(kind: str) -> bool:
         return options.kind in ("auto", kind)
 
-    asked, answer = column("input", INPUT), column("output", OUTPUT)
+    question, answer = column("input", INPUT), column("output", OUTPUT)
     if allowed("grids"):
         if not primary and looks_like_grids(row.get("frames")):
             return Schema("grids", "frames", {"frames": "frames"})
         if not primary and looks_like_grids(row.get("context")) and looks_like_grid(row.get("target")):
             return Schema("grids", "context", {"context": "context", "target": "target"})
-        if asked and answer and looks_like_grid(row[asked]) and looks_like_grid(row[answer]):
-            return Schema("grids", "grids", {"input": asked, "output": answer})
+        if question and answer and looks_like_grid(row[question]) and looks_like_grid(row[answer]):
+            return Schema("grids", "grids", {"input": question, "output": answer})
     if allowed("chat"):
         messages = column("messages", MESSAGES)
         if messages:
             return Schema("chat", "messages", {"messages": messages})
-        if asked and answer:
-            columns = {"input": asked, "output": answer}
+        if question and answer:
+            columns = {"input": question, "output": answer}
             columns["system"] = named.get("system") or next((name for name in SYSTEM if name in row), SYSTEM[0])
-            if "input" not in named and asked in ("input", "instruction") and "instruction" in row:
+            if "input" not in named and question in ("input", "instruction") and "instruction" in row:
                 columns |= {"input": "instruction", "more": "input"}  # Alpaca's form: a task and its input
             return Schema("chat", "pair", columns)
     text = column("text", TEXT)

@@ -8,7 +8,7 @@ from pathlib import Path
 from jepa_scale.data.shards.cache import cache_dir
 
 
-def data_places() -> list[Path]:
+def data_folders() -> list[Path]:
     """Return the data folders in order of search: ``$JEPA_SCALE_DATA`` if it is set, then the cache."""
     data = os.environ.get("JEPA_SCALE_DATA")
     return [*([Path(data).expanduser()] if data else []), cache_dir()]
