@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -14,8 +13,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from jepa_scale.checkpoint import Manifest, complete, store
-from jepa_scale.checkpoint.manifest import FILE, TENSORS
+from jepa_scale.checkpoint import find, store
+from jepa_scale.checkpoint.manifest import TENSORS
 from jepa_scale.checkpoint.shard_view import ShardView
 from jepa_scale.config.loading import load_config
 from jepa_scale.convert.from_hf import state_tensors
@@ -35,8 +34,6 @@ from jepa_scale.objectives.base import JepaModel
 from jepa_scale.objectives.tasks import Task
 from jepa_scale.telemetry.records import config_of
 from jepa_scale.utils.errors import InputError
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -224,7 +221,9 @@ def load(run_dir: str | Path, checkpoint: str | Path = "auto", device: str | tor
     file = config_of(run)
     where = _device(device)
     experiment = validate(load_config(file.absolute()))
-    found = find_checkpoint(run, checkpoint, experiment.checkpoint.verify)
+    found = find(run, checkpoint, experiment.checkpoint.verify, alone=True)
+    if found is None:
+        raise InputError(f"{run}: has no checkpoint; give another run, or a checkpoint's path")
     data: Any = open_data(experiment.data)
     with torch.random.fork_rng(devices=[]):  # the checkpoint replaces these weights
         backbone = build_backbone(experiment.model, data.vocab_size)
@@ -245,26 +244,6 @@ def _device(name: str | torch.device) -> torch.device:
     if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
         raise InputError(f"device {name!r}: there are {torch.cuda.device_count()} CUDA devices; use another, or cpu")
     return device
-
-
-def find_checkpoint(run: Path, which: str | Path, hashes: bool) -> Path:
-    """Return a checkpoint of a run whose files are undamaged; ``which="auto"`` passes over damaged ones.
-
-    Raises:
-        InputError: there is none, or the one that was asked for is damaged.
-    """
-    directory = run / "checkpoints"
-    if str(which) != "auto":
-        path = directory / which if (directory / which / FILE).is_file() else Path(which).expanduser()
-        if damage := Manifest.read(path).damage(path, hashes=hashes):
-            raise InputError(f"{damage[0]}; give another checkpoint, or auto")
-        return path
-    for found in reversed(complete(directory)):
-        damage = found.manifest.damage(found.path, hashes=hashes)
-        if not damage:
-            return found.path
-        logger.warning(f"{damage[0]}; {found.path.name} is passed over")
-    raise InputError(f"{directory}: holds no complete, undamaged checkpoint; give another run")
 
 
 def open_data(options: SourceOptions) -> Dataset:

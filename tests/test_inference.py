@@ -255,9 +255,9 @@ def test_damaged_checkpoints_and_folders_that_are_no_run(folder, tmp_path, capsy
     with pytest.raises(InputError, match="its checksum is wrong"):
         jepa_scale.load(tmp_path / "run", new)
     shutil.rmtree(old)
-    with pytest.raises(InputError, match="holds no complete, undamaged checkpoint"):
+    with pytest.raises(InputError, match="all 1 checkpoints are damaged"):
         jepa_scale.load(tmp_path / "run")
-    with pytest.raises(InputError, match="not a complete checkpoint"):
+    with pytest.raises(InputError, match="no checkpoint at step_00000001"):
         jepa_scale.load(tmp_path / "run", "step_00000001")
 
 

@@ -13,7 +13,7 @@ import torch
 from jepa_scale.checkpoint import store
 from jepa_scale.checkpoint.generators import set_rng_state
 from jepa_scale.checkpoint.manifest import FILE, TENSORS, Manifest
-from jepa_scale.checkpoint.retention import NAME
+from jepa_scale.checkpoint.retention import checkpoint_folders
 from jepa_scale.checkpoint.shard_view import Checkpointable, state_of
 from jepa_scale.distributed.comm import all_ranks_objects, rank, world_size
 from jepa_scale.utils.errors import InputError
@@ -21,57 +21,60 @@ from jepa_scale.utils.errors import InputError
 logger = logging.getLogger(__name__)
 
 
-def verify(path: Path, hashes: bool = True) -> list[str]:
-    """Return a checkpoint's defects, one line each. Collective: the ranks, if there are several, share the files.
+def verify(path: Path, hashes: bool = True, alone: bool = False) -> list[str]:
+    """Return a checkpoint's defects, one line each. Collective unless ``alone``: the ranks share the files.
 
     Args:
         hashes: whether to read all files and compare their hashes; otherwise only sizes are compared.
+        alone: verify all files in this process.
     """
     try:
         manifest = Manifest.read(path)
     except InputError as error:
         return [str(error)]
+    if alone:
+        return manifest.damage(path, hashes=hashes)
     found = manifest.damage(path, rank(), world_size(), hashes)
     return [line for lines in all_ranks_objects(found) for line in lines]
 
 
-def find(run_dir: Path, which: str | Path, hashes: bool = True) -> Path | None:
-    """Return the checkpoint to which ``--resume`` refers, verified. Collective.
+def find(run_dir: Path, which: str | Path, hashes: bool = True, alone: bool = False) -> Path | None:
+    """Return a checkpoint of a run, verified by :func:`verify`. Collective unless ``alone``.
 
     Args:
-        which: ``"auto"`` for the run's newest undamaged checkpoint (None if the run has no checkpoints), or the path of a
-            checkpoint, a folder of checkpoints or a run directory.
+        which: ``"auto"`` for the run's newest undamaged checkpoint (None if the run has no checkpoints), the name of one of
+            its checkpoints, or the path of a checkpoint, a folder of checkpoints or a run directory.
 
     Raises:
         InputError: there is no checkpoint at that path, or all checkpoints there are damaged.
     """
+    directory = run_dir / "checkpoints"
     if str(which) == "auto":
-        return _newest_whole(run_dir / "checkpoints", hashes)
-    path = Path(which)
+        return _newest_undamaged(directory, hashes, alone)
+    path = directory / which if (directory / which / FILE).is_file() else Path(which).expanduser()
     if (path / FILE).is_file():
-        if wrong := verify(path, hashes):
-            raise InputError(f"--resume: {wrong[0]} ({len(wrong)} in all); give another checkpoint, or auto")
+        if wrong := verify(path, hashes, alone):
+            raise InputError(f"{wrong[0]} ({len(wrong)} in all); give another checkpoint, or auto")
         return path
-    found = _newest_whole(path, hashes) or _newest_whole(path / "checkpoints", hashes)
+    found = _newest_undamaged(path, hashes, alone) or _newest_undamaged(path / "checkpoints", hashes, alone)
     if found is None:
-        raise InputError(f"--resume: no checkpoint at {path}; give a folder step_…, a run directory, or auto")
+        raise InputError(f"no checkpoint at {path}; give a folder step_…, a run directory, or auto")
     return found
 
 
-def _newest_whole(directory: Path, hashes: bool) -> Path | None:
+def _newest_undamaged(directory: Path, hashes: bool, alone: bool) -> Path | None:
     """Return the newest undamaged checkpoint in a folder, or None if it has no checkpoints.
 
     Raises:
         InputError: there are checkpoints, but all are damaged. A fresh start would overwrite them.
     """
-    named = (path for path in directory.glob("step_*") if NAME.fullmatch(path.name))
     damaged = []
-    for path in sorted(named, key=lambda path: int(path.name.partition("_")[2]), reverse=True):
-        wrong = verify(path, hashes)
+    for path in reversed(checkpoint_folders(directory)):
+        wrong = verify(path, hashes, alone)
         if not wrong:
             return path
         damaged.append(path)
-        if rank() == 0:
+        if alone or rank() == 0:
             logger.warning(f"{path} is damaged and left out: {wrong[0]}")
     if damaged:
         raise InputError(f"{directory}: all {len(damaged)} checkpoints are damaged; restore one, or remove the folder")

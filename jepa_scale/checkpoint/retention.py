@@ -14,6 +14,17 @@ from jepa_scale.utils.errors import InputError
 NAME = re.compile(r"step_(\d{8,})")
 
 
+def folder_name(step: int) -> str:
+    """Return the name of the folder of the checkpoint of ``step``, which :data:`NAME` matches."""
+    return f"step_{step:08d}"
+
+
+def checkpoint_folders(directory: Path) -> list[Path]:
+    """Return the folders in ``directory`` with a checkpoint's name, oldest step first, whether they are complete or not."""
+    named = (path for path in directory.glob("step_*") if NAME.fullmatch(path.name))
+    return sorted(named, key=lambda path: int(path.name.partition("_")[2]))
+
+
 @dataclass(frozen=True, slots=True)
 class CheckpointInfo:
     """A checkpoint that has a readable manifest."""
@@ -29,8 +40,8 @@ class CheckpointInfo:
 def complete(directory: Path) -> list[CheckpointInfo]:
     """Return the complete checkpoints of a folder, oldest step first. Only manifests are read, no other files."""
     found = []
-    for path in directory.glob("step_*"):
-        if NAME.fullmatch(path.name) and (path / FILE).is_file():
+    for path in checkpoint_folders(directory):
+        if (path / FILE).is_file():
             try:
                 found.append(CheckpointInfo(path, Manifest.read(path)))
             except InputError:

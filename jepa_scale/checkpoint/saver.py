@@ -25,7 +25,7 @@ import torch.distributed as dist
 from jepa_scale.checkpoint import store
 from jepa_scale.checkpoint.generators import rng_state
 from jepa_scale.checkpoint.manifest import TENSORS, Manifest, describe
-from jepa_scale.checkpoint.retention import Policy, prune, sweep
+from jepa_scale.checkpoint.retention import Policy, folder_name, prune, sweep
 from jepa_scale.checkpoint.shard_view import Checkpointable, ShardView, state_of
 from jepa_scale.distributed.comm import barrier, rank, world_size
 from jepa_scale.utils.io import sync_folder, write_atomic
@@ -166,7 +166,7 @@ class Saver:
             for pause in (*RETRY_DELAYS, None):
                 problem = self._agree(self._try(job))
                 if not problem:
-                    job.report.path = self.directory / f"step_{job.manifest.step:08d}"
+                    job.report.path = self.directory / folder_name(job.manifest.step)
                     break
                 job.report.problem = problem
                 if pause is not None:
@@ -182,7 +182,7 @@ class Saver:
 
         All ranks run through the same collectives, whatever fails on one of them.
         """
-        final = self.directory / f"step_{job.manifest.step:08d}"
+        final = self.directory / folder_name(job.manifest.step)
         partial = final.with_name(f"{final.name}.partial")
         problem = ""
         if rank() == 0:

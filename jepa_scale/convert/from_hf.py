@@ -17,6 +17,7 @@ from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, PreTrainedMo
 from jepa_scale.checkpoint import store
 from jepa_scale.checkpoint.generators import rng_state
 from jepa_scale.checkpoint.manifest import TENSORS, Manifest
+from jepa_scale.checkpoint.retention import folder_name
 from jepa_scale.checkpoint.shard_view import ShardView
 from jepa_scale.config.schema import OptimConfig
 from jepa_scale.convert.plan import HEADS_FILE, MODEL
@@ -182,7 +183,7 @@ def write_checkpoint(
         directory: the run's ``checkpoints``. state: of the run at its start. optim: determines which moments there are.
         config: of the run, resolved; the manifest keeps it.
     """
-    final = directory / "step_00000000"
+    final = directory / folder_name(0)
     partial = final.with_name(f"{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +20,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from jepa_scale import __version__
-from jepa_scale.checkpoint import store
+from jepa_scale.checkpoint import find, store
 from jepa_scale.checkpoint.manifest import FILE, TENSORS, Manifest
-from jepa_scale.checkpoint.retention import complete
 from jepa_scale.config.loading import load_config
 from jepa_scale.config.parsing import parse_section
 from jepa_scale.config.schema import Config
@@ -42,8 +40,6 @@ from jepa_scale.telemetry.records import config_of, read_rows, read_summary, sum
 from jepa_scale.utils.errors import InputError
 from jepa_scale.utils.lock import JOB_LOCK, locked
 from jepa_scale.utils.splits import TRAIN, split_key
-
-logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INDEX_FILE = "model.safetensors.index.json"
@@ -100,7 +96,8 @@ def export(run: Path, out: Path, options: ExportOptions = ExportOptions()) -> Ex
     model_options = parse_section(ModelOptions, config.model, "model")
     if options.adapter:
         check_adapter(model_options)
-    checkpoint, manifest = find_checkpoint(run, options, begun, out)
+    checkpoint = _chosen(run, options, begun, out)
+    manifest = Manifest.read(checkpoint)
 
     shapes = store.shapes(checkpoint / TENSORS)
     try:
@@ -145,32 +142,24 @@ def export(run: Path, out: Path, options: ExportOptions = ExportOptions()) -> Ex
     )
 
 
-def find_checkpoint(run: Path, options: ExportOptions, begun: Journal | None, out: Path) -> tuple[Path, Manifest]:
-    """Return the checkpoint to convert; its files are undamaged.
+def _chosen(run: Path, options: ExportOptions, begun: Journal | None, out: Path) -> Path:
+    """Return the undamaged checkpoint to convert: for ``auto`` the one that ``out`` was begun with, else the newest.
 
     Raises:
-        InputError: there is none, or the one that was asked for is damaged.
+        InputError: there is none, or it is damaged.
     """
-    directory = run / "checkpoints"
-    asked = options.checkpoint
+    asked: str | Path = options.checkpoint
     if asked == "auto" and begun is not None:
-        asked = begun.checkpoint
-        if not (directory / asked).is_dir():
+        asked = run / "checkpoints" / begun.checkpoint
+        if not asked.is_dir():
             raise InputError(
-                f"{out}: is a conversion of {asked}, which {run} no longer has; choose another folder, or remove this one"
+                f"{out}: is a conversion of {begun.checkpoint}, which {run} no longer has; choose another folder, or remove "
+                "this one"
             )
-    if asked != "auto":
-        path = directory / asked if (directory / asked / FILE).is_file() else Path(asked)
-        manifest = Manifest.read(path)
-        if damage := manifest.damage(path, hashes=options.verify):
-            raise InputError(f"{damage[0]}; convert another checkpoint with --checkpoint")
-        return path, manifest
-    for found in reversed(complete(directory)):
-        damage = found.manifest.damage(found.path, hashes=options.verify)
-        if not damage:
-            return found.path, found.manifest
-        logger.warning(f"{damage[0]}; {found.path.name} is passed over")
-    raise InputError(f"{directory}: holds no whole checkpoint to convert")
+    found = find(run, asked, options.verify, alone=True)
+    if found is None:
+        raise InputError(f"{run}: has no checkpoint to convert; choose another run")
+    return found
 
 
 def _write_tensors(

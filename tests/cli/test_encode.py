@@ -98,7 +98,7 @@ def test_what_cannot_be_encoded_is_named_by_its_line(run, tmp_path, capsys, name
         ({"--out": "rows.txt"}, "--out rows.txt: must end with .npy"),
         ({"--out": "nowhere/rows.npy"}, "there is no folder nowhere"),
         ({"run": "nowhere"}, "nowhere: not a run directory"),
-        ({"--checkpoint": "nowhere"}, "nowhere/manifest.json: not a complete checkpoint"),
+        ({"--checkpoint": "nowhere"}, "no checkpoint at nowhere; give a folder"),
         ({"--device": "abacus"}, "device 'abacus': "),
         ({"--device": "cuda:99"}, "device 'cuda:99': there are"),
         ({"--batch-tokens": "0"}, "batch_tokens: must be at least 1"),

@@ -226,10 +226,10 @@ def test_newest_whole_checkpoint_is_taken_and_a_damaged_one_named(tmp_path, capl
     made = export(tmp_path / "run", tmp_path / "out", QUIET)
     assert made.checkpoint.name == "step_00000010"
     ours = [record.getMessage() for record in caplog.records if record.name.startswith("jepa_scale")]
-    assert ours == [f"{broken}: its checksum is wrong; step_00000020 is passed over"]
+    assert ours == [f"{broken.parents[1]} is damaged and left out: {broken}: its checksum is wrong"]
     norm = load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"]
     assert torch.equal(norm, tensors["model/backbone.decoder.model.norm.weight"] + 1.0)
-    with pytest.raises(InputError, match="checksum is wrong; convert another checkpoint"):
+    with pytest.raises(InputError, match=r"checksum is wrong \(1 in all\); give another checkpoint"):
         export(tmp_path / "run", tmp_path / "o2", ExportOptions(checkpoint="step_00000020", progress=False))
     path = str(tmp_path / "run" / "checkpoints" / "step_00000003")
     export(tmp_path / "run", tmp_path / "o3", ExportOptions(checkpoint=path, progress=False))

@@ -59,9 +59,9 @@ class _DeepSpeedEMA(ShardedEMA):
         return self._sources
 
     def sharded_state(self) -> dict[str, ShardView]:
-        boxes = {name: ShardView.whole(buffer) for name, buffer in persistent_buffers(self.module)}
-        boxes |= {name: ShardView.whole(parameter.detach()) for name, parameter in self._constant.items()}
-        return boxes | {name: ShardView.of_range(*part) for name, part in self._parts.items()}
+        views = {name: ShardView.whole(buffer) for name, buffer in persistent_buffers(self.module)}
+        views |= {name: ShardView.whole(parameter.detach()) for name, parameter in self._constant.items()}
+        return views | {name: ShardView.of_range(*part) for name, part in self._parts.items()}
 
 
 class ReplicatedEMA(_DeepSpeedEMA):
