@@ -42,8 +42,8 @@ def adapter_plan(
     """Plan one file with A and B of each adapted layer, and the new rows of the embedding.
 
     Args:
-        model: the model without adapters, on the meta device. sources: of its tensors, by name. shapes: of the checkpoint's
-            tensors.
+        model: the model without adapters, on the meta device. sources: source of each of its tensors, by name.
+        shapes: shape and dtype of each tensor of the checkpoint.
     """
     units = []
     for name in model.state_dict():
@@ -69,8 +69,8 @@ def _unit(name: str, theirs: str, shapes: Shapes, dtype: torch.dtype) -> Unit:
 
 
 def adapter_config(model: PreTrainedModel, options: ModelOptions, sources: Mapping[str, Source], shapes: Shapes) -> str:
-    """Return the text of ``adapter_config.json``. ``options`` is the run's ``model:``; the others are as in
-    :func:`adapter_plan`.
+    """Return the text of ``adapter_config.json``. ``options`` is the run's section ``model:``; the other arguments
+    are those of :func:`adapter_plan`.
 
     Raises:
         InputError: peft cannot represent new rows of this LM head.

@@ -21,13 +21,14 @@ class Card:
     """Content of the model card.
 
     Attributes:
-        name: of the run. class_name: the model's class, of transformers or of the exported code.
+        name: name of the run. class_name: the model's class, in transformers or in the exported code.
         own_code: whether the exported code is needed.
-        dtype: of the weights, e.g. ``bfloat16``. parameters: number of parameters.
+        dtype: dtype of the weights, e.g. ``bfloat16``. parameters: number of parameters.
         tokenizer: whether the folder has a tokenizer. chat: whether the tokenizer has a chat template.
         heads: name of the file with the objective's own parameters, empty if there is none.
-        adapter: whether only adapters were exported. rows: embedding rows of the model that they are for.
-        metrics: split → metric → value. config: the run's, resolved. checkpoint: the converted one. made_by: versions.
+        adapter: whether only adapters were exported. rows: number of embedding rows of their base model.
+        metrics: split → metric → value. config: the run's resolved config. checkpoint: manifest of the converted
+            checkpoint. made_by: versions of the packages.
     """
 
     name: str

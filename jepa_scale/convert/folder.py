@@ -24,10 +24,10 @@ class Journal:
     """``conversion.json``: source and options of a conversion, and its finished files.
 
     Attributes:
-        made_by: versions, e.g. ``jepa_scale 0.1.0, transformers 5.23.0``.
-        checkpoint: name of the checkpoint's folder. step: of the checkpoint.
+        made_by: versions of the packages, e.g. ``jepa_scale 0.1.0, transformers 5.23.0``.
+        checkpoint: name of the checkpoint's folder. step: its step.
         plan: SHA-256 of everything that the tensor files' bytes depend on.
-        options: of the command, for human readers.
+        options: options of the command, for the reader only.
         complete: whether all files are finished.
         files: name → ``bytes`` and ``sha256`` of each finished file.
     """

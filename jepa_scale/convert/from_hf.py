@@ -62,11 +62,11 @@ def load_decoder(decoder: PreTrainedModel, folder: Path) -> None:
     """Give a decoder the weights of a folder, in place and in the decoder's own dtype.
 
     Args:
-        decoder: of the run, on the CPU. The native one takes a ``LlamaForCausalLM`` as well, if its options are Llama's.
-        folder: made by ``save_pretrained``, or by :func:`jepa_scale.convert.to_hf.export`.
+        decoder: the run's decoder, on the CPU. The native one takes a ``LlamaForCausalLM`` as well, if its options are Llama's.
+        folder: folder made by ``save_pretrained``, or by :func:`jepa_scale.convert.to_hf.export`.
 
     Raises:
-        InputError: it is of another architecture, or its tensors' names or shapes differ; names the first one.
+        InputError: the architecture, or a tensor's name or shape differs; the message names the first one.
     """
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: not a Hugging Face model (no config.json)")
@@ -110,8 +110,8 @@ def _compare(decoder: PreTrainedModel, folder: Path) -> None:
         ours = llama_config(ours)
         if ours is None:
             raise InputError(
-                f"{folder}: is a Llama, which has neither logit_scale nor a bias in its head nor PoPE nor a norm of its "
-                "embedding nor a bridge; set model.tie_word_embeddings, model.output_bias and model.embedding_norm to false, "
+                f"{folder}: is a Llama, which has no logit_scale, bias in the head, PoPE, norm of the embedding or bridge; "
+                "set model.tie_word_embeddings, model.output_bias and model.embedding_norm to false, "
                 "model.position_embedding to rope and model.bridge_after to null"
             )
     assert ours is not None
@@ -122,7 +122,7 @@ def _compare(decoder: PreTrainedModel, folder: Path) -> None:
         if key not in _OTHER and "drop" not in key and theirs.get(key) != wanted.get(key):
             raise InputError(
                 f"{folder}: config.json has {key}={theirs.get(key)!r}, the config's model {wanted.get(key)!r}; "
-                "make the section model: agree"
+                "change the section model: to match"
             )
 
 
@@ -180,8 +180,8 @@ def write_checkpoint(
     The teacher starts as a copy of the module.
 
     Args:
-        directory: the run's ``checkpoints``. state: of the run at its start. optim: determines which moments there are.
-        config: of the run, resolved; the manifest keeps it.
+        directory: the run's folder ``checkpoints``. state: the run's initial state. optim: determines the moments.
+        config: the run's resolved config, which the manifest keeps.
     """
     final = directory / folder_name(0)
     partial = final.with_name(f"{final.name}.partial")

@@ -23,8 +23,8 @@ class Source:
 
     Attributes:
         base: name in the checkpoint of the tensor without adapter and new rows.
-        shape, dtype: of the result; fp32 where an adapter is added.
-        nbytes: of all tensors that are read.
+        shape, dtype: shape and dtype of the result; fp32 where an adapter is added.
+        nbytes: size of all tensors that are read.
         new: name of the rows appended to ``base``, empty if there are none.
         adapter: names of A, (r, inputs), and B, (outputs, r); empty if there are none.
         scale: factor of B·A.
@@ -64,7 +64,7 @@ def plain_sources(shapes: Shapes, prefix: str, lora: LoraOptions | None) -> dict
     """Return the source of each tensor of the plain model, by the tensor's name there.
 
     Args:
-        shapes: of the checkpoint's tensors. prefix: of the names to use; other tensors are left out.
+        shapes: shape and dtype of each tensor of the checkpoint. prefix: prefix of the names to use; others are left out.
 
     Raises:
         InputError: only one of checkpoint and config has adapters, or their adapters differ.

@@ -30,9 +30,9 @@ class Unit:
         source: name in the checkpoint that the tensor has without adapters. nbytes: bytes to read for it.
         entries: tensors of the file. Most often there is one. transformers stores the experts of a mixture in one tensor in
             memory, but separately in files.
-        made_of: tensors of the checkpoint that are merged; None = the one named ``source``, unchanged.
-        transposed: whether its layer stores it as (inputs, outputs).
-        foreign: whether it is no tensor of the plain model, but an objective's or an adapter's; it is written unchanged.
+        made_of: tensors of the checkpoint to merge; None = the tensor ``source``, unchanged.
+        transposed: whether the layer stores the tensor as (inputs, outputs).
+        foreign: whether the tensor belongs to an objective or an adapter and not to the plain model; it is written unchanged.
     """
 
     source: str
@@ -102,11 +102,11 @@ def make_plan(
     """Distribute the checkpoint's tensors over files.
 
     Args:
-        model: on the meta device; its state dict gives the order.
-        sources: of the model's tensors, by :data:`MODEL` and their names in the root module.
-        shapes: of all the checkpoint's tensors.
-        dtype: of floating-point tensors in the files; the heads keep theirs.
-        shard_bytes: most tensor bytes of a file, except for a single larger tensor.
+        model: the model on the meta device; its state dict gives the order.
+        sources: source of each of its tensors, by :data:`MODEL` and the name in the root module.
+        shapes: shape and dtype of every tensor of the checkpoint.
+        dtype: dtype of floating-point tensors in the files; the heads keep theirs.
+        shard_bytes: largest number of tensor bytes in a file, except for a single larger tensor.
         heads: whether to export the objective's own tensors.
     """
     order = [name for name in model.state_dict() if MODEL + PREFIX + name in sources]

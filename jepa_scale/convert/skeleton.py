@@ -37,8 +37,8 @@ class Skeleton:
     """Exported model on the meta device.
 
     Attributes:
-        model: on the meta device, of the class that the exported files name.
-        code: text of the source files that the export needs, by name.
+        model: the model on the meta device, of the class that the exported files name.
+        code: source files that the export needs: name → text.
     """
 
     model: PreTrainedModel
@@ -91,8 +91,8 @@ def make_skeleton(options: ModelOptions, shapes: Mapping[str, tuple[int, ...]]) 
     """Build the exported model of a run.
 
     Args:
-        options: the run's ``model:``. shapes: of the checkpoint's tensors, by their names in the root module. They give the
-            vocabulary size, so the data are not needed.
+        options: the run's section ``model:``. shapes: shapes of the checkpoint's tensors, by name in the root module. They
+            give the vocabulary size, so the data are not needed.
 
     Raises:
         InputError: the checkpoint is of another model.
@@ -170,9 +170,9 @@ def _check(model: PreTrainedModel, there: Mapping[str, tuple[int, ...]]) -> None
 
 
 def llama_config(config: JepaDecoderConfig) -> LlamaConfig | None:
-    """Return the config of a Llama that is equal to the native decoder, or None if there is none: with tied weights, which
-    come with ``logit_scale``, a bias in the head, PoPE, a norm of the embedding, or a bridge. Dropout and DropPath only affect
-    training."""
+    """Return the config of a Llama that computes the same as the native decoder, or None if a Llama cannot: with tied weights
+    (which have ``logit_scale``), a bias in the head, PoPE, a norm of the embedding, or a bridge. Dropout and DropPath are
+    ignored, because they only affect training."""
     own = config.position_embedding != "rope" or config.embedding_norm or config.bridge_after is not None
     if config.tie_word_embeddings or config.output_bias or own:
         return None

@@ -47,12 +47,12 @@ INDEX_FILE = "model.safetensors.index.json"
 
 @dataclass(frozen=True, slots=True)
 class ExportOptions:
-    """Attributes:
-    checkpoint: path or name of one; ``auto`` = the one that the folder was begun with, else the newest complete one.
-    dtype: of the weights. shard_bytes: of a file, at most.
+    """Options of an export: ``checkpoint`` is a path or name, or ``auto`` for that of the resumed export, else the newest.
+
+    dtype, shard_bytes: dtype of the weights, and largest number of tensor bytes in a file.
     heads: write the objective's own parameters, too.
-    adapter: of a LoRA run, write the adapters alone, as peft loads them, not the merged model.
-    tokenizer: folder of it; None = the data's, ``"none"`` = none.
+    adapter: write the adapters of a LoRA run alone, in peft's format, instead of the merged model.
+    tokenizer: folder of the tokenizer; None = the data's, ``"none"`` = no tokenizer.
     verify: compare the checkpoint's checksums first. progress: show a bar.
     """
 
@@ -71,10 +71,9 @@ class Exported:
     """The result of a conversion.
 
     Attributes:
-        checkpoint: the one converted. class_name: of the model, or of the adapters' base model. files: how many hold
-            tensors. nbytes: of all tensors.
-        kept: complete files of an earlier, killed conversion. heads: whether there is a file of the objective's own
-            parameters.
+        checkpoint: the converted checkpoint. class_name: class of the model, or of the adapters' base model.
+        files: number of files with tensors. nbytes: size of all tensors.
+        kept: number of files kept from a killed conversion. heads: whether there is a file of the objective's parameters.
     """
 
     checkpoint: Path
@@ -116,7 +115,7 @@ def export(run: Path, out: Path, options: ExportOptions = ExportOptions()) -> Ex
     if tokenizer.size > skeleton.vocab_size:
         raise InputError(
             f"the tokenizer has {tokenizer.size:,} ids, the model's embedding {skeleton.vocab_size:,} rows; "
-            "name the one that it was trained with by --tokenizer"
+            "give the tokenizer that the model was trained with by --tokenizer"
         )
     if options.adapter:
         small: dict[str, str | bytes] = dict(tokenizer.files)

@@ -16,9 +16,9 @@ from jepa_scale.utils.errors import InputError
 
 @dataclass(frozen=True, slots=True)
 class Tokenizer:
-    """Attributes:
-    files: as ``save_pretrained`` writes them, by their path; empty if the data have no tokenizer.
-    special: ``eos``, ``pad``, ``bos``, and ``end`` of an answer in a chat, as far as they exist.
+    """Files of a tokenizer, as ``save_pretrained`` writes them, by path; empty if the data have no tokenizer.
+
+    special: ids of ``eos``, ``pad``, ``bos``, and ``end`` (of an answer in a chat), as far as they exist.
     size: number of ids, 0 if the data have no tokenizer. chat: whether it has a chat template.
     """
 

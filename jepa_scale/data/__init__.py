@@ -10,7 +10,7 @@ def load_data(options: SourceOptions) -> Dataset:
     """Open the data set that ``data:`` describes.
 
     Raises:
-        InputError: naming the key, file or row.
+        InputError: the data cannot be opened; the message names the key, file or row.
     """
     # a source is imported when it is read: to check its keys takes neither numpy nor webdataset
     if isinstance(options, ReversalOptions):

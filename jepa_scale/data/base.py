@@ -26,18 +26,19 @@ class DataOptions(Section):
     evaluation: ClassVar[Evaluation] = "answers"
     """How splits are evaluated: ``answers`` (they hold questions), ``perplexity`` or ``chat``."""
 
-    source: str = Field(description="Which source.")
+    source: str = Field(description="Source of the data, which determines the other keys.")
     workers: int = Field(0, ge=0, description="Loader worker processes a rank; 0 = in the training process.")
     on_error: Literal["stop", "skip"] = Field(
-        "stop", description="A damaged sample: stop with its name, or leave it out, count it and go on."
+        "stop",
+        description="Treatment of a damaged sample: stop = end with an error that names it; skip = omit and count it.",
     )
     accept_changes: bool = Field(
-        False, description="Resume although the data are not what the checkpoint was trained on."
+        False, description="Allow resuming with other data than the checkpoint was trained on."
     )
 
 
 class Examples(Protocol):
-    """Examples by number, and how long they are."""
+    """Sequence of examples, with the token count of each."""
 
     def __len__(self) -> int: ...
 
@@ -63,8 +64,8 @@ class Examples(Protocol):
 class Dataset(Protocol):
     """Examples to train on and splits to evaluate.
 
-    The type of an example depends on the source (see each source); an objective's view maker turns an example into
-    segments. Evaluation splits are never trained on, except samples of the training data, marked by their names
+    The type of an example depends on the source (see each source); an objective's view transform turns an example
+    into segments. Evaluation splits are never trained on, except samples of the training data, marked by their names
     (``train``).
     """
 

@@ -18,24 +18,29 @@ GENERATOR_KEYS = {"entities_a", "comb", "relations", "seed"}
 class ReversalOptions(DataOptions):
     """Keys of ``data:`` with ``source: reversal``."""
 
-    source: Literal["reversal"] = Field("reversal", description="Facts and their reverses (GPT2WithJEPA).")
-    entities_a: int = Field(50_000, description="Entities seen in both directions; B has 0.6 times as many.")
-    comb: int = Field(10, description="Entities that share a first (and a last) name.")
-    relations: int = Field(6, description="Relations, each with an inverse.")
+    source: Literal["reversal"] = Field("reversal", description="Facts and their reverses, as in GPT2WithJEPA.")
+    entities_a: int = Field(
+        50_000, description="Entities with facts in both directions; 0.6 times as many have one only."
+    )
+    comb: int = Field(10, description="Number of entities that share each first name, and each last name.")
+    relations: int = Field(6, description="Number of relations, each with an inverse.")
     seed: int = Field(0, ge=0, description="Seed of the generated facts.")
-    atomic_repeats: int = Field(1, ge=1, description="Times an epoch that a fact known in one direction only is met.")
+    atomic_repeats: int = Field(1, ge=1, description="Times per epoch that a fact given in one direction only is seen.")
     order: Literal["shuffled", "by_name"] = Field(
-        "shuffled", description="by_name: facts whose entities share a name token come together, as hard negatives."
+        "shuffled", description="by_name = facts whose entities share a name token are neighbours, as hard negatives."
     )
     path: str | None = Field(
-        None, description="Folder of train.json, valid.json, vocab.json, or their prepared shards, read instead."
+        None,
+        description="Folder of train.json, valid.json, vocab.json, or their prepared shards; null = generate facts.",
     )
     first_relation_token_id: int | None = Field(
-        None, ge=0, description="With path: finds inverses by parity from this id, whatever vocab.json names."
+        None,
+        ge=0,
+        description="With path: first relation id, from which inverses are paired by parity; null = by name.",
     )
 
     def resolved(self) -> dict[str, Any]:
-        """Without the generator's keys when the facts are read from files."""
+        """Return the keys of this section, without the generator's if the facts are read from files."""
         values = super().resolved()
         return values if self.path is None else {k: v for k, v in values.items() if k not in GENERATOR_KEYS}
 
@@ -48,32 +53,34 @@ class ShardOptions(RecordOptions, DataOptions):
     path: str | list[str] = Field(
         description="Alias, file, folder, glob or Hugging Face name; or prepared shards: folder, pattern, URL."
     )
-    max_length: int = Field(512, ge=1, description="Tokens in a sample, at most (its last one is only predicted).")
+    max_length: int = Field(512, ge=1, description="Most input tokens of a sample; one more token is its last label.")
     long: Literal["split", "drop", "truncate", "error"] = Field(
-        "drop", description="What becomes of a longer one; whatever it is, it is counted."
+        "drop", description="Treatment of a longer sample, which is counted in any case."
     )
     shuffle_window: int = Field(
-        16384, ge=1, description="Samples that are shuffled together, in shards that come in random order."
+        16384, ge=1, description="Number of consecutive samples that are shuffled together; shards are in random order."
     )
     train_fraction: float = Field(1.0, gt=0, le=1, description="Share of the training samples to use, from the start.")
     cache: str | None = Field(
         None, description="Folder for prepared and downloaded shards; null = $JEPA_SCALE_CACHE or ~/.cache/jepa_scale."
     )
-    cache_gb: float = Field(100.0, gt=0, description="Downloaded shards to keep; the least recently used go first.")
+    cache_gb: float = Field(
+        100.0, gt=0, description="Most GB of downloaded shards; the least recently used are deleted."
+    )
 
 
 class TextOptions(ShardOptions):
     source: Literal["text"] = Field("text", description="Documents, predicted token by token.")
     long: Literal["split", "drop", "truncate", "error"] = Field(
-        "split", description="What becomes of a longer document; whatever it is, it is counted."
+        "split", description="Treatment of a longer document, which is counted in any case."
     )
 
 
 class ChatOptions(ShardOptions):
     evaluation: ClassVar[Evaluation] = "chat"
 
-    source: Literal["chat"] = Field("chat", description="Conversations; what the assistant says is predicted.")
-    train_all: bool = Field(False, description="Predict every token, not the assistant's alone.")
+    source: Literal["chat"] = Field("chat", description="Conversations; the assistant's messages are predicted.")
+    train_all: bool = Field(False, description="Predict every token, not only the assistant's.")
 
 
 class GridOptions(ShardOptions):
@@ -84,9 +91,9 @@ class PartKeys(Section):
     """Keys of a part of a mixture, beside those of its source."""
 
     weight: int | float = Field(
-        1.0, description="Share of the mixture's tokens; a number above 0, relative to the other parts."
+        1.0, description="Share of the mixture's tokens, relative to the other parts' weights; above 0."
     )
-    name: str | None = Field(None, description="First part of the names of its splits; null = part and its number.")
+    name: str | None = Field(None, description="Prefix of the names of its splits; null = part0, part1, …")
 
     @field_validator("weight", mode="before")
     @classmethod
@@ -102,19 +109,19 @@ class PartKeys(Section):
 
 
 class ReversalPart(PartKeys, ReversalOptions):
-    """Facts as a part. Its keys are checked like those of any part; loading the mixture refuses it."""
+    """Keys of facts as a part of a mixture. They are checked like any part's, but loading such a mixture is an error."""
 
 
 class TextPart(PartKeys, TextOptions):
-    """Texts as a part."""
+    """Keys of texts as a part of a mixture."""
 
 
 class ChatPart(PartKeys, ChatOptions):
-    """Conversations as a part."""
+    """Keys of conversations as a part of a mixture."""
 
 
 class GridPart(PartKeys, GridOptions):
-    """Sequences of grids as a part."""
+    """Keys of sequences of grids as a part of a mixture."""
 
 
 Part = Annotated[ReversalPart | TextPart | ChatPart | GridPart, Field(discriminator="source")]
@@ -129,7 +136,7 @@ class MixtureOptions(DataOptions):
     parts: list[Part] = Field(description="Each a source with its keys, weight (share of the tokens) and name.")
 
     def resolved(self) -> dict[str, Any]:
-        """The keys of this section. A part has those that were given, without defaults."""
+        """Return the keys of this section; of each part only those that were given, without defaults."""
         parts = [part.model_dump(mode="json", exclude_unset=True) for part in self.parts]
         return {**super().resolved(), "parts": parts}
 
@@ -155,7 +162,7 @@ def parse_data(values: dict[str, Any]) -> SourceOptions:
     """Check the keys of ``data:`` without loading anything.
 
     Raises:
-        InputError: naming the key.
+        InputError: a key is unknown or has a wrong value; the message names the key.
     """
     source = _source_of(values, "data")
     if source == "mixture" and isinstance(values.get("parts"), list):
@@ -169,12 +176,12 @@ def _parse_part(values: Any, prefix: str) -> Part:
         raise InputError(f"{prefix}: input should be a valid dictionary, got {values!r}")
     name = _source_of(values, prefix)
     if name not in PARTS:
-        raise InputError(f"{prefix}.source: {name} cannot be mixed")
+        raise InputError(f"{prefix}.source: {name} cannot be part of a mixture; use text, chat or grids")
     return parse_section(PARTS[name], values, prefix)
 
 
 def _source_of(values: Any, prefix: str) -> str:
-    """The source that ``values`` name.
+    """Return the name of the source in ``values``.
 
     Raises:
         InputError: the source is missing or unknown.

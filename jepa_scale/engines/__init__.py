@@ -42,27 +42,28 @@ def check_engine(name: str, options: EngineConfig, optim: OptimConfig, ranks: Pa
         zero = validate_deepspeed_config(options.deepspeed)["zero_optimization"]
         if options.tp > 1 and zero.get("zero_hpz_partition_size", 1) > 1:
             raise InputError(
-                f"engine.tp: {options.tp} and zero_hpz_partition_size in {options.deepspeed}: DeepSpeed makes its secondary "
-                "shards of neighbouring ranks, and those are a tensor-parallel group; set one of them to 1"
+                f"engine.tp: {options.tp} and zero_hpz_partition_size in {options.deepspeed}: DeepSpeed would put its "
+                "secondary shards on the ranks of a tensor-parallel group, which are neighbours; set one of them to 1"
             )
         if options.compile and zero["stage"] == 3:
             raise InputError(
-                "engine.compile: ZeRO-3 gathers parameters by hooks in every layer of a block, and the compiler would make a new program "
-                "for nearly each of them; use FSDP2 (engine.name=fsdp) or a ZeRO stage below 3, or leave it out"
+                "engine.compile: ZeRO-3 gathers parameters by hooks in every layer of a block, and nearly each of them would be "
+                "compiled separately; use FSDP2 (engine.name=fsdp) or a ZeRO stage below 3, or remove engine.compile"
             )
         if options.replicas > 1:
             raise InputError(
-                "engine.replicas: is FSDP2's; for ZeRO-3 within a node see zero_hpz_partition_size (configs/ds/zero3_hpz.json)"
+                "engine.replicas: only FSDP2 supports replicas; remove it, or shard ZeRO-3 within a node with "
+                "zero_hpz_partition_size (configs/ds/zero3_hpz.json)"
             )
     if ranks.dp_size % options.replicas:
         raise InputError(
             f"engine.replicas: {options.replicas} does not divide the {ranks.dp_size} ranks with different samples "
-            f"({ranks.world_size} ranks, engine.tp={options.tp})"
+            f"({ranks.world_size} ranks, engine.tp={options.tp}); set it to a divisor"
         )
     if optim.uses_muon and (options.tp > 1 or options.replicas > 1):
         key = "tp" if options.tp > 1 else "replicas"
         raise InputError(
-            f"engine.{key}: Muon needs whole matrices, which are put together from one rank each; set it to 1, or "
+            f"engine.{key}: Muon needs whole matrices, and gathers each from ranks with disjoint parts only; set it to 1, or "
             "optim.method to adamw"
         )
 

@@ -57,7 +57,7 @@ class ShardedEMA(ABC):
     @property
     @abstractmethod
     def sources(self) -> list[Tensor]:
-        """The same elements of the engine's fp32 masters, in tensors of the same shapes as ``averages``."""
+        """The same elements of the engine's fp32 masters, in tensors of the same shapes as ``ema_parameters``."""
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -66,7 +66,7 @@ class ShardedEMA(ABC):
 
     @abstractmethod
     def refresh(self) -> None:
-        """Update the weights of :meth:`forward` after ``averages`` were written to. Collective, without a host sync."""
+        """Update the weights of :meth:`forward` after ``ema_parameters`` were written to. Collective, without a host sync."""
 
     @abstractmethod
     def sharded_state(self) -> dict[str, ShardView]:
@@ -80,11 +80,11 @@ class ShardedEMA(ABC):
 
 
 class Engine(ABC):
-    """Shard a root module, run it forward and backward, and update it by its optimizer.
+    """Engine that shards a root module, runs it forward and backward, and updates it by its optimizer.
 
     One optimizer step is ``accumulation`` times (forward, backward) and then one ``step``. A micro-batch has exactly one
     forward of the root module *with gradient* and one backward: under ZeRO-1/2 a second backward before the step would
-    silently replace the gradients of the first. This class counts them and refuses any other order.
+    silently replace the gradients of the first. This class counts both and raises an AssertionError on any other order.
 
     Gradients are **summed** over micro-batches and ranks, whatever average the underlying library takes by default: a loss
     is a contribution to the global mean (:class:`jepa_scale.objectives.base.Loss`). A trainable parameter without a gradient
@@ -178,9 +178,9 @@ class Engine(ABC):
 
     @abstractmethod
     def post_load(self, updates: int) -> None:
-        """Notify the engine that :meth:`state` was written to, between two steps. Collective.
+        """Finish loading after :meth:`sharded_state` was written to, between two steps. Collective.
 
-        Sets the optimizer's count of updates and updates every copy of the parameters: bf16 copies, gathered ones, and those
+        Sets the optimizer's count of updates and refreshes every copy of the parameters: bf16 copies, gathered ones, and those
         on other ranks.
         """
 

@@ -69,7 +69,7 @@ class Teacher:
     """A moving average of the engine's model, and its forward.
 
     It is built right after the engine and before its first forward. That is collective, as is every method except
-    :meth:`state`. It starts with the student's values, whatever those of the copies are.
+    :meth:`sharded_state`. It starts with the student's values, whatever those of the copies are.
 
     Args:
         model: the copies, whole on every rank; owned by the teacher from now on.
@@ -99,7 +99,7 @@ class Teacher:
     def forward(self, path: str, *args: Any, **kwargs: Any) -> Any:
         """Run the copy at ``path``, in eval mode and without gradient.
 
-        Any number of times in a step, within the student's forward or outside of it.
+        It may be called any number of times in a step, within the student's forward or outside of it.
         """
         return self._copy.forward(path, *args, **kwargs)
 

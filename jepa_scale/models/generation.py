@@ -153,7 +153,7 @@ def greedy(decoder: PreTrainedModel, prompts: Prompts, stop: Sequence[int], new_
     )
     decoder.generation_config = GenerationConfig()  # transformers takes what `wanted` leaves open from it
     try:
-        with torch.compiler.set_stance("force_eager"):  # the cache grows with every token: no shape occurs twice
+        with torch.compiler.set_stance("force_eager"):  # every token lengthens the cache: no shape occurs twice
             model: Any = decoder  # its class inherits `generate` from a mixin
             whole = model.generate(
                 prompts.ids,

@@ -23,14 +23,14 @@ logger = logging.getLogger(__name__)
 
 
 def build_backbone(options: ModelOptions, vocab_size: int, pad_vocab_to: int = 1) -> Backbone:
-    """The backbone that ``options`` describe; random weights come from torch's global seed, in fp32.
+    """Build the backbone of ``options``, in fp32. Random weights come from torch's global seed.
 
     Args:
-        vocab_size: ids that the data uses.
-        pad_vocab_to: the embedding's rows are rounded up to a multiple of this.
+        vocab_size: number of ids in the data.
+        pad_vocab_to: the number of embedding rows is rounded up to a multiple of this.
 
     Raises:
-        InputError: keys that don't fit together, a vocabulary too small, a model that is missing or can't run packed.
+        InputError: keys exclude each other, the vocabulary is too small, or the model is missing or cannot run packed.
     """
     check_options(options)
     if options.vocab_size is not None and options.vocab_size < vocab_size:
@@ -38,7 +38,7 @@ def build_backbone(options: ModelOptions, vocab_size: int, pad_vocab_to: int = 1
             f"model.vocab_size: {options.vocab_size} is smaller than the data's {vocab_size}; raise it or leave it out"
         )
     rows = -(-(options.vocab_size or vocab_size) // pad_vocab_to) * pad_vocab_to
-    known = rows  # of the embedding, that came with the weights
+    known = rows  # number of embedding rows that came with the weights
     if options.pretrained is not None:
         decoder, known = _load(options, vocab_size, pad_vocab_to)
     elif options.config is not None:
@@ -51,20 +51,27 @@ def build_backbone(options: ModelOptions, vocab_size: int, pad_vocab_to: int = 1
         add_lora(decoder, backbone.blocks_at, options.lora, known)
         if (options.pretrained is None or options.random_init) and rank() == 0:
             logger.warning(
-                "model.lora: what the adapters are added to is random, and stays so unless a checkpoint replaces it"
+                "model.lora: the weights under the adapters are random and frozen; load a checkpoint, or set model.pretrained"
             )
     return backbone
 
 
 def _check_packable(decoder: PreTrainedModel) -> None:
-    """Refuse what would let segments see each other, or change the scores, without an error."""
+    """Raise InputError if the decoder's attention would, silently, cross segments or compute other scores."""
     name, config = type(decoder).__name__, decoder.config
     if not decoder._supports_attention_backend:
-        raise InputError(f"model: {name} does not let its attention be replaced; it can't run packed")
+        raise InputError(
+            f"model: {name} does not support another attention, so it cannot run packed; choose another family"
+        )
     if other := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
-        raise InputError(f"model: {name} has layers of kind {sorted(other)[0]!r}, which can't run packed")
+        raise InputError(
+            f"model: {name} has layers of kind {sorted(other)[0]!r}, which cannot run packed; choose another family"
+        )
     if getattr(config, "attn_logit_softcapping", None) is not None:
-        raise InputError(f"model: {name} caps its attention scores (attn_logit_softcapping), which can't run packed")
+        raise InputError(
+            f"model: {name} caps its attention scores (attn_logit_softcapping), which cannot run packed; "
+            "choose another family"
+        )
 
 
 def _native(options: ModelOptions, rows: int) -> PreTrainedModel:
@@ -80,9 +87,9 @@ def _random(keys: dict[str, Any], rows: int) -> PreTrainedModel:
     keys = dict(keys)
     model_type = keys.pop("model_type", None)
     if model_type is None:
-        raise InputError("model.config.model_type: required key is missing (gpt2, llama, qwen3, …)")
+        raise InputError("model.config.model_type: required key is missing; set it (gpt2, llama, qwen3, …)")
     if "vocab_size" in keys:
-        raise InputError("model.config.vocab_size: set model.vocab_size instead")
+        raise InputError("model.config.vocab_size: is not allowed here; set model.vocab_size instead")
     if model_type not in CONFIG_MAPPING:
         hint = suggestion(str(model_type), CONFIG_MAPPING.keys(), "use one of its causal language models")
         raise InputError(f"model.config.model_type: transformers has no {model_type!r}; {hint}")
@@ -97,7 +104,7 @@ def _random(keys: dict[str, Any], rows: int) -> PreTrainedModel:
 
 
 def _check_keys(cls: type[PreTrainedConfig], keys: dict[str, Any]) -> None:
-    """transformers takes any key silently; a misspelt one must be an error."""
+    """Raise InputError for an unknown key, which transformers would accept silently."""
     known = {*inspect.signature(cls.__init__).parameters, *cls.attribute_map, "rope_theta", "rope_scaling"}
     for key in keys:
         if key not in known:
@@ -106,8 +113,8 @@ def _check_keys(cls: type[PreTrainedConfig], keys: dict[str, Any]) -> None:
 
 
 def _load(options: ModelOptions, vocab_size: int, pad_vocab_to: int) -> tuple[PreTrainedModel, int]:
-    """The decoder, and the rows that its embedding had in ``pretrained``. On the ``meta`` device nothing is read but what says
-    of what shape it is and how it generates."""
+    """Load the decoder, and return it with the number of embedding rows in ``pretrained``. On the ``meta`` device only its
+    config and generation config are read."""
     assert options.pretrained is not None
     random = options.random_init or torch.get_default_device().type == "meta"
     from_hub: Any = {"trust_remote_code": options.trust_remote_code, "cache_dir": options.cache_dir}
@@ -127,7 +134,7 @@ def _load(options: ModelOptions, vocab_size: int, pad_vocab_to: int) -> tuple[Pr
         config.get_text_config().vocab_size = -(-needed // pad_vocab_to) * pad_vocab_to
         made = _from_config(config, options)
         if not options.random_init:
-            with suppress(OSError):  # it need not have one
+            with suppress(OSError):  # a model may have none
                 made.generation_config = GenerationConfig.from_pretrained(
                     options.pretrained, cache_dir=options.cache_dir
                 )
@@ -138,7 +145,7 @@ def _load(options: ModelOptions, vocab_size: int, pad_vocab_to: int) -> tuple[Pr
 
 
 def _from_config(config: PreTrainedConfig, options: ModelOptions) -> PreTrainedModel:
-    """Of the architecture of ``pretrained``, with random weights."""
+    """Build a decoder with the architecture of ``pretrained`` and random weights."""
     try:
         return AutoModelForCausalLM.from_config(
             config, trust_remote_code=options.trust_remote_code, dtype=torch.float32

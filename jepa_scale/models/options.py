@@ -90,7 +90,7 @@ class ModelOptions(Section):
         ge=0,
         lt=1,
         description="native: stochastic depth: probability with which a segment skips a branch of the last block; over the "
-        "blocks it grows linearly from 0 in the first.",
+        "blocks it increases linearly from 0 in the first.",
     )
     bridge_after: int | None = Field(
         None,

@@ -2,7 +2,7 @@
 in the backward pass.
 
 ``full`` keeps a block's input. ``selective`` also keeps the results of matrix products and attention, which are most of the
-work, and repeats only the element-wise operations. The values are those of the first pass: dropout draws the same again.
+work, and repeats only the element-wise operations. The values are those of the first pass: dropout draws the same masks.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def split(backbone: Backbone, tp: TensorParallelGroup) -> dict[str, Split]:
         elif module is not embedding and module is not head and (way or not inside):
             names = tuple(name for name, parameter in module._parameters.items() if parameter is not None)
             if names:
-                _become(module, _added_up(names), tp)
+                _become(module, _summed_gradients(names), tp)
     for name in shared:
         _become(base.get_submodule(name), _Shared, tp)
     for block in backbone.layers:
@@ -99,7 +99,7 @@ def split(backbone: Backbone, tp: TensorParallelGroup) -> dict[str, Split]:
     cutter.cut(head, {"weight": 0, "bias": 0})
     rest = tuple(n for n, p in head._parameters.items() if p is not None and n not in ("weight", "bias"))
     if rest:
-        _become(head, _added_up(rest), tp)
+        _become(head, _summed_gradients(rest), tp)
     _become(head, _Head, tp, _vocabulary=vocabulary)
     backbone.tp = tp
     parameters = backbone.named_parameters(remove_duplicate=False)
@@ -158,8 +158,8 @@ def _mixed(mixin: type, cls: type) -> type:
     return type(cls.__name__, (mixin, cls), {"__module__": cls.__module__})
 
 
-class _Reading:
-    """A module whose forward uses other values in place of its parameters. Outside of the forward they are as usual."""
+class _TransformedParameters:
+    """A module whose forward uses functions of its parameters in their place; elsewhere the parameters are unchanged."""
 
     _runs = False
 
@@ -171,32 +171,32 @@ class _Reading:
             self._runs = False
 
 
-def _reading(name: str, read: Callable[[Any, Tensor], Tensor]) -> property:
+def _transformed(name: str, transform: Callable[[Any, Tensor], Tensor]) -> property:
     def value(module: Any) -> Tensor:
         parameter = module._parameters[name]
-        return read(module._tp, parameter) if module._runs else parameter
+        return transform(module._tp, parameter) if module._runs else parameter
 
     return property(value)
 
 
 @cache
-def _added_up(names: tuple[str, ...]) -> type:
+def _summed_gradients(names: tuple[str, ...]) -> type:
     """Return a class for whole parameters that each rank uses for its own tokens or heads: their gradients are summed.
 
     While all ranks use the parameters for the same tokens, each has the whole gradient and nothing is summed.
     """
 
-    def read(tp: TensorParallelGroup, parameter: Tensor) -> Tensor:
+    def transform(tp: TensorParallelGroup, parameter: Tensor) -> Tensor:
         return tp.copy_to_tp_region(parameter) if tp.splits_tokens else parameter
 
-    return type("_AddedUp", (_Reading,), {name: _reading(name, read) for name in names})
+    return type("_SummedGradients", (_TransformedParameters,), {name: _transformed(name, transform) for name in names})
 
 
 @cache
 def _bias_once() -> type:
     """Return a class for layers whose outputs are summed over ranks: only rank 0 adds the bias."""
-    once = _reading("bias", lambda tp, bias: tp.copy_to_tp_region(bias) * float(tp.rank == 0))
-    return type("_BiasOnce", (_Reading,), {"bias": once})
+    once = _transformed("bias", lambda tp, bias: tp.copy_to_tp_region(bias) * float(tp.rank == 0))
+    return type("_BiasOnce", (_TransformedParameters,), {"bias": once})
 
 
 class _Joined:

@@ -1,4 +1,4 @@
-"""The one exception that means "the user's input is wrong"."""
+"""Exceptions for wrong input of the user; all other exceptions are bugs or faults of the machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 class InputError(ValueError):
     """Bad configuration, data or environment, found before any work starts.
 
-    The message is one line that names the key, file, row or rank and says what to do.
+    The message is one line that names the key, file, row or rank, the fault and the remedy.
     The command line prints it without a traceback and exits with code 2.
     """
 

@@ -200,7 +200,7 @@ def refused(ranks: ParallelContext, file: str) -> str:
         ("fsdp", {"replicas": 3}, "engine.replicas: 3 does not divide the 2 ranks with different samples"),
         ("fsdp", {"tp": 2, "replicas": 2}, "engine.replicas: 2 does not divide the 1 ranks with different samples"),
         ("zero3", {"compile": True}, "engine.compile: ZeRO-3 gathers parameters by hooks"),
-        ("zero3", {"replicas": 2}, "engine.replicas: is FSDP2's; for ZeRO-3 within a node see zero_hpz_partition_size"),
+        ("zero3", {"replicas": 2}, "engine.replicas: only FSDP2 supports replicas; remove it"),
     ],
 )
 def test_a_mesh_that_the_ranks_cannot_have_is_refused(corpus, tmp_path, engine, options, told):

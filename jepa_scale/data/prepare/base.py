@@ -20,36 +20,37 @@ class RecordOptions(Section):
     tokenizer: str = Field(
         "bpe", description="bpe = train one on the data; else a Hugging Face name or a local folder."
     )
-    vocab_size: int = Field(4096, ge=260, description="Of the trained BPE tokenizer.")
+    vocab_size: int = Field(4096, ge=260, description="Vocabulary size of a trained BPE tokenizer.")
     documents: Literal["file", "line", "paragraph", "heading"] = Field(
-        "file", description="What a document is in a text file; heading = from one ` = Title = ` line to the next."
+        "file", description="Unit of a document in a text file; heading = from one ` = Title = ` line to the next."
     )
     max_document_tokens: int = Field(
         16384, ge=16, description="Longer documents are stored as several samples that overlap by one token."
     )
     valid_path: str | None = Field(
-        None, description="Raw data of the split valid; null = take them from the training data."
+        None, description="Raw data of the split valid; null = those in `path`, or by valid_fraction."
     )
     valid_fraction: float = Field(
-        0.0, ge=0, lt=1, description="Share of the records that become the split valid, chosen by split_seed."
+        0.0, ge=0, lt=1, description="Fraction of the training records to hold out as the split valid."
     )
-    split_seed: int = Field(0, ge=0, description="Of the choice that valid_fraction makes.")
-    max_items: int = Field(0, ge=0, description="Records of the training data to take, from the start; 0 = all.")
-    max_eval_items: int = Field(0, ge=0, description="Records of every evaluation split to take; 0 = all.")
+    split_seed: int = Field(0, ge=0, description="Seed of the choice of the held-out records.")
+    max_items: int = Field(0, ge=0, description="Number of training records to take, from the start; 0 = all.")
+    max_eval_items: int = Field(0, ge=0, description="Number of records to take from each evaluation split; 0 = all.")
     columns: dict[str, str] = Field(
         default_factory=dict,
-        description="Which column is what: text, messages, input, output or system → name. Empty = by the columns' names.",
+        description="Role (text, messages, input, output, system) → column name; empty = recognised by common names.",
     )
-    remove_thinking: bool = Field(False, description="Remove <think>…</think> from what the assistant says.")
+    remove_thinking: bool = Field(False, description="Remove <think>…</think> from the assistant's messages.")
     plain: bool = Field(
-        False, description="Chat without a chat template: the contents joined, the answer closed by eos."
+        False, description="Chat without a chat template: contents joined by line ends, eos after each answer."
     )
     config_name: str | None = Field(None, description="Configuration of a Hugging Face dataset.")
     train_split: str | None = Field(None, description="Split of a Hugging Face dataset to train on; null = train.")
     trust_remote_code: bool = Field(False, description="Allow a Hugging Face tokenizer to run code of its own.")
-    shard_samples: int = Field(4096, ge=1, description="Records in a shard, at most.")
+    shard_samples: int = Field(4096, ge=1, description="Largest number of records in a shard.")
     on_error: Literal["stop", "skip"] = Field(
-        "stop", description="A bad record or sample: stop with its name, or leave it out, count it and go on."
+        "stop",
+        description="Treatment of a bad record or sample: stop = end with an error that names it; skip = omit and count.",
     )
 
 
@@ -57,7 +58,7 @@ class PrepareOptions(RecordOptions):
     """The options of every kind of raw data."""
 
     kind: Literal["auto", "text", "chat", "reversal", "grids"] = Field(
-        "auto", description="What the data are; auto = told from the files."
+        "auto", description="Kind of the data; auto = detected from the files."
     )
 
 
@@ -79,7 +80,7 @@ class BadRecord(Exception):
     """A record that cannot become a sample.
 
     Attributes:
-        where: as in :class:`Record`.
+        where: name of the record, as in :class:`Record`.
         reason: a few words, the same for all records with this fault, for counting (``"empty document"``).
         detail: the exact fault and what to do, for people; may be empty.
     """

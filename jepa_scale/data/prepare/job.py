@@ -1,6 +1,6 @@
 """The job that turns raw data into a folder of shards: parallel, restartable, the same bytes every time.
 
-While it is at work, the folder also holds ``job.json`` (a description of the job; it stays), ``job.lock`` and a
+During the work the folder also holds ``job.json`` (a description of the job; it stays), ``job.lock`` and a
 ``.done.json`` per finished shard. ``index.json`` is written last: a folder that has it is complete.
 """
 
@@ -88,7 +88,7 @@ def prepared(
     """Return the folder below ``cache`` that holds ``path`` prepared with ``options``; make it if it is not there.
 
     May be called by many processes at once, also of several hosts that share ``cache``: one does the work, the others
-    wait for it. When that one is killed, the next goes on from what is finished.
+    wait for it. If it is killed, the next one continues with the unfinished shards.
 
     Raises:
         InputError: as :func:`prepare`.
@@ -135,7 +135,7 @@ def _fill(
         logger.warning(f"{out}: shards are missing since it was prepared; they are made again")
         (out / INDEX_FILE).unlink()
     elif resumes:
-        logger.info(f"{out}: goes on where it was stopped")
+        logger.info(f"{out}: continues where it was stopped")
     _clean(out, "*.partial")
     write_atomic(out / JOB_FILE, json.dumps(job, indent=1).encode())
     processes = processes or cores()

@@ -233,7 +233,7 @@ class ReversalData:
 def order_by_name(facts: Facts, seed: int, epoch: int) -> np.ndarray:
     """Return a random order, (F,) int64 and read-only, in which entities that share a name token are neighbours.
 
-    An InfoNCE batch then holds the negatives that are hardest to tell apart: entities of the same first, or the same
+    An InfoNCE batch then holds the negatives that are hardest to distinguish: entities of the same first, or the same
     last, name. Two random bits per fact choose its subject or its object, and one of the tokens of that name. The facts
     of one token are split into groups in which every entity occurs at most once, and the groups are shuffled.
     """

@@ -35,8 +35,8 @@ class Loader:
 
     Attributes:
         examples: the training examples, picked by number.
-        stream: which of them a step takes, and how many tokens they may have.
-        view_maker: example → its segments.
+        sampler: the samples of each micro-batch, and its token budget.
+        view_transform: example → its views.
         sequences: names of the sequences that the objective packs.
         start_step: the first step; its micro-batches are those of an uninterrupted run at that step.
         steps: the step at which to stop (the run's length, not the number of steps still to go).
@@ -97,8 +97,8 @@ class Loader:
         budget = self.sampler.budget()
         if budget and batch.num_tokens > budget and views:
             raise InputError(
-                f"train.micro_tokens: {batch.num_tokens} tokens of views do not fit {budget}; the objective takes more "
-                "tokens of an example than it announced"
+                f"train.micro_tokens: a micro-batch has {batch.num_tokens} tokens of views, more than {budget}; correct the "
+                "objective's sizes, which must be upper bounds of its views' tokens"
             )
         batch.counts.update(skipped=len(faults), budget=budget)
         return batch
@@ -186,7 +186,7 @@ def _outlive_signals() -> None:
     and the workers must run until it has finished its step.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):  # macOS cannot tell who sent it
+    if not hasattr(signal, "sigwaitinfo"):  # macOS does not report the sender
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 

@@ -20,8 +20,8 @@ class MixedExamples:
     """The examples of all parts, concatenated.
 
     Attributes:
-        parts: examples of each. offsets: (P + 1,) int64 number of each part's first example.
-        mean_size: tokens of an example as the mixture draws them.
+        parts: examples of each part. offsets: (P + 1,) int64 number of each part's first example.
+        mean_size: mean tokens of an example, with the parts in their shares.
     """
 
     parts: Sequence[Any]
@@ -56,7 +56,7 @@ class MixtureData:
     """A :class:`~jepa_scale.data.base.Dataset` made of several.
 
     Attributes:
-        parts: data sets by name. weights: share of the samples of each part.
+        parts: data sets by name. weights: each part's share of the samples.
     """
 
     parts: Mapping[str, Any]

@@ -68,7 +68,7 @@ ViewTransform = Callable[[Any, SampleRNG], Views]
 
 @runtime_checkable
 class BatchViewTransform(Protocol):
-    """A view maker that is faster for all samples of a micro-batch at once. Each sample's views are the same as alone."""
+    """View transform with a faster method for many samples. Each sample's views are the same as alone."""
 
     def __call__(self, example: Any, draw: SampleRNG, /) -> Views: ...
 
@@ -76,14 +76,14 @@ class BatchViewTransform(Protocol):
         """Make the views of each example; an example that cannot be used gives its ``DataError`` instead."""
 
 
-def views_of(maker: ViewTransform, examples: Sequence[Any], draws: Sequence[SampleRNG]) -> list[Views | DataError]:
+def views_of(transform: ViewTransform, examples: Sequence[Any], draws: Sequence[SampleRNG]) -> list[Views | DataError]:
     """Make the views of each example; an example that cannot be used gives its ``DataError`` instead."""
-    if isinstance(maker, BatchViewTransform):
-        return maker.many(examples, draws)
+    if isinstance(transform, BatchViewTransform):
+        return transform.many(examples, draws)
     made: list[Views | DataError] = []
     for example, draw in zip(examples, draws, strict=True):
         try:
-            made.append(maker(example, draw))
+            made.append(transform(example, draw))
         except DataError as error:
             made.append(error)
     return made

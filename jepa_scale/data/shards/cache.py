@@ -47,10 +47,7 @@ class ShardError(DataError):
 
     def __str__(self) -> str:
         sample = f", sample {self.member}" if self.member else ""
-        return (
-            f"{self.where}{sample}: {self.what}: restore the shard, or go on without what is damaged with "
-            "data.on_error=skip"
-        )
+        return f"{self.where}{sample}: {self.what}; restore the shard, or skip damaged samples with data.on_error=skip"
 
 
 class Refused(Exception):
@@ -100,7 +97,7 @@ def chunks(url: str) -> Iterator[bytes]:
 def _http(url: str) -> Iterator[bytes]:
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
-            left = response.length  # None when the server does not say
+            left = response.length  # None if the server does not send a length
             while chunk := response.read(CHUNK):
                 left = None if left is None else left - len(chunk)
                 yield chunk

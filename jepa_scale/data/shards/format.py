@@ -59,7 +59,7 @@ class Index:
         splits: name of a split → its shards; ``train`` is the training data.
         vocab_size: one more than the largest token id that the tokenizer may give.
         special: token ids with a meaning, by name (``eos``, ``pad``, ``mask`` …).
-        tokenizer: folder of the tokenizer beside the index, or None.
+        tokenizer: name of the tokenizer's folder beside the index, or None.
         tokenizer_fingerprint: SHA-256 of the parts of the tokenizer that determine the ids; data of equal fingerprints
             can be mixed.
         skipped: reason → how many records of the source were left out.
@@ -93,9 +93,7 @@ class Index:
 
     @classmethod
     def from_json(cls, text: str, where: str) -> Index:
-        """Raises:
-        InputError: ``where`` is damaged or of another format.
-        """
+        """Parse an index; InputError if it is damaged or has another format. ``where`` is its name in the message."""
         try:
             values = json.loads(text)
             found, fingerprint = values.pop("format"), values.pop("fingerprint")

@@ -99,13 +99,15 @@ def _check_offload(file: Path, zero: dict[str, Any]) -> None:
             continue
         if target != "cpu":
             raise InputError(
-                f"{file}: zero_optimization.{part}.device: {target!r} is not supported, as what is swapped out is in no "
-                "checkpoint of ours; use cpu"
+                f"{file}: zero_optimization.{part}.device: {target!r} is not supported, because checkpoints would lack "
+                "the state on it; use cpu"
             )
         if zero["stage"] < least:
-            raise InputError(f"{file}: zero_optimization.{part}: needs stage {least}")
+            raise InputError(f"{file}: zero_optimization.{part}: needs stage {least}; set that, or remove the section")
         if zero[part].get("ratio", 1.0) != 1.0:
-            raise InputError(f"{file}: zero_optimization.{part}.ratio: must be 1; all of it is offloaded")
+            raise InputError(
+                f"{file}: zero_optimization.{part}.ratio: must be 1, as a part cannot be offloaded; remove it"
+            )
 
 
 def _check_zero_section(file: Path, zero: dict[str, Any]) -> None:

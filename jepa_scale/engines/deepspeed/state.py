@@ -135,7 +135,7 @@ class StateView:
             internals.clear_gradient_buffer(self.wrapped)
 
     def sharded_state(self) -> dict[str, ShardView]:
-        """Return the content of :meth:`jepa_scale.engines.base.Engine.state`, without the buffers."""
+        """Return the content of :meth:`jepa_scale.engines.base.Engine.sharded_state`, without the buffers."""
         views = {}
         for name, parameter in self.module.named_parameters():
             if parameter not in self.pieces:

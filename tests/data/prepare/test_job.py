@@ -237,7 +237,7 @@ def test_killed_with_all_its_processes_and_then_alone(tmp_path: Path) -> None:
     code, stdout, stderr = Command(tmp_path, *args[:-1], "1").end()
     assert code == 0 and "INFO" not in stdout
     goes_on, done = stderr.splitlines()
-    assert "INFO" in goes_on and "goes on where it was stopped" in goes_on
+    assert "INFO" in goes_on and "continues where it was stopped" in goes_on
     assert "of them were there already" in done
     assert content(out) == content(tmp_path / "undisturbed")
 

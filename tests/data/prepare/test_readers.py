@@ -240,7 +240,7 @@ def test_prepared_data_are_not_prepared_again(tmp_path):
 
 def test_the_kind_must_fit(tmp_path):
     jsonl(tmp_path / "a.jsonl", TEXTS)
-    with pytest.raises(InputError, match=r"a.jsonl:1: cannot tell what the row is \(kind chat\)"):
+    with pytest.raises(InputError, match=r"a.jsonl:1: the kind of the row is not recognised \(kind chat\)"):
         opened(tmp_path / "a.jsonl", kind="chat")
     with pytest.raises(InputError, match="data.kind=reversal needs a folder"):
         opened(tmp_path / "a.jsonl", kind="reversal")

@@ -21,7 +21,7 @@ OUTPUT = ("response", "output", "completion", "answer")
 SYSTEM = ("system", "system_prompt")
 ROLES = ("text", "messages", "input", "output", "system")
 OPTIONAL = ("system", "more")
-_LOOK = 100  # rows at the start among which one undamaged row must show the schema
+_DETECTION_ROWS = 100  # the schema must be recognisable from one of the first rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,7 @@ def find_schema(rows: Iterator[Record | BadRecord], options: PrepareOptions, wha
     if unknown:
         raise InputError(f"data.columns.{unknown[0]}: unknown role; known roles: {', '.join(ROLES)}")
     first: Record | BadRecord | None = None
-    for item in islice(rows, _LOOK):
+    for item in islice(rows, _DETECTION_ROWS):
         if isinstance(item, Record):
             schema = match(item.value, options)
             if schema:
@@ -124,10 +124,10 @@ def find_schema(rows: Iterator[Record | BadRecord], options: PrepareOptions, wha
     if first is None:
         raise InputError(f"{what}: holds no rows")
     if isinstance(first, BadRecord):
-        raise InputError(f"{what}: holds no readable row among the first; {first}")
+        raise InputError(f"{what}: the first {_DETECTION_ROWS} rows are all unreadable; {first}")
     has = ", ".join(map(repr, first.value)) or "no fields"
     raise InputError(
-        f"{first.where}: cannot tell what the row is (kind {options.kind}); it has {has}; say which column is what with "
+        f"{first.where}: the kind of the row is not recognised (kind {options.kind}); it has {has}; name its columns with "
         f"data.columns ({', '.join(ROLES)})"
     )
 

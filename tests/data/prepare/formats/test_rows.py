@@ -123,7 +123,9 @@ def test_what_cannot_be_told_is_the_users_error():
         find_schema(iter([]), options(), "f")
     with pytest.raises(InputError, match="f:1: invalid JSON"):
         find_schema(iter([BadRecord("f:1", "invalid JSON")]), options(), "f")
-    with pytest.raises(InputError, match=r"f:2: cannot tell .* it has 'id', 'x'.*data\.columns"):
+    with pytest.raises(
+        InputError, match=r"f:2: the kind of the row is not recognised .* it has 'id', 'x'.*data\.columns"
+    ):
         find_schema(iter([BadRecord("f:1", "bad"), Record("f:2", {"id": 1, "x": 2})]), options(), "f")
     with pytest.raises(InputError, match=r"data\.columns\.txt: unknown role; known roles: text, messages"):
         find_schema(iter([]), options(columns={"txt": "a"}), "f")
