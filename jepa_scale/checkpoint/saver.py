@@ -34,7 +34,7 @@ RETRY_DELAYS = (1.0, 5.0)
 """Seconds before each retry of a failed save."""
 GROUP_TIMEOUT = timedelta(hours=2)
 """Maximum time that ranks wait for each other in a save."""
-LAST_CHANCE = 60.0
+ABANDON_TIMEOUT = 60.0
 """Seconds that a failed run waits for the save in progress."""
 
 
@@ -145,13 +145,13 @@ class Saver:
             self._notify(self._job)
 
     def abandon(self) -> None:
-        """Give the save in progress ``LAST_CHANCE`` seconds to finish after the run has failed. Not collective.
+        """Give the save in progress ``ABANDON_TIMEOUT`` seconds to finish after the run has failed. Not collective.
 
         It can finish only if the other ranks still run. If the thread were active at the interpreter's exit, the process
         would be killed by SIGABRT.
         """
         if self._job is not None and self._job.thread is not None:
-            self._job.thread.join(LAST_CHANCE)
+            self._job.thread.join(ABANDON_TIMEOUT)
             self.poll()
 
     def _notify(self, job: _Job) -> None:

@@ -11,7 +11,7 @@ import yaml
 
 from jepa_scale.checkpoint.manifest import Manifest
 from jepa_scale.convert.standalone import FILE
-from jepa_scale.data.shards.cache import is_url, shown
+from jepa_scale.data.shards.cache import is_url, redacted_url
 from jepa_scale.telemetry.metrics import describe
 from jepa_scale.utils.format import format_number
 
@@ -127,7 +127,7 @@ def _public(value: Any) -> Any:
         return [_public(item) for item in value]
     if isinstance(value, str):
         if is_url(value):
-            return "pipe:…" if value.startswith("pipe:") else shown(value)
+            return "pipe:…" if value.startswith("pipe:") else redacted_url(value)
         if value.startswith(("/", "~")):
             return f"…/{PurePath(value).name}"
     return value

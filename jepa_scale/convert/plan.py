@@ -120,7 +120,7 @@ def make_plan(
             transposed = isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D)
             unit = replace(unit, made_of=source, transposed=transposed)
         units.append(unit)
-    shards = [_aligned(shard) for shard in _deal(units, shard_bytes)]
+    shards = [_aligned(shard) for shard in _split_into_files(units, shard_bytes)]
     names = ["model.safetensors"]
     if len(shards) > 1:
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
@@ -178,7 +178,7 @@ def _head(name: str, size: torch.Size, dtype: torch.dtype) -> Unit:
     return Unit(name, entry.nbytes, (entry,), foreign=True)
 
 
-def _deal(units: list[Unit], limit: int) -> list[list[Unit]]:
+def _split_into_files(units: list[Unit], limit: int) -> list[list[Unit]]:
     """Distribute units over files of at most ``limit`` bytes. A unit whose tensors do not fit into one file is part of several,
     and is read again for each."""
     shards: list[list[Unit]] = [[]]

@@ -28,7 +28,7 @@ from jepa_scale.utils.errors import InputError
 
 PREFIX = "backbone.decoder."
 """Prefix of the decoder's parameters in the root module."""
-_MANY = 1 << 20
+_PLACEHOLDER_ROWS = 1 << 20
 """Placeholder for the number of embedding rows, until it is read from the checkpoint."""
 
 
@@ -97,7 +97,7 @@ def make_skeleton(options: ModelOptions, shapes: Mapping[str, tuple[int, ...]]) 
     Raises:
         InputError: the checkpoint is of another model.
     """
-    model, code = _build(options, _MANY)
+    model, code = _build(options, _PLACEHOLDER_ROWS)
     embedding = model.get_input_embeddings().weight
     name = next(name for name, parameter in model.named_parameters() if parameter is embedding)
     if PREFIX + name not in shapes:

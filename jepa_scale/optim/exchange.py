@@ -88,13 +88,13 @@ class Layout:
         self.matrices, self.replicated = matrices, replicated
         self.pieces: dict[str, list[Piece]] = {name: [] for name in matrices}
         """Pieces of each matrix, ordered by rank."""
-        self._home: dict[str, int] = {}
+        self._tensor_of: dict[str, int] = {}
         for number, of_rank in enumerate(all_gather_object([list(map(tuple, parts)) for parts in tensors])):
             assert len(of_rank) == len(tensors), "the ranks update different numbers of tensors"
             for tensor, parts in enumerate(of_rank):
                 for name, *place in parts:
                     self.pieces[name].append(Piece(number, tensor, *place))
-                    assert self._home.setdefault(name, tensor) == tensor, f"{name} is in two tensors"
+                    assert self._tensor_of.setdefault(name, tensor) == tensor, f"{name} is in two tensors"
         for name, pieces in self.pieces.items():
             self._check(matrices[name], pieces)
 
@@ -113,7 +113,7 @@ class Layout:
     def plan(self, tensors: Iterable[int]) -> ExchangePlan:
         """Plan a step of the tensors with these indices, which must be the same on all ranks."""
         wanted = set(tensors)
-        names = [name for name in self.matrices if self._home[name] in wanted]
+        names = [name for name in self.matrices if self._tensor_of[name] in wanted]
         held = {name: {p.rank: p.length for p in self.pieces[name]} for name in names}
         if self.replicated:
             held = {name: {} for name in names}  # the location does not matter

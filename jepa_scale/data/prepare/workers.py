@@ -19,7 +19,7 @@ from multiprocessing.context import SpawnProcess
 from jepa_scale.data.prepare.blocks import Block, Done, ShardMaker, finished
 from jepa_scale.utils.errors import InputError
 
-AHEAD = 2
+BLOCKS_PER_PROCESS = 2
 """Blocks per process that are in memory at a time, including those in progress."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -60,7 +60,7 @@ class Workers:
     def finish(self, blocks: Iterable[Block]) -> Iterator[tuple[Done, bool]]:
         """Yield the result of each block, in order, and whether it was finished by an earlier run.
 
-        At most ``AHEAD * processes`` blocks are in memory at a time.
+        At most ``BLOCKS_PER_PROCESS * processes`` blocks are in memory at a time.
 
         Raises:
             InputError: the first failure of reader or encoder in the order of the records; it is the same for any number
@@ -112,7 +112,7 @@ class Workers:
             for _ in range(1 if self._started else 2):
                 if self._waiting and len(self._started) < self._processes:
                     self._busy.append(self._spawn())  # busy until it reports that it is ready
-        while len(self._waiting) + len(self._busy) >= AHEAD * self._processes:
+        while len(self._waiting) + len(self._busy) >= BLOCKS_PER_PROCESS * self._processes:
             self._collect(None)
 
     def _make_here(self, number: int, block: Block) -> None:

@@ -126,7 +126,7 @@ class Loader:
             batch_size=None,
             sampler=range(self.start_step * accumulation, self.steps * accumulation),
             num_workers=self.workers,
-            worker_init_fn=partial(_begin, configured_level()),
+            worker_init_fn=partial(_init_worker, configured_level()),
             multiprocessing_context="fork" if fork else None,
             generator=torch.Generator(),  # not the global one, whose state belongs to the model
         )
@@ -171,15 +171,15 @@ def _tensor(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(array)
 
 
-def _begin(log_level: int | None, worker: int) -> None:
+def _init_worker(log_level: int | None, worker: int) -> None:
     """Set up a worker process: log as the trainer does, also if the worker is not a fork of it, and ignore signals to
     the job."""
     if log_level is not None:
         configure(log_level)
-    _outlive_signals()
+    _ignore_job_signals()
 
 
-def _outlive_signals() -> None:
+def _ignore_job_signals() -> None:
     """Ignore SIGINT, and every SIGTERM that is not the trainer's own.
 
     A preemption sends SIGTERM (and Ctrl-C SIGINT) to all processes of a job. The trainer alone decides when to stop,

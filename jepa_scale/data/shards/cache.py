@@ -25,7 +25,7 @@ from jepa_scale.utils.lock import locked
 CHUNK = 1 << 20
 TIMEOUT = 60.0
 """Seconds without a byte after which an http connection counts as dead."""
-PAUSES = (0.5, 1.0, 2.0, 4.0)
+RETRY_DELAYS = (0.5, 1.0, 2.0, 4.0)
 """Seconds before each further try."""
 
 T = TypeVar("T")
@@ -75,7 +75,7 @@ def is_url(path: str) -> bool:
     return path.startswith("pipe:") or (re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path) is not None)
 
 
-def shown(url: str) -> str:
+def redacted_url(url: str) -> str:
     """Return the URL for messages: without its query, which may hold a signature, and without a password."""
     return url if url.startswith("pipe:") else re.sub(r"//[^/@]*@", "//", url.partition("?")[0])
 
@@ -131,25 +131,25 @@ def _opened(url: str) -> Iterator[bytes]:
             stream.close()
 
 
-def persist(attempt: Callable[[], T], url: str, pauses: tuple[float, ...] | None = None) -> T:
-    """Call ``attempt()``, again after each pause if it was interrupted or did not return the expected file.
+def with_retries(attempt: Callable[[], T], url: str, delays: tuple[float, ...] | None = None) -> T:
+    """Call ``attempt()``, again after each delay if it was interrupted or did not return the expected file.
 
     Raises:
         Refused: from ``attempt``.
         InputError: interrupted each time.
     """
-    pauses = PAUSES if pauses is None else pauses
-    for pause in (*pauses, None):
+    delays = RETRY_DELAYS if delays is None else delays
+    for delay in (*delays, None):
         try:
             return attempt()
         except (Interrupted, Mismatch) as error:
-            if pause is None:
+            if delay is None:
                 if isinstance(error, Mismatch):
                     raise
                 raise InputError(
-                    f"{shown(url)}: {error} (tried {len(pauses) + 1} times); check the address and the network"
+                    f"{redacted_url(url)}: {error} (tried {len(delays) + 1} times); check the address and the network"
                 ) from None
-            time.sleep(pause)
+            time.sleep(delay)
     raise AssertionError
 
 
@@ -160,7 +160,7 @@ def read_url(url: str) -> bytes:
         Refused: there is no such file.
         InputError: it cannot be downloaded now.
     """
-    return persist(lambda: b"".join(chunks(url)), url)
+    return with_retries(lambda: b"".join(chunks(url)), url)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +205,7 @@ class Remote:
                     if not self._is_here(path, size):  # else another process was faster
                         self._download(url, path, sha256, size)
         except Refused as error:
-            raise ShardError(shown(url), shard, "", str(error)) from None
+            raise ShardError(redacted_url(url), shard, "", str(error)) from None
         except OSError as error:
             raise InputError(f"{path}: cannot be written: {error.strerror}; make room or cache elsewhere") from None
         return path
@@ -213,10 +213,10 @@ class Remote:
     def _download(self, url: str, path: Path, sha256: str, size: int | None) -> None:
         for left_over in self.folder.glob(f"{path.name}.*.partial"):  # we have the lock, so its writer is dead
             left_over.unlink(missing_ok=True)
-        make_room(self.folder.parent, self.cache_bytes, size or 0)
+        evict(self.folder.parent, self.cache_bytes, size or 0)
         partial = self.folder / f"{path.name}.{socket.gethostname()}-{os.getpid()}.partial"
         try:
-            persist(lambda: _download(url, partial, sha256, size), url)
+            with_retries(lambda: _download(url, partial, sha256, size), url)
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
@@ -248,7 +248,7 @@ def _download(url: str, partial: Path, sha256: str, size: int | None) -> None:
         os.fsync(file.fileno())  # a crash of the machine must not leave half a file under the final name
 
 
-def make_room(root: Path, limit: int, wanted: int) -> None:
+def evict(root: Path, limit: int, wanted: int) -> None:
     """Delete the tar files under ``root`` that were opened least recently, until ``wanted`` more bytes are within the
     limit. Index files and unfinished downloads count, but stay."""
     files = []

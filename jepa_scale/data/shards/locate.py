@@ -16,7 +16,7 @@ from urllib.request import url2pathname
 
 from braceexpand import braceexpand
 
-from jepa_scale.data.shards.cache import Refused, Remote, chunks, is_url, persist, read_url, shown
+from jepa_scale.data.shards.cache import Refused, Remote, chunks, is_url, read_url, redacted_url, with_retries
 from jepa_scale.data.shards.format import INDEX_FILE, Index, ShardInfo, index_name
 from jepa_scale.utils.errors import InputError
 from jepa_scale.utils.io import write_atomic
@@ -103,7 +103,7 @@ class Located:
             if not complete.exists():
                 urls = {name: self.source.url(f"{self.index.tokenizer}/{name}") for name in _TOKENIZER_FILES}
                 if not any([_fetch_if_there(url, folder / name) for name, url in urls.items()]):
-                    url = shown(urls[_TOKENIZER_FILES[0]])
+                    url = redacted_url(urls[_TOKENIZER_FILES[0]])
                     raise InputError(f"{url}: the tokenizer is missing; copy its folder beside the index")
                 complete.touch()
         return folder
@@ -213,13 +213,13 @@ def _locate_urls(paths: list[str], cache: Path, cache_bytes: int) -> Located:
     templates = {template for template, _ in found}
     if len(templates) > 1:
         raise InputError(
-            f"data.path: lies in several folders ({', '.join(map(shown, sorted(templates)))}); each folder of shards is a "
+            f"data.path: lies in several folders ({', '.join(map(redacted_url, sorted(templates)))}); each folder of shards is a "
             "source of its own"
         )
     (template,) = templates
     remote = Remote(template, cache, cache_bytes)
     url = remote.url(INDEX_FILE)
-    where = shown(url)
+    where = redacted_url(url)
     hint = f"by URL only prepared shards can be read, with their {INDEX_FILE} beside them: prepare raw data first"
     try:
         text = read_url(url).decode()
@@ -310,7 +310,7 @@ def _safe(index: Index, where: str) -> Index:
 def _fetch_if_there(url: str, path: Path) -> bool:
     pipe = not url.startswith(("http://", "https://"))  # a pipe's failure may also mean that the file does not exist
     try:
-        write_atomic(path, persist(lambda: b"".join(chunks(url)), url, pauses=() if pipe else None))
+        write_atomic(path, with_retries(lambda: b"".join(chunks(url)), url, delays=() if pipe else None))
     except Refused:
         return False
     except InputError:

@@ -489,7 +489,7 @@ def test_few_blocks_are_held_and_a_killed_worker_is_told(tmp_path: Path) -> None
                 os.kill(servers[0], signal.SIGKILL)
     assert 25 <= told < 30
     # the one just read, and the others that are not finished; a shard may be finished before the one ahead of it
-    assert 2 < most <= 2 * workers.AHEAD
+    assert 2 < most <= 2 * workers.BLOCKS_PER_PROCESS
     assert not any(map(alive, servers))
 
 

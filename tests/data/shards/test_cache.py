@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from jepa_scale.data.shards import cache as fetch
-from jepa_scale.data.shards.cache import Remote, ShardError, make_room
+from jepa_scale.data.shards.cache import Remote, ShardError, evict
 from jepa_scale.data.shards.format import Index, Sample, write_shard
 from jepa_scale.data.shards.locate import Located, locate
 from jepa_scale.data.shards.reader import ShardExamples
@@ -83,7 +83,7 @@ SHARDS = [f"train-{i:06d}.tar" for i in range(4)]
 
 @pytest.fixture
 def server(tmp_path, monkeypatch) -> Iterator[Server]:
-    monkeypatch.setattr(fetch, "PAUSES", (0.01, 0.01))
+    monkeypatch.setattr(fetch, "RETRY_DELAYS", (0.01, 0.01))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     folder = tmp_path / "served/data"
     (folder / "tokenizer").mkdir(parents=True)
@@ -293,13 +293,13 @@ def test_other_data_give_way_too(tmp_path):
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(bytes(100))
         os.utime(path, (number, number))
-    make_room(tmp_path, 500, 0)
+    evict(tmp_path, 500, 0)
     assert len(list(tmp_path.rglob("*.*"))) == 5
-    make_room(tmp_path, 500, 101)
+    evict(tmp_path, 500, 101)
     assert (
         not (tmp_path / "a/1.tar").exists() and not (tmp_path / "b/2.tar").exists() and (tmp_path / "a/3.tar").exists()
     )
-    make_room(tmp_path, 10, 0)
+    evict(tmp_path, 10, 0)
     assert {p.name for p in tmp_path.rglob("*.*")} == {"x.idx.npy", "4.tar.host-1.partial"}
 
 

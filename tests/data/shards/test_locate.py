@@ -233,7 +233,7 @@ def test_s3_goes_through_the_aws_command(prepared, tmp_path, monkeypatch):
 
 
 def test_commands_that_fail(prepared, tmp_path, monkeypatch):
-    monkeypatch.setattr("jepa_scale.data.shards.cache.PAUSES", (0.0,))
+    monkeypatch.setattr("jepa_scale.data.shards.cache.RETRY_DELAYS", (0.0,))
     for path, message in [
         (
             "pipe:cat /nowhere/{}",

@@ -65,19 +65,21 @@ def arc(options: PrepareOptions) -> Source:
 
 def _chains(files: tuple[Path, ...], split: str) -> Items:
     for file in files:
-        shown: list[Record] = []
-        asked: list[Record] = []
+        demonstrations: list[Record] = []
+        tests: list[Record] = []
         for row in read_json(file):
             if isinstance(row, BadRecord):
                 yield from [row] if split == "train" else []
                 continue
-            (asked if "#test[" in row.where else shown).append(row)
-        if len(shown) < 2 and split == "train":
-            yield BadRecord(str(file), "too few pairs", f"train holds {len(shown)}, a chain needs 2")
+            (tests if "#test[" in row.where else demonstrations).append(row)
+        if len(demonstrations) < 2 and split == "train":
+            yield BadRecord(str(file), "too few pairs", f"train holds {len(demonstrations)}, a chain needs 2")
         elif split == "train":
-            yield from _joined((first, second) for second in shown for first in shown if first is not second)
-        elif shown:
-            yield from _joined((shown[-1], second) for second in asked)
+            yield from _joined(
+                (first, second) for second in demonstrations for first in demonstrations if first is not second
+            )
+        elif demonstrations:
+            yield from _joined((demonstrations[-1], second) for second in tests)
 
 
 def _joined(pairs: Iterator[tuple[Record, Record]]) -> Items:
