@@ -83,7 +83,10 @@ def test_the_parts_of_a_mixture_are_options_of_their_sources():
             {"source": "text", "path": "a", "weight": "much"},
             r"^data\.parts\.0\.weight: must be a number above 0, got 'much'$",
         ),
-        ({"source": "mixture", "parts": []}, r"^data\.parts\.0\.source: mixture cannot be mixed$"),
+        (
+            {"source": "mixture", "parts": []},
+            r"^data\.parts\.0\.source: mixture cannot be part of a mixture; use text, chat or grids$",
+        ),
         ({"source": "text"}, r"^data\.parts\.0\.path: required key is missing$"),
     ],
 )

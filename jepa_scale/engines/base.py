@@ -268,7 +268,7 @@ def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def whole_state(module: nn.Module, gather: Callable[[nn.Parameter], Tensor], keep: bool) -> dict[str, Tensor]:
-    """Build the result of :meth:`Engine.full_state`, one parameter at a time; all ranks call ``gather`` alike.
+    """Build the result of :meth:`Engine.full_state`, one parameter at a time; all ranks call ``gather`` in the same order.
 
     Args:
         gather: returns a whole parameter from its shards.

@@ -94,7 +94,7 @@ def _random(keys: dict[str, Any], rows: int) -> PreTrainedModel:
         hint = suggestion(str(model_type), CONFIG_MAPPING.keys(), "use one of its causal language models")
         raise InputError(f"model.config.model_type: transformers has no {model_type!r}; {hint}")
     _check_keys(CONFIG_MAPPING[model_type], keys)
-    # the family's default special tokens mean nothing in our vocabulary; a padding id would even freeze its embedding
+    # the family's default special tokens have no meaning in the data's vocabulary; a padding id would freeze an embedding
     tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     try:
         config = AutoConfig.for_model(model_type, **{**tokens, **keys}, vocab_size=rows)

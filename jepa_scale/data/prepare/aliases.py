@@ -23,7 +23,7 @@ from jepa_scale.utils.errors import InputError
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_NAMES = ("tiny_shakespeare.txt", "tiny_shakespeare/input.txt")
 WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1")
-_SPLITS = {"train": "train", "valid": "validation", "test": "test"}  # of WikiText: ours → the hub's
+_SPLITS = {"train": "train", "valid": "validation", "test": "test"}  # split → its name on the hub
 _TIMEOUT = 30  # seconds without a byte
 
 

@@ -94,7 +94,7 @@ class BadRecord(Exception):
 
 
 class Encoder(Protocol):
-    """Record → samples; picklable, because worker processes call it."""
+    """Function from a record to its samples; picklable, because worker processes call it."""
 
     @property
     def vocab_size(self) -> int: ...

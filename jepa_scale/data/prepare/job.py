@@ -55,7 +55,7 @@ def prepare(
     is.
 
     Args:
-        path: as :func:`open_reader` takes it.
+        path: the raw data, in a form that :func:`open_reader` supports.
         processes: worker processes, None = one a core; 1 = none, the work is done here. Raw data of about
             128 MiB a process are held in memory.
         progress: show a bar when stderr is a terminal.
@@ -201,7 +201,7 @@ def _fill(
 
 
 def _claim(folder: Path) -> None:
-    """Make the folder, or check that it holds a job of ours."""
+    """Make the folder, or check that it holds a preparation by this command."""
     folder.mkdir(parents=True, exist_ok=True)
     there = set(os.listdir(folder))
     if there and not there & OURS:

@@ -130,9 +130,9 @@ def load(options: MixtureOptions, load_part: Callable[[SourceOptions], Any]) -> 
     for number, given in enumerate(options.parts):
         where, name = f"data.parts.{number}", f"part{number}" if given.name is None else given.name
         if name in parts:
-            raise InputError(f"{where}.name: {name!r} is another part's name too")
+            raise InputError(f"{where}.name: {name!r} is also the name of another part; choose another one")
         if isinstance(given, ReversalPart):
-            raise InputError(f"{where}.source: {given.source} cannot be mixed")
+            raise InputError(f"{where}.source: {given.source} cannot be part of a mixture; use text, chat or grids")
         part = load_part(given)
         first = next(iter(parts.values()), part)
         if part.tokenizer_fingerprint != first.tokenizer_fingerprint or part.vocab_size != first.vocab_size:

@@ -55,7 +55,7 @@ class Refused(Exception):
 
 
 class Mismatch(Refused):
-    """The download differs from the expected file, or is a part of it: the server did not give its length."""
+    """The download differs from the expected file. If the server sent no length, it may be incomplete."""
 
 
 class Interrupted(Exception):
@@ -189,8 +189,8 @@ class Remote:
         be gone, and fetch it again.
 
         Args:
-            name: of the file. shard: the shard that it belongs to, for errors.
-            sha256: of the content, checked while it is downloaded. size: in bytes, None = unknown.
+            name: name of the file. shard: the shard that it belongs to, for errors.
+            sha256: SHA-256 of the content, checked during the download. size: bytes, None = unknown.
 
         Raises:
             ShardError: the server has no such file, or one that differs from the index.

@@ -55,7 +55,7 @@ class Index:
     """The index of a folder of shards.
 
     Attributes:
-        kind: of the samples: ``text``, ``chat``, ``reversal`` or ``grids``.
+        kind: kind of the samples: ``text``, ``chat``, ``reversal`` or ``grids``.
         splits: name of a split → its shards; ``train`` is the training data.
         vocab_size: one more than the largest token id that the tokenizer may give.
         special: token ids with a meaning, by name (``eos``, ``pad``, ``mask`` …).

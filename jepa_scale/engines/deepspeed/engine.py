@@ -208,7 +208,7 @@ class DeepSpeedEngine(Engine):
 
     def _filled(self, user: dict[str, Any]) -> dict[str, Any]:
         config = dict(user)
-        config["train_micro_batch_size_per_gpu"] = 1  # only for DeepSpeed's reports; our batches are packed
+        config["train_micro_batch_size_per_gpu"] = 1  # only for DeepSpeed's reports; batches are packed
         config["gradient_accumulation_steps"] = self.options.accumulation
         config["gradient_clipping"] = 0.0  # the engine clips, as DeepSpeed has no clip groups
         config["bf16"] = {"enabled": self._bf16}

@@ -330,7 +330,7 @@ def test_views_larger_than_announced_are_refused(data: ReversalData) -> None:
     assert [batch.counts for step in fits for batch in step] == [
         {"samples": 2, "tokens": 24, "labels": 0, "skipped": 0, "budget": 24}
     ] * 3
-    with pytest.raises(InputError, match=r"^train.micro_tokens: 48 tokens .* do not fit 24"):
+    with pytest.raises(InputError, match=r"^train.micro_tokens: a micro-batch has 48 tokens of views, more than 24"):
         list(Loader(data.train, tokens(6), twice, ("main",), 0, 1, 5))
 
 

@@ -88,7 +88,7 @@ def test_parts_of_other_vocabularies_are_refused(folders: tuple[Path, Path], tmp
     write_text(tmp_path, [3], tokenizer="another")
     with pytest.raises(InputError, match=r"^data.parts.1: has another tokenizer .*tokenizer: "):
         mixture(part(folders[0]), part(tmp_path))
-    with pytest.raises(InputError, match=r"^data.parts.1.source: reversal cannot be mixed"):
+    with pytest.raises(InputError, match=r"^data.parts.1.source: reversal cannot be part of a mixture"):
         mixture(part(folders[0]), {"source": "reversal", "entities_a": 50, "comb": 5, "relations": 2})
     with pytest.raises(InputError, match=r"^data.parts: give at least one"):
         mixture()

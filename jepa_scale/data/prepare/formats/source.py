@@ -48,10 +48,10 @@ class Source:
     """A reader of raw data as records, in an order that never changes. Picklable if its functions are.
 
     Attributes:
-        kind: of the records.
-        parts: split → how to read it: ``train``, and the splits that the data themselves hold (``valid``, ``test`` …).
-        identify: returns the fingerprint.
-        vocabulary: of data that are token ids already, else None.
+        kind: kind of the records.
+        parts: split → its part: ``train``, and the splits that the data themselves hold (``valid``, ``test`` …).
+        identify: function that returns the fingerprint.
+        vocabulary: vocabulary of data that are token ids already, else None.
         cut: whether ``valid`` was cut off the training text already, by ``valid_fraction``.
     """
 
