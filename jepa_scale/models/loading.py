@@ -51,7 +51,7 @@ def build_backbone(options: ModelOptions, vocab_size: int, pad_vocab_to: int = 1
         add_lora(decoder, backbone.blocks_at, options.lora, known)
         if (options.pretrained is None or options.random_init) and rank() == 0:
             logger.warning(
-                "model.lora: the weights under the adapters are random and frozen; load a checkpoint, or set model.pretrained"
+                "model.lora: the weights under the adapters are random and frozen; load pretrained weights or a checkpoint"
             )
     return backbone
 

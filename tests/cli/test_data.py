@@ -76,7 +76,7 @@ def test_help_shows_meaning_and_default(capsys: pytest.CaptureFixture[str], monk
         main(["data", "prepare", "--help"])
     assert left.value.code == 0
     shown = capsys.readouterr().out
-    assert "Of the trained BPE tokenizer (default: 4096)" in shown
+    assert "Vocabulary size of a trained BPE tokenizer (default: 4096)" in shown
     assert "--remove-thinking, --no-remove-thinking" in shown
     assert "(default: None)" not in shown and "(default: {})" not in shown
 

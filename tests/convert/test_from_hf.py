@@ -137,10 +137,10 @@ def test_what_does_not_fit_is_named(tmp_path):
     refused(r"config.json has rms_norm_eps=0.001, the config's model 1e-05", rms_norm_eps=1e-5)
     refused(r"rope_parameters=.*5000.0.*the config's model.*500.0", rope_theta=500.0)
     refused(r"num_hidden_layers=2, the config's model 3", num_hidden_layers=3)
-    refused(r"is a Llama, which has neither logit_scale.*tie_word_embeddings", tie_word_embeddings=True)
-    refused(r"is a Llama, which has .* nor a bridge; .*model.bridge_after to null", bridge_after=1)
-    refused(r"is a Llama, which has .* nor PoPE .*model.position_embedding to rope", position_embedding="pope")
-    refused(r"is a Llama, which has .* norm of its embedding .*model.embedding_norm", embedding_norm=True)
+    refused(r"is a Llama, which has no logit_scale.*tie_word_embeddings", tie_word_embeddings=True)
+    refused(r"is a Llama, which has .* or bridge; .*model.bridge_after to null", bridge_after=1)
+    refused(r"is a Llama, which has .* PoPE, .*model.position_embedding to rope", position_embedding="pope")
+    refused(r"is a Llama, which has .* norm of the embedding .*model.embedding_norm", embedding_norm=True)
     refused(
         r"lm_head.weight has shape \(\d+, 32\), the config's model has \(500, 32\); set model.vocab_size",
         vocab_size=500,

@@ -98,7 +98,7 @@ def test_no_special_token_is_assumed():
         (dict(family="huggingface", config=dict(hidden_size=32)), "model.config.model_type: required key is missing"),
         (huggingface(model_type="lama"), "model.config.model_type: transformers has no 'lama'; did you mean 'llama'"),
         (huggingface(model_type="t5"), "model.config"),
-        (huggingface(vocab_size=40), "model.config.vocab_size: set model.vocab_size instead"),
+        (huggingface(vocab_size=40), "model.config.vocab_size: is not allowed here; set model.vocab_size instead"),
         (huggingface(hiden_size=40), "model.config.hiden_size: unknown key of LlamaConfig; did you mean 'hidden_size'"),
         (huggingface(num_attention_heads=5), "model.config: "),
         (huggingface(hidden_size="wide"), "model.config: "),

@@ -185,7 +185,7 @@ def test_random_init_is_the_architecture_with_other_weights(base, tmp_path, capl
     assert "random" not in caplog.text
     ours = build(**pretrained(base, random_init=True, lora={}, cache_dir=str(tmp_path)))
     assert ours.decoder.get_input_embeddings().new_rows.num_embeddings == ROWS - KNOWN
-    assert caplog.messages[0].startswith("model.lora: what the adapters are added to is random")
+    assert caplog.messages[0].startswith("model.lora: the weights under the adapters are random")
 
 
 def test_cache_dir_is_where_the_loaders_look(base, tmp_path):

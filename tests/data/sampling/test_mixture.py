@@ -73,7 +73,7 @@ def test_the_fingerprint_knows_parts_and_weights(folders: tuple[Path, Path]) -> 
     ("change", "message"),
     [
         ({"weight": 0}, r"^data.parts.1.weight: .*above 0, got 0"),
-        ({"name": "part0"}, r"^data.parts.1.name: 'part0' is another part's"),
+        ({"name": "part0"}, r"^data.parts.1.name: 'part0' is also the name of another part"),
         ({"max_lenght": 3}, r"^data.parts.1.max_lenght: unknown key; did you mean 'max_length'"),
         ({"source": "reversal"}, r"^data.parts.1.(path|long|max_length): unknown key"),
         ({"source": "txt"}, r"^data.parts.1.source: unknown source 'txt'; did you mean 'text'"),
