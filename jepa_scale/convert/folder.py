@@ -83,8 +83,8 @@ class Folder:
         found = read_journal(path)
         if found is not None and found.plan != journal.plan:
             raise InputError(
-                f"{path}: holds another conversion (of {found.checkpoint}, {found.made_by}, {_options_text(found.options)}; this "
-                f"one is of {journal.checkpoint}, {journal.made_by}, {_options_text(journal.options)}); choose another folder"
+                f"{path}: holds another conversion (of {found.checkpoint}, {found.made_by}, {_text_of(found.options)}; this "
+                f"one is of {journal.checkpoint}, {journal.made_by}, {_text_of(journal.options)}); choose another folder"
             )
         self.journal = found or journal
         self.journal.made_by = journal.made_by
@@ -126,5 +126,5 @@ class Folder:
         write_atomic(self.path / JOURNAL, (json.dumps({"format": FORMAT, **values}, indent=1) + "\n").encode())
 
 
-def _options_text(options: dict[str, Any]) -> str:
+def _text_of(options: dict[str, Any]) -> str:
     return " ".join(f"{name}={value}" for name, value in options.items())

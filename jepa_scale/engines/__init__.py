@@ -47,8 +47,8 @@ def check_engine(name: str, options: EngineConfig, optim: OptimConfig, ranks: Pa
             )
         if options.compile and zero["stage"] == 3:
             raise InputError(
-                "engine.compile: ZeRO-3 gathers parameters by hooks in every layer of a block, and nearly each of them would be "
-                "compiled separately; use FSDP2 (engine.name=fsdp) or a ZeRO stage below 3, or remove engine.compile"
+                "engine.compile: ZeRO-3 gathers parameters by hooks in every layer of a block, and nearly each of them would "
+                "be compiled separately; use FSDP2 (engine.name=fsdp) or a ZeRO stage below 3, or remove engine.compile"
             )
         if options.replicas > 1:
             raise InputError(

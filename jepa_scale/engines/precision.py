@@ -40,6 +40,7 @@ def resolve_precision(asked: Literal["auto", "fp32", "bf16"], ranks: ParallelCon
         return "bf16" if everywhere else "fp32"
     if not everywhere and ranks.is_main and ranks.device.type == "cpu":
         logger.warning(
-            "engine.precision: this CPU has no instructions for bf16, which may be 25 times slower than fp32; set it to fp32 or auto"
+            "engine.precision: this CPU has no instructions for bf16, which may take 25 times as long as fp32; "
+            "set it to fp32 or auto"
         )
     return asked

@@ -213,8 +213,8 @@ def _locate_urls(paths: list[str], cache: Path, cache_bytes: int) -> Located:
     templates = {template for template, _ in found}
     if len(templates) > 1:
         raise InputError(
-            f"data.path: lies in several folders ({', '.join(map(redacted_url, sorted(templates)))}); each folder of shards is a "
-            "source of its own"
+            f"data.path: lies in several folders ({', '.join(map(redacted_url, sorted(templates)))}); each folder "
+            "of shards is a source of its own"
         )
     (template,) = templates
     remote = Remote(template, cache, cache_bytes)
