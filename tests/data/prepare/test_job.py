@@ -216,7 +216,7 @@ def test_finished_shards_stay_unless_they_are_damaged(
     prepare(raw, out, skip, processes=1)
     again = [1 + n for block in (1, 3, 4, 5) for n in range(7 * block, min(7 * block + 7, 36))]
     assert log.read_text().split() == [f"train.txt:{n}" for n in again]
-    assert "goes on" in logged.messages[0]
+    assert "continues where it was stopped" in logged.messages[0]
     assert "36 records, 14 of them were there already" in logged.messages[1]
     prepare(raw, tmp_path / "undisturbed", skip, processes=1, progress=False)
     assert content(out) == content(tmp_path / "undisturbed")
