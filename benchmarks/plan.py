@@ -2,7 +2,7 @@
 
     python benchmarks/plan.py --json benchmarks/results/plan.json      # CPU: 1, 2 and 4 gloo ranks
     python benchmarks/plan.py --device cuda --json plan_gpu.json       # one GPU; fewer runs
-    python benchmarks/plan.py --json benchmarks/results/plan.json --render docs/plan.md  # the table there, nothing is run
+    python benchmarks/plan.py --json benchmarks/results/plan.json --render docs/results/plan.md  # its tables; nothing is run
 
 Runs are built and trained for real, three steps each, by every engine: next-token prediction, horizon prediction with an EMA
 teacher of the lower half of the decoder, and two micro-batches a step.
@@ -252,25 +252,25 @@ def planned(file: Path, world_size: int, device: str) -> dict[str, float]:
 
 
 def render(docs: Path, rows: list[dict[str, Any]]) -> None:
-    """Write the peaks as a table between the marks in a Markdown file."""
+    """Write the peaks as two tables between the marks in a Markdown file: kinds of runs, and layouts."""
     peaks = {r["name"].removesuffix("/peak"): r for r in rows if r["name"].endswith("/peak")}
     columns = sorted({(name.rsplit("_", 3)[0], name.rsplit("_", 3)[3]) for name in peaks})
-    lines = [
-        "| peak of a rank, MB; planned | "
-        + " | ".join(f"{kind}, {ranks} rank{'s' * (ranks != '1')}" for kind, ranks in columns)
-    ]
-    lines = [f"{lines[0].replace('_', ' ')} |", "|---|" + "---|" * len(columns)]
-    for engine in ENGINES:
-        for precision in ("bf16", "fp32"):
-            found = [peaks.get(f"{kind}_{engine}_{precision}_{ranks}") for kind, ranks in columns]
-            if any(found):
-                cells = [
-                    f"{r['value']:.1f}; {100 * (r['planned'] / r['value'] - 1):+.1f} %" if r else "" for r in found
-                ]
-                lines.append(f"| {engine} {precision} | " + " | ".join(cells) + " |")
+    lines = []
+    for kinds in (KINDS, LAYOUTS):  # a table each
+        chosen = [(kind, ranks) for kind, ranks in columns if kind in kinds]
+        names = [f"{kind.replace('_', ' ')}, {ranks} rank{'s' * (ranks != '1')}" for kind, ranks in chosen]
+        lines += ["", f"| | {' | '.join(names)} |", "|---|" + "---|" * len(chosen)]
+        for engine in ENGINES:
+            for precision in ("bf16", "fp32"):
+                found = [peaks.get(f"{kind}_{engine}_{precision}_{ranks}") for kind, ranks in chosen]
+                if any(found):
+                    cells = [
+                        f"{r['value']:.1f}; {100 * (r['planned'] / r['value'] - 1):+.1f} %" if r else "" for r in found
+                    ]
+                    lines.append(f"| {engine} {precision} | " + " | ".join(cells) + " |")
     before, rest = docs.read_text().split("<!-- measured -->")
     after = rest.split("<!-- end of measured -->")[1]
-    docs.write_text(f"{before}<!-- measured -->\n" + "\n".join(lines) + f"\n<!-- end of measured -->{after}")
+    docs.write_text(f"{before}<!-- measured -->" + "\n".join(lines) + f"\n\n<!-- end of measured -->{after}")
 
 
 def main() -> None:
@@ -291,7 +291,7 @@ def main() -> None:
     parser.add_argument(
         "--append", action="store_true", help="keep what else is in --json, and replace what is measured again"
     )
-    parser.add_argument("--render", type=Path, metavar="FILE.md", help="only renew the table of --json there")
+    parser.add_argument("--render", type=Path, metavar="FILE.md", help="only renew the tables of --json there")
     args = parser.parse_args()
     if args.render:
         render(args.render, json.loads(args.json.read_text())["rows"])

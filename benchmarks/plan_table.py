@@ -1,7 +1,7 @@
-"""The table of docs/plan.md: 1, 8 and 70 billion parameters on 8 to 4,096 GPUs.
+"""The tables of docs/results/plan.md: 1, 8 and 70 billion parameters on 8 to 4,096 GPUs.
 
     python benchmarks/plan_table.py --json benchmarks/results/plan_table.json
-    python benchmarks/plan_table.py --json benchmarks/results/plan_table.json --render docs/plan.md  # nothing is planned
+    python benchmarks/plan_table.py --json benchmarks/results/plan_table.json --render docs/results/plan.md  # nothing is planned
 
 Everything in it is planned, nothing measured. 70 billion are the 8-billion config in the shape of Llama 3 70B.
 """
@@ -66,6 +66,11 @@ HEADER = (
 )  # fmt: skip
 
 
+COLUMNS = (
+    "GPUs", "engine", "state, GiB", "peak, GiB", "largest micro-batch", "step, s", "MFU", "tokens a day; days for 10¹²",
+)  # fmt: skip
+
+
 def layouts(size: dict[str, Any], gpus: int) -> dict[str, tuple[str, int, int]]:
     """Name → engine, tp, replicas."""
     found = {"ZeRO-3": ("deepspeed", 1, 1), "FSDP2": ("fsdp", 1, 1)}
@@ -110,10 +115,17 @@ def cells(name: str, gpus: int, layout: str, plan: RunPlan) -> list[str]:
 
 
 def render(docs: Path, rows: list[list[str]]) -> None:
-    lines = [HEADER, ["---"] * len(HEADER), *rows]
+    """Write a table for each model between the marks in a Markdown file."""
+    lines = []
+    for model in dict.fromkeys(row[0] for row in rows):
+        lines += ["", f"### {model}", "", f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
+        for _, gpus, layout, state, peak, fits, largest, step, mfu, tokens, days in (r for r in rows if r[0] == model):
+            micro = {"yes": largest, "no": "does not fit"}.get(fits, fits)
+            speed = f"{tokens}; {days}" if step != "–" else "–"
+            lines.append("| " + " | ".join((gpus, layout, state, peak, micro, step, mfu, speed)) + " |")
     before, rest = docs.read_text().split(BEGIN)
-    table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-    docs.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}")
+    table = "\n".join(lines)
+    docs.write_text(f"{before}{BEGIN}\n{table}\n\n{END}{rest.split(END)[1]}")
 
 
 def main() -> None:
@@ -122,7 +134,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=tuple(SIZES), default=list(SIZES))
     parser.add_argument("--gpu", default="h100")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--render", type=Path, metavar="FILE.md", help="only renew the table of --json there")
+    parser.add_argument("--render", type=Path, metavar="FILE.md", help="only renew the tables of --json there")
     args = parser.parse_args()
     if args.render:
         render(args.render, json.loads(args.json.read_text())["rows"])
