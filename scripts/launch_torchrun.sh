@@ -20,7 +20,7 @@ nodes=${NNODES:-1} restarts=${MAX_RESTARTS:-3} endpoint=${RDZV_ENDPOINT:-}
 
 settings=()
 if [ -n "$endpoint" ]; then
-  # torchrun tells by the host name whether the endpoint is here, and is wrong where that is the name of another interface
+  # torchrun compares host names to find whether the endpoint is here, and is wrong if the name is of another interface
   host=${endpoint%:*}
   deadline=$((SECONDS + ${RDZV_WAIT:-0}))
   until address=$(getent ahosts "$host" | awk 'NR == 1 { print $1 }') && [ -n "$address" ]; do
