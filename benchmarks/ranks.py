@@ -16,9 +16,9 @@ def on_ranks(measure: Callable[..., None], count: int, *rest: Any, context: Base
     Raises:
         SystemExit: a rank has failed.
     """
-    context = context or multiprocessing.get_context("spawn")
-    results = context.Queue()
-    processes: list[Any] = [context.Process(target=measure, args=(rank, *rest, results)) for rank in range(count)]  # type: ignore[attr-defined]
+    started: Any = context or multiprocessing.get_context("spawn")
+    results = started.Queue()
+    processes = [started.Process(target=measure, args=(rank, *rest, results)) for rank in range(count)]
     for process in processes:
         process.start()
     found = None

@@ -45,8 +45,8 @@ def units_of(root: nn.Module, modules: Sequence[nn.Module]) -> list[Unit]:
 class EngineModel(ABC):
     """Model of an engine's memory on a rank: what it keeps, and what it allocates and frees during a step, in a ledger.
 
-    ``attach`` adds hooks to the module, whose tensors have no data. By default a unit is gathered without an intermediate buffer
-    for its forward and again for its backward, and freed after each.
+    ``attach`` adds hooks to the module, whose tensors have no data. By default a unit is gathered, without an intermediate
+    buffer, for its forward and again for its backward, and freed after each.
     """
 
     ledger: MemoryTracker

@@ -19,6 +19,6 @@ class DataError(InputError):
 
 
 def suggestion(name: str, known: Iterable[str], otherwise: str) -> str:
-    """Return ``did you mean 'x'?`` with the known name that is most similar to a wrong one; ``otherwise`` if none is similar."""
+    """Return ``did you mean 'x'?`` with the known name most similar to a wrong one; ``otherwise`` if none is similar."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}?" if near else otherwise
