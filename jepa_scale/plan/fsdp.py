@@ -41,12 +41,12 @@ class FsdpModel(EngineModel):
         modules: list[nn.Module],
         parameters: Mapping[str, Sizes],
         layout: Layout,
-        ledger: MemoryTracker,
+        tracker: MemoryTracker,
         watch: Watch,
     ) -> None:
-        self.layout, self.ledger, self.watch, self.parameters = layout, ledger, watch, parameters
+        self.layout, self.tracker, self.watch, self.parameters = layout, tracker, watch, parameters
         self.units = units_of(module, modules)
-        self._gathering = Gathering(self.units, layout, ledger)
+        self._gathering = Gathering(self.units, layout, tracker)
         self.root = self.units[-1]
         self._reducing = 0  # bytes of the last reduction's buffer
         self._order: list[Unit] = []  # order of this micro-batch's forwards
@@ -86,7 +86,7 @@ class FsdpModel(EngineModel):
     def post_backward(self, unit: Unit) -> None:
         self.release(unit)
         names = [name for name, p in unit.parameters.items() if p.grad is not None]
-        self.ledger.free("buffers", self._reducing)
+        self.tracker.free("buffers", self._reducing)
         self._reducing = 0
         if not names:
             return
@@ -95,24 +95,24 @@ class FsdpModel(EngineModel):
         first = not all(name in self._reduced for name in names)
         alone = shards * self.layout.replicas == 1
         self._reducing = 0 if alone and first else own * shards
-        self.ledger.add("buffers", self._reducing)
+        self.tracker.add("buffers", self._reducing)
         for name in names:
             unit.parameters[name].grad = None
         if shards == 1 and not alone:  # replicas only: FSDP2 divides the gradients by 1, into a new tensor
-            with self.ledger.temporary("buffers", own):
-                self.ledger.add("gradients", own)
+            with self.tracker.temporary("buffers", own):
+                self.tracker.add("gradients", own)
         elif not alone or first:
-            self.ledger.add("gradients", own)
+            self.tracker.add("gradients", own)
         self._reduced.update(names)
         if not first and not alone:
-            self.ledger.free("gradients", own)  # added to the existing gradient, then freed
+            self.tracker.free("gradients", own)  # added to the existing gradient, then freed
 
     def after_backward(self, last: bool) -> None:
         """Account for the end of a micro-batch; ``last``: whether it is the last of the step."""
         for unit in self.units:
             self.post_backward_if_due(unit)
         self._gathering.drop_prefetched()
-        self.ledger.free("buffers", self._reducing)
+        self.tracker.free("buffers", self._reducing)
         self._reducing = 0
         self._order.clear()
 
@@ -122,17 +122,17 @@ class FsdpModel(EngineModel):
             self.post_backward(unit)
 
     def step(self) -> None:
-        missing = self.gradients() - self.ledger.live["gradients"]
-        self.ledger.add("gradients", max(0, missing))  # zeros for parameters without a gradient
-        self.ledger.free("gradients", self.ledger.live["gradients"])
+        missing = self.gradients() - self.tracker.live["gradients"]
+        self.tracker.add("gradients", max(0, missing))  # zeros for parameters without a gradient
+        self.tracker.free("gradients", self.tracker.live["gradients"])
         self._reduced = set()
 
 
 class Gathering:
     """Model of the all-gathers of units."""
 
-    def __init__(self, units: list[Unit], layout: Layout, ledger: MemoryTracker) -> None:
-        self.layout, self.ledger = layout, ledger
+    def __init__(self, units: list[Unit], layout: Layout, tracker: MemoryTracker) -> None:
+        self.layout, self.tracker = layout, tracker
         self._kept = 0  # bytes of the last forward's buffer
         self._ahead: dict[Unit, int] = {}  # prefetched unit → bytes of its buffer
         for unit in units:
@@ -144,27 +144,27 @@ class Gathering:
             return
         unit.gathered = True
         if self.layout.shards == 1:
-            self.ledger.add("buffers", unit.size)
+            self.tracker.add("buffers", unit.size)
             return
         buffer = self._ahead.pop(unit, 0)
         if not buffer:
             buffer = self._start(unit)
         if keeps_buffer:
-            self.ledger.free("buffers", self._kept)
+            self.tracker.free("buffers", self._kept)
             self._kept = buffer
-        self.ledger.add("buffers", unit.size)
+        self.tracker.add("buffers", unit.size)
         if not keeps_buffer:
-            self.ledger.free("buffers", buffer)
+            self.tracker.free("buffers", buffer)
 
     def _start(self, unit: Unit) -> int:
         cast = unit.size // self.layout.shards if self.layout.width != 4 else 0  # temporary cast of the own shards
-        self.ledger.add("buffers", cast)
-        self.ledger.add("buffers", unit.size)
-        self.ledger.free("buffers", cast)
+        self.tracker.add("buffers", cast)
+        self.tracker.add("buffers", unit.size)
+        self.tracker.free("buffers", cast)
         return unit.size
 
     def end_forward(self) -> None:
-        self.ledger.free("buffers", self._kept)
+        self.tracker.free("buffers", self._kept)
         self._kept = 0
 
     def prefetch(self, unit: Unit) -> None:
@@ -173,17 +173,17 @@ class Gathering:
 
     def drop_prefetched(self) -> None:
         for buffer in self._ahead.values():
-            self.ledger.free("buffers", buffer)
+            self.tracker.free("buffers", buffer)
         self._ahead.clear()
 
 
 class FsdpEmaModel(EngineModel):
     """Model of the teacher's copy (:class:`jepa_scale.engines.fsdp.ema.FSDPEMA`): fp32 shards, gathered as the engine's."""
 
-    def __init__(self, module: nn.Module, modules: list[nn.Module], layout: Layout, ledger: MemoryTracker) -> None:
-        self.layout, self.ledger, self.module = layout, ledger, module
+    def __init__(self, module: nn.Module, modules: list[nn.Module], layout: Layout, tracker: MemoryTracker) -> None:
+        self.layout, self.tracker, self.module = layout, tracker, module
         self.units = units_of(module, modules)
-        self._gathering = Gathering(self.units, layout, ledger)
+        self._gathering = Gathering(self.units, layout, tracker)
 
     def state(self) -> dict[str, int]:
         shapes = (tuple(p.shape) for p in self.module.parameters())

@@ -1,4 +1,4 @@
-"""A ledger of the bytes allocated on a rank, by kind, and of their peak."""
+"""A tracker of the bytes allocated on a rank, by kind, and of their peak."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class OpCost:
 
 
 class Watch(TorchDispatchMode):
-    """Dispatch mode that enters every new storage into a ledger for its lifetime, and records the cost of each operator.
+    """Dispatch mode that enters every new storage into a tracker for its lifetime, and records the cost of each operator.
 
     It works on tensors without data. Storages that existed before are ignored.
 
@@ -71,9 +71,9 @@ class Watch(TorchDispatchMode):
         vocab: last dimension of logits; 0 = no tensor counts as logits.
     """
 
-    def __init__(self, ledger: MemoryTracker, vocab: int = 0) -> None:
+    def __init__(self, tracker: MemoryTracker, vocab: int = 0) -> None:
         super().__init__()
-        self.ledger, self.vocab = ledger, vocab
+        self.tracker, self.vocab = tracker, vocab
         self.ops: list[OpCost] = []
         self._kinds: WeakIdKeyDictionary = WeakIdKeyDictionary()  # storage → its kind, in a list of one; [] = ignored
         self._ends: list[Any] = []
@@ -101,19 +101,19 @@ class Watch(TorchDispatchMode):
         box = ["buffers" if logits else "activations"]
         size = storage.nbytes()
         self._kinds[storage] = box
-        self.ledger.add(box[0], size)
+        self.tracker.add(box[0], size)
         self._ends.append(weakref.finalize(storage, self._end, box, size))
 
     def _end(self, box: list[str], size: int) -> None:
-        self.ledger.free(box[0], size)
+        self.tracker.free(box[0], size)
 
     def become(self, tensor: Tensor, kind: str) -> None:
         """Change the kind of a storage that was entered as an activation."""
         storage = tensor.untyped_storage()
         box = self._kinds.get(storage)
         if box and box[0] != kind:
-            self.ledger.free(box[0], storage.nbytes())
-            self.ledger.add(kind, storage.nbytes())
+            self.tracker.free(box[0], storage.nbytes())
+            self.tracker.add(kind, storage.nbytes())
             box[0] = kind
 
     def close(self) -> None:

@@ -63,12 +63,12 @@ def simulate(model: Modelled, layout: Layout, batch: PackedBatch, accumulation: 
     Args:
         gpu: whether the kernels are those of a GPU.
     """
-    ledger = MemoryTracker()
-    watch = Watch(ledger, model.logits_width)
-    engine = _engine(model, layout, ledger, watch, accumulation)
+    tracker = MemoryTracker()
+    watch = Watch(tracker, model.logits_width)
+    engine = _engine(model, layout, tracker, watch, accumulation)
     parts: list[EngineModel] = [engine]
     if model.teacher is not None:
-        parts.append(_copy(model, layout, ledger))
+        parts.append(_copy(model, layout, tracker))
     if gpu:
         for module in (model.module, model.teacher):
             if module is not None:
@@ -82,7 +82,7 @@ def simulate(model: Modelled, layout: Layout, batch: PackedBatch, accumulation: 
             state[kind] = state.get(kind, 0) + size
         part.attach()
     for kind, size in state.items():
-        ledger.add(kind, size)
+        tracker.add(kind, size)
     if model.teacher is not None:
         model.objective.teacher = _Teacher(model)  # type: ignore[assignment]
 
@@ -94,7 +94,7 @@ def simulate(model: Modelled, layout: Layout, batch: PackedBatch, accumulation: 
                 one = run("gather", batch)
             gathered = [one] * accumulation
             kept = sum(x.untyped_storage().nbytes() for x in tree_leaves(one) if isinstance(x, torch.Tensor))
-            ledger.add("activations", kept * (accumulation - 1))
+            tracker.add("activations", kept * (accumulation - 1))
         collecting = list(watch.ops)
         for micro in range(min(accumulation, 2)):  # two suffice: all after the first find existing gradients
             watch.ops = list(collecting)
@@ -105,20 +105,20 @@ def simulate(model: Modelled, layout: Layout, batch: PackedBatch, accumulation: 
             engine.after_backward(last)
         engine.step()
     watch.close()
-    return Simulated(state, ledger.peak, ledger.at_peak, dict(ledger.most), watch.ops)
+    return Simulated(state, tracker.peak, tracker.at_peak, dict(tracker.most), watch.ops)
 
 
-def _engine(model: Modelled, layout: Layout, ledger: MemoryTracker, watch: Watch, accumulation: int) -> Any:
+def _engine(model: Modelled, layout: Layout, tracker: MemoryTracker, watch: Watch, accumulation: int) -> Any:
     if layout.engine == "fsdp":
-        return FsdpModel(model.module, model.shard, model.parameters, layout, ledger, watch)
+        return FsdpModel(model.module, model.shard, model.parameters, layout, tracker, watch)
     kind = Zero3Model if layout.stage == 3 else ZeroModel
-    return kind(model.module, model.parameters, layout, ledger, watch, accumulation)
+    return kind(model.module, model.parameters, layout, tracker, watch, accumulation)
 
 
-def _copy(model: Modelled, layout: Layout, ledger: MemoryTracker) -> EngineModel:
+def _copy(model: Modelled, layout: Layout, tracker: MemoryTracker) -> EngineModel:
     assert model.teacher is not None
     if layout.engine == "deepspeed":
-        return ZeroEmaModel(model.teacher, model.parameters, layout, ledger)
+        return ZeroEmaModel(model.teacher, model.parameters, layout, tracker)
     students = dict(model.module.named_modules())
     sharded = {id(part) for part in model.shard}
     parts = [
@@ -126,7 +126,7 @@ def _copy(model: Modelled, layout: Layout, ledger: MemoryTracker) -> EngineModel
         for name, part in model.teacher.named_modules()
         if name in students and id(students[name]) in sharded and type(part).forward is not nn.Module.forward
     ]
-    return FsdpEmaModel(model.teacher, parts, layout, ledger)
+    return FsdpEmaModel(model.teacher, parts, layout, tracker)
 
 
 class _Teacher(Teacher):

@@ -43,13 +43,13 @@ def units_of(root: nn.Module, modules: Sequence[nn.Module]) -> list[Unit]:
 
 
 class EngineModel(ABC):
-    """Model of an engine's memory on a rank: what it keeps, and what it allocates and frees during a step, in a ledger.
+    """Model of an engine's memory on a rank: what it keeps, and what it allocates and frees during a step, in a tracker.
 
     ``attach`` adds hooks to the module, whose tensors have no data. By default a unit is gathered, without an intermediate
     buffer, for its forward and again for its backward, and freed after each.
     """
 
-    ledger: MemoryTracker
+    tracker: MemoryTracker
     watch: Watch
     units: list[Unit]
 
@@ -64,12 +64,12 @@ class EngineModel(ABC):
     def gather(self, unit: Unit) -> None:
         if not unit.gathered:
             unit.gathered = True
-            self.ledger.add("buffers", unit.size)
+            self.tracker.add("buffers", unit.size)
 
     def release(self, unit: Unit) -> None:
         if unit.gathered:
             unit.gathered = False
-            self.ledger.free("buffers", unit.size)
+            self.tracker.free("buffers", unit.size)
 
     def pre_forward(self, unit: Unit) -> None:
         self.gather(unit)

@@ -38,11 +38,11 @@ class ZeroModel(EngineModel):
         module: nn.Module,
         parameters: Mapping[str, Sizes],
         layout: Layout,
-        ledger: MemoryTracker,
+        tracker: MemoryTracker,
         watch: Watch,
         accumulation: int,
     ) -> None:
-        self.module, self.layout, self.ledger, self.watch = module, layout, ledger, watch
+        self.module, self.layout, self.tracker, self.watch = module, layout, tracker, watch
         self.parameters, self.accumulation = parameters, accumulation
         self.names = {p: name for name, p in module.named_parameters()}
         self.total = sum(s.numel for s in parameters.values())
@@ -111,7 +111,7 @@ class ZeroModel(EngineModel):
             return
         if not self._held:  # with the first gradient of a micro-batch
             self._held = self.buckets
-            self.ledger.add("buffers", self._held)
+            self.tracker.add("buffers", self._held)
         numel = parameter.numel()
         if self._used + numel > self.bucket:
             self._flush()
@@ -124,10 +124,10 @@ class ZeroModel(EngineModel):
     def _flush(self) -> None:
         """Account for the reduction of the bucket in fp32, of which this rank's part is kept."""
         if self.half:
-            self.ledger.add("buffers", 4 * self._used)
-            self.ledger.free("buffers", 4 * self._used)
+            self.tracker.add("buffers", 4 * self._used)
+            self.tracker.free("buffers", 4 * self._used)
         for group in self._waiting - self._kept:  # a group's first gradient allocates memory for the whole group
-            self.ledger.add("gradients", 4 * self.own(group=group))
+            self.tracker.add("gradients", 4 * self.own(group=group))
         self._kept |= self._waiting
         self._waiting = set()
         self._used = 0
@@ -136,13 +136,13 @@ class ZeroModel(EngineModel):
         """Account for the end of a micro-batch; ``last``: whether it is the last of the step."""
         if self.through_buckets:
             self._flush()
-            self.ledger.free("buffers", self._held)
+            self.tracker.free("buffers", self._held)
             self._held = 0
             return
         if last and self.layout.shards > 1:  # a flat copy, and an fp32 one if the gradients are not fp32
             together = min(self.trained, ALL_REDUCED)
             width = 4 if self.whole_gradients or not self.half else 6
-            with self.ledger.temporary("buffers", together * width):
+            with self.tracker.temporary("buffers", together * width):
                 pass
 
     def step(self) -> None:
@@ -151,12 +151,12 @@ class ZeroModel(EngineModel):
             extra = 4 * self.trained  # fp32 copy of the gradients
         elif self.through_buckets and not self.half:
             extra = 4 * self.own()  # flat copy of the gradients
-        with self.ledger.temporary("gradients", extra):
+        with self.tracker.temporary("gradients", extra):
             pass
         for parameter in self.module.parameters():
             parameter.grad = None
         if self.through_buckets:
-            self.ledger.free("gradients", self.ledger.live["gradients"])
+            self.tracker.free("gradients", self.tracker.live["gradients"])
             self._kept = set()
 
 
@@ -222,16 +222,16 @@ class Zero3Model(ZeroModel):
             self._flush()
         self._used += numel
         if numel > self.bucket:
-            self.ledger.add("buffers", 4 * numel * (self.half + (self.layout.shards > 1)))
-            self.ledger.free("buffers", 4 * numel * (self.half + (self.layout.shards > 1)))
+            self.tracker.add("buffers", 4 * numel * (self.half + (self.layout.shards > 1)))
+            self.tracker.free("buffers", 4 * numel * (self.half + (self.layout.shards > 1)))
             self._used = 0
         parameter.grad = None
 
     def _flush(self) -> None:
         """Account for the reduce-scatter of the bucket through a buffer of the same size."""
         if self.layout.shards > 1:
-            self.ledger.add("buffers", 4 * self._used)
-            self.ledger.free("buffers", 4 * self._used)
+            self.tracker.add("buffers", 4 * self._used)
+            self.tracker.free("buffers", 4 * self._used)
         self._used = 0
 
     def after_backward(self, last: bool) -> None:
@@ -241,7 +241,7 @@ class Zero3Model(ZeroModel):
 
     def step(self) -> None:
         together = min(int(self.layout.zero.get("sub_group_size", 1_000_000_000)), self.own())
-        with self.ledger.temporary("gradients", 4 * together):
+        with self.tracker.temporary("gradients", 4 * together):
             pass
 
 
@@ -266,9 +266,9 @@ class ZeroEmaModel(EngineModel):
     """
 
     def __init__(
-        self, module: nn.Module, parameters: Mapping[str, Sizes], layout: Layout, ledger: MemoryTracker
+        self, module: nn.Module, parameters: Mapping[str, Sizes], layout: Layout, tracker: MemoryTracker
     ) -> None:
-        self.module, self.parameters, self.layout, self.ledger = module, parameters, layout, ledger
+        self.module, self.parameters, self.layout, self.tracker = module, parameters, layout, tracker
         self.units = module_units(module, 0) if layout.stage == 3 and layout.shards > 1 else []
         for unit in self.units:
             unit.size = sum(p.numel() for p in unit.parameters.values()) * layout.width

@@ -6,44 +6,44 @@ from jepa_scale.plan.memory_tracker import MemoryTracker, Watch
 
 
 def test_a_storage_counts_once_and_as_long_as_it_lives():
-    ledger = MemoryTracker()
-    with Watch(ledger):
+    tracker = MemoryTracker()
+    with Watch(tracker):
         x = torch.empty(10, 4, device="meta")
-        assert ledger.total == 160
+        assert tracker.total == 160
         view = x.t()
-        assert ledger.total == 160
+        assert tracker.total == 160
         del x
-        assert ledger.total == 160  # the view needs it
+        assert tracker.total == 160  # the view needs it
         del view
-        assert ledger.total == 0
+        assert tracker.total == 0
         y = torch.empty(5, device="meta") + torch.empty(5, device="meta")
-        assert (ledger.total, ledger.peak) == (20, 160)
+        assert (tracker.total, tracker.peak) == (20, 160)
         del y
-    assert ledger.at_peak == {"activations": 160}
+    assert tracker.at_peak == {"activations": 160}
 
 
 def test_what_was_there_before_is_not_counted_and_neither_are_its_views():
     weight = torch.empty(8, 4, device="meta", requires_grad=True)
     x = torch.empty(2, 4, device="meta")
-    ledger = MemoryTracker()
-    with Watch(ledger):
+    tracker = MemoryTracker()
+    with Watch(tracker):
         y = x @ weight.t()
-        assert ledger.total == 2 * 8 * 4
+        assert tracker.total == 2 * 8 * 4
         y.sum().backward()
         del y
-        assert ledger.total == 8 * 4 * 4  # the gradient
-    assert ledger.peak == 8 * 4 * 4 + 2 * 8 * 4 + 4 + 4  # beside it the product, the sum and the gradient of the sum
+        assert tracker.total == 8 * 4 * 4  # the gradient
+    assert tracker.peak == 8 * 4 * 4 + 2 * 8 * 4 + 4 + 4  # beside it the product, the sum and the gradient of the sum
 
 
 def test_autograd_keeps_what_a_backward_needs():
     x = torch.empty(6, device="meta", requires_grad=True)
-    ledger = MemoryTracker()
-    with Watch(ledger):
+    tracker = MemoryTracker()
+    with Watch(tracker):
         y = x.exp().sin()  # exp keeps its output, and sin its input, the same; y itself
-        assert ledger.total == 2 * 24
+        assert tracker.total == 2 * 24
         loss = y.sum()
         del y
-        assert ledger.total == 24 + 4
+        assert tracker.total == 24 + 4
         loss.backward()
 
 
@@ -56,12 +56,12 @@ def test_costs_of_operators():
 
 
 def test_kinds_change_and_logits_are_known_by_their_width():
-    ledger = MemoryTracker()
-    watch = Watch(ledger, vocab=7)
+    tracker = MemoryTracker()
+    watch = Watch(tracker, vocab=7)
     with watch:
         logits, x = torch.empty(3, 7, device="meta"), torch.empty(3, 6, device="meta")
-        assert ledger.live == {"buffers": 84, "activations": 72}
+        assert tracker.live == {"buffers": 84, "activations": 72}
         watch.become(x, "gradients")
-        assert ledger.live["gradients"] == 72 and ledger.live["activations"] == 0
+        assert tracker.live["gradients"] == 72 and tracker.live["activations"] == 0
         del logits, x
-    assert ledger.total == 0 and ledger.most["gradients"] == 72
+    assert tracker.total == 0 and tracker.most["gradients"] == 72
