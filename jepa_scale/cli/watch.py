@@ -107,7 +107,7 @@ def parser(prog: str = "jepa-scale watch") -> argparse.ArgumentParser:
     )
     own.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory")
     own.add_argument(
-        "--every", type=float, metavar="SECONDS", help="between two readings (default 2 on a terminal, else 30)"
+        "--every", type=float, metavar="SECONDS", help="between two refreshes (default 2 on a terminal, else 30)"
     )
     own.add_argument(
         "--stall", type=float, default=10, metavar="MINUTES", help="of silence that are an alarm (default 10)"
