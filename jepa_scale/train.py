@@ -27,7 +27,7 @@ if __name__ == "__main__":
 
 from jepa_scale.cli.train import parser, refusal
 from jepa_scale.distributed import comm
-from jepa_scale.training.run import run_training
+from jepa_scale.training.run import NotSaved, run_training
 from jepa_scale.training.stopping import Aborted
 from jepa_scale.utils.errors import InputError
 from jepa_scale.utils.logging import configure
@@ -49,9 +49,9 @@ def guarded(command: Callable[[argparse.Namespace], None], args: argparse.Namesp
         return 0
     except InputError as error:
         return refusal(error)
-    except Aborted as aborted:
+    except (Aborted, NotSaved) as ended:
         if os.environ.get("RANK", "0") == "0":
-            logger.error(aborted)
+            logger.error(ended)
         return 1
     except Exception:
         logger.exception("ended by an unexpected error")

@@ -7,6 +7,7 @@ written. A failure before that leaves the older checkpoints unchanged.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import shutil
@@ -92,6 +93,7 @@ class Saver:
         self.directory, self.policy, self.asynchronous, self.on_finish = directory, policy, asynchronous, on_finish
         self._every, self._ephemeral_every = every, ephemeral_every
         self._job: _Job | None = None
+        self._last: Report | None = None
         if rank() == 0:
             sweep(directory)
         # the thread's collectives must not mix with those of training
@@ -137,6 +139,7 @@ class Saver:
         if job.thread is not None:
             job.thread.join()
         self._notify(job)
+        self._last = job.report
         return job.report
 
     def poll(self) -> None:
@@ -245,20 +248,22 @@ class Saver:
         """Return the error of the first rank that has one, on every rank; collective."""
         return next((p for p in self._gather(problem) if p), "")
 
-    def close(self) -> None:
-        """Wait for the last save; collective."""
+    def close(self) -> Report | None:
+        """Wait for the last save and return its outcome, None if nothing was saved. Collective."""
         self.wait()
         barrier()
+        return self._last
 
 
-def _plain(error: Exception) -> str:
+def _plain(error: BaseException) -> str:
     """Format an exception as one line: the innermost cause of an exception of DCP, or the file and its error."""
     causes = getattr(error, "failures", {})
     if causes:
         number, (inner, _) = next(iter(causes.items()))
         return f"rank {number}: {_plain(inner)}"
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'checkpoint'}: {error.strerror}"
+    if isinstance(error := store.origin(error), OSError) and error.strerror:
+        full = "the disk is full: " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        return f"{error.filename or 'checkpoint'}: {full}{error.strerror}"
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 

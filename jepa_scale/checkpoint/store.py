@@ -94,6 +94,28 @@ class SafeReader(dcp.FileSystemReader):
         return read_metadata(Path(self.path))
 
 
+class _Writer(dcp.FileSystemWriter):
+    """DCP's writer, whose errors are those of the file system.
+
+    A full disk makes ``torch.save`` fail with "unexpected pos" after an OSError. Only the error itself reaches the other ranks,
+    without the OSError in its context.
+    """
+
+    def write_data(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().write_data(*args, **kwargs)
+        except Exception as error:
+            raise origin(error) from None
+
+
+def origin(error: BaseException) -> BaseException:
+    """Return the operating system's error that has led to this one, or the error itself if there is none."""
+    cause: BaseException | None = error
+    while cause is not None and not (isinstance(cause, OSError) and cause.strerror):
+        cause = cause.__cause__ or cause.__context__
+    return cause or error
+
+
 def read_metadata(folder: Path) -> Metadata:
     """Read the metadata of the tensors in a folder.
 
@@ -135,7 +157,7 @@ def write(folder: Path, tensors: Mapping[str, ShardView], group: dist.ProcessGro
         StoreError: on every rank, if any rank could not write.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    writer = dcp.FileSystemWriter(folder, sync_files=True)
+    writer = _Writer(folder, sync_files=True)
     try:
         dcp.save(dict(tensors), storage_writer=writer, planner=_SavePlanner(**_AS_IT_IS), process_group=group)
     except CheckpointException as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from jepa_scale.distributed import comm
 from jepa_scale.telemetry.records import METRICS_FILE, SUMMARY_FILE
@@ -25,11 +26,15 @@ def prepare_run_dir(run_dir: Path, resume: bool) -> None:
 
 def _prepare(run_dir: Path, resume: bool) -> str | None:
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
         checkpoints = run_dir / "checkpoints"
-        used = checkpoints.is_dir() and any(checkpoints.iterdir())
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        used = any(checkpoints.iterdir())
+        for folder in (run_dir, checkpoints):
+            with TemporaryFile(dir=folder):  # hours of training would be lost if nothing could be saved here
+                pass
     except OSError as error:
-        return f"run.dir: cannot use {str(run_dir)!r} as a run directory: {error.strerror}"
+        what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        return f"run.dir: cannot use {str(run_dir)!r} as a run directory: {what}"
     used = used or any((run_dir / f).exists() for f in (METRICS_FILE, SUMMARY_FILE))
     if used and not resume:
         return (

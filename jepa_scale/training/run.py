@@ -39,6 +39,7 @@ def run_training(args: argparse.Namespace) -> None:
     Raises:
         InputError: an input of the user is wrong; nothing has been trained then.
         Aborted: a rule of ``train.abort`` has ended the run.
+        NotSaved: the run's last state was not saved.
     """
     experiment = validate(load_config(args.config, args.overrides))
     quiet_libraries()
@@ -85,11 +86,31 @@ def run_training(args: argparse.Namespace) -> None:
         except BaseException:
             saver.abandon()
             raise
-        saver.close()
+        check_saved(saver.close(), run_dir)
     if ranks.is_main:
         conclude(trainer, run_dir)
     if stopping_rules.aborted:
         raise Aborted(stopping_rules.ended)
+
+
+class NotSaved(Exception):
+    """Raised when a run has ended and its last state was not saved. The message is one line."""
+
+
+def check_saved(last: checkpoint.Report | None, run_dir: Path) -> None:
+    """Check the outcome of a run's last save.
+
+    Raises:
+        NotSaved: it failed; the message names the newest complete checkpoint.
+    """
+    if last is None or last.path is not None:
+        return
+    found = checkpoint.complete(run_dir / "checkpoints")
+    newest = f"the newest complete checkpoint is {found[-1].path}" if found else "the run has no checkpoint"
+    raise NotSaved(
+        f"the state after step {last.step} is lost, because its checkpoint could not be written ({last.problem}); {newest}; "
+        "correct this and go on with --resume auto"
+    )
 
 
 def conclude(trainer: Trainer, run_dir: Path) -> None:
@@ -135,14 +156,11 @@ def saver_of(keep: CheckpointConfig, run_dir: Path) -> Saver:
 
 
 def log_save(report: checkpoint.Report) -> None:
-    """Log the outcome of a save. If it failed, the run goes on and the earlier checkpoints stay."""
+    """Log the outcome of a save. If it failed, the run goes on, the earlier checkpoints stay, and the next save is tried as usual."""
     if report.path is not None:
         logger.debug(f"{report.path}: saved in {report.seconds:.1f} s, of which training waited {report.stalled:.1f} s")
     elif report.problem:
-        logger.warning(
-            f"the checkpoint of step {report.step} was not saved: {report.problem}; training goes on, and the next save "
-            "tries again"
-        )
+        logger.warning(f"the checkpoint of step {report.step} was not saved: {report.problem}")
 
 
 def evaluate_checkpoint(args: argparse.Namespace) -> None:

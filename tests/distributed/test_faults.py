@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,7 +111,7 @@ def test_a_full_disk_costs_checkpoints_and_nothing_else(small_disk, undisturbed,
     freed.open()
     assert run.wait() == [0, 0], run.output()
     told = not_saved(run.output(0))
-    assert all(NO_SPACE in line and "training goes on" in line for line in told), told
+    assert all(f"the disk is full: {NO_SPACE}" in line for line in told), told
     assert len(told) == len(set(told)), "each is told of once"
     assert newest(folder) == STEPS
     check_checkpoints(folder)
@@ -128,6 +129,36 @@ def test_no_room_for_one_of_the_files(process_pool, undisturbed, tmp_path, befor
     assert "the checkpoint of step 4 was not saved" in line and "File too large" in line
     check_checkpoints(tmp_path / "run")
     assert_same(tmp_path / "run", undisturbed / "run", STEPS)
+
+
+def test_a_last_save_that_fails_is_the_failure_of_the_run(process_pool, undisturbed, tmp_path):
+    """Rank 1 finds no room, at no try of any save."""
+    limit = {"name": "no_room", "who": 1, "before": "tensors", "tries": 1000}
+    run = process_pool.start(config_of(undisturbed, tmp_path, "checkpoint.every=0"), 2, [limit, IMPATIENT])
+    assert run.wait() == [1, 1], run.output()
+    assert f"the state after step {STEPS} is lost" in run.output(0) and "File too large" in run.output(0)
+    assert "the run has no checkpoint" in run.output(0)
+    assert "Traceback" not in run.output() and "unexpected pos" not in run.output()
+
+
+def test_a_stopped_run_that_cannot_save_does_not_say_that_it_goes_on(process_pool, undisturbed, tmp_path):
+    """The folder of the checkpoints goes, after step 4 is saved there, and then a signal comes."""
+    (gate,), held = gates(tmp_path, 7)
+    run = process_pool.start(config_of(undisturbed, tmp_path), 2, [*held, IMPATIENT])
+    gate.reached(run)
+    folder = tmp_path / "run"
+    until(lambda: is_saved(folder, 4), "checkpoint")
+    (folder / "checkpoints").rename(tmp_path / "away")
+    (folder / "checkpoints").write_text("in the way")
+    run.send(1, signal.SIGTERM)
+    gate.open()
+    assert run.wait() == [1, 1], run.output()
+    assert "the state after step 8 is lost" in run.output(0) and "Not a directory" in run.output(0)
+    assert "stopped by" not in run.output() and "Traceback" not in run.output()
+    (folder / "checkpoints").unlink()
+    (tmp_path / "away").rename(folder / "checkpoints")
+    process_pool.run(config_of(undisturbed, tmp_path, "--resume", "auto"), 2)
+    assert_same(folder, undisturbed / "run", STEPS)
 
 
 def test_permission_lost_and_then_the_folder(process_pool, undisturbed, tmp_path):

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from jepa_scale.telemetry.metrics import describe, in_report_order
 from jepa_scale.telemetry.records import clean, load_run, read_rows, summarize, truncate_rows
-from jepa_scale.telemetry.run_dir import prepare_run_dir
 from jepa_scale.utils.errors import InputError
 from jepa_scale.utils.io import write_atomic
 
@@ -17,35 +16,6 @@ from jepa_scale.utils.io import write_atomic
 def write_rows(directory, rows, tail=""):
     directory.mkdir(exist_ok=True)
     (directory / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + tail)
-
-
-@pytest.mark.parametrize("leftover", ["metrics.jsonl", "summary.json", "checkpoints/step_00000010"])
-def test_a_used_run_directory_is_refused_unless_resumed(tmp_path, leftover):
-    run = tmp_path / "runs" / "first"
-    prepare_run_dir(run, resume=False)
-    (run / leftover).parent.mkdir(exist_ok=True)
-    (run / leftover).write_text("precious")
-    with pytest.raises(InputError) as caught:
-        prepare_run_dir(run, resume=False)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert str(run) in message and "--resume auto" in message and "run.name" in message
-    prepare_run_dir(run, resume=True)
-    assert (run / leftover).read_text() == "precious"
-
-
-def test_a_directory_without_a_run_in_it_is_taken(tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    (tmp_path / "checkpoints").mkdir()  # empty
-    prepare_run_dir(tmp_path, resume=False)
-    prepare_run_dir(tmp_path / "not" / "there" / "yet", resume=True)
-    assert (tmp_path / "not" / "there" / "yet").is_dir()
-
-
-def test_a_file_in_the_way_is_an_input_error(tmp_path):
-    (tmp_path / "run").write_text("a file")
-    with pytest.raises(InputError, match="run.dir"):
-        prepare_run_dir(tmp_path / "run", resume=True)
 
 
 def test_clean_keeps_numbers_and_turns_what_json_lacks_into_none():
