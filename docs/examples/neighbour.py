@@ -75,5 +75,5 @@ class Neighbour(Objective):
         jepa = mean_over_global_batch(distances.sum(), batch.totals["anchors"])
         lm = lm_loss(backbone, states, batch)
         total = self.options.lm_weight * lm + self.options.jepa_weight * jepa
-        means = {"loss": total.detach(), "lm_loss": lm.detach(), "jepa_loss": jepa.detach()}
+        means = {"lm_loss": lm.detach(), "jepa_loss": jepa.detach()}
         return Loss(total, means=means)

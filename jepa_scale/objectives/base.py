@@ -29,7 +29,7 @@ class Loss(NamedTuple):  # a tuple, because the engines search the root module's
     Attributes:
         total: 0-d float tensor with gradient. Its sum over all ranks and micro-batches is the loss: the objective has
             already divided by the global counts in ``batch.totals``.
-        means: name → 0-d tensor, contributions to logged values; they are summed like ``total``.
+        means: name → 0-d tensor, contributions to logged values; they are summed like ``total``, which is logged as ``loss``.
         gauges: name → 0-d tensor or number, values that are the same on every rank (a temperature, a gate); the last one is
             logged.
     """
@@ -163,7 +163,9 @@ class Objective(nn.Module):
         Raises:
             InputError: the objective cannot bound them.
         """
-        raise InputError("train.batch_tokens: this objective's batches are counted in samples; give train.batch_size")
+        raise InputError(
+            "train.batch_tokens: this objective has no view_tokens, so its batches are counted in samples; give train.batch_size"
+        )
 
     def flops(self, backbone: Backbone, square: bool = False) -> StepFlops:
         """Return a function that counts one rank's FLOPs for an optimizer step's micro-batches.

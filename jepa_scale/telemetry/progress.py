@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextlib import suppress
 from datetime import timedelta
 from typing import TextIO
 
@@ -58,7 +59,8 @@ class Progress:
     def note(self, text: str) -> None:
         """Log a line; above the bar, where there is one."""
         if self._bar is not None:
-            self._bar.write(text, file=self._stream)
+            with suppress(OSError):  # a terminal that is gone must not stop a run
+                self._bar.write(text, file=self._stream)
         else:
             logger.info(text)
 

@@ -229,6 +229,8 @@ class RunLog:
         try:
             text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
             write_atomic(self.run_dir / records.SUMMARY_FILE, text)
+        except OSError as error:
+            logger.warning(f"{self.run_dir / records.SUMMARY_FILE}: not written: {error.strerror}")
         finally:
             self._loggers.close(exit_code)
         return summary

@@ -46,7 +46,7 @@ class MetricAccumulator:
 
     def add(self, loss: Loss, batch: PackedBatch) -> None:
         """Add a micro-batch's contributions."""
-        for name, value in loss.means.items():
+        for name, value in {"loss": loss.total.detach(), **loss.means}.items():
             self._step[name] = self._step[name] + value if name in self._step else value
         self._gauges.update(loss.gauges)
         for name in COUNTS:

@@ -25,6 +25,7 @@ from jepa_scale.training.trainer import Trainer, run_dir_of
 from jepa_scale.training.watchdog import Watchdog
 from jepa_scale.utils import allocator
 from jepa_scale.utils.errors import InputError
+from jepa_scale.utils.logging import print_result
 from jepa_scale.utils.splits import split_key
 
 logger = logging.getLogger(__name__)
@@ -124,9 +125,12 @@ def conclude(trainer: Trainer, run_dir: Path) -> None:
     elif log.report:
         from jepa_scale.report.page import write_report  # matplotlib: on rank 0 alone, and only at the end
 
-        print(f"report: {write_report(run_dir)}", flush=True)
+        try:
+            print_result(f"report: {write_report(run_dir)}")
+        except OSError as error:
+            logger.warning(f"the report was not written: {error}")
     if log.breakdown and (table := breakdown_table(read_rows(run_dir))):
-        print(table, flush=True)
+        print_result(table)
 
 
 def steps_of(found: Path | None, flops: float) -> int:

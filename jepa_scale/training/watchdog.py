@@ -44,7 +44,7 @@ class Watchdog:
         self, run_dir: Path, ranks: ParallelContext, limit: float, end: Callable[[], None] = end_process
     ) -> None:
         self._folder, self._ranks, self._limit, self._end = run_dir / "watchdog", ranks, limit, end
-        self._now = (0, "start", time.time())  # step, phase, since
+        self._now = (0, "start", time.monotonic())  # step, phase, begin; the wall clock may jump
         self._written: tuple[int, str, float] | None = None
         self._main = threading.main_thread().ident
         self._closed = threading.Event()
@@ -66,7 +66,7 @@ class Watchdog:
     def enter(self, step: int, phase: str) -> None:
         """Record that this rank begins one of the ``PHASES`` of a step."""
         assert phase in PHASES, phase
-        self._now = (step, phase, time.time())
+        self._now = (step, phase, time.monotonic())
 
     def _file(self, rank: int) -> Path:
         return self._folder / f"rank_{rank:05d}.json"
@@ -77,7 +77,7 @@ class Watchdog:
             now = self._now
             if now != self._written:
                 self._write(now)
-            if time.time() - now[2] > self._limit:
+            if time.monotonic() - now[2] > self._limit:
                 self._write(now, *place_of(self._main))
                 time.sleep(2 * pause)  # the other ranks write their places, too
                 if self._now == now and not self._closed.is_set():
@@ -88,14 +88,14 @@ class Watchdog:
     def _write(self, now: tuple[int, str, float], place: str = "", waits: bool = False) -> None:
         partial = self._file(self._ranks.rank).with_suffix(".partial")
         try:
-            partial.write_text(json.dumps([*now, place, waits]))
+            partial.write_text(json.dumps([*now[:2], place, waits]))
             os.replace(partial, self._file(self._ranks.rank))
             self._written = now
         except OSError:
             pass  # a full disk must not stop the run
 
     def _verdict(self) -> str:
-        found: dict[int, tuple[int, str, float, str, bool]] = {}
+        found: dict[int, tuple[int, str, str, bool]] = {}
         for rank in range(self._ranks.world_size):
             try:
                 found[rank] = tuple(json.loads(self._file(rank).read_text()))
@@ -103,14 +103,14 @@ class Watchdog:
                 return f"rank {rank} has ended and left no watchdog file; the others waited {self._limit:,.0f} s for it"
         reached = {rank: (step, PHASES.index(phase)) for rank, (step, phase, *_) in found.items()}
         behind = [rank for rank in found if reached[rank] == min(reached.values())]
-        behind = [rank for rank in behind if not found[rank][4]] or behind
-        step, phase, since, place, _ = found[behind[0]]
+        behind = [rank for rank in behind if not found[rank][3]] or behind
+        step, phase, place, _ = found[behind[0]]
         who = f"rank {', '.join(map(str, behind))}"
         if len(behind) == len(found) > 1:  # one of them has not reached the collective in which the others wait
             who = f"one of {who}"
         return (
-            f"no progress for {self._limit:,.0f} s: {who} hangs at step {step} in {phase!r}{place and f' at {place}'}, "
-            f"since {time.time() - since:,.0f} s; raise train.hang_minutes if that may take so long"
+            f"no progress for {self._limit:,.0f} s: {who} hangs at step {step} in {phase!r}{place and f' at {place}'}; "
+            "raise train.hang_minutes if that may take so long"
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from contextlib import nullcontext
 from typing import TextIO
 
 ROOT = "jepa_scale"
@@ -42,6 +43,12 @@ class StderrHandler(logging.StreamHandler[TextIO]):
     def stream(self) -> TextIO:  # type: ignore[override]
         return sys.stderr
 
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record; a progress bar on the same terminal is cleared before and drawn again after it."""
+        tqdm = sys.modules.get("tqdm")
+        with tqdm.tqdm.external_write_mode(file=self.stream) if tqdm and self.stream.isatty() else nullcontext():
+            super().emit(record)
+
     def handleError(self, record: logging.LogRecord) -> None:
         """Ignore a stream that cannot be written, such as a file on a full disk: a lost message must not stop a run."""
         if not isinstance(sys.exc_info()[1], OSError):
@@ -60,6 +67,15 @@ def configure(level: int = logging.INFO) -> None:
     logger.addHandler(handler)
     logger.setLevel(level)
     logger.propagate = False  # a handler that a library gives the root logger would repeat every message
+
+
+def print_result(text: str) -> None:
+    """Print a result of a run to stdout. If stdout cannot be written, such as a full disk or a closed pipe, it is logged instead."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        logging.getLogger(__name__).warning(f"stdout: {error.strerror}; it would have had: {text}")
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  at its exit the interpreter would fail to flush the old one
 
 
 def configured_level() -> int | None:

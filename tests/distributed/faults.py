@@ -130,7 +130,7 @@ def hang_begins(rank: int, mark: str, speakers: list[int]) -> None:
 
     def has_told(file: Path) -> bool:
         try:
-            _, _, _, place, _ = json.loads(file.read_text())
+            _, _, place, _ = json.loads(file.read_text())
         except (OSError, ValueError):
             return False
         return bool(place)
@@ -140,7 +140,7 @@ def hang_begins(rank: int, mark: str, speakers: list[int]) -> None:
             time.sleep(0.01)
         return verdict(self)
 
-    watchdog.time = SimpleNamespace(time=clock, sleep=time.sleep)
+    watchdog.time = SimpleNamespace(monotonic=clock, sleep=time.sleep)
     watchdog.Watchdog._verdict = patient
 
 
@@ -169,7 +169,7 @@ def evaluates_long(rank: int, limit: float, forwards: int = 4) -> None:
         elif forward == forwards + 1:
             print(f"evaluating for {now / limit:.1f} times the limit", flush=True)
 
-    watchdog.time = SimpleNamespace(time=clock, sleep=time.sleep)
+    watchdog.time = SimpleNamespace(monotonic=clock, sleep=time.sleep)
     in_evaluations(slow)
 
 

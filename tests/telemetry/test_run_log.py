@@ -172,7 +172,7 @@ def test_other_ranks_write_nothing_and_count_the_same(tmp_path):
             pass
         assert log.state()["tokens"] == 10
         assert log.close() == {}
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]  # made by prepare_run_dir
 
 
 def test_an_exception_still_leaves_a_summary(tmp_path):
@@ -242,3 +242,11 @@ def test_rows_that_never_found_room_are_an_error(tmp_path):
     with file_limit(10), pytest.raises(OSError, match="metrics.jsonl"):
         log.trained(2, {"loss": 1.0})
         log.close()
+
+
+def test_a_summary_without_room_is_a_warning(tmp_path, caplog):
+    """A run that has saved its last checkpoint has not failed."""
+    with run_log(tmp_path) as log:
+        log.trained(1, {"loss": 1.0})
+        (tmp_path / "summary.json.partial").mkdir()
+    assert "summary.json: not written: Is a directory" in caplog.messages[-1]

@@ -38,7 +38,7 @@ class Hand:
 @pytest.fixture
 def hand(monkeypatch) -> Hand:
     hand = Hand()
-    monkeypatch.setattr(watchdog, "time", SimpleNamespace(time=hand.time, sleep=time.sleep))
+    monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=hand.time, sleep=time.sleep))
     return hand
 
 

@@ -1,5 +1,6 @@
 """Messages go to stderr with time, level and rank; flags choose how many."""
 
+import io
 import logging
 import os
 import re
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 from jepa_scale.cli.main import main
 from jepa_scale.cli.main import parser as cli_parser
@@ -154,3 +156,43 @@ def test_without_room_for_a_line_the_program_goes_on(capsys, monkeypatch):
     assert capsys.readouterr().err == ""
     with pytest.raises(OSError):  # else this test shows nothing
         full.close()
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_line_does_not_run_into_a_progress_bar(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    configure()
+    with tqdm(total=10, file=terminal, desc="demo") as bar:
+        bar.update(3)
+        logger.info("a note")
+        shown = terminal.getvalue()
+    line = next(line for line in shown.replace("\r", "\n").split("\n") if "a note" in line)
+    assert re.fullmatch(r"\d\d:\d\d:\d\d INFO a note", line)
+    assert shown.rstrip().rpartition("a note")[2].strip().startswith("demo:"), "the bar is drawn again below"
+
+
+def test_a_result_for_a_full_disk_is_logged_and_the_process_ends_well():
+    program = "from jepa_scale.utils.logging import *; configure(); print_result('report: there'); print_result('more')"
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 0 and "Traceback" not in ended.stderr
+    assert "stdout: No space left on device; it would have had: report: there" in ended.stderr
+
+
+def test_a_result_for_a_reader_that_is_gone_is_logged():
+    program = "from jepa_scale.utils.logging import *; configure(); input(); print_result('report: there')"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.close()
+    _, stderr = process.communicate("\n")
+    assert process.returncode == 0 and "stdout: Broken pipe" in stderr

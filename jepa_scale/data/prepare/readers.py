@@ -21,12 +21,13 @@ from jepa_scale.data.shards.cache import is_url
 from jepa_scale.data.shards.format import INDEX_FILE
 from jepa_scale.utils.errors import InputError
 
-_READ: dict[str, Callable[[Path], Items]] = {
+READERS: dict[str, Callable[[Path], Items]] = {
     "jsonl": read_jsonl,
     "json": read_json,
     "parquet": read_parquet,
     "tar": read_tar,
 }
+"""Format of :data:`~jepa_scale.data.prepare.formats.files.FORMATS` → function that yields the rows of a file."""
 
 
 def open_reader(path: str, options: PrepareOptions) -> Source:
@@ -95,7 +96,7 @@ def _is_prepared(folder: Path) -> bool:
 def _open_files(found: Found, options: PrepareOptions, valid: bool) -> Source:
     if found.format == "text":
         return _open_text(found, options, valid)
-    read = _READ[found.format]
+    read = READERS[found.format]
     parts = {
         split: Part(partial(read_each, read, files), _count(found, split)) for split, files in found.splits.items()
     }

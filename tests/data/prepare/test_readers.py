@@ -11,7 +11,8 @@ import pytest
 from webdataset import TarWriter
 
 from jepa_scale.data.prepare.base import BadRecord, PrepareOptions, Record
-from jepa_scale.data.prepare.readers import open_reader
+from jepa_scale.data.prepare.formats.files import FORMATS
+from jepa_scale.data.prepare.readers import READERS, open_reader
 from jepa_scale.data.reversal import facts as reversal
 from jepa_scale.data.reversal import files as reversal_files
 from jepa_scale.utils.errors import InputError
@@ -25,6 +26,10 @@ TASK = {
     "train": [{"input": [[0]], "output": [[1]]}, {"input": [[2]], "output": [[3]]}],
     "test": [{"input": [[4]], "output": [[5]]}],
 }
+
+
+def test_every_suffix_has_a_reader():
+    assert set(FORMATS.values()) == READERS.keys()
 
 
 def jsonl(path, rows):
