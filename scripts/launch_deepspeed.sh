@@ -57,5 +57,7 @@ if [ ${#unreachable[@]} -gt 0 ]; then
 fi
 
 check_config "$@"
-deepspeed --hostfile "$hostfile" ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"} ${MASTER_PORT:+--master_port "$MASTER_PORT"} \
+rm -rf "$answers"
+trap - EXIT
+exec deepspeed --hostfile "$hostfile" ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"} ${MASTER_PORT:+--master_port "$MASTER_PORT"} \
   jepa_scale/train.py --resume auto "$@"

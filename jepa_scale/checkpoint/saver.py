@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
 import shutil
 import threading
@@ -26,10 +27,12 @@ import torch.distributed as dist
 from jepa_scale.checkpoint import store
 from jepa_scale.checkpoint.generators import rng_state
 from jepa_scale.checkpoint.manifest import TENSORS, Manifest, describe
-from jepa_scale.checkpoint.retention import Policy, folder_name, prune, sweep
+from jepa_scale.checkpoint.retention import LATEST, Policy, discard, folder_name, prune, sweep
 from jepa_scale.checkpoint.shard_view import Checkpointable, ShardView, state_of
 from jepa_scale.distributed.comm import barrier, rank, world_size
 from jepa_scale.utils.io import sync_folder, write_atomic
+
+logger = logging.getLogger(__name__)
 
 RETRY_DELAYS = (1.0, 5.0)
 """Seconds before each retry of a failed save."""
@@ -225,17 +228,15 @@ class Saver:
         replace(manifest, files={name: f for part in files for name, f in part.items()}).write(partial)
         sync_folder(partial / TENSORS)
         sync_folder(partial)
-        if final.exists():  # the step was saved before a resume from an older checkpoint
-            aside = final.with_name(f"{final.name}.removed")
-            shutil.rmtree(aside, ignore_errors=True)
-            os.replace(final, aside)
-            os.replace(partial, final)
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            os.replace(partial, final)
+        if os.path.lexists(final):
+            discard(final)  # if the process is killed here, sweep finds the complete partial one
+        os.replace(partial, final)
         sync_folder(self.directory)
-        write_atomic(self.directory / "latest", final.name)
-        prune(self.directory, self.policy)
+        try:
+            write_atomic(self.directory / LATEST, final.name)
+            prune(self.directory, self.policy)
+        except OSError as error:
+            logger.warning(f"{final} is saved, but {_plain(error)}; older checkpoints may stay")
 
     def _gather(self, value: Any) -> list[Any]:
         if self._group is None:

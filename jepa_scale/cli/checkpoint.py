@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 from pathlib import Path
 
-from jepa_scale.checkpoint.retention import NAME, CheckpointInfo, Policy, complete, prune
+from jepa_scale.checkpoint.retention import NAME, CheckpointInfo, Policy, complete, discard, kept
 from jepa_scale.cli.flags import logging_flags
 from jepa_scale.utils.errors import InputError
 from jepa_scale.utils.format import text_table
@@ -26,11 +25,14 @@ def parser() -> argparse.ArgumentParser:
     check.set_defaults(command=verify_checkpoints)
 
     less = commands.add_parser(
-        "prune", help="remove all but the newest, and what was left of broken saves", parents=[flags]
+        "prune",
+        help="remove all but the newest whole ones, damaged ones, and what was left of broken saves",
+        parents=[flags],
     )
     less.add_argument("--keep-last", type=int, default=1, metavar="K", help="newest to keep (default: 1)")
     less.add_argument("--keep-every", type=int, default=0, metavar="N", help="keep multiples of this step, too")
     less.add_argument("--dry-run", action="store_true", help="print what would be removed, and remove nothing")
+    less.add_argument("--abandoned", action="store_true", help="remove those that were set aside, too")
     less.set_defaults(command=prune_checkpoints)
     for command in (ls, check, less):
         command.add_argument("run", type=Path, help="run directory, or a folder of checkpoints")
@@ -55,8 +57,13 @@ def size(path: Path) -> int:
 
 def broken(folder: Path, found: list[CheckpointInfo]) -> list[Path]:
     """Return the folders of incomplete checkpoints: of killed saves, or without a readable manifest."""
-    whole = {f.path for f in found}
+    whole = {f.path for f in found} | set(abandoned(folder))
     return sorted(p for p in folder.iterdir() if p.is_dir() and NAME.match(p.name) and p not in whole)
+
+
+def abandoned(folder: Path) -> list[Path]:
+    """Return the checkpoints that were set aside when the run went on from an older one."""
+    return sorted(p for p in folder.iterdir() if NAME.match(p.name) and ".abandoned" in p.name)
 
 
 def list_checkpoints(args: argparse.Namespace) -> int:
@@ -71,6 +78,8 @@ def list_checkpoints(args: argparse.Namespace) -> int:
     print(text_table(["checkpoint", "engine", "ranks", "size", "", "metrics"], rows))
     for path in broken(folder, found):
         print(f"{path}: not complete")
+    for path in abandoned(folder):
+        print(f"{path}: abandoned, the run went on from an older one")
     return 0
 
 
@@ -93,13 +102,17 @@ def prune_checkpoints(args: argparse.Namespace) -> int:
         raise InputError("--keep-last: must be at least 1")
     policy = Policy(last=args.keep_last, every=args.keep_every, ephemeral=1)
     found = complete(folder)
-    stay = policy.remaining(found)
-    gone = [f.path for f in found if f.step not in stay] + (broken(folder, found) if found else [])
+    stay, _ = kept(found, policy, hashes=True)
+    if not stay:
+        raise InputError(
+            f"{folder}: holds no whole checkpoint, so nothing is removed; see jepa-scale checkpoint verify"
+        )
+    gone = [f.path for f in found if f.path not in stay] + broken(folder, found)
+    gone += abandoned(folder) if args.abandoned else []
     freed = sum(map(size, gone))
     if not args.dry_run:
-        prune(folder, policy)
         for path in gone:
-            shutil.rmtree(path, ignore_errors=True)
+            discard(path)
     for path in gone:
         print(f"{path}{' would go' if args.dry_run else ': removed'}")
     print(f"{len(gone)} checkpoints, {freed / 1e6:,.1f} MB")

@@ -54,9 +54,15 @@ def run_training(args: argparse.Namespace) -> None:
     logger.debug(f"{run.engine.layout} on {ranks.device}, started by {ranks.launcher}; {run.steps:,} steps")
     start, counts, stopping_rules = 0, None, StoppingRules(experiment.train)
     if found:
-        state = checkpoint.load(found, run.parts).state
+        manifest = checkpoint.load(found, run.parts)
+        state = manifest.state
         start = run.sampler.resume(state["data"], accept_changes=experiment.data.accept_changes)
         stopping_rules.resume(state.get("criteria"))
+        if ranks.is_main:
+            for path in checkpoint.set_aside(run_dir / "checkpoints", manifest.step):
+                logger.warning(
+                    f"{path}: set aside, as this run goes on from {found.name}; remove it if it is of no use"
+                )
         counts = {name: state.get(name, 0) for name in ("tokens", "seconds", "flops")}
 
     log = RunLog(

@@ -28,6 +28,9 @@ from jepa_scale.utils.logging import configure, configured_level
 
 logger = logging.getLogger(__name__)
 
+JOB_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
+"""Signals that schedulers, launchers and terminals send to all processes of a job. Workers block them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Loader:
@@ -130,7 +133,12 @@ class Loader:
             multiprocessing_context="fork" if fork else None,
             generator=torch.Generator(),  # not the global one, whose state belongs to the model
         )
-        for sent in loader:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)  # workers inherit the mask
+        try:
+            arriving = iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for sent in arriving:
             batch = pickle.loads(sent)
             if isinstance(batch, InputError):
                 raise batch
@@ -180,15 +188,14 @@ def _init_worker(log_level: int | None, worker: int) -> None:
 
 
 def _ignore_job_signals() -> None:
-    """Ignore SIGINT, and every SIGTERM that is not the trainer's own.
+    """Ignore the signals to the job, except for a SIGTERM of the trainer's own.
 
-    A preemption sends SIGTERM (and Ctrl-C SIGINT) to all processes of a job. The trainer alone decides when to stop,
-    and the workers must run until it has finished its step.
+    The trainer alone decides when to stop, and the workers must run until it has finished its step. They were started with
+    these signals blocked.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):  # macOS does not report the sender
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         return
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def wait() -> None:
         trainer = os.getppid()

@@ -1,5 +1,6 @@
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from torch.utils.data import get_worker_info
 
 from jepa_scale.data.reversal.facts import Fact, ReversalData, generate
 from jepa_scale.data.sampling.batches import ALONE, DataParallelSlice, SampleBatchSampler, TokenBatchSampler
-from jepa_scale.data.sampling.loader import Loader
+from jepa_scale.data.sampling.loader import JOB_SIGNALS, Loader
 from jepa_scale.data.sampling.rng import SampleRNG
 from jepa_scale.packing import PackedBatch, Segment, Views
 from jepa_scale.utils.errors import DataError, InputError
@@ -221,11 +222,28 @@ def test_an_input_error_arrives_as_it_was_raised(data: ReversalData, workers: in
 def test_workers_outlive_a_signal_to_the_whole_job(data: ReversalData) -> None:
     steps: Iterator[list[PackedBatch]] = iter(loader(data, workers=1, steps=40, view_transform=says_its_process))
     pid = int(next(steps)[0].values["pid"][0])
-    for name in ("TERM", "INT"):
+    for name in ("TERM", "INT", "HUP", "USR1"):
         subprocess.run(["kill", f"-{name}", str(pid)], check=True)  # from another process than the trainer
     rest = list(steps)
     assert len(rest) == 39
     assert {int(p) for step in rest for batch in step for p in batch.values["pid"]} == {pid}
+
+
+born_with: list[set[signal.Signals]] = []
+"""In a forked process: the signals that it blocked from its first moment."""
+
+
+def says_what_it_was_born_with(example: Fact, draw: SampleRNG) -> Views:
+    return Views([Segment([1], "x")], values={"blocked": float(born_with[-1] >= JOB_SIGNALS)})
+
+
+def test_no_signal_to_the_job_finds_a_worker_unprepared(data: ReversalData) -> None:
+    """A signal may come between the fork and the first line of the worker."""
+    os.register_at_fork(after_in_child=lambda: born_with.append(signal.pthread_sigmask(signal.SIG_BLOCK, [])))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    (step, *_) = loader(data, workers=1, view_transform=says_what_it_was_born_with)
+    assert step[0].values["blocked"].all()
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before, "the trainer's own mask is as it was"
 
 
 def test_a_trainer_that_fails_takes_its_workers_along(tmp_path: Path) -> None:
