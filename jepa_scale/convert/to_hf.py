@@ -124,7 +124,7 @@ def export(run: Path, out: Path, options: ExportOptions = ExportOptions()) -> Ex
         small = _small_files(skeleton, plan, tokenizer, options, model_options)
 
     out.mkdir(parents=True, exist_ok=True)
-    with locked(out / JOB_LOCK, wait=False):
+    with locked(out / JOB_LOCK, wait=0):
         folder = Folder(out, _journal(checkpoint, manifest, plan, sorted(small), options))
         _write_tensors(folder, plan, skeleton.model, checkpoint / TENSORS, options)
         for name, content in small.items():

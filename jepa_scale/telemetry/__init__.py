@@ -9,7 +9,7 @@ from jepa_scale.telemetry.records import RunRecord, load_run
 
 if TYPE_CHECKING:
     from jepa_scale.telemetry.environment import package_versions
-    from jepa_scale.telemetry.run_dir import prepare_run_dir
+    from jepa_scale.telemetry.run_dir import locked_run_dir, prepare_run_dir
     from jepa_scale.telemetry.run_log import RunLog
 
 __all__ = [
@@ -18,11 +18,17 @@ __all__ = [
     "describe",
     "load_run",
     "package_versions",
+    "locked_run_dir",
     "prepare_run_dir",
     "quiet_libraries",
 ]
 
-_OF_RUNS = {"RunLog": "run_log", "package_versions": "environment", "prepare_run_dir": "run_dir"}
+_OF_RUNS = {
+    "RunLog": "run_log",
+    "package_versions": "environment",
+    "prepare_run_dir": "run_dir",
+    "locked_run_dir": "run_dir",
+}
 """Names that need torch → module. They are imported on first use, because reading a run's records does not need torch."""
 
 if not TYPE_CHECKING:

@@ -2,12 +2,52 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
 
 from jepa_scale.distributed import comm
 from jepa_scale.telemetry.records import METRICS_FILE, SUMMARY_FILE
 from jepa_scale.utils.errors import InputError
+from jepa_scale.utils.lock import NoLocks, holder, locked
+
+logger = logging.getLogger(__name__)
+
+
+RUN_LOCK = "run.lock"
+"""Name of the lock in a run directory, which rank 0 holds while it trains."""
+WAIT = 15.0
+"""Seconds to wait for a holder: the loader's workers of a killed run hold its lock for a few seconds longer."""
+
+
+@contextmanager
+def locked_run_dir(run_dir: Path, resume: bool) -> Iterator[None]:
+    """Prepare the run directory, and keep other processes from training in it meanwhile. Collective.
+
+    Raises:
+        InputError: another process trains in it, it holds a run and ``resume`` is false, or it cannot be created.
+    """
+    with ExitStack() as held:
+        problem = None
+        if comm.rank() == 0:
+            try:
+                run_dir.mkdir(parents=True, exist_ok=True)
+                left = holder(run_dir / RUN_LOCK)
+                held.enter_context(locked(run_dir / RUN_LOCK, wait=WAIT))
+                if left:
+                    logger.warning(f"{run_dir}: was in use by {left}, which has ended; this process goes on with it")
+            except NoLocks:
+                logger.warning(f"{run_dir}: the file system has no locks; do not start a run twice in this directory")
+            except InputError as error:
+                problem = f"run directory {error}, or another run.name"
+            except OSError as error:
+                problem = f"run.dir: cannot use {str(run_dir)!r} as a run directory: {error.strerror}"
+        if problem := comm.broadcast_object(problem):
+            raise InputError(problem)
+        prepare_run_dir(run_dir, resume)
+        yield
 
 
 def prepare_run_dir(run_dir: Path, resume: bool) -> None:

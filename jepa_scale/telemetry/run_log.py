@@ -133,6 +133,9 @@ class RunLog:
     def _open(self) -> list[records.Row]:
         kept = records.truncate_rows(self.run_dir, self._start_step)
         write_atomic(self.run_dir / records.CONFIG_FILE, self._config_yaml)
+        (self.run_dir / records.SUMMARY_FILE).unlink(
+            missing_ok=True
+        )  # of an earlier end; a killed run is summarised by its rows
         self._file = RowFile(self.run_dir / records.METRICS_FILE)
         self._environment = describe_environment(self._ranks, self._engine, self._precision)
         if self._data:

@@ -12,11 +12,12 @@ from jepa_scale.checkpoint import Saver
 from jepa_scale.config.loading import load_config
 from jepa_scale.config.schema import CheckpointConfig
 from jepa_scale.distributed import comm
+from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.evaluation.chat import generations_file
-from jepa_scale.experiment import validate
+from jepa_scale.experiment import Experiment, validate
 from jepa_scale.models.flops import peak_of
 from jepa_scale.report.step_time import breakdown_table
-from jepa_scale.telemetry import RunLog, describe, prepare_run_dir, quiet_libraries
+from jepa_scale.telemetry import RunLog, describe, locked_run_dir, quiet_libraries
 from jepa_scale.telemetry.records import config_of, read_rows
 from jepa_scale.training.build import build
 from jepa_scale.training.preemption import StopRequest
@@ -45,9 +46,15 @@ def run_training(args: argparse.Namespace) -> None:
     experiment = validate(load_config(args.config, args.overrides))
     quiet_libraries()
     ranks = comm.setup()
+    with locked_run_dir(run_dir_of(experiment.run), resume=args.resume is not None):
+        train(experiment, ranks, args.resume)
+
+
+def train(experiment: Experiment, ranks: ParallelContext, resume: str | None) -> None:
+    """Train the run of an experiment on these ranks, from the checkpoint that ``resume`` names, if any. See
+    :func:`run_training`."""
     run_dir = run_dir_of(experiment.run)
-    prepare_run_dir(run_dir, resume=args.resume is not None)
-    found = checkpoint.find(run_dir, args.resume, experiment.checkpoint.verify) if args.resume else None
+    found = checkpoint.find(run_dir, resume, experiment.checkpoint.verify) if resume else None
 
     run = build(experiment, ranks, steps_of(found, experiment.train.flops))
     experiment = run.experiment  # with the precision that this run has

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -21,28 +23,36 @@ TRY = 0.2
 """Seconds for which a process that does not wait tries: a lock that is just being released counts as free."""
 
 
+class NoLocks(InputError):
+    """A file system has no locks."""
+
+
 @contextmanager
-def locked(path: Path, wait: bool = True) -> Iterator[None]:
+def locked(path: Path, wait: float = math.inf) -> Iterator[None]:
     """Hold the lock whose file is ``path``. It is free again when the process ends, however it ends.
 
     The file names its holder, and is removed when the lock is released.
 
+    Args:
+        wait: seconds to wait for another holder. With 0 it is ``TRY``.
+
     Raises:
-        InputError: another process holds it and ``wait`` is false, or the file system has no locks.
+        InputError: another process still holds it. NoLocks: the file system has none.
     """
-    lock = FileLock(path, timeout=-1 if wait else TRY, poll_interval=POLL if wait else TRY / 4, fallback_to_soft=False)
+    timeout, poll = (-1, POLL) if wait == math.inf else (max(wait, TRY), min(POLL, max(wait, TRY) / 4))
+    lock = FileLock(path, timeout=timeout, poll_interval=poll, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout:
         raise InputError(
-            f"{path.parent}: is being prepared by {_holder(path)}; wait for it or choose another folder"
+            f"{path.parent}: is in use by {holder(path) or 'another process'}; wait for it or choose another folder"
         ) from None
     except OSError as error:
         if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-            raise InputError(f"{path}: the file system has no locks; choose a folder on another one") from None
+            raise NoLocks(f"{path}: the file system has no locks; choose a folder on another one") from None
         raise
     try:
-        path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}")
         yield
     finally:
         with suppress(OSError):
@@ -50,7 +60,8 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
         lock.release()
 
 
-def _holder(path: Path) -> str:
+def holder(path: Path) -> str:
+    """Return who holds the lock, or held it and was killed; empty if that is not known."""
     with suppress(OSError):
-        return path.read_text(errors="replace")[:200] or "another process"
-    return "another process"
+        return path.read_text(errors="replace")[:200]
+    return ""

@@ -680,6 +680,15 @@ ROWS: tuple[Row, ...] = (
         "a signal to all processes of a job kills no worker",
     ),
     _row(
+        "two-in-one-directory",
+        "checkpoints",
+        "jepa_scale/telemetry/run_dir.py",
+        "held.enter_context(locked(run_dir / RUN_LOCK, wait=WAIT))",
+        "locked(run_dir / RUN_LOCK, wait=WAIT)",
+        "tests/telemetry/test_run_dir.py::test_two_processes_do_not_train_in_one_directory",
+        "one process at a time trains in a run directory",
+    ),
+    _row(
         "future-not-set-aside",
         "checkpoints",
         "jepa_scale/checkpoint/retention.py",

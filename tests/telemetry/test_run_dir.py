@@ -1,9 +1,12 @@
 import os
+import signal
 
 import pytest
 
-from jepa_scale.telemetry import prepare_run_dir
+from jepa_scale.telemetry import locked_run_dir, prepare_run_dir, run_dir
 from jepa_scale.utils.errors import InputError
+from jepa_scale.utils.lock import NoLocks
+from tests.forked import in_child
 
 
 @pytest.mark.parametrize("leftover", ["metrics.jsonl", "summary.json", "checkpoints/step_00000010"])
@@ -50,3 +53,38 @@ def test_a_directory_without_permission_is_refused(tmp_path):
     (tmp_path / "run").mkdir(mode=0o500)
     with pytest.raises(InputError, match="Permission denied"):
         prepare_run_dir(tmp_path / "run", resume=False)
+
+
+def test_two_processes_do_not_train_in_one_directory(tmp_path, monkeypatch, caplog):
+    """A job was queued again while its first process still runs; then that one is killed."""
+    monkeypatch.setattr(run_dir, "WAIT", 0.0)
+    ready, holds = os.pipe()
+
+    def train() -> None:
+        with locked_run_dir(tmp_path / "run", resume=False):
+            os.write(holds, b"x")
+            signal.pause()
+
+    pid = in_child(train)
+    try:
+        os.read(ready, 1)
+        refused = pytest.raises(
+            InputError, match=rf"run: is in use by process {pid} on .*, since .*, or another run.name"
+        )
+        with refused, locked_run_dir(tmp_path / "run", resume=True):
+            pass
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    with locked_run_dir(tmp_path / "run", resume=True):
+        assert f"was in use by process {pid} on " in caplog.messages[0]
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoints"]
+
+
+def test_without_locks_a_run_goes_on_with_a_warning(tmp_path, monkeypatch, caplog):
+    def none(path, wait):
+        raise NoLocks("none")
+
+    monkeypatch.setattr(run_dir, "locked", none)
+    with locked_run_dir(tmp_path / "run", resume=False):
+        assert "has no locks" in caplog.messages[0]

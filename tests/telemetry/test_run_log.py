@@ -11,7 +11,7 @@ import torch
 from jepa_scale.config.schema import LogConfig
 from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.telemetry import RunLog, prepare_run_dir
-from jepa_scale.telemetry.records import read_rows
+from jepa_scale.telemetry.records import load_run, read_rows
 from jepa_scale.telemetry.run_log import Stopwatch
 
 CONFIG = "run:\n  name: demo\nengine:\n  name: auto\n  precision: bf16\n"
@@ -93,6 +93,14 @@ def test_tensors_and_reserved_columns_are_refused(tmp_path):
         with pytest.raises(AssertionError, match="train"):
             log.evaluated(1, "train", {"loss": 3.0})
     assert read_rows(tmp_path) == []
+
+
+def test_a_run_that_goes_on_has_no_summary_of_its_earlier_end(tmp_path):
+    with run_log(tmp_path) as log:
+        log.trained(4, {"loss": 2.0})
+    with run_log(tmp_path, start_step=4) as log:
+        log.trained(6, {"loss": 1.0})
+        assert load_run(tmp_path).summary["steps"] == 6, "as if it were killed here"
 
 
 def test_resume_drops_later_rows_and_continues_counts(tmp_path, wait):

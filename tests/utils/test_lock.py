@@ -1,7 +1,9 @@
 """One process at a time, over all that see the file."""
 
 import errno
+import math
 import os
+import re
 import signal
 import socket
 import threading
@@ -44,8 +46,11 @@ def held(tmp_path):
 def test_the_file_names_the_holder_and_goes_with_the_lock(tmp_path):
     path = tmp_path / "job.lock"
     for _ in range(2):
-        with locked(path, wait=False):
-            assert path.read_text() == f"process {os.getpid()} on {socket.gethostname()}"
+        with locked(path, wait=0):
+            assert re.fullmatch(
+                rf"process {os.getpid()} on {socket.gethostname()}, since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d",
+                path.read_text(),
+            )
         assert not path.exists()
     with pytest.raises(ValueError), locked(path):
         raise ValueError
@@ -54,13 +59,14 @@ def test_the_file_names_the_holder_and_goes_with_the_lock(tmp_path):
 
 def test_a_process_that_does_not_wait_is_refused_and_learns_who_holds_it(held):
     path, pid = held
-    with pytest.raises(InputError) as refused, locked(path, wait=False):
+    with pytest.raises(InputError) as refused, locked(path, wait=0):
         pass
+    since = path.read_text().partition(", since ")[2]
     assert str(refused.value) == (
-        f"{path.parent}: is being prepared by process {pid} on {socket.gethostname()}; wait for it or choose another folder"
+        f"{path.parent}: is in use by process {pid} on {socket.gethostname()}, since {since}; wait for it or choose another folder"
     )
     path.write_text("")
-    with pytest.raises(InputError, match="by another process; wait"), locked(path, wait=False):
+    with pytest.raises(InputError, match="by another process; wait"), locked(path, wait=0):
         pass
 
 
@@ -80,7 +86,7 @@ def test_a_killed_holder_lets_go(tmp_path):
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     assert path.exists()
-    with locked(path, wait=False):
+    with locked(path, wait=0):
         pass
     assert not path.exists()
 
@@ -91,7 +97,7 @@ def test_a_process_that_was_forked_meanwhile_does_not_keep_it(tmp_path):
     with locked(path):
         pid = in_child(signal.pause)
     try:
-        with locked(path, wait=False):
+        with locked(path, wait=0):
             pass
     finally:
         os.kill(pid, signal.SIGKILL)
@@ -116,7 +122,7 @@ def test_locks_exclude_each_other(tmp_path, monkeypatch):
     assert counter.read_text() == "80"
 
 
-@pytest.mark.parametrize("wait", [True, False])
+@pytest.mark.parametrize("wait", [math.inf, 0.0])
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
 def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, number, wait):
     """None of them is answered by a file that merely stands there: it would outlive a killed process."""

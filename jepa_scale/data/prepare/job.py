@@ -72,7 +72,7 @@ def prepare(
     reader = open_reader(str(path), options)
     try:
         _claim(out)
-        with locked(out / JOB_LOCK, wait=False):
+        with locked(out / JOB_LOCK, wait=0):
             return _fill(reader, path, out, options, processes, progress, cache or cache_dir())
     except OSError as error:
         raise cannot_write(error, out) from None

@@ -393,14 +393,14 @@ def test_one_job_at_a_time_in_a_folder(tmp_path: Path) -> None:
 
     def hold() -> None:
         os.close(open_as_long_as_we_live)
-        with job.locked(out / "job.lock", wait=False):
+        with job.locked(out / "job.lock", wait=0):
             os.write(go, b"x")
             os.read(end, 1)
 
     out.mkdir()
     pid = in_child(hold)
     os.read(ready, 1)
-    with pytest.raises(InputError, match=rf"is being prepared by process {pid} on .*; wait for it"):
+    with pytest.raises(InputError, match=rf"is in use by process {pid} on .*; wait for it"):
         prepare(raw, out, OPTIONS, processes=1, progress=False)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
