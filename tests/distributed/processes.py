@@ -223,6 +223,12 @@ def held_port() -> Iterator[int]:
         yield holder.getsockname()[1]
 
 
+def default_signals() -> None:
+    """Undo what ``nohup`` and a shell's ``&`` do to the signals of the tests themselves."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Launched:
     """A command in a session of its own: a launcher and the processes that it starts.
 
@@ -248,6 +254,7 @@ class Launched:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=default_signals,
             )
 
     def marked(self) -> dict[int, dict[str, str]]:
