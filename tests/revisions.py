@@ -7,7 +7,6 @@ of it is its command line, its configs and ``ProcessPool`` of its tests.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -71,8 +70,9 @@ def train(out: Path, steps: int, configs: list[str]) -> None:
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
-    found = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [{RENAMED.get(key, key): value for key, value in row.items() if key not in TIMING} for row in found]
+    from jepa_scale.telemetry.records import read_rows
+
+    return [{RENAMED.get(key, key): value for key, value in row.items() if key not in TIMING} for row in read_rows(run)]
 
 
 def difference(before: Path, after: Path) -> str:
