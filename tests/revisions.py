@@ -63,7 +63,7 @@ def train(out: Path, steps: int, configs: list[str]) -> None:
             for engine, chosen in ENGINES.items():
                 place = [f"run.dir={out}", f"run.name={name}-{engine}"]
                 run = process_pool.start(["--config", file, *place, *chosen, *overrides(config, steps)], RANKS)
-                if any(codes := run.wait()):
+                if any(codes := run.wait(3600)):
                     print(f"{name}-{engine}: left out: {run.output(0).strip().splitlines()[-1:]} {codes}", flush=True)
     finally:
         process_pool.close()

@@ -11,13 +11,11 @@ from tempfile import TemporaryFile
 from jepa_scale.distributed import comm
 from jepa_scale.telemetry.records import METRICS_FILE, SUMMARY_FILE
 from jepa_scale.utils.errors import InputError
-from jepa_scale.utils.lock import NoLocks, holder, locked
+from jepa_scale.utils.lock import JOB_LOCK, NoLocks, holder, locked
 
 logger = logging.getLogger(__name__)
 
 
-RUN_LOCK = "run.lock"
-"""Name of the lock in a run directory, which rank 0 holds while it trains."""
 WAIT = 15.0
 """Seconds to wait for a holder: the loader's workers of a killed run hold its lock for a few seconds longer."""
 
@@ -34,8 +32,8 @@ def locked_run_dir(run_dir: Path, resume: bool) -> Iterator[None]:
         if comm.rank() == 0:
             try:
                 run_dir.mkdir(parents=True, exist_ok=True)
-                left = holder(run_dir / RUN_LOCK)
-                held.enter_context(locked(run_dir / RUN_LOCK, wait=WAIT))
+                left = holder(run_dir / JOB_LOCK)
+                held.enter_context(locked(run_dir / JOB_LOCK, wait=WAIT))
                 if left:
                     logger.warning(f"{run_dir}: was in use by {left}, which has ended; this process goes on with it")
             except NoLocks:

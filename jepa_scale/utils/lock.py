@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from jepa_scale.utils.errors import InputError
 
 JOB_LOCK = "job.lock"
-"""Name of the lock in a folder that one job at a time may fill."""
+"""Name of the lock in a folder that one job at a time may fill: a run, prepared data, a conversion."""
 POLL = 0.25
 """Seconds between two tries of a process that waits; hundreds of ranks may wait for one file server."""
 TRY = 0.2

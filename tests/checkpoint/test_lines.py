@@ -13,7 +13,14 @@ from unittest.mock import patch
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from jepa_scale.checkpoint import Manifest, Policy, Saver, find, saver, set_aside, store
 from jepa_scale.checkpoint.manifest import TENSORS
@@ -157,5 +164,5 @@ class Run(RuleBasedStateMachine):
         shutil.rmtree(getattr(self, "folder", ""), ignore_errors=True)
 
 
-TestRun = Run.TestCase
-TestRun.settings = settings(max_examples=40, stateful_step_count=14)
+def test_the_newest_whole_state_is_never_lost() -> None:
+    run_state_machine_as_test(Run, settings=settings(max_examples=40, stateful_step_count=14))
