@@ -349,3 +349,14 @@ def test_a_batch_too_small_for_the_objective_is_refused_by_name(text_config, cap
     assert "train.batch_size: about 8 samples in a step; objective 'span'" in capfd.readouterr().err
     assert run(text_config, "train.batch_size=0", "train.batch_tokens=400", "train.micro_tokens=400") == 2
     assert "train.batch_tokens: about" in capfd.readouterr().err
+
+
+def test_a_save_that_was_killed_before_its_name_is_resumed_from(config, tmp_path):
+    """Its manifest is written: the older checkpoint would be another line of training, of which it is the future."""
+    assert run(config, "checkpoint.every=2", "log.report=false") == 0
+    checkpoints = tmp_path / "runs/small/checkpoints"
+    (checkpoints / "step_00000004").rename(checkpoints / "step_00000004.partial")
+    assert run(config, "train.steps=6", "train.log_every=1", "--resume", "auto", "log.report=false") == 0
+    lines = [json.loads(x) for x in (tmp_path / "runs/small/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in lines if row["split"] == "train"] == [2, 4, 5, 6]
+    assert sorted(path.name for path in checkpoints.glob("step_*")) == ["step_00000004", "step_00000006"]

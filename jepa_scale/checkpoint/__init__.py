@@ -12,13 +12,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from jepa_scale.checkpoint.manifest import Manifest
-from jepa_scale.checkpoint.retention import Policy, complete, set_aside
+from jepa_scale.checkpoint.retention import Policy, complete, set_aside, sweep
 
 if TYPE_CHECKING:
     from jepa_scale.checkpoint.restore import find, load, verify
     from jepa_scale.checkpoint.saver import Report, Saver
 
-__all__ = ["Manifest", "Policy", "Report", "Saver", "complete", "find", "load", "set_aside", "verify"]
+__all__ = ["Manifest", "Policy", "Report", "Saver", "complete", "find", "load", "set_aside", "sweep", "verify"]
 
 _OF_TENSORS = {
     "Report": "saver",

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from jepa_scale.checkpoint import store
 from jepa_scale.checkpoint.generators import rng_state
 from jepa_scale.checkpoint.manifest import TENSORS, Manifest, describe
-from jepa_scale.checkpoint.retention import LATEST, Policy, discard, folder_name, prune, sweep
+from jepa_scale.checkpoint.retention import LATEST, Policy, discard, folder_name, prune
 from jepa_scale.checkpoint.shard_view import Checkpointable, ShardView, state_of
 from jepa_scale.distributed.comm import barrier, rank, world_size
 from jepa_scale.utils.io import sync_folder, write_atomic
@@ -97,8 +97,6 @@ class Saver:
         self._every, self._ephemeral_every = every, ephemeral_every
         self._job: _Job | None = None
         self._last: Report | None = None
-        if rank() == 0:
-            sweep(directory)
         # the thread's collectives must not mix with those of training
         self._group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT) if world_size() > 1 else None
 

@@ -54,6 +54,9 @@ def train(experiment: Experiment, ranks: ParallelContext, resume: str | None) ->
     """Train the run of an experiment on these ranks, from the checkpoint that ``resume`` names, if any. See
     :func:`run_training`."""
     run_dir = run_dir_of(experiment.run)
+    if ranks.is_main:
+        checkpoint.sweep(run_dir / "checkpoints")  # before the search: a killed save may be complete
+    comm.barrier()
     found = checkpoint.find(run_dir, resume, experiment.checkpoint.verify) if resume else None
 
     run = build(experiment, ranks, steps_of(found, experiment.train.flops))
@@ -100,7 +103,7 @@ def train(experiment: Experiment, ranks: ParallelContext, resume: str | None) ->
         except BaseException:
             saver.abandon()
             raise
-        check_saved(saver.close(), run_dir)
+        check_saved(saver.close(), run_dir, stopping_rules.ended)
     if ranks.is_main:
         conclude(trainer, run_dir)
     if stopping_rules.aborted:
@@ -111,8 +114,11 @@ class NotSaved(Exception):
     """Raised when a run has ended and its last state was not saved. The message is one line."""
 
 
-def check_saved(last: checkpoint.Report | None, run_dir: Path) -> None:
+def check_saved(last: checkpoint.Report | None, run_dir: Path, ended: str) -> None:
     """Check the outcome of a run's last save.
+
+    Args:
+        ended: message of the rule that has ended the run, empty if none has.
 
     Raises:
         NotSaved: it failed; the message names the newest complete checkpoint.
@@ -122,7 +128,7 @@ def check_saved(last: checkpoint.Report | None, run_dir: Path) -> None:
     found = checkpoint.complete(run_dir / "checkpoints")
     newest = f"the newest complete checkpoint is {found[-1].path}" if found else "the run has no checkpoint"
     raise NotSaved(
-        f"the state after step {last.step} is lost, because its checkpoint could not be written ({last.problem}); {newest}; "
+        f"{ended}{ended and '; '}the state after step {last.step} is lost, because its checkpoint could not be written ({last.problem}); {newest}; "
         "correct this and go on with --resume auto"
     )
 

@@ -22,7 +22,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from jepa_scale.checkpoint import Manifest, Policy, Saver, find, saver, set_aside, store
+from jepa_scale.checkpoint import Manifest, Policy, Saver, find, saver, set_aside, store, sweep
 from jepa_scale.checkpoint.manifest import TENSORS
 from jepa_scale.checkpoint.retention import checkpoint_folders
 from jepa_scale.checkpoint.shard_view import ShardView
@@ -67,6 +67,8 @@ class Run(RuleBasedStateMachine):
         self.start()
 
     def start(self) -> None:
+        """Begin a process, which sweeps before it searches."""
+        sweep(self.checkpoints)
         self.saver = Saver(self.checkpoints, self.policy, asynchronous=False)
 
     def save_next(self, steps: int, permanent: bool) -> None:

@@ -707,6 +707,15 @@ ROWS: tuple[Row, ...] = (
         "a damaged checkpoint takes no whole one's place",
     ),
     _row(
+        "search-before-sweep",
+        "checkpoint",
+        "jepa_scale/training/run.py",
+        'checkpoint.sweep(run_dir / "checkpoints")',
+        "pass",
+        "tests/test_train.py::test_a_save_that_was_killed_before_its_name_is_resumed_from",
+        "a resume goes on from a complete save that has no name yet",
+    ),
+    _row(
         "complete-partial-removed",
         "checkpoint",
         "jepa_scale/checkpoint/retention.py",
