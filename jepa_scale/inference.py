@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from jepa_scale.checkpoint import find, store
-from jepa_scale.checkpoint.manifest import TENSORS
+from jepa_scale.checkpoint.manifest import TENSORS, Manifest
 from jepa_scale.checkpoint.shard_view import ShardView
 from jepa_scale.config.loading import load_config
 from jepa_scale.convert.from_hf import state_tensors
@@ -220,10 +220,11 @@ def load(run_dir: str | Path, checkpoint: str | Path = "auto", device: str | tor
     run = Path(run_dir).expanduser()
     file = config_of(run)
     where = _device(device)
-    experiment = validate(load_config(file.absolute()))
-    found = find(run, checkpoint, experiment.checkpoint.verify, alone=True)
+    config = load_config(file.absolute())
+    found = find(run, checkpoint, config.checkpoint.verify, alone=True)
     if found is None:
         raise InputError(f"{run}: has no checkpoint; give another run, or a checkpoint's path")
+    experiment = validate(Manifest.read(found).trained(config))
     data: Any = open_data(experiment.data)
     with torch.random.fork_rng(devices=[]):  # the checkpoint replaces these weights
         backbone = build_backbone(experiment.model, data.vocab_size)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jepa_scale.config.schema import Config
 from jepa_scale.utils.errors import InputError
 from jepa_scale.utils.io import sha256_of, write_atomic
 from jepa_scale.utils.splits import current_key
@@ -28,7 +29,7 @@ class Manifest:
         updates: number of optimizer updates; fewer than ``step`` if steps were skipped.
         permanent: whether the retention rules for permanent checkpoints apply; otherwise those for ephemeral ones.
         metrics: ``split/metric`` → value of the evaluation after this step, if there was one; used to keep the best.
-        state: state of the run: position and fingerprint of the data, tokens, seconds.
+        state: state of the run: position and fingerprint of the data, fingerprint of the model, tokens, seconds.
         config: the resolved config. versions: versions of the packages that matter.
         files: path within the checkpoint → ``bytes`` and ``sha256``.
     """
@@ -74,6 +75,15 @@ class Manifest:
             raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{file}: not a complete checkpoint: {error}") from None
+
+    def trained(self, config: Config) -> Config:
+        """Return a run's config with the model and the objective that this checkpoint was trained with.
+
+        The run may have been resumed with other ones since.
+        """
+        return config.model_copy(
+            update={section: self.config[section] for section in ("model", "objective") if section in self.config}
+        )
 
     def damage(self, folder: Path, part: int = 0, parts: int = 1, hashes: bool = True) -> list[str]:
         """Return one line for each file that is missing or damaged; empty if the checkpoint is whole.

@@ -262,6 +262,11 @@ class CheckpointConfig(Section):
     )
     asynchronous: bool = Field(True, description="Write while training goes on; host memory holds a copy meanwhile.")
     verify: bool = Field(True, description="Compare the checksums of a checkpoint before it is resumed from.")
+    resume_with_changes: list[str] = Field(
+        [],
+        description="Keys of model: and objective:, or whole sections, that may differ from the checkpoint a run goes on "
+        "from, e.g. [objective.weight].",
+    )
 
 
 class LogConfig(Section):

@@ -90,13 +90,14 @@ def export(run: Path, out: Path, options: ExportOptions = ExportOptions()) -> Ex
     Raises:
         InputError: the run or its checkpoint can't be used, or the folder holds something else.
     """
-    config = load_config(config_of(run))
     begun = read_journal(out)
+    config = load_config(config_of(run))
+    checkpoint = _chosen(run, options, begun, out)
+    manifest = Manifest.read(checkpoint)
+    config = manifest.trained(config)
     model_options = parse_section(ModelOptions, config.model, "model")
     if options.adapter:
         check_adapter(model_options)
-    checkpoint = _chosen(run, options, begun, out)
-    manifest = Manifest.read(checkpoint)
 
     shapes = store.shapes(checkpoint / TENSORS)
     try:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from jepa_scale.checkpoint import Manifest
 from jepa_scale.checkpoint.shard_view import Checkpointable
 from jepa_scale.checkpoint.split_state import SplitState
 from jepa_scale.config.schema import EngineConfig
@@ -31,13 +32,14 @@ from jepa_scale.experiment import Experiment
 from jepa_scale.models import tensor_parallel
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.compiling import compile_blocks
+from jepa_scale.models.fingerprint import model_fingerprint
 from jepa_scale.models.head import compile_head
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.recompute import recompute
 from jepa_scale.objectives.base import JepaModel, Objective
 from jepa_scale.objectives.costs import StepFlops
 from jepa_scale.optim import parameter_groups
-from jepa_scale.training.flop_budget import steps_within, whole_steps
+from jepa_scale.training.flop_budget import paid_steps, steps_within, whole_steps
 from jepa_scale.utils.errors import InputError
 
 
@@ -58,6 +60,7 @@ class TrainingComponents:
     """(between, step, run_dir): ``between()`` is called between the forwards, and may raise to end the evaluation;
     generated answers are saved under that step in the run directory, if one is given."""
     steps: int  # of the whole run: ``train.steps``, those that ``train.flops`` pay for, or fewer if the data end
+    model_fingerprint: dict[str, Any]  # what decides, besides the weights, what the backbone computes
     flops: StepFlops  # this rank's micro-batches of a step → FLOPs of training on them, over its tensor-parallel group
     splits: dict[str, Split]  # of the parameters that are split over the tensor-parallel group, by name
 
@@ -117,13 +120,17 @@ def create_sampler(experiment: Experiment, data: Any, objective: Objective, rank
     )
 
 
-def build(experiment: Experiment, ranks: ParallelContext, steps: int = 0) -> TrainingComponents:
+def build(
+    experiment: Experiment, ranks: ParallelContext, resumed: Manifest | None = None, steps: int = 0
+) -> TrainingComponents:
     """Build all parts of a run, identically on every rank except for the weights.
 
     Rank 0 alone has the weights; the engine takes them from it one at a time.
 
     Args:
-        steps: number of steps that ``train.flops`` paid for when the run began; 0 = compute it.
+        resumed: manifest of the checkpoint that training goes on from. The steps that are left follow from its position
+            in the data, as the batches may have another size now.
+        steps: the run's number of steps, if it is not to be computed.
     """
     precision = resolve_precision(experiment.engine.precision, ranks)
     experiment = replace(experiment, engine=experiment.engine.model_copy(update={"precision": precision}))
@@ -152,7 +159,9 @@ def build(experiment: Experiment, ranks: ParallelContext, steps: int = 0) -> Tra
     test = chat_test(experiment.eval, data, backbone, objective.predicts_tokens)
     probe = probe_test(experiment.eval, data, backbone, objective)
     sampler = create_sampler(experiment, data, objective, ranks)
+    start = sampler.resume(resumed.state["data"], experiment.data.accept_changes) if resumed else 0
     flops = objective.flops(backbone)
+    fingerprint = model_fingerprint(backbone, experiment.model)
     weights = Weights(module, ranks)
     splits = split_over_tp_group(backbone, ranks)
     copies = objective.teacher_copies(backbone)
@@ -170,12 +179,14 @@ def build(experiment: Experiment, ranks: ParallelContext, steps: int = 0) -> Tra
             on_error=experiment.data.on_error,
         )
 
-    if not train.flops:
+    steps = steps or (paid_steps(resumed, experiment, sampler) if resumed else 0)
+    if not steps and not train.flops:
         steps = min(n for n in (train.steps, sampler.steps) if n)
     elif not steps:
-        loaders = whole_steps(batches(0, 0), ranks.dp_size)
+        loaders = whole_steps(batches(start, 0), ranks.dp_size)
+        budget = train.flops - (resumed.state.get("flops", 0) if resumed else 0)
         steps = steps_within(
-            train.flops, loaders, flops, lambda step: objective.kind_of_step(step, experiment.run.seed)
+            budget, loaders, flops, lambda step: objective.kind_of_step(step, experiment.run.seed), start
         )
     blocks = [*backbone.layers, *objective.blocks]
     if options.compile:
@@ -220,7 +231,19 @@ def build(experiment: Experiment, ranks: ParallelContext, steps: int = 0) -> Tra
             engine.train()
 
     return TrainingComponents(
-        experiment, ranks, engine, objective, teacher, data, sampler, batches, run_evaluation, steps, flops, splits
+        experiment,
+        ranks,
+        engine,
+        objective,
+        teacher,
+        data,
+        sampler,
+        batches,
+        run_evaluation,
+        steps,
+        fingerprint,
+        flops,
+        splits,
     )
 
 

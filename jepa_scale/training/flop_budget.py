@@ -8,8 +8,10 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 
-from jepa_scale.data.sampling.batches import DataParallelSlice, SampleBatchSampler, TokenBatchSampler
+from jepa_scale.checkpoint import Manifest
+from jepa_scale.data.sampling.batches import BatchSampler, DataParallelSlice, SampleBatchSampler, TokenBatchSampler
 from jepa_scale.data.sampling.loader import Loader
+from jepa_scale.experiment import Experiment
 from jepa_scale.objectives.costs import StepFlops
 from jepa_scale.utils.errors import InputError
 
@@ -19,6 +21,8 @@ MOST_SAMPLES = 16_384
 """Most samples to measure for each kind of step; their views are made in a few seconds."""
 PRECISE = 0.0025
 """Standard error of the mean cost, as a share of the mean, at which measuring stops."""
+PRICE = ("flops", "batch_size", "batch_tokens", "micro_tokens")
+"""Keys of ``train:`` on which the number of steps within a budget depends."""
 MOST_STEPS = 10_000_000
 """Most steps of a run; a larger budget is refused."""
 
@@ -63,22 +67,24 @@ def steps_within(
     ranks: Sequence[Loader],
     flops: StepFlops,
     kind: Callable[[int], Hashable] = lambda step: 0,
+    start: int = 0,
 ) -> int:
-    """Return the number of optimizer steps whose cost over all ranks is closest to the budget; at least 1.
+    """Return the step at which a run from step ``start`` on has cost, over all ranks, what is closest to the budget.
 
-    The batches of the run's first steps are made and their FLOPs counted, until the mean cost is precise enough. Later steps
+    A run that begins has at least one step; one whose budget is spent has no further step. The batches of the first steps are made and their FLOPs counted, until the mean cost is precise enough. Later steps
     count with the mean. The result is the same on every rank, because it does not depend on the calling rank.
 
     Args:
         budget: FLOPs of all ranks. ranks: the loader of every rank (:func:`whole_steps`).
         flops: FLOPs of one rank's micro-batches of a step. kind: step → its kind; each kind has a mean of its own.
+        start: the first step that the budget is for.
 
     Raises:
         InputError: the budget is more than ``MOST_STEPS`` steps, or a sample is damaged.
     """
     means: dict[Hashable, _Mean] = {}
     total = 0.0
-    for step in range(MOST_STEPS):
+    for step in range(start, start + MOST_STEPS):
         mean = means.setdefault(kind(step), _Mean())
         if mean.known:
             cost = mean.mean * len(ranks)
@@ -93,3 +99,15 @@ def steps_within(
             return max(1, step + (total + cost - budget <= budget - total))
         total += cost
     raise InputError(f"train.flops: {budget:.3g} is more than {MOST_STEPS:,} steps of this model take; lower it")
+
+
+def paid_steps(resumed: Manifest, experiment: Experiment, sampler: BatchSampler) -> int:
+    """Return the steps that ``train.flops`` paid for when a checkpoint's run began.
+
+    0 if there is no budget, or if it or the cost of a step may have changed since.
+    """
+    then, now = resumed.config, experiment.resolved()
+    same = all(then.get("train", {}).get(key) == now["train"][key] for key in PRICE)
+    same = same and all(then.get(section) == now[section] for section in ("model", "objective"))
+    same = same and resumed.state["data"]["fingerprint"] == sampler.fingerprint
+    return int(resumed.state.get("steps", 0)) if experiment.train.flops and same else 0

@@ -21,6 +21,7 @@ from jepa_scale.telemetry import RunLog, describe, locked_run_dir, quiet_librari
 from jepa_scale.telemetry.records import config_of, read_rows
 from jepa_scale.training.build import build
 from jepa_scale.training.preemption import StopRequest
+from jepa_scale.training.resume import check_changes, restore
 from jepa_scale.training.stopping import Aborted, StoppingRules
 from jepa_scale.training.trainer import Trainer, run_dir_of
 from jepa_scale.training.watchdog import Watchdog
@@ -59,14 +60,13 @@ def train(experiment: Experiment, ranks: ParallelContext, resume: str | None) ->
     comm.barrier()
     found = checkpoint.find(run_dir, resume, experiment.checkpoint.verify) if resume else None
 
-    run = build(experiment, ranks, steps_of(found, experiment.train.flops))
+    run = build(experiment, ranks, checkpoint.Manifest.read(found) if found else None)
     experiment = run.experiment  # with the precision that this run has
     logger.debug(f"{run.engine.layout} on {ranks.device}, started by {ranks.launcher}; {run.steps:,} steps")
     start, counts, stopping_rules = 0, None, StoppingRules(experiment.train)
     if found:
-        manifest = checkpoint.load(found, run.parts)
-        state = manifest.state
-        start = run.sampler.resume(state["data"], accept_changes=experiment.data.accept_changes)
+        manifest = restore(run, found)
+        start, state = manifest.step, manifest.state
         stopping_rules.resume(state.get("criteria"))
         if ranks.is_main:
             for path in checkpoint.set_aside(run_dir / "checkpoints", manifest.step):
@@ -152,18 +152,6 @@ def conclude(trainer: Trainer, run_dir: Path) -> None:
         print_result(table)
 
 
-def steps_of(found: Path | None, flops: float) -> int:
-    """Return the steps that ``train.flops`` paid for when the checkpoint's run began.
-
-    0 if the number is not known, or if the budget has changed since.
-    """
-    if found is None or not flops:
-        return 0
-    manifest = checkpoint.Manifest.read(found)
-    same = manifest.config.get("train", {}).get("flops") == flops
-    return int(manifest.state.get("steps", 0)) if same else 0
-
-
 def saver_of(keep: CheckpointConfig, run_dir: Path) -> Saver:
     """Return the saver that writes and keeps checkpoints by the options of ``checkpoint:``."""
     higher = bool(keep.keep_best) and describe(split_key(str(keep.keep_best))[1]).better == "higher"
@@ -201,8 +189,11 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
     engine = experiment.engine
     if ranks.dp_size % (engine.tp * engine.replicas):  # trained by more ranks than there are now
         experiment = replace(experiment, engine=engine.model_copy(update={"tp": 1, "replicas": 1}))
-    run = build(experiment, ranks, steps_of(found, experiment.train.flops))
-    step = checkpoint.load(found, run.parts).step
+    manifest = checkpoint.Manifest.read(found)
+    step = manifest.step
+    run = build(experiment, ranks, steps=int(manifest.state.get("steps", 0)) or step)
+    check_changes(run, found, manifest)
+    checkpoint.load(found, run.parts)
     results = run.evaluate(step=step, run_dir=args.run)
     if ranks.is_main:
         print(found)

@@ -231,6 +231,7 @@ class Trainer:
             metrics={f"{split}/{name}": value for split, metrics in results.items() for name, value in metrics.items()},
             state={
                 "data": self.run.sampler.state(self.done),
+                "model": self.run.model_fingerprint,
                 "steps": self.run.steps,
                 "criteria": self.stopping_rules.state(),
                 **self.log.state(),

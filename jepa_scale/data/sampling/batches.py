@@ -195,7 +195,7 @@ class TokenBatchSampler(BatchSampler):
 
     A state is the position where the current window begins, and the number of its bins that are done. If the budget has
     changed at :meth:`resume`, that window is packed again with the old budget, and its remaining samples become the first
-    window.
+    window. If the data have changed, which are accepted only on request, as many samples are passed over as were done.
 
     Args:
         order: position → sample.
@@ -310,15 +310,17 @@ class TokenBatchSampler(BatchSampler):
         window, place = self._find(self._first_bin(step))
         state = {**self._header(step), "budget": self._budget, "window": self.window, "left": None}
         if window < 0:
-            return {**state, "position": self.end, "bins_done": 0, "tokens": 0}
+            return {**state, "position": self.end, "bins_done": 0, "samples_done": 0, "tokens": 0}
         positions = self._positions(window)
         if window == 0 and self.left is not None:
             state["left"] = positions.tolist()
             begin = self.position
         else:
             begin = int(positions[0])
-        tokens = int(self.sizes(np.concatenate([samples for _, samples in self._bins(window)])).sum())
-        return {**state, "position": begin, "bins_done": place, "tokens": tokens}
+        bins = self._bins(window)
+        tokens = int(self.sizes(np.concatenate([samples for _, samples in bins])).sum())
+        done = sum(len(samples) for _, samples in bins[:place])
+        return {**state, "position": begin, "bins_done": place, "samples_done": done, "tokens": tokens}
 
     def resume(self, state: dict[str, Any], accept_changes: bool = False) -> int:
         self._check(state, accept_changes)
@@ -326,7 +328,10 @@ class TokenBatchSampler(BatchSampler):
         changed = state["fingerprint"] != self.fingerprint
         left = None if state["left"] is None else np.asarray(state["left"], dtype=np.int64)
         budget, window = self._budget, self.window
-        if changed or not state["bins_done"]:
+        if changed:  # nothing tells which samples of the window are done: as many as were, from its start
+            self._begin_after(state["position"], left, int(state.get("samples_done", 0)))
+            return self.first_step
+        if not state["bins_done"]:
             self._begin_at(state["position"], left=left)
             return self.first_step
         # pack the window as it was when the state was saved
@@ -345,6 +350,15 @@ class TokenBatchSampler(BatchSampler):
             self._budget, self.window = budget, window
             self._begin_at(after, left=rest)
         return self.first_step
+
+    def _begin_after(self, position: int, left: np.ndarray | None, done: int) -> None:
+        """Restart the windows after the first ``done`` positions of a saved window, in data that may have become smaller."""
+        if left is None:
+            self._begin_at(position + done)
+            return
+        left = left[done:]
+        left = left if self.end is None else left[left < self.end]
+        self._begin_at(position, left=left if len(left) else None)
 
     def _remaining(self, bins_done: int) -> np.ndarray:
         """Return the positions of window 0 that are not in its first ``bins_done`` bins, ascending."""

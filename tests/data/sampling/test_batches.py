@@ -227,6 +227,28 @@ def test_resuming_as_before_gives_the_same_micro_batches(data: tuple[list[int], 
     assert after.state(stop + 3) == before.state(stop + 3)
 
 
+@some
+@given(data=sizes_and_budget, stops=st.tuples(st.integers(0, 9), st.integers(0, 9)), wider=st.sampled_from([0, 7]))
+def test_changed_data_go_on_at_the_same_count(data: tuple[list[int], int], stops: tuple[int, int], wider: int) -> None:
+    """Also twice, and also if what is left of a window with another budget comes first."""
+    (sizes, budget), epochs, done, state = data, 3, 0, None
+    for stop, fingerprint in zip((*stops, 999), "xxy", strict=True):
+        stream = tokens_of(sizes, budget, epochs=epochs, fingerprint=fingerprint)
+        first = 0 if state is None else stream.resume(state, accept_changes=True)
+        assert stream.steps is not None
+        last = min(first + stop, stream.steps)
+        done += sum(len(stream.micro_batch(step, 0)[0]) for step in range(first, last))
+        state, budget = stream.state(last), budget + wider
+    assert done == epochs * len(sizes)
+
+
+def test_smaller_data_end_where_they_end() -> None:
+    state = tokens_of([3] * 90, 10, epochs=1, fingerprint="x").state(7)
+    smaller = tokens_of([3] * 15, 10, epochs=1, fingerprint="y")
+    assert smaller.resume(state, accept_changes=True) == 7
+    assert smaller.steps == 7 and not len(smaller.micro_batch(7, 0)[0])
+
+
 def test_a_state_is_small_and_plain() -> None:
     state = tokens_of([3, 4, 5] * 500, 64).state(77)
     assert all(value is None or isinstance(value, (int, str)) for value in state.values())

@@ -1,0 +1,89 @@
+"""Going on from a checkpoint: what has changed since it was saved, and the restoring of the run's state."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jepa_scale import checkpoint
+from jepa_scale.checkpoint import Manifest
+from jepa_scale.training.build import TrainingComponents
+from jepa_scale.utils.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+REFUSED = ("model.", "objective.")
+"""Keys that change what the model computes or learns. Their change has to be allowed."""
+UNTOLD = ("run.", "log.", "checkpoint.", "eval.")
+"""Keys that leave training as it is."""
+
+
+def restore(run: TrainingComponents, found: Path) -> Manifest:
+    """Restore the state of a run from a checkpoint that was verified. Collective.
+
+    The run was built with the checkpoint's manifest, so that its sampler is at the checkpoint's position in the data.
+
+    Raises:
+        InputError: the checkpoint is of another model or objective, or of other settings (:func:`check_changes`).
+    """
+    manifest = Manifest.read(found)
+    changes = check_changes(run, found, manifest)
+    checkpoint.load(found, run.parts)
+    if run.ranks.is_main:
+        if manifest.state["data"]["fingerprint"] != run.sampler.fingerprint:
+            logger.warning(
+                f"data: changed since {found.name}, and go on at the same count of samples; some may be seen again, "
+                "others never"
+            )
+        if changes:
+            left = max(0, run.steps - manifest.step)
+            logger.warning(f"{found.name} is resumed with other settings: {_listed(changes)}; {left:,} steps are left")
+    return manifest
+
+
+def check_changes(run: TrainingComponents, found: Path, manifest: Manifest) -> dict[str, tuple[Any, Any]]:
+    """Compare a run's settings with those that a checkpoint was trained with.
+
+    Returns:
+        Key → (value then, value now) of the settings that differ and may.
+
+    Raises:
+        InputError: the model or the objective differs, and ``checkpoint.resume_with_changes`` does not allow it.
+    """
+    experiment = run.experiment
+    changes = differing(_flat(manifest.config), _flat(experiment.resolved()))
+    if "model" in manifest.state:  # checkpoints of 0.1 have the config alone
+        changes = {key: pair for key, pair in changes.items() if not key.startswith("model.")}
+        changes |= differing(manifest.state["model"], run.model_fingerprint)
+    changes = {key: pair for key, pair in changes.items() if not key.startswith(UNTOLD)}
+    allowed = experiment.checkpoint.resume_with_changes
+    refused = {
+        key: pair
+        for key, pair in changes.items()
+        if key.startswith(REFUSED) and not any(f"{key}.".startswith(f"{name}.") for name in allowed)
+    }
+    if refused:
+        raise InputError(
+            f"{found}: was trained with other settings, which change what the model computes or learns: "
+            f"{_listed(refused)}; set them back, or allow this with checkpoint.resume_with_changes=[{','.join(refused)}]"
+        )
+    return changes
+
+
+def differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return key → (value then, value now) of the keys that both have, with different values.
+
+    A key that only one of them has is of another version or another class, whose name differs then.
+    """
+    return {key: (then[key], now[key]) for key in then if key in now and then[key] != now[key]}
+
+
+def _flat(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``section.key`` → value."""
+    return {f"{section}.{key}": value for section, keys in sections.items() for key, value in dict(keys).items()}
+
+
+def _listed(changes: Mapping[str, tuple[Any, Any]]) -> str:
+    return ", ".join(f"{key} {now} (was {then})" for key, (then, now) in changes.items())
