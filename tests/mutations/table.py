@@ -666,7 +666,7 @@ ROWS: tuple[Row, ...] = (
         "signals",
         "jepa_scale/training/preemption.py",
         "if not are_ancestors(self._launcher):",
-        "if False:",
+        "if are_ancestors(self._launcher):",
         "tests/training/test_preemption.py::test_the_end_of_the_launcher_is_a_request",
         "ranks without a launcher save and end",
     ),
@@ -703,7 +703,7 @@ ROWS: tuple[Row, ...] = (
         "jepa_scale/checkpoint/retention.py",
         "if f.path not in checked and f.manifest.damage(f.path, hashes=hashes)}",
         "if f.path not in checked and False}",
-        "tests/checkpoint/test_lines.py::test_the_newest_whole_state_is_never_lost",
+        "tests/checkpoint/test_retention.py::test_the_command_keeps_the_newest_whole_one_and_removes_the_damaged",
         "a damaged checkpoint takes no whole one's place",
     ),
     _row(

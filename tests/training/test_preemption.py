@@ -17,6 +17,7 @@ def test_a_signal_is_a_request_and_handlers_come_back(number):
     with StopRequest(CPU) as stop:
         assert not stop.requested
         stop.interrupts()
+        assert signal.getsignal(number) is not before  # else the signal would end the tests
         os.kill(os.getpid(), number)
         assert stop.requested and stop.name == number.name
         with pytest.raises(EvaluationStopped):
@@ -43,11 +44,19 @@ def test_the_parent_and_its_parent_are_ancestors_until_one_of_them_ends():
 
 
 def test_the_end_of_the_launcher_is_a_request(monkeypatch):
-    monkeypatch.setattr(preemption, "launcher_processes", lambda: [os.getpid()])  # no process is its own parent
+    """It ends between the first look at it and the second."""
+    looks = []
+
+    def are_ancestors(processes):
+        looks.append((processes, stop.requested))
+        return len(looks) == 1
+
+    monkeypatch.setattr(preemption, "launcher_processes", lambda: [7])
+    monkeypatch.setattr(preemption, "are_ancestors", are_ancestors)
     monkeypatch.setattr(preemption, "POLL", 0.01)
     with StopRequest(CPU) as stop:
         until(lambda: stop.requested, "request")
-        assert stop.name == "the end of its launcher"
+        assert stop.name == "the end of its launcher" and looks == 2 * [([7], False)]
 
 
 def test_without_a_launcher_nothing_is_followed(monkeypatch):
