@@ -194,7 +194,7 @@ def measure(name: str, args: argparse.Namespace, folder: Path, ranks: comm.Paral
     steps.close()
     rows = [row(f"{name}/step", [1e3 * seconds for seconds in times], "ms")]
     rows.append(row(f"{name}/rate", [n / s for n, s in zip(tokens, times, strict=True)], "tokens/s"))
-    if peak := peak_of(ranks.device, "bf16", True):
+    if peak := peak_of(ranks.device, torch.bfloat16, True):
         rows.append(row(f"{name}/mfu", [100 * n / s / peak for n, s in zip(flops, times, strict=True)], "%"))
         rows.append(row(f"{name}/mfu_decoder", [100 * n / s / peak for n, s in zip(decoder, times, strict=True)], "%"))
         rows.append(row(f"{name}/memory", [torch.cuda.max_memory_allocated() / 2**30], "GiB"))

@@ -14,7 +14,8 @@ from jepa_scale.checkpoint import complete
 from jepa_scale.cli import main as cli
 from jepa_scale.data.reversal.facts import generate
 from jepa_scale.data.reversal.files import write
-from jepa_scale.engines import precision
+from jepa_scale.engines import loss_scale, precision
+from jepa_scale.utils import devices
 from tests.data.corpus import write_text
 from tests.distributed.processes import ProcessPool, shared_process_pool
 
@@ -77,6 +78,40 @@ def test_auto_precision_is_written_as_what_it_came_to(config, tmp_path, monkeypa
     resolved = yaml.safe_load((tmp_path / "runs" / "small" / "config.yaml").read_text())
     summary = json.loads((tmp_path / "runs" / "small" / "summary.json").read_text())
     assert resolved["engine"]["precision"] == summary["environment"]["precision"] == ("bf16" if there else "fp32")
+
+
+def test_fp16_goes_on_bitwise_with_its_scale(config, tmp_path, monkeypatch):
+    """The scale grows after every second step, so a checkpoint after the third is in the middle of that."""
+    monkeypatch.setenv(devices.FP16_ON_CPU, "1")
+    monkeypatch.setattr(loss_scale, "GROWTH_INTERVAL", 2)
+    monkeypatch.setattr(loss_scale, "INITIAL", 2.0**6)
+    fp16 = ("engine.precision=fp16", "log.report=false", "train.log_every=1", "optim.schedule=constant")
+    assert run(config, *fp16, "run.name=whole", "train.steps=5") == 0
+    assert run(config, *fp16, "train.steps=3") == 0
+    assert run(config, *fp16, "train.steps=5", "--resume", "auto") == 0
+    rows = {
+        name: [json.loads(line) for line in (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "small")
+    }
+    whole, resumed = (
+        [(row["loss"], row["grad_norm"], row["loss_scale"]) for row in of_run if row["split"] == "train"]
+        for of_run in rows.values()
+    )
+    assert whole == resumed
+    assert [scale for _, _, scale in whole] == [2.0**6, 2.0**7, 2.0**7, 2.0**8, 2.0**8]
+
+
+def test_fp16_is_refused_where_nothing_computes_it(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv(devices.FP16_ON_CPU, raising=False)
+    monkeypatch.setattr(devices, "GPU_FILES", ())
+    monkeypatch.setattr(devices, "CPU_FILE", tmp_path / "cpuinfo")
+    for flags, code in (("flags : avx512f avx512_bf16", 2), ("flags : amx_fp16", 0)):
+        (tmp_path / "cpuinfo").write_text(flags)
+        assert cli.main(["config", str(config), "engine.precision=fp16"]) == code
+    assert "engine.precision: fp16 needs a GPU" in (error := capsys.readouterr().err) and "bf16" in error
+    monkeypatch.setattr(precision, "has_fp16", lambda device: False)
+    assert run(config, "engine.precision=fp16") == 2
+    assert "engine.precision: fp16 needs a GPU" in capsys.readouterr().err
 
 
 def test_the_resolved_config_trains_the_same_run(config, tmp_path):

@@ -13,6 +13,7 @@ from jepa_scale.cli.flags import logging_flags
 from jepa_scale.config.loading import load_config
 from jepa_scale.experiment import validate
 from jepa_scale.telemetry.records import config_of
+from jepa_scale.utils.devices import check_fp16
 from jepa_scale.utils.errors import DataError, InputError
 
 
@@ -40,7 +41,8 @@ def refused_evaluation(run: Path, overrides: Sequence[str]) -> int:
 
 def _refused(find: Callable[[], str | Path], overrides: Sequence[str]) -> int:
     try:
-        validate(load_config(find(), list(overrides)))
+        if validate(load_config(find(), list(overrides))).engine.precision == "fp16":
+            check_fp16()
     except InputError as error:
         return refusal(error)
     return 0

@@ -64,10 +64,10 @@ class EngineConfig(Section):
         "auto", description="auto = DeepSpeed under its own launcher, FSDP2 otherwise."
     )
     deepspeed: str = Field("configs/ds/zero1.json", description="DeepSpeed JSON; its stage is the ZeRO stage.")
-    precision: Literal["auto", "fp32", "bf16"] = Field(
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "fp32",
         description="Compute dtype; masters and moments stay fp32. auto = bf16 where every rank's device has instructions "
-        "for it, fp32 elsewhere.",
+        "for it, fp32 elsewhere. fp16 has dynamic loss scaling.",
     )
     tp: int = Field(
         1, ge=1, description="Degree of tensor parallelism: so many neighbouring ranks share each layer; 1 = none."
@@ -212,7 +212,10 @@ class TrainConfig(Section):
     log_every: int = Field(10, ge=1, description="Steps between rows of metrics.jsonl.")
     eval_every: int = Field(0, ge=0, description="Steps between evaluations; 0 = at the end only.")
     max_skipped_steps: int = Field(
-        10, ge=0, description="Steps in a row without a finite gradient, all skipped, after which the run stops."
+        10,
+        ge=0,
+        description="Steps in a row without a finite gradient, all skipped, after which the run stops. In fp16 they count only "
+        "when the scale of the loss cannot be lowered any more.",
     )
     spike_factor: float = Field(
         0.0, ge=0, description="Warn of losses above this many times the median of the last 20 rows; 0 = no check."

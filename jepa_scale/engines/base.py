@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.engines.clip import Clipping
+from jepa_scale.engines.loss_scale import LossScale
 from jepa_scale.engines.weights import Split
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 class EngineOptions:
     """Options of an engine besides the model and its parameter groups."""
 
-    precision: str = "fp32"  # compute dtype, "fp32" or "bf16"; masters, moments and reductions stay fp32
+    precision: str = "fp32"  # compute dtype, "fp32", "bf16" or "fp16"; masters, moments and reductions stay fp32
     clip_norm: float = 1.0  # limit of the norm of the global gradient, or of each of clip_groups; 0 = no clipping
     accumulation: int = 1  # micro-batches in an optimizer step
     deepspeed: Path | None = None  # a DeepSpeed JSON; only the DeepSpeed engine reads it
@@ -110,6 +111,7 @@ class Engine(ABC):
         self.group_norms: dict[str, Tensor] = {}
         """Norm of each of ``clip_groups`` in the last step, before clipping, 0-d fp32; empty if there are no groups."""
         self._clipping = Clipping(module, options.clip_groups, options.clip_norm, options.split, ranks.tp_size)
+        self.loss_scale = LossScale(ranks.device) if options.precision == "fp16" else None
         self._forwards = 0  # number of those with gradient since the last backward
         self._backwards = 0  # number since the last step
         self._peak_lrs: list[float] = []
@@ -128,6 +130,7 @@ class Engine(ABC):
         assert self._backwards < self.options.accumulation, f"more than {self.options.accumulation} backwards in a step"
         self._forwards = 0
         self._backwards += 1
+        loss = loss if self.loss_scale is None else self.loss_scale.scale(loss)
         self._backward(loss, last=self._backwards == self.options.accumulation)
 
     def step(self) -> Tensor:
@@ -140,12 +143,15 @@ class Engine(ABC):
 
         Returns:
             0-d fp32 tensor on the device: the global gradient norm over all groups, before clipping; NaN or infinite if the
-            update was skipped. This class adds no host sync; DeepSpeed has one in every step in stage 3, and in bf16 in
-            stages 0 and 1.
+            update was skipped. This class adds no host sync; DeepSpeed has one in every step in stage 3, in bf16 in stages 0
+            and 1, and in fp16 in all stages.
         """
         assert self._backwards == self.options.accumulation, f"step after {self._backwards} backwards"
         self._backwards = 0
-        return self._step()
+        norm = self._step()
+        if self.loss_scale is not None:
+            self.loss_scale.update(norm)
+        return norm
 
     def scale_lr(self, factor: float) -> None:
         """Set the learning rate of each group to ``factor`` times its initial value."""
@@ -220,7 +226,8 @@ class Engine(ABC):
 
     def _measure(self, gradients: list[list[Tensor]], copies: int) -> Tensor:
         """Return the total norm of the gradients; arguments as in :meth:`jepa_scale.engines.clip.Clipping.measure`."""
-        total, norms = self._clipping.measure(gradients, copies, self.ranks.device)
+        factor = None if self.loss_scale is None else self.loss_scale.factor
+        total, norms = self._clipping.measure(gradients, copies, self.ranks.device, factor)
         self.group_norms = dict(zip(self._clipping.names, norms.unbind(), strict=False))
         return total
 

@@ -67,15 +67,18 @@ class Clipping:
             by_group[group].append(item)
         return by_group
 
-    def measure(self, gradients: list[list[Tensor]], copies: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def measure(
+        self, gradients: list[list[Tensor]], copies: int, device: torch.device, loss_scale: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Measure the norms of this step's gradients, for :meth:`scale`. Collective unless every rank has all gradients.
 
         Args:
             gradients: this rank's gradients, sorted by :meth:`sort`, in any pieces and of any dtype.
             copies: number of data-parallel ranks that have the same elements.
+            loss_scale: 0-d factor of the loss, and so of the gradients; :meth:`scale` divides by it, too.
 
         Returns:
-            The total norm, 0-d, and each group's, shape (groups,), in fp32. They are infinite if their square overflows.
+            The total norm, 0-d, and each group's, shape (groups,), in fp32 and without ``loss_scale``. They are infinite if their square overflows.
         """
         squares = torch.stack([_norm(of_group, device) for of_group in gradients]).square()
         if world_size() > copies:  # sum over all ranks, divided by the number of ranks with the same elements
@@ -84,18 +87,22 @@ class Clipping:
                 squares = squares[0] / self.tp_size + squares[1]
             squares = squares / copies
             dist.all_reduce(squares)
-        norms = squares.sqrt()
-        self._coefficients = (self.clip_norm / (norms + 1e-6)).clamp(max=1.0)
-        return squares.sum().sqrt(), norms
+        norms, total = squares.sqrt(), squares.sum().sqrt()
+        if loss_scale is not None:
+            norms, total = norms / loss_scale, total / loss_scale
+        self._coefficients = (self.clip_norm / (norms + 1e-6)).clamp(max=1.0) if self.clip_norm else None
+        if loss_scale is not None:
+            clipped = torch.ones_like(norms) if self._coefficients is None else self._coefficients
+            self._coefficients = clipped / loss_scale
+        return total, norms
 
     def scale(self, gradients: list[list[Tensor]]) -> None:
-        """Scale pieces of each group in place by min(1, clip_norm / (norm + 1e-6)).
+        """Scale pieces of each group in place by min(1, clip_norm / (norm + 1e-6)) / loss_scale.
 
         They become NaN or 0 if a norm is not finite; the caller must then skip the update.
         """
-        if self.clip_norm == 0:
+        if self._coefficients is None:  # neither clipped nor scaled
             return
-        assert self._coefficients is not None, "the norms have not been measured"
         rows = len(gradients) // self._count
         for pieces, coefficient in zip(gradients, self._coefficients.repeat(rows).unbind(), strict=True):
             if pieces:

@@ -281,11 +281,10 @@ _PEAKS: tuple[tuple[str, _Peak], ...] = (
 )
 
 
-def peak_of(device: torch.device, precision: str, tf32: bool) -> float | None:
-    """Return :func:`peak_flops` of a rank's device, or ``None`` if it is no GPU; ``precision``: ``engine.precision``."""
+def peak_of(device: torch.device, dtype: torch.dtype, tf32: bool) -> float | None:
+    """Return :func:`peak_flops` of a rank's device, or ``None`` if it is no GPU."""
     if device.type != "cuda":
         return None
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     return peak_flops(torch.cuda.get_device_name(device), dtype, tf32)
 
 

@@ -34,12 +34,10 @@ class Gpu:
 
     def flops(self, precision: str, tf32: bool) -> float:
         """Return the peak FLOP/s of dense matrix products."""
-        import torch
+        from jepa_scale.engines.precision import compute_dtype  # here: unknown names are refused without torch
+        from jepa_scale.models.flops import peak_flops
 
-        from jepa_scale.models.flops import peak_flops  # here: unknown names are refused without torch
-
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        peak = peak_flops(self.name, dtype, tf32)
+        peak = peak_flops(self.name, compute_dtype(precision), tf32)
         assert peak is not None, self.name
         return peak
 

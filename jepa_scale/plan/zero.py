@@ -7,7 +7,7 @@ and the behaviour of DeepSpeed 0.19 that goes beyond it (measured by ``benchmark
 stage  bytes for each parameter
 =====  ===============================================================================================================
 0      bf16: 2 + 4 masters + 8 moments, and gradients of w; fp32: 4 + 8 moments, and gradients of 4
-1      bf16: 2 + 12/N, and whole gradients in fp32 from the start; fp32: as stage 2
+1      bf16: 2 + 12/N, and whole gradients in fp32 from the start; fp32, fp16: as stage 2
 2      w + 12/N; gradients pass through two buckets, and this rank's 4/N remain
 3      w/N + 12/N + 4/N gradients from the start, and one fp32 bucket
 =====  ===============================================================================================================
@@ -75,7 +75,7 @@ class ZeroModel(EngineModel):
     @property
     def whole_gradients(self) -> bool:
         """Whether whole fp32 gradients exist from the start, as in DeepSpeed's ``BF16_Optimizer``."""
-        return self.layout.stage == 1 and self.half
+        return self.layout.stage == 1 and self.layout.precision == "bf16"
 
     def state(self) -> dict[str, int]:
         masters = 4 * self.own() if self.half or self.layout.stage > 0 else 0
@@ -101,7 +101,7 @@ class ZeroModel(EngineModel):
 
     @property
     def through_buckets(self) -> bool:
-        return self.layout.stage == 2 or (self.layout.stage == 1 and not self.half)
+        return self.layout.stage == 2 or (self.layout.stage == 1 and not self.whole_gradients)
 
     def _ready(self, parameter: Any) -> None:
         """Account for a parameter's new gradient."""

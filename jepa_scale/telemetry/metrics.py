@@ -94,6 +94,7 @@ _OPTIMIZER = [
     Metric("grad_norm_lower", "L2"),
     Metric("grad_norm_upper", "L2"),
     Metric("skipped_steps", "steps", "lower"),
+    Metric("loss_scale"),
 ]
 _SPEED = [
     Metric("tokens_per_second", "tokens/s", "higher"),

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 
 from jepa_scale.config.schema import TrainConfig
+from jepa_scale.engines.loss_scale import LEAST
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,8 @@ class LossChecks:
         """
         for step in steps:
             self._in_a_row = [*self._in_a_row, step] if step in bad else []
+        if values.get("loss_scale", LEAST) > LEAST:
+            self._in_a_row = []  # fp16: the scale of the loss is still being lowered
         if bad and logs:
             logger.warning(f"no finite gradient in step {', '.join(map(str, bad))}; skipped on all ranks")
         limit = self.options.max_skipped_steps

@@ -31,6 +31,8 @@ def restore(run: TrainingComponents, found: Path) -> Manifest:
     manifest = Manifest.read(found)
     changes = check_changes(run, found, manifest)
     checkpoint.load(found, run.parts)
+    if run.engine.loss_scale and "loss_scale" in manifest.state:
+        run.engine.loss_scale.load_state(manifest.state["loss_scale"])
     if run.ranks.is_main:
         if manifest.state["data"]["fingerprint"] != run.sampler.fingerprint:
             logger.warning(

@@ -13,6 +13,7 @@ from jepa_scale.config.loading import load_config
 from jepa_scale.config.schema import CheckpointConfig
 from jepa_scale.distributed import comm
 from jepa_scale.distributed.comm import ParallelContext
+from jepa_scale.engines.precision import compute_dtype
 from jepa_scale.evaluation.chat import generations_file
 from jepa_scale.experiment import Experiment, validate
 from jepa_scale.models.flops import peak_of
@@ -87,7 +88,7 @@ def train(experiment: Experiment, ranks: ParallelContext, resume: str | None) ->
         engine=run.engine.layout,
         precision=experiment.engine.precision,
         data=run.data.counts,
-        peak=peak_of(ranks.device, experiment.engine.precision, experiment.engine.tf32),
+        peak=peak_of(ranks.device, compute_dtype(experiment.engine.precision), experiment.engine.tf32),
         budget=experiment.train.flops,
     )
     saver = saver_of(experiment.checkpoint, run_dir)

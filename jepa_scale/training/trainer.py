@@ -167,6 +167,8 @@ class Trainer:
         """
         steps = self.metrics.steps
         values, tokens = self.metrics.read()
+        if self.engine.loss_scale:
+            values["loss_scale"] = float(self.engine.loss_scale.factor)
         values |= self.loss_checks.check(values, steps, self.metrics.bad_steps, logs=self.ranks.is_main)
         norms = {f"grad_norm_{group}": float(norm) for group, norm in self.engine.group_norms.items()}
         values |= {"grad_norm": float(grad_norm), **norms, "lr": self.engine.lr()}
@@ -232,6 +234,7 @@ class Trainer:
             state={
                 "data": self.run.sampler.state(self.done),
                 "model": self.run.model_fingerprint,
+                **({"loss_scale": self.engine.loss_scale.state()} if self.engine.loss_scale else {}),
                 "steps": self.run.steps,
                 "criteria": self.stopping_rules.state(),
                 **self.log.state(),

@@ -102,7 +102,7 @@ def test_a_length_in_flops_that_is_none(tmp_path, monkeypatch, train, summary, m
         ({"train": {"batch_tokens": 64, "micro_tokens": 32, "accumulation": 2}}, r"train: .*accumulation"),
         ({"train": {"abort": [{"metric": "train/loss", "abov": 1}]}}, r"^train\.abort\.0\.abov: .*mean 'above'\?$"),
         ({"optim": {"overrides": {"backbone.x": {"lrr": 1}}}}, r"^optim\.overrides\.backbone\.x\.lrr: .*mean 'lr'\?$"),
-        ({"engine": {"precision": "fp8"}}, r"engine\.precision: .*'auto', 'fp32' or 'bf16'.*'fp8'"),
+        ({"engine": {"precision": "fp8"}}, r"engine\.precision: .*'auto', 'fp32', 'bf16' or 'fp16'.*'fp8'"),
         ({"objective": None}, r"objective: .*dictionary"),
         ({"train": 3}, r"train: .*"),
     ],

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from jepa_scale.config.loading import load_config
 from jepa_scale.experiment import validate
 from jepa_scale.plan.planner import Request, make_plan
 from jepa_scale.training.build import build
+from jepa_scale.utils.devices import FP16_ON_CPU
 from tests.distributed.launch import run_ranks
 from tests.distributed.processes import REPOSITORY
 from tests.text_runs import NATIVE, config_file
@@ -42,7 +45,8 @@ def sizes_of_engines(ranks: Any, files: list[str]) -> list[dict[str, int]]:
     """Return the bytes that this rank keeps, for each config."""
     found = []
     for file in files:
-        run = build(validate(load_config(file)), ranks)
+        with patch.dict(os.environ, {FP16_ON_CPU: "1"}):
+            run = build(validate(load_config(file)), ranks)
         engine: Any = run.engine
         parameters = [getattr(p, "ds_tensor", p) for p in engine.module.parameters()]
         if engine.name == "deepspeed" and engine.stage == 3:
@@ -65,6 +69,7 @@ def sizes_of_engines(ranks: Any, files: list[str]) -> list[dict[str, int]]:
 @pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.matrix), 2])
 def test_a_rank_keeps_what_is_planned(world_size, tmp_path):
     cases = [(engine, precision) for engine in ENGINES for precision in ("fp32", "bf16")]
+    cases += [("zero1", "fp16"), ("zero3", "fp16")]
     files = [config_of(tmp_path, *case) for case in cases]
     of_ranks = run_ranks(sizes_of_engines, world_size, [str(file) for file in files])
     for case, file, *real in zip(cases, files, *of_ranks, strict=True):

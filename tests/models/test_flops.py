@@ -296,10 +296,11 @@ def test_peak_of_known_devices(name, expected):
 
 
 def test_there_is_no_peak_without_a_gpu(monkeypatch):
-    assert peak_of(torch.device("cpu"), "bf16", True) is None
+    assert peak_of(torch.device("cpu"), torch.bfloat16, True) is None
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
     found = [
-        peak_of(torch.device("cuda", 0), p, tf32) for p, tf32 in (("bf16", False), ("fp32", True), ("fp32", False))
+        peak_of(torch.device("cuda", 0), p, tf32)
+        for p, tf32 in ((torch.bfloat16, False), (torch.float32, True), (torch.float32, False))
     ]
     assert found == [312e12, 156e12, 19.5e12]
 

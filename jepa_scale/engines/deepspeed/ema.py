@@ -169,6 +169,7 @@ class PartitionedEMA(_DeepSpeedEMA):
         config = {
             "train_micro_batch_size_per_gpu": 1,  # required, but without effect here
             "bf16": {"enabled": dtype == torch.bfloat16},
+            "fp16": {"enabled": dtype == torch.float16, "loss_scale": 1.0},
             "timers": {"throughput": {"enabled": False}},
             "zero_optimization": {
                 **{key: zero[key] for key in _SHARED if key in zero},

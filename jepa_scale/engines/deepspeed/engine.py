@@ -155,13 +155,15 @@ class DeepSpeedEngine(Engine):
         # whether masters, moments and gradients are in host memory
         self._offloads = (self._zero.get("offload_optimizer") or {}).get("device", "none") != "none"
         self.layout = f"ZeRO-{self.stage} {options.precision}{' offloaded' if self._offloads else ''}"
-        self._bf16 = options.precision == "bf16"
+        self._bf16, self._fp16 = options.precision == "bf16", options.precision == "fp16"
         self._dtype = compute_dtype(options.precision)
 
         deepspeed = _import_deepspeed()
         os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # DeepSpeed requires it
         if ranks.device.type == "cpu":
             internals.build_no_ops()
+            if self._fp16:
+                internals.allow_fp16_on_a_cpu()
         if self.stage == 1 and self._bf16:
             internals.silence_memory_reports()
             internals.count_on_every_rank(module)
@@ -212,6 +214,8 @@ class DeepSpeedEngine(Engine):
         config["gradient_accumulation_steps"] = self.options.accumulation
         config["gradient_clipping"] = 0.0  # the engine clips, as DeepSpeed has no clip groups
         config["bf16"] = {"enabled": self._bf16}
+        # a constant scale of 1: the engine scales the loss itself, as it clips by norms without the scale
+        config["fp16"] = {"enabled": self._fp16, "loss_scale": 1.0}
         config["zero_allow_untested_optimizer"] = True
         config["zero_force_ds_cpu_optimizer"] = False
         zero = config["zero_optimization"] = dict(config["zero_optimization"])
@@ -223,7 +227,7 @@ class DeepSpeedEngine(Engine):
             # DeepSpeed's norm costs a host sync and only serves to skip steps that skip_if_not_finite already skips. In
             # other cases it cannot be turned off.
             zero.setdefault("compute_grad_norm", False)
-        if self._bf16:
+        if self._bf16 or self._fp16:
             config.setdefault("communication_data_type", "fp32")
             if self.stage > 0:
                 config.setdefault("data_types", {"grad_accum_dtype": "fp32"})

@@ -71,6 +71,17 @@ def build_no_ops() -> None:
     deepspeed.ops.__compatible_ops__ = {}
 
 
+def allow_fp16_on_a_cpu() -> None:
+    """Make DeepSpeed accept fp16 on a CPU.
+
+    DeepSpeed 0.19.8: ``is_fp16_supported`` of the accelerator asks oneDNN for fast products. Reason: whether they are needed
+    is decided by :func:`jepa_scale.engines.precision.resolve_precision`, for every engine.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True
+
+
 def silence_memory_reports() -> None:
     """Replace ``see_memory_usage`` in the module of the optimizer of ZeRO-1 in bf16.
 
