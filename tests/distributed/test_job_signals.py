@@ -17,33 +17,39 @@ from tests.distributed.test_runs import config_file
 
 
 class Case(NamedTuple):
-    """A run that is stopped. ``times``: number of signals, within a second."""
+    """A run that is stopped. ``times``: number of signals, within a second. ``moment``: what most of its time is spent on."""
 
     launcher: str
     number: str
     target: str
     workers: int
     times: int
+    moment: str
 
 
 CASES = [
-    Case("python", "SIGTERM", "group", 2, 1),
-    Case("python", "SIGINT", "launcher", 0, 1),
-    Case("python", "SIGHUP", "rank", 2, 2),
-    Case("python", "SIGUSR1", "group", 2, 2),
-    Case("torchrun", "SIGTERM", "launcher", 2, 2),
-    Case("torchrun", "SIGINT", "group", 2, 1),
-    Case("torchrun", "SIGHUP", "group", 0, 1),
-    Case("torchrun", "SIGUSR1", "rank", 0, 2),
-    Case("deepspeed", "SIGTERM", "group", 2, 2),
-    Case("deepspeed", "SIGINT", "rank", 2, 1),
-    Case("deepspeed", "SIGHUP", "launcher", 0, 2),
-    Case("deepspeed", "SIGUSR1", "launcher", 2, 1),
-    Case("launch_torchrun.sh", "SIGTERM", "rank", 0, 1),
-    Case("launch_torchrun.sh", "SIGINT", "launcher", 0, 1),
-    Case("launch_torchrun.sh", "SIGHUP", "launcher", 2, 2),
-    Case("launch_torchrun.sh", "SIGUSR1", "group", 0, 1),
+    Case("python", "SIGTERM", "group", 2, 1, "save"),
+    Case("python", "SIGINT", "launcher", 0, 1, "evaluation"),
+    Case("python", "SIGHUP", "rank", 2, 2, "training"),
+    Case("python", "SIGUSR1", "group", 2, 2, "evaluation"),
+    Case("torchrun", "SIGTERM", "launcher", 2, 2, "training"),
+    Case("torchrun", "SIGINT", "group", 2, 1, "evaluation"),
+    Case("torchrun", "SIGHUP", "group", 0, 1, "training"),
+    Case("torchrun", "SIGUSR1", "rank", 0, 2, "save"),
+    Case("deepspeed", "SIGTERM", "group", 2, 2, "training"),
+    Case("deepspeed", "SIGINT", "rank", 2, 1, "training"),
+    Case("deepspeed", "SIGHUP", "launcher", 0, 2, "evaluation"),
+    Case("deepspeed", "SIGUSR1", "launcher", 2, 1, "save"),
+    Case("launch_torchrun.sh", "SIGTERM", "rank", 0, 1, "evaluation"),
+    Case("launch_torchrun.sh", "SIGINT", "launcher", 0, 1, "save"),
+    Case("launch_torchrun.sh", "SIGHUP", "launcher", 2, 2, "save"),
+    Case("launch_torchrun.sh", "SIGUSR1", "group", 0, 1, "training"),
 ]
+MOMENTS = {
+    "training": ["train.eval_every=0"],
+    "evaluation": ["train.eval_every=1"],
+    "save": ["train.eval_every=0", "checkpoint.every=1", "checkpoint.asynchronous=false"],
+}
 TORCHRUN = ["torchrun", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
 
 
@@ -71,9 +77,8 @@ def test_a_job_that_is_stopped_has_saved_its_last_step_and_ended(launch, tmp_pat
             "launch_torchrun.sh": ["scripts/launch_torchrun.sh"],
         }[case.launcher]
         script = [] if case.launcher.endswith(".sh") else ["jepa_scale/train.py"]
-        started = launch(
-            *program, *script, "--config", str(config), "train.eval_every=0", f"data.workers={case.workers}"
-        )
+        options = [f"data.workers={case.workers}", *MOMENTS[case.moment]]
+        started = launch(*program, *script, "--config", str(config), *options)
         until(lambda: last_step(run) >= 3 or started.process.poll() is not None, "step")
         assert last_step(run) >= 3, started.output()
         rank = started.process.pid if case.launcher == "python" else started.rank(1)
