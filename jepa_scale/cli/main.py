@@ -138,9 +138,11 @@ def print_config(args: argparse.Namespace) -> int:
         return 0
     from jepa_scale.cli.config_origins import annotate
     from jepa_scale.config.loading import load_config
+    from jepa_scale.config.metric_keys import check_intervals
     from jepa_scale.experiment import validate
 
     experiment = validate(load_config(args.config, args.overrides))
+    check_intervals(experiment.train, experiment.checkpoint)
     print(annotate(experiment, args.config, args.overrides), end="")
     return 0
 

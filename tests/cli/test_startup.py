@@ -236,7 +236,7 @@ def test_a_command_refuses_before_torch_is_imported(command):
 
 def test_a_good_config_still_needs_torch():
     """What the tests above look at would be seen."""
-    ((_, _, slow),) = several([["train", "--config", FACTS, "data.entities_a=0"]])
+    ((_, _, slow),) = several([["train", "--config", FACTS, "data.path=nowhere"]])
     assert slow == ["torch"]
 
 
