@@ -112,7 +112,7 @@ def read_status(run: Path, stall: float, now: float | None = None) -> Status:
 def _steps(config: dict[str, Any], state: dict[str, Any]) -> int | None:
     """Return the steps of the whole run. If the run is set in epochs or FLOPs, only a checkpoint holds their number."""
     for steps in (_section(config, "train").get("steps"), state.get("steps")):
-        if isinstance(steps, int) and steps > 0:
+        if isinstance(steps, int) and not isinstance(steps, bool) and steps > 0:
             return steps
     return None
 
