@@ -1,7 +1,21 @@
 # Sourced by what starts runs: goes to the repository and takes the programs of its .venv, if there is one. Nothing is
 # installed here: a hundred nodes would do it at once into one folder.
 set -euo pipefail
+started_in=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+if [ "$started_in" != "$PWD" ]; then
+  # a config of the folder where the script was started is meant, and not one of the repository's of the same name
+  arguments=() before=""
+  for argument in "$@"; do
+    file=${argument#--config=}
+    if { [ "$before" = --config ] || [ "$file" != "$argument" ]; } && [ "${file:0:1}" != / ] && [ -f "$started_in/$file" ]; then
+      argument=${argument%"$file"}$started_in/$file
+    fi
+    arguments+=("$argument") before=$argument
+  done
+  set -- ${arguments[@]+"${arguments[@]}"}
+  echo "jepa-scale: started in $started_in; relative paths but that of --config are below $PWD" >&2
+fi
 [ ! -d .venv/bin ] || export PATH="$PWD/.venv/bin:$PATH"
 
 # One line to stderr; 2 is the exit code of bad input.

@@ -25,6 +25,7 @@ train() {  # steps in all; the length of the real run, and what could end it bef
   echo "== $1 steps"
   NNODES=1 RDZV_ENDPOINT="" MAX_RESTARTS=0 scripts/launch_torchrun.sh "${given[@]}" run.dir="$folder" run.name=quick_test \
     train.steps="$1" train.epochs=0 train.flops=0 train.same_flops_as=null train.early_stopping=null 'train.abort=[]' \
+    checkpoint.keep_best=null \
     train.log_every=1 train.eval_every=0 log.wandb=false log.report=false
 }
 given=("$@")

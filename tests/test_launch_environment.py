@@ -52,6 +52,26 @@ def test_a_task_of_slurm_is_a_rank_with_its_number_on_its_node(tmp_path):
         assert rank[5] == "jepa_scale/train.py --resume auto --config x.yaml train.steps=3"
 
 
+def test_a_config_of_the_folder_where_a_script_is_started_is_meant(tmp_path):
+    """Not that of the repository which has the same name."""
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "reversal.yaml").write_text("")
+    show = 'source "$0/scripts/launch_common.sh"; printf "%s|" "$@"'
+    given = [
+        "--config",
+        "configs/reversal.yaml",
+        "--config=configs/reversal.yaml",
+        "--config",
+        "configs/grid_arc.yaml",
+        "run.dir=configs",
+    ]
+    own = f"{tmp_path}/configs/reversal.yaml"
+    for folder, expected in {tmp_path: ["--config", own, f"--config={own}", *given[3:]], REPOSITORY: given}.items():
+        done = subprocess.run(["bash", "-c", show, str(REPOSITORY), *given], cwd=folder, capture_output=True, text=True)
+        assert done.stdout.split("|")[:-1] == expected
+        assert ("relative paths but that of --config are below" in done.stderr) == (folder == tmp_path)
+
+
 def test_a_script_of_the_package_does_not_put_its_folder_first(tmp_path):
     """``deepspeed jepa_scale/train.py`` would have ``import config``, in whatever package, find ours."""
     (tmp_path / "sitecustomize.py").write_text("import atexit, sys\natexit.register(lambda: print(sys.path[0]))\n")

@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from jepa_scale.config.loading import find_file
+from jepa_scale.config import yaml12
+from jepa_scale.config.loading import find_file, read_text, read_yaml, value_of
 from jepa_scale.config.schema import Section
 from jepa_scale.experiment import Experiment
 
@@ -25,7 +26,7 @@ def annotate(experiment: Experiment, path: str | Path, overrides: Sequence[str] 
     text = experiment.to_yaml()
     lines = text.splitlines()
     comments: dict[int, str] = {}
-    for keys, line in _leaves(yaml.compose(text, yaml.SafeLoader)):
+    for keys, line in _leaves(yaml12.compose(text, "")):
         comments[line] = _origin(experiment, keys, given)
     column = max(min(len(lines[line]), 48) for line in comments) + 2
     return "".join(
@@ -37,9 +38,8 @@ def annotate(experiment: Experiment, path: str | Path, overrides: Sequence[str] 
 def _given(file: Path, overrides: Sequence[str]) -> dict[tuple[str, ...], str]:
     """Return key → origin for the keys that the user gave; of several origins the last one counts."""
     given = _lines_of(file, ())
-    replaced = [override.partition("=")[2] for override in overrides if override.startswith("model=")]
-    root = yaml.safe_load(file.read_text(encoding="utf-8"))
-    model = yaml.safe_load(replaced[-1]) if replaced else root.get("model")
+    replaced = [override for override in overrides if override.startswith("model=")]
+    model = value_of(replaced[-1]) if replaced else read_yaml(file).get("model")
     if isinstance(model, str):
         given = {keys: where for keys, where in given.items() if keys[0] != "model"}
         given |= _lines_of(find_file(model, "model", file.parent), ("model",))
@@ -54,16 +54,18 @@ def _given(file: Path, overrides: Sequence[str]) -> dict[tuple[str, ...], str]:
 
 def _lines_of(file: Path, prefix: tuple[str, ...]) -> dict[tuple[str, ...], str]:
     shown = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
-    root = yaml.compose(file.read_text(encoding="utf-8"), yaml.SafeLoader)
+    root = yaml12.compose(read_text(file), str(file))
     return {(*prefix, *keys): f"{shown}, line {line + 1}" for keys, line in _leaves(root, at_key=True)}
 
 
-def _leaves(node: yaml.Node, keys: tuple[str, ...] = (), at_key: bool = False) -> Iterator[tuple[tuple[str, ...], int]]:
+def _leaves(
+    node: yaml.Node | None, keys: tuple[str, ...] = (), at_key: bool = False
+) -> Iterator[tuple[tuple[str, ...], int]]:
     """Yield path and line of each leaf value: the line of its key, or the line that a comment may follow."""
     if not isinstance(node, yaml.MappingNode):
         return
-    for key, value in node.value:
-        path = (*keys, str(key.value))
+    for key, value in yaml12.pairs(node, ""):
+        path = (*keys, key.value)
         if isinstance(value, yaml.MappingNode) and value.value:
             yield from _leaves(value, path, at_key)
         else:  # a list begins in the next line, a text may end lines later

@@ -18,6 +18,22 @@ JSON Schema: with `# yaml-language-server: $schema=schema.json` as a config's fi
 A name in [brackets] is what the system that the objective comes from calls the key (`docs/migration.md`).
 
 This page is written by `jepa-scale config --reference > docs/config.md`.
+
+## How it is read
+
+- YAML 1.2. A value without quotes is a boolean if it is `true` or `false`, null if it is `null`, `~` or nothing, an integer (`12`, `0x1f`,
+  `0o17`) or a float (`1.5`, `1e-4`); anything else is a text, also what YAML 1.1 reads as something else: `yes`, `on`, `1_000`, `12:30`,
+  `2024-01-31`. Anchors and merge keys (`<<: *name`) work. The file is UTF-8, and a key may occur once in a section.
+- A value has the type of its key. `true` is no number, `1e3` and `"3"` are no integers, an integer is a float too, and no number is infinite.
+  A key that wants a text takes a number as it is written: `run.name=007` is the name 007.
+- `~`, `$NAME` and `${NAME}` are replaced in every path; a variable that is not set is an error. A relative path is below the folder in
+  which the command was started; `--config`, `model`, `engine.deepspeed` and `eval.probe` are looked for there first, then (`model`)
+  beside the config, then among the files of jepa_scale.
+- `section.key=value` builds a section that is missing or null, and takes the whole value: in `"run.name=try #2"` nothing is a comment.
+- `run.name` may have letters, digits, spaces and `. , : ; _ - + = @ # % ! & ( ) [ ] ' ^ ~`, and `/` for folders in between; each part has at most
+  250 bytes and does not begin with `.`, `-`, `~` or a space.
+- `checkpoint.keep_best` needs evaluations and checkpoints after the same steps: one of `train.eval_every` and `checkpoint.every` is a multiple
+  of the other.
 """
 COLUMNS = "| key | type | default | meaning |\n|---|---|---|---|\n"
 LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}

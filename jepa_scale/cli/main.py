@@ -138,10 +138,12 @@ def print_config(args: argparse.Namespace) -> int:
         return 0
     from jepa_scale.cli.config_origins import annotate
     from jepa_scale.config.loading import load_config
+    from jepa_scale.config.metric_keys import check_intervals
     from jepa_scale.experiment import validate
     from jepa_scale.utils.devices import check_fp16
 
     experiment = validate(load_config(args.config, args.overrides))
+    check_intervals(experiment.train, experiment.checkpoint)
     if experiment.engine.precision == "fp16":
         check_fp16()
     print(annotate(experiment, args.config, args.overrides), end="")

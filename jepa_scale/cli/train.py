@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -11,6 +10,8 @@ from pathlib import Path
 
 from jepa_scale.cli.flags import logging_flags
 from jepa_scale.config.loading import load_config
+from jepa_scale.config.metric_keys import check_intervals
+from jepa_scale.distributed.environment import is_first, read_place
 from jepa_scale.experiment import validate
 from jepa_scale.telemetry.records import config_of
 from jepa_scale.utils.devices import check_fp16
@@ -31,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
 def refused(argv: Sequence[str]) -> int:
     """Check the config of a training process. Returns the exit code: 0, or 2 after printing what is wrong."""
     args = parser().parse_intermixed_args(argv)
-    return _refused(lambda: args.config, args.overrides)
+    return _refused(lambda: args.config, args.overrides, trains=True)
 
 
 def refused_evaluation(run: Path, overrides: Sequence[str]) -> int:
@@ -39,10 +40,14 @@ def refused_evaluation(run: Path, overrides: Sequence[str]) -> int:
     return _refused(lambda: config_of(run), overrides)
 
 
-def _refused(find: Callable[[], str | Path], overrides: Sequence[str]) -> int:
+def _refused(find: Callable[[], str | Path], overrides: Sequence[str], trains: bool = False) -> int:
     try:
-        if validate(load_config(find(), list(overrides))).engine.precision == "fp16":
+        experiment = validate(load_config(find(), list(overrides)))
+        if trains:
+            check_intervals(experiment.train, experiment.checkpoint)
+        if experiment.engine.precision == "fp16":
             check_fp16()
+        read_place()
     except InputError as error:
         return refusal(error)
     return 0
@@ -50,7 +55,7 @@ def _refused(find: Callable[[], str | Path], overrides: Sequence[str]) -> int:
 
 def refusal(error: InputError) -> int:
     """Print what is wrong in one line, on rank 0 alone as all ranks have found the same, and return the exit code."""
-    if os.environ.get("RANK", "0") == "0" or isinstance(error, DataError):
+    if is_first() or isinstance(error, DataError):
         print(f"jepa-scale: {error}", file=sys.stderr, flush=True)
     else:
         time.sleep(2)  # a launcher ends all ranks when the first one goes: rank 0 must have printed by then

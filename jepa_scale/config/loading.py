@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from jepa_scale.config import yaml12
 from jepa_scale.config.parsing import parse_section
-from jepa_scale.config.schema import Config
+from jepa_scale.config.schema import Config, RunConfig
+from jepa_scale.config.values import expand
 from jepa_scale.utils.errors import InputError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -21,15 +22,20 @@ def find_file(path: str | Path, key: str, beside: Path | None = None) -> Path:
     (:data:`SHIPPED`).
 
     Raises:
-        InputError: no such file in any of these folders.
+        InputError: no such file in any of these folders, or it is a folder.
     """
-    path = Path(path).expanduser()
+    try:
+        path = Path(expand(str(path)))
+    except ValueError as error:
+        raise InputError(f"{key}: {error}") from None
     candidates = (
         [path] if path.is_absolute() else [Path.cwd() / path, *([beside / path] if beside else []), SHIPPED / path]
     )
     for candidate in candidates:
-        if candidate.is_file():
+        if os.path.isfile(candidate):  # Path.is_file raises an error for a name that is too long
             return candidate
+        if os.path.isdir(candidate):
+            raise InputError(f"{key}: {str(candidate)!r} is a folder; give a file")
     raise InputError(f"{key}: no file {str(path)!r} (looked for {', '.join(str(p) for p in candidates)})")
 
 
@@ -42,33 +48,57 @@ def shipped_configs() -> list[tuple[str, str]]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping from a file. The error for a damaged file names the file and the line."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise InputError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    """Read a YAML mapping from a file.
+
+    Raises:
+        InputError: it cannot be read, or is no mapping in YAML 1.2; the message names the file and, if it can, the line.
+    """
+    values = yaml12.parse(read_text(path), str(path))
     if not isinstance(values, dict):
-        raise InputError(f"{path}: must hold a mapping of keys, not {type(values).__name__}")
+        found = "is empty" if values is None else f"holds a {'list' if isinstance(values, list) else 'single value'}"
+        raise InputError(f"{path}: {found}; it must hold sections with keys, as the files in configs/ do")
     return values
 
 
+def read_text(path: Path) -> str:
+    """Return the text of a file of the user, which must be UTF-8.
+
+    Raises:
+        InputError: it cannot be read, or is not UTF-8; the message names the line.
+    """
+    try:
+        data = path.read_bytes()
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}, line {line}: is not UTF-8 text; save it in that encoding") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+
+
 def apply_override(values: dict[str, Any], override: str) -> None:
-    """Set ``a.b=value`` in place; the value is read as YAML (``1e-3`` as a number too)."""
+    """Set ``a.b=value`` in place, and build the sections that are missing or null. The value is read as YAML."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise InputError(f"override {override!r}: must have the form section.key=value")
     *parents, leaf = key.split(".")
     for parent in parents:
-        child = values.setdefault(parent, {})
+        if values.get(parent) is None:
+            values[parent] = {}
+        child = values[parent]
         if not isinstance(child, dict):
             raise InputError(f"override {override!r}: {parent!r} is not a section")
         values = child
+    values[leaf] = value_of(override)
+
+
+def value_of(override: str) -> Any:
+    """Return the value that ``section.key=value`` gives to its key."""
+    text = override.partition("=")[2]
     try:
-        values[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise InputError(f"override {override!r}: {text!r} is not a YAML value") from None
+        return yaml12.parse_argument(text)
+    except InputError as error:
+        raise InputError(f"override {override!r}: {text!r} is not a YAML value ({error})") from None
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -92,9 +122,13 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     config = parse_section(Config, values, "")
     if config.run.name:
         return config
-    return config.model_copy(update={"run": config.run.model_copy(update={"name": file.stem})})
+    try:
+        run = parse_section(RunConfig, {**config.run.resolved(), "name": file.stem}, "run")
+    except InputError as error:
+        raise InputError(f"{error} (this is the config's file name; give run.name)") from None
+    return config.model_copy(update={"run": run})
 
 
 def to_yaml(values: dict[str, Any]) -> str:
     """Return the text of a config file that holds these values."""
-    return yaml.safe_dump(values, sort_keys=False, width=100)
+    return yaml12.dump(values)

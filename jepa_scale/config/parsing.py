@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
 
 from jepa_scale.config.schema import Section
+from jepa_scale.config.yaml12 import WrittenFloat, WrittenInt
 from jepa_scale.utils.errors import InputError, suggestion
 
 S = TypeVar("S", bound=Section)
+_OF_PYDANTIC = re.compile(r"function-|constrained-|list\[|(str|int|float|bool|none)$")
+"""Parts of an error's location that are no keys: types of which a value may have one."""
+_REMEDY = {
+    "string_type": "; put it in quotes",
+    "bool_type": "; write true or false",
+    "int_type": "; write a whole number in digits",
+}
+"""Type of an error → what to do, where the message does not say it."""
 
 
 def parse_section(cls: type[S], values: Any, prefix: str) -> S:
@@ -36,8 +46,9 @@ def _sections_in(annotation: Any) -> Iterator[type[Section]]:
 
 
 def _explain(cls: type[Section], error: ValidationError, prefix: str) -> str:
-    first = error.errors()[0]
-    path = [str(p) for p in first["loc"] if not str(p).startswith("function-")]
+    errors = [([str(p) for p in e["loc"] if not _OF_PYDANTIC.match(str(p))], e) for e in error.errors()]
+    # of a value that may have several types each type has its errors: the deepest is of the type that was meant
+    path, first = max((e for e in errors if e[0][: len(errors[0][0])] == errors[0][0]), key=lambda e: len(e[0]))
     name = ".".join([prefix, *path] if prefix else path)
     if first["type"] == "extra_forbidden":
         owner: Any = cls
@@ -55,4 +66,7 @@ def _explain(cls: type[Section], error: ValidationError, prefix: str) -> str:
         return (
             ".".join(filter(None, [prefix, message])) if not path and key in cls.model_fields else f"{name}: {message}"
         )
-    return f"{name}: {first['msg'][0].lower() + first['msg'][1:]}, got {first['input']!r}"
+    given = first["input"]
+    shown = given.text if isinstance(given, WrittenInt | WrittenFloat) else repr(given)
+    shown = shown if len(shown) <= 200 else shown[:199] + "…"
+    return f"{name}: {first['msg'][0].lower() + first['msg'][1:]}, got {shown}{_REMEDY.get(first['type'], '')}"

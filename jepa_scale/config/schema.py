@@ -9,22 +9,32 @@ beside their code.
 from __future__ import annotations
 
 import warnings
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, model_validator
 
-from jepa_scale.utils.splits import current_key, split_key
+from jepa_scale.config.values import LocalPath, RunName, Text
+from jepa_scale.utils.splits import TRAIN, current_key, split_key
 
 
 class Section(BaseModel):
     """A group of keys. Unknown keys are errors, and a section is frozen once it has been checked.
+
+    A value must have the type of its key: true is no number, "3" is no number, 3.0 is no integer (3 is a float, too). Infinity
+    and NaN are refused.
 
     To change a value, make a new section with ``section.model_copy(update={...})``. The new value is not checked.
     """
 
     # a validator is built when its section is first used: an experiment uses few of the many sections
     model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), defer_build=True
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        validate_default=True,
+        protected_namespaces=(),
+        defer_build=True,
     )
 
     former_names: ClassVar[dict[str, str]] = {}
@@ -53,9 +63,14 @@ class Section(BaseModel):
         self.__dict__.update(values)
 
 
+T = TypeVar("T")
+Pair = Annotated[tuple[T, T], Strict(False)]
+"""A list of two values: YAML has no tuples."""
+
+
 class RunConfig(Section):
-    name: str = Field("", description="Name of the run; empty = the config's file name.")
-    dir: str = Field("runs", description="Folder that holds the run directories.")
+    name: RunName = Field("", description="Name of the run, and of its folder; empty = the config's file name.")
+    dir: LocalPath = Field("runs", description="Folder that holds the run directories.")
     seed: int = Field(0, ge=0, description="Seed of everything random: weights, data order, views.")
 
 
@@ -63,7 +78,7 @@ class EngineConfig(Section):
     name: Literal["auto", "deepspeed", "fsdp"] = Field(
         "auto", description="auto = DeepSpeed under its own launcher, FSDP2 otherwise."
     )
-    deepspeed: str = Field("configs/ds/zero1.json", description="DeepSpeed JSON; its stage is the ZeRO stage.")
+    deepspeed: LocalPath = Field("configs/ds/zero1.json", description="DeepSpeed JSON; its stage is the ZeRO stage.")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "fp32",
         description="Compute dtype; masters and moments stay fp32. auto = bf16 where every rank's device has instructions "
@@ -115,7 +130,9 @@ class OptimConfig(Section):
         "match_rms_adamw",
         description="Muon's learning rate by shape: 0.2 sqrt(max(out, in)), so that AdamW's suits it, or sqrt(max(1, out / in)).",
     )
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW betas.")
+    betas: Pair[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.95), description="AdamW betas, each from 0 to below 1."
+    )
     eps: float = Field(1e-8, gt=0, description="AdamW epsilon.")
     weight_decay: float = Field(
         0.1, ge=0, description="Decoupled weight decay, on parameters of two or more dimensions."
@@ -160,15 +177,23 @@ def _current_metric(key: str) -> str:
     return current
 
 
+def _of_evaluation(key: str) -> str:
+    if split_key(key)[0] == TRAIN:
+        raise ValueError(f"{key!r} is no metric of an evaluation; give one such as eval/valid/ppl")
+    return key
+
+
 MetricKey = Annotated[str, Field(pattern=r"^[^/]+(/[^/]+){1,2}$"), AfterValidator(_current_metric)]
 """``train/<metric>`` for a metric of training, ``eval/<split>/<metric>`` for one of an evaluation."""
+EvaluationMetricKey = Annotated[MetricKey, AfterValidator(_of_evaluation)]
+"""``eval/<split>/<metric>``."""
 
 
 class EarlyStopping(Section):
     """End the run when an evaluation's metric stops improving. The metric's kind decides the direction: a loss must
     fall."""
 
-    metric: MetricKey = Field(description="Metric of an evaluation, e.g. eval/valid/ppl.")
+    metric: EvaluationMetricKey = Field(description="Metric of an evaluation, e.g. eval/valid/ppl.")
     patience: int = Field(
         10, ge=1, description="Evaluations in a row without an improvement, after which the run ends."
     )
@@ -186,6 +211,12 @@ class AbortRule(Section):
     after_steps: int = Field(0, ge=0, description="Optimizer steps before which the rule does not apply.")
     after_epochs: float = Field(0, ge=0, description="Passes over the data before which the rule does not apply.")
 
+    @model_validator(mode="after")
+    def _is_a_range(self) -> AbortRule:
+        if self.below is not None and self.above is not None and self.below > self.above:
+            raise ValueError(f"no value is allowed, as below is {self.below:g} and above is {self.above:g}; swap them")
+        return self
+
 
 class TrainConfig(Section):
     steps: int = Field(0, ge=0, description="Optimizer steps; 0 = as many as epochs take, or 1000.")
@@ -193,12 +224,11 @@ class TrainConfig(Section):
         0, ge=0, description="Passes over the data, each sample once a pass; 0 = as many as steps need."
     )
     flops: float = Field(
-        0,
-        ge=0,
-        allow_inf_nan=False,
-        description="FLOPs to train with instead of steps or epochs; 0 = not counted in them.",
+        0, ge=0, description="FLOPs to train with instead of steps or epochs; 0 = not counted in them."
     )
-    same_flops_as: str | None = Field(None, description="A run directory: train with the FLOPs that this run took.")
+    same_flops_as: LocalPath | None = Field(
+        None, description="A run directory: train with the FLOPs that this run took."
+    )
     batch_size: int = Field(
         0, ge=0, description="Samples in an optimizer step, over all ranks; 0 = set by batch_tokens, else 256."
     )
@@ -242,6 +272,10 @@ class TrainConfig(Section):
             self._fill(steps=1000)
         if self.early_stopping and not self.eval_every:
             raise ValueError("early_stopping: needs evaluations; set eval_every")
+        if 0 < self.spike_factor <= 1:
+            raise ValueError(
+                f"spike_factor: {self.spike_factor:g} would warn of ordinary losses; give a factor above 1, or 0 for no check"
+            )
         if self.batch_size and self.batch_tokens:
             raise ValueError("give one of batch_size (samples) and batch_tokens, and leave the other one 0")
         if not self.batch_size and not self.batch_tokens:
@@ -257,8 +291,10 @@ class CheckpointConfig(Section):
     every: int = Field(0, ge=0, description="Steps between checkpoints; 0 = at the end only.")
     keep_last: int = Field(2, ge=1, description="Newest checkpoints to keep.")
     keep_every: int = Field(0, ge=0, description="Also keep those whose step is a multiple of this; 0 = none.")
-    keep_best: MetricKey | None = Field(
-        None, description="Also keep the best one by this metric of an evaluation, e.g. eval/valid/ppl; null = none."
+    keep_best: EvaluationMetricKey | None = Field(
+        None,
+        description="Also keep the best one by this metric of an evaluation, e.g. eval/valid/ppl, of those that were evaluated; "
+        "null = none.",
     )
     ephemeral_every: int = Field(
         0, ge=0, description="Steps between further checkpoints of which only the newest is kept; 0 = none."
@@ -274,7 +310,9 @@ class CheckpointConfig(Section):
 
 class LogConfig(Section):
     wandb: bool = Field(False, description="Log to Weights & Biases (offline unless a key is set).")
-    wandb_project: str = Field("jepa_scale", description="W&B project.")
+    wandb_project: Text = Field(
+        "jepa_scale", pattern=r"^[^/\\#?%:\x00-\x1f]{1,128}$", description="W&B project; without / \\ # ? % and :."
+    )
     tensorboard: bool = Field(False, description="Write TensorBoard events into the run directory.")
     progress: bool = Field(True, description="Progress bar on rank 0.")
     report: bool = Field(True, description="Write report.html and plots/*.png at the end.")

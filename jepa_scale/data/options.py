@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
 from jepa_scale.config.parsing import parse_section
 from jepa_scale.config.schema import Section
+from jepa_scale.config.values import LocalPath, Text
 from jepa_scale.data.base import DataOptions, Evaluation
 from jepa_scale.data.prepare.base import RecordOptions
 from jepa_scale.utils.errors import InputError, suggestion
@@ -20,16 +22,19 @@ class ReversalOptions(DataOptions):
 
     source: Literal["reversal"] = Field("reversal", description="Facts and their reverses, as in GPT2WithJEPA.")
     entities_a: int = Field(
-        50_000, description="Entities with facts in both directions; 0.6 times as many have one only."
+        50_000,
+        ge=10,
+        multiple_of=10,
+        description="Entities with facts in both directions; 0.6 times as many have one only.",
     )
-    comb: int = Field(10, description="Number of entities that share each first name, and each last name.")
-    relations: int = Field(6, description="Number of relations, each with an inverse.")
+    comb: int = Field(10, ge=1, description="Number of entities that share each first name, and each last name.")
+    relations: int = Field(6, ge=1, description="Number of relations, each with an inverse.")
     seed: int = Field(0, ge=0, description="Seed of the generated facts.")
     atomic_repeats: int = Field(1, ge=1, description="Times per epoch that a fact given in one direction only is seen.")
     order: Literal["shuffled", "by_name"] = Field(
         "shuffled", description="by_name = facts whose entities share a name token are neighbours, as hard negatives."
     )
-    path: str | None = Field(
+    path: LocalPath | None = Field(
         None,
         description="Folder of train.json, valid.json, vocab.json, or their prepared shards; null = generate facts.",
     )
@@ -50,7 +55,7 @@ class ShardOptions(RecordOptions, DataOptions):
 
     evaluation: ClassVar[Evaluation] = "perplexity"
 
-    path: str | list[str] = Field(
+    path: LocalPath | list[LocalPath] = Field(
         description="Alias, file, folder, glob or Hugging Face name; or prepared shards: folder, pattern, URL."
     )
     max_length: int = Field(512, ge=1, description="Most input tokens of a sample; one more token is its last label.")
@@ -61,7 +66,7 @@ class ShardOptions(RecordOptions, DataOptions):
         16384, ge=1, description="Number of consecutive samples that are shuffled together; shards are in random order."
     )
     train_fraction: float = Field(1.0, gt=0, le=1, description="Share of the training samples to use, from the start.")
-    cache: str | None = Field(
+    cache: LocalPath | None = Field(
         None, description="Folder for prepared and downloaded shards; null = $JEPA_SCALE_CACHE or ~/.cache/jepa_scale."
     )
     cache_gb: float = Field(
@@ -93,19 +98,18 @@ class PartKeys(Section):
     weight: int | float = Field(
         1.0, description="Share of the mixture's tokens, relative to the other parts' weights; above 0."
     )
-    name: str | None = Field(None, description="Prefix of the names of its splits; null = part0, part1, …")
+    name: Text | None = Field(
+        None,
+        pattern=r"^[\w.+=-]+$",
+        description="Prefix of the names of its splits, of letters, digits and . _ + = -; null = part0, part1, …",
+    )
 
     @field_validator("weight", mode="before")
     @classmethod
     def _is_a_share(cls, value: Any) -> Any:
-        if not isinstance(value, int | float) or not value > 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise ValueError(f"must be a number above 0, got {value!r}")
         return value
-
-    @field_validator("name", mode="before")
-    @classmethod
-    def _is_a_text(cls, value: Any) -> Any:
-        return value if value is None else str(value)
 
 
 class ReversalPart(PartKeys, ReversalOptions):

@@ -8,6 +8,7 @@ Checkpoints, signals and files concern all ranks.
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -17,7 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from jepa_scale.distributed.environment import Place, launcher, read_place
 from jepa_scale.utils.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,21 +54,18 @@ class ParallelContext:
         return self.world_size // self.tp_size
 
 
-def launcher() -> str:
-    """Return the launcher that started this process, according to its environment variables."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        return "torchrun"
-    if "CROSS_SIZE" in os.environ and "WORLD_SIZE" in os.environ:  # deepspeed/launcher/launch.py
-        return "deepspeed"
-    return "torchrun" if "WORLD_SIZE" in os.environ else "python"
-
-
 def setup(timeout_minutes: float = 30.0) -> ParallelContext:
-    """Join the process group and select the device of this rank; without a launcher the group has one process."""
+    """Join the process group and select the device of this rank; without a launcher the group has one process.
+
+    Raises:
+        InputError: the launcher's environment variables do not fit together.
+    """
     how = launcher()
-    rank = int(os.environ.get("RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if dist.is_initialized():
+        place = Place(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0)))
+    else:
+        place = read_place()
+    rank, world_size, local_rank = place.rank, place.world_size, place.local_rank
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
@@ -73,8 +74,11 @@ def setup(timeout_minutes: float = 30.0) -> ParallelContext:
         options: dict[str, Any] = {"timeout": timedelta(minutes=timeout_minutes)}
         if on_gpu:
             options["device_id"] = device
-        if how == "python":  # no launcher: a private store, so that concurrent runs cannot meet
+        if how == "python" or place.alone:  # no launcher: a private store, so that concurrent runs cannot meet
             options["store"] = dist.HashStore()
+        elif not {"TORCHELASTIC_RUN_ID", "CROSS_SIZE"} & os.environ.keys():  # set by hand, or left over in a shell
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            logger.info(f"rank {rank} of {world_size}, by the environment: waits for the others at {where}")
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", rank=rank, world_size=world_size, **options)
     return ParallelContext(rank, world_size, local_rank, device, how)
 

@@ -7,6 +7,7 @@ import re
 from pydantic import Field, model_validator
 
 from jepa_scale.config.schema import Section
+from jepa_scale.config.values import LocalPath, Text
 from jepa_scale.data.base import Evaluation
 from jepa_scale.metrics.text_match import METRICS
 from jepa_scale.utils.errors import suggestion
@@ -27,7 +28,7 @@ class PerplexityOptions(Section):
 
     micro_tokens: int = Field(8192, ge=1, description="Tokens in one forward on a rank.")
     max_samples: int = Field(0, ge=0, description="Samples of a split to evaluate, evenly spread; 0 = all.")
-    probe: str | None = Field(
+    probe: LocalPath | None = Field(
         None,
         description="JSONL file with the keys text, label and, by option, split (train or test): probes predict the labels.",
     )
@@ -47,8 +48,8 @@ class ChatEvalOptions(PerplexityOptions):
     max_new_tokens: int = Field(128, ge=1, description="Most tokens of an answer, the closing token included.")
     max_generations: int = Field(0, ge=0, description="Rows of a split to answer, evenly spread; 0 = all.")
     generation_batch: int = Field(64, ge=1, description="Answers generated together on a rank.")
-    choices: list[str] = Field(default_factory=list, description="multiple_choice: the labels, e.g. [A, B, C, D].")
-    database: str | None = Field(
+    choices: list[Text] = Field(default_factory=list, description="multiple_choice: the labels, e.g. [A, B, C, D].")
+    database: LocalPath | None = Field(
         None, description="sql_execution: path of the SQLite file; {db_id} stands for the name found by database_id."
     )
     database_id: str = Field(

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from jepa_scale.config.schema import Section
+from jepa_scale.config.values import LocalPath, PlainMapping
 from jepa_scale.utils.errors import InputError
 
 SHARED_KEYS = {"family", "vocab_size", "lora"}
@@ -105,15 +106,17 @@ class ModelOptions(Section):
         False,
         description="native: stop-gradient layer at the bridge: the blocks below learn from the objective's tap only.",
     )
-    config: dict[str, Any] | None = Field(
+    config: PlainMapping | None = Field(
         None, description="huggingface: model_type and that family's config keys; the initial weights are random."
     )
-    pretrained: str | None = Field(None, description="huggingface: hub name or local folder to load weights from.")
+    pretrained: LocalPath | None = Field(
+        None, description="huggingface: hub name or local folder to load weights from."
+    )
     random_init: bool = Field(
         False,
         description="huggingface: use only the architecture and vocabulary of `pretrained`, with random initial weights.",
     )
-    cache_dir: str | None = Field(
+    cache_dir: LocalPath | None = Field(
         None, description="huggingface: folder for the downloads of `pretrained`; null = that of huggingface_hub."
     )
     trust_remote_code: bool = Field(False, description="huggingface: run the model code that comes with `pretrained`.")

@@ -93,7 +93,7 @@ def read_status(run: Path, stall: float, now: float | None = None) -> Status:
     elif not ended and silent > stall:
         alarm = f"nothing written for {duration(silent)}"
     return Status(
-        name=str(config.get("run", {}).get("name") or run.name),
+        name=str(_section(config, "run").get("name") or run.name),
         step=last["step"],
         steps=steps,
         loss=last.get("loss"),
@@ -111,8 +111,16 @@ def read_status(run: Path, stall: float, now: float | None = None) -> Status:
 
 def _steps(config: dict[str, Any], state: dict[str, Any]) -> int | None:
     """Return the steps of the whole run. If the run is set in epochs or FLOPs, only a checkpoint holds their number."""
-    train = config.get("train") or {}
-    return int(train.get("steps") or state.get("steps") or 0) or None
+    for steps in (_section(config, "train").get("steps"), state.get("steps")):
+        if isinstance(steps, int) and not isinstance(steps, bool) and steps > 0:
+            return steps
+    return None
+
+
+def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return a section of a config that has not been checked; empty if it is none."""
+    section = config.get(name)
+    return section if isinstance(section, dict) else {}
 
 
 def _seconds_per_step(rows: Sequence[Row]) -> float | None:

@@ -8,9 +8,12 @@ no NaN and no infinity; such values are written as ``null``.
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,10 @@ from jepa_scale.utils.splits import TRAIN, current_splits
 METRICS_FILE, SUMMARY_FILE, CONFIG_FILE = "metrics.jsonl", "summary.json", "config.yaml"
 _NOT_VALUES = ("step", "split", "tokens", "flops")
 
+logger = logging.getLogger(__name__)
+
+HUGE = 1e300
+"""Greatest number in rows, below the greatest float: sums and squares of an integer that is no float would fail."""
 BUDGET_ERROR = 0.02
 """Relative deviation from a run's FLOPs budget up to which it is not reported."""
 
@@ -60,7 +67,7 @@ def config_of(run_dir: Path) -> Path:
     Raises:
         InputError: there is none.
     """
-    if not (run_dir / CONFIG_FILE).is_file():
+    if not os.path.isfile(run_dir / CONFIG_FILE):
         raise InputError(f"{run_dir}: not a run directory (no config.yaml)")
     return run_dir / CONFIG_FILE
 
@@ -81,22 +88,54 @@ def clean(value: Any) -> float | int | None:
 def read_rows(run_dir: Path) -> list[Row]:
     """Read the rows of ``metrics.jsonl``, with the present names of their splits.
 
-    A line that a killed run left half-written is skipped.
+    A line that a killed run left half-written is skipped, and so is what is no row. All values but the split are numbers or None:
+    others, which a run never writes, are left out with a warning.
+
+    Raises:
+        InputError: the file cannot be read.
     """
     rows: list[Row] = []
+    path = run_dir / METRICS_FILE
     try:
-        lines = (run_dir / METRICS_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except FileNotFoundError:
         return rows
-    for line in lines:
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int) and isinstance(row.get("split"), str):
-            rows.append(row)
+        if not isinstance(row, dict) or not isinstance(row.get("split"), str) or not _is_step(row.get("step")):
+            continue
+        split = row.pop("split")
+        values = numbers(row)
+        if foreign := row.keys() - values.keys():
+            _warn_once(f"{path}, line {number}: {', '.join(sorted(foreign))}: no number, and left out")
+        rows.append({"step": values.pop("step"), "split": split, **values})
     names = current_splits({row["split"] for row in rows})
     return [row | {"split": names[row["split"]]} for row in rows]
+
+
+def numbers(values: Any) -> dict[str, Any]:
+    """Return the values of a mapping that are numbers or None, as JSON of unknown origin may hold anything. NaN and infinities
+    become None."""
+    found = {}
+    for name, value in values.items() if isinstance(values, dict) else ():
+        if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+            found[name] = None if value is None or not abs(value) < HUGE else value
+    return found
+
+
+def _is_step(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < HUGE
+
+
+@cache
+def _warn_once(message: str) -> None:
+    """Log a warning; rows are read again and again while a run is watched."""
+    logger.warning(message)
 
 
 def truncate_rows(run_dir: Path, step: int) -> list[Row]:
@@ -111,7 +150,7 @@ def truncate_rows(run_dir: Path, step: int) -> list[Row]:
 
 def values_of(row: Row) -> dict[str, float | None]:
     """Return the metrics of a row, without ``step``, ``split``, ``tokens`` and ``flops``."""
-    return {k: v for k, v in row.items() if k not in _NOT_VALUES and (v is None or isinstance(v, int | float))}
+    return {k: v for k, v in row.items() if k not in _NOT_VALUES}
 
 
 def summarize(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
@@ -177,7 +216,7 @@ def load_run(run_dir: Path | str) -> RunRecord:
         InputError: not a directory, or neither rows nor a summary in it.
     """
     directory = Path(run_dir)
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
         raise InputError(f"{directory}: no such run directory")
     rows = read_rows(directory)
     summary = read_summary(directory)
@@ -195,13 +234,30 @@ def load_run(run_dir: Path | str) -> RunRecord:
 
 
 def read_summary(run_dir: Path) -> dict[str, Any]:
-    """Read ``summary.json``, with the present names of splits; empty if it is missing or damaged."""
-    summary = _mapping(run_dir / SUMMARY_FILE, json.loads)
-    for which in ("final", "best"):
-        if isinstance(by_split := summary.get(which), dict):
+    """Read ``summary.json``, with the present names of splits; empty if it is missing or damaged.
+
+    What a run never writes there is left out.
+    """
+    read = _mapping(run_dir / SUMMARY_FILE, json.loads)
+    if not read:
+        return {}
+    summary = numbers(read)
+    if isinstance(name := read.get("name"), str):
+        summary["name"] = name
+    if isinstance(environment := read.get("environment"), dict):
+        summary["environment"] = environment
+    for which, form in (("final", numbers), ("best", _best)):
+        by_split = read.get(which)
+        if isinstance(by_split, dict):
             names = current_splits(by_split)
-            summary[which] = {names[split]: values for split, values in by_split.items()}
+            summary[which] = {names[split]: form(values) for split, values in by_split.items()}
     return summary
+
+
+def _best(values: Any) -> dict[str, Any]:
+    """Return the best values of a split, each a value and its step."""
+    found = {name: numbers(value) for name, value in values.items()} if isinstance(values, dict) else {}
+    return {name: value for name, value in found.items() if {"value", "step"} <= value.keys()}
 
 
 def last_counts(rows: list[Row]) -> tuple[int, int, float]:
@@ -220,6 +276,6 @@ def last_flops(rows: list[Row]) -> int:
 def _mapping(path: Path, parse: Any) -> dict[str, Any]:
     try:
         value = parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -27,7 +27,7 @@ from jepa_scale.engines.precision import resolve_precision
 from jepa_scale.engines.weights import Weights, built_by_rank_0
 from jepa_scale.evaluation.chat import Output
 from jepa_scale.evaluation.run import Results, chat_test, device_call, evaluate
-from jepa_scale.evaluation.text_probe import probe_test
+from jepa_scale.evaluation.text_probe import SPLIT, probe_test
 from jepa_scale.experiment import Experiment
 from jepa_scale.models import tensor_parallel
 from jepa_scale.models.backbone import Backbone
@@ -63,6 +63,12 @@ class TrainingComponents:
     model_fingerprint: dict[str, Any]  # what decides, besides the weights, what the backbone computes
     flops: StepFlops  # this rank's micro-batches of a step → FLOPs of training on them, over its tensor-parallel group
     splits: dict[str, Split]  # of the parameters that are split over the tensor-parallel group, by name
+
+    @property
+    def evaluated(self) -> list[str]:
+        """Names of the splits that are evaluated."""
+        probe = [SPLIT] if getattr(self.experiment.eval, "probe", None) else []
+        return [*(name for name, split in self.data.splits.items() if len(split)), *probe]
 
     @property
     def parts(self) -> list[Checkpointable]:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jepa_scale.distributed.comm import launcher, total_of_ranks
+from jepa_scale.distributed.comm import total_of_ranks
+from jepa_scale.distributed.environment import launcher
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 POLL = 1.0

@@ -10,6 +10,7 @@ from pathlib import Path
 from jepa_scale import checkpoint
 from jepa_scale.checkpoint import Saver
 from jepa_scale.config.loading import load_config
+from jepa_scale.config.metric_keys import check_intervals, check_splits
 from jepa_scale.config.schema import CheckpointConfig
 from jepa_scale.distributed import comm
 from jepa_scale.distributed.comm import ParallelContext
@@ -46,6 +47,7 @@ def run_training(args: argparse.Namespace) -> None:
         NotSaved: the run's last state was not saved.
     """
     experiment = validate(load_config(args.config, args.overrides))
+    check_intervals(experiment.train, experiment.checkpoint)
     quiet_libraries()
     ranks = comm.setup()
     with locked_run_dir(run_dir_of(experiment.run), resume=args.resume is not None):
@@ -64,7 +66,10 @@ def train(experiment: Experiment, ranks: ParallelContext, resume: str | None) ->
     run = build(experiment, ranks, checkpoint.Manifest.read(found) if found else None)
     experiment = run.experiment  # with the precision that this run has
     logger.debug(f"{run.engine.layout} on {ranks.device}, started by {ranks.launcher}; {run.steps:,} steps")
-    start, counts, stopping_rules = 0, None, StoppingRules(experiment.train)
+    if (warning := check_splits(experiment.train, experiment.checkpoint, run.evaluated)) and ranks.is_main:
+        logger.warning(warning)
+    stopping_rules = StoppingRules(experiment.train, experiment.checkpoint.keep_best, run.steps)
+    start, counts = 0, None
     if found:
         manifest = restore(run, found)
         start, state = manifest.step, manifest.state

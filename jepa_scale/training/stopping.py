@@ -1,6 +1,6 @@
-"""Rules that end a run before its last step: it no longer improves (``train.early_stopping``), or something is wrong
-(``train.abort``). They use logged metrics, which every objective has and which are the same on every rank. So all ranks take
-the same decision."""
+"""Rules that end a run before its last step: it no longer improves (``train.early_stopping``), something is wrong
+(``train.abort``), or a metric that the config names is not logged. They use logged metrics, which every objective has and which
+are the same on every rank. So all ranks take the same decision."""
 
 from __future__ import annotations
 
@@ -24,13 +24,18 @@ class Aborted(Exception):
 class StoppingRules:
     """Check of a run's rows as they are logged.
 
+    Args:
+        options: ``train:``. keep_best: ``checkpoint.keep_best``, which must be logged too.
+        last: the run's last step. After it an unknown metric is no error, which would lose the last checkpoint.
+
     Attributes:
         ended: message with the reason why the run ends now; empty while it continues.
         aborted: whether it ends because of a rule of ``train.abort``.
     """
 
-    def __init__(self, options: TrainConfig) -> None:
+    def __init__(self, options: TrainConfig, keep_best: str | None = None, last: float = math.inf) -> None:
         self.ended, self.aborted = "", False
+        self._keep_best, self._last = keep_best, last
         self._early: EarlyStopping | None = options.early_stopping
         self._rules: list[AbortRule] = options.abort
         self._best: float | None = None
@@ -39,7 +44,7 @@ class StoppingRules:
 
     @property
     def active(self) -> bool:
-        return self._early is not None or bool(self._rules)
+        return self._early is not None or self._keep_best is not None or bool(self._rules)
 
     def check(self, step: int, rows: Mapping[str, Mapping[str, float]], epochs: Callable[[], float]) -> bool:
         """Check the rows logged after optimizer step ``step``; return whether the run ends.
@@ -49,7 +54,7 @@ class StoppingRules:
                 it.
 
         Raises:
-            InputError: a rule's metric is not logged for its split.
+            InputError: a metric that the config names is not logged for its split.
         """
         if not self.active or self.ended or not rows:
             return bool(self.ended)
@@ -57,19 +62,21 @@ class StoppingRules:
         self._seen |= values.keys()
         passed = epochs() if any(rule.after_epochs for rule in self._rules) else 0.0
         for number, rule in enumerate(self._rules):
-            value = self._value(f"train.abort.{number}.metric", rule.metric, rows, values)
+            value = self._value(step, f"train.abort.{number}.metric", rule.metric, rows, values)
             due = step > rule.after_steps and passed >= rule.after_epochs
             if value is not None and due and (why := _broken(rule, value)):
                 self.ended, self.aborted = f"aborted after step {step}: {rule.metric} is {why}", True
                 return True
         if self._early is not None:
-            value = self._value("train.early_stopping.metric", self._early.metric, rows, values)
+            value = self._value(step, "train.early_stopping.metric", self._early.metric, rows, values)
             if value is not None:
                 self._follow(step, value)
+        if self._keep_best is not None:
+            self._value(step, "checkpoint.keep_best", self._keep_best, rows, values)
         return bool(self.ended)
 
     def _value(
-        self, key: str, metric: str, rows: Mapping[str, Mapping[str, float]], values: Mapping[str, float]
+        self, step: int, key: str, metric: str, rows: Mapping[str, Mapping[str, float]], values: Mapping[str, float]
     ) -> float | None:
         """Return the logged value of a metric, or None if its split was not logged. A metric that was logged before and is now
         missing is NaN, because some rows leave NaN values out."""
@@ -81,7 +88,11 @@ class StoppingRules:
         if split == TRAIN and name in SOMETIMES:
             return None
         there = ", ".join(sorted(rows[split]))
-        raise InputError(f"{key}: split {split!r} logs no {name!r}; choose one of {there}")
+        problem = f"{key}: split {split!r} logs no {name!r}; choose one of {there}"
+        if step < self._last:
+            raise InputError(problem)
+        self.ended = problem
+        return None
 
     def _follow(self, step: int, value: float) -> None:
         assert self._early is not None

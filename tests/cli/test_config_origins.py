@@ -65,6 +65,12 @@ def test_another_model_file(tmp_path):
     assert found["model.num_hidden_layers"] == "command line"
 
 
+def test_merged_keys_are_from_the_line_that_gives_them(tmp_path):
+    text = EXPERIMENT.replace("optim:\n", "optim:\n  <<: {lr: 0.5, eps: 1.0e-6}\n  eps: 1e-7\n")
+    found = origins(tmp_path, text=text)
+    assert (found["optim.lr"], found["optim.eps"]) == ("run.yaml, line 8", "run.yaml, line 9")
+
+
 def test_a_section_that_is_given_whole(tmp_path):
     found = origins(tmp_path, ["optim.overrides={objective: {weight_decay: 0}}"])
     assert found["optim.overrides.objective.weight_decay"] == "command line"

@@ -59,7 +59,7 @@ json.dump(told, sys.stdout)
 
 def environment(**more: str) -> dict[str, str]:
     """Without a launcher's variables."""
-    ranks = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "CROSS_SIZE", "TORCHELASTIC_RUN_ID"}
+    ranks = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "CROSS_SIZE", "TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT"}
     return {**{k: v for k, v in os.environ.items() if k not in ranks}, **more}
 
 
@@ -102,6 +102,7 @@ BAD = [
     ("data.source=null", "data.source: required key is missing"),
     ("eval.max_facts=all", "eval.max_facts: "),
     ("model=configs/models/none.yaml", "model: no file 'configs/models/none.yaml'"),
+    ("run.name=[", "override 'run.name=[': '[' is not a YAML value"),
     ("train.steps", "override 'train.steps': must have the form section.key=value"),
     ("train.steps=[", "override 'train.steps=[': '[' is not a YAML value"),
 ]
@@ -226,6 +227,22 @@ def test_a_rank_refuses_before_torch_is_imported(launcher, rank):
     assert code == 2 and not imported & set(SLOW)
 
 
+def test_a_best_checkpoint_that_there_cannot_be_is_refused():
+    override = "checkpoint.keep_best=eval/test/mrr"
+    for code, said, slow in several([["config", FACTS, override], ["train", "--config", FACTS, override]]):
+        assert said.startswith("jepa-scale: checkpoint.keep_best: eval/test/mrr has one checkpoint to choose from")
+        assert (code, slow) == (2, [])
+
+
+def test_a_rank_that_is_left_over_in_a_shell_silences_nothing():
+    arguments = ["-m", "jepa_scale", "train", "--config", FACTS]
+    code, said, _ = alone([*arguments, "train.stepz=3"], RANK="1")
+    assert (code, said) == (2, "jepa-scale: train.stepz: unknown key; did you mean 'steps'?")
+    code, said, imported = alone(arguments, RANK="0", WORLD_SIZE="2")
+    assert code == 2 and said.startswith("jepa-scale: environment: RANK=0, WORLD_SIZE=2: there are other ranks")
+    assert not imported & set(SLOW)
+
+
 @pytest.mark.parametrize("command", [["config"], ["train", "--config"]])
 def test_a_command_refuses_before_torch_is_imported(command):
     """Seen from outside."""
@@ -236,7 +253,7 @@ def test_a_command_refuses_before_torch_is_imported(command):
 
 def test_a_good_config_still_needs_torch():
     """What the tests above look at would be seen."""
-    ((_, _, slow),) = several([["train", "--config", FACTS, "data.entities_a=0"]])
+    ((_, _, slow),) = several([["train", "--config", FACTS, "data.path=nowhere"]])
     assert slow == ["torch"]
 
 

@@ -130,6 +130,70 @@ def test_missing_section(tmp_path):
         load_config(write(tmp_path, {k: v for k, v in MINIMAL.items() if k != "data"}))
 
 
+def test_an_override_builds_a_section_that_is_null(tmp_path):
+    path = write(tmp_path, {**MINIMAL, "model": {"family": "native", "lora": None}, "train": None})
+    config = load_config(path, ["model.lora.rank=4", "train.steps=3", "eval.a.b.c=1"])
+    assert config.model["lora"] == {"rank": 4} and config.train.steps == 3 and config.eval == {"a": {"b": {"c": 1}}}
+    with pytest.raises(InputError, match="override 'run.seed.x=1': 'seed' is not a section"):
+        load_config(write(tmp_path, {**MINIMAL, "run": {"seed": 1}}), ["run.seed.x=1"])
+
+
+def test_a_text_on_the_command_line_keeps_its_end(tmp_path):
+    path = write(tmp_path, MINIMAL)
+    for name in ("try #2", "007", "1e3", "2024-13-45", "on", "a=b,c", "it's"):
+        assert load_config(path, [f"run.name={name}"]).run.name == name
+    with pytest.raises(InputError, match=r"override 'optim.betas=\[0, 0\] # x': .*would be a comment"):
+        load_config(path, ["optim.betas=[0, 0] # x"])
+
+
+def test_a_name_that_the_file_cannot_give(tmp_path):
+    path = write(tmp_path, MINIMAL, "what?.yaml")
+    with pytest.raises(
+        InputError, match=r"^run\.name: 'what\?' has '\?'.*\(this is the config's file name; give run\.name\)$"
+    ):
+        load_config(path)
+    assert load_config(path, ["run.name=a"]).run.name == "a"
+
+
+def test_ones_own_file_comes_before_the_shipped_one(tmp_path, monkeypatch):
+    (tmp_path / "configs" / "models").mkdir(parents=True)
+    write(tmp_path, {**MINIMAL, "model": "configs/models/tiny.yaml"}, "configs/reversal.yaml")
+    write(tmp_path, {"family": "native", "hidden_size": 6}, "configs/models/tiny.yaml")
+    monkeypatch.chdir(tmp_path)
+    assert load_config("configs/reversal.yaml").model["hidden_size"] == 6
+    assert "source" in load_config("configs/grid_arc.yaml").data  # else the shipped one is found
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"bad\.yaml: is empty; it must hold sections"),
+        (b"# nothing\n", r"bad\.yaml: is empty"),
+        (b"- a\n", r"bad\.yaml: holds a list; it must"),
+        (b"text\n", r"bad\.yaml: holds a single value; it must"),
+        ("model: {}\n# r\xe9glage".encode("latin-1"), r"bad\.yaml, line 2: is not UTF-8 text"),
+        (bytes(range(256)), r"bad\.yaml, line \d+: is not UTF-8 text"),
+        (b"a: 1\n\0\0", r"bad\.yaml, line 2: not valid YAML"),
+        ("a: 1".encode("utf-16"), r"bad\.yaml, line 1: is not UTF-8 text"),
+        (b"run: {}\nrun: {}\n", r"bad\.yaml, line 2: the key 'run' is there a second time, after line 1"),
+        (None, r"--config: '.*bad\.yaml' is a folder; give a file"),
+    ],
+)
+def test_a_file_that_is_no_config(tmp_path, content, message):
+    path = tmp_path / "bad.yaml"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(InputError, match=message) as error:
+        load_config(path)
+    assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="no file 'xxx"):
+        load_config("x" * 300)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_key(tmp_path):
+    (tmp_path / "a.yaml").write_bytes(b"\xef\xbb\xbf" + to_yaml(MINIMAL).encode())
+    assert load_config(tmp_path / "a.yaml").run.name == "a"
+
+
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(InputError, match=r"--config: no file .*nowhere\.yaml"):
         load_config(tmp_path / "nowhere.yaml")

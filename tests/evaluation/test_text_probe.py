@@ -149,7 +149,7 @@ def test_runs_on_every_engine_have_the_same_probe(tmp_path):
         sharded = {} if engine == "fsdp" else {"deepspeed": str(small_buckets(engine, str(tmp_path)))}
         name = "fsdp" if engine == "fsdp" else "deepspeed"
         changes = {"engine": {"name": name, **sharded}, "train": {"eval_every": 2}, "eval": probe}
-        changes["checkpoint"] = {"keep_best": "eval/probe/probe_accuracy"}
+        changes["checkpoint"] = {"keep_best": "eval/probe/probe_accuracy", "every": 2}
         files.append((str(config_file(tmp_path, engine, **changes)), None))
     run_ranks(train_runs, 2, files)
     expected = rows(tmp_path / "fsdp", "eval/probe")

@@ -97,3 +97,13 @@ def test_a_real_run_and_no_run(tmp_path, capsys):
         read_status(tmp_path, stall=60)
     assert main(["watch", str(tmp_path)]) == 2
     assert f"{tmp_path}: not a run directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "config", ["run: null\ntrain: [1]\n", "run: {name: 7}\ntrain: {steps: many}\n", "train: {steps: true}\n"]
+)
+def test_a_config_that_was_changed_by_hand(tmp_path, config):
+    run = folder(tmp_path / "run", [3.0, 2.0])
+    (run / "config.yaml").write_text(config)
+    status = read_status(run, stall=60, now=NOW)
+    assert (status.step, status.steps) == (20, None) and status.name in ("run", "7")

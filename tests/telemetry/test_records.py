@@ -106,3 +106,70 @@ def test_load_run_names_what_is_not_a_run(tmp_path):
     for bad in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(InputError, match=bad.name):
             load_run(bad)
+
+
+FOREIGN = [
+    '{"step": 9, "split": "train", "loss": "abc", "lr": 0.5}',
+    '{"step": 9, "split": "train", "loss": [1], "note": {"a": 1}, "lr": 0.5}',
+    '{"step": 9, "split": "train", "tokens": "9", "seconds": "x", "flops": true, "lr": 0.5}',
+]
+NO_ROWS = [
+    '{"step": true, "split": "train", "loss": 1.0}',
+    '{"step": -1, "split": "train"}',
+    '{"step": 1e3, "split": "train"}',
+    '{"step": 1' + 400 * "0" + ', "split": "train"}',
+    '{"step": 9, "split": ["train"]}',
+    "[" * 100_000,
+    "1" * 5000,
+    "\0" * 300,
+]
+
+
+def test_what_is_no_number_in_a_row_is_left_out_and_told_once(tmp_path, caplog):
+    whole = {"step": 1, "split": "train", "tokens": 3, "loss": 2.0}
+    write_rows(tmp_path, [whole], tail="\n".join([*FOREIGN, *NO_ROWS]) + "\n")
+    kept = [{"step": 9, "split": "train", "lr": 0.5}] * 3
+    with caplog.at_level("WARNING", logger="jepa_scale"):
+        assert read_rows(tmp_path) == read_rows(tmp_path) == [whole, *kept]
+    where = f"{tmp_path / 'metrics.jsonl'}, line"
+    assert [record.message for record in caplog.records] == [
+        f"{where} 2: loss: no number, and left out",
+        f"{where} 3: loss, note: no number, and left out",
+        f"{where} 4: flops, seconds, tokens: no number, and left out",
+    ]
+    assert load_run(tmp_path).summary["tokens"] == 3
+    assert truncate_rows(tmp_path, 9) == [whole, *kept] == read_rows(tmp_path)
+
+
+def test_infinities_and_integers_that_are_no_floats_become_none(tmp_path):
+    write_rows(tmp_path, [], tail='{"step": 1, "split": "train", "a": 1e999, "b": NaN, "c": -1' + 400 * "0" + "}\n")
+    assert truncate_rows(tmp_path, 1) == [{"step": 1, "split": "train", "a": None, "b": None, "c": None}]
+
+
+def test_a_summary_of_another_program_is_read_as_far_as_it_is_one(tmp_path):
+    foreign = {
+        "name": ["x"],
+        "steps": "many",
+        "tokens": 7,
+        "final": {"train": {"loss": "low", "lr": 1.0}, "eval/valid": 3},
+        "best": {"train": {"loss": {"value": "x", "step": 1}, "lr": {"value": 1.0, "step": 2}, "ppl": 4}, "b": []},
+        "environment": "mine",
+    }
+    (tmp_path / "summary.json").write_text(json.dumps(foreign))
+    run = load_run(tmp_path)
+    assert run.name == tmp_path.name and run.summary == {
+        "tokens": 7,
+        "final": {"train": {"lr": 1.0}, "eval/valid": {}},
+        "best": {"train": {"lr": {"value": 1.0, "step": 2}}, "b": {}},
+    }
+    assert run.value("train", "lr", "best") == 1.0 and run.value("train", "loss", "best") is None
+    (tmp_path / "summary.json").write_text('{"final": [], "best": 3, "tokens": 1}')
+    assert load_run(tmp_path).value("train", "loss") is None
+
+
+def test_rows_that_cannot_be_read_are_an_error_of_one_line(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(InputError, match=r"metrics.jsonl: cannot be read: Is a directory"):
+        read_rows(tmp_path)
+    with pytest.raises(InputError, match="no such run directory"):
+        load_run("x" * 300)

@@ -110,6 +110,24 @@ def test_metrics_that_are_not_there_are_named():
         check(criteria(abort=[{"metric": "train/los"}]), 5, split="train", loss=1.0)
 
 
+def test_the_metric_of_the_best_checkpoint_must_be_logged():
+    who = StoppingRules(TrainConfig(), "eval/valid/ppk", last=9)
+    assert who.active and not check(who, 5, split="train", loss=1.0)
+    with pytest.raises(
+        InputError, match="^checkpoint.keep_best: split 'eval/valid' logs no 'ppk'; choose one of loss, ppl"
+    ):
+        check(who, 5, ppl=1.0, loss=2.0)
+    assert not check(StoppingRules(TrainConfig(), "eval/valid/ppl"), 5, ppl=1.0)
+
+
+def test_after_the_last_step_an_unknown_metric_does_not_lose_the_checkpoint():
+    for who in (
+        StoppingRules(TrainConfig(), "eval/valid/ppk", last=9),
+        StoppingRules(TrainConfig(abort=[{"metric": "eval/valid/ppk"}]), last=9),
+    ):
+        assert check(who, 9, ppl=1.0) and not who.aborted and "logs no 'ppk'" in who.ended
+
+
 def test_options_that_make_no_sense_are_refused():
     for wrong in ("ppl", "valid/", "/ppl", "eval/valid/", "eval/valid/ppl/2"):
         with pytest.raises(ValidationError):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from pydantic import Field
 
 from jepa_scale.config.schema import Section
+from jepa_scale.config.values import LocalPath, Text
 
 if TYPE_CHECKING:  # options are checked before any slow import
     from jepa_scale.data.shards.format import Sample
@@ -17,7 +18,7 @@ if TYPE_CHECKING:  # options are checked before any slow import
 class RecordOptions(Section):
     """The options that determine the samples made of raw data. The same data and options give the same bytes."""
 
-    tokenizer: str = Field(
+    tokenizer: LocalPath = Field(
         "bpe", description="bpe = train one on the data; else a Hugging Face name or a local folder."
     )
     vocab_size: int = Field(4096, ge=260, description="Vocabulary size of a trained BPE tokenizer.")
@@ -27,7 +28,7 @@ class RecordOptions(Section):
     max_document_tokens: int = Field(
         16384, ge=16, description="Longer documents are stored as several samples that overlap by one token."
     )
-    valid_path: str | None = Field(
+    valid_path: LocalPath | None = Field(
         None, description="Raw data of the split valid; null = those in `path`, or by valid_fraction."
     )
     valid_fraction: float = Field(
@@ -36,7 +37,7 @@ class RecordOptions(Section):
     split_seed: int = Field(0, ge=0, description="Seed of the choice of the held-out records.")
     max_items: int = Field(0, ge=0, description="Number of training records to take, from the start; 0 = all.")
     max_eval_items: int = Field(0, ge=0, description="Number of records to take from each evaluation split; 0 = all.")
-    columns: dict[str, str] = Field(
+    columns: dict[str, Text] = Field(
         default_factory=dict,
         description="Role (text, messages, input, output, system) → column name; empty = recognised by common names.",
     )
@@ -44,8 +45,8 @@ class RecordOptions(Section):
     plain: bool = Field(
         False, description="Chat without a chat template: contents joined by line ends, eos after each answer."
     )
-    config_name: str | None = Field(None, description="Configuration of a Hugging Face dataset.")
-    train_split: str | None = Field(None, description="Split of a Hugging Face dataset to train on; null = train.")
+    config_name: Text | None = Field(None, description="Configuration of a Hugging Face dataset.")
+    train_split: Text | None = Field(None, description="Split of a Hugging Face dataset to train on; null = train.")
     trust_remote_code: bool = Field(False, description="Allow a Hugging Face tokenizer to run code of its own.")
     shard_samples: int = Field(4096, ge=1, description="Largest number of records in a shard.")
     on_error: Literal["stop", "skip"] = Field(

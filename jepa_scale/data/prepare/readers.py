@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from jepa_scale.config.values import is_url
 from jepa_scale.data.prepare.aliases import ALIASES, cut_text
 from jepa_scale.data.prepare.base import PrepareOptions
 from jepa_scale.data.prepare.formats import arrays, facts, hub
@@ -17,7 +18,6 @@ from jepa_scale.data.prepare.formats.table import count_parquet, read_json, read
 from jepa_scale.data.prepare.formats.tar import read_tar
 from jepa_scale.data.prepare.formats.text import read_text
 from jepa_scale.data.prepare.selection import select
-from jepa_scale.data.shards.cache import is_url
 from jepa_scale.data.shards.format import INDEX_FILE
 from jepa_scale.utils.errors import InputError
 

@@ -70,11 +70,6 @@ def cache_dir(named: str | None = None) -> Path:
     return Path(named or os.environ.get("JEPA_SCALE_CACHE") or Path.home() / ".cache" / "jepa_scale").expanduser()
 
 
-def is_url(path: str) -> bool:
-    """Return whether ``path`` is anything but a local file."""
-    return path.startswith("pipe:") or (re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path) is not None)
-
-
 def redacted_url(url: str) -> str:
     """Return the URL for messages: without its query, which may hold a signature, and without a password."""
     return url if url.startswith("pipe:") else re.sub(r"//[^/@]*@", "//", url.partition("?")[0])

@@ -22,9 +22,10 @@ import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
+from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError
 from webdataset import TarWriter
 
 from jepa_scale.data.base import Kind
@@ -38,14 +39,21 @@ SAMPLE = np.dtype([("start", "<u8"), ("stop", "<u8"), ("crc", "<u4"), ("tokens",
 CRC-32."""
 
 
+Count = Annotated[int, Strict(), Field(ge=0, lt=2**63)]
+LEAST_BYTES = 512
+"""Least bytes of a sample in a tar: the header of a member."""
+
+
 @dataclass(frozen=True, slots=True)
 class ShardInfo:
     """A shard's entry in the index: samples, tokens, bytes of the tar, SHA-256 of the tar and of its index file."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
     name: str
-    samples: int
-    tokens: int
-    bytes: int
+    samples: Count
+    tokens: Count
+    bytes: Count
     sha256: str
     index_sha256: str
 
@@ -66,13 +74,15 @@ class Index:
         made_from: the raw data and the options of the preparation; for people to read.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
     kind: Kind
     splits: dict[str, list[ShardInfo]]
-    vocab_size: int
+    vocab_size: Annotated[int, Strict(), Field(ge=1, le=2**32)]
     special: dict[str, Any]
     tokenizer: str | None = None
     tokenizer_fingerprint: str = ""
-    skipped: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, Count] = field(default_factory=dict)
     made_from: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -99,9 +109,12 @@ class Index:
             found, fingerprint = values.pop("format"), values.pop("fingerprint")
             if found != FORMAT:
                 raise InputError(f"{where}: is of format {found}, this version reads format {FORMAT}; prepare it again")
-            values["splits"] = {k: [ShardInfo(**s) for s in shards] for k, shards in values["splits"].items()}
-            index = cls(**values)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            index = TypeAdapter(cls).validate_python(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"])
+            raise InputError(f"{where}: {key}: {first['msg'].lower()}; prepare the data again") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{where}: not an index of shards ({error}); prepare the data again") from None
@@ -109,6 +122,12 @@ class Index:
             raise InputError(
                 f"{where}: contradicts its own fingerprint; it was changed by hand, prepare the data again"
             )
+        for shard in (shard for shards in index.splits.values() for shard in shards):
+            if shard.samples * LEAST_BYTES > shard.bytes or shard.tokens > shard.bytes:
+                raise InputError(
+                    f"{where}: {shard.name} cannot hold {shard.samples:,} samples of {shard.tokens:,} tokens in "
+                    f"{shard.bytes:,} bytes; prepare the data again"
+                )
         return index
 
     @classmethod

@@ -16,7 +16,8 @@ from urllib.request import url2pathname
 
 from braceexpand import braceexpand
 
-from jepa_scale.data.shards.cache import Refused, Remote, chunks, is_url, read_url, redacted_url, with_retries
+from jepa_scale.config.values import is_url
+from jepa_scale.data.shards.cache import Refused, Remote, chunks, read_url, redacted_url, with_retries
 from jepa_scale.data.shards.format import INDEX_FILE, Index, ShardInfo, index_name
 from jepa_scale.utils.errors import InputError
 from jepa_scale.utils.io import write_atomic

@@ -322,8 +322,21 @@ class ShardExamples(Sequence[Example]):
             raise ShardError(
                 str(path), info.name, "", f"checksum differs; it is damaged or is not the index of {info.name}"
             )
-        rows = np.load(io.BytesIO(raw), allow_pickle=False)
-        assert rows.dtype == SAMPLE and len(rows) == info.samples, path
+        try:
+            rows = np.load(io.BytesIO(raw), allow_pickle=False)
+        except (ValueError, EOFError, OSError, MemoryError) as error:
+            raise ShardError(str(path), info.name, "", f"is no index of a shard ({error})") from None
+        if not isinstance(rows, np.ndarray) or rows.dtype != SAMPLE or rows.shape != (info.samples,):
+            raise ShardError(
+                str(path), info.name, "", f"does not have the {info.samples:,} samples of the folder's index"
+            )
+        wrong = (rows["stop"] > info.bytes) | (rows["start"] > rows["stop"])
+        wrong |= rows["tokens"] > rows["stop"] - rows["start"]  # a token takes two bytes
+        if wrong.any():
+            sample = int(wrong.argmax())
+            raise ShardError(
+                str(path), info.name, self._key(shard, sample), "has bytes or tokens that cannot be in the shard"
+            )
         return rows
 
     def _label(self, shard: int) -> str:

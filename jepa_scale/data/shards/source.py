@@ -118,7 +118,7 @@ def open_shards(options: ShardOptions, cache: Path) -> Located:
     from jepa_scale.data.prepare.job import prepared  # readers and tokenizers are slow to import
 
     values = {name: getattr(options, name) for name in RecordOptions.model_fields}
-    folder = prepared(options.path, PrepareOptions(kind=options.source, **values), cache)
+    folder = prepared(options.path, PrepareOptions.model_validate({"kind": options.source, **values}), cache)
     located = locate(str(folder), cache)
     assert located is not None, folder
     return located

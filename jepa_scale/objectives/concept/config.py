@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from jepa_scale.config.schema import Section
 
@@ -35,3 +35,9 @@ class ConceptOptions(Section):
     gate_init: float = Field(-2.0, description="Initial value of the bridge's gate, before the sigmoid.")
     snap: bool = Field(False, description="Replace a prediction by the nearest known concept before it is decoded.")
     memory: bool = Field(False, description="Take concepts from a memory with one slot for each known name.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> ConceptOptions:
+        if self.scale_init > self.scale_max:
+            raise ValueError(f"scale_init: {self.scale_init} is above scale_max {self.scale_max}; change one of them")
+        return self

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from jepa_scale.config.ema import TeacherOptions
-from jepa_scale.config.schema import Section
+from jepa_scale.config.schema import Pair, Section
 
 
 class SpanOptions(Section):
@@ -17,10 +17,10 @@ class SpanOptions(Section):
         2, ge=1, description="Views with few masked tokens; the mean of their pooled states is the target of all views."
     )
     local_views: int = Field(6, ge=0, description="Views with more masked tokens.")
-    global_ratio: tuple[float, float] = Field(
+    global_ratio: Pair[float] = Field(
         (0.25, 0.30), description="Share of a global view's tokens that is masked, drawn uniformly from this range."
     )
-    local_ratio: tuple[float, float] = Field((0.40, 0.45), description="The same share for a local view.")
+    local_ratio: Pair[float] = Field((0.40, 0.45), description="The same share for a local view.")
     span_length: float = Field(
         3.0, ge=0, description="Mean of the Poisson distribution of the span lengths, in tokens."
     )

@@ -148,7 +148,7 @@ def test_paths_that_are_wrong(prepared, tmp_path):
 @pytest.mark.parametrize("name", ["../train-000000.tar", "x;touch y.tar", "a b.tar", "", "-rf.tar", "$(id).tar"])
 def test_names_that_could_do_harm_are_refused(tmp_path, name):
     """They become parts of paths and shell commands."""
-    Index("text", {"train": [ShardInfo(name, 1, 1, 1, "", "")]}, 50, {}).write(tmp_path)
+    Index("text", {"train": [ShardInfo(name, 1, 1, 512, "", "")]}, 50, {}).write(tmp_path)
     with pytest.raises(InputError, match="is not a plain file name"):
         locate(str(tmp_path), tmp_path)
 

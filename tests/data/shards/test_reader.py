@@ -481,3 +481,34 @@ def test_the_pieces_of_one_document_are_read_once(tmp_path, monkeypatch):
     pread = os.pread
     monkeypatch.setattr(os, "pread", lambda *args: reads.append(args) or pread(*args))
     assert tokens_of(data)[0] == document(80)[:9].tolist() and len(reads) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": 4_000_000_000}, "sample train-000000-000001.*has bytes or tokens that cannot be in the shard"),
+        ({"stop": 1 << 62}, "sample train-000000-000001.*has bytes or tokens that cannot be in the shard"),
+        ({"start": 1 << 63}, "sample train-000000-000001.*has bytes or tokens that cannot be in the shard"),
+        ({}, "does not have the 3 samples of the folder's index"),
+        (b"no array", "is no index of a shard"),
+    ],
+)
+def test_an_index_of_a_shard_that_lies(tmp_path, change, message):
+    """With true checksums, as of a folder that somebody forged."""
+    located = write(tmp_path, [text(document(9), document(20))])
+    file = tmp_path / index_name("train-000000.tar")
+    raw = change if isinstance(change, bytes) else None
+    info = located.index.splits["train"][0]
+    if raw is None:
+        rows = np.load(file)
+        for name, value in change.items():
+            rows[name][1] = value
+        raw = npy(rows)
+        info = info if change else replace(info, samples=3)
+    file.write_bytes(raw)
+    info = replace(info, index_sha256=hashlib.sha256(raw).hexdigest())
+    replace(located.index, splits={"train": [info]}).write(tmp_path)
+    found = locate(str(tmp_path), tmp_path / "cache")
+    assert found is not None
+    with pytest.raises(ShardError, match=message):
+        examples(found)
