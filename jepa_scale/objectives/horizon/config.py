@@ -36,7 +36,9 @@ class HorizonOptions(Section):
         "barlow", description="Loss between predictions and targets."
     )
     align_scale: float = Field(1.0, ge=0, description="barlow: weight of the cross-correlation matrix's diagonal.")
-    off_diag_scale: float = Field(0.005, ge=0, description="barlow: weight of the mean square of the matrix's other elements.")
+    off_diag_scale: float = Field(
+        0.005, ge=0, description="barlow: weight of the mean square of the matrix's other elements."
+    )
     invariance_weight: float = Field(1.0, ge=0, description="vicreg: weight of the squared distance.")
     variance_weight: float = Field(1.0, ge=0, description="vicreg: weight of the hinge on standard deviations.")
     covariance_weight: float = Field(0.04, ge=0, description="vicreg: weight of squared covariances.")

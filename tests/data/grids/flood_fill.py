@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from typing import Any
 
-
 SIDES = ((1, 0), (-1, 0), (0, 1), (0, -1))
 CORNERS = ((1, 1), (1, -1), (-1, 1), (-1, -1))
 
