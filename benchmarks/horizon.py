@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=400)
-    table = ["lm", "no_jepa", "barlow", "vicreg", "cosine", "smooth_l1", "joint_clipping", "far", "barlow_litjepa"]
+    table = ["lm", "no_jepa", "barlow", "vicreg", "cosine", "smooth_l1", "joint_clipping", "far"]
     parser.add_argument("--cases", nargs="+", default=table, choices=CASES)
     parser.add_argument("--dir", type=Path, default=Path("runs/benchmark_horizon"))
     parser.add_argument("--threads", type=int, default=1, help="CPU threads a run")

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from jepa_scale.config.parsing import parse_section
 from jepa_scale.config.schema import Section
 from jepa_scale.data.base import DataOptions, Evaluation
-from jepa_scale.data.prepare.base import RecordOptions
+from jepa_scale.data.prepare.base import RecordOptions, WindowOptions
 from jepa_scale.utils.errors import InputError, suggestion
 
 GENERATOR_KEYS = {"entities_a", "comb", "relations", "seed"}
@@ -83,7 +83,7 @@ class ChatOptions(ShardOptions):
     train_all: bool = Field(False, description="Predict every token, not only the assistant's.")
 
 
-class GridOptions(ShardOptions):
+class GridOptions(WindowOptions, ShardOptions):
     source: Literal["grids"] = Field("grids", description="Sequences of grids of colours.")
 
 

@@ -54,7 +54,20 @@ class RecordOptions(Section):
     )
 
 
-class PrepareOptions(RecordOptions):
+class WindowOptions(Section):
+    """The options of windows over ``frames``, rows with a sequence of grids."""
+
+    context_window: int | None = Field(
+        None, ge=1, description="Most grids before the target, in windows over frames; null = 3."
+    )
+    target_offset: int | None = Field(
+        None,
+        ge=1,
+        description="Grids from the last of the context to the target, in windows over frames; null = 1, the next.",
+    )
+
+
+class PrepareOptions(RecordOptions, WindowOptions):
     """The options of every kind of raw data."""
 
     kind: Literal["auto", "text", "chat", "reversal", "grids"] = Field(
