@@ -60,7 +60,12 @@ class ShardOptions(RecordOptions, DataOptions):
     shuffle_window: int = Field(
         16384, ge=1, description="Number of consecutive samples that are shuffled together; shards are in random order."
     )
-    train_fraction: float = Field(1.0, gt=0, le=1, description="Share of the training samples to use, from the start.")
+    train_fraction: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of the training samples to use, chosen at random, for every run.seed the same ones.",
+    )
     cache: str | None = Field(
         None, description="Folder for prepared and downloaded shards; null = $JEPA_SCALE_CACHE or ~/.cache/jepa_scale."
     )

@@ -1667,7 +1667,7 @@ ROWS: tuple[Row, ...] = (
         "jepa_scale/data/shards/reader.py",
         "kept = math.ceil(Fraction(str(fraction)) * total)",
         "kept = math.floor(Fraction(str(fraction)) * total)",
-        "tests/data/shards/test_reader.py::test_a_fraction_is_the_first_pieces",
+        "tests/data/shards/test_reader.py::test_a_fraction_is_chosen_at_random_in_each_shard",
         "a fraction of the data is rounded up",
     ),
     _row(
