@@ -17,7 +17,7 @@ FORMER_RELATIONS = {"normalized": "adjacent_cosine", "raw": "adjacent_squared"}
 
 
 class GridOptions(Section):
-    """Options of ``grid``. The defaults are those of GridJEPA."""
+    """Options of ``grid``. The defaults are those of GridJEPA, except for ``relational`` and ``object_features``."""
 
     encoder: Literal["objects", "decoder"] = Field(
         "objects",
@@ -96,7 +96,7 @@ class GridOptions(Section):
     )
 
     relational: Literal["gridjepa", "adjacent_cosine", "adjacent_squared"] = Field(
-        "gridjepa",
+        "adjacent_cosine",
         description="Relational terms: gridjepa = mismatch of the squared distances of adjacent objects between the context's "
         "grids and the target; adjacent_cosine, adjacent_squared = draw adjacent objects together, by 1 − cosine in units of "
         "InfoNCE at chance or by the squared distance.",

@@ -18,14 +18,16 @@ from tests.objectives.grid import reference
 from tests.objectives.grid.reference import backbone, make, micro_batches, sequences, step_of
 
 CASES = {
-    "objects": {},
+    "objects": dict(relational="gridjepa"),
     "objects, squared distances, mean": dict(
         relational="adjacent_squared", temporal="mean", projector_multiple=2, latent_dim=6
     ),
-    "objects, cosines": dict(relational="adjacent_cosine", connectivity=8),
-    "trained targets": dict(target="trained", pad_context=True, connectivity=8, object_features="gridjepa"),
+    "objects, cosines": dict(connectivity=8),
+    "trained targets": dict(
+        target="trained", relational="gridjepa", pad_context=True, connectivity=8, object_features="gridjepa"
+    ),
     "objects without codes, queue, layers": dict(vq_codes=0, queue=0, object_layers=0),
-    "decoder": dict(encoder="decoder", context_length=2, projector_multiple=0),
+    "decoder": dict(encoder="decoder", relational="gridjepa", context_length=2, projector_multiple=0),
 }
 
 
