@@ -68,7 +68,8 @@ class PaddedHorizon(Loop):
         a, b = (F.batch_norm(x, None, None, training=True, eps=1e-5) for x in (predicted, target))
         correlation = a.T @ b / len(a)
         diagonal = correlation.diagonal()
-        off = (correlation.square().sum() - diagonal.square().sum()) / len(correlation)
+        d = len(correlation)
+        off = (correlation.square().sum() - diagonal.square().sum()) / (d * (d - 1))
         jepa = o.align_scale * (1 - diagonal).square().mean() + o.off_diag_scale * off
 
         latents = predicted.detach() if o.kl_barrier else predicted

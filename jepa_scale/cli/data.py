@@ -63,6 +63,13 @@ def parser() -> argparse.ArgumentParser:
     reversal.add_argument("--comb", type=int, default=10, help="entities that share a first, and a last, name")
     reversal.add_argument("--relations", type=int, default=6, help="relation pairs")
     reversal.add_argument("--seed", type=int, default=0)
+    reversal.add_argument(
+        "--valid-samples",
+        type=int,
+        metavar="N",
+        help="facts of each split in valid.json, chosen at random; GPT2WithJEPA has 3,000 (default: all that are known in one "
+        "direction or held out, and 10,000 of the others)",
+    )
     reversal.set_defaults(command=write_reversal)
     return data
 
@@ -137,8 +144,10 @@ def write_reversal(args: argparse.Namespace) -> int:
     from jepa_scale.data.reversal.facts import generate
     from jepa_scale.data.reversal.files import write
 
+    if args.valid_samples is not None and args.valid_samples < 1:
+        raise InputError(f"--valid-samples: must be at least 1, not {args.valid_samples}")
     data = generate(args.entities_a, args.comb, args.relations, args.seed)
-    write(data, args.out)
+    write(data, args.out, valid_samples=args.valid_samples)
     counts = ", ".join(f"{len(data.facts(split)):,} {split}" for split in ("train", "atomic", "test"))
     print(f"{args.out}: {counts} facts, vocabulary {data.vocab_size:,}")
     return 0

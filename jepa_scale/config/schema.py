@@ -126,9 +126,10 @@ class OptimConfig(Section):
     )
     muon_momentum: float = Field(0.95, ge=0, lt=1, description="Muon's momentum (Nesterov's).")
     muon_steps: int = Field(5, ge=1, le=20, description="Newton-Schulz iterations in an update by Muon.")
-    adjust_lr: Literal["match_rms_adamw", "original"] = Field(
+    adjust_lr: Literal["match_rms_adamw", "original", "none"] = Field(
         "match_rms_adamw",
-        description="Muon's learning rate by shape: 0.2 sqrt(max(out, in)), so that AdamW's suits it, or sqrt(max(1, out / in)).",
+        description="Muon's learning rate by shape: match_rms_adamw = 0.2 sqrt(max(out, in)), so that AdamW's suits it; original = "
+        "sqrt(max(1, out / in)); none = 1.",
     )
     betas: Pair[Annotated[float, Field(ge=0, lt=1)]] = Field(
         (0.9, 0.95), description="AdamW betas, each from 0 to below 1."

@@ -11,7 +11,7 @@ from jepa_scale.config.parsing import parse_section
 from jepa_scale.config.schema import Section
 from jepa_scale.config.values import LocalPath, Text
 from jepa_scale.data.base import DataOptions, Evaluation
-from jepa_scale.data.prepare.base import RecordOptions
+from jepa_scale.data.prepare.base import RecordOptions, WindowOptions
 from jepa_scale.utils.errors import InputError, suggestion
 
 GENERATOR_KEYS = {"entities_a", "comb", "relations", "seed"}
@@ -65,7 +65,12 @@ class ShardOptions(RecordOptions, DataOptions):
     shuffle_window: int = Field(
         16384, ge=1, description="Number of consecutive samples that are shuffled together; shards are in random order."
     )
-    train_fraction: float = Field(1.0, gt=0, le=1, description="Share of the training samples to use, from the start.")
+    train_fraction: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of the training samples to use, chosen at random, for every run.seed the same ones.",
+    )
     cache: LocalPath | None = Field(
         None, description="Folder for prepared and downloaded shards; null = $JEPA_SCALE_CACHE or ~/.cache/jepa_scale."
     )
@@ -88,7 +93,7 @@ class ChatOptions(ShardOptions):
     train_all: bool = Field(False, description="Predict every token, not only the assistant's.")
 
 
-class GridOptions(ShardOptions):
+class GridOptions(WindowOptions, ShardOptions):
     source: Literal["grids"] = Field("grids", description="Sequences of grids of colours.")
 
 

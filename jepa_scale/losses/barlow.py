@@ -24,10 +24,11 @@ def barlow(a: Tensor, b: Tensor, total: Tensor, eps: float = 1e-5) -> tuple[Tens
         :func:`jepa_scale.losses.statistics.as_contribution`.
 
         * align = mean_i (1 − C_ii)²
-        * off_diagonal = Σ_{i≠j} C_ij² / d
+        * off_diagonal = mean_{i≠j} C_ij², 0 if d is 1
 
-        Both are the paper's sums divided by d, so that a weight does not depend on the width. Without rows both are 0.
-        A single row has no correlation: the values are 1 and 0, without gradient.
+        Both are means over elements, as in LitJEPA, so neither depends on the width. The paper has sums: its weight λ of the
+        other elements is λ · (d − 1) here. Without rows both are 0. A single row has no correlation: the values are 1 and 0,
+        without gradient.
     """
     with without_autocast(a):
         n = at_least_one(total)
@@ -35,6 +36,7 @@ def barlow(a: Tensor, b: Tensor, total: Tensor, eps: float = 1e-5) -> tuple[Tens
         scale_a = (moments.squares_a / n + eps).rsqrt()
         scale_b = (moments.squares_b / n + eps).rsqrt()
         correlation = moments.products / n * scale_a[:, None] * scale_b
+        d = len(correlation)
         align = (1 - correlation.diagonal()).square().mean()
-        off_diagonal = off_diagonal_squares(correlation) / len(correlation)
+        off_diagonal = off_diagonal_squares(correlation) / max(d * (d - 1), 1)
         return zero_if_none(align, total), zero_if_none(off_diagonal, total)

@@ -35,8 +35,10 @@ class Matrix(NamedTuple):
 
         It is √max(1, outputs / inputs) for ``original`` (Jordan et al. 2024) and 0.2·√max(outputs, inputs) for
         ``match_rms_adamw``. The latter gives an orthogonal update the root mean square that is usual for AdamW (Liu et
-        al. 2025, arXiv 2502.16982, section 2.2).
+        al. 2025, arXiv 2502.16982, section 2.2). It is 1 for ``none``.
         """
+        if adjust == "none":
+            return 1.0
         if adjust == "match_rms_adamw":
             return 0.2 * max(self.rows, self.cols) ** 0.5
         assert adjust == "original", adjust

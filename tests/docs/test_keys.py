@@ -41,7 +41,12 @@ KNOWN = {
     "log": below(LogConfig),
 }
 KEY = re.compile(rf"`({'|'.join(KNOWN)})\.([a-z_0-9]+)[^`]*`")
-FOREIGN = {"data.module", "model.name", "model.use_lora", "model.lora_rank", "model.pretrain"}
+FOREIGN = {"data.module", "model.name", "model.use_lora", "model.lora_rank", "model.pretrain", "data.shuffle"}
+FOREIGN |= {
+    f"data.{key}"
+    for key in ("block_size", "bpe_lowercase", "bpe_vocab_size", "data_dir", "download_url", "subset_seed")
+}
+FOREIGN |= {"model.d_model", "model.dropout", "model.ff_multiplier"}
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: str(page.relative_to(DOCS)))

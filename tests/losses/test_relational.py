@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from jepa_scale.losses.relational import relation_distances, relation_scale
+from jepa_scale.losses.relational import relation_distances, relation_matrices, relation_mismatch, relation_scale
 
 
 def test_distances_against_their_definitions():
@@ -32,3 +32,23 @@ def test_it_is_computed_in_fp32():
     with torch.autocast("cpu", torch.bfloat16):
         assert relation_distances(a, a, True).dtype == torch.float32
     assert relation_scale(torch.tensor(0)) == 0
+
+
+def test_matrices_are_symmetric_and_empty_where_there_is_no_pair():
+    got = relation_matrices(
+        torch.tensor([2.0, 5.0]), torch.tensor([0, 1]), torch.tensor([0, 1]), torch.tensor([2, 2]), 2, 3
+    )
+    expected = torch.zeros(2, 3, 3)
+    expected[0, 0, 2] = expected[0, 2, 0] = 2
+    expected[1, 1, 2] = expected[1, 2, 1] = 5
+    assert torch.equal(got, expected)
+
+
+def test_mismatch_in_closed_form():
+    """Two objects, at squared distances of 1 and 3 in the context's grids and of 4 in the target: the mean is 2."""
+    pair = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    context, target = torch.stack([pair, 3 * pair])[None], 4 * pair[None]
+    across, within = relation_mismatch(context, target, torch.tensor([[True, True]]))
+    assert across.tolist() == [(2 * (2 - 4) ** 2) / 4] and within.tolist() == [(2 * 1 + 2 * 1) / 4 / 2]
+    across, within = relation_mismatch(context, target, torch.tensor([[False, True]]))  # one grid: its own mean
+    assert across.tolist() == [(2 * (3 - 4) ** 2) / 4] and within.tolist() == [0]

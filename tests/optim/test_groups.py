@@ -214,6 +214,7 @@ def test_muons_matrices_of_real_decoders(model, layers):
         (Matrix("w", 8, 2, transposed=True), "original", 1.0),
         (Matrix("w", 100, 25), "match_rms_adamw", 2.0),
         (Matrix("w", 25, 100), "match_rms_adamw", 2.0),
+        (Matrix("w", 25, 100), "none", 1.0),
     ],
 )
 def test_the_scale_of_the_learning_rate(matrix, adjust, expected):

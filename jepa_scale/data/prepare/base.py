@@ -55,7 +55,20 @@ class RecordOptions(Section):
     )
 
 
-class PrepareOptions(RecordOptions):
+class WindowOptions(Section):
+    """The options of windows over ``frames``, rows with a sequence of grids."""
+
+    context_window: int | None = Field(
+        None, ge=1, description="Most grids before the target, in windows over frames; null = 3."
+    )
+    target_offset: int | None = Field(
+        None,
+        ge=1,
+        description="Grids from the last of the context to the target, in windows over frames; null = 1, the next.",
+    )
+
+
+class PrepareOptions(RecordOptions, WindowOptions):
     """The options of every kind of raw data."""
 
     kind: Literal["auto", "text", "chat", "reversal", "grids"] = Field(
@@ -84,11 +97,12 @@ class BadRecord(Exception):
         where: name of the record, as in :class:`Record`.
         reason: a few words, the same for all records with this fault, for counting (``"empty document"``).
         detail: the exact fault and what to do, for people; may be empty.
+        usual: whether such records are a part of good data. They are left out and counted, also with ``on_error: stop``.
     """
 
-    def __init__(self, where: str, reason: str, detail: str = "") -> None:
-        super().__init__(where, reason, detail)
-        self.where, self.reason, self.detail = where, reason, detail
+    def __init__(self, where: str, reason: str, detail: str = "", usual: bool = False) -> None:
+        super().__init__(where, reason, detail, usual)
+        self.where, self.reason, self.detail, self.usual = where, reason, detail, usual
 
     def __str__(self) -> str:
         return f"{self.where}: {self.reason}" + (f": {self.detail}" if self.detail else "")

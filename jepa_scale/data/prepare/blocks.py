@@ -93,7 +93,7 @@ class ShardMaker:
         """Encode the block's records, write its shard, and then the file that records its completion.
 
         Raises:
-            InputError: a record is bad and ``on_error`` is stop, or the shard cannot be written.
+            InputError: a record is bad, not a usual one, and ``on_error`` is stop; or the shard cannot be written.
         """
         samples, skipped, examples = self._encode(block)
         try:
@@ -116,7 +116,7 @@ class ShardMaker:
                 assert made, f"{record.where}: the encoder made no samples of it"
                 samples += made
             except BadRecord as bad:
-                if self.on_error == "stop":
+                if self.on_error == "stop" and not bad.usual:
                     raise InputError(f"{bad}; fix it, or leave it out with on_error=skip") from None
                 skipped[bad.reason] = skipped.get(bad.reason, 0) + 1
                 if len(named := examples.setdefault(bad.reason, [])) < EXAMPLES:

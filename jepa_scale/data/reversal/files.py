@@ -36,9 +36,14 @@ _RELATION = re.compile(r"<r_(\d+)(_inv)?>")
 _TOO_LARGE = 2**24  # bound on ids, above any real vocabulary
 
 
-def write(data: ReversalData, folder: str | Path, valid_train: int = 10_000, seed: int = 0) -> None:
-    """Write the three files, one row a line. ``valid.json`` holds the whole splits ``atomic`` and ``test``, and a
-    sample of ``valid_train`` facts of ``train``, chosen by ``seed``.
+def write(
+    data: ReversalData, folder: str | Path, valid_train: int = 10_000, seed: int = 0, valid_samples: int | None = None
+) -> None:
+    """Write the three files, one row a line.
+
+    Args:
+        valid_samples: facts of each split in ``valid.json``; None = all of ``atomic`` and ``test``, and ``valid_train`` of
+            ``train``. They are chosen by ``seed``.
 
     Raises:
         InputError: one of the files already exists.
@@ -48,9 +53,12 @@ def write(data: ReversalData, folder: str | Path, valid_train: int = 10_000, see
     for name in FILES:
         if (folder / name).exists():
             raise InputError(f"{folder / name}: already exists; remove it or choose another folder")
-    known = data.splits["train"]
-    chosen = generator(f"reversal/{seed}/valid").permutation(len(known))[:valid_train]
-    splits = {**data.splits, "train": known.select(np.sort(chosen))}
+    sizes = {"train": valid_train} if valid_samples is None else dict.fromkeys(KINDS, valid_samples)
+    splits = dict(data.splits)
+    for split, size in sizes.items():
+        name = f"reversal/{seed}/valid" + ("" if split == "train" else f"/{split}")
+        chosen = generator(name).permutation(len(splits[split]))[:size]
+        splits[split] = splits[split].select(np.sort(chosen))
     texts = {
         "train.json": f"[\n{_lines(data.train)}\n]\n",
         "valid.json": "{" + ",\n".join(f'"{k}": [\n{_lines(splits[k])}\n]' for k in KINDS) + "}\n",

@@ -37,6 +37,8 @@ ALLOWED: dict[str, tuple[Long, ...]] = {
 
 OPEN_SHARDS = 64
 """Shards that a process keeps open: for each a file descriptor, and a table of 28 bytes a sample and 24 a piece."""
+FRACTION_SEED = 0
+"""Seed of the choice of a fraction of the pieces: runs of any seed use the same pieces."""
 DECODED = 8
 """Documents that a process keeps decoded, because pieces of the same document are often read one after another."""
 
@@ -89,7 +91,7 @@ class ShardExamples(Sequence[Example]):
         max_length: L, inputs of a piece (its tokens less one).
         long: treatment of a sample of more than L + 1 tokens: ``split`` it, ``drop`` it, ``truncate`` it to L + 1 tokens,
             or raise an ``error``; see ``ALLOWED``.
-        fraction: in (0, 1]; only the first ⌈fraction · total⌉ pieces are used.
+        fraction: in (0, 1]; ⌈fraction · total⌉ pieces are used, chosen at random in each shard, always the same ones.
         train_all: predict every token of a conversation instead of the assistant's only.
         on_error: if a shard's index file is missing or damaged, ``stop`` with the error or ``skip`` the shard.
 
@@ -143,7 +145,10 @@ class ShardExamples(Sequence[Example]):
                 self.counts["lost"] += shard.samples
         total = int(lengths.sum())
         kept = math.ceil(Fraction(str(fraction)) * total)  # exact decimal arithmetic: 0.07 · 100 is 7
-        ends = np.minimum(np.cumsum(lengths), kept)
+        # each shard has its share; Python's integers, as the product may exceed 64 bits
+        ends = np.array(
+            [kept * end // total for end in np.cumsum(lengths).tolist()] if total else lengths, dtype=np.int64
+        )
         self.shard_lengths = np.diff(ends, prepend=0)
         self._ends: list[int] = ends.tolist()
         self._starts: list[int] = (ends - self.shard_lengths).tolist()
@@ -163,7 +168,10 @@ class ShardExamples(Sequence[Example]):
     @property
     def fingerprint(self) -> str:
         """SHA-256, in hex, of everything that determines the examples and their order."""
-        values = [self.split, self.max_length, self.long, self.fraction, self.train_all, self.lost]
+        fraction = (
+            self.fraction if self.fraction == 1 else ["random", self.fraction]
+        )  # version 0.1 took the first pieces
+        values = [self.split, self.max_length, self.long, fraction, self.train_all, self.lost]
         return hashlib.sha256(json.dumps([self.located.index.fingerprint, *values]).encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -307,6 +315,10 @@ class ShardExamples(Sequence[Example]):
         before = np.cumsum(lengths) - lengths
         first = (np.arange(len(sample)) - before[sample]) * self.max_length
         size = np.minimum(tokens[sample] - first, self.max_length + 1)
+        if self.fraction < 1:
+            chosen = np.random.default_rng([FRACTION_SEED, shard]).permutation(len(sample))
+            chosen = np.sort(chosen[: self.shard_lengths[shard]])
+            sample, first, size = sample[chosen], first[chosen], size[chosen]
         start, stop = rows["start"].astype(np.int64), rows["stop"].astype(np.int64)
         return _Table(start, stop, tokens, rows["crc"].copy(), sample, first, size)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from jepa_scale.data.base import Kind
 from jepa_scale.data.options import ChatOptions, ShardOptions
-from jepa_scale.data.prepare.base import PrepareOptions, RecordOptions
+from jepa_scale.data.prepare.base import PrepareOptions
 from jepa_scale.data.sampling.order import Windowed
 from jepa_scale.data.shards.cache import cache_dir
 from jepa_scale.data.shards.locate import Located, check, locate
@@ -117,7 +117,9 @@ def open_shards(options: ShardOptions, cache: Path) -> Located:
         raise InputError("data.path: a list names prepared shards, but there is no index.json beside them")
     from jepa_scale.data.prepare.job import prepared  # readers and tokenizers are slow to import
 
-    values = {name: getattr(options, name) for name in RecordOptions.model_fields}
+    values = {
+        name: getattr(options, name) for name in PrepareOptions.model_fields if name in type(options).model_fields
+    }
     folder = prepared(options.path, PrepareOptions.model_validate({"kind": options.source, **values}), cache)
     located = locate(str(folder), cache)
     assert located is not None, folder

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import warnings
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from jepa_scale.config.ema import TeacherOptions
 from jepa_scale.config.schema import Section
 
 Kind = Literal["colour", "translation", "symmetry"]
 KINDS: tuple[Kind, ...] = ("colour", "translation", "symmetry")
+FORMER_RELATIONS = {"normalized": "adjacent_cosine", "raw": "adjacent_squared"}
+"""A value of ``relational`` in version 0.1 → its name now. A config may use the former name until 0.3."""
 
 
 class GridOptions(Section):
-    """Options of ``grid``. The defaults are those of GridJEPA."""
+    """Options of ``grid``. The defaults are those of GridJEPA, except for ``relational`` and ``object_features``."""
 
     encoder: Literal["objects", "decoder"] = Field(
         "objects",
@@ -24,7 +27,20 @@ class GridOptions(Section):
     context_length: int = Field(
         3, ge=1, description="Most grids before the target that are used; of a longer sequence, the last ones."
     )
+    pad_context: bool = Field(
+        False,
+        description="Repeat the last grid of a shorter context up to context_length, as GridJEPA does; false = the first time "
+        "steps have no grid.",
+    )
     slots: int = Field(16, ge=1, description="Most objects of a grid; the largest are kept.")
+    connectivity: Literal[4, 8] = Field(
+        4, description="Cells of one colour are one object if they touch by a side (4), or by a side or a corner (8)."
+    )
+    object_features: Literal["cells", "gridjepa"] = Field(
+        "cells",
+        description="Numbers that describe an object, with encoder: objects: cells = in units of 30 cells, equal in every grid; "
+        "gridjepa = its 13, most of them fractions of the grid, and its colour slots.",
+    )
     overflow: Literal["truncate", "error"] = Field(
         "truncate",
         description="Treatment of a grid with more objects than slots: truncate = leave the smallest out and count the grid; "
@@ -69,24 +85,26 @@ class GridOptions(Section):
     temperature: float = Field(0.1, gt=0, description="Temperature of InfoNCE at the start; it is learned.")
     temperature_min: float = Field(0.05, gt=0, description="Lower bound of the temperature.")
     temperature_max: float = Field(0.20, gt=0, description="Upper bound of the temperature.")
+    target: Literal["ema", "trained"] = Field(
+        "ema",
+        description="Encoder of the targets: ema = the moving average, without gradient; trained = the trained one, with "
+        "gradient (GridJEPA's use_target_encoder: false).",
+    )
     queue: int = Field(8192, ge=0, description="Targets of earlier steps that are further negatives; 0 = none.")
     ema: TeacherOptions = Field(
         TeacherOptions(momentum=0.99, schedule="constant"), description="EMA momentum of the targets' encoder."
     )
 
-    relational: Literal["normalized", "raw"] = Field(
-        "normalized",
-        description="Distance of adjacent objects: normalized = 1 − cosine, in units of InfoNCE at chance; raw = squared "
-        "distance, as in GridJEPA.",
+    relational: Literal["gridjepa", "adjacent_cosine", "adjacent_squared"] = Field(
+        "adjacent_cosine",
+        description="Relational terms: gridjepa = mismatch of the squared distances of adjacent objects between the context's "
+        "grids and the target; adjacent_cosine, adjacent_squared = draw adjacent objects together, by 1 − cosine in units of "
+        "InfoNCE at chance or by the squared distance.",
     )
     relational_weight: float = Field(
-        0.02,
-        ge=0,
-        description="Weight of the distance between the last grid's objects and the target's objects adjacent to them.",
+        0.02, ge=0, description="Weight of the relational term between the context and the target."
     )
-    context_self_weight: float = Field(
-        0.005, ge=0, description="Weight of the distance between adjacent objects of the same grid of the context."
-    )
+    context_self_weight: float = Field(0.005, ge=0, description="Weight of the relational term within the context.")
     sigreg_weight: float = Field(
         0.1, ge=0, description="Weight of SIGReg on the standardised projections of contexts and of their last grids."
     )
@@ -111,6 +129,15 @@ class GridOptions(Section):
         weights = zip(KINDS, (self.colour_weight, self.translation_weight, self.symmetry_weight), strict=True)
         return tuple((kind, weight) for kind, weight in weights if weight > 0)
 
+    @field_validator("relational", mode="before")
+    @classmethod
+    def _current_relation(cls, value: Any) -> Any:
+        if value not in FORMER_RELATIONS:
+            return value
+        current = FORMER_RELATIONS[value]
+        warnings.warn(f"relational: {value} has a new name; write {current}", FutureWarning, stacklevel=1)
+        return current
+
     @model_validator(mode="after")
     def _fits(self) -> GridOptions:
         if not self.temperature_min <= self.temperature <= self.temperature_max:
@@ -123,6 +150,14 @@ class GridOptions(Section):
         if self.encoder == "objects" and self.lm_weight:
             raise ValueError(
                 "lm_weight: the decoder sees no grid with encoder: objects; set encoder: decoder, or remove lm_weight"
+            )
+        if self.encoder == "decoder" and self.target == "trained":
+            raise ValueError(
+                "target: trained works with encoder: objects alone; use target: ema, or change the encoder"
+            )
+        if self.encoder == "decoder" and self.object_features != "cells":
+            raise ValueError(
+                "object_features: the decoder reads cells and no features; set encoder: objects, or remove object_features"
             )
         if self.projector_multiple is None and self.latent_dim not in (None, self.dim):
             raise ValueError(

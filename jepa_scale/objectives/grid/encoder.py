@@ -35,6 +35,15 @@ class EncodedGrids(NamedTuple):
     weights: Tensor
     projected: Tensor
 
+    def split(self, objects: int, sequences: int) -> tuple[EncodedGrids, EncodedGrids]:
+        """Return the first ``sequences`` sequences with their ``objects`` objects, and the rest."""
+        at = {name: objects for name in ("objects", "used", "table", "codes")}
+        parts = [
+            EncodedGrids(**{n: x[: at.get(n, sequences)] for n, x in self._asdict().items()}),
+            EncodedGrids(**{n: x[at.get(n, sequences) :] for n, x in self._asdict().items()}),
+        ]
+        return parts[0], parts[1]
+
 
 class GridEncoder(nn.Module):
     """Modules from objects to projections. An EMA teacher has a copy of them, beside its copy of a decoder if one is used.
@@ -68,12 +77,12 @@ class GridEncoder(nn.Module):
         return EncodedGrids(objects, rows, table, codes, grids, states, weights, self.projector(states))
 
     @torch.no_grad()
-    def observe(self, encoded: EncodedGrids, priorities: Tensor, step: int) -> None:
-        """Record :meth:`forward`'s result for a micro-batch of training. ``priorities``: one random number for each object, see
-        :meth:`jepa_scale.objectives.grid.quantizer.Quantizer.observe`."""
-        self.standardize.observe(encoded.objects)
+    def observe(self, objects: Tensor, codes: Tensor, priorities: Tensor, step: int) -> None:
+        """Record objects (n, d) and their codes (n,) of a micro-batch of training. ``priorities``: one random number for each
+        object, see :meth:`jepa_scale.objectives.grid.quantizer.Quantizer.observe`."""
+        self.standardize.observe(objects)
         if self.quantizer is not None:
-            self.quantizer.observe(encoded.objects, encoded.codes, priorities, step)
+            self.quantizer.observe(objects, codes, priorities, step)
 
     @torch.no_grad()
     def update(self, good: Tensor, momentum: float) -> None:

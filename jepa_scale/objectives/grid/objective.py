@@ -3,8 +3,8 @@
 The objects of each grid of the context are encoded as codes. A grid's state is the mean of its codes. The context's state is
 a mean of its grids' states with learned weights. A prediction from the context's state is compared with the next grid as
 encoded by an EMA teacher. InfoNCE trains it to be nearest to that target among all targets in the global batch and in a
-queue of earlier targets. SIGReg prevents collapse of the contexts, and a small loss makes adjacent objects similar. By
-option, the context's projection is trained to be invariant to other colours, another position or a rotation.
+queue of earlier targets. SIGReg prevents collapse of the contexts, and a small loss compares the distances of adjacent
+objects from grid to grid. By option, the context's projection is trained to be invariant to other colours, another position or a rotation.
 
 Objects are encoded by a small network over their features, or they are read out of the decoder, which takes each grid as a
 packed segment of its cells. Everything after that is the same.
@@ -21,12 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa_scale.config.ema import TeacherOptions
-from jepa_scale.data.grids.objects import SPREAD
+from jepa_scale.data.grids.objects import FEATURES, SPREAD
 from jepa_scale.data.sampling.rng import ViewTransform
 from jepa_scale.distributed.comm import dp_size
 from jepa_scale.losses.infonce import Contrast, contrast, gather_contrast
 from jepa_scale.losses.quantizer import commitment
-from jepa_scale.losses.relational import relation_distances, relation_scale
 from jepa_scale.losses.sigreg import sigreg
 from jepa_scale.losses.statistics import as_contribution, rows_of_step, standardized
 from jepa_scale.models.backbone import Backbone
@@ -40,6 +39,7 @@ from jepa_scale.objectives.grid.encoder import EncodedGrids, GridEncoder
 from jepa_scale.objectives.grid.object_encoder import CellReadout, ObjectEncoder
 from jepa_scale.objectives.grid.quantizer import Quantizer
 from jepa_scale.objectives.grid.queue import TargetQueue
+from jepa_scale.objectives.grid.relations import Terms, relational_terms
 from jepa_scale.objectives.grid.temperature import Temperature
 from jepa_scale.objectives.grid.temporal_attention import temporal
 from jepa_scale.objectives.grid.views import TARGETS, GridViews
@@ -66,7 +66,10 @@ class Grid(Objective):
         if o.encoder == "objects":
             # The decoder is not run. Frozen, it takes no optimizer state and is not changed by weight decay.
             backbone.requires_grad_(False)
-            objects: nn.Module = ObjectEncoder(SPREAD, o.dim, o.object_layers, o.object_heads)
+            spread = (
+                SPREAD if o.object_features == "cells" else (1.0,) * FEATURES
+            )  # GridJEPA does not scale its features
+            objects: nn.Module = ObjectEncoder(spread, o.dim, o.object_layers, o.object_heads)
         else:
             objects = CellReadout(backbone.hidden_size, o.dim)
         quantizer = None
@@ -99,6 +102,8 @@ class Grid(Objective):
         return GridViews(self.options).most_tokens(sizes)
 
     def teacher_copies(self, backbone: Backbone) -> dict[str, nn.Module]:
+        if self.options.target == "trained":
+            return {}
         copies: dict[str, nn.Module] = {"objective.encoder": self.encoder.as_teacher()}
         if self.options.encoder == "decoder":
             copies["backbone"] = backbone.lower(None)
@@ -110,7 +115,7 @@ class Grid(Objective):
     def on_optimizer_step(self, step: int, grad_norm: Tensor) -> None:
         """Update the moments, the codebook and the queue with the step's objects and targets."""
         good = torch.isfinite(grad_norm)
-        self.encoder.update(good, self.teacher.momentum(step))
+        self.encoder.update(good, self._momentum(step))
         if self.queue is not None:
             self.queue.update(good)
 
@@ -119,7 +124,7 @@ class Grid(Objective):
         o, ranks = self.options, dp_size()
         latent = o.latent_dim or o.dim
         decoder = DecoderFlops.of(backbone) if o.encoder == "decoder" else None
-        objects, layers = linear_cost(self.objects), len(self.blocks)
+        objects, layers, trained = linear_cost(self.objects), len(self.blocks), o.target == "trained"
         projector, predictor = linear_cost(self.encoder.projector), linear_cost(self.predictor)
         mixing = 2 * o.context_length**2 * o.dim if o.temporal == "attention" else 0  # of a sequence
         sequence = Cost(mixing + projector.forward, 2 * mixing + projector.backward)
@@ -146,6 +151,8 @@ class Grid(Objective):
             )
             teaching = taught * (objects.forward + lookup) + samples * sequence.forward + attention(samples)
             total = backward + seen * lookup
+            if trained:
+                total += taught * (objects.backward + lookup) + samples * sequence.backward + 2 * attention(samples)
             if decoder is not None:
                 for batch in batches:
                     main, targets = batch.sequences["main"], batch.sequences[TARGETS]
@@ -153,7 +160,7 @@ class Grid(Objective):
                     total += several * decoder.of_sequence(main, training=False, rows=0, square=square)
                     teaching += decoder.of_sequence(targets, training=False, rows=0, square=square)
             total += (forward + teaching) * (1 + several)
-            total += contrast_flops(samples, batches[0].max_samples, latent, len(batches), ranks, False, o.queue)
+            total += contrast_flops(samples, batches[0].max_samples, latent, len(batches), ranks, trained, o.queue)
             if o.sigreg_weight:
                 total += sigreg_flops(2 * samples, latent, len(batches), o.sigreg_slices)
                 total += samples * ((1 + several) * projector.forward + projector.backward)
@@ -163,42 +170,72 @@ class Grid(Objective):
 
     # -- parts --------------------------------------------------------------------------------------------------------
 
+    def _momentum(self, step: int) -> float:
+        """Return the teacher's momentum, with which moments and codes are averaged for it; 0 without a teacher."""
+        return self.teacher.momentum(step) if self.options.target == "ema" else 0.0
+
+    def contexts_and_targets(self, backbone: Backbone, batch: PackedBatch) -> tuple[EncodedGrids, EncodedGrids, Tensor]:
+        """Return the contexts and the targets, and the decoder's states, as :meth:`contexts` and :meth:`targets` do.
+
+        With ``target: trained`` both are encoded in one call of the encoder.
+        """
+        if self.options.target == "ema":
+            context, states = self.contexts(backbone, batch)
+            return context, self.targets(batch), states
+        inputs, counts, present = self._context_inputs(batch)
+        more, target_counts, target_present = self._target_inputs(batch)
+        features, slots, adjacent = (torch.cat(parts) for parts in zip(inputs, more, strict=True))
+        slots[len(inputs[1]) :] += len(inputs[2]) * self.options.slots  # the targets' grids come after the contexts'
+        counts, present = torch.cat([counts, target_counts]), torch.cat([present, target_present])
+        encoded = self.encoder((features, slots, adjacent), counts, present)
+        return *encoded.split(len(inputs[0]), len(present) - len(target_present)), features.new_zeros(0)
+
     def contexts(self, backbone: Backbone, batch: PackedBatch) -> tuple[EncodedGrids, Tensor]:
         """Return the encoded contexts of N samples in V variants (N · V sequences), and the decoder's states (T, h).
 
         Without the decoder there are no states: the tensor is empty.
         """
-        values, variants = batch.values, 1 + len(self.options.invariances)
-        states = values["present"].new_zeros(0, dtype=torch.float32)
+        inputs, counts, present = self._context_inputs(batch)
+        states = batch.values["present"].new_zeros(0, dtype=torch.float32)
         if self.options.encoder == "decoder":
             states = backbone.hidden(batch.sequences["main"])
             inputs = _cells(states, batch, "cell", "inputs")
-        else:
-            inputs = self._features(batch, values["objects"], values["adjacent"], "")
-        present = values["present"].repeat_interleave(variants, dim=0)
-        return self.encoder(inputs, values["objects"].flatten(0, 1), present), states
+        return self.encoder(inputs, counts, present), states
 
     @torch.no_grad()
     def targets(self, batch: PackedBatch) -> EncodedGrids:
         """Return the targets encoded by the teacher. Each is a sequence with one grid, at the last position."""
-        values, length = batch.values, self.options.context_length
-        counts = F.pad(values["target_objects"].flatten(0, 1), (length - 1, 0))  # (N, L)
-        present = torch.arange(length, device=counts.device) == length - 1
+        inputs, counts, present = self._target_inputs(batch)
         if self.options.encoder == "decoder":
             states = self.teacher.forward("backbone", batch.sequences[TARGETS])
             inputs = _cells(states, batch, "target_cell", "target_inputs")
-        else:
-            inputs = self._features(batch, values["target_objects"], values["target_adjacent"], "target_")
-        return self.teacher.forward("objective.encoder", inputs, counts, present.expand(len(counts), -1))
+        return self.teacher.forward("objective.encoder", inputs, counts, present)
 
-    def _features(
-        self, batch: PackedBatch, counts: Tensor, adjacent: Tensor, prefix: str
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _context_inputs(self, batch: PackedBatch) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+        """Return the encoder's inputs for the contexts: those of its objects, their numbers, and the grids present.
+
+        With ``encoder: decoder`` the inputs of objects are those of the decoder's read-out, and empty here.
+        """
+        values = batch.values
+        present = values["present"].repeat_interleave(1 + len(self.options.invariances), dim=0)
+        inputs = () if self.options.encoder == "decoder" else self._features(batch, "")
+        return inputs, values["objects"].flatten(0, 1), present
+
+    def _target_inputs(self, batch: PackedBatch) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+        """Return the same for the targets."""
+        length = self.options.context_length
+        counts = F.pad(batch.values["target_objects"].flatten(0, 1), (length - 1, 0))  # (N, L)
+        present = torch.arange(length, device=counts.device) == length - 1
+        inputs = () if self.options.encoder == "decoder" else self._features(batch, "target_")
+        return inputs, counts, present.expand(len(counts), -1)
+
+    def _features(self, batch: PackedBatch, prefix: str) -> tuple[Tensor, Tensor, Tensor]:
         """Return the inputs of :class:`ObjectEncoder`.
 
         Returns:
             Features (n, 23), the index of each object among all grids' slots (n,), and adjacency of slots (G, S, S).
         """
+        counts, adjacent = batch.values[f"{prefix}objects"], batch.values[f"{prefix}adjacent"]
         features, slot = batch.rows[f"{prefix}inputs"], batch.rows[f"{prefix}slot"]
         grids = torch.arange(counts.numel(), device=counts.device)
         owner = torch.repeat_interleave(grids, counts.flatten(), output_size=len(slot))
@@ -229,16 +266,15 @@ class Grid(Objective):
     # -- training -----------------------------------------------------------------------------------------------------
 
     def gather(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:
-        context = self.contexts(backbone, batch)[0]
+        context, target, _ = self.contexts_and_targets(backbone, batch)
         projected, queries = self.queries(context)
-        targets, keys = F.normalize(self.targets(batch).projected.float(), dim=-1), batch.values["key"]
+        targets, keys = F.normalize(target.projected.float(), dim=-1), batch.values["key"]
         found = gather_contrast(queries, keys, targets, keys, batch.max_samples)
         return found | {"spread": self._spread(context, projected)}
 
     def loss(self, backbone: Backbone, batch: PackedBatch, gathered: list[dict[str, Tensor]], micro: int) -> Loss:
         o, samples = self.options, batch.totals["samples"]
-        context, states = self.contexts(backbone, batch)
-        target = self.targets(batch)
+        context, target, states = self.contexts_and_targets(backbone, batch)
         projected, queries = self.queries(context)
         candidates, keys = F.normalize(target.projected.float(), dim=-1), batch.values["key"]
         temperature = self.temperature()
@@ -259,41 +295,34 @@ class Grid(Objective):
         means |= {"loss": total.detach(), "jepa_loss": jepa.detach(), **self._logged_values(context, batch, result)}
 
         gauges: dict[str, Tensor | float] = {"temperature": temperature.detach()}
-        gauges |= {"negatives": result.candidates - 1, "ema_momentum": self.teacher.momentum(batch.step)}
+        gauges |= {"negatives": result.candidates - 1}
+        if o.target == "ema":
+            gauges |= {"ema_momentum": self._momentum(batch.step)}
         if (quantizer := self.encoder.quantizer) is not None:
             gauges |= {"vq_usage": quantizer.usage(), "vq_perplexity": quantizer.perplexity()}
         if self.training:
-            self.encoder.observe(context, batch.rows["priority"], batch.step)
+            self._observe(context, target, batch)
             if self.queue is not None:
-                self.queue.observe(candidates, keys, batch.max_samples)
+                self.queue.observe(candidates.detach(), keys, batch.max_samples)
         return Loss(total, means, gauges)
 
-    def _object_terms(
-        self, context: EncodedGrids, target: EncodedGrids, batch: PackedBatch, result: Contrast
-    ) -> dict[str, tuple[float, Tensor]]:
+    def _observe(self, context: EncodedGrids, target: EncodedGrids, batch: PackedBatch) -> None:
+        """Record the objects that moments and codes are averages of: those that the trained encoder has encoded."""
+        objects, codes, priorities = context.objects, context.codes, batch.rows["priority"]
+        if self.options.target == "trained":
+            objects, codes = torch.cat([objects, target.objects]), torch.cat([codes, target.codes])
+            priorities = torch.cat([priorities, batch.rows["target_priority"]])
+        self.encoder.observe(objects, codes, priorities, batch.step)
+
+    def _object_terms(self, context: EncodedGrids, target: EncodedGrids, batch: PackedBatch, result: Contrast) -> Terms:
         """Return the losses of single objects and of pairs: name → weight and this micro-batch's contribution."""
         o, terms = self.options, {}
         if o.vq_codes:
             distances = commitment(context.objects, context.table)
             terms["commitment"] = (o.vq_commitment, mean_over_global_batch(distances.sum(), batch.totals["objects"]))
-        normalize = o.relational == "normalized"
-        scale = relation_scale(result.candidates) if normalize else 1.0
-        mine, theirs = _starts(batch.values["objects"]), _starts(batch.values["target_objects"])
-        for name, weight, others, starts in (
-            ("cross", o.relational_weight, target.used, theirs),
-            ("self", o.context_self_weight, context.used, mine),
-        ):
-            if weight:
-                pairs, counts = batch.rows[f"{name}_pair"], batch.values[f"{name}_pairs"]
-                first, second = (_of_samples(pairs[:, i], counts, at) for i, at in ((0, mine), (1, starts)))
-                distances = relation_distances(context.used[first], others[second], normalize)
-                terms[f"relational_{name}"] = (
-                    weight,
-                    scale * mean_over_global_batch(distances.sum(), batch.totals[f"{name}_pairs"]),
-                )
-        return terms
+        return terms | relational_terms(o, context, target, batch, result.candidates)
 
-    def _invariance_terms(self, projected: Tensor, samples: Tensor) -> dict[str, tuple[float, Tensor]]:
+    def _invariance_terms(self, projected: Tensor, samples: Tensor) -> Terms:
         terms = {}
         for variant, (kind, weight) in enumerate(self.options.invariances, 1):
             apart = 1 - F.cosine_similarity(projected[:, 0], projected[:, variant], dim=-1)
@@ -325,7 +354,7 @@ class Grid(Objective):
         Per sample: ``query`` and ``target`` (n, latent) fp32 of unit norm, ``context_state`` and ``target_state`` (n, dim)
         fp32, ``key`` (n,). Besides: ``codes`` (m,) of the contexts' objects and ``temperature`` (1,).
         """
-        context, target = self.contexts(backbone, batch)[0], self.targets(batch)
+        context, target, _ = self.contexts_and_targets(backbone, batch)
         _, queries = self.queries(context)
         variants = 1 + len(self.options.invariances)
         return {
@@ -349,20 +378,3 @@ def _cells(states: Tensor, batch: PackedBatch, cells: str, row: str) -> tuple[Te
     """Return the inputs of :class:`CellReadout`: states, positions of the objects' cells, and cells per object."""
     sizes = batch.rows[row]
     return states, batch.positions.get(cells, sizes[:0]), sizes
-
-
-def _starts(objects: Tensor) -> Tensor:
-    """Return the index of each sample's first object, (N,), from the numbers of objects of its grids, (N, …)."""
-    counts = objects.flatten(1).sum(dim=1)
-    return counts.cumsum(dim=0) - counts
-
-
-def _of_samples(numbers: Tensor, counts: Tensor, starts: Tensor) -> Tensor:
-    """Shift indices within samples (p,) to indices in the batch (p,).
-
-    Args:
-        numbers: (p,) indices within their samples, sample after sample.
-        counts: (N,) how many of them each sample has.
-        starts: (N,) index at which each sample begins.
-    """
-    return numbers + torch.repeat_interleave(starts, counts, output_size=len(numbers))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jepa_scale.data.examples import GridSequence, flatten_grid
-from jepa_scale.data.grids.objects import GEOMETRY, Objects, find_objects, near
+from jepa_scale.data.grids.objects import Objects, find_objects, near
 from jepa_scale.data.grids.transforms import TRANSFORMS
 from jepa_scale.data.sampling.rng import SampleRNG
 from jepa_scale.objectives.grid.config import GridOptions
@@ -35,13 +35,14 @@ class _Part(NamedTuple):
     """Model inputs of the objects of consecutive grids, without empty slots.
 
     Attributes:
-        counts: (g,) objects of each grid. slots: (n,) slot of each object.
+        counts: (g,) objects of each grid. slots: (n,) slot of each object. colours: (n,) its colour, 0 for the end of a grid.
         inputs: (n, 23) features, or (n,) number of cells of each object.
         cells: token offsets within the grid's segment, object after object; grid g has ``cell_counts[g]`` of them.
     """
 
     counts: np.ndarray
     slots: np.ndarray
+    colours: np.ndarray
     inputs: np.ndarray
     cells: np.ndarray
     cell_counts: np.ndarray
@@ -51,7 +52,12 @@ class _Part(NamedTuple):
         cells = self.cell_counts[: grids.start].sum()
         rows, tokens = slice(before, before + now), slice(cells, cells + self.cell_counts[grids].sum())
         return _Part(
-            self.counts[grids], self.slots[rows], self.inputs[rows], self.cells[tokens], self.cell_counts[grids]
+            self.counts[grids],
+            self.slots[rows],
+            self.colours[rows],
+            self.inputs[rows],
+            self.cells[tokens],
+            self.cell_counts[grids],
         )
 
 
@@ -61,7 +67,7 @@ class GridViews:
 
     V is 1 plus the number of invariances with a weight, L the length of a context, S the number of slots. Objects are ordered
     by variant, then by grid, then by size, the largest first. A context of fewer than L grids fills the last of the L time
-    steps.
+    steps, or its last grid is repeated (``pad_context``).
 
     ========================== =========================================================================================
     value of a sample
@@ -70,7 +76,7 @@ class GridViews:
     ``present``                (L,) bool, time steps of the context that have a grid
     ``target_objects``         (1, 1) int64, objects of the target
     ``adjacent``               (V · L, S, S) bool; ``target_adjacent`` (1, S, S); both with ``encoder: objects`` only
-    ``self_pairs``             number of rows ``self_pair``; ``cross_pairs`` likewise
+    ``self_pairs``             number of rows ``self_pair``; ``cross_pairs`` and ``target_pairs`` likewise
     ``key``                    identity of the target grid, 63 bits of a hash
     ========================== =========================================================================================
 
@@ -79,11 +85,13 @@ class GridViews:
     ========================== =========================================================================================
     ``inputs``                 (23,) features, or the number of its cells (``encoder: decoder``); ``target_inputs`` likewise
     ``slot``                   its slot in its grid; ``target_slot`` likewise
-    ``priority``               a random number, in steps in which dead codes may be replaced
+    ``priority``               a random number, in steps in which dead codes may be replaced; ``target_priority`` likewise, with
+                               ``target: trained`` only
     ``self_pair``              a row for each pair of adjacent objects of the unchanged sample: their indices among the
                                context's objects
+    ``target_pair``            the same of the target, with ``relational: gridjepa`` only
     ``cross_pair``             a row for each adjacent pair of an object of the last grid and one of the target: the index
-                               among the context's objects, and the index among the target's
+                               among the context's objects, and the index among the target's; not with ``gridjepa``
     ========================== =========================================================================================
 
     With ``encoder: objects`` the tokens of a segment are the colours of the objects, and a context is one segment.
@@ -107,7 +115,7 @@ class GridViews:
         samples = [self._grids(example, draw) for example, draw in zip(examples, draws, strict=True)]
         contexts = [grid for sample in samples for context in sample.contexts for grid in context]
         grids = contexts + [sample.target for sample in samples]
-        objects = find_objects(grids, o.slots)
+        objects = find_objects(grids, o.slots, o.connectivity, o.object_features)
         boxes = np.broadcast_to(NOWHERE, (len(grids), o.slots, 4)).copy()
         boxes[objects.grid, objects.slot] = objects.boxes
         adjacent = near(boxes, boxes, o.reach)
@@ -126,7 +134,8 @@ class GridViews:
                 views = self._views(sample, draw, part.of(ours[0]), part.of(ours[1]), boxes, adjacent, ours)
                 views.counts["truncated"] = int((found > o.slots).sum())
                 if o.lm_weight:
-                    tokens, labels = GridSequence(tuple(sample.contexts[0]), sample.target).lm_sequence()
+                    given = tuple(sample.contexts[0][: len(example.context)])  # without repeated grids
+                    tokens, labels = GridSequence(given, sample.target).lm_sequence()
                     views.segments.append(_segment(tokens[:-1], "lm", labels=labels[:-1]))
                 results.append(views)
             at += own
@@ -134,7 +143,10 @@ class GridViews:
 
     def _grids(self, example: GridSequence, draw: SampleRNG) -> _Sample:
         o = self.options
-        grids: Sequence[np.ndarray] = [*example.context[-o.context_length :], example.target]
+        context = list(example.context[-o.context_length :])
+        if o.pad_context:
+            context += context[-1:] * (o.context_length - len(context))
+        grids: Sequence[np.ndarray] = [*context, example.target]
         for kind in o.augment:
             grids = TRANSFORMS[kind](grids, draw.rng(f"augment/{kind}"))
         variants = [list(grids[:-1])]
@@ -145,7 +157,8 @@ class GridViews:
     def _part(self, objects: Objects, grids: Sequence[np.ndarray]) -> _Part:
         if self.options.encoder == "objects":
             nothing = np.zeros(0, dtype=np.int64)
-            return _Part(objects.counts, objects.slot, objects.features, nothing, np.zeros_like(objects.counts))
+            none = np.zeros_like(objects.counts)
+            return _Part(objects.counts, objects.slot, objects.colours, objects.features, nothing, none)
         shapes = np.array([grid.shape for grid in grids], dtype=np.int64)
         cells = np.bincount(objects.grid, objects.sizes, len(grids)).astype(np.int64)
         width = np.repeat(shapes[:, 1], cells)
@@ -155,6 +168,7 @@ class GridViews:
         return _Part(
             counts=objects.counts + 1,
             slots=np.insert(objects.slot, ends, objects.counts),
+            colours=np.insert(objects.colours, ends, 0),
             inputs=np.insert(objects.sizes, ends, 1),
             cells=np.insert(offsets, cell_ends, last),
             cell_counts=cells + 1,
@@ -174,9 +188,12 @@ class GridViews:
         first = slice(grids[0].start, grids[0].start + length)
         starts = context.counts.cumsum() - context.counts  # indices of the grids' first objects
         grid, one, other = np.triu(adjacent[first], 1).nonzero()
-        self_pair = np.stack([starts[grid] + one, starts[grid] + other], axis=1)
-        one, other = near(boxes[first.stop - 1], boxes[grids[1].start], o.reach).nonzero()
-        cross_pair = np.stack([starts[length - 1] + one, other], axis=1)
+        pairs = {"self": np.stack([starts[grid] + one, starts[grid] + other], axis=1)}
+        if o.relational == "gridjepa":
+            pairs["target"] = np.stack(np.triu(adjacent[grids[1].start], 1).nonzero(), axis=1)
+        else:
+            one, other = near(boxes[first.stop - 1], boxes[grids[1].start], o.reach).nonzero()
+            pairs["cross"] = np.stack([starts[length - 1] + one, other], axis=1)
 
         absent = o.context_length - length
         counts = np.zeros((variants, o.context_length), dtype=np.int64)
@@ -185,8 +202,7 @@ class GridViews:
             "objects": counts,
             "present": np.arange(o.context_length) >= absent,
             "target_objects": target.counts[:, None],
-            "self_pairs": len(self_pair),
-            "cross_pairs": len(cross_pair),
+            **{f"{name}_pairs": len(rows) for name, rows in pairs.items()},
             "key": _identity(sample.target),
         }
         if o.encoder == "objects":
@@ -198,15 +214,16 @@ class GridViews:
             "target_inputs": target.inputs,
             "slot": context.slots,
             "target_slot": target.slots,
-            "priority": self._priorities(len(context.inputs), draw),
-            "self_pair": self_pair,
-            "cross_pair": cross_pair,
+            **{f"{name}_pair": rows for name, rows in pairs.items()},
         }
+        priorities = self._priorities(len(context.inputs) + len(target.inputs), draw)
+        rows["priority"] = priorities[: len(context.inputs)]
+        if o.target == "trained":
+            rows["target_priority"] = priorities[len(context.inputs) :]
         numbers = {
             "objects": len(context.inputs),
             "grids": length + 1,
-            "self_pairs": len(self_pair),
-            "cross_pairs": len(cross_pair),
+            **{f"{name}_pairs": len(rows) for name, rows in pairs.items()},
         }
         return Views(self._segments(sample, context, target), values, rows, numbers)
 
@@ -219,9 +236,7 @@ class GridViews:
         if self.options.encoder == "objects":
             parts = [(context, "context", "main"), (target, "target", TARGETS)]
             return [
-                _segment(part.inputs[:, GEOMETRY:].argmax(axis=1), role, sequence=sequence)
-                for part, role, sequence in parts
-                if len(part.inputs)
+                _segment(part.colours, role, sequence=sequence) for part, role, sequence in parts if len(part.inputs)
             ]
         grids = [grid for each in sample.contexts for grid in each]
         ends = context.cell_counts.cumsum()
@@ -241,7 +256,8 @@ class GridViews:
         variants = 1 + len(o.invariances)
         if o.encoder == "objects":
             return np.full(sizes.shape, o.slots * (o.context_length * variants + 1), dtype=np.int64)
-        return sizes * (variants + (o.lm_weight > 0))
+        repeats = o.context_length if o.pad_context else 1  # of the last grid
+        return sizes * (variants * repeats + (o.lm_weight > 0))
 
 
 def _segment(tokens: Any, role: str, **more: Any) -> Segment:

@@ -23,8 +23,8 @@ class HorizonOptions(Section):
         64, ge=1, description="Pairs of a sample; short samples have fewer [pairs_per_seq]."
     )
     latent_dim: int | None = Field(None, ge=2, description="Width of the latents; null = the decoder's width.")
-    projector_multiple: int = Field(2, ge=1, description="Inner width of the projector, in latent widths.")
-    predictor_multiple: int = Field(2, ge=1, description="Inner width of the predictor, in latent widths.")
+    projector_multiple: float = Field(2, gt=0, description="Inner width of the projector, in latent widths.")
+    predictor_multiple: float = Field(2, gt=0, description="Inner width of the predictor, in latent widths.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout in projector and predictor.")
     teacher: Literal["projector", "backbone"] = Field(
         "projector",
@@ -36,7 +36,9 @@ class HorizonOptions(Section):
         "barlow", description="Loss between predictions and targets."
     )
     align_scale: float = Field(1.0, ge=0, description="barlow: weight of the cross-correlation matrix's diagonal.")
-    off_diag_scale: float = Field(0.005, ge=0, description="barlow: weight of the matrix's other elements.")
+    off_diag_scale: float = Field(
+        0.005, ge=0, description="barlow: weight of the mean square of the matrix's other elements."
+    )
     invariance_weight: float = Field(1.0, ge=0, description="vicreg: weight of the squared distance.")
     variance_weight: float = Field(1.0, ge=0, description="vicreg: weight of the hinge on standard deviations.")
     covariance_weight: float = Field(0.04, ge=0, description="vicreg: weight of squared covariances.")

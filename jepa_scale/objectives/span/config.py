@@ -30,6 +30,11 @@ class SpanOptions(Section):
     predictor_layers: int = Field(
         2, ge=0, description="Non-causal blocks that predict the masked spans of each view; 0 = no spans are predicted."
     )
+    span_mean: Literal["views", "spans"] = Field(
+        "views",
+        description="Mean of the spans' reconstruction: views = over each view's spans, then over views and samples, as in "
+        "SpanJEPA; spans = over all spans of the batch.",
+    )
     max_positions: int | None = Field(
         None, ge=1, description="Token positions with a mask embedding; null = the length of the longest sample."
     )

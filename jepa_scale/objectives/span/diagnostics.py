@@ -56,5 +56,6 @@ class SpanDiagnostics(BaseDiagnostics):
         if pooled.shape[1] > 1:
             metrics["alignment"] = float(alignment(pooled[:, 0], last))
         if self.views.predicts and len(every["spans"]):
-            metrics["span_rec"] = float((every["predicted"] - every["spans"]).square().mean())
+            squares = (every["predicted"] - every["spans"]).square().mean(dim=-1)
+            metrics["span_rec"] = float(squares @ every["weight"] / n if "weight" in every else squares.mean())
         return {name: value for name, value in metrics.items() if value == value}  # a single text has no margin

@@ -243,9 +243,9 @@ class Span(Objective):
             )
         }
         if self.predictor is not None:
-            terms["span_rec"] = mean_over_global_batch(
-                (encoded.predicted - encoded.spans).square().mean(dim=-1).sum(), spans
-            )
+            squares = (encoded.predicted - encoded.spans).square().mean(dim=-1)
+            weights, total = (batch.rows["span_weight"], texts) if o.span_mean == "views" else (1.0, spans)
+            terms["span_rec"] = mean_over_global_batch((squares * weights).sum(), total)
         if not self.needs_global_batch:
             return terms
         held = {"seq_sigreg": ("pooled", encoded.pooled, texts)}
@@ -273,7 +273,8 @@ class Span(Objective):
         """Return the states for the diagnostics, fp32.
 
         ``pooled`` (n, V, d), ``center`` (n, d), ``predicted`` and ``spans`` (m, d) are as in :class:`Encoded`. ``whole``
-        (n, d) is the state at the last token of each unmasked text, ``tokens`` (n, d) that at its middle token.
+        (n, d) is the state at the last token of each unmasked text, ``tokens`` (n, d) that at its middle token. With
+        ``span_mean: views``, ``weight`` (m,) is each span's share in its text's mean.
         """
         encoded = self.encode_views(backbone, batch)
         packed = batch.sequences["main"]
@@ -281,4 +282,6 @@ class Span(Objective):
         middle = (packed.first[sample] + packed.last[sample]) // 2
         found = {"pooled": encoded.pooled, "center": encoded.center}
         found |= {"whole": encoded.hidden[packed.last[sample]].float(), "tokens": encoded.hidden[middle].float()}
+        if self.options.span_mean == "views":
+            found["weight"] = batch.rows["span_weight"]
         return found | {"predicted": encoded.predicted, "spans": encoded.spans}

@@ -79,7 +79,8 @@ class SpanViews:
 
     ``positions["kept"]`` in the views and ``positions["seen"]`` in the predictor's segments are the same tokens in the same
     order. ``positions["masked"]`` are the predictor's other tokens, span after span. ``positions["span"]`` are these tokens in
-    the whole text, from which the targets are taken. ``rows["span_length"]`` is each span's length. One span of a sample is
+    the whole text, from which the targets are taken. ``rows["span_length"]`` is each span's length, and with ``span_mean: views``
+    ``rows["span_weight"]`` its share in its sample's mean over views, 1 / (spans of its view · views). One span of a sample is
     ``positions["chosen"]`` in the whole text of the sequence ``main``. Its length is ``rows["chosen_length"]``.
     """
 
@@ -103,6 +104,7 @@ class SpanViews:
 
         views: list[Segment] = []
         spans: list[np.ndarray] = []  # of all views, as indices among the eligible tokens
+        weights: list[float] = []
         everything = np.arange(n)
 
         def segment(role: str, which: Any, marked: Any, **more: Any) -> Segment:
@@ -116,7 +118,9 @@ class SpanViews:
             if predicted:
                 parts = {"seen": seen, "masked": hidden}
                 views.append(segment("predicted", everything, parts, sequence=PREDICTOR))
-                spans += [order[begin : begin + length] for begin, length in free_runs(masked)]
+                of_view = [order[begin : begin + length] for begin, length in free_runs(masked)]
+                spans += of_view
+                weights += [1 / (len(of_view) * len(o.ratios))] * len(of_view)
         chosen = [spans[rng.integers(len(spans))]] if spans else []
         nothing = np.zeros(0, dtype=np.int64)
         span_tokens = {"span": np.concatenate([nothing, *spans])}
@@ -127,12 +131,15 @@ class SpanViews:
             views.append(segment("target", everything, span_tokens, sequence=TARGETS))
         marked = chosen_tokens if self.teaches else {**span_tokens, **chosen_tokens}
         sample = segment("sample", everything, marked, labels=labels)
+        rows = {
+            "span_length": np.array([len(span) for span in spans], dtype=np.int64),
+            "chosen_length": np.array([len(span) for span in chosen], dtype=np.int64),
+        }
+        if o.span_mean == "views":
+            rows["span_weight"] = np.array(weights, dtype=np.float32)
         return Views(
             [sample, *views],
-            rows={
-                "span_length": np.array([len(span) for span in spans], dtype=np.int64),
-                "chosen_length": np.array([len(span) for span in chosen], dtype=np.int64),
-            },
+            rows=rows,
             counts={"texts": 1, "spans": len(spans), "chosen": len(chosen)},
         )
 

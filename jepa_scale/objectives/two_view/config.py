@@ -37,6 +37,11 @@ class TwoViewOptions(Section):
     linear_predictor: bool = Field(
         False, description="Multiply the first view's read-out state by a trained matrix [linear_predictor]."
     )
+    reverse_positions: Literal["own", "continued"] = Field(
+        "own",
+        description="Facts: positions of the reverse view's tokens: own = from 0; continued = from the end of the forward view and "
+        "its predictor tokens on, as in GPT2WithJEPA.",
+    )
     swap_views: bool = Field(False, description="Predict the question from the answer [reverse_pred].")
     plain_views: bool = Field(False, description="Leave the chat template out of the views [plain_jepa].")
     readout: Literal["content", "closing", "mean"] = Field(

@@ -94,6 +94,8 @@ class TwoView(Objective):
             raise InputError(
                 "objective.name: two_view needs conversations (data.source: chat) or facts (data.source: reversal)"
             )
+        if o.reverse_positions != "own":
+            raise InputError("objective.reverse_positions: applies to facts only; remove it for conversations")
         tokenizer = data.load_tokenizer()
         frame = Frame() if o.plain_views else Frame.of(tokenizer, data.plain)
         if o.predictor_tokens:

@@ -68,7 +68,11 @@ class FactViews:
         segments = [Segment(forward, "forward", labels=[*labels, *[IGNORE] * k], positions=positions)]
         if paired:
             reverse = [*fact.object, fact.inverse, fact.mask, *fact.subject]
-            segments.append(Segment(reverse, "reverse", positions={"target": [len(reverse) - 1]}))
+            first = len(forward) if self.options.reverse_positions == "continued" else 0
+            position_ids = range(first, first + len(reverse))
+            segments.append(
+                Segment(reverse, "reverse", position_ids=position_ids, positions={"target": [len(reverse) - 1]})
+            )
         key = hash((fact.subject, fact.relation, fact.object)) & (2**63 - 1)
         return Views(segments, rows=pair_rows([key] if paired else []), counts={"pairs": int(paired)})
 

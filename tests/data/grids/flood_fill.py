@@ -5,9 +5,13 @@ from __future__ import annotations
 
 from typing import Any
 
+SIDES = ((1, 0), (-1, 0), (0, 1), (0, -1))
+CORNERS = ((1, 1), (1, -1), (-1, 1), (-1, -1))
 
-def flood_fill(grid: list[list[int]]) -> list[dict[str, Any]]:
+
+def flood_fill(grid: list[list[int]], connectivity: int = 4, kind: str = "cells") -> list[dict[str, Any]]:
     """Every object of a grid, the largest first, of equals the first in reading order."""
+    steps = SIDES if connectivity == 4 else SIDES + CORNERS
     height, width = len(grid), len(grid[0])
     seen = [[False] * width for _ in range(height)]
     objects = []
@@ -21,14 +25,15 @@ def flood_fill(grid: list[list[int]]) -> list[dict[str, Any]]:
             while waiting:
                 r, c = waiting.pop()
                 cells.append((r, c))
-                for y, x in ((r + 1, c), (r - 1, c), (r, c + 1), (r, c - 1)):
+                for y, x in ((r + down, c + aside) for down, aside in steps):
                     if 0 <= y < height and 0 <= x < width and not seen[y][x] and grid[y][x] == colour:
                         seen[y][x] = True
                         waiting.append((y, x))
             objects.append({"colour": colour, "first": row * width + column, "cells": sorted(cells)})
     objects.sort(key=lambda o: (-len(o["cells"]), o["first"]))
     for found in objects:
-        found["features"] = features(found["colour"], found["cells"], height, width)
+        of_kind = features if kind == "cells" else gridjepa_features
+        found["features"] = of_kind(found["colour"], found["cells"], height, width)
     return objects
 
 
@@ -46,3 +51,21 @@ def features(colour: int, cells: list[tuple[int, int]], height: int, width: int)
     geometry += [n / (tall * broad), (broad - tall) / (broad + tall), outline / (4 * n)]
     geometry += [mirrored / n, flipped / n, contact / 4]
     return geometry + [float(colour == slot) for slot in range(10)]
+
+
+def gridjepa_features(colour: int, cells: list[tuple[int, int]], height: int, width: int) -> list[float]:
+    """GridJEPA's 23 features, each from its definition."""
+    own, n, area = set(cells), len(cells), height * width
+    rows, columns = [r for r, _ in cells], [c for _, c in cells]
+    top, bottom, left, right = min(rows), max(rows), min(columns), max(columns)
+    outline = sum((r + down, c + aside) not in own for r, c in cells for down, aside in SIDES)
+    found = [n / area, outline / area, (bottom - top + 1) / height, (right - left + 1) / width]
+    found += [
+        (right - left + 1) / (bottom - top + 1),
+        1.0,
+        float(colour),
+        sum(rows) / n / height,
+        sum(columns) / n / width,
+    ]
+    found += [top / height, left / width, bottom / height, right / width]
+    return found + [n / area] + [0.0] * 9

@@ -16,15 +16,15 @@ GRIDS = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 3)).flatm
 
 
 @settings(max_examples=100)
-@given(st.lists(GRIDS, min_size=1, max_size=5))
-def test_objects_are_those_of_a_flood_fill(grids):
-    objects = find_objects(grids, slots=10**6)
+@given(st.lists(GRIDS, min_size=1, max_size=5), st.sampled_from([4, 8]), st.sampled_from(["cells", "gridjepa"]))
+def test_objects_are_those_of_a_flood_fill(grids, connectivity, kind):
+    objects = find_objects(grids, 10**6, connectivity, kind)
     at = cell = 0
     for number, grid in enumerate(grids):
-        expected = flood_fill(grid.tolist())
+        expected = flood_fill(grid.tolist(), connectivity, kind)
         assert objects.counts[number] == objects.found[number] == len(expected)
         for slot, wanted in enumerate(expected):
-            assert (objects.grid[at], objects.slot[at]) == (number, slot)
+            assert (objects.grid[at], objects.slot[at], objects.colours[at]) == (number, slot, wanted["colour"])
             np.testing.assert_allclose(objects.features[at], wanted["features"], atol=1e-6)
             own = [divmod(int(c), grid.shape[1]) for c in objects.cells[cell : cell + objects.sizes[at]]]
             assert own == wanted["cells"]

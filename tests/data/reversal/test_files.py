@@ -285,3 +285,17 @@ def test_prepared_shards_hold_the_same_facts(tmp_path: Path) -> None:
     for split in ("train", "atomic", "test"):
         assert list(from_shards.splits[split]) == list(from_files.splits[split])
     assert (tmp_path / "shards" / "train-000001.tar").is_file()
+
+
+def test_valid_holds_as_many_facts_of_each_split_as_asked_for(tmp_path: Path) -> None:
+    data = generate(100, 4, 2, 3)
+    write(data, tmp_path, valid_samples=7)
+    valid = json.loads((tmp_path / "valid.json").read_text())
+    assert {split: len(rows) for split, rows in valid.items()} == {"train": 7, "atomic": 7, "test": 7}
+    found = read(tmp_path)
+    assert len(found.splits["test"]) == 7 and len(found.train) == len(data.train)
+    held_out = {(*f.subject, f.relation, *f.object) for f in data.splits["test"]}
+    chosen = [(*f.subject, f.relation, *f.object) for f in found.splits["test"]]
+    assert held_out.issuperset(chosen) and chosen != [
+        (*f.subject, f.relation, *f.object) for f in data.splits["test"][:7]
+    ]

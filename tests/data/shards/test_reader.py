@@ -196,14 +196,19 @@ def test_an_index_as_a_sequence(tmp_path):
 
 @pytest.mark.parametrize(
     ("fraction", "lengths"),
-    [(1.0, [1, 60, 0, 39]), (0.61, [1, 60, 0, 0]), (0.07, [1, 6, 0, 0]), (0.901, [1, 60, 0, 30])],
+    [(1.0, [1, 60, 0, 39]), (0.61, [0, 37, 0, 24]), (0.07, [0, 4, 0, 3]), (0.901, [0, 55, 0, 36])],
 )
-def test_a_fraction_is_the_first_pieces(tmp_path, fraction, lengths):
-    shards = [text(document(3)), text(*[document(4)] * 60), text(document(1)), text(*[document(5)] * 39)]
-    data = examples(write(tmp_path, shards), fraction=fraction)
+def test_a_fraction_is_chosen_at_random_in_each_shard(tmp_path, fraction, lengths):
+    """Documents of different lengths, by which they are known."""
+    shards = [[2], range(3, 63), [1], range(63, 102)]
+    located = write(tmp_path, [text(*map(document, of_shard)) for of_shard in shards])
+    data = examples(located, max_length=200, fraction=fraction)
     assert data.shard_lengths.tolist() == lengths and len(data) == sum(lengths) and data.counts["pieces"] == 100
-    expected = [3, *[4] * 60, *[5] * 39][: sum(lengths)]
-    assert [len(e.tokens) for e in data] == expected == data.sizes(np.arange(len(data))).tolist()
+    chosen = [len(e.tokens) for e in data]
+    assert chosen == data.sizes(np.arange(len(data))).tolist() == sorted(set(chosen))
+    assert [sum(n in of_shard for n in chosen) for of_shard in shards] == lengths
+    assert fraction == 1 or any(3 + k != n for k, n in enumerate(chosen[: lengths[1]]))  # not the first ones
+    assert chosen == [len(e.tokens) for e in examples(located, max_length=200, fraction=fraction)]
 
 
 def test_fingerprint(tmp_path):

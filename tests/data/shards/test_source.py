@@ -45,11 +45,10 @@ def test_what_decides_the_examples_is_in_the_fingerprint(tmp_path: Path) -> None
     assert load(tmp_path, workers=3, shuffle_window=2, on_error="skip").fingerprint == load(tmp_path).fingerprint
 
 
-def test_train_fraction_takes_the_first_samples(tmp_path: Path) -> None:
+def test_train_fraction_is_of_the_training_samples(tmp_path: Path) -> None:
     write_text(tmp_path, [9, 9])
     whole, part = load(tmp_path), load(tmp_path, train_fraction=0.3)
     assert len(part.train) == -(-len(whole.train) * 3 // 10)
-    assert [e.tokens.tolist() for e in part.train] == [e.tokens.tolist() for e in whole.train[: len(part.train)]]
     assert len(part.splits["valid"]) == len(whole.splits["valid"])
 
 

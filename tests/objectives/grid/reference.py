@@ -93,7 +93,7 @@ def of_grid(objective: Grid, model: Any, grid: np.ndarray, teacher: bool = False
     """A grid by itself: its objects (n, d), what stands for them, and their boxes."""
     o = objective.options
     encoder = objective.teacher.copies["objective.encoder"] if teacher else objective.encoder  # type: ignore[attr-defined]
-    found = flood_fill(grid.tolist())[: o.slots]
+    found = flood_fill(grid.tolist(), o.connectivity, o.object_features)[: o.slots]
     boxes = []
     for thing in found:
         rows, columns = zip(*thing["cells"], strict=True)
@@ -142,20 +142,29 @@ def of_sequence(objective: Grid, grids: list[Tensor], teacher: bool = False) -> 
 
 def plain_terms(objective: Grid, model: Any, samples: list[GridSequence], step: int = 3) -> dict[str, Tensor]:
     """Every term of the loss of the whole batch, from its definition. Without invariances."""
-    o = objective.options
+    o, taught = objective.options, objective.options.target == "ema"
     queries, projections, last_alone, targets, apart, cross, own = [], [], [], [], [], [], []
     keys: list[bytes] = []
     for sample in samples:
-        context = [of_grid(objective, model, grid) for grid in sample.context[-o.context_length :]]
-        with torch.no_grad():
-            target = of_grid(objective, model, sample.target, teacher=True)
-            targets.append(F.normalize(of_sequence(objective, [target["mean"]], teacher=True)[1], dim=0))
+        grids = list(sample.context[-o.context_length :])
+        grids += [grids[-1]] * (o.pad_context * (o.context_length - len(grids)))
+        context = [of_grid(objective, model, grid) for grid in grids]
+        with torch.set_grad_enabled(not taught):
+            target = of_grid(objective, model, sample.target, teacher=taught)
+            targets.append(F.normalize(of_sequence(objective, [target["mean"]], teacher=taught)[1], dim=0))
         projections.append(of_sequence(objective, [grid["mean"] for grid in context])[1])
         queries.append(F.normalize(objective.predictor(projections[-1]), dim=0))
         last_alone.append(objective.encoder.projector(context[-1]["mean"]))
         keys.append(repr(sample.target.tolist()).encode())
         for grid in context:
             apart += [((x - c.detach()) ** 2).mean() for x, c in zip(grid["objects"], grid["table"], strict=True)]
+        if o.relational == "gridjepa":
+            matrices = torch.stack([distance_matrix(o, grid) for grid in context])
+            mean = matrices.mean(dim=0)
+            cross.append(((mean - distance_matrix(o, target)) ** 2).mean())
+            own.append(((matrices - mean) ** 2).mean())
+            continue
+        for grid in context:
             pairs = [(i, j) for i in range(len(grid["boxes"])) for j in range(i + 1, len(grid["boxes"]))]
             own += [
                 relation(grid["used"][i], grid["used"][j], o.relational)
@@ -182,7 +191,7 @@ def plain_terms(objective: Grid, model: Any, samples: list[GridSequence], step: 
         F.cross_entropy((table @ q / objective.temperature())[None], torch.tensor([names.index(k)]))
         for q, k in zip(queries, keys, strict=True)
     ]
-    scale = np.log(len(pool)) if o.relational == "normalized" else 1.0
+    scale = np.log(len(pool)) if o.relational == "adjacent_cosine" else 1.0
     n = torch.tensor(float(len(samples)))
     terms = {"info_nce": torch.stack(losses).mean()}
     terms["relational_cross"], terms["relational_self"] = (scale * torch.stack(x).mean() for x in (cross, own))
@@ -197,7 +206,18 @@ def plain_terms(objective: Grid, model: Any, samples: list[GridSequence], step: 
 
 
 def relation(a: Tensor, b: Tensor, kind: str) -> Tensor:
-    return 1 - F.cosine_similarity(a, b, dim=0) if kind == "normalized" else ((a - b) ** 2).sum()
+    return 1 - F.cosine_similarity(a, b, dim=0) if kind == "adjacent_cosine" else ((a - b) ** 2).sum()
+
+
+def distance_matrix(o: GridOptions, grid: dict[str, Tensor]) -> Tensor:
+    """GridJEPA's matrix of a grid: squared distances of adjacent objects, 0 elsewhere, (slots, slots)."""
+    boxes = grid["boxes"].tolist()
+    near = [
+        [i < len(boxes) and j < len(boxes) and gap(boxes[i], boxes[j]) <= o.reach for j in range(o.slots)]
+        for i in range(o.slots)
+    ]
+    rows = F.pad(grid["used"][: len(boxes)], (0, 0, 0, o.slots - len(boxes)))
+    return ((rows[:, None] - rows[None]) ** 2).sum(dim=-1) * torch.tensor(near)
 
 
 def weighted(objective: Grid, terms: dict[str, Tensor]) -> Tensor:

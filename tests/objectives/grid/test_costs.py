@@ -11,6 +11,7 @@ CASES = {
     "invariances, other heads": dict(
         colour_weight=1.0, symmetry_weight=1.0, projector_multiple=2, predictor_multiple=0, latent_dim=6
     ),
+    "trained targets, padded contexts": dict(target="trained", pad_context=True, colour_weight=1.0),
     "no layers": dict(object_layers=0, context_length=2),
     "decoder": dict(encoder="decoder"),
     "decoder, everything": dict(encoder="decoder", lm_weight=1.0, translation_weight=1.0),

@@ -18,10 +18,16 @@ from tests.objectives.grid import reference
 from tests.objectives.grid.reference import backbone, make, micro_batches, sequences, step_of
 
 CASES = {
-    "objects": {},
-    "objects, raw relations, mean": dict(relational="raw", temporal="mean", projector_multiple=2, latent_dim=6),
+    "objects": dict(relational="gridjepa"),
+    "objects, squared distances, mean": dict(
+        relational="adjacent_squared", temporal="mean", projector_multiple=2, latent_dim=6
+    ),
+    "objects, cosines": dict(connectivity=8),
+    "trained targets": dict(
+        target="trained", relational="gridjepa", pad_context=True, connectivity=8, object_features="gridjepa"
+    ),
     "objects without codes, queue, layers": dict(vq_codes=0, queue=0, object_layers=0),
-    "decoder": dict(encoder="decoder", context_length=2, projector_multiple=0),
+    "decoder": dict(encoder="decoder", relational="gridjepa", context_length=2, projector_multiple=0),
 }
 
 
@@ -237,6 +243,8 @@ def test_diagnostics_of_a_split():
         ({"dim": 8, "latent_dim": 6}, "objective.latent_dim: 6 is not dim, 8, and without a projector"),
         ({"augment": ["colour", "colour"]}, "objective.augment: names a change twice"),
         ({"augment": ["color"]}, "objective.augment.0"),
+        ({"encoder": "decoder", "target": "trained"}, "objective.target: trained works with encoder: objects alone"),
+        ({"encoder": "decoder", "object_features": "gridjepa"}, "objective.object_features: the decoder reads cells"),
         ({"vq_codez": 1}, "objective.vq_codez: unknown key; did you mean 'vq_codes'?"),
     ],
 )
@@ -244,6 +252,12 @@ def test_options_that_do_not_fit_are_named(options, message):
     with pytest.raises(InputError) as caught:
         parse_section(GridOptions, options, "objective")
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(("former", "current"), [("normalized", "adjacent_cosine"), ("raw", "adjacent_squared")])
+def test_former_names_of_the_relational_terms_are_read_with_a_warning(former, current):
+    with pytest.warns(FutureWarning, match=f"relational: {former} has a new name; write {current}"):
+        assert parse_section(GridOptions, {"relational": former}, "objective").relational == current
 
 
 def test_other_data_are_refused():

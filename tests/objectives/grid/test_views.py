@@ -42,9 +42,10 @@ def test_samples_made_together_are_those_made_alone(options):
     assert views.many([], []) == []
 
 
+@pytest.mark.parametrize("relational", ["gridjepa", "adjacent_cosine"])
 @pytest.mark.parametrize("encoder", ["objects", "decoder"])
-def test_what_a_sample_has_is_what_a_loop_finds(encoder):
-    o = GridOptions(**(SMALL | {"encoder": encoder}))
+def test_what_a_sample_has_is_what_a_loop_finds(encoder, relational):
+    o = GridOptions(**(SMALL | {"encoder": encoder, "relational": relational}))
     end = encoder == "decoder"
     for number, sample in enumerate(sequences(8)):
         views = GridViews(o)(sample, draws(8)[number])
@@ -69,9 +70,16 @@ def test_what_a_sample_has_is_what_a_loop_finds(encoder):
             for j, b in enumerate(found[-1])
             if gap(box(a), box(b)) <= 1
         ]
-        assert sorted(map(tuple, views.rows["cross_pair"].tolist())) == cross
+        targets = [
+            (i, j)
+            for i, a in enumerate(found[-1])
+            for j, b in enumerate(found[-1])
+            if i < j and gap(box(a), box(b)) <= 1
+        ]
+        name, pairs = ("target", targets) if relational == "gridjepa" else ("cross", cross)
+        assert sorted(map(tuple, views.rows[f"{name}_pair"].tolist())) == pairs
+        assert views.counts[f"{name}_pairs"] == views.values[f"{name}_pairs"] == len(pairs)
         assert views.counts["self_pairs"] == views.values["self_pairs"] == len(own)
-        assert views.counts["cross_pairs"] == views.values["cross_pairs"] == len(cross)
         assert views.counts["objects"] == sum(counts[:-1])
         full = [len(flood_fill(grid.tolist())) > o.slots for grid in (*sample.context, sample.target)]
         assert views.counts["truncated"] == sum(full) and views.counts["grids"] == len(found)
@@ -146,7 +154,16 @@ def test_more_objects_than_slots_are_refused_by_option_with_the_row_and_the_grid
         maker(overflow="error", slots=20)(target, SampleRNG(0, 0, 0, 8))
 
 
-@pytest.mark.parametrize("options", [{}, ALL, {"encoder": "decoder"}, {"encoder": "decoder", **ALL, "lm_weight": 1.0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        ALL,
+        {"encoder": "decoder"},
+        {"encoder": "decoder", **ALL, "lm_weight": 1.0},
+        {"encoder": "decoder", "pad_context": True, "lm_weight": 1.0},
+    ],
+)
 def test_no_sample_takes_more_tokens_than_announced(options):
     views = maker(**options)
     samples = sequences(12)
@@ -167,3 +184,17 @@ def test_an_empty_micro_batch_has_the_shapes_of_one():
             other = getattr(empty, kind)[name]
             assert len(other) == 0 and other.shape[1:] == value.shape[1:] and other.dtype == value.dtype
     assert isinstance(full.values["key"], torch.Tensor)
+
+
+@pytest.mark.parametrize("encoder", ["objects", "decoder"])
+def test_a_short_context_repeats_its_last_grid_by_option_and_next_tokens_do_not(encoder):
+    sample = sequences(6)[4]
+    short = GridSequence(sample.context[:1], sample.target)
+    repeated = GridSequence(sample.context[:1] * 3, sample.target)
+    draw = SampleRNG(0, 0, 0, 0)
+    padded, whole = maker(pad_context=True, encoder=encoder), maker(encoder=encoder)
+    assert same(*(pack([m(s, draw)], ("main", TARGETS)) for m, s in ((padded, short), (whole, repeated))))
+    assert not whole(short, draw).values["present"].all()
+    if encoder == "decoder":
+        spoken = maker(pad_context=True, encoder=encoder, lm_weight=1.0)(short, draw).segments[-1]
+        assert spoken.role == "lm" and len(spoken.tokens) == len(short.lm_sequence()[0]) - 1

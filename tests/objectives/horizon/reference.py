@@ -156,7 +156,7 @@ def jepa_loss(objective: Horizon, pairs: Pairs) -> tuple[Tensor, dict[str, Tenso
     if o.loss == "barlow":
         a, b = ((x - x.mean(0)) / (x.var(0, correction=0) + 1e-5).sqrt() for x in (a, b))
         c = a.T @ b / n
-        terms = {"align": (1 - c.diagonal()).square().mean(), "off_diagonal": c[beside].square().sum() / d}
+        terms = {"align": (1 - c.diagonal()).square().mean(), "off_diagonal": c[beside].square().mean()}
         return o.align_scale * terms["align"] + o.off_diag_scale * terms["off_diagonal"], terms
     if o.loss == "vicreg":
         terms = {

@@ -117,7 +117,7 @@ def reference(module: JepaModel, examples: list[Document], step: int = 3, teache
     """The losses of SpanJEPA as they are written, from the masks that the views were made with."""
     objective, backbone = module.objective, module.backbone
     o, make = objective.options, objective.view_transform()
-    pooled, centers, predictions, spans, chosen = [], [], [], [], []
+    pooled, centers, predictions, spans, chosen, weights = [], [], [], [], [], []
     of_targets = teacher or backbone
     for i, example in enumerate(examples):
         segments = make(example, SampleRNG(7, 0, step, i)).segments
@@ -137,7 +137,7 @@ def reference(module: JepaModel, examples: list[Document], step: int = 3, teache
             if view.role == "global":
                 firsts.append((encode(of_targets, tokens, positions, masked)[1] if teacher else before)[last])
             filled = None if objective.predictor is None else fill_in(objective.predictor, hidden, positions, masked)
-            at = 0
+            at, before_view = 0, len(spans)
             while filled is not None and at < len(tokens):
                 end = at
                 while end < len(tokens) and masked[end] and (end == at or positions[end] == positions[end - 1] + 1):
@@ -147,6 +147,8 @@ def reference(module: JepaModel, examples: list[Document], step: int = 3, teache
                     spans.append(of_targets.norm(raw_targets[at:end].mean(dim=0)))
                     mine.append(list(range(at, end)))
                 at = max(end, at + 1)
+            found = len(spans) - before_view
+            weights += [1 / max(found, 1) / (o.global_views + o.local_views) / len(examples)] * found
         pooled.append(torch.stack(views))
         centers.append(of_targets.norm(torch.stack(firsts).mean(dim=0)))
         if mine:  # which one is the sampler's choice
@@ -166,7 +168,8 @@ def reference(module: JepaModel, examples: list[Document], step: int = 3, teache
         terms["seq_sigreg"] = torch.stack([sigreg(rows[:, v], step, o) for v in range(rows.shape[1])]).mean()
     loss = (1 - λ) * seq_rec + λ * terms.get("seq_sigreg", 0)
     if objective.predictor is not None:
-        terms["span_rec"] = (torch.stack(predictions) - torch.stack(spans)).square().mean()
+        squares = (torch.stack(predictions) - torch.stack(spans)).square().mean(dim=1)
+        terms["span_rec"] = squares @ squares.new_tensor(weights) if o.span_mean == "views" else squares.mean()
         if spread:
             terms["span_sigreg"] = sigreg(torch.stack(chosen), step, o)
         loss = (loss + (1 - λ) * terms["span_rec"] + λ * terms.get("span_sigreg", 0)) / 2

@@ -20,7 +20,7 @@ from tests.objectives.span.reference import DATA, batches_of, encode, model, ref
 EXAMPLES = (19, 8, 23, 12, 2, 15, 1)
 FORMS = {
     "seed": {},
-    "cosine": dict(distance="cosine"),
+    "cosine": dict(distance="cosine", span_mean="spans"),
     "stop_gradient": dict(target="stop_gradient"),
     "no_predictor": dict(predictor_layers=0),
     "no_sigreg": dict(sigreg_weight=0.0),

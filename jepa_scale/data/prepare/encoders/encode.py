@@ -177,7 +177,10 @@ class ChatEncoder(_TokenizerEncoder):
 
 
 class TokenEncoder:
-    """Encoder of data that are token ids already; it adds no tokens."""
+    """Encoder of data that are token ids already; it adds no tokens.
+
+    A single token is left out and counted: SpanJEPA's script that cuts texts into rows leaves such ends.
+    """
 
     tokenizer_fingerprint = ""
 
@@ -186,6 +189,8 @@ class TokenEncoder:
         self._limit = max_document_tokens
 
     def __call__(self, record: Record) -> list[Sample]:
+        if len(record.value) < 2:
+            raise BadRecord(record.where, "single token", "the end of a text that was cut into rows", usual=True)
         return _documents(record.where, record.value, self._limit, self.vocab_size)
 
     def save(self, folder: Path) -> bool:

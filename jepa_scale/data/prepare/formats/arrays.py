@@ -32,6 +32,9 @@ def _looks_like_metadata(path: Path) -> bool:
 def open_tokens(folder: Path) -> Source:
     """Open a folder of token files. A record's value is an (n,) integer array: a row without its padding and EOS.
 
+    Rows of padding and EOS alone, and those with one token beside them, are counted and left out: texts that are cut into
+    rows have such ends.
+
     ``metadata.json`` holds ``vocab_size``, ``max_seq_len``, ``eos_id``, ``pad_id`` and ``mask_id``. All rows are checked
     against it here, before anything is written.
 
@@ -104,4 +107,4 @@ def _read(files: tuple[Path, ...], fill: tuple[int, ...]) -> Items:
         for number, row in enumerate(_load(path)):
             tokens = row[~np.isin(row, fill)]
             where = f"{path}#{number}"
-            yield Record(where, tokens) if len(tokens) else BadRecord(where, "empty document")
+            yield Record(where, tokens) if len(tokens) else BadRecord(where, "empty document", usual=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from jepa_scale.data.grids import rules as grid_rules
 from jepa_scale.data.prepare.base import BadRecord, PrepareOptions, Record
 from jepa_scale.data.prepare.folders import data_folders
-from jepa_scale.data.prepare.formats.grids import pair, windows
+from jepa_scale.data.prepare.formats.grids import pair, refuse_windows, window_of, windows
 from jepa_scale.data.prepare.formats.source import Items, Part, Source, identify_files, identity
 from jepa_scale.data.prepare.formats.table import read_json
 from jepa_scale.utils.errors import InputError
@@ -23,16 +23,18 @@ _SEEDS = {"train": 0, "valid": 1}
 def generated(options: PrepareOptions) -> Source:
     """Open generated windows over sequences of :mod:`jepa_scale.data.grids.rules`.
 
-    There are 6,000 training windows, and 600 of other sequences in the split ``valid``.
+    There are 6,000 training windows of three grids and the next, and 600 of other sequences in the split ``valid``.
     """
-    parts = {split: Part(partial(_generated, split), n * (FRAMES - 3)) for split, n in SEQUENCES.items()}
+    context, offset = window_of(options)
+    each = max(1, FRAMES - context - offset + 1)
+    parts = {split: Part(partial(_generated, split, context, offset), n * each) for split, n in SEQUENCES.items()}
     return Source("grids", parts, _identify_generated)
 
 
-def _generated(split: str) -> Items:
+def _generated(split: str, context: int, offset: int) -> Items:
     for number in range(SEQUENCES[split]):
-        frames = grid_rules.frames(_SEEDS[split], number, FRAMES)
-        yield from windows(f"grid_rules-{split}#{number}", [frame.tolist() for frame in frames])
+        frames = [frame.tolist() for frame in grid_rules.frames(_SEEDS[split], number, FRAMES)]
+        yield from windows(f"grid_rules-{split}#{number}", frames, context=context, offset=offset)
 
 
 def _identify_generated() -> str:
@@ -49,8 +51,9 @@ def arc(options: PrepareOptions) -> Source:
     tests and the first is the task's last demonstration.
 
     Raises:
-        InputError: the folder of task files is missing.
+        InputError: the folder of task files is missing, or windows over frames are asked for.
     """
+    refuse_windows(options, "arc")
     folders = [folder / "arc" / "training" for folder in data_folders()]
     for folder in folders:
         files = tuple(sorted(folder.glob("*.json")))

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jepa_scale.data.prepare.base import BadRecord, Record
+from jepa_scale.data.prepare.base import BadRecord, Record, WindowOptions
 from jepa_scale.data.prepare.formats.source import Items
+from jepa_scale.utils.errors import InputError
 
 CONTEXT = 3
-"""Largest number of grids before the target in a sliding window over frames."""
+"""Largest number of grids before the target in a sliding window over frames, unless an option gives another."""
 COLOURS = 10
 
 
@@ -38,25 +39,44 @@ def looks_like_grids(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(looks_like_grid(grid) for grid in value)
 
 
-def windows(where: str, frames: Any, field: str = "frames") -> Items:
-    """Yield windows over frames: each grid from number ``CONTEXT`` on as the target of the ``CONTEXT`` grids before it.
+def window_of(options: WindowOptions) -> tuple[int, int]:
+    """Return the largest number of grids before the target, and the distance from the last of them to the target."""
+    return options.context_window or CONTEXT, options.target_offset or 1
 
-    With too few grids for that, the last one is the target of all grids before it. A record is named ``where#frames[n]`` after
-    its target.
+
+def refuse_windows(options: WindowOptions, what: str) -> None:
+    """Refuse the options of windows for data that have none.
+
+    Raises:
+        InputError: one of them is set.
+    """
+    for key in WindowOptions.model_fields:
+        if getattr(options, key) is not None:
+            raise InputError(f"data.{key}: is for rows of frames, and {what} has no frames; remove the key")
+
+
+def windows(where: str, frames: Any, field: str = "frames", context: int = CONTEXT, offset: int = 1) -> Items:
+    """Yield windows over frames: ``context`` consecutive grids, and as their target the one ``offset`` grids later.
+
+    With too few grids for that, the last one is the target of all grids that are so far before it. A record is named
+    ``where#frames[n]`` after its target.
     """
     if not isinstance(frames, list):
         yield BadRecord(where, "not a grid", f"{field} must be a list of grids")
         return
-    if len(frames) < 2:
-        yield BadRecord(where, "too few frames", f"{field} holds {len(frames)}, a context and a target need 2")
+    if len(frames) <= offset:
+        yield BadRecord(
+            where, "too few frames", f"{field} holds {len(frames)}, a context and a target need {offset + 1}"
+        )
         return
     fault = first_fault({f"{field}[{n}]": grid for n, grid in enumerate(frames)})
     if fault:
         yield BadRecord(where, *fault)
         return
-    for target in range(min(CONTEXT, len(frames) - 1), len(frames)):
-        context = frames[max(0, target - CONTEXT) : target]
-        yield Record(f"{where}#{field}[{target}]", {"context": context, "target": frames[target]})
+    for stop in range(min(context, len(frames) - offset), len(frames) - offset + 1):
+        target = stop + offset - 1
+        grids = {"context": frames[max(0, stop - context) : stop], "target": frames[target]}
+        yield Record(f"{where}#{field}[{target}]", grids)
 
 
 def pair(where: str, context: Any, target: Any, names: tuple[str, str]) -> Record | BadRecord:

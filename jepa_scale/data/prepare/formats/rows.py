@@ -10,7 +10,14 @@ from typing import Any
 
 from jepa_scale.data.base import Kind
 from jepa_scale.data.prepare.base import BadRecord, PrepareOptions, Record
-from jepa_scale.data.prepare.formats.grids import looks_like_grid, looks_like_grids, pair, windows
+from jepa_scale.data.prepare.formats.grids import (
+    looks_like_grid,
+    looks_like_grids,
+    pair,
+    refuse_windows,
+    window_of,
+    windows,
+)
 from jepa_scale.data.prepare.formats.source import Items, Part
 from jepa_scale.utils.errors import InputError
 
@@ -26,11 +33,12 @@ _DETECTION_ROWS = 100  # the schema must be recognisable from one of the first r
 
 @dataclass(frozen=True, slots=True)
 class Schema:
-    """The schema of rows: their kind, its form, and role → column."""
+    """The schema of rows: their kind, its form, role → column, and for frames the context and offset of their windows."""
 
     kind: Kind
     form: str
     columns: Mapping[str, str]
+    window: tuple[int, int] = (0, 0)
 
     def expand(self, item: Record | BadRecord) -> Items:
         """Return the records of a row. A row whose needed field is missing or has another type is a bad record."""
@@ -44,7 +52,7 @@ class Schema:
                 yield BadRecord(item.where, f"no field {name!r}", f"the row has {has}")
                 return
         if self.form == "frames":
-            yield from windows(item.where, row[names["frames"]], names["frames"])
+            yield from windows(item.where, row[names["frames"]], names["frames"], *self.window)
         elif self.form == "context":
             yield pair(item.where, row[names["context"]], row[names["target"]], (names["context"], names["target"]))
         elif self.form == "grids":
@@ -118,6 +126,8 @@ def find_schema(rows: Iterator[Record | BadRecord], options: PrepareOptions, wha
         if isinstance(item, Record):
             schema = match(item.value, options)
             if schema:
+                if schema.form != "frames":
+                    refuse_windows(options, what)
                 return schema
         if first is None or (isinstance(first, BadRecord) and isinstance(item, Record)):
             first = item
@@ -152,7 +162,7 @@ def match(row: Mapping[str, Any], options: PrepareOptions) -> Schema | None:
     question, answer = column("input", INPUT), column("output", OUTPUT)
     if allowed("grids"):
         if not primary and looks_like_grids(row.get("frames")):
-            return Schema("grids", "frames", {"frames": "frames"})
+            return Schema("grids", "frames", {"frames": "frames"}, window_of(options))
         if not primary and looks_like_grids(row.get("context")) and looks_like_grid(row.get("target")):
             return Schema("grids", "context", {"context": "context", "target": "target"})
         if question and answer and looks_like_grid(row[question]) and looks_like_grid(row[answer]):

@@ -3,8 +3,9 @@ import json
 import numpy as np
 import pytest
 
-from jepa_scale.data.prepare.base import BadRecord
+from jepa_scale.data.prepare.base import BadRecord, PrepareOptions
 from jepa_scale.data.prepare.formats.arrays import is_token_folder, open_tokens
+from jepa_scale.data.prepare.job import prepare
 from jepa_scale.utils.errors import InputError
 
 METADATA = {"vocab_size": 50, "max_seq_len": 6, "eos_id": 1, "pad_id": 0, "mask_id": 49}
@@ -32,6 +33,16 @@ def test_rows_lose_padding_and_eos_wherever_they_stand(tmp_path):
     assert source.count("train") == 4
     assert source.vocabulary.vocab_size == 50
     assert source.vocabulary.special == {"eos": 1, "pad": 0, "mask": 49}
+
+
+def test_rows_of_one_token_or_none_are_left_out_and_counted_though_others_would_stop(tmp_path):
+    """SpanJEPA's script cuts a text into rows and writes its last token as a row of its own."""
+    rows = np.array([[5, 6, 7, 1, 0, 0], [8, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0]], dtype=np.int32)
+    raw = tmp_path / "rows"
+    raw.mkdir()
+    index = prepare(folder(raw, [rows]), tmp_path / "out", PrepareOptions(), 1, progress=False)
+    assert index.skipped == {"single token": 1, "empty document": 1}
+    assert sum(shard.samples for shard in index.splits["train"]) == 1
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.uint16, np.int64])

@@ -54,6 +54,19 @@ def test_windows_slide_over_frames():
     assert bad.reason == "not a grid"
 
 
+@given(st.integers(1, 12), st.integers(1, 5), st.integers(1, 4))
+def test_windows_of_any_length_and_distance(n, context, offset):
+    frames = [[[k % 10, k // 10]] for k in range(n)]
+    records = list(windows("w", frames, context=context, offset=offset))
+    if n <= offset:
+        assert str(records[0]) == f"w: too few frames: frames holds {n}, a context and a target need {offset + 1}"
+        return
+    length = min(context, n - offset)
+    starts = range(n - length - offset + 1)
+    assert [r.value["context"] for r in records] == [frames[s : s + length] for s in starts]
+    assert [r.value["target"] for r in records] == [frames[s + length + offset - 1] for s in starts]
+
+
 @given(st.integers(4, 12))
 def test_every_frame_after_the_context_is_a_target_once(n):
     frames = [[[k % 10]] for k in range(n)]

@@ -129,3 +129,15 @@ def test_what_cannot_be_told_is_the_users_error():
         find_schema(iter([BadRecord("f:1", "bad"), Record("f:2", {"id": 1, "x": 2})]), options(), "f")
     with pytest.raises(InputError, match=r"data\.columns\.txt: unknown role; known roles: text, messages"):
         find_schema(iter([]), options(columns={"txt": "a"}), "f")
+
+
+def test_windows_over_frames_have_the_length_and_distance_that_is_asked_for():
+    frames = [[[n]] for n in range(6)]
+    chosen = options(context_window=2, target_offset=3)
+    (first, last) = match({"frames": frames}, chosen).expand(Record("f:1", {"frames": frames}))
+    assert first.value == {"context": frames[:2], "target": frames[4]} and last.value["target"] == frames[5]
+    pair = [Record("f:1", {"input": [[1]], "output": [[2]]})]
+    with pytest.raises(
+        InputError, match="data.context_window: is for rows of frames, and f has no frames; remove the key"
+    ):
+        find_schema(iter(pair), chosen, "f")
