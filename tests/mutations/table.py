@@ -2277,6 +2277,8 @@ ROWS: tuple[Row, ...] = (
         "        if wrong.all():",
         "tests/data/shards/test_reader.py::test_an_index_of_a_shard_that_lies",
         "a sample lies within its shard",
+    ),
+    _row(
         "gridjepa-mismatch",
         "grid",
         "jepa_scale/losses/relational.py",
