@@ -2117,6 +2117,8 @@ ROWS: tuple[Row, ...] = (
         "        pass",
         "tests/test_train.py::test_fp16_is_refused_where_nothing_computes_it",
         "fp16 without instructions for it is refused",
+    ),
+    _row(
         "duplicate-key",
         "config",
         "jepa_scale/config/yaml12.py",
