@@ -171,7 +171,10 @@ def test_every_number_has_a_range():
             for key, value in owner.get("properties", {}).items():
                 for form in [value, *value.get("anyOf", [])]:
                     if form.get("type") in ("integer", "number") and key not in UNBOUNDED:
-                        assert {"minimum", "exclusiveMinimum", "exclusiveMaximum"} & form.keys(), (owner["title"], key)
+                        assert {"minimum", "exclusiveMinimum", "exclusiveMaximum", "enum"} & form.keys(), (
+                            owner["title"],
+                            key,
+                        )
 
 
 def test_a_message_is_of_bounded_length():
