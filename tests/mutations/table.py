@@ -1462,7 +1462,7 @@ ROWS: tuple[Row, ...] = (
         "labels-of-the-user",
         "views",
         "jepa_scale/data/examples.py",
-        'if turn.role == "assistant":',
+        "if turn.is_answer:",
         'if turn.role != "system":',
         "tests/data/test_examples.py::test_exactly_the_assistants_tokens_are_predicted",
         "what the assistant says is predicted, and nothing else",
@@ -2043,7 +2043,7 @@ ROWS: tuple[Row, ...] = (
         "jepa_scale/data/prepare/encoders/chat_tokens.py",
         "return self._after_anchor(text) if self._begins_texts else self._raw(text)",
         "return self._raw(text)",
-        "tests/data/prepare/encoders/test_chat_encoder.py::test_the_trained_prompt_is_the_rendered_one",
+        "tests/data/prepare/encoders/test_chat_encoder.py::test_an_answer_after_a_space_begins_without_another",
         "an answer goes on after its prompt, it does not begin a text",
     ),
     _row(

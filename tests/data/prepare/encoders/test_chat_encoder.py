@@ -63,6 +63,12 @@ def test_the_trained_prompt_is_the_rendered_one(tokenizers, kind, template):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_after_a_space_begins_without_another(tokenizers, kind):
+    ((_, ids, _, (start, _)),) = answers(encoder(tokenizers[kind], SPACE), talk("hello", "it is blue"))
+    assert not str(tokenizers[kind].convert_ids_to_tokens(ids[start])).startswith(("▁", "Ġ"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_answer_has_the_same_tokens_beside_a_special_token_that_is_said(tokenizers, kind):
     for template in TEMPLATES.values():
         made = encoder(tokenizers[kind], template)
