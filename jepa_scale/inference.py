@@ -22,8 +22,8 @@ from jepa_scale.data import SourceOptions, load_data
 from jepa_scale.data.base import Dataset
 from jepa_scale.data.options import MixtureOptions
 from jepa_scale.data.prepare.base import BadRecord, Record
+from jepa_scale.data.prepare.encoders.chat_encoder import ChatEncoder
 from jepa_scale.data.prepare.encoders.chat_tokens import bos_prefix, encode_text
-from jepa_scale.data.prepare.encoders.encode import ChatEncoder
 from jepa_scale.data.texts import Text, Texts, tokenize
 from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.evaluation.encode import EncodedTexts, encode_texts
@@ -54,6 +54,7 @@ class LoadedRun:
     tokenizer: Any
     device: torch.device
     _ranks: ParallelContext = field(init=False)
+    _chat: ChatEncoder | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self._ranks = ParallelContext(0, 1, 0, self.device, "python")
@@ -192,10 +193,11 @@ class LoadedRun:
             raise InputError(f"{name}: is empty")
         if not self._chats:
             return np.array([*bos_prefix(self.tokenizer), *encode_text(self.tokenizer, text)], dtype=np.int64)
-        encode = ChatEncoder(self.tokenizer, self.data.plain, False, "of the data")
+        if self._chat is None:
+            self._chat = ChatEncoder(self.tokenizer, self.data.plain, False, "of the data")
         messages = [{"role": "user", "content": text}, {"role": "assistant", "content": "a"}]
         try:
-            (sample,) = encode(Record(name, {"messages": messages}))
+            (sample,) = self._chat(Record(name, {"messages": messages}))
         except BadRecord as error:
             raise InputError(str(error)) from None
         return sample.members["npy"][: sample.members["json"]["turns"][1][0]].astype(np.int64)

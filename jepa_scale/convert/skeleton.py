@@ -63,6 +63,9 @@ class Skeleton:
         config.architectures = [self.class_name]
         config.dtype = dtype
         for name in ("bos", "eos", "pad"):
+            own = getattr(config, f"{name}_token_id", None)
+            if name in special and isinstance(own, list) and special[name] in own:
+                continue  # a pretrained model that stops at several tokens
             # not pad = eos: a padding token's embedding gets no gradient, but EOS needs one
             if name in special and not (name == "pad" and special["pad"] == special.get("eos")):
                 setattr(config, f"{name}_token_id", special[name])
@@ -71,16 +74,19 @@ class Skeleton:
         return config
 
     def generation_config(self, special: Mapping[str, int], options: ModelOptions | None = None) -> GenerationConfig:
-        """Return the config for ``generation_config.json``. Generation stops at EOS and, for chats, at the end of an answer."""
+        """Return the config for ``generation_config.json``. Generation stops at EOS, for chats at the end of an answer, and where
+        the pretrained model's does."""
         try:
             if options is None or options.pretrained is None:
                 raise OSError
             config = GenerationConfig.from_pretrained(options.pretrained, cache_dir=options.cache_dir)
         except OSError:  # there is no pretrained model, or it has no generation config
             config = GenerationConfig.from_model_config(self.config(torch.float32, special))
+        own = config.eos_token_id
         stops = [special[name] for name in ("eos", "end") if name in special]
-        if stops:
-            config.eos_token_id = stops[0] if len(set(stops)) == 1 else stops
+        stops += own if isinstance(own, list) else [] if own is None else [own]
+        if stops := list(dict.fromkeys(stops)):
+            config.eos_token_id = stops if len(stops) > 1 else stops[0]
         for name in ("bos", "pad"):
             if name in special:
                 setattr(config, f"{name}_token_id", special[name])

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from jepa_scale.data.options import MixtureOptions, ReversalOptions, SourceOptions
-from jepa_scale.data.prepare.encoders.tokenizer import load_tokenizer, special_ids
+from jepa_scale.data.prepare.encoders.tokenizer import load_tokenizer, special_ids, vocabulary_size
 from jepa_scale.data.shards.cache import cache_dir
 from jepa_scale.data.shards.source import open_shards
 from jepa_scale.utils.errors import InputError
@@ -19,7 +19,7 @@ class Tokenizer:
     """Files of a tokenizer, as ``save_pretrained`` writes them, by path; empty if the data have no tokenizer.
 
     special: ids of ``eos``, ``pad``, ``bos``, and ``end`` (of an answer in a chat), as far as they exist.
-    size: number of ids, 0 if the data have no tokenizer. chat: whether it has a chat template.
+    size: one more than the largest id, 0 if the data have no tokenizer. chat: whether it has a chat template.
     """
 
     files: Mapping[str, bytes] = field(default_factory=dict)
@@ -62,4 +62,4 @@ def _load(name: str, special: Mapping[str, int]) -> Tokenizer:
         paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
         files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
     chat = bool(getattr(tokenizer, "chat_template", None))
-    return Tokenizer(files, {**special_ids(tokenizer), **special}, len(tokenizer), chat)
+    return Tokenizer(files, {**special_ids(tokenizer), **special}, vocabulary_size(tokenizer), chat)

@@ -30,11 +30,20 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One message of a conversation: its role and its tokens ``[start, stop)``, the closing token included."""
+    """One message of a conversation: its role and its tokens ``[start, stop)``, the closing token included.
+
+    Attributes:
+        trained: whether the data allow training on it, if it is an answer.
+    """
 
     role: str
     start: int
     stop: int
+    trained: bool = True
+
+    @property
+    def is_answer(self) -> bool:
+        return self.role == "assistant" and self.trained
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +71,7 @@ class Conversation:
             labels[:-1] = self.tokens[1:]
             return self.tokens, labels
         for turn in self.turns:
-            if turn.role == "assistant":
+            if turn.is_answer:
                 start = max(turn.start, 1)
                 stop = max(start, min(turn.stop, len(self.tokens)))  # an empty answer has no labels
                 labels[start - 1 : stop - 1] = self.tokens[start:stop]

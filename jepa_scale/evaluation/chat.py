@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jepa_scale.data.examples import Conversation
+from jepa_scale.data.prepare.encoders.messages import is_trained
 from jepa_scale.distributed.comm import ParallelContext, all_gather_object
 from jepa_scale.evaluation.options import DATABASE, ChatEvalOptions
 from jepa_scale.metrics.text_match import METRICS, Wanted
@@ -184,13 +185,13 @@ def chosen(total: int, wanted: int) -> list[int]:
 
 
 def question(example: Conversation, row: int, split: str, options: ChatEvalOptions) -> Question:
-    """Return the question whose answer is the assistant's last message.
+    """Return the question whose answer is the assistant's last message, of those that the data allow training on.
 
     Raises:
         InputError: naming ``eval.database`` or ``eval.database_id`` and the row: its SQLite file does not exist.
     """
     name = f"{split} row {row}"
-    last = max(n for n, message in enumerate(example.messages) if message["role"] == "assistant")
+    last = max(n for n, message in enumerate(example.messages) if is_trained(message))
     users = [message["content"] for message in example.messages[:last] if message["role"] == "user"]
     asked = users[-1] if users else ""
     database = _database(asked, name, options) if "sql_execution" in options.metrics else None

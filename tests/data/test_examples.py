@@ -16,3 +16,9 @@ def test_exactly_the_assistants_tokens_are_predicted(n, spans):
     predicted = {i for turn in turns if turn.role == "assistant" for i in range(max(turn.start, 1), min(turn.stop, n))}
     assert {int(label) - 100 for label in labels if label != IGNORE} == predicted
     assert all(labels[i - 1] == tokens[i] for i in predicted)
+
+
+def test_an_answer_that_is_excluded_has_no_labels():
+    turns = (Turn("assistant", 1, 3, trained=False), Turn("user", 3, 5), Turn("assistant", 5, 7))
+    _, labels = Conversation(np.arange(7), turns, []).lm_sequence()
+    assert labels.tolist() == [IGNORE] * 4 + [5, 6, IGNORE]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -42,6 +43,9 @@ class RecordOptions(Section):
         description="Role (text, messages, input, output, system) → column name; empty = recognised by common names.",
     )
     remove_thinking: bool = Field(False, description="Remove <think>…</think> from the assistant's messages.")
+    add_eos: bool = Field(
+        False, description="End each answer with the eos token where the chat template writes no token that ends it."
+    )
     plain: bool = Field(
         False, description="Chat without a chat template: contents joined by line ends, eos after each answer."
     )
@@ -82,12 +86,14 @@ class Record:
 
     Attributes:
         where: ``file:line``, ``file#row`` or ``shard:member``, for error messages.
-        value: text: ``str``, or (n,) integer token ids; chat: ``dict`` with ``messages``; grids: ``dict`` with ``context``
-            and ``target``; reversal: the row.
+        value: text: ``str``, or (n,) integer token ids; chat: ``dict`` with ``messages``, and with ``template`` if the row has
+            values for the chat template (``tools`` …); grids: ``dict`` with ``context`` and ``target``; reversal: the row.
+        unused: columns of its row that hold a value and are not used.
     """
 
     where: str
     value: Any
+    unused: tuple[str, ...] = field(default=(), compare=False)
 
 
 class BadRecord(Exception):
@@ -97,15 +103,21 @@ class BadRecord(Exception):
         where: name of the record, as in :class:`Record`.
         reason: a few words, the same for all records with this fault, for counting (``"empty document"``).
         detail: the exact fault and what to do, for people; may be empty.
-        usual: whether such records are a part of good data. They are left out and counted, also with ``on_error: stop``.
     """
 
-    def __init__(self, where: str, reason: str, detail: str = "", usual: bool = False) -> None:
-        super().__init__(where, reason, detail, usual)
-        self.where, self.reason, self.detail, self.usual = where, reason, detail, usual
+    def __init__(self, where: str, reason: str, detail: str = "") -> None:
+        super().__init__(where, reason, detail)
+        self.where, self.reason, self.detail = where, reason, detail
 
     def __str__(self) -> str:
         return f"{self.where}: {self.reason}" + (f": {self.detail}" if self.detail else "")
+
+
+class LeftOut(BadRecord):
+    """A record that good data may have and that is not trained on, by its own labels or because nothing is in it.
+
+    It is left out and counted, whatever ``on_error`` is.
+    """
 
 
 class Encoder(Protocol):
@@ -128,6 +140,9 @@ class Encoder(Protocol):
         Raises:
             BadRecord: the record cannot become a sample.
         """
+
+    def unused(self, record: Record) -> Iterable[str]:
+        """Return names of what the record holds and the encoder does not use."""
 
     def save(self, folder: Path) -> bool:
         """Write the tokenizer into ``folder``; False when there is none."""

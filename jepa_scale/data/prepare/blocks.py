@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jepa_scale.data.prepare.base import BadRecord, Encoder, Record
+from jepa_scale.data.prepare.base import BadRecord, Encoder, LeftOut, Record
 from jepa_scale.data.shards.format import Sample, ShardInfo, index_name, write_shard
 from jepa_scale.utils.errors import InputError
 from jepa_scale.utils.io import sha256_of, write_atomic
@@ -47,6 +48,7 @@ class Done:
         shard: None if all records are bad; the shard numbers then have a gap.
         skipped: reason → number of records left out.
         examples: reason → the names of the first few of them, for messages.
+        unused: name of a column or field that is not used → number of records that have it.
     """
 
     first: int
@@ -54,6 +56,7 @@ class Done:
     shard: ShardInfo | None
     skipped: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    unused: dict[str, int] = field(default_factory=dict)
 
 
 def raw_size(value: Any) -> int:
@@ -93,19 +96,20 @@ class ShardMaker:
         """Encode the block's records, write its shard, and then the file that records its completion.
 
         Raises:
-            InputError: a record is bad, not a usual one, and ``on_error`` is stop; or the shard cannot be written.
+            InputError: a record is bad and ``on_error`` is stop, or the shard cannot be written.
         """
-        samples, skipped, examples = self._encode(block)
+        samples, skipped, examples, unused = self._encode(block)
         try:
             info = write_shard(self.folder, block.shard, samples) if samples else None
-            done = Done(block.first, len(block.records), info, skipped, examples)
+            done = Done(block.first, len(block.records), info, skipped, examples, dict(unused))
             write_atomic(_done_file(self.folder, block.shard), json.dumps(asdict(done)).encode())
         except OSError as error:
             raise cannot_write(error, self.folder / block.shard) from None
         return done
 
-    def _encode(self, block: Block) -> tuple[list[Sample], dict[str, int], dict[str, list[str]]]:
+    def _encode(self, block: Block) -> tuple[list[Sample], dict[str, int], dict[str, list[str]], Counter[str]]:
         samples: list[Sample] = []
+        unused: Counter[str] = Counter()
         skipped: dict[str, int] = {}
         examples: dict[str, list[str]] = {}
         for record in block.records:
@@ -115,13 +119,14 @@ class ShardMaker:
                 made = self.encoder(record)
                 assert made, f"{record.where}: the encoder made no samples of it"
                 samples += made
+                unused.update({*record.unused, *self.encoder.unused(record)})
             except BadRecord as bad:
-                if self.on_error == "stop" and not bad.usual:
+                if self.on_error == "stop" and not isinstance(bad, LeftOut):
                     raise InputError(f"{bad}; fix it, or leave it out with on_error=skip") from None
                 skipped[bad.reason] = skipped.get(bad.reason, 0) + 1
                 if len(named := examples.setdefault(bad.reason, [])) < EXAMPLES:
                     named.append(f"{bad.where}: {bad.detail}" if bad.detail else bad.where)
-        return samples, skipped, examples
+        return samples, skipped, examples, unused
 
 
 def finished(folder: Path, block: Block) -> Done | None:

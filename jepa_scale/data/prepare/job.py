@@ -12,14 +12,17 @@ import logging
 import os
 import shutil
 import time
+from collections import Counter
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from jepa_scale.data.prepare.base import Encoder, PrepareOptions
+from jepa_scale.data.prepare.base import BadRecord, Encoder, PrepareOptions, Record
 from jepa_scale.data.prepare.blocks import BLOCK_BYTES, DONE_SUFFIX, EXAMPLES, ShardMaker, cannot_write, cut
+from jepa_scale.data.prepare.encoders.chat_encoder import ChatEncoder
 from jepa_scale.data.prepare.encoders.encode import make_encoder
 from jepa_scale.data.prepare.formats.source import Source
 from jepa_scale.data.prepare.readers import open_reader
@@ -35,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 JOB_FILE = "job.json"
 TOKENIZER = "tokenizer"
+CHECKED = 10
+"""Rows whose prompts are compared with the chat template's before the work begins."""
 OURS = {JOB_FILE, f"{JOB_FILE}.partial", JOB_LOCK}
 """Files of a job. A folder that holds other files and none of these is not overwritten."""
 
@@ -94,7 +99,7 @@ def prepared(
         InputError: as :func:`prepare`.
     """
     reader = open_reader(str(path), options)
-    what = [FORMAT, BLOCK_BYTES, reader.fingerprint(), options.resolved(), _local_tokenizer(options.tokenizer)]
+    what = [FORMAT, BLOCK_BYTES, reader.fingerprint(), _named(options), _local_tokenizer(options.tokenizer)]
     folder = cache / "prepared" / hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
     try:
         if _complete(folder) is None:
@@ -123,7 +128,7 @@ def _fill(
         "block_bytes": BLOCK_BYTES,
         "source": reader.fingerprint(),
         "tokenizer": encoder.tokenizer_fingerprint,
-        "options": options.resolved(),
+        "options": _named(options),
     }
     resumes = _resumes(out, job)
     index = _complete(out)
@@ -137,6 +142,8 @@ def _fill(
     elif resumes:
         logger.info(f"{out}: continues where it was stopped")
     _clean(out, "*.partial")
+    if isinstance(encoder, ChatEncoder):
+        _check_prompts(reader, encoder)
     write_atomic(out / JOB_FILE, json.dumps(job, indent=1).encode())
     processes = processes or cores()
 
@@ -144,6 +151,7 @@ def _fill(
     records: dict[str, int] = {}
     skipped: dict[str, int] = {}
     examples: dict[str, list[str]] = {}
+    unused: Counter[str] = Counter()
     try:
         with Workers(ShardMaker(out, encoder, options.on_error), processes) as workers:
             for split in reader.splits:
@@ -164,6 +172,7 @@ def _fill(
                         records[split] += done.records
                         there += done.records if was_there else 0
                         shards += [done.shard] if done.shard else []
+                        unused.update(done.unused)
                         for reason, count in done.skipped.items():
                             skipped[reason] = skipped.get(reason, 0) + count
                             named = examples.setdefault(reason, [])
@@ -179,6 +188,9 @@ def _fill(
         _clean(out, "*.partial")
     if reader.fingerprint() != job["source"]:
         raise InputError(f"{path}: has changed while it was being prepared; remove {out} and start again")
+    if unused:
+        names = ", ".join(f"{name} ({count:,})" for name, count in sorted(unused.items()))
+        logger.warning(f"not used, with the number of records that hold it: {names}")
     index = Index(
         kind=reader.kind,
         splits=splits,
@@ -193,11 +205,34 @@ def _fill(
             "options": job["options"],
             "records": records,
             "skipped": examples,
+            "unused": dict(sorted(unused.items())),
         },
     )
     index.write(out)
     _clean(out, f"*{DONE_SUFFIX}")
     return index
+
+
+def _named(options: PrepareOptions) -> dict[str, Any]:
+    """Return the options that name a job. A key that earlier versions did not have is named where it is set."""
+    return {key: value for key, value in options.resolved().items() if key != "add_eos" or value}
+
+
+def _check_prompts(reader: Source, encoder: ChatEncoder) -> None:
+    """Compare the prompts of the first rows with those that the model will be asked with.
+
+    Raises:
+        InputError: one differs; the message names its row.
+    """
+    changed = False
+    for record in islice((r for r in reader.records("train") if isinstance(r, Record)), CHECKED):
+        with suppress(BadRecord):  # reported with its block
+            changed |= encoder.check(record)
+    if changed:
+        logger.warning(
+            "the chat template renders answers that are followed by others in another way than last ones; they are trained as "
+            "it renders them"
+        )
 
 
 def _claim(folder: Path) -> None:

@@ -12,7 +12,7 @@ from jepa_scale.data.prepare.aliases import ALIASES, cut_text
 from jepa_scale.data.prepare.base import PrepareOptions
 from jepa_scale.data.prepare.formats import arrays, facts, hub
 from jepa_scale.data.prepare.formats.files import Found, expand, find
-from jepa_scale.data.prepare.formats.rows import expanded, find_schema
+from jepa_scale.data.prepare.formats.rows import CHAT_VERSION, expanded, find_schema
 from jepa_scale.data.prepare.formats.source import Items, Part, Source, identify_files, read_each
 from jepa_scale.data.prepare.formats.table import count_parquet, read_json, read_jsonl, read_parquet
 from jepa_scale.data.prepare.formats.tar import read_tar
@@ -138,4 +138,5 @@ def _rows(parts: dict[str, Part], options: PrepareOptions, what: str, identify: 
         raise InputError(f"{what}: data.kind=reversal needs a folder of train.json, valid.json and vocab.json")
     schema = find_schema(parts["train"].read(), options, what)
     converted = {split: expanded(part, schema) for split, part in parts.items()}
-    return Source(schema.kind, converted, partial(identify, schema.kind, schema.form, dict(schema.columns)))
+    version = (CHAT_VERSION,) if schema.kind == "chat" else ()
+    return Source(schema.kind, converted, partial(identify, schema.kind, schema.form, dict(schema.columns), *version))

@@ -162,7 +162,7 @@ def _conversation(tokens: np.ndarray, values: Any, train_all: bool) -> Conversat
     try:
         messages = values["messages"]
         spans = zip(messages, values["turns"], strict=True)
-        turns = tuple(_turn(message["role"], span, len(tokens)) for message, span in spans)
+        turns = tuple(_turn(message, span, len(tokens)) for message, span in spans)
     except (KeyError, TypeError, ValueError) as error:
         raise BadSample("json", f"has no valid messages and turns ({error!r})") from None
     if not isinstance(messages, list):
@@ -170,11 +170,12 @@ def _conversation(tokens: np.ndarray, values: Any, train_all: bool) -> Conversat
     return Conversation(tokens, turns, messages, train_all, str(values.get("where", "")))
 
 
-def _turn(role: Any, span: Any, n: int) -> Turn:
+def _turn(message: Any, span: Any, n: int) -> Turn:
+    role = message["role"]
     start, stop = span
     if not (isinstance(role, str) and 0 <= start <= stop <= n):
         raise ValueError(f"turn {role!r} {start}:{stop} of {n} tokens")
-    return Turn(role, start, stop)
+    return Turn(role, start, stop, message.get("train", True) is not False)
 
 
 def _grids(values: Any, num_tokens: int) -> GridSequence:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jepa_scale.data.examples import Conversation, Turn
-from jepa_scale.data.prepare.encoders.chat_tokens import bos_prefix, encode_text, render
+from jepa_scale.data.prepare.encoders.chat import turn_spans
+from jepa_scale.data.prepare.encoders.chat_tokens import TurnTokenizer, bos_prefix, encode_text
+from jepa_scale.data.prepare.encoders.template import render, special_pattern
 from jepa_scale.data.sampling.rng import SampleRNG
 from jepa_scale.objectives.two_view.config import TwoViewOptions
 from jepa_scale.packing import IGNORE, Segment, Views
@@ -87,12 +90,20 @@ class Frame:
 
     A separate answer begins with the beginning-of-sequence token, if there is one, and the template's opening of an answer.
     It is not rendered as a conversation of its own, which some templates refuse, for example Gemma's.
+
+    Attributes:
+        around: tokens of ``before_question`` from its last special token on, and of ``after_question`` up to its first one. Text
+            between special tokens is tokenised by itself, so a question that stands between these in a conversation has the
+            tokens there that it has alone. Empty if there are no such tokens.
+        alone: question → its tokens rendered alone, and the range of its content in them; None without a template.
     """
 
     before_question: tuple[int, ...] = ()
     after_question: tuple[int, ...] = ()
     before_answer: tuple[int, ...] = ()
     after_answer: tuple[int, ...] = ()
+    around: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    alone: Callable[[str], tuple[list[int], tuple[int, int]]] | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, plain: bool) -> Frame:
@@ -128,12 +139,50 @@ class Frame:
         bos = tokenizer.bos_token or ""
         opening = (bos if bos and before.startswith(bos) else "") + prompted[len(alone) :]
         texts = (before, after, opening, whole.rpartition(MARK)[2])
-        return cls(*(tuple(encode_text(tokenizer, text, raw=False)) for text in texts))
+        ids = [tuple(encode_text(tokenizer, text, raw=False)) for text in texts]
+        return cls(
+            *ids, around=_around(ids[0], ids[1], tokenizer), alone=partial(_alone, tokenizer, TurnTokenizer(tokenizer))
+        )
+
+    def question(self, example: Conversation, turn: Turn) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+        """Return the tokens of a question rendered alone: before its content, of it, and after it."""
+        opening, closing = self.around
+        tokens = example.tokens
+        before = tokens[max(0, turn.start - len(opening)) : turn.start]
+        after = tokens[turn.stop : turn.stop + len(closing)]
+        stands_alone = opening and closing and tuple(before) == opening and tuple(after) == closing
+        if self.alone is None or stands_alone:
+            return self.before_question, tokens[turn.start : turn.stop], self.after_question
+        ids, (start, stop) = self.alone(example.messages[example.turns.index(turn)]["content"])
+        return ids[:start], ids[start:stop], ids[stop:]
+
+
+def _around(
+    before: Sequence[int], after: Sequence[int], tokenizer: PreTrainedTokenizerBase
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    special = special_pattern(tokenizer)
+    is_special = [
+        [bool(special and special.fullmatch(str(tokenizer.convert_ids_to_tokens(i)))) for i in ids]
+        for ids in (before, after)
+    ]
+    if True not in is_special[0] or True not in is_special[1]:
+        return (), ()
+    last = len(before) - 1 - is_special[0][::-1].index(True)
+    return tuple(before[last:]), tuple(after[: is_special[1].index(True) + 1])
+
+
+def _alone(tokenizer: PreTrainedTokenizerBase, turns: TurnTokenizer, content: str) -> tuple[list[int], tuple[int, int]]:
+    message = [{"role": "user", "content": content}]
+    text, spans, contents = turn_spans(
+        message, partial(render, tokenizer), special_pattern(tokenizer), "a question alone"
+    )
+    found = turns.encode_turns(text, spans, contents, ())
+    return found.ids, found.ranges[0]
 
 
 def last_exchange(example: Conversation) -> tuple[Turn, Turn] | None:
     """Return the last question with tokens before a conversation's last answer, and that answer; None if either is missing."""
-    answers = [n for n, turn in enumerate(example.turns) if turn.role == "assistant" and turn.start < turn.stop]
+    answers = [n for n, turn in enumerate(example.turns) if turn.is_answer and turn.start < turn.stop]
     if not answers:
         return None
     asked = [turn for turn in example.turns[: answers[-1]] if turn.role == "user" and turn.start < turn.stop]
@@ -161,26 +210,26 @@ class ChatViews:
             labels = np.append(np.where(following == self.pad, IGNORE, following), IGNORE)
         paired = isinstance(example, Conversation) and paired_at(self.options, draw)
         exchange = last_exchange(example) if paired else None
-        contents = self._contents(tokens, exchange) if exchange else None
-        if exchange is None or contents is None:
+        answer = self._answer(tokens, exchange[1]) if exchange else None
+        if exchange is None or answer is None:
             return Views([Segment(tokens[:-1], "text", labels=labels[:-1])], rows=pair_rows([]), counts={"pairs": 0})
         o, k = self.options, self.options.predictor_tokens
-        question, answer = contents
+        question = self.frame.question(example, exchange[0])
         first, second = (answer, question) if o.swap_views else (question, answer)
         if o.shared_prefix:
             segments, read = self._branch(tokens[:-1], labels[:-1], exchange[0], k)
             predictors = list(range(k))
         else:
-            ids, predictors, read = self._view(first, o.swap_views, k)
+            ids, predictors, read = self._view(first, k)
             positions = {"predictor": predictors, "source": read}
             segments = [Segment(tokens[:-1], "text", labels=labels[:-1]), Segment(ids, "source", positions=positions)]
-        ids, _, seen = self._view(second, not o.swap_views, 0)
+        ids, _, seen = self._view(second, 0)
         sequence = "targets" if o.target == "ema" else "main"
         segments.append(Segment(ids, "target", sequence=sequence, positions={"target": seen}))
         # the order of LLM-JEPA's code, so that its trained tokens can be used
         order = range(k) if o.predictor_place == "front" else range(k - 1, -1, -1)
         which = [0 if o.same_predictor else n for n in order][: len(predictors)]
-        rows = pair_rows([_key(second)], (len(read), len(seen)), which)
+        rows = pair_rows([_key(second[1])], (len(read), len(seen)), which)
         return Views(segments, rows=rows, counts={"pairs": 1})
 
     def tokens(self, sizes: np.ndarray) -> np.ndarray:
@@ -194,23 +243,26 @@ class ChatViews:
         )
         return 2 * sizes + sum(map(len, added)) + self.options.predictor_tokens
 
-    def _contents(self, tokens: np.ndarray, exchange: tuple[Turn, Turn]) -> tuple[np.ndarray, np.ndarray] | None:
-        """Return the content of question and answer, without the token that closes the answer; None if the answer is empty."""
-        question, answer = exchange
+    def _answer(self, tokens: np.ndarray, answer: Turn) -> tuple[Sequence[int], Sequence[int], Sequence[int]] | None:
+        """Return the tokens of an answer alone: before its content, of it without the token that closes it, and after it; None
+        if it is empty."""
         stop = min(answer.stop, len(tokens))
         if stop > answer.start and int(tokens[stop - 1]) in self.closing:
             stop -= 1
         if stop <= answer.start:
             return None
-        return tokens[question.start : question.stop], tokens[answer.start : stop]
+        return self.frame.before_answer, tokens[answer.start : stop], self.frame.after_answer
 
-    def _view(self, content: np.ndarray, is_answer: bool, k: int) -> tuple[list[int], list[int], list[int]]:
+    def _view(
+        self, parts: tuple[Sequence[int], Sequence[int], Sequence[int]], k: int
+    ) -> tuple[list[int], list[int], list[int]]:
         """Return a view's tokens up to its last read-out position, the positions of its predictor tokens, and its read-out
-        positions. Later tokens are left out: attention is causal, so they have no effect on the read-out."""
-        frame = self.frame
-        before, after = (
-            (frame.before_answer, frame.after_answer) if is_answer else (frame.before_question, frame.after_question)
-        )
+        positions. Later tokens are left out: attention is causal, so they have no effect on the read-out.
+
+        Args:
+            parts: tokens before the content, of the content, and after it.
+        """
+        before, content, after = parts
         front = k if self.options.predictor_place == "front" else 0
         back = k - front
         begin = len(before) + front
@@ -222,7 +274,7 @@ class ChatViews:
         elif self.options.readout == "mean":
             read = list(range(begin, end))
         else:
-            read = [end if self.options.readout == "closing" and after else end - 1]
+            read = [end if self.options.readout == "closing" and len(after) else end - 1]
         cut = read[-1] + 1
         return tokens[:cut], [p for p in predictors if p < cut], read
 
@@ -247,7 +299,7 @@ class ChatViews:
         return [text, branch], [*asked, *added]
 
 
-def _key(content: np.ndarray) -> int:
+def _key(content: Sequence[int] | np.ndarray) -> int:
     """Return a hash of the tokens that is the same in every process."""
     digest = hashlib.blake2b(np.ascontiguousarray(content, dtype=np.int64).tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "little") & (2**63 - 1)

@@ -65,6 +65,9 @@ class WordEncoder:
         ids = np.array([zlib.crc32(word.encode()) % 1000 for word in words], dtype=np.uint16)
         return [Sample({"npy": part}, len(part)) for part in np.array_split(ids, 1 + (len(ids) > 8))]
 
+    def unused(self, record: Record) -> tuple[str, ...]:
+        return ()
+
     def save(self, folder: Path) -> bool:
         (folder / "tokenizer.json").write_text("{}")
         return True

@@ -19,7 +19,7 @@ import pytest
 
 from jepa_scale.cli.main import main
 from jepa_scale.data.prepare import blocks, job, workers
-from jepa_scale.data.prepare.base import BadRecord, PrepareOptions, Record
+from jepa_scale.data.prepare.base import BadRecord, LeftOut, PrepareOptions, Record
 from jepa_scale.data.prepare.job import prepare, prepared
 from jepa_scale.data.shards.format import Index
 from jepa_scale.utils.errors import InputError
@@ -119,6 +119,28 @@ def kill(command: Command, group: bool) -> None:
     finally:
         for pid in filter(alive, workers):
             os.kill(pid, signal.SIGKILL)
+
+
+def test_what_is_not_used_is_told(
+    tmp_path: Path, logged: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, with the number of records; a record that its own data exclude is left out whatever on_error is."""
+
+    def encode(encoder: lines.WordEncoder, record: Record) -> list[Any]:
+        if record.where.endswith(":3"):
+            raise LeftOut(record.where, "labelled as unwanted")
+        return plain(encoder, record)
+
+    plain = lines.WordEncoder.__call__
+    monkeypatch.setattr(lines.WordEncoder, "__call__", encode)
+    monkeypatch.setattr(
+        lines.WordEncoder, "unused", lambda _, r: ("message field x",) * r.where.endswith(("2", "3", "4"))
+    )
+    index = prepare(source(tmp_path / "raw", text(9)), tmp_path / "out", OPTIONS, processes=1)
+    assert index.made_from["unused"] == {"message field x": 2}
+    assert index.skipped == {"labelled as unwanted": 1}
+    told = [message for message in logged.messages if "not used" in message]
+    assert told == ["not used, with the number of records that hold it: message field x (2)"]
 
 
 def test_what_is_prepared(tmp_path: Path, logged: pytest.LogCaptureFixture) -> None:

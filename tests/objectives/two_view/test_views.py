@@ -7,12 +7,15 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from jepa_scale.data.examples import Conversation, Document, Turn
+from jepa_scale.data.prepare.base import Record
 from jepa_scale.data.sampling.rng import SampleRNG
 from jepa_scale.objectives.two_view import views as two_view_views
 from jepa_scale.objectives.two_view.config import TwoViewOptions
 from jepa_scale.objectives.two_view.views import FILLER, ChatViews, Frame, last_exchange
 from jepa_scale.packing import IGNORE
 from jepa_scale.utils.errors import InputError
+from tests.data.prepare.encoders.chat_tokenizers import KINDS, encoder, talk
+from tests.data.prepare.encoders.chat_tokenizers import TEMPLATES as TEXTS
 from tests.objectives.chats import TEMPLATES, chat_data, conversations, tokenizer
 
 ROWS = conversations(4)
@@ -61,6 +64,23 @@ def test_views_are_what_the_template_renders(family):
         opening = text[1].removesuffix(answered)
         assert whole.startswith(text[0])
         assert opening and whole.endswith(opening.removeprefix(tok.bos_token if name in ("llama", "gemma") else ""))
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "a space before each part", "word pieces"])
+@pytest.mark.parametrize("template", ["space", "lines", "inst"])
+def test_a_question_alone_has_the_tokens_of_its_rendering(kind, template):
+    """Also where its tokens in the conversation reach over its border, or it stands there beside other text."""
+    made = encoder(tokenizer := KINDS[kind](), TEXTS[template])
+    frame = Frame.of(tokenizer, False)
+    for messages in (talk("hello", "it"), talk("what", "it", "  is it\n", "so")):
+        sample = made(Record("x", {"messages": messages}))[0].members
+        turns = tuple(Turn(m["role"], *t) for m, t in zip(messages, sample["json"]["turns"], strict=True))
+        example = Conversation(sample["npy"], turns, messages)
+        asked = messages[-2]
+        text = tokenizer.apply_chat_template([asked], tokenize=False)
+        before, content, after = frame.question(example, turns[-2])
+        assert [*before, *content, *after] == tokenizer(text, add_special_tokens=False).input_ids
+        assert asked["content"].split()[0] in tokenizer.decode(content)
 
 
 def test_read_at_the_token_that_closes(family):

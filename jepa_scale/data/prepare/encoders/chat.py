@@ -1,81 +1,13 @@
-"""Conversations: normalised messages, and the character spans of the turns in the rendered text."""
+"""Conversations: the character spans of the turns in the text that a chat template renders."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 from jepa_scale.data.prepare.base import BadRecord
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-Message = dict[str, Any]
-ROLES = {
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "system": "system",
-    "developer": "system",
-    "tool": "tool",
-    "function": "tool",
-    "function_response": "tool",
-    "observation": "tool",
-}
-_THINKING = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
-
-
-def normalise(messages: Any, where: str, remove_thinking: bool = False) -> list[Message]:
-    """Convert messages to ``{"role", "content"}`` with the roles user, assistant, system and tool.
-
-    ``tool_calls``, ``tool_call_id`` and ``name`` are kept.
-
-    Args:
-        messages: in this form or ShareGPT's ``{"from", "value"}``; a content may be a list of ``{"type": "text"}`` parts.
-        remove_thinking: drop ``<think>…</think>``, and the white space after it, from the assistant's messages.
-
-    Raises:
-        BadRecord: the value is not a list of messages, a role is unknown, there is no message of the assistant, or all of
-            them are empty.
-    """
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise BadRecord(where, "not messages", f"must be a list of role and content, got {str(messages)[:60]!r}")
-    found = [_message(m, where, n) for n, m in enumerate(messages)]
-    if remove_thinking:
-        for message in found:
-            if message["role"] == "assistant":
-                message["content"] = _THINKING.sub("", message["content"])
-    answers = [m for m in found if m["role"] == "assistant"]
-    if not answers:
-        raise BadRecord(where, "no assistant turn", "there is no answer to train on")
-    if not any(m["content"].strip() or m.get("tool_calls") for m in answers):
-        raise BadRecord(where, "empty answer", "every message of the assistant is empty")
-    return found
-
-
-def _message(raw: Message, where: str, number: int) -> Message:
-    role = raw.get("role", raw.get("from"))
-    if role not in ROLES:
-        raise BadRecord(where, "unknown role", f"message {number} has role {role!r}; known: {', '.join(ROLES)}")
-    content = raw.get("content", raw.get("value"))
-    if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
-        content = "".join(part["text"] for part in content)
-    if content is None and raw.get("tool_calls"):
-        content = ""
-    if not isinstance(content, str):
-        raise BadRecord(where, "message without text", f"message {number} has content {str(content)[:60]!r}")
-    try:
-        content.encode()
-    except UnicodeEncodeError:  # "\ud800" is valid JSON, but not a character
-        raise BadRecord(where, "invalid UTF-8", f"message {number} holds half of a surrogate pair") from None
-    kept = {name: raw[name] for name in ("tool_calls", "tool_call_id", "name") if raw.get(name) is not None}
-    return {"role": ROLES[role], "content": content, **kept}
+from jepa_scale.data.prepare.encoders.messages import Message
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +22,7 @@ Render = Callable[..., str]
 
 
 def turn_spans(
-    messages: list[Message], render: Render, special: re.Pattern[str] | None, where: str
+    messages: list[Message], render: Render, special: re.Pattern[str] | None, where: str, marker: bool = False
 ) -> tuple[str, list[Span], list[Span]]:
     """Render messages and locate the turns.
 
@@ -101,11 +33,13 @@ def turn_spans(
     The template is rendered a second time with marks in place of the contents. If the text between the marks is the same in
     both, the contents' positions follow from the marks. No search for headers is needed, so a content that resembles a
     header cannot be mistaken for one. Some templates depend on the assistant's content (they remove its thinking), which
-    changes the text between the marks. Then only the contents of the other roles are marked.
+    changes the text between the marks. Then only the contents of the other roles are marked, and an answer ends where the
+    text begins that separates its mark from the next one.
 
     Args:
         render: (messages, add_generation_prompt=False) → text; raises for messages that the template refuses.
-        special: matches any special token.
+        special: matches any token that may close a turn.
+        marker: a turn without a closing token of its own is closed by the token with which the next one opens.
 
     Returns:
         The text, the turn of each message, and the contents that were marked.
@@ -117,11 +51,60 @@ def turn_spans(
     for roles in (None, ("user", "system", "tool")):
         marked = _Marked.make(messages, render, text, roles)
         if marked is not None:
-            turns = [marked.turn(n, render, special) for n in range(len(messages))]
-            if None not in turns:
-                return text, [t for t in turns if t is not None], marked.contents()
+            after = _text_after(messages, render) if roles else {}
+            turns = [marked.turn(n, render, special, marker, after.get(n)) for n in range(len(messages))]
+            found = [t for t in turns if t is not None]
+            if len(found) == len(turns):
+                unmarked = [n for n, m in enumerate(messages) if m["content"] and n not in marked.marks]
+                said = [_said(text, messages[n]["content"], found[n]) for n in unmarked]
+                return text, found, sorted([*marked.contents(), *said], key=lambda span: span.start)
     detail = "the chat template changes the content of earlier turns; try data.remove_thinking, or another template"
     raise BadRecord(where, "turns not found", detail)
+
+
+def _said(text: str, content: str, turn: Span) -> Span:
+    """Locate what a template keeps of an answer, the part after its thought, within the answer's turn; empty if it is
+    changed."""
+    kept = content.rpartition("</think>")[2].strip()
+    at = text.rfind(kept, turn.start, turn.stop) if kept else -1
+    return Span(at, at + len(kept)) if at >= 0 else Span(turn.start, turn.start)
+
+
+@dataclass(frozen=True, slots=True)
+class _After:
+    """Text that a template writes after a content.
+
+    Attributes:
+        text: up to the next content, or the end.
+        own: length of the part that is there if the conversation ends with this message.
+    """
+
+    text: str
+    own: int
+
+
+def _text_after(messages: list[Message], render: Render) -> dict[int, _After]:
+    """Return the text after each content, from a rendering with marks in place of all contents."""
+    marks = {n: _mark(n) for n, m in enumerate(messages) if m["content"]}
+    marked = [{**m, "content": marks.get(n, "")} for n, m in enumerate(messages)]
+    found = {}
+    try:
+        text = render(marked)
+        for n, mark in marks.items():
+            if text.count(mark) != 1:
+                continue
+            begin = text.index(mark) + len(mark)
+            following = [at for other in marks.values() if (at := text.find(other, begin)) >= 0]
+            alone = render(marked[: n + 1])
+            own = len(alone) - begin if text.startswith(alone) else 0
+            found[n] = _After(text[begin : min(following, default=len(text))], max(own, 0))
+    except Exception:  # a template may depend on contents
+        return {}
+    return found
+
+
+def _mark(number: int) -> str:
+    return f"\ue000{number}\ue001"
 
 
 def _rendered(render: Render, messages: list[Message], where: str) -> str:
@@ -149,9 +132,7 @@ class _Marked:
     @classmethod
     def make(cls, messages: list[Message], render: Render, real: str, roles: tuple[str, ...] | None) -> _Marked | None:
         """Render with marks; returns None if ``real`` is not the marked text with the contents inserted."""
-        marks = {
-            n: f"\ue000{n}\ue001" for n, m in enumerate(messages) if m["content"] and (not roles or m["role"] in roles)
-        }
+        marks = {n: _mark(n) for n, m in enumerate(messages) if m["content"] and (not roles or m["role"] in roles)}
         marked = [{**m, "content": marks.get(n, m["content"])} for n, m in enumerate(messages)]
         try:
             text = render(marked)
@@ -189,7 +170,9 @@ class _Marked:
     def contents(self) -> list[Span]:
         return [Span(at, at + length) for _, _, at, length in self.marks.values()]
 
-    def turn(self, number: int, render: Render, special: re.Pattern[str] | None) -> Span | None:
+    def turn(
+        self, number: int, render: Render, special: re.Pattern[str] | None, marker: bool, after: _After | None
+    ) -> Span | None:
         """Return the turn of a message in the real text; None if it cannot be found."""
         span = self.marks.get(number)
         if self.messages[number]["role"] != "assistant":
@@ -201,16 +184,35 @@ class _Marked:
             return None
         start = prompt if prompt is not None else span[0] if span else 0
         content_end = span[0] + span[1] if span else start
-        whole = self._prefix(render, self.messages[: number + 1])
-        if whole is not None:
-            ends = [m.end() for m in special.finditer(self.text, content_end, whole)] if special else []
-            stop = ends[-1] if ends else whole
-        elif span is not None:
-            closing = special.search(self.text, content_end) if special else None
+        stop = self._prefix(render, self.messages[: number + 1])
+        if span is None and after is not None:
+            content_end = max(self._before_next(number) - len(after.text), start)
+            if not self.text.startswith(after.text, content_end):
+                return None
+            stop = content_end + after.own if stop is None and after.own else stop
+        if stop is not None:
+            stop = self._closed(content_end, stop, special, marker)
+        elif span is not None or after is not None:
+            closing = special.search(self.text, content_end, self._before_next(number)) if special else None
             stop = closing.end() if closing else content_end
         else:
             return None
         return Span(self.real(start), self.real(stop))
+
+    def _closed(self, content_end: int, stop: int, special: re.Pattern[str] | None, marker: bool) -> int:
+        """Return the end of the closing token of a turn whose own text is [content_end, stop)."""
+        if special is None:
+            return stop
+        ends = [m.end() for m in special.finditer(self.text, content_end, stop)]
+        if ends or not marker:
+            return ends[-1] if ends else stop
+        white = re.compile(r"\s*").match(self.text, stop)
+        opening = special.match(self.text, white.end() if white else stop)
+        return opening.end() if opening else stop
+
+    def _before_next(self, number: int) -> int:
+        """Return where the next mark after a message begins; the end of the text if there is none."""
+        return min((start for n, (start, *_) in self.marks.items() if n > number), default=len(self.text))
 
     def _prefix(self, render: Render, messages: list[Message], **options: bool) -> int | None:
         """Return the length of the text of ``messages`` alone, if the whole text begins with it; else None."""
@@ -219,10 +221,3 @@ class _Marked:
         except Exception:  # e.g. an empty list, if the assistant's message is the first
             return None
         return len(text) if self.text.startswith(text) else None
-
-
-def special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
-    """Compile a pattern that matches any of the tokenizer's special tokens, the longest first; None without any."""
-    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    tokens = {str(token.content) for token in added if token.special} | set(tokenizer.all_special_tokens)
-    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))) if tokens else None

@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jepa_scale.data.examples import GRID_END, GRID_ROW, GRID_VOCABULARY
-from jepa_scale.data.prepare.base import BadRecord, Encoder, PrepareOptions, Record
-from jepa_scale.data.prepare.encoders.chat import normalise, special_pattern, turn_spans
-from jepa_scale.data.prepare.encoders.chat_tokens import (
-    bos_prefix,
-    encode_plain,
-    encode_text,
-    encode_turns,
-    render,
-    thinks,
-)
-from jepa_scale.data.prepare.encoders.tokenizer import load_tokenizer, special_ids, tokenizer_fingerprint, train_bpe
+from jepa_scale.data.prepare.base import BadRecord, Encoder, LeftOut, PrepareOptions, Record
+from jepa_scale.data.prepare.encoders.base import BaseEncoder, TokenizerEncoder, file_name
+from jepa_scale.data.prepare.encoders.chat_encoder import ChatEncoder
+from jepa_scale.data.prepare.encoders.chat_tokens import encode_text
+from jepa_scale.data.prepare.encoders.messages import normalise
+from jepa_scale.data.prepare.encoders.tokenizer import load_tokenizer, train_bpe
 from jepa_scale.data.prepare.formats.source import Source, Vocabulary
 from jepa_scale.data.shards.format import Sample, token_dtype
-from jepa_scale.utils.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 
 def make_encoder(reader: Source, options: PrepareOptions, cache: Path) -> Encoder:
@@ -53,7 +49,13 @@ def make_encoder(reader: Source, options: PrepareOptions, cache: Path) -> Encode
     else:
         tokenizer = load_tokenizer(options.tokenizer, options.trust_remote_code)
     if chat:
-        return ChatEncoder(tokenizer, options.plain, options.remove_thinking, options.tokenizer)
+        encoder = ChatEncoder(tokenizer, options.plain, options.remove_thinking, options.tokenizer, options.add_eos)
+        if not encoder.closes:
+            logger.warning(
+                f"data.tokenizer: the chat template of {options.tokenizer!r} writes no token that ends an answer, so no stop is "
+                "learned; set data.add_eos: true to close each answer with the eos token"
+            )
+        return encoder
     return TextEncoder(tokenizer, options.max_document_tokens)
 
 
@@ -85,28 +87,7 @@ def _documents(where: str, tokens: np.ndarray, limit: int, vocab_size: int) -> l
     return [Sample({"npy": piece}, len(piece)) for piece in pieces]
 
 
-def _name(where: str) -> str:
-    """Return a record's name without the folder, so that equal data give equal bytes in any folder."""
-    return where.rpartition("/")[2]
-
-
-class _TokenizerEncoder:
-    """Base class of encoders with a tokenizer."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
-        self.vocab_size = len(tokenizer)
-        self.special: dict[str, Any] = special_ids(tokenizer)
-        self.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)
-        self._bos = bos_prefix(tokenizer)
-
-    def save(self, folder: Path) -> bool:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save_pretrained(folder)
-        return True
-
-
-class TextEncoder(_TokenizerEncoder):
+class TextEncoder(TokenizerEncoder):
     """Encoder of texts: BOS if the tokenizer adds one, the ids, EOS. The name of a special token in a text is text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_document_tokens: int) -> None:
@@ -118,65 +99,10 @@ class TextEncoder(_TokenizerEncoder):
         if not ids:
             raise BadRecord(record.where, "empty document", "the tokenizer returns no tokens for it")
         end = [self.special["eos"]] if "eos" in self.special else []
-        return _documents(record.where, np.array([*self._bos, *ids, *end]), self._limit, self.vocab_size)
+        return _documents(record.where, np.array([*self.bos, *ids, *end]), self._limit, self.vocab_size)
 
 
-class ChatEncoder(_TokenizerEncoder):
-    """Encoder of conversations: ids by the tokenizer's chat template, the messages, and each message's token range.
-
-    Conversations are not cut. ``special["end"]`` is the token that closes an answer, if the template has one.
-
-    Args:
-        plain: use no template; see :func:`~jepa_scale.data.prepare.encoders.chat_tokens.encode_plain`.
-        name: name of the tokenizer, for errors.
-
-    Raises:
-        InputError: the tokenizer has no chat template, or (``plain``) no EOS.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, plain: bool, remove_thinking: bool, name: str) -> None:
-        super().__init__(tokenizer)
-        self._plain, self._remove_thinking = plain, remove_thinking
-        self._pattern = special_pattern(tokenizer)
-        if plain and tokenizer.eos_token_id is None:
-            raise InputError(
-                f"data.plain: tokenizer {name!r} has no EOS token to close an answer; use another tokenizer"
-            )
-        if not plain and not tokenizer.chat_template:
-            raise InputError(
-                f"data.tokenizer: {name!r} has no chat template; use a tokenizer that has one, or set data.plain: true"
-            )
-        end = self._closing_token()
-        if end is not None:
-            self.special["end"] = end
-
-    def _closing_token(self) -> int | None:
-        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        try:
-            (sample,) = self(Record("", {"messages": messages}))
-        except BadRecord:  # the template requires more than this conversation
-            return None
-        last = int(sample.members["npy"][sample.members["json"]["turns"][1][1] - 1])
-        token = str(self.tokenizer.convert_ids_to_tokens(last))
-        return last if self._pattern is not None and self._pattern.fullmatch(token) else None
-
-    def __call__(self, record: Record) -> list[Sample]:
-        messages = normalise(record.value["messages"], record.where, self._remove_thinking)
-        if self._plain:
-            ids, spans = encode_plain(self.tokenizer, messages, self._bos)
-        else:
-            rendered = partial(render, self.tokenizer, thinking=thinks(messages))
-            text, turns, contents = turn_spans(messages, rendered, self._pattern, record.where)
-            ids, spans = encode_turns(self.tokenizer, text, turns, contents, self._pattern)
-        if len(ids) < 2:
-            raise BadRecord(record.where, "single token", "it predicts nothing")
-        assert len(spans) == len(messages)
-        tokens = np.array(ids, dtype=token_dtype(self.vocab_size))
-        values = {"messages": messages, "turns": [list(span) for span in spans], "where": _name(record.where)}
-        return [Sample({"npy": tokens, "json": values}, len(tokens))]
-
-
-class TokenEncoder:
+class TokenEncoder(BaseEncoder):
     """Encoder of data that are token ids already; it adds no tokens.
 
     A single token is left out and counted: SpanJEPA's script that cuts texts into rows leaves such ends.
@@ -190,14 +116,14 @@ class TokenEncoder:
 
     def __call__(self, record: Record) -> list[Sample]:
         if len(record.value) < 2:
-            raise BadRecord(record.where, "single token", "the end of a text that was cut into rows", usual=True)
+            raise LeftOut(record.where, "single token", "the end of a text that was cut into rows")
         return _documents(record.where, record.value, self._limit, self.vocab_size)
 
     def save(self, folder: Path) -> bool:
         return False
 
 
-class GridEncoder:
+class GridEncoder(BaseEncoder):
     """Encoder of grids, which are stored unchanged; ``tokens`` is the length of the flattened sequence."""
 
     vocab_size = GRID_VOCABULARY
@@ -209,14 +135,14 @@ class GridEncoder:
     def __call__(self, record: Record) -> list[Sample]:
         grids = [*record.value["context"], record.value["target"]]
         tokens = sum(len(grid) * (len(grid[0]) + 1) + 1 for grid in grids)
-        values = {"context": grids[:-1], "target": grids[-1], "where": _name(record.where)}
+        values = {"context": grids[:-1], "target": grids[-1], "where": file_name(record.where)}
         return [Sample({"json": values}, tokens)]
 
     def save(self, folder: Path) -> bool:
         return False
 
 
-class FactEncoder:
+class FactEncoder(BaseEncoder):
     """Encoder of facts, whose rows are stored unchanged; ``vocab.json`` is saved in place of a tokenizer."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:

@@ -139,6 +139,11 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTra
         ) from None
 
 
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return one more than the largest id of a tokenizer. Its length is smaller if ids between are left out."""
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
+
+
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return the ids of ``eos``, ``pad`` (the id of ``eos`` if there is none), ``bos`` and ``mask``, if the tokenizer has them."""
     names = ("eos", "pad", "bos", "mask")

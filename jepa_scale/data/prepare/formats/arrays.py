@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jepa_scale.data.prepare.base import BadRecord, Record
+from jepa_scale.data.prepare.base import LeftOut, Record
 from jepa_scale.data.prepare.formats.source import Items, Part, Source, Vocabulary, identify_files
 from jepa_scale.utils.errors import InputError
 
@@ -107,4 +107,4 @@ def _read(files: tuple[Path, ...], fill: tuple[int, ...]) -> Items:
         for number, row in enumerate(_load(path)):
             tokens = row[~np.isin(row, fill)]
             where = f"{path}#{number}"
-            yield Record(where, tokens) if len(tokens) else BadRecord(where, "empty document", usual=True)
+            yield Record(where, tokens) if len(tokens) else LeftOut(where, "empty document")

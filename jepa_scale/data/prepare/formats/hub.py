@@ -10,8 +10,10 @@ from typing import Any
 from jepa_scale.data.prepare.base import PrepareOptions, Record
 from jepa_scale.data.prepare.formats.files import split_of
 from jepa_scale.data.prepare.formats.source import Items, Part, identity
+from jepa_scale.data.prepare.formats.table import without_fill
 from jepa_scale.utils.errors import InputError
 
+_BATCH = 1024  # rows converted to Python objects at a time
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -79,8 +81,10 @@ def _load_saved(folder: Path) -> Any:
 def _saved_rows(folder: Path, split: str | None) -> Items:
     content = _load_saved(folder)
     rows = content if split is None else content[split]
-    for number, row in enumerate(rows):
-        yield Record(f"{folder}{f'/{split}' if split else ''}#{number}", row)
+    # in Arrow's format nothing is decoded, so a column that is not used may hold what cannot be
+    values = (row for batch in rows.with_format("arrow").iter(_BATCH) for row in batch.to_pylist())
+    for number, row in enumerate(values):
+        yield Record(f"{folder}{f'/{split}' if split else ''}#{number}", without_fill(row))
 
 
 def hub_parts(name: str, options: PrepareOptions) -> dict[str, Part]:
@@ -104,8 +108,9 @@ def hub_rows(name: str, config: str | None, split: str) -> Items:
     import datasets
 
     try:
-        for number, row in enumerate(datasets.load_dataset(name, config, split=split, streaming=True)):
-            yield Record(f"{name}/{split}#{number}", row)
+        rows = datasets.load_dataset(name, config, split=split, streaming=True).decode(False)
+        for number, row in enumerate(rows):
+            yield Record(f"{name}/{split}#{number}", without_fill(row))
     except Exception as error:
         raise unreachable(name, error) from None
 

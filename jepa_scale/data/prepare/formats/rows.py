@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any
 
 from jepa_scale.data.base import Kind
 from jepa_scale.data.prepare.base import BadRecord, PrepareOptions, Record
+from jepa_scale.data.prepare.formats.chat_rows import conversation, text_fault, unused_columns
 from jepa_scale.data.prepare.formats.grids import (
     looks_like_grid,
     looks_like_grids,
@@ -25,9 +26,10 @@ TEXT = ("text", "content", "document")
 MESSAGES = ("messages", "conversations")
 INPUT = ("question", "input", "instruction", "prompt")
 OUTPUT = ("response", "output", "completion", "answer")
-SYSTEM = ("system", "system_prompt")
 ROLES = ("text", "messages", "input", "output", "system")
 OPTIONAL = ("system", "more")
+CHAT_VERSION = 2
+"""Version of how rows become conversations; it is part of the data's fingerprint."""
 _DETECTION_ROWS = 100  # the schema must be recognisable from one of the first rows
 
 
@@ -45,6 +47,12 @@ class Schema:
         if isinstance(item, BadRecord):
             yield item
             return
+        for record in self._records(item):
+            if isinstance(record, Record) and item.unused:
+                record = replace(record, unused=(*item.unused, *record.unused))
+            yield record
+
+    def _records(self, item: Record) -> Items:
         row, names = item.value, self.columns
         for role, name in names.items():
             if role not in OPTIONAL and row.get(name) is None:
@@ -57,45 +65,22 @@ class Schema:
             yield pair(item.where, row[names["context"]], row[names["target"]], (names["context"], names["target"]))
         elif self.form == "grids":
             yield pair(item.where, [row[names["input"]]], row[names["output"]], (names["input"], names["output"]))
-        elif self.form == "messages":
-            yield Record(item.where, {"messages": row[names["messages"]]})
-        elif self.form == "pair":
-            yield self._conversation(item.where, row)
+        elif self.kind == "chat":
+            try:
+                yield conversation(item.where, row, names, self.form)
+            except BadRecord as bad:
+                yield bad
         else:
-            yield self._text(item.where, row[names["text"]])
+            yield self._text(item.where, row)
 
-    def _text(self, where: str, text: Any) -> Record | BadRecord:
-        fault = _text_fault(text)
+    def _text(self, where: str, row: Mapping[str, Any]) -> Record | BadRecord:
+        text = row[self.columns["text"]]
+        fault = text_fault(text)
         if fault:
             return BadRecord(where, fault, f"field {self.columns['text']!r}")
-        return Record(where, text) if text.strip() else BadRecord(where, "empty document")
-
-    def _conversation(self, where: str, row: Mapping[str, Any]) -> Record | BadRecord:
-        texts = {}
-        for role in ("system", "input", "more", "output"):
-            value = row.get(self.columns.get(role, ""))
-            if value is None:
-                continue
-            value = str(value) if type(value) is int else value  # the answer to a sum
-            fault = _text_fault(value)
-            if fault:
-                return BadRecord(where, fault, f"field {self.columns[role]!r}")
-            texts[role] = value
-        question = "\n\n".join(x for x in (texts["input"], texts.get("more", "")) if x.strip())
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": texts["output"]}]
-        if texts.get("system", "").strip():
-            messages.insert(0, {"role": "system", "content": texts["system"]})
-        return Record(where, {"messages": messages})
-
-
-def _text_fault(value: Any) -> str | None:
-    if not isinstance(value, str):
-        return "not text"
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # "\ud800" is valid JSON, but no character
-        return "invalid UTF-8"
-    return None
+        if not text.strip():
+            return BadRecord(where, "empty document")
+        return Record(where, text, tuple(unused_columns(row, {self.columns["text"]})))
 
 
 def expanded(part: Part, schema: Schema) -> Part:
@@ -136,6 +121,11 @@ def find_schema(rows: Iterator[Record | BadRecord], options: PrepareOptions, wha
     if isinstance(first, BadRecord):
         raise InputError(f"{what}: the first {_DETECTION_ROWS} rows are all unreadable; {first}")
     has = ", ".join(map(repr, first.value)) or "no fields"
+    if "chosen" in first.value and "rejected" in first.value:
+        raise InputError(
+            f"{first.where}: holds preferences (chosen, rejected), for which there is no loss; to train on the chosen answers, "
+            "name them with data.columns, output=chosen for texts or messages=chosen for lists of messages"
+        )
     raise InputError(
         f"{first.where}: the kind of the row is not recognised (kind {options.kind}); it has {has}; name its columns with "
         f"data.columns ({', '.join(ROLES)})"
@@ -167,13 +157,13 @@ def match(row: Mapping[str, Any], options: PrepareOptions) -> Schema | None:
             return Schema("grids", "context", {"context": "context", "target": "target"})
         if question and answer and looks_like_grid(row[question]) and looks_like_grid(row[answer]):
             return Schema("grids", "grids", {"input": question, "output": answer})
+    system = {"system": named["system"]} if "system" in named else {}
     if allowed("chat"):
         messages = column("messages", MESSAGES)
         if messages:
-            return Schema("chat", "messages", {"messages": messages})
+            return Schema("chat", "messages", {"messages": messages, **system})
         if question and answer:
-            columns = {"input": question, "output": answer}
-            columns["system"] = named.get("system") or next((name for name in SYSTEM if name in row), SYSTEM[0])
+            columns = {"input": question, "output": answer, **system}
             if "input" not in named and question in ("input", "instruction") and "instruction" in row:
                 columns |= {"input": "instruction", "more": "input"}  # Alpaca's form: a task and its input
             return Schema("chat", "pair", columns)

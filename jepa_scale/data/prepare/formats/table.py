@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,9 @@ from jepa_scale.data.prepare.formats.source import Items
 from jepa_scale.utils.errors import InputError
 
 _BATCH = 1024  # rows of a parquet file converted to Python objects at a time
+
+
+_FREE = ("arguments", "parameters", "properties")  # objects that may be empty
 
 
 def read_jsonl(path: Path) -> Items:
@@ -100,16 +102,25 @@ def read_parquet(path: Path) -> Items:
     try:
         with ParquetFile(path) as file:
             for batch in file.iter_batches(_BATCH):
-                for value in _without_nulls(batch.to_pylist()):
-                    yield Record(f"{path}#{row}", value)
+                for value in batch.to_pylist():
+                    yield Record(f"{path}#{row}", without_fill(value))
                     row += 1
     except (pyarrow.ArrowException, OSError) as error:
         yield BadRecord(f"{path}#{row}", "damaged parquet", str(error).splitlines()[0])
 
 
-def _without_nulls(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    for row in rows:
-        yield {name: value for name, value in row.items() if value is not None}
+def without_fill(value: Any) -> Any:
+    """Return a value of a columnar file without what such a file fills in.
+
+    All rows of a column of objects have the same fields there, as null where a row has none. An object of nulls alone is an
+    absent one, but for the objects whose fields are free, such as the arguments of a call without arguments.
+    """
+    if isinstance(value, dict):
+        kept = {name: without_fill(inner) for name, inner in value.items() if inner is not None}
+        return {name: v for name, v in kept.items() if v != {} or name in _FREE}
+    if isinstance(value, list) and any(isinstance(inner, dict | list) for inner in value):
+        return [without_fill(inner) for inner in value]
+    return value
 
 
 def count_parquet(path: Path) -> int | None:

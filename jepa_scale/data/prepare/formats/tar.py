@@ -18,7 +18,7 @@ Member = tuple[str, str, bytes | BadRecord]
 
 
 def read_tar(path: Path) -> Items:
-    """Read samples as rows: the fields of the member ``json``, and the member ``txt`` as ``text``. Others are ignored.
+    """Read samples as rows: the fields of the member ``json``, and the member ``txt`` as ``text``. Others are not used.
 
     A sample is named ``shard.tar:key``. A fault in any of its members makes it a bad record. If the archive itself is damaged,
     the samples before the damage are returned and the rest of the shard is lost.
@@ -58,9 +58,9 @@ def _members(path: Path) -> Iterator[Member]:
             while (member := archive.next()) is not None:
                 archive.members = []  # type: ignore[attr-defined]  # otherwise it keeps every member in memory
                 last = member.name
-                if not member.isfile():
-                    continue
                 folder, _, name = member.name.rpartition("/")
+                if not member.isfile() or name.startswith("._"):  # macOS's tar keeps attributes of a file in ._NAME
+                    continue
                 base, _, extension = name.partition(".")
                 key = f"{folder}/{base}".lstrip("/")
                 if member.offset_data + member.size > size:
@@ -107,4 +107,4 @@ def _sample(path: Path, key: str, members: dict[str, bytes]) -> Record | BadReco
         )
     if not row:
         return BadRecord(f"{path}:{key}", "no member txt or json", f"it has {', '.join(sorted(members))}")
-    return Record(f"{path}:{key}", row)
+    return Record(f"{path}:{key}", row, tuple(f"member .{name}" for name in members if name not in ("json", "txt")))

@@ -8,8 +8,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from jepa_scale.data.prepare.base import BadRecord
-from jepa_scale.data.prepare.encoders.chat import normalise, special_pattern, turn_spans
-from jepa_scale.data.prepare.encoders.chat_tokens import encode_turns
+from jepa_scale.data.prepare.encoders.chat import turn_spans
+from jepa_scale.data.prepare.encoders.chat_tokens import TurnTokenizer
+from jepa_scale.data.prepare.encoders.messages import normalise
+from jepa_scale.data.prepare.encoders.template import special_pattern
 from jepa_scale.data.prepare.encoders.tokenizer import train_bpe
 
 U, A, S, T = "user", "assistant", "system", "tool"
@@ -102,7 +104,9 @@ def split(tokenizer, template, given_messages):
 
     pattern = special_pattern(tokenizer)
     text, turns, contents = turn_spans(given_messages, render, pattern, "here")
-    ids, places = encode_turns(tokenizer, text, turns, contents, pattern)
+    answers = [n for n, m in enumerate(given_messages) if m["role"] == A]
+    encoded = TurnTokenizer(tokenizer).encode_turns(text, turns, contents, answers)
+    ids, places = encoded.ids, encoded.ranges
     assert text == render(given_messages)
     assert [len(p) for p in places] == [2] * len(given_messages)
     return text, [tokenizer.decode(ids[a:b]) for a, b in places], ids
@@ -150,7 +154,8 @@ TALK = messages((S, "be brief"), (U, "question user"), (A, "answer"), (U, "the a
 def test_turns_of_common_templates(tokenizer, template, given_messages, expected):
     text, turns, ids = split(tokenizer, template, given_messages)
     assert [t if e.startswith(" ") else t.lstrip(" ") for t, e in zip(turns, expected, strict=True)] == expected
-    assert ids == tokenizer(text, add_special_tokens=False).input_ids
+    if template is not PLAIN_TEXT:  # its prompts end in a space, which the tokenizer would join with the answer
+        assert ids == tokenizer(text, add_special_tokens=False).input_ids
     assert tokenizer.decode(ids) == text
 
 
@@ -218,6 +223,12 @@ def test_a_template_that_changes_what_was_said_is_refused(tokenizer):
     assert (caught.value.where, caught.value.reason) == ("here", "turns not found")
 
 
+def test_a_turn_does_not_reach_into_the_next_message(tokenizer):
+    """A template that closes the last answer alone."""
+    last = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{{ '</s>' if loop.last }}{% endfor %}"
+    assert split(tokenizer, last, messages((U, "one"), (A, "12"), (U, "b"), (A, "a")))[1][1] == " 12"
+
+
 def test_what_a_template_refuses_is_a_bad_record(tokenizer):
     with pytest.raises(BadRecord) as caught:
         split(tokenizer, INST, messages((U, "one"), (U, "two"), (A, "three")))
@@ -254,6 +265,32 @@ def test_tool_calls_are_kept():
     assert normalise(raw, "f:1")[1] == {"role": A, "content": "", "tool_calls": calls}
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}], "content": None},
+        {"tool_calls": '[{"name": "f", "arguments": {"a": 1}}]'},
+        {"function_call": {"name": "f", "arguments": '{"a": 1}'}},
+        {"role": "function_call", "value": '{"name": "f", "arguments": {"a": 1}}'},
+    ],
+)
+def test_tool_calls_of_other_forms(given):
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    found = normalise(messages((U, "u")) + [{"role": A, **given}], "f:1")
+    assert found[1] == {"role": A, "content": "", "tool_calls": [call]}
+
+
+def test_what_has_no_value_is_no_field():
+    raw = [*messages((U, "u")), {"role": A, "content": "a", "tool_calls": [], "name": None, "thinking": None}]
+    assert normalise(raw, "f:1", reads={"thinking", "role", "value"})[1] == {"role": A, "content": "a"}
+
+
+def test_thoughts_beside_the_content_are_kept_for_a_template_that_reads_any_of_their_names():
+    raw = [*messages((U, "u")), {"role": A, "content": "a", "reasoning_content": "r"}]
+    assert normalise(raw, "f:1", reads={"thinking"})[1] == {"role": A, "content": "a", "reasoning_content": "r"}
+    assert normalise(raw, "f:1", True, {"thinking"})[1] == normalise(raw, "f:1")[1] == {"role": A, "content": "a"}
+
+
 def test_thinking_is_removed_from_the_assistant_alone():
     raw = messages((U, "<think>u</think>"), (A, "<think>\nlong\n</think>\n\nyes <think>x</think>no"))
     assert normalise(raw, "f:1", remove_thinking=True) == messages((U, "<think>u</think>"), (A, "yes no"))
@@ -274,6 +311,12 @@ def test_thinking_is_removed_from_the_assistant_alone():
         ([{"role": "user", "content": 3}], "message without text"),
         ([{"role": "user", "content": [{"type": "image"}]}], "message without text"),
         ([{"role": "user", "content": "\udfff"}], "invalid UTF-8"),
+        ([{"role": "user", "content": [{"type": "image_url", "text": "", "image_url": "x"}]}], "message without text"),
+        ([{"role": "assistant", "tool_calls": [{"function": {"arguments": "{"}}]}], "invalid JSON"),
+        ([{"role": "assistant", "tool_calls": [{"function": {"arguments": "[1]"}}]}], "arguments are no object"),
+        ([{"role": "assistant", "tool_calls": ["f"]}], "tool call is no object"),
+        ([{"role": "assistant", "content": "a", "weight": 0.5}], "weight is neither 0 nor 1"),
+        ([{"role": "assistant", "content": "a", "train_detail": [{"train": False}]}], "train_detail"),
     ],
 )
 def test_what_is_no_conversation(raw, reason):

@@ -7,7 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jepa_scale.data.prepare.encoders import tokenizer as module
-from jepa_scale.data.prepare.encoders.tokenizer import load_tokenizer, special_ids, tokenizer_fingerprint, train_bpe
+from jepa_scale.data.prepare.encoders.tokenizer import (
+    load_tokenizer,
+    special_ids,
+    tokenizer_fingerprint,
+    train_bpe,
+    vocabulary_size,
+)
 from jepa_scale.utils.errors import InputError
 
 TEXTS = ["the cat sat on the mat, the end\n" * 20, "ein anderer Text über Züge " * 20]
@@ -151,3 +157,11 @@ def test_pad_falls_back_to_eos(trained):
     other = pickle.loads(pickle.dumps(trained))
     other.pad_token = None
     assert special_ids(other)["pad"] == special_ids(other)["eos"] == 0
+
+
+def test_the_vocabulary_reaches_to_the_largest_id():
+    class Gap(dict):
+        def get_vocab(self):
+            return self
+
+    assert vocabulary_size(Gap(a=0, b=9)) == 10 and vocabulary_size(Gap(a=0, b=0)) == 2

@@ -96,3 +96,11 @@ def test_without_a_network_the_error_says_what_to_do():
     with pytest.raises(InputError, match=message):
         next(hub_rows("no/such", None, "train"))
     assert identify_hub("no/such", None) != identify_hub("no/other", None)
+
+
+def test_a_column_that_cannot_be_decoded_is_not_read(tmp_path):
+    features = datasets.Features({"text": datasets.Value("string"), "image": datasets.Image()})
+    broken = {"text": ["a", "b"], "image": [{"bytes": b"no image", "path": None}] * 2}
+    datasets.Dataset.from_dict(broken, features=features).save_to_disk(tmp_path / "d")
+    found = [r.value for r in saved_parts(tmp_path / "d", PrepareOptions())["train"].read()]
+    assert found == [{"text": t, "image": {"bytes": b"no image"}} for t in "ab"]

@@ -92,3 +92,16 @@ def test_large_numbers_and_unicode_survive(tmp_path):
     row = {"text": "é\u2028\U0001f600", "n": 2**70}
     path.write_text(json.dumps(row, ensure_ascii=False))  # U+2028 is no line end
     assert shown(read_jsonl(path), path) == [(":1", row)]
+
+
+def test_what_a_columnar_file_fills_in_is_no_value(tmp_path):
+    calls = [
+        {"function": {"name": "f", "arguments": {"city": "x"}}},
+        {"function": {"name": "g", "arguments": {"day": 1, "place": {"at": "y"}}}},
+        {"function": {"name": "h", "arguments": {"city": None}}},
+    ]
+    rows = [{"n": n, "calls": [call], "other": None if n else [{"a": 1}]} for n, call in enumerate(calls)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    found = [item.value for item in read_parquet(tmp_path / "a.parquet")]
+    assert [row["calls"][0] for row in found] == [*calls[:2], {"function": {"name": "h", "arguments": {}}}]
+    assert ["other" in row for row in found] == [True, False, False]

@@ -6,6 +6,7 @@ import pytest
 from webdataset import TarWriter
 
 from jepa_scale.data.prepare.base import BadRecord, Record
+from jepa_scale.data.prepare.formats.rows import Schema
 from jepa_scale.data.prepare.formats.tar import read_tar
 from jepa_scale.utils.errors import InputError
 
@@ -122,3 +123,23 @@ def test_folders_and_links_in_an_archive_are_no_samples(tmp_path):
         member.size = 2
         archive.addfile(member, io.BytesIO(b"ho"))
     assert shown(tmp_path / "s.tar") == [("dir/a", "!no member txt or json"), ("dir/c", {"text": "ho"})]
+
+
+def test_hidden_files_of_macos_are_no_members(tmp_path):
+    with tarfile.open(tmp_path / "s.tar", "w") as archive:
+        for name, data in (
+            ("./._0.txt", b"Mac OS X"),
+            ("./0.txt", b"one"),
+            ("./a/._1.json", b"x"),
+            ("./a/1.txt", b"two"),
+        ):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    assert [value for _, value in shown(tmp_path / "s.tar")] == [{"text": "one"}, {"text": "two"}]
+
+
+def test_members_that_are_not_used_are_told(tmp_path):
+    path = write(tmp_path / "s.tar", [{"__key__": "a", "txt": b"one", "jpg": b"x", "json": b'{"id": 1}'}])
+    (record,) = Schema("text", "text", {"text": "text"}).expand(next(iter(read_tar(path))))
+    assert record.unused == ("member .jpg", "column id")
