@@ -84,6 +84,10 @@ class FactViews:
         return 2 * sizes + self.options.predictor_tokens
 
 
+Parts = tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]
+"""Tokens before the content of a view, of the content, and after it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Frame:
     """Token ids that a chat template writes around a separate question and around a separate answer.
@@ -139,12 +143,19 @@ class Frame:
         bos = tokenizer.bos_token or ""
         opening = (bos if bos and before.startswith(bos) else "") + prompted[len(alone) :]
         texts = (before, after, opening, whole.rpartition(MARK)[2])
-        ids = [tuple(encode_text(tokenizer, text, raw=False)) for text in texts]
+        before_question, after_question, before_answer, after_answer = (
+            tuple(encode_text(tokenizer, text, raw=False)) for text in texts
+        )
         return cls(
-            *ids, around=_around(ids[0], ids[1], tokenizer), alone=partial(_alone, tokenizer, TurnTokenizer(tokenizer))
+            before_question,
+            after_question,
+            before_answer,
+            after_answer,
+            around=_around(before_question, after_question, tokenizer),
+            alone=partial(_alone, tokenizer, TurnTokenizer(tokenizer)),
         )
 
-    def question(self, example: Conversation, turn: Turn) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+    def question(self, example: Conversation, turn: Turn) -> Parts:
         """Return the tokens of a question rendered alone: before its content, of it, and after it."""
         opening, closing = self.around
         tokens = example.tokens
@@ -243,7 +254,7 @@ class ChatViews:
         )
         return 2 * sizes + sum(map(len, added)) + self.options.predictor_tokens
 
-    def _answer(self, tokens: np.ndarray, answer: Turn) -> tuple[Sequence[int], Sequence[int], Sequence[int]] | None:
+    def _answer(self, tokens: np.ndarray, answer: Turn) -> Parts | None:
         """Return the tokens of an answer alone: before its content, of it without the token that closes it, and after it; None
         if it is empty."""
         stop = min(answer.stop, len(tokens))
@@ -253,9 +264,7 @@ class ChatViews:
             return None
         return self.frame.before_answer, tokens[answer.start : stop], self.frame.after_answer
 
-    def _view(
-        self, parts: tuple[Sequence[int], Sequence[int], Sequence[int]], k: int
-    ) -> tuple[list[int], list[int], list[int]]:
+    def _view(self, parts: Parts, k: int) -> tuple[list[int], list[int], list[int]]:
         """Return a view's tokens up to its last read-out position, the positions of its predictor tokens, and its read-out
         positions. Later tokens are left out: attention is causal, so they have no effect on the read-out.
 

@@ -12,7 +12,7 @@ import numpy as np
 from jepa_scale.data.prepare.base import BadRecord, Record
 from jepa_scale.data.prepare.encoders.base import TokenizerEncoder, file_name
 from jepa_scale.data.prepare.encoders.chat import turn_spans
-from jepa_scale.data.prepare.encoders.chat_tokens import Turns, TurnTokenizer, encode_plain, encode_text
+from jepa_scale.data.prepare.encoders.chat_tokens import Turns, TurnTokenizer, encode_plain, encode_text, token_id
 from jepa_scale.data.prepare.encoders.messages import (
     Message,
     is_trained,
@@ -102,13 +102,13 @@ class ChatEncoder(TokenizerEncoder):
                 return None
             own = [m.group() for m in self._closers.finditer(text, contents[-1].stop, turns[-1].stop)]
             if own:
-                return int(self.tokenizer.convert_tokens_to_ids(own[-1]))
+                return token_id(self.tokenizer, own[-1])
             first = roles.index("assistant")
             stop = turns[first].stop
             after = self._closers.match(text, stop + len(text[stop:]) - len(text[stop:].lstrip()))
             if after and first + 1 < len(roles):
                 self._marker = True
-                self._appended = int(self.tokenizer.convert_tokens_to_ids(after.group()))
+                self._appended = token_id(self.tokenizer, after.group())
             return self._appended
         return None
 

@@ -95,7 +95,7 @@ class TurnTokenizer:
             start = encoded.first_after(turn.start)
             stop = encoded.first_from(turn.stop) if turn.stop > turn.start else start
             ranges.append((start, max(start, stop)))
-        torn = []
+        torn: list[int] = []
         special = self._special_spans(text, contents)
         for number in answers:
             start = turns[number].start
@@ -201,9 +201,7 @@ class TurnTokenizer:
         offsets = where[np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)]
         ids = list(encoding.ids)
         for span, name in zip(spans, names, strict=True):
-            ids[int(np.searchsorted(offsets[:, 1], span.start, side="right"))] = int(
-                self._tokenizer.convert_tokens_to_ids(name)
-            )
+            ids[int(np.searchsorted(offsets[:, 1], span.start, side="right"))] = token_id(self._tokenizer, name)
         return _Encoded(ids, offsets)
 
     def _by_sections(self, text: str, contents: Sequence[Span], places: Sequence[int]) -> _Encoded:
@@ -267,6 +265,13 @@ def encode_plain(tokenizer: PreTrainedTokenizerBase, messages: list[Message], pr
             ids.append(tokenizer.eos_token_id)
         turns.append((start, len(ids)))
     return Turns(ids, turns)
+
+
+def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    """Return the id of a token by its name in the vocabulary."""
+    found = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(found, int), token
+    return found
 
 
 def bos_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -120,7 +120,10 @@ def takes_objects(tokenizer: PreTrainedTokenizerBase) -> bool:
     shown = {}
     for name, arguments in (("object", {"a": "b"}), ("string", '{"a": "b"}')):
         call = {"type": "function", "id": "call00000", "function": {"name": "f", "arguments": arguments}}
-        asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        asked: list[dict[str, Any]] = [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+        ]
         try:
             shown[name] = "".join(render(tokenizer, asked).split())
         except Exception:  # jinja2's, or from the template's own expressions
