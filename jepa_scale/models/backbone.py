@@ -16,6 +16,7 @@ from jepa_scale.distributed.tp_group import TensorParallelGroup
 from jepa_scale.models import attention
 from jepa_scale.models import head as lm_head
 from jepa_scale.models.decoder import JepaDecoderForCausalLM
+from jepa_scale.models.windows import record_windows
 from jepa_scale.packing import PackedSequence
 from jepa_scale.utils.errors import InputError
 
@@ -34,6 +35,8 @@ class Backbone(nn.Module):
         super().__init__()
         self.decoder = decoder
         self.blocks_at, self._norm_at = _locate(decoder)
+        if not isinstance(decoder, JepaDecoderForCausalLM):
+            record_windows(decoder, self.blocks_at)
         decoder.set_attn_implementation(attention.NAME)
         lm_head.adopt(decoder.get_output_embeddings())
         self.tp: TensorParallelGroup | None = None
@@ -302,7 +305,7 @@ class Backbone(nn.Module):
     @contextmanager
     def unpacked(self) -> Iterator[PreTrainedModel]:
         """Yield the decoder with ordinary (batch, sequence) attention, for ``generate`` and a key-value cache."""
-        self.decoder.set_attn_implementation("sdpa")
+        self.decoder.set_attn_implementation("sdpa" if self.decoder._supports_sdpa else "eager")
         try:
             with nullcontext() if self.tp is None else self.tp.whole_tokens():
                 yield self.decoder

@@ -67,11 +67,6 @@ def _check_packable(decoder: PreTrainedModel) -> None:
         raise InputError(
             f"model: {name} has layers of kind {sorted(other)[0]!r}, which cannot run packed; choose another family"
         )
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        raise InputError(
-            f"model: {name} caps its attention scores (attn_logit_softcapping), which cannot run packed; "
-            "choose another family"
-        )
 
 
 def _native(options: ModelOptions, rows: int) -> PreTrainedModel:
@@ -104,8 +99,12 @@ def _random(keys: dict[str, Any], rows: int) -> PreTrainedModel:
 
 
 def _check_keys(cls: type[PreTrainedConfig], keys: dict[str, Any]) -> None:
-    """Raise InputError for an unknown key, which transformers would accept silently."""
-    known = {*inspect.signature(cls.__init__).parameters, *cls.attribute_map, "rope_theta", "rope_scaling"}
+    """Raise InputError for an unknown key, which transformers would accept silently.
+
+    Known are the names that the family's class takes, and those that it writes to ``config.json``.
+    """
+    written = cls().to_dict().keys() - PreTrainedConfig().to_dict().keys()
+    known = {*inspect.signature(cls.__init__).parameters, *cls.attribute_map, *written, "rope_theta", "rope_scaling"}
     for key in keys:
         if key not in known:
             hint = suggestion(key, known, "see the family's config class in transformers")

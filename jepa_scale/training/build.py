@@ -22,7 +22,7 @@ from jepa_scale.distributed.tp_group import Split, TensorParallelGroup
 from jepa_scale.engines import check_engine, create_engine, resolve
 from jepa_scale.engines.base import Engine, EngineOptions
 from jepa_scale.engines.ema import Teacher, TeacherModel
-from jepa_scale.engines.precision import resolve_precision
+from jepa_scale.engines.precision import compute_dtype, resolve_precision
 from jepa_scale.engines.weights import Weights, built_by_rank_0
 from jepa_scale.evaluation.chat import Output
 from jepa_scale.evaluation.run import Results, chat_test, device_call, evaluate
@@ -33,6 +33,7 @@ from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.compiling import compile_blocks
 from jepa_scale.models.head import compile_head
 from jepa_scale.models.loading import build_backbone
+from jepa_scale.models.probe import probe
 from jepa_scale.models.recompute import recompute
 from jepa_scale.objectives.base import JepaModel, Objective
 from jepa_scale.objectives.costs import StepFlops
@@ -135,7 +136,7 @@ def build(experiment: Experiment, ranks: ParallelContext, steps: int = 0) -> Tra
     check_engine(engine_name, options, optim, ranks)  # before the data is read and the model made
 
     data = load_data(experiment.data)
-    module = built_by_rank_0(lambda: model_of(experiment, data), ranks)
+    module = built_by_rank_0(lambda: probed(model_of(experiment, data), experiment, ranks), ranks)
     backbone, objective = module.backbone, module.objective
     if backbone.stop_gradient_layer and (objective.tap or backbone.num_layers) > backbone.stop_gradient_layer:
         raise InputError(
@@ -229,6 +230,17 @@ def model_of(experiment: Experiment, data: Any) -> JepaModel:
     torch.manual_seed(experiment.run.seed)  # the backbone first: its weights do not depend on the objective
     backbone = build_backbone(experiment.model, data.vocab_size)
     return JepaModel(backbone, experiment.objective.build(backbone, data))
+
+
+def probed(module: JepaModel, experiment: Experiment, ranks: ParallelContext) -> JepaModel:
+    """Probe a decoder of transformers on rank 0, which has the weights, and return the module unchanged.
+
+    Raises:
+        InputError: the family does not compute on packed segments what it computes on each alone.
+    """
+    if experiment.model.family == "huggingface" and ranks.is_main:
+        probe(module.backbone, ranks.device, compute_dtype(experiment.engine.precision))
+    return module
 
 
 def split_over_tp_group(backbone: Backbone, ranks: ParallelContext) -> dict[str, Split]:
