@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import logging
-from contextlib import suppress
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import cached_file
 
 from jepa_scale.distributed.comm import rank
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.decoder import JepaDecoderConfig, JepaDecoderForCausalLM
 from jepa_scale.models.lora import add_lora
 from jepa_scale.models.options import HUGGINGFACE_KEYS, SHARED_KEYS, ModelOptions, check_options
+from jepa_scale.models.pretrained_files import ADAPTER, WEIGHTS, check_folder, check_quantisation
 from jepa_scale.utils.errors import InputError, suggestion
+from jepa_scale.utils.file_names import shards_of
 
 logger = logging.getLogger(__name__)
 
@@ -99,16 +107,39 @@ def _random(keys: dict[str, Any], rows: int) -> PreTrainedModel:
 
 
 def _check_keys(cls: type[PreTrainedConfig], keys: dict[str, Any]) -> None:
-    """Raise InputError for an unknown key, which transformers would accept silently.
-
-    Known are the names that the family's class takes, and those that it writes to ``config.json``.
-    """
-    written = cls().to_dict().keys() - PreTrainedConfig().to_dict().keys()
-    known = {*inspect.signature(cls.__init__).parameters, *cls.attribute_map, *written, "rope_theta", "rope_scaling"}
+    """Raise InputError for an unknown key, which transformers would accept silently."""
+    known = known_keys(cls)
     for key in keys:
         if key not in known:
             hint = suggestion(key, known, "see the family's config class in transformers")
             raise InputError(f"model.config.{key}: unknown key of {cls.__name__}; {hint}")
+
+
+@cache
+def known_keys(cls: type[PreTrainedConfig]) -> frozenset[str]:
+    """Return the keys of a family's config: those that its class takes, those that it writes to ``config.json``, and those that
+    the model's code reads (some are in no class, as ``head_dim`` of Qwen3-MoE)."""
+    written = cls().to_dict().keys() - PreTrainedConfig().to_dict().keys()
+    taken = inspect.signature(cls.__init__).parameters.keys() - {"self", "kwargs"}
+    read: set[str] = set()
+    with suppress(ImportError, OSError):
+        code = inspect.getsource(importlib.import_module(cls.__module__.replace("configuration_", "modeling_")))
+        read = {a or b for a, b in re.findall(r"""\bconfig\.([a-z]\w*)\b(?!\()|\bconfig, ["'](\w+)["']""", code)}
+    read -= vars(PreTrainedConfig).keys()  # methods, and settings of a call
+    return frozenset({*taken, *cls.attribute_map, *written, *read, "rope_theta", "rope_scaling"})
+
+
+def check_pretrained(options: ModelOptions) -> None:
+    """Check the files of ``pretrained`` if it is a local folder, without loading them.
+
+    Raises:
+        InputError: they are not those of a whole model that can be trained.
+    """
+    if options.pretrained is not None and Path(options.pretrained).is_dir():
+        try:
+            check_folder(Path(options.pretrained), weights=not options.random_init)
+        except InputError as error:
+            raise InputError(f"model.pretrained: {error}") from None
 
 
 def _load(options: ModelOptions, vocab_size: int, pad_vocab_to: int) -> tuple[PreTrainedModel, int]:
@@ -117,14 +148,18 @@ def _load(options: ModelOptions, vocab_size: int, pad_vocab_to: int) -> tuple[Pr
     assert options.pretrained is not None
     random = options.random_init or torch.get_default_device().type == "meta"
     from_hub: Any = {"trust_remote_code": options.trust_remote_code, "cache_dir": options.cache_dir}
-    try:
-        if random:
-            config = AutoConfig.from_pretrained(options.pretrained, **from_hub)
-        else:
-            decoder = AutoModelForCausalLM.from_pretrained(options.pretrained, dtype=torch.float32, **from_hub)
-            config = decoder.config
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"model.pretrained: can't load {options.pretrained!r}: {_one_line(error)}") from None
+    check_pretrained(options)
+    if not Path(options.pretrained).is_dir():
+        _check_named(options)
+    with _refused(options.pretrained):
+        config = AutoConfig.from_pretrained(options.pretrained, **from_hub)
+        if not options.random_init:
+            check_quantisation(config.to_dict(), repr(options.pretrained))
+    if random:
+        vars(config).pop("quantization_config", None)  # of the weights that are not used; an export must not name it
+    else:
+        decoder = _load_weights(options, from_hub)
+        config = decoder.config
     has = config.get_text_config().vocab_size
     if options.vocab_size is not None and options.vocab_size < has:
         raise InputError(f"model.vocab_size: {options.vocab_size} is smaller than the checkpoint's {has}; leave it out")
@@ -143,14 +178,85 @@ def _load(options: ModelOptions, vocab_size: int, pad_vocab_to: int) -> tuple[Pr
     return decoder, has
 
 
+def _check_named(options: ModelOptions) -> None:
+    """Check the small files of a model on the hub that name others, before its weights are downloaded."""
+    assert options.pretrained is not None
+
+    def file(name: str) -> str | None:
+        with suppress(OSError):
+            return cached_file(
+                options.pretrained, name, cache_dir=options.cache_dir, _raise_exceptions_for_missing_entries=False
+            )
+        return None
+
+    if (adapter := file(ADAPTER)) is not None:
+        check_folder(Path(adapter).parent)
+    for name in WEIGHTS:
+        if name.endswith(".index.json") and not options.random_init and (index := file(name)) is not None:
+            shards_of(Path(index))
+
+
+def _load_weights(options: ModelOptions, from_hub: Any) -> PreTrainedModel:
+    """Load a decoder whose weights are all in the files, and the files' tensors all in the decoder.
+
+    Raises:
+        InputError: a tensor is missing, unknown or of another shape; the message names it.
+    """
+    assert options.pretrained is not None
+    with _refused(options.pretrained):
+        decoder, info = AutoModelForCausalLM.from_pretrained(
+            options.pretrained,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            output_loading_info=True,
+            **from_hub,
+        )
+    for name, theirs, ours in sorted(info["mismatched_keys"]):
+        raise InputError(
+            f"model.pretrained: {options.pretrained!r}: {name} has shape {tuple(theirs)}, {type(decoder).__name__} needs "
+            f"{tuple(ours)}; correct config.json, or give the weights that belong to it"
+        )
+    for what, names, allowed, key in (
+        ("lacks", info["missing_keys"], options.allow_missing, "allow_missing"),
+        ("has, unknown to the model,", info["unexpected_keys"], options.allow_unexpected, "allow_unexpected"),
+    ):
+        accepted = {name for name in names if name.startswith(tuple(allowed))}
+        if refused := set(names) - accepted:
+            raise InputError(
+                f"model.pretrained: {options.pretrained!r} {what} {listed(refused)} of {type(decoder).__name__}; give complete "
+                f"weights of this architecture, or allow it by prefixes in model.{key}"
+            )
+        if accepted:
+            fate = "drawn at random" if key == "allow_missing" else "not loaded"
+            logger.warning(f"model.{key}: {listed(accepted)}: {fate}")
+    return decoder  # type: ignore[no-any-return]
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return the first three names and the number of the others."""
+    names = sorted(names)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+@contextmanager
+def _refused(name: str) -> Iterator[None]:
+    """Turn whatever transformers raises for unusable files of ``model.pretrained`` into an InputError."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError, InputError):
+        raise
+    except Exception as error:  # OSError, ValueError, KeyError, ImportError, SafetensorError, UnpicklingError …
+        raise InputError(f"model.pretrained: can't load {name!r}: {_one_line(error)}") from error
+
+
 def _from_config(config: PreTrainedConfig, options: ModelOptions) -> PreTrainedModel:
     """Build a decoder with the architecture of ``pretrained`` and random weights."""
-    try:
+    assert options.pretrained is not None
+    with _refused(options.pretrained):
         return AutoModelForCausalLM.from_config(
             config, trust_remote_code=options.trust_remote_code, dtype=torch.float32
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"model.pretrained: can't build {options.pretrained!r}: {_one_line(error)}") from None
 
 
 def _one_line(error: Exception) -> str:

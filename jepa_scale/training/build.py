@@ -32,7 +32,7 @@ from jepa_scale.models import tensor_parallel
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.compiling import compile_blocks
 from jepa_scale.models.head import compile_head
-from jepa_scale.models.loading import build_backbone
+from jepa_scale.models.loading import build_backbone, check_pretrained
 from jepa_scale.models.probe import probe
 from jepa_scale.models.recompute import recompute
 from jepa_scale.objectives.base import JepaModel, Objective
@@ -134,6 +134,7 @@ def build(experiment: Experiment, ranks: ParallelContext, steps: int = 0) -> Tra
     engine_name = resolve(options.name, ranks)
     ranks = init_tp_group(ranks, options.tp)
     check_engine(engine_name, options, optim, ranks)  # before the data is read and the model made
+    check_pretrained(experiment.model)
 
     data = load_data(experiment.data)
     module = built_by_rank_0(lambda: probed(model_of(experiment, data), experiment, ranks), ranks)
