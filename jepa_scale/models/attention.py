@@ -33,7 +33,7 @@ from transformers import AttentionInterface
 
 from jepa_scale.models.attention_meta import attention_meta
 from jepa_scale.models.attention_scores import attention_by_scores
-from jepa_scale.models.windows import WINDOW
+from jepa_scale.models.families.windows import WINDOW
 from jepa_scale.packing import KeyRows, SegmentTable
 from jepa_scale.utils.errors import InputError
 
@@ -481,7 +481,7 @@ def packed_attention(
 def window_of(module: nn.Module, extras: Mapping[str, Any]) -> int | None:
     """Return the window of an attention layer of transformers; None = it sees all tokens before.
 
-    It is that of the family's mask (:mod:`jepa_scale.models.windows`). If that is not known, it is what the layer passes on: None
+    It is that of the family's mask (:mod:`jepa_scale.models.families.windows`). If that is not known, it is what the layer passes on: None
     is a layer of full attention.
 
     Args:

@@ -16,7 +16,8 @@ from jepa_scale.distributed.tp_group import TensorParallelGroup
 from jepa_scale.models import attention
 from jepa_scale.models import head as lm_head
 from jepa_scale.models.decoder import JepaDecoderForCausalLM
-from jepa_scale.models.windows import record_windows
+from jepa_scale.models.families.router_loss import RouterLoss, router_loss_of
+from jepa_scale.models.families.windows import record_windows
 from jepa_scale.packing import PackedSequence
 from jepa_scale.utils.errors import InputError
 
@@ -39,6 +40,11 @@ class Backbone(nn.Module):
             record_windows(decoder, self.blocks_at)
         decoder.set_attn_implementation(attention.NAME)
         lm_head.adopt(decoder.get_output_embeddings())
+        self.router_loss: RouterLoss | None = None
+        """The balance loss that the family adds for its routers; None = it adds none."""
+        if not isinstance(decoder, JepaDecoderForCausalLM):
+            self.router_loss = router_loss_of(decoder)
+        self._router_logits: list[Tensor] | None = None
         self.tp: TensorParallelGroup | None = None
         """The tensor-parallel group (:mod:`jepa_scale.models.tensor_parallel`); None without tensor parallelism."""
 
@@ -217,8 +223,19 @@ class Backbone(nn.Module):
                 packed=stream.table,
                 **extras,
             )
+        if self._router_logits is not None:
+            self._router_logits += out.get("router_logits") or ()
         states = out.last_hidden_state
         return (states if self.tp is None else self.tp.join_tokens(states, len(x)))[0]
+
+    @contextmanager
+    def routers_recorded(self) -> Iterator[list[Tensor]]:
+        """Yield a list to which each :meth:`hidden` appends the logits of its routers, (T, experts) for each layer with any."""
+        self._router_logits = []
+        try:
+            yield self._router_logits
+        finally:
+            self._router_logits = None
 
     def logits(self, rows: Tensor, frozen: bool = False) -> Tensor:
         """Compute logits: (n, d) states after the final norm → (n, V). With n = 0 the head's parameters still take part.

@@ -21,9 +21,10 @@ from transformers.utils import cached_file
 from jepa_scale.distributed.comm import rank
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.decoder import JepaDecoderConfig, JepaDecoderForCausalLM
+from jepa_scale.models.families.files import ADAPTER, WEIGHTS, check_folder, check_quantisation
+from jepa_scale.models.families.router_loss import coefficient_of
 from jepa_scale.models.lora import add_lora
 from jepa_scale.models.options import HUGGINGFACE_KEYS, SHARED_KEYS, ModelOptions, check_options
-from jepa_scale.models.pretrained_files import ADAPTER, WEIGHTS, check_folder, check_quantisation
 from jepa_scale.utils.errors import InputError, suggestion
 from jepa_scale.utils.file_names import shards_of
 
@@ -55,6 +56,12 @@ def build_backbone(options: ModelOptions, vocab_size: int, pad_vocab_to: int = 1
         decoder = _native(options, rows)
     _check_packable(decoder)
     backbone = Backbone(decoder)
+    coefficient = coefficient_of(decoder)
+    if coefficient and backbone.router_loss is None and rank() == 0:
+        logger.info(
+            f"model: output_router_logits is false in the config, so the routers' balance loss (coefficient {coefficient:g}) is not "
+            "trained, as in transformers"
+        )
     if options.lora is not None:
         add_lora(decoder, backbone.blocks_at, options.lora, known)
         if (options.pretrained is None or options.random_init) and rank() == 0:
@@ -117,16 +124,18 @@ def _check_keys(cls: type[PreTrainedConfig], keys: dict[str, Any]) -> None:
 
 @cache
 def known_keys(cls: type[PreTrainedConfig]) -> frozenset[str]:
-    """Return the keys of a family's config: those that its class takes, those that it writes to ``config.json``, and those that
-    the model's code reads (some are in no class, as ``head_dim`` of Qwen3-MoE)."""
+    """Return the keys of a family's config: those that its class takes, by present and former names, those that it writes to
+    ``config.json``, and those that the model's code reads (some are in no class, as ``head_dim`` of Qwen3-MoE)."""
     written = cls().to_dict().keys() - PreTrainedConfig().to_dict().keys()
+    own = inspect.getsource(cls)  # former names, which it takes from its keywords
+    former = set(re.findall(r"""kwargs\.(?:pop|get)\(["'](\w+)["']""", own))
     taken = inspect.signature(cls.__init__).parameters.keys() - {"self", "kwargs"}
     read: set[str] = set()
     with suppress(ImportError, OSError):
         code = inspect.getsource(importlib.import_module(cls.__module__.replace("configuration_", "modeling_")))
         read = {a or b for a, b in re.findall(r"""\bconfig\.([a-z]\w*)\b(?!\()|\bconfig, ["'](\w+)["']""", code)}
     read -= vars(PreTrainedConfig).keys()  # methods, and settings of a call
-    return frozenset({*taken, *cls.attribute_map, *written, *read, "rope_theta", "rope_scaling"})
+    return frozenset({*taken, *former, *cls.attribute_map, *written, *read, "rope_theta", "rope_scaling"})
 
 
 def check_pretrained(options: ModelOptions) -> None:

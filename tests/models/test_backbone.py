@@ -13,9 +13,9 @@ from transformers import masking_utils
 from jepa_scale.config.loading import read_yaml
 from jepa_scale.config.parsing import parse_section
 from jepa_scale.models import backbone as backbone_module
+from jepa_scale.models.families.windows import WINDOW
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
-from jepa_scale.models.windows import WINDOW
 from jepa_scale.packing import Segment, pack_sequence
 
 VOCABULARY = 50

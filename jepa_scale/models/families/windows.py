@@ -89,6 +89,8 @@ def record_windows(decoder: PreTrainedModel, blocks_at: str) -> None:
     finally:
         for number, block in enumerate(originals):
             blocks[number] = block
+        for module in decoder.modules():  # what it hooked to record outputs were the placeholders
+            vars(module).pop("_output_capturing_hooks_installed", None)
     for block, (window, usable) in zip(originals, found, strict=False):
         if usable:
             for module in block.modules():
