@@ -62,6 +62,34 @@ class Backbone(nn.Module):
         return self.decoder.config.vocab_size
 
     @property
+    def position_limit(self) -> int | None:
+        """Most tokens of a segment; None = no limit.
+
+        Some rotary embeddings (``longrope``, ``dynamic``) have other frequencies for sequences beyond a length, and take those of
+        the longest for all segments of a packed sequence. So segments must not be longer.
+        """
+        return min((limit for limit in self._limits.values() if limit is not None), default=None)
+
+    @property
+    def _limits(self) -> dict[str, int | None]:
+        config = self.decoder.config
+        positions = getattr(config, "max_position_embeddings", None)
+        limits = {"max_position_embeddings": positions}
+        rope: Any = getattr(config, "rope_parameters", None) or {}
+        for part in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+            if part.get("rope_type") in ("longrope", "dynamic"):
+                own = getattr(config, "original_max_position_embeddings", None)
+                limits[f"where the frequencies of {part['rope_type']} change"] = (
+                    part.get("original_max_position_embeddings") or own or positions
+                )
+        return limits
+
+    @property
+    def limited_by(self) -> str:
+        """What sets :attr:`position_limit`."""
+        return next(name for name, limit in self._limits.items() if limit == self.position_limit)
+
+    @property
     def layers(self) -> nn.ModuleList:
         """The blocks, from first to last."""
         blocks = self.decoder.get_submodule(self.blocks_at)
@@ -205,11 +233,10 @@ class Backbone(nn.Module):
         native = isinstance(self.decoder, JepaDecoderForCausalLM)
         if native and self.decoder.training and self.decoder.config.drop_path:
             extras["segment_seeds"] = stream.seeds
-        limit = getattr(self.decoder.config, "max_position_embeddings", None)
+        limit = self.position_limit
         if limit is not None and (longest := max(stream.key_lengths)) > limit:
             raise ValueError(
-                f"a segment has {longest} tokens, more than the model's max_position_embeddings, {limit}; "
-                "shorten the segments or raise it"
+                f"a segment has {longest} tokens, and the model takes {limit} ({self.limited_by}); shorten the segments or raise it"
             )
         if stream.keys is not None:
             extras["packed_keys"] = stream.keys

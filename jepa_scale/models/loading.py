@@ -54,7 +54,7 @@ def build_backbone(options: ModelOptions, vocab_size: int, pad_vocab_to: int = 1
         decoder = _random(options.config, rows)
     else:
         decoder = _native(options, rows)
-    _check_packable(decoder)
+    check_packable(decoder)
     backbone = Backbone(decoder)
     coefficient = coefficient_of(decoder)
     if coefficient and backbone.router_loss is None and rank() == 0:
@@ -71,7 +71,7 @@ def build_backbone(options: ModelOptions, vocab_size: int, pad_vocab_to: int = 1
     return backbone
 
 
-def _check_packable(decoder: PreTrainedModel) -> None:
+def check_packable(decoder: PreTrainedModel) -> None:
     """Raise InputError if the decoder's attention would, silently, cross segments or compute other scores."""
     name, config = type(decoder).__name__, decoder.config
     if not decoder._supports_attention_backend:
@@ -159,7 +159,10 @@ def _load(options: ModelOptions, vocab_size: int, pad_vocab_to: int) -> tuple[Pr
     from_hub: Any = {"trust_remote_code": options.trust_remote_code, "cache_dir": options.cache_dir}
     check_pretrained(options)
     if not Path(options.pretrained).is_dir():
-        _check_named(options)
+        try:
+            _check_named(options)
+        except InputError as error:
+            raise InputError(f"model.pretrained: {error}") from None
     with _refused(options.pretrained):
         config = AutoConfig.from_pretrained(options.pretrained, **from_hub)
         if not options.random_init:

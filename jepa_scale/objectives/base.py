@@ -234,7 +234,7 @@ class Objective(nn.Module):
 
     def most_text_tokens(self, backbone: Backbone) -> int | None:
         """Return the number of tokens of the longest text that :meth:`text_views` accepts; None = no limit."""
-        return getattr(backbone.decoder.config, "max_position_embeddings", None)
+        return backbone.position_limit
 
     def encode(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:
         """Return the states of the sequence ``"main"`` after the final norm, fp32, in packed order.

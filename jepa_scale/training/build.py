@@ -144,12 +144,12 @@ def build(experiment: Experiment, ranks: ParallelContext, steps: int = 0) -> Tra
             f"model.bridge_grad_barrier: nothing would train blocks 1 to {backbone.stop_gradient_layer}, as objective "
             f"{experiment.objective.name!r} has no tap there; remove it, or lower objective.tap_layer"
         )
-    positions = getattr(backbone.decoder.config, "max_position_embeddings", None)
+    positions = backbone.position_limit
     longest = data.train.max_size - 1  # nothing follows the last token
     if objective.predicts_tokens and positions is not None and longest > positions:
         raise InputError(
-            f"data.max_length: a sample has {longest} tokens to predict from, and the model is made for {positions}; lower it, or "
-            "raise model.max_position_embeddings if this decoder is a new one"
+            f"data.max_length: a sample has {longest} tokens to predict from, and the model is made for {positions} "
+            f"({backbone.limited_by}); lower it, or raise model.max_position_embeddings if this decoder is a new one"
         )
     test = chat_test(experiment.eval, data, backbone, objective.predicts_tokens)
     probe = probe_test(experiment.eval, data, backbone, objective)

@@ -75,7 +75,7 @@ def record_windows(decoder: PreTrainedModel, blocks_at: str) -> None:
     for number, block in enumerate(originals):
         blocks[number] = _Placeholder(block, reached)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(devices=()):  # dropout of the embedding must not draw
             # with a 2-d mask transformers does not search the positions for segments, which the meta device cannot
             decoder.base_model(
                 inputs_embeds=states, attention_mask=torch.ones(1, TOKENS, device=device), use_cache=False
