@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import logging
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +120,6 @@ def _check_keys(cls: type[PreTrainedConfig], keys: dict[str, Any]) -> None:
             raise InputError(f"model.config.{key}: unknown key of {cls.__name__}; {hint}")
 
 
-@cache
 def known_keys(cls: type[PreTrainedConfig]) -> frozenset[str]:
     """Return the keys of a family's config: those that its class takes, by present and former names, those that it writes to
     ``config.json``, and those that the model's code reads (some are in no class, as ``head_dim`` of Qwen3-MoE)."""
@@ -131,8 +128,9 @@ def known_keys(cls: type[PreTrainedConfig]) -> frozenset[str]:
     former = set(re.findall(r"""kwargs\.(?:pop|get)\(["'](\w+)["']""", own))
     taken = inspect.signature(cls.__init__).parameters.keys() - {"self", "kwargs"}
     read: set[str] = set()
-    with suppress(ImportError, OSError):
-        code = inspect.getsource(importlib.import_module(cls.__module__.replace("configuration_", "modeling_")))
+    with suppress(OSError):  # the code is read and not run
+        file = Path(inspect.getfile(cls))
+        code = file.with_name(file.name.replace("configuration_", "modeling_")).read_text(encoding="utf-8")
         read = {a or b for a, b in re.findall(r"""\bconfig\.([a-z]\w*)\b(?!\()|\bconfig, ["'](\w+)["']""", code)}
     read -= vars(PreTrainedConfig).keys()  # methods, and settings of a call
     return frozenset({*taken, *former, *cls.attribute_map, *written, *read, "rope_theta", "rope_scaling"})
@@ -192,13 +190,12 @@ def _load(options: ModelOptions, vocab_size: int, pad_vocab_to: int) -> tuple[Pr
 
 def _check_named(options: ModelOptions) -> None:
     """Check the small files of a model on the hub that name others, before its weights are downloaded."""
-    assert options.pretrained is not None
+    model = options.pretrained
+    assert model is not None
 
     def file(name: str) -> str | None:
         with suppress(OSError):
-            return cached_file(
-                options.pretrained, name, cache_dir=options.cache_dir, _raise_exceptions_for_missing_entries=False
-            )
+            return cached_file(model, name, cache_dir=options.cache_dir, _raise_exceptions_for_missing_entries=False)
         return None
 
     if (adapter := file(ADAPTER)) is not None:
@@ -216,13 +213,15 @@ def _load_weights(options: ModelOptions, from_hub: Any) -> PreTrainedModel:
     """
     assert options.pretrained is not None
     with _refused(options.pretrained):
-        decoder, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             options.pretrained,
             dtype=torch.float32,
             ignore_mismatched_sizes=True,  # they are refused below, by name
             output_loading_info=True,
             **from_hub,
         )
+    decoder: PreTrainedModel = loaded[0]
+    info: dict[str, Any] = loaded[1]
     for name, theirs, ours in sorted(info["mismatched_keys"]):
         raise InputError(
             f"model.pretrained: {options.pretrained!r}: {name} has shape {tuple(theirs)}, {type(decoder).__name__} needs "
@@ -241,7 +240,7 @@ def _load_weights(options: ModelOptions, from_hub: Any) -> PreTrainedModel:
         if accepted:
             fate = "drawn at random" if key == "allow_missing" else "not loaded"
             logger.warning(f"model.{key}: {listed(accepted)}: {fate}")
-    return decoder  # type: ignore[no-any-return]
+    return decoder
 
 
 def listed(names: Iterable[str]) -> str:

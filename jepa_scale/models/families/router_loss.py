@@ -8,7 +8,7 @@ share of the loss: E · Σ f · (its part of P).
 
 from __future__ import annotations
 
-import importlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,7 +75,7 @@ def router_loss_of(decoder: PreTrainedModel) -> RouterLoss | None:
     if not getattr(config, "output_router_logits", False):
         return None
     coefficient = coefficient_of(decoder)
-    code = importlib.import_module(type(decoder).__module__)
+    code = sys.modules[type(decoder).__module__]
     if not coefficient or not hasattr(code, "load_balancing_loss_func"):
         return None
     experts, chosen = (getattr(decoder, key, None) for key in ("num_experts", "num_experts_per_tok"))

@@ -8,7 +8,7 @@ with placeholders for its blocks, and reads the windows from them. No block runs
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,9 +49,10 @@ def record_windows(decoder: PreTrainedModel, blocks_at: str) -> None:
     """
     masks: list[tuple[Tensor, int | None, bool]] = []  # kept, so that each id stays its own
     found: list[tuple[int | None, bool]] = []
-    embedding = decoder.get_input_embeddings()
-    width, device = int(embedding.weight.shape[1]), embedding.weight.device  # type: ignore[union-attr, arg-type]
-    states = torch.zeros(1, TOKENS, width, device=device)
+    blocks = cast(nn.ModuleList, decoder.get_submodule(blocks_at))
+    weight = cast(Tensor, decoder.get_input_embeddings().weight)
+    device = weight.device
+    states = torch.zeros(1, TOKENS, weight.shape[1], device=device)
 
     def make_mask(*args: Any, **kwargs: Any) -> Tensor:
         mask = torch.zeros(1, 1, TOKENS, TOKENS, device=device)
@@ -66,8 +67,6 @@ def record_windows(decoder: PreTrainedModel, blocks_at: str) -> None:
             raise _Done
         return states  # whether the decoder takes it whole or its [0], the next placeholder does not read it
 
-    blocks = decoder.get_submodule(blocks_at)
-    assert isinstance(blocks, nn.ModuleList)
     originals = list(blocks)
     AttentionMaskInterface.register(RECORDER, make_mask)  # type: ignore[arg-type]
     AttentionInterface.register(RECORDER, make_mask)
