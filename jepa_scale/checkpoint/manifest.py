@@ -11,6 +11,7 @@ from typing import Any
 
 from jepa_scale.config.schema import Config
 from jepa_scale.utils.errors import InputError
+from jepa_scale.utils.file_names import lies_within
 from jepa_scale.utils.io import sha256_of, write_atomic
 from jepa_scale.utils.splits import current_key
 
@@ -69,6 +70,8 @@ class Manifest:
                 )
             if values.pop("sha256") != _sha256(values):
                 raise InputError(f"{file}: its checksum is wrong")
+            if outside := [name for name in values["files"] if not lies_within(name)]:
+                raise InputError(f"{file}: names {outside[0]!r}, which is not in its folder; use another checkpoint")
             values["metrics"] = {current_key(key): value for key, value in values["metrics"].items()}
             return cls(**values)
         except InputError:

@@ -12,6 +12,7 @@ from typing import Any
 
 from jepa_scale.checkpoint.store import describe
 from jepa_scale.utils.errors import InputError
+from jepa_scale.utils.file_names import lies_within
 from jepa_scale.utils.io import write_atomic
 from jepa_scale.utils.lock import JOB_LOCK
 
@@ -52,7 +53,11 @@ def read_journal(folder: Path) -> Journal | None:
         values = json.loads(file.read_text(encoding="utf-8"))
         if values.pop("format") != FORMAT:
             raise InputError(f"{file}: was written by another version of jepa_scale; choose another folder")
-        return Journal(**values)
+        journal = Journal(**values)
+        for name in (journal.checkpoint, *journal.files):
+            if not lies_within(name):
+                raise InputError(f"{file}: names {name!r}, which is not in its folder; choose another folder")
+        return journal
     except FileNotFoundError:
         pass
     except NotADirectoryError:

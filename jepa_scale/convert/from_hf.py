@@ -25,6 +25,8 @@ from jepa_scale.convert.skeleton import llama_config
 from jepa_scale.engines.base import persistent_buffers
 from jepa_scale.engines.ema import TEACHER, TeacherModel
 from jepa_scale.models.decoder import JepaDecoderConfig
+from jepa_scale.models.families.files import check_folder
+from jepa_scale.models.loading import known_keys
 from jepa_scale.models.lora import copy_plain
 from jepa_scale.objectives.base import JepaModel
 from jepa_scale.optim import parameter_groups
@@ -68,8 +70,7 @@ def load_decoder(decoder: PreTrainedModel, folder: Path) -> None:
     Raises:
         InputError: the architecture, or a tensor's name or shape differs; the message names the first one.
     """
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder}: not a Hugging Face model (no config.json)")
+    check_folder(folder)
     _compare(decoder, folder)
     cls: Any = type(decoder)
     try:
@@ -118,8 +119,10 @@ def _compare(decoder: PreTrainedModel, folder: Path) -> None:
     if found.model_type != ours.model_type:
         raise InputError(f"{folder}: is a model of type {found.model_type!r}, the config's is a {ours.model_type!r}")
     theirs, wanted = found.to_dict(), ours.to_dict()
+    # notes of the programs that saved the model: no code of the family reads them
+    notes = theirs.keys() - known_keys(type(found)) - PreTrainedConfig().to_dict().keys() - wanted.keys()
     for key in sorted(theirs.keys() | wanted.keys()):
-        if key not in _OTHER and "drop" not in key and theirs.get(key) != wanted.get(key):
+        if key not in _OTHER | notes and "drop" not in key and theirs.get(key) != wanted.get(key):
             raise InputError(
                 f"{folder}: config.json has {key}={theirs.get(key)!r}, the config's model {wanted.get(key)!r}; "
                 "change the section model: to match"

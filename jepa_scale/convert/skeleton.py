@@ -132,6 +132,7 @@ def _build(options: ModelOptions, rows: int) -> tuple[PreTrainedModel, dict[str,
     try:
         config = AutoConfig.from_pretrained(options.pretrained, trust_remote_code=trust, cache_dir=options.cache_dir)
         config.get_text_config().vocab_size = rows
+        vars(config).pop("quantization_config", None)  # of weights that a run with random_init has not used
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust, dtype=torch.float32)
     except (OSError, ValueError, KeyError) as error:

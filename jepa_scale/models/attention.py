@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from itertools import groupby
@@ -32,6 +32,8 @@ from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 
 from jepa_scale.models.attention_meta import attention_meta
+from jepa_scale.models.attention_scores import attention_by_scores
+from jepa_scale.models.families.windows import WINDOW
 from jepa_scale.packing import KeyRows, SegmentTable
 from jepa_scale.utils.errors import InputError
 
@@ -63,6 +65,8 @@ def attention(
     scale: float | None = None,
     window: int | None = None,
     dropout: float = 0.0,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Compute softmax(q·kᵀ·scale)·v within each segment.
@@ -80,6 +84,8 @@ def attention(
         window: a causal query sees itself and the ``window − 1`` keys before it (transformers' convention);
             without ``causal``, also the ``window − 1`` keys after it.
         dropout: probability with which attention weights are dropped.
+        softcap, sinks: changes of the scores, see :func:`jepa_scale.models.attention_scores.attention_by_scores`; only
+            ``sdpa`` supports them.
         backend: one of :data:`BACKENDS`; ``None`` = that of the environment variable, else the fastest that can run this.
 
     Returns:
@@ -101,9 +107,10 @@ def attention(
         window = None  # it hides no key, and without it the faster kernels apply
     if q.is_meta:
         return attention_meta(q, k, v, attention_pairs(table_q.lengths, window, causal, table_k.lengths))[0]
-    name = _choose(backend, q, max(q.shape[-1], v.shape[-1]), dropout)
+    changed = softcap is not None or sinks is not None
+    name = _choose(backend, q, max(q.shape[-1], v.shape[-1]), dropout, changed)
     if name == "sdpa":
-        return _by_segment(q, k, v, plan, causal, scale, window, dropout)
+        return _by_segment(q, k, v, plan, causal, scale, window, dropout, softcap, sinks)
     sides = (-1, -1) if window is None else (window - 1, window - 1)
     sides = (sides[0], 0) if causal else sides
     width = v.shape[-1]
@@ -127,13 +134,13 @@ def available_backends(device: torch.device | str, dtype: torch.dtype) -> tuple[
     return tuple(found)
 
 
-def _choose(asked: str | None, q: Tensor, width: int, dropout: float) -> str:
+def _choose(asked: str | None, q: Tensor, width: int, dropout: float, changed: bool) -> str:
     where = "backend"
     if asked is None:
         asked, where = os.environ.get(VARIABLE) or None, VARIABLE
     usable = available_backends(q.device, q.dtype)
     if asked is None:
-        return next(name for name in usable if not _obstacle(name, width, dropout, q.device))
+        return next(name for name in usable if not _obstacle(name, width, dropout, changed, q.device))
     if asked not in BACKENDS:
         raise InputError(f"{where}: unknown attention backend {asked!r}; choose one of {', '.join(BACKENDS)}")
     if asked not in usable:
@@ -141,15 +148,17 @@ def _choose(asked: str | None, q: Tensor, width: int, dropout: float) -> str:
             f"{where}: attention backend {asked!r} cannot run {str(q.dtype)[6:]} on {q.device.type} here; "
             f"available: {', '.join(usable)}"
         )
-    if obstacle := _obstacle(asked, width, dropout, q.device):
+    if obstacle := _obstacle(asked, width, dropout, changed, q.device):
         raise InputError(f"{where}: attention backend {asked!r} {obstacle}; use sdpa")
     return asked
 
 
-def _obstacle(name: str, width: int, dropout: float, device: torch.device) -> str:
+def _obstacle(name: str, width: int, dropout: float, changed: bool, device: torch.device) -> str:
     """Return the reason why an available backend cannot run this call; empty if it can."""
     if name == "sdpa":
         return ""
+    if changed:
+        return "does not support capped scores or attention sinks"
     if width > _MAX_WIDTH:
         return f"supports heads up to a width of {_MAX_WIDTH}, not {width}"
     package = _flash_function(_is_hopper(device)) if name == "flash" else None
@@ -233,9 +242,14 @@ def _by_segment(
     scale: float,
     window: int | None,
     dropout: float,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
+    changed = softcap is not None or sinks is not None
     shared = q.shape[1] // k.shape[1]
-    if shared > 1 and q.device.type != "cpu":  # CUDA kernels for fp32 or with a mask do not support shared heads
+    if (
+        shared > 1 and q.device.type != "cpu" and not changed
+    ):  # CUDA kernels for fp32 or with a mask do not support shared heads
         k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
         shared = 1
     # split, not slices: the gradient of each slice is a tensor as large as the whole sequence
@@ -245,6 +259,7 @@ def _by_segment(
     for run, q_i, k_i, v_i in zip(plan.runs, parts_q, k.split(sizes_k), v.split(sizes_k), strict=True):
         hides = causal and run.q > 1 or window is not None and window < run.k
         plain = causal and run.q == run.k and (window is None or window >= run.k)
+        plain = plain and not changed
         mask = _band(run.q, run.k, causal, window, q.device) if hides and not plain else None
         options: dict[str, Any] = {
             "attn_mask": mask,
@@ -254,7 +269,9 @@ def _by_segment(
             "enable_gqa": shared > 1,
         }
         rows = (_batched(q_i, run.n), _batched(k_i, run.n), _batched(v_i, run.n))
-        if q.device.type == "cpu" and q.dtype.itemsize == 2 and run.k <= SHORT and not dropout:
+        if changed:
+            y = attention_by_scores(*rows, mask, scale=scale, dropout=dropout, softcap=softcap, sinks=sinks)
+        elif q.device.type == "cpu" and q.dtype.itemsize == 2 and run.k <= SHORT and not dropout:
             y = _InFp32.apply(options, *rows)
         else:
             y = F.scaled_dot_product_attention(*rows, **options)
@@ -436,14 +453,12 @@ def packed_attention(
             f"attention {NAME!r} needs packed=SegmentTable; for ordinary batches and generation call "
             "model.set_attn_implementation('sdpa') first"
         )
-    for name in ("softcap", "s_aux", "position_bias"):  # they change the scores and must not be ignored
-        if extras.get(name) is not None:
-            raise InputError(
-                f"model: {type(module).__name__} needs {name!r}, which packed attention does not support; "
-                "choose another family"
-            )
-    assert attention_mask is None and query.shape[0] == 1
-    own_window = getattr(module, "sliding_window", None)
+    name = "position_bias" if extras.get("position_bias") is not None else "a mask of its own"
+    if attention_mask is not None or name == "position_bias":  # they change the scores and must not be ignored
+        raise InputError(
+            f"model: {type(module).__name__} needs {name}, which packed attention does not support; choose another family"
+        )
+    assert query.shape[0] == 1
     k, v, table_k = key[0].transpose(0, 1), value[0].transpose(0, 1), packed
     if packed_keys is not None:
         k, v, table_k = k.index_select(0, packed_keys.index), v.index_select(0, packed_keys.index), packed_keys.table
@@ -455,10 +470,28 @@ def packed_attention(
         table_k,
         causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
         scale=scaling,
-        window=extras.get("sliding_window", own_window),  # a None passed by a full-attention layer must win
+        window=window_of(module, extras),
         dropout=dropout,
+        softcap=extras.get("softcap"),
+        sinks=extras.get("s_aux"),
     )
     return out[None], None
+
+
+def window_of(module: nn.Module, extras: Mapping[str, Any]) -> int | None:
+    """Return the window of an attention layer of transformers; None = it sees all tokens before.
+
+    It is that of the family's mask (:mod:`jepa_scale.models.families.windows`). If that is not known, it is what the layer passes on: None
+    is a layer of full attention.
+
+    Args:
+        extras: the keywords with which the layer calls its attention.
+    """
+    if hasattr(module, WINDOW):
+        found: int | None = getattr(module, WINDOW)
+    else:
+        found = extras.get("sliding_window", getattr(module, "sliding_window", None))
+    return found or None
 
 
 # Deliberately not registered with AttentionMaskInterface: for an attention without an entry there, transformers

@@ -16,6 +16,8 @@ from jepa_scale.distributed.tp_group import TensorParallelGroup
 from jepa_scale.models import attention
 from jepa_scale.models import head as lm_head
 from jepa_scale.models.decoder import JepaDecoderForCausalLM
+from jepa_scale.models.families.router_loss import RouterLoss, router_loss_of
+from jepa_scale.models.families.windows import record_windows
 from jepa_scale.packing import PackedSequence
 from jepa_scale.utils.errors import InputError
 
@@ -34,8 +36,15 @@ class Backbone(nn.Module):
         super().__init__()
         self.decoder = decoder
         self.blocks_at, self._norm_at = _locate(decoder)
+        if not isinstance(decoder, JepaDecoderForCausalLM):
+            record_windows(decoder, self.blocks_at)
         decoder.set_attn_implementation(attention.NAME)
         lm_head.adopt(decoder.get_output_embeddings())
+        self.router_loss: RouterLoss | None = None
+        """The balance loss that the family adds for its routers; None = it adds none."""
+        if not isinstance(decoder, JepaDecoderForCausalLM):
+            self.router_loss = router_loss_of(decoder)
+        self._router_logits: list[Tensor] | None = None
         self.tp: TensorParallelGroup | None = None
         """The tensor-parallel group (:mod:`jepa_scale.models.tensor_parallel`); None without tensor parallelism."""
 
@@ -51,6 +60,34 @@ class Backbone(nn.Module):
     def vocab_size(self) -> int:
         """Number of rows of the embedding, padding of the vocabulary included."""
         return self.decoder.config.vocab_size
+
+    @property
+    def position_limit(self) -> int | None:
+        """Most tokens of a segment; None = no limit.
+
+        Some rotary embeddings (``longrope``, ``dynamic``) have other frequencies for sequences beyond a length, and take those of
+        the longest for all segments of a packed sequence. So segments must not be longer.
+        """
+        return min((limit for limit in self._limits.values() if limit is not None), default=None)
+
+    @property
+    def _limits(self) -> dict[str, int | None]:
+        config = self.decoder.config
+        positions = getattr(config, "max_position_embeddings", None)
+        limits = {"max_position_embeddings": positions}
+        rope: Any = getattr(config, "rope_parameters", None) or {}
+        for part in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+            if part.get("rope_type") in ("longrope", "dynamic"):
+                own = getattr(config, "original_max_position_embeddings", None)
+                limits[f"where the frequencies of {part['rope_type']} change"] = (
+                    part.get("original_max_position_embeddings") or own or positions
+                )
+        return limits
+
+    @property
+    def limited_by(self) -> str:
+        """What sets :attr:`position_limit`."""
+        return next(name for name, limit in self._limits.items() if limit == self.position_limit)
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -196,11 +233,10 @@ class Backbone(nn.Module):
         native = isinstance(self.decoder, JepaDecoderForCausalLM)
         if native and self.decoder.training and self.decoder.config.drop_path:
             extras["segment_seeds"] = stream.seeds
-        limit = getattr(self.decoder.config, "max_position_embeddings", None)
+        limit = self.position_limit
         if limit is not None and (longest := max(stream.key_lengths)) > limit:
             raise ValueError(
-                f"a segment has {longest} tokens, more than the model's max_position_embeddings, {limit}; "
-                "shorten the segments or raise it"
+                f"a segment has {longest} tokens, and the model takes {limit} ({self.limited_by}); shorten the segments or raise it"
             )
         if stream.keys is not None:
             extras["packed_keys"] = stream.keys
@@ -214,8 +250,19 @@ class Backbone(nn.Module):
                 packed=stream.table,
                 **extras,
             )
+        if self._router_logits is not None:
+            self._router_logits += out.get("router_logits") or ()
         states = out.last_hidden_state
         return (states if self.tp is None else self.tp.join_tokens(states, len(x)))[0]
+
+    @contextmanager
+    def routers_recorded(self) -> Iterator[list[Tensor]]:
+        """Yield a list to which each :meth:`hidden` appends the logits of its routers, (T, experts) for each layer with any."""
+        self._router_logits = []
+        try:
+            yield self._router_logits
+        finally:
+            self._router_logits = None
 
     def logits(self, rows: Tensor, frozen: bool = False) -> Tensor:
         """Compute logits: (n, d) states after the final norm → (n, V). With n = 0 the head's parameters still take part.
@@ -302,7 +349,7 @@ class Backbone(nn.Module):
     @contextmanager
     def unpacked(self) -> Iterator[PreTrainedModel]:
         """Yield the decoder with ordinary (batch, sequence) attention, for ``generate`` and a key-value cache."""
-        self.decoder.set_attn_implementation("sdpa")
+        self.decoder.set_attn_implementation("sdpa" if self.decoder._supports_sdpa else "eager")
         try:
             with nullcontext() if self.tp is None else self.tp.whole_tokens():
                 yield self.decoder

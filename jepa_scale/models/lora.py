@@ -11,6 +11,8 @@ forward. Here the frozen rows and the trained ones are two layers, each called a
 from __future__ import annotations
 
 import copy
+import logging
+import re
 from collections.abc import Mapping, Sequence
 from typing import Generic, TypeVar, cast
 
@@ -19,10 +21,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from jepa_scale.distributed.comm import rank
 from jepa_scale.models.options import LoraOptions
 from jepa_scale.utils.errors import InputError, suggestion
 
 M = TypeVar("M", bound=nn.Module)
+logger = logging.getLogger(__name__)
+
 ADAPTER = "default"
 """Name of the adapter in peft, part of its parameters' names."""
 BASE_OF, NEW_OF = ".base_layer.", ".new_rows."
@@ -45,6 +50,8 @@ def add_lora(decoder: PreTrainedModel, blocks: str, options: LoraOptions, known:
     import peft  # here, because it takes more than a second
 
     names = target_layers(decoder, blocks, options.targets)
+    if options.targets is None and rank() == 0 and (text := _left_out(decoder, blocks, names)):
+        logger.warning(f"model.lora: {text}")
     for name in names:
         narrow = min(matrix_shape(decoder.get_submodule(name)))
         if options.rank > narrow:
@@ -90,8 +97,9 @@ def target_layers(decoder: PreTrainedModel, blocks: str, targets: Sequence[str] 
     """
     head = decoder.get_output_embeddings()
     linear = [n for n, m in decoder.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    others = _read_otherwise_by_peft(decoder, {name.rpartition(".")[2] for name in linear})
     if targets is None:
-        names = [name for name in linear if name.startswith(f"{blocks}.")]
+        names = [name for name in linear if name.startswith(f"{blocks}.") and name.rpartition(".")[2] not in others]
         if not names:
             raise InputError(
                 f"model.lora: {type(decoder).__name__} has no linear layers in its blocks; set model.lora.targets"
@@ -102,7 +110,49 @@ def target_layers(decoder: PreTrainedModel, blocks: str, targets: Sequence[str] 
             kinds = sorted({name.rpartition(".")[2] for name in linear})
             hint = suggestion(target, kinds, f"choose from {', '.join(kinds)}")
             raise InputError(f"model.lora.targets: no linear layer's name ends with {target!r}; {hint}")
-    return [name for name in linear if any(f".{name}".endswith(f".{target}") for target in targets)]
+    names = [name for name in linear if any(f".{name}".endswith(f".{target}") for target in targets)]
+    if wrong := [name for name in names if name.rpartition(".")[2] in others]:
+        raise InputError(
+            f"model.lora.targets: peft takes the name of {wrong[0]} for the fused experts of {type(decoder).__name__}, so that the "
+            "adapter could not be loaded again; leave it out"
+        )
+    return names
+
+
+def _read_otherwise_by_peft(decoder: PreTrainedModel, endings: set[str]) -> set[str]:
+    """Return the endings of layers' names that peft takes for something else in this family.
+
+    Where transformers has fused the experts of a mixture, peft reads the names of their former layers (``gate_proj``, ``w1``) as
+    the fused parameters, those of a dense layer of that name too.
+    """
+    import peft
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    found = set()
+    for ending in endings:
+        config = peft.LoraConfig(target_modules=[ending])
+        try:
+            convert_peft_config_for_transformers(config, decoder, None)
+        except ValueError:  # it wants the other layers that were fused with this one
+            found.add(ending)
+        else:
+            if config.target_modules != {ending}:
+                found.add(ending)
+    return found
+
+
+def _left_out(decoder: PreTrainedModel, blocks: str, names: Sequence[str]) -> str:
+    """Say which matrices of the blocks have no adapter, and their share of the weights; empty if all have one."""
+    adapted = {f"{name}.weight" for name in names}
+    left: dict[str, int] = {}
+    for name, parameter in decoder.named_parameters():
+        if name.startswith(f"{blocks}.") and parameter.dim() > 1 and name not in adapted:
+            pattern = re.sub(r"\.\d+\.", ".*.", name)
+            left[pattern] = left.get(pattern, 0) + parameter.numel()
+    if not left:
+        return ""
+    share = sum(left.values()) / sum(parameter.numel() for parameter in decoder.parameters())
+    return f"no adapter for {', '.join(sorted(left))}: {share:.0%} of the weights stay as they are"
 
 
 def matrix_shape(layer: nn.Module) -> tuple[int, int]:

@@ -11,7 +11,15 @@ from jepa_scale.config.values import LocalPath, PlainMapping
 from jepa_scale.utils.errors import InputError
 
 SHARED_KEYS = {"family", "vocab_size", "lora"}
-HUGGINGFACE_KEYS = {"config", "pretrained", "random_init", "cache_dir", "trust_remote_code"}
+HUGGINGFACE_KEYS = {
+    "config",
+    "pretrained",
+    "random_init",
+    "cache_dir",
+    "trust_remote_code",
+    "allow_missing",
+    "allow_unexpected",
+}
 
 
 class LoraOptions(Section):
@@ -119,6 +127,16 @@ class ModelOptions(Section):
     cache_dir: LocalPath | None = Field(
         None, description="huggingface: folder for the downloads of `pretrained`; null = that of huggingface_hub."
     )
+    allow_missing: list[str] = Field(
+        [],
+        description="huggingface: prefixes of tensors that the files of `pretrained` may lack; they get random initial values. "
+        "Any other tensor that is missing is refused.",
+    )
+    allow_unexpected: list[str] = Field(
+        [],
+        description="huggingface: prefixes of tensors in the files of `pretrained` that the model does not have; they are not "
+        "loaded. Any other such tensor is refused.",
+    )
     trust_remote_code: bool = Field(False, description="huggingface: run the model code that comes with `pretrained`.")
     lora: LoraOptions | None = Field(
         None, description="Freeze the weights and train low-rank adapters; null = train all weights."
@@ -147,6 +165,12 @@ def check_options(options: ModelOptions) -> None:
         raise InputError(f"model.{wrong[0]}: belongs to model.family: native; put it under model.config instead")
     if (options.config is None) == (options.pretrained is None):
         raise InputError("model.family: huggingface needs either model.config or model.pretrained; set one of them")
+    for key in ("allow_missing", "allow_unexpected"):
+        prefixes = getattr(options, key)
+        if prefixes and (options.pretrained is None or options.random_init):
+            raise InputError(f"model.{key}: needs the weights of model.pretrained; remove it, as none are loaded")
+        if "" in prefixes:
+            raise InputError(f"model.{key}: has an empty prefix, which every name begins with; name the tensors")
     if options.trust_remote_code and options.pretrained is None:
         raise InputError(
             "model.trust_remote_code: needs model.pretrained; remove it, as model.config runs no such code"

@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from jepa_scale.config.ema import TeacherOptions
 from jepa_scale.config.schema import Section
 from jepa_scale.data.sampling.rng import SampleRNG, ViewTransform
+from jepa_scale.distributed.comm import all_reduce_sum
 from jepa_scale.models.backbone import Backbone
+from jepa_scale.models.families.router_loss import NAME as ROUTER_LOSS
+from jepa_scale.models.families.router_loss import RouterLoss
 from jepa_scale.models.flops import DecoderFlops
 from jepa_scale.models.generation import Generated, Prompts, greedy
 from jepa_scale.objectives.answers import AnswerGenerator, LanguageModelAnswerGenerator
@@ -21,6 +24,9 @@ from jepa_scale.objectives.costs import StepFlops
 from jepa_scale.objectives.tasks import TASKS, Call, Task
 from jepa_scale.packing import PackedBatch, Segment, Views
 from jepa_scale.utils.errors import InputError
+
+ROUTERS = "router_choices"
+"""Name of the routers' choices among the tensors of a gather pass."""
 
 
 class Loss(NamedTuple):  # a tuple, because the engines search the root module's output for tensors
@@ -107,6 +113,9 @@ class Objective(nn.Module):
     own_tasks: ClassVar[tuple[str, ...]] = ()
     """Names of further tasks, beside :data:`jepa_scale.objectives.tasks.TASKS`: methods that the objective's answer
     generator or diagnostics call through the engine. The first argument of each is the backbone."""
+    balances_routers: bool = False
+    """Whether the routers' balance loss of a mixture of experts is added to this objective's. It counts choices over the global
+    batch, so that steps of several micro-batches have a gather pass."""
     teacher: TargetEncoder
     """The EMA teacher, set before the first forward if :meth:`teacher_copies` is not empty."""
 
@@ -225,7 +234,7 @@ class Objective(nn.Module):
 
     def most_text_tokens(self, backbone: Backbone) -> int | None:
         """Return the number of tokens of the longest text that :meth:`text_views` accepts; None = no limit."""
-        return getattr(backbone.decoder.config, "max_position_embeddings", None)
+        return backbone.position_limit
 
     def encode(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:
         """Return the states of the sequence ``"main"`` after the final norm, fp32, in packed order.
@@ -273,6 +282,7 @@ class JepaModel(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.objective = objective
+        objective.balances_routers = backbone.router_loss is not None
 
     def forward(self, task: Task, *args: Any, **kwargs: Any) -> Any:
         """Run the objective's method ``task`` on the backbone and the arguments."""
@@ -280,7 +290,29 @@ class JepaModel(nn.Module):
         assert task in TASKS or task in own, (
             f"{task!r} is no task of {type(self.objective).__name__}; there are {', '.join(sorted({*TASKS, *own}))}"
         )
+        if self.backbone.router_loss is not None and task in ("gather", "loss"):
+            return getattr(self, f"_balanced_{task}")(self.backbone.router_loss, *args, **kwargs)
         return getattr(self.objective, task)(self.backbone, *args, **kwargs)
+
+    def _balanced_gather(self, balance: RouterLoss, batch: PackedBatch) -> dict[str, Tensor]:
+        """Return the objective's tensors, if it gathers any, and the routers' choices in the forwards of its loss."""
+        own = self.objective.gather(self.backbone, batch) if self.objective.needs_global_batch else {}
+        with self.backbone.routers_recorded() as logits:
+            self.objective.loss(self.backbone, batch, [], 0)
+        return {**own, ROUTERS: balance.counts(logits)}
+
+    def _balanced_loss(
+        self, balance: RouterLoss, batch: PackedBatch, gathered: list[dict[str, Tensor]], micro: int
+    ) -> Loss:
+        """Return the objective's loss with the routers' balance loss over the global batch."""
+        with self.backbone.routers_recorded() as logits:
+            loss = self.objective.loss(
+                self.backbone, batch, gathered if self.objective.needs_global_batch else [], micro
+            )
+        counts = torch.stack([each[ROUTERS] for each in gathered]).sum(dim=0) if gathered else balance.counts(logits)
+        share = balance.share(logits, all_reduce_sum(counts))
+        total = loss.total + balance.coefficient * share
+        return Loss(total, {**loss.means, "loss": total.detach(), ROUTER_LOSS: share.detach()}, loss.gauges)
 
 
 def lm_loss(backbone: Backbone, hidden: Tensor, batch: PackedBatch, sequence: str = "main") -> Tensor:

@@ -43,6 +43,7 @@ _KNOWN = [
     Metric("loss", "", "lower"),
     Metric("lm_loss", "nats/token", "lower"),
     Metric("jepa_loss", "", "lower"),
+    Metric("router_aux_loss", "", "lower"),
     Metric("ppl", "", "lower"),
     Metric("exact_match", "fraction", "higher"),
     Metric("exact_match_upstream", "fraction", "higher"),

@@ -23,7 +23,7 @@ from jepa_scale.distributed.tp_group import Split, TensorParallelGroup
 from jepa_scale.engines import check_engine, create_engine, resolve
 from jepa_scale.engines.base import Engine, EngineOptions
 from jepa_scale.engines.ema import Teacher, TeacherModel
-from jepa_scale.engines.precision import resolve_precision
+from jepa_scale.engines.precision import compute_dtype, resolve_precision
 from jepa_scale.engines.weights import Weights, built_by_rank_0
 from jepa_scale.evaluation.chat import Output
 from jepa_scale.evaluation.run import Results, chat_test, device_call, evaluate
@@ -32,9 +32,10 @@ from jepa_scale.experiment import Experiment
 from jepa_scale.models import tensor_parallel
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.compiling import compile_blocks
+from jepa_scale.models.families.probe import probe
 from jepa_scale.models.fingerprint import model_fingerprint
 from jepa_scale.models.head import compile_head
-from jepa_scale.models.loading import build_backbone
+from jepa_scale.models.loading import build_backbone, check_pretrained
 from jepa_scale.models.recompute import recompute
 from jepa_scale.objectives.base import JepaModel, Objective
 from jepa_scale.objectives.costs import StepFlops
@@ -146,21 +147,22 @@ def build(
     engine_name = resolve(options.name, ranks)
     ranks = init_tp_group(ranks, options.tp)
     check_engine(engine_name, options, optim, ranks)  # before the data is read and the model made
+    check_pretrained(experiment.model)
 
     data = load_data(experiment.data)
-    module = built_by_rank_0(lambda: model_of(experiment, data), ranks)
+    module = built_by_rank_0(lambda: probed(model_of(experiment, data), experiment, ranks), ranks)
     backbone, objective = module.backbone, module.objective
     if backbone.stop_gradient_layer and (objective.tap or backbone.num_layers) > backbone.stop_gradient_layer:
         raise InputError(
             f"model.bridge_grad_barrier: nothing would train blocks 1 to {backbone.stop_gradient_layer}, as objective "
             f"{experiment.objective.name!r} has no tap there; remove it, or lower objective.tap_layer"
         )
-    positions = getattr(backbone.decoder.config, "max_position_embeddings", None)
+    positions = backbone.position_limit
     longest = data.train.max_size - 1  # nothing follows the last token
     if objective.predicts_tokens and positions is not None and longest > positions:
         raise InputError(
-            f"data.max_length: a sample has {longest} tokens to predict from, and the model is made for {positions}; lower it, or "
-            "raise model.max_position_embeddings if this decoder is a new one"
+            f"data.max_length: a sample has {longest} tokens to predict from, and the model is made for {positions} "
+            f"({backbone.limited_by}); lower it, or raise model.max_position_embeddings if this decoder is a new one"
         )
     test = chat_test(experiment.eval, data, backbone, objective.predicts_tokens)
     probe = probe_test(experiment.eval, data, backbone, objective)
@@ -258,6 +260,17 @@ def model_of(experiment: Experiment, data: Any) -> JepaModel:
     torch.manual_seed(experiment.run.seed)  # the backbone first: its weights do not depend on the objective
     backbone = build_backbone(experiment.model, data.vocab_size)
     return JepaModel(backbone, experiment.objective.build(backbone, data))
+
+
+def probed(module: JepaModel, experiment: Experiment, ranks: ParallelContext) -> JepaModel:
+    """Probe a decoder of transformers on rank 0, which has the weights, and return the module unchanged.
+
+    Raises:
+        InputError: the family does not compute on packed segments what it computes on each alone.
+    """
+    if experiment.model.family == "huggingface" and ranks.is_main:
+        probe(module.backbone, ranks.device, compute_dtype(experiment.engine.precision))
+    return module
 
 
 def split_over_tp_group(backbone: Backbone, ranks: ParallelContext) -> dict[str, Split]:

@@ -110,7 +110,7 @@ class Trainer:
         batches = [replace(batch.to(self.ranks.device), totals=totals) for batch in batches]
 
         gathered = []
-        if self.objective.needs_global_batch and len(batches) > 1:
+        if (self.objective.needs_global_batch or self.objective.balances_routers) and len(batches) > 1:
             with self.phase("gather", step), torch.no_grad():
                 gathered = [self.engine.forward("gather", batch) for batch in batches]
         for micro, batch in enumerate(batches):

@@ -18,6 +18,7 @@ from torch import Tensor
 from jepa_scale.checkpoint import Manifest, store
 from jepa_scale.checkpoint.shard_view import ShardView
 from jepa_scale.config.loading import load_config
+from jepa_scale.convert.from_hf import state_tensors
 from jepa_scale.data import load_data
 from jepa_scale.experiment import validate
 from jepa_scale.models.backbone import Backbone
@@ -92,7 +93,7 @@ def make_run(
     run = folder / name
     run.mkdir()
     (run / "config.yaml").write_text(experiment.to_yaml())
-    tensors = {f"model/{n}": p.detach() for n, p in module.named_parameters()}
+    tensors = state_tensors(module)
     tensors |= {f"exp_avg/{n}": torch.full_like(p, 5.0) for n, p in module.named_parameters()}
     write_checkpoint(run, step, tensors)
     return module.eval()

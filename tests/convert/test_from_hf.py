@@ -153,7 +153,7 @@ def test_what_does_not_fit_is_named(tmp_path):
     save(extra=torch.zeros(3))
     refused(r"has a tensor that the model lacks, extra")
     (hf / "model.safetensors").write_bytes(b"\0" * 100)
-    refused(r"hf: cannot be loaded")
+    refused(r"model.safetensors: is truncated")
     save()
     (hf / "config.json").write_text(config.replace('"llama"', '"qwen3"'))
     refused(r"is a model of type 'qwen3', the config's is a 'jepa_decoder'")
@@ -220,3 +220,12 @@ def test_a_model_that_transformers_saved_comes_in(tmp_path):
         assert torch.equal(found[f"model/backbone.decoder.{name}"], value.float())
     config = load_config(tmp_path / "new" / "config.yaml")
     assert (config.run.name, config.run.dir, config.optim.lr) == ("new", str(tmp_path), 5e-4)
+
+
+def test_a_note_of_the_program_that_saved_a_model_is_no_architecture(tmp_path):
+    module = make_run(tmp_path, "run", MODELS["llama"])
+    export(tmp_path / "run", tmp_path / "hf", ExportOptions(progress=False))
+    file = tmp_path / "hf" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "unsloth_version": "2025.9.1", "unsloth_fixed": True}))
+    found = bring(tmp_path / "hf", tmp_path / "run.yaml", tmp_path / "back")
+    assert all(torch.equal(found[f"model/{n}"], p) for n, p in module.named_parameters())

@@ -32,6 +32,22 @@ BASES = {
     "gemma3": huggingface("gemma3_text", head_dim=8, num_hidden_layers=2, tie_word_embeddings=True),
     "olmo2": huggingface("olmo2"),
     "gpt2": GPT2,
+    "mixtral": huggingface("mixtral", num_local_experts=4, num_experts_per_tok=2),
+    "deepseek_v3": huggingface(  # a dense block, shared experts and a buffer that is saved
+        "deepseek_v3",
+        num_key_value_heads=4,
+        moe_intermediate_size=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+    ),
 }
 ROWS = load_data(parse_data(REVERSAL)).vocab_size
 NEW = ROWS - 4
@@ -57,7 +73,7 @@ def lora_run(folder, base, **changes):
         for name, parameter in module.backbone.decoder.named_parameters():
             if not parameter.requires_grad:
                 parameter.copy_(plain[name.replace(".base_layer", "")])
-    write_checkpoint(folder / "run", 8, {f"model/{n}": p.detach() for n, p in module.named_parameters()})
+    write_checkpoint(folder / "run", 8, state_tensors(module))
     return module
 
 

@@ -33,6 +33,20 @@ BACKBONES: dict[str, dict[str, Any]] = {
         "config": {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}
         | {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     },
+    "mixtral": {
+        "family": "huggingface",
+        "config": {
+            "model_type": "mixtral",
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "num_local_experts": 4,
+            "output_router_logits": True,
+            "router_aux_loss_coef": 0.5,
+        },
+    },
 }
 
 

@@ -255,11 +255,37 @@ def test_more_queries_than_keys_cannot_be_causal():
         attention(q, k, v, table([5]), table([4]))
 
 
-@pytest.mark.parametrize("extra", ["softcap", "s_aux", "position_bias"])
-def test_what_packed_attention_lacks_is_refused(extra):
+def test_what_packed_attention_lacks_is_refused():
     x = torch.randn(1, 2, 5, 8)
-    with pytest.raises(InputError, match=extra):
-        packed_attention(torch.nn.Module(), x, x, x, None, packed=table([5]), **{extra: 1.0})
+    with pytest.raises(InputError, match="Module needs position_bias"):
+        packed_attention(torch.nn.Module(), x, x, x, None, packed=table([5]), position_bias=x)
+    with pytest.raises(InputError, match="Module needs a mask of its own"):
+        packed_attention(torch.nn.Module(), x, x, x, x, packed=table([5]))
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize(("softcap", "with_sinks"), [(2.0, False), (None, True), (2.0, True)])
+def test_changed_scores_match_the_formula(softcap, with_sinks, window):
+    lengths, heads = [5, 5, 1, 7], 4
+    q, k, v = torch.randn(18, heads, 8), torch.randn(18, 2, 8), torch.randn(18, 2, 6)
+    sinks = torch.randn(heads) if with_sinks else None
+    expected = []
+    for a, b, c in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
+        n = len(a)
+        position = torch.arange(n)
+        behind = position[:, None] - position
+        hidden = (behind < 0) | (behind >= (window or n))
+        rows = []
+        for head in range(heads):
+            scores = 0.3 * a[:, head].double() @ b[:, head // 2].double().T
+            if softcap:
+                scores = softcap * (scores / softcap).tanh()
+            weights = scores.exp().masked_fill(hidden, 0)
+            total = weights.sum(dim=1) + (sinks[head].double().exp() if with_sinks else 0)
+            rows.append(weights / total[:, None] @ c[:, head // 2].double())
+        expected.append(torch.stack(rows, dim=1))
+    found = attention(q, k, v, table(lengths), scale=0.3, window=window, softcap=softcap, sinks=sinks)
+    torch.testing.assert_close(found.double(), torch.cat(expected), atol=1e-5, rtol=1e-5)
 
 
 def test_an_ordinary_call_says_what_is_missing():

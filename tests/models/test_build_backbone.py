@@ -103,7 +103,6 @@ def test_no_special_token_is_assumed():
         (huggingface(num_attention_heads=5), "model.config: "),
         (huggingface(hidden_size="wide"), "model.config: "),
         (dict(family="huggingface", pretrained="no/such/folder"), "model.pretrained: can't load 'no/such/folder'"),
-        (huggingface(model_type="gemma2"), "attn_logit_softcapping"),
         (dict(family="huggingface", config=dict(model_type="llama4_text", num_hidden_layers=4)), "'chunked_attention'"),
         (
             dict(family="huggingface", config=dict(model_type="gemma3")),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from torch import nn
@@ -264,3 +266,57 @@ def test_an_update_counts_twice_unless_alpha_says_otherwise(base):
     ours = build(**pretrained(base, lora={"rank": 3}))
     scales = {scale for m in ours.modules() if hasattr(m, "lora_A") for scale in m.scaling.values()}
     assert scales == {2.0}
+
+
+EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
+
+
+def mixture(model_type, **keys):
+    sizes = dict(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    return dict(family="huggingface", config={"model_type": model_type, **sizes, **keys})
+
+
+def test_matrices_without_an_adapter_are_named_with_their_share(caplog):
+    keys = mixture("mixtral", **EXPERTS)
+    with caplog.at_level(logging.WARNING):
+        backbone = build_backbone(ModelOptions(**keys, lora=dict(rank=2)), 50)
+    weights = {name: p.numel() for name, p in build_backbone(ModelOptions(**keys), 50).decoder.named_parameters()}
+    frozen = {name for name in weights if ".experts." in name or name.endswith("gate.weight")}
+    share = sum(weights[name] for name in frozen) / sum(weights.values())
+    told = [record.message for record in caplog.records if "no adapter for" in record.message]
+    assert told == [
+        "model.lora: no adapter for model.layers.*.mlp.experts.down_proj, model.layers.*.mlp.experts.gate_up_proj, "
+        f"model.layers.*.mlp.gate.weight: {share:.0%} of the weights stay as they are"
+    ]
+    adapted = {n.rpartition(".lora_A")[0].rpartition(".")[2] for n, _ in backbone.named_parameters() if ".lora_A" in n}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+def test_nothing_is_said_when_all_have_one_or_the_user_has_chosen(caplog):
+    for lora, keys in (
+        (dict(rank=2), mixture("llama")),
+        (dict(rank=2, targets=["q_proj"]), mixture("mixtral", **EXPERTS)),
+    ):
+        with caplog.at_level(logging.WARNING):
+            build_backbone(ModelOptions(**keys, lora=lora), 50)
+    assert "no adapter for" not in caplog.text
+
+
+def test_a_dense_layer_that_peft_takes_for_the_experts_is_refused_by_name():
+    """The first block of this family has no experts, and layers of the names that they once had."""
+    keys = mixture(
+        "glm4_moe",
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        first_k_dense_replace=1,
+        head_dim=8,
+    )
+    with pytest.raises(
+        InputError, match=r"peft takes the name of model.layers.0.mlp.up_proj for the fused experts of Glm4Moe"
+    ):
+        build_backbone(ModelOptions(**keys, lora=dict(rank=2, targets=["q_proj", "up_proj"])), 50)
+    backbone = build_backbone(ModelOptions(**keys, lora=dict(rank=2)), 50)
+    assert {n.split(".")[4] for n, _ in backbone.named_parameters() if ".lora_A" in n} == {"self_attn"}

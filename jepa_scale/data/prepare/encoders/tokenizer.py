@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jepa_scale.utils.errors import InputError
+from jepa_scale.utils.file_names import check_tokenizer_config
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -129,6 +130,7 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTra
     """
     from transformers import AutoTokenizer
 
+    check_tokenizer_config(Path(name_or_path))
     try:
         return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except Exception as error:  # OSError, ValueError, KeyError, ImportError …, depending on the fault

@@ -1,0 +1,234 @@
+"""A probe before the first step: does a decoder of transformers compute on packed segments what it computes on each alone?
+
+Whether a family can run packed is not written anywhere: a layer may read across segments (a convolution, a recurrence), make a
+mask of its own, or not pass the segments on. So two random segments run once packed, with this package's attention, and once as the
+rows of an ordinary batch, with the family's own attention in plain operations (``eager``). Every block's output and the logits must
+agree, and so must every block's sliding window, which is longer than these segments.
+
+They are compared in fp32 on the host, where rounding hides nothing, and then on the run's device in its dtype, where other kernels
+run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, masking_utils
+
+from jepa_scale.models import attention
+from jepa_scale.models.backbone import Backbone
+from jepa_scale.packing import Segment, pack_sequence
+from jepa_scale.utils.errors import InputError
+
+LENGTHS = (9, 6)
+"""Tokens of the two segments."""
+TOLERANCE, ROUNDED_TOLERANCE = 1e-3, 0.1
+"""Largest mean over a segment's tokens of ‖packed − alone‖ / ‖alone‖ in fp32 on the host, and on the run's device in its dtype
+(fp32 products may be computed in TF32 there)."""
+HOST = torch.device("cpu")
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What a forward computed.
+
+    Attributes:
+        states: each block's output, and the logits, as rows of one segment after the other, fp32 on the CPU.
+        windows: number of a block → sliding windows of its attention layers, None for full attention.
+    """
+
+    states: list[Tensor] = field(default_factory=list)
+    windows: dict[int, set[int | None]] = field(default_factory=dict)
+    block: int = 0
+
+
+@torch.no_grad()
+def probe(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> None:
+    """Check that a decoder of transformers computes the same for packed segments and for each segment alone.
+
+    The decoder keeps its weights, device, dtype and modes, and torch's global generator its state. On the device there are at most
+    one block, the embedding and the LM head at a time. A forward of 18 tokens and one of 15, on the host and on the device.
+
+    Args:
+        backbone: with all its weights: call it before they are sharded.
+        device, dtype: those in which the run computes.
+
+    Raises:
+        InputError: the results differ, in the named block, or a forward fails.
+    """
+    _probe(backbone, HOST, torch.float32, TOLERANCE)
+    if (device.type, dtype) != (HOST.type, torch.float32):
+        _probe(backbone, device, dtype, ROUNDED_TOLERANCE)
+
+
+def _probe(backbone: Backbone, device: torch.device, dtype: torch.dtype, tolerance: float) -> None:
+    decoder, name = backbone.decoder, type(backbone.decoder).__name__
+    limit = getattr(decoder.config, "max_position_embeddings", None) or max(LENGTHS)
+    lengths = [min(length, limit) for length in LENGTHS]
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, backbone.vocab_size, (len(lengths), max(lengths)), generator=generator)
+    modes = [(module, module.training) for module in decoder.modules()]
+    decoder.eval()
+    try:
+        with _placed(backbone, device, dtype):
+            alone = _attempt(name, "alone", lambda: _alone(backbone, rows.to(device), lengths))
+            packed = _attempt(name, "packed", lambda: _packed(backbone, rows, lengths, device))
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    _compare(name, alone, packed, lengths, tolerance, limit)
+
+
+def _attempt(name: str, how: str, run: Any) -> _Seen:
+    try:
+        seen = run()
+    except torch.OutOfMemoryError:
+        raise
+    except InputError:
+        raise
+    except Exception as error:  # whatever a family's code raises on input that it was not made for
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(
+            f"model: {name} cannot run {'on packed segments' if how == 'packed' else 'alone'} ({reason}); choose another family"
+        ) from error
+    assert isinstance(seen, _Seen)
+    return seen
+
+
+def _compare(name: str, alone: _Seen, packed: _Seen, lengths: list[int], tolerance: float, limit: int) -> None:
+    blocks = len(alone.states) - 1
+    where = [f"block {number} of {blocks}" for number in range(1, blocks + 1)] + ["logits"]
+    for number, place in enumerate(where):
+        wanted, used = alone.windows.get(number), packed.windows.get(number)
+        if wanted and used and _effective(wanted, limit) != _effective(used, limit):
+            raise InputError(
+                f"model: {name} has a sliding window of {_text(wanted)} tokens in {place}, and {_text(used)} on packed segments; "
+                "choose another family"
+            )
+        pairs = zip(alone.states[number].split(lengths), packed.states[number].split(lengths), strict=True)
+        errors = [float(((b - a).norm(dim=-1) / a.norm(dim=-1).clamp(min=1e-30)).mean()) for a, b in pairs]
+        worst = max(errors, key=lambda error: error if error == error else float("inf"))
+        if not worst <= tolerance:
+            raise InputError(
+                f"model: {name} does not compute on packed segments what it computes on each alone: {place} is the first to differ, "
+                f"by {worst:.2g} of its norm ({tolerance:g} is allowed); choose another family"
+            )
+
+
+def _effective(windows: set[int | None], limit: int) -> set[int]:
+    return {limit if window is None else min(window, limit) for window in windows}
+
+
+def _text(windows: set[int | None]) -> str:
+    return " and ".join("no" if window is None else str(window) for window in sorted(windows, key=lambda w: w or 0))
+
+
+# ------------------------------------------------------------------------------------------------ the two forwards
+
+
+def _alone(backbone: Backbone, rows: Tensor, lengths: list[int]) -> _Seen:
+    """Run the rows of an ordinary batch. The tokens after a segment's end do not affect those before."""
+    seen = _Seen()
+    masks: dict[int, tuple[Any, int | None]] = {}  # the mask is kept, so that its id stays its own
+    known = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
+    eager = known["eager"]
+
+    def make_mask(*args: Any, **kwargs: Any) -> Any:
+        mask = eager(*args, **kwargs)
+        masks[id(mask)] = (mask, kwargs.get("local_size"))
+        return mask
+
+    def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        found = {masks[id(x)][1] for x in (*args, *kwargs.values()) if id(x) in masks}
+        seen.windows.setdefault(seen.block, set()).update(found)
+
+    def cut(x: Tensor) -> Tensor:
+        return torch.cat([row[:length] for row, length in zip(x.float().cpu(), lengths, strict=True)])
+
+    with backbone.unpacked() as decoder, _watched(backbone, seen, cut, note):
+        decoder.set_attn_implementation("eager")
+        known["eager"] = make_mask
+        try:
+            logits = decoder(rows, use_cache=False).logits
+        finally:
+            del known["eager"]
+    seen.states.append(cut(logits))
+    return seen
+
+
+def _packed(backbone: Backbone, rows: Tensor, lengths: list[int], device: torch.device) -> _Seen:
+    seen = _Seen()
+    segments = [Segment(row[:length].tolist(), "text") for row, length in zip(rows, lengths, strict=True)]
+
+    def attend(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        seen.windows.setdefault(seen.block, set()).add(attention.window_of(module, kwargs))
+        return attention.packed_attention(module, *args, **kwargs)
+
+    AttentionInterface.register(attention.NAME, attend)
+    try:
+        with _watched(backbone, seen, lambda x: x[0].float().cpu(), lambda *_: None):
+            hidden = backbone.hidden(pack_sequence(segments).to(device))
+    finally:
+        AttentionInterface.register(attention.NAME, attention.packed_attention)
+    seen.states.append(backbone.logits(hidden).float().cpu())
+    return seen
+
+
+@contextmanager
+def _watched(backbone: Backbone, seen: _Seen, rows: Any, note: Any) -> Iterator[None]:
+    """Record each block's output, ``rows(output)``, and the number of the block that runs; call ``note`` at its begin."""
+
+    def begin(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        seen.block = len(seen.states)
+        note(module, args, kwargs)
+
+    def end(module: nn.Module, args: Any, output: Any) -> None:
+        seen.states.append(rows(output[0] if isinstance(output, tuple) else output))
+
+    with ExitStack() as stack:
+        for block in backbone.layers:
+            stack.callback(block.register_forward_pre_hook(begin, with_kwargs=True).remove)
+            stack.callback(block.register_forward_hook(end).remove)
+        yield
+
+
+@contextmanager
+def _placed(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Make each block use copies of its tensors on the device while it runs, and the other modules throughout.
+
+    Parameters are copied in ``dtype``, buffers in their own.
+    """
+    originals: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    of_blocks = {module for block in backbone.layers for module in block.modules()}
+
+    def place(modules: Any) -> None:
+        copies: dict[Tensor, Tensor] = {}  # tied parameters stay one
+        for module in modules:
+            for own, to in ((module._parameters, dtype), (module._buffers, None)):
+                originals.append((own, dict(own)))
+                for key, tensor in own.items():
+                    if tensor is not None:
+                        if tensor not in copies:
+                            copies[tensor] = tensor.detach().to(device, to if tensor.is_floating_point() else None)
+                        own[key] = copies[tensor]
+
+    def restore(down_to: int) -> None:
+        while len(originals) > down_to:
+            own, before = originals.pop()
+            own.update(before)
+
+    with ExitStack() as stack:
+        stack.callback(restore, 0)
+        place(module for module in backbone.modules() if module not in of_blocks)
+        outside = len(originals)
+        for block in backbone.layers:
+            stack.callback(
+                block.register_forward_pre_hook(lambda module, args: place(module.modules()), prepend=True).remove
+            )
+            stack.callback(block.register_forward_hook(lambda module, args, output: restore(outside)).remove)
+        yield
