@@ -355,3 +355,18 @@ def test_every_config_builds_and_explains_its_keys(path):
     assert backbone.hidden_size == size.get("hidden_size", size.get("n_embd"))
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if ":" in line.partition("#")[0]]
     assert all("#" in line for line in lines if not line.rstrip().endswith("config:"))
+
+
+def test_segments_end_where_rotary_frequencies_change():
+    """Beyond it the family takes other frequencies for the whole packed sequence, short segments included."""
+    rope = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 4, long_factor=[4.0] * 4)
+    rope |= dict(original_max_position_embeddings=9)
+    keys = dict(model_type="phi3", max_position_embeddings=36, rope_parameters=rope, **LLAMA)
+    keys |= dict(original_max_position_embeddings=9)
+    torch.manual_seed(0)
+    backbone = noisy(build_backbone(ModelOptions(family="huggingface", config=keys), VOCABULARY))
+    assert backbone.position_limit == 9
+    assert_packed_is_ordinary(backbone, stream((9, 4, 2)))
+    with pytest.raises(ValueError, match="10 tokens, and the model takes 9 .where the frequencies of longrope change"):
+        backbone.hidden(stream((10, 4)))
+    assert make("gpt2").position_limit == 64 and make("llama").position_limit == 2048

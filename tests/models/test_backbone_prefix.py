@@ -208,7 +208,7 @@ def test_a_branch_is_as_long_as_with_its_prefix():
         return pack([views]).sequences["main"]
 
     backbone.hidden(stream(2))
-    with pytest.raises(ValueError, match="a segment has 9 tokens, more than the model.s max_position_embeddings, 8"):
+    with pytest.raises(ValueError, match="a segment has 9 tokens, and the model takes 8 .max_position_embeddings"):
         backbone.hidden(stream(3))
 
 
