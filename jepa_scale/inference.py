@@ -16,7 +16,7 @@ from tqdm import tqdm
 from jepa_scale.checkpoint import find, store
 from jepa_scale.checkpoint.manifest import TENSORS, Manifest
 from jepa_scale.checkpoint.shard_view import ShardView
-from jepa_scale.config.loading import load_config
+from jepa_scale.config.loading import load_config, trained_with
 from jepa_scale.convert.from_hf import state_tensors
 from jepa_scale.data import SourceOptions, load_data
 from jepa_scale.data.base import Dataset
@@ -226,7 +226,7 @@ def load(run_dir: str | Path, checkpoint: str | Path = "auto", device: str | tor
     found = find(run, checkpoint, config.checkpoint.verify, alone=True)
     if found is None:
         raise InputError(f"{run}: has no checkpoint; give another run, or a checkpoint's path")
-    experiment = validate(Manifest.read(found).trained(config))
+    experiment = validate(trained_with(config, Manifest.read(found).config))
     data: Any = open_data(experiment.data)
     with torch.random.fork_rng(devices=[]):  # the checkpoint replaces these weights
         backbone = build_backbone(experiment.model, data.vocab_size)

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jepa_scale.config.schema import Config
 from jepa_scale.utils.errors import InputError
 from jepa_scale.utils.file_names import lies_within
 from jepa_scale.utils.io import sha256_of, write_atomic
@@ -78,15 +77,6 @@ class Manifest:
             raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{file}: not a complete checkpoint: {error}") from None
-
-    def trained(self, config: Config) -> Config:
-        """Return a run's config with the model and the objective that this checkpoint was trained with.
-
-        The run may have been resumed with other ones since.
-        """
-        return config.model_copy(
-            update={section: self.config[section] for section in ("model", "objective") if section in self.config}
-        )
 
     def damage(self, folder: Path, part: int = 0, parts: int = 1, hashes: bool = True) -> list[str]:
         """Return one line for each file that is missing or damaged; empty if the checkpoint is whole.

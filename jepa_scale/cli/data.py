@@ -7,7 +7,7 @@ import json
 import time
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 from jepa_scale.cli.flags import logging_flags
 from jepa_scale.cli.signals import stopped_by_signals
@@ -78,8 +78,10 @@ def add_options(group: argparse._ArgumentGroup) -> None:
     """Add a flag for every key of ``PrepareOptions``. A flag that is not given is absent from the namespace."""
     for name, field in PrepareOptions.model_fields.items():
         kind: Any = field.annotation
-        if isinstance(kind, UnionType):  # X | None: leaving the flag out means None
+        if get_origin(kind) in (Union, UnionType):  # X | None: leaving the flag out means None
             (kind,) = (k for k in get_args(kind) if k is not type(None))
+        if get_origin(kind) is Annotated:  # a text with rules, which the options check
+            kind = get_args(kind)[0]
         shows_default = kind in (str, int, float) or get_origin(kind) is Literal
         default = field.default if shows_default and field.default is not None else ""
         text = (field.description or "").rstrip(".") + (f" (default: {default})" if default != "" else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,14 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     except InputError as error:
         raise InputError(f"{error} (this is the config's file name; give run.name)") from None
     return config.model_copy(update={"run": run})
+
+
+def trained_with(config: Config, saved: Mapping[str, Any]) -> Config:
+    """Return a run's config with the model and the objective of a checkpoint's config, ``saved``.
+
+    The run may have been resumed with other ones since.
+    """
+    return config.model_copy(update={key: saved[key] for key in ("model", "objective") if key in saved})
 
 
 def to_yaml(values: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from jepa_scale import __version__
 from jepa_scale.checkpoint import find, store
 from jepa_scale.checkpoint.manifest import FILE, TENSORS, Manifest
-from jepa_scale.config.loading import load_config
+from jepa_scale.config.loading import load_config, trained_with
 from jepa_scale.config.parsing import parse_section
 from jepa_scale.config.schema import Config
 from jepa_scale.convert.adapter import CONFIG_FILE as ADAPTER_CONFIG
@@ -94,7 +94,7 @@ def export(run: Path, out: Path, options: ExportOptions = ExportOptions()) -> Ex
     config = load_config(config_of(run))
     checkpoint = _chosen(run, options, begun, out)
     manifest = Manifest.read(checkpoint)
-    config = manifest.trained(config)
+    config = trained_with(config, manifest.config)
     model_options = parse_section(ModelOptions, config.model, "model")
     if options.adapter:
         check_adapter(model_options)

@@ -32,8 +32,8 @@ from jepa_scale.experiment import Experiment
 from jepa_scale.models import tensor_parallel
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.compiling import compile_blocks
+from jepa_scale.models.families.fingerprint import model_fingerprint
 from jepa_scale.models.families.probe import probe
-from jepa_scale.models.fingerprint import model_fingerprint
 from jepa_scale.models.head import compile_head
 from jepa_scale.models.loading import build_backbone, check_pretrained
 from jepa_scale.models.recompute import recompute

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from jepa_scale.checkpoint import Manifest
 from jepa_scale.config.loading import load_config
 from jepa_scale.experiment import validate
 from jepa_scale.report import page as report
-from jepa_scale.training.run import steps_of
+from jepa_scale.training.flop_budget import paid_steps
 from tests.distributed.launch import run_ranks
 from tests.distributed.test_runs import rows, train_runs
 from tests.distributed.test_two_view_runs import config_file
@@ -90,8 +92,11 @@ def test_a_resume_on_other_ranks_goes_on_with_the_count_and_the_same_number_of_s
     saved = tmp_path / "run" / "checkpoints" / "step_00000010"
     state = Manifest.read(saved).state
     assert (state["steps"], state["flops"]) == (len(before), before[9]["flops"])
-    assert steps_of(saved, validate(load_config(file)).train.flops) == len(before)
-    assert steps_of(saved, 1e12) == 0
+    manifest, experiment = Manifest.read(saved), validate(load_config(file))
+    sampler: Any = SimpleNamespace(fingerprint=manifest.state["data"]["fingerprint"])
+    assert paid_steps(manifest, experiment, sampler) == len(before)
+    other = replace(experiment, train=experiment.train.model_copy(update={"flops": 1e12}))
+    assert paid_steps(manifest, other, sampler) == 0
     run_ranks(train_runs, 2, [(file, str(saved))])
     after = rows(tmp_path, "run")
     assert [row["step"] for row in after] == [row["step"] for row in before]

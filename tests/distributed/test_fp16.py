@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from jepa_scale.distributed.comm import ParallelContext
-from jepa_scale.engines.loss_scale import MOST
 from tests.distributed import toy
 from tests.distributed.launch import run_ranks
 from tests.distributed.toy import ENGINES, make_engine
@@ -16,6 +15,8 @@ from tests.distributed.toy import ENGINES, make_engine
 STEPS = 8  # the four batches, and the same again
 SCALE = 2.0**10
 """At which nothing of the toy overflows."""
+TOO_LARGE = 2.0**20
+"""At which everything does."""
 
 
 def curves(ranks: ParallelContext, cases: list[dict[str, Any]]) -> list[Any]:
@@ -53,24 +54,24 @@ def overflows(ranks: ParallelContext, names: tuple[str, ...]) -> list[Any]:
         toy.train(engine, range(1))
         found = [engine.loss_scale.state()]
         before = engine.full_state()
-        engine.loss_scale.factor.fill_(MOST)
+        engine.loss_scale.factor.fill_(TOO_LARGE)
         norms = toy.train(engine, range(1, 2))[1]
         found.append(engine.loss_scale.state())
         after = engine.full_state()
         unchanged = all(torch.equal(before[key], after[key]) for key in before)
-        norms += toy.train(engine, range(2, 10))[1]
+        norms += toy.train(engine, range(2, 12))[1]
         results.append((found, unchanged, norms, engine.loss_scale.state(), engine.updates))
     return results
 
 
 def test_a_step_that_overflows_is_skipped_and_halves_the_scale():
-    """At the greatest scale gradients are above 65,504; the next steps find one at which they are not."""
+    """At such a scale gradients are above 65,504; the next steps find one at which they are not."""
     for results in run_ranks(overflows, 2, ENGINES):
         for name, (found, unchanged, norms, last, updates) in zip(ENGINES, results, strict=True):
-            assert found == [{"factor": SCALE, "steps": 1}, {"factor": MOST / 2, "steps": 0}], name
+            assert found == [{"factor": SCALE, "steps": 1}, {"factor": TOO_LARGE / 2, "steps": 0}], name
             finite = torch.tensor(norms).isfinite().tolist()
             assert unchanged and not finite[0] and any(finite), (name, norms)
-            factor, steps = MOST, 0
+            factor, steps = TOO_LARGE, 0
             for step_counts in finite:
                 factor, steps = (factor, steps + 1) if step_counts else (factor / 2, 0)
             assert last == {"factor": factor, "steps": steps} and updates == 1 + sum(finite), name

@@ -41,7 +41,7 @@ def plain(name: str, a: Tensor, b: Tensor) -> list[Tensor]:
     if name == "barlow":
         a, b = ((x - x.mean(0)) / (x.var(0, correction=0) + 1e-5).sqrt() for x in (a, b))
         c = a.T @ b / n
-        return [(1 - c.diagonal()).square().mean(), c[beside].square().sum() / d]
+        return [(1 - c.diagonal()).square().mean(), c[beside].square().sum() / (d * (d - 1))]
     if name.startswith("sigreg"):
         if "standardized" in name:
             a = (a - a.detach().mean(0)) / (a.detach().std(0, correction=0) + 1e-3)

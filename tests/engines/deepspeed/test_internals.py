@@ -117,6 +117,15 @@ def test_build_no_ops(monkeypatch):
     assert ops.__compatible_ops__ == {}
 
 
+def test_allow_fp16_on_a_cpu(monkeypatch):
+    accelerator = module("accelerator").get_accelerator()
+    monkeypatch.setattr(accelerator, "is_fp16_supported", lambda: False)  # put back afterwards
+    engine = inspect.getsource(module("runtime.engine").DeepSpeedEngine)
+    assert "self.fp16_enabled() and not get_accelerator().is_fp16_supported()" in engine
+    internals.allow_fp16_on_a_cpu()
+    assert accelerator.is_fp16_supported()
+
+
 def test_silence_memory_reports(monkeypatch):
     bf16 = module("runtime.bf16_optimizer")
     monkeypatch.setattr(bf16, "see_memory_usage", bf16.see_memory_usage)  # put back afterwards

@@ -175,8 +175,8 @@ def test_a_loader_gives_the_same_pairs_with_and_without_processes(workers):
     [
         (dict(horizon_probs=[0.0, 0.0, 0.0]), "horizon_probs: must not be negative, and their sum positive"),
         (dict(horizon_probs=[0.5, -0.1, 0.6]), "horizon_probs: must not be negative"),
-        (dict(horizon_probs=[0.5, float("nan"), 0.6]), "horizon_probs: must not be negative"),
-        (dict(horizon_probs=[0.5, float("inf"), 0.6]), "horizon_probs: must not be negative"),
+        (dict(horizon_probs=[0.5, float("nan"), 0.6]), r"horizon_probs\.1: input should be a finite number"),
+        (dict(horizon_probs=[0.5, float("inf"), 0.6]), r"horizon_probs\.1: input should be a finite number"),
         (dict(horizon_probs=[0.5, 0.5]), "horizon_probs: has 2 values for 3 horizons; give one for each"),
         (dict(horizon_probs=[]), "horizon_probs: has 0 values for 3 horizons"),
         (dict(horizons=[2, 2, 5]), "horizons: must be different numbers"),
