@@ -50,6 +50,11 @@ HANG = 1200.0
 """Seconds after which a call counts as hanging. The limit only ends hangs; no result depends on it."""
 
 
+MOST_THREADS = 48
+"""Threads of a rank at which another takes its place. The libraries keep some process groups for good, and each has a thread
+that wakes a hundred times a second; a few hundred of them took a third of both cores."""
+
+
 def run_ranks(
     fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = HANG, fresh: bool = False
 ) -> list[Any]:
@@ -104,6 +109,13 @@ class _Rank:
         with suppress(BrokenPipeError):  # it is dead, which its silent pipe of results will show
             self._jobs.send_bytes(job)
 
+    def threads(self) -> int:
+        """Return the number of its threads; 0 where the system does not tell, or if it has ended."""
+        try:
+            return len(os.listdir(f"/proc/{self.process.pid}/task"))
+        except OSError:
+            return 0
+
     def end(self) -> None:
         self.process.kill()
         self.process.join()
@@ -115,7 +127,8 @@ _living: list[_Rank] = []
 
 
 def _pool(world_size: int) -> list[_Rank]:
-    """Return the first ranks of the pool, and fork those that are missing."""
+    """Return the first ranks of the pool, and fork those that are missing or worn."""
+    end_ranks([rank for rank in _living if rank.threads() > MOST_THREADS])
     while len(_living) < world_size:
         _living.append(_Rank())
     return _living[:world_size]
