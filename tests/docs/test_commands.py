@@ -39,6 +39,7 @@ NOT_RUN = {
 BIG = {
     "reversal_full": "80,000 people",
     "reversal_full_no_memory": "80,000 people",
+    "reversal_two_view_full": "80,000 people",
     "jepa_8b": "8 billion parameters",
     "jepa_8b_fsdp_tp": "8 billion parameters",
     "jepa_1b": "1.2 billion parameters",
