@@ -188,8 +188,12 @@ class DeepSpeedEngine(Engine):
             dist_init_required=False,
             mpu=topology,
         )
+        self._ran: set[nn.Module] = set()  # leaf modules of ZeRO-3 in the present forward
+        self._in_forward = False
         if self.stage == 3:
             internals.hide_hooks(module)
+            for leaf in internals.leaf_modules(module):
+                leaf.register_forward_pre_hook(self._refuse_a_second_run)
         with internals.filled_param_groups(self.ds.optimizer) if self.stage == 3 else nullcontext():
             masters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
             buffers = [parameter.grad for parameter in masters]
@@ -235,7 +239,20 @@ class DeepSpeedEngine(Engine):
         return config
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.ds(*args, **kwargs)
+        self._ran, self._in_forward = set(), torch.is_grad_enabled()
+        try:
+            return self.ds(*args, **kwargs)
+        finally:
+            self._in_forward = False
+
+    def _refuse_a_second_run(self, leaf: nn.Module, *_: Any) -> None:
+        """Refuse a leaf module that runs twice in a forward: its gradients are reduced at its first backward, and lost then."""
+        if self._in_forward and leaf in self._ran:
+            raise InputError(
+                f"engine.deepspeed: ZeRO-3 runs a {type(leaf).__name__} once in a forward, and this objective runs it twice; use "
+                "FSDP2 (engine.name=fsdp) or a ZeRO stage below 3"
+            )
+        self._ran.add(leaf)
 
     def _backward(self, loss: Tensor, last: bool) -> None:
         # Every stage averages over ranks, and in ZeRO-3 that cannot be changed. Multiplying by the number of data-parallel

@@ -307,6 +307,17 @@ def local_part(parameter: Any) -> Tensor:
     return part
 
 
+def leaf_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules that ZeRO-3 gathers whole.
+
+    DeepSpeed 0.19.8: ``z3_leaf_module`` reads a mark that ``initialize`` sets, by default on three classes of mixtures. Reason:
+    the gradients of such a module are reduced at its first backward, so it may run once in a forward.
+    """
+    from deepspeed.utils import z3_leaf_module
+
+    yield from (part for part in module.modules() if z3_leaf_module(part))
+
+
 def hide_hooks(module: nn.Module) -> None:
     """Hide the operators of ZeRO-3's hooks from the blocks that recompute selectively.
 

@@ -126,6 +126,12 @@ def test_allow_fp16_on_a_cpu(monkeypatch):
     assert accelerator.is_fp16_supported()
 
 
+def test_leaf_modules():
+    leaf, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    module("utils").set_z3_leaf_module(leaf, True)
+    assert list(internals.leaf_modules(torch.nn.Sequential(leaf, other))) == [leaf]
+
+
 def test_silence_memory_reports(monkeypatch):
     bf16 = module("runtime.bf16_optimizer")
     monkeypatch.setattr(bf16, "see_memory_usage", bf16.see_memory_usage)  # put back afterwards
