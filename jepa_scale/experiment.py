@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jepa_scale.config.loading import to_yaml
+from jepa_scale.config.metric_keys import check_intervals
 from jepa_scale.config.parsing import parse_section
 from jepa_scale.config.schema import (
     CheckpointConfig,
@@ -31,6 +32,7 @@ from jepa_scale.data import SourceOptions, parse_data
 from jepa_scale.evaluation.options import OPTIONS, EvaluationOptions
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.telemetry.records import SUMMARY_FILE
+from jepa_scale.utils.devices import check_fp16
 from jepa_scale.utils.errors import InputError, suggestion
 
 if TYPE_CHECKING:
@@ -180,6 +182,17 @@ def validate(config: Config) -> Experiment:
         eval=parse_section(OPTIONS[data.evaluation], config.eval, "eval"),
         log=config.log,
     )
+
+
+def check_trainable(experiment: Experiment) -> None:
+    """Check what only training asks of a config, before anything is built.
+
+    Raises:
+        InputError: ``checkpoint.keep_best`` has nothing to choose from, or this machine cannot compute in ``engine.precision``.
+    """
+    check_intervals(experiment.train, experiment.checkpoint)
+    if experiment.engine.precision == "fp16":
+        check_fp16()
 
 
 def _with_flops(train: TrainConfig) -> TrainConfig:

@@ -138,14 +138,10 @@ def print_config(args: argparse.Namespace) -> int:
         return 0
     from jepa_scale.cli.config_origins import annotate
     from jepa_scale.config.loading import load_config
-    from jepa_scale.config.metric_keys import check_intervals
-    from jepa_scale.experiment import validate
-    from jepa_scale.utils.devices import check_fp16
+    from jepa_scale.experiment import check_trainable, validate
 
     experiment = validate(load_config(args.config, args.overrides))
-    check_intervals(experiment.train, experiment.checkpoint)
-    if experiment.engine.precision == "fp16":
-        check_fp16()
+    check_trainable(experiment)
     print(annotate(experiment, args.config, args.overrides), end="")
     return 0
 

@@ -10,11 +10,9 @@ from pathlib import Path
 
 from jepa_scale.cli.flags import logging_flags
 from jepa_scale.config.loading import load_config
-from jepa_scale.config.metric_keys import check_intervals
 from jepa_scale.distributed.environment import is_first, read_place
-from jepa_scale.experiment import validate
+from jepa_scale.experiment import check_trainable, validate
 from jepa_scale.telemetry.records import config_of
-from jepa_scale.utils.devices import check_fp16
 from jepa_scale.utils.errors import DataError, InputError
 
 
@@ -44,9 +42,7 @@ def _refused(find: Callable[[], str | Path], overrides: Sequence[str], trains: b
     try:
         experiment = validate(load_config(find(), list(overrides)))
         if trains:
-            check_intervals(experiment.train, experiment.checkpoint)
-        if experiment.engine.precision == "fp16":
-            check_fp16()
+            check_trainable(experiment)
         read_place()
     except InputError as error:
         return refusal(error)

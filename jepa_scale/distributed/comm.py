@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from jepa_scale.distributed.environment import Place, launcher, read_place
+from jepa_scale.distributed.environment import Place, launcher, read_place, started_by_launcher
 from jepa_scale.utils.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def setup(timeout_minutes: float = 30.0) -> ParallelContext:
             options["device_id"] = device
         if how == "python" or place.alone:  # no launcher: a private store, so that concurrent runs cannot meet
             options["store"] = dist.HashStore()
-        elif not {"TORCHELASTIC_RUN_ID", "CROSS_SIZE"} & os.environ.keys():  # set by hand, or left over in a shell
+        elif not started_by_launcher():
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             logger.info(f"rank {rank} of {world_size}, by the environment: waits for the others at {where}")
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", rank=rank, world_size=world_size, **options)

@@ -10,6 +10,7 @@ from jepa_scale.utils.errors import InputError
 _PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _MEETING = ("MASTER_ADDR", "MASTER_PORT")
 _OF_LAUNCHERS = {"TORCHELASTIC_RUN_ID", "CROSS_SIZE"}
+"""Variables that only ``torchrun`` and ``deepspeed`` set."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +65,18 @@ def read_place() -> Place:
 
 
 def is_first() -> bool:
-    """Return whether this process tells the user what all ranks have found: rank 0, or one whose rank is left over."""
-    if os.environ.get("RANK", "0") == "0" or _OF_LAUNCHERS & os.environ.keys():
-        return os.environ.get("RANK", "0") == "0"
+    """Return whether this process prints an error that all ranks have: rank 0 does, and one whose rank is left over in a shell."""
+    if os.environ.get("RANK", "0") == "0":
+        return True
+    if started_by_launcher():
+        return False
     try:
         read_place()
     except InputError:
         return True
     return False
+
+
+def started_by_launcher() -> bool:
+    """Return whether ``torchrun`` or ``deepspeed`` started this process; else its variables were set by hand or are left over."""
+    return bool(_OF_LAUNCHERS & os.environ.keys())

@@ -102,6 +102,7 @@ class Clipping:
         They become NaN or 0 if a norm is not finite; the caller must then skip the update.
         """
         if self._coefficients is None:  # neither clipped nor scaled
+            assert self.clip_norm == 0, "the norms have not been measured"
             return
         rows = len(gradients) // self._count
         for pieces, coefficient in zip(gradients, self._coefficients.repeat(rows).unbind(), strict=True):

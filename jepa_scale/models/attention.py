@@ -247,9 +247,8 @@ def _by_segment(
 ) -> Tensor:
     changed = softcap is not None or sinks is not None
     shared = q.shape[1] // k.shape[1]
-    if (
-        shared > 1 and q.device.type != "cpu" and not changed
-    ):  # CUDA kernels for fp32 or with a mask do not support shared heads
+    # CUDA kernels for fp32 or with a mask do not support shared heads
+    if shared > 1 and q.device.type != "cpu" and not changed:
         k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
         shared = 1
     # split, not slices: the gradient of each slice is a tensor as large as the whole sequence

@@ -71,8 +71,9 @@ def steps_within(
 ) -> int:
     """Return the step at which a run from step ``start`` on has cost, over all ranks, what is closest to the budget.
 
-    A run that begins has at least one step; one whose budget is spent has no further step. The batches of the first steps are made and their FLOPs counted, until the mean cost is precise enough. Later steps
-    count with the mean. The result is the same on every rank, because it does not depend on the calling rank.
+    A run that begins has at least one step; one whose budget is spent has no further step. The batches of the first steps are
+    made and their FLOPs counted, until the mean cost is precise enough. Later steps count with the mean. The result is the same
+    on every rank, because it does not depend on the calling rank.
 
     Args:
         budget: FLOPs of all ranks. ranks: the loader of every rank (:func:`whole_steps`).

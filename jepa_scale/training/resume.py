@@ -16,19 +16,19 @@ logger = logging.getLogger(__name__)
 
 REFUSED = ("model.", "objective.")
 """Keys that change what the model computes or learns. Their change has to be allowed."""
-UNTOLD = ("run.", "log.", "checkpoint.", "eval.")
+UNREPORTED = ("run.", "log.", "checkpoint.", "eval.")
 """Keys that leave training as it is."""
 
 
-def restore(run: TrainingComponents, found: Path) -> Manifest:
+def restore(run: TrainingComponents, found: Path, manifest: Manifest) -> None:
     """Restore the state of a run from a checkpoint that was verified. Collective.
 
-    The run was built with the checkpoint's manifest, so that its sampler is at the checkpoint's position in the data.
+    Args:
+        manifest: of the checkpoint. The run was built with it, so its sampler is at the checkpoint's position in the data.
 
     Raises:
         InputError: the checkpoint is of another model or objective, or of other settings (:func:`check_changes`).
     """
-    manifest = Manifest.read(found)
     changes = check_changes(run, found, manifest)
     checkpoint.load(found, run.parts)
     if run.engine.loss_scale and "loss_scale" in manifest.state:
@@ -42,7 +42,6 @@ def restore(run: TrainingComponents, found: Path) -> Manifest:
         if changes:
             left = max(0, run.steps - manifest.step)
             logger.warning(f"{found.name} is resumed with other settings: {_listed(changes)}; {left:,} steps are left")
-    return manifest
 
 
 def check_changes(run: TrainingComponents, found: Path, manifest: Manifest) -> dict[str, tuple[Any, Any]]:
@@ -59,7 +58,7 @@ def check_changes(run: TrainingComponents, found: Path, manifest: Manifest) -> d
     if "model" in manifest.state:  # checkpoints of 0.1 have the config alone
         changes = {key: pair for key, pair in changes.items() if not key.startswith("model.")}
         changes |= differing(manifest.state["model"], run.model_fingerprint)
-    changes = {key: pair for key, pair in changes.items() if not key.startswith(UNTOLD)}
+    changes = {key: pair for key, pair in changes.items() if not key.startswith(UNREPORTED)}
     allowed = experiment.checkpoint.resume_with_changes
     refused = {
         key: pair

@@ -10,13 +10,13 @@ from pathlib import Path
 from jepa_scale import checkpoint
 from jepa_scale.checkpoint import Saver
 from jepa_scale.config.loading import load_config
-from jepa_scale.config.metric_keys import check_intervals, check_splits
+from jepa_scale.config.metric_keys import check_splits
 from jepa_scale.config.schema import CheckpointConfig
 from jepa_scale.distributed import comm
 from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.engines.precision import compute_dtype
 from jepa_scale.evaluation.chat import generations_file
-from jepa_scale.experiment import Experiment, validate
+from jepa_scale.experiment import Experiment, check_trainable, validate
 from jepa_scale.models.flops import peak_of
 from jepa_scale.report.step_time import breakdown_table
 from jepa_scale.telemetry import RunLog, describe, locked_run_dir, quiet_libraries
@@ -47,7 +47,7 @@ def run_training(args: argparse.Namespace) -> None:
         NotSaved: the run's last state was not saved.
     """
     experiment = validate(load_config(args.config, args.overrides))
-    check_intervals(experiment.train, experiment.checkpoint)
+    check_trainable(experiment)
     quiet_libraries()
     ranks = comm.setup()
     with locked_run_dir(run_dir_of(experiment.run), resume=args.resume is not None):
@@ -63,15 +63,17 @@ def train(experiment: Experiment, ranks: ParallelContext, resume: str | None) ->
     comm.barrier()
     found = checkpoint.find(run_dir, resume, experiment.checkpoint.verify) if resume else None
 
-    run = build(experiment, ranks, checkpoint.Manifest.read(found) if found else None)
+    manifest = checkpoint.Manifest.read(found) if found else None
+
+    run = build(experiment, ranks, manifest)
     experiment = run.experiment  # with the precision that this run has
     logger.debug(f"{run.engine.layout} on {ranks.device}, started by {ranks.launcher}; {run.steps:,} steps")
     if (warning := check_splits(experiment.train, experiment.checkpoint, run.evaluated)) and ranks.is_main:
         logger.warning(warning)
     stopping_rules = StoppingRules(experiment.train, experiment.checkpoint.keep_best, run.steps)
     start, counts = 0, None
-    if found:
-        manifest = restore(run, found)
+    if found and manifest:
+        restore(run, found, manifest)
         start, state = manifest.step, manifest.state
         stopping_rules.resume(state.get("criteria"))
         if ranks.is_main:

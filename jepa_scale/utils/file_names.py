@@ -14,7 +14,7 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 def lies_within(name: object) -> bool:
     """Return whether a name, joined to a folder, stays in that folder: it is relative and has no ``..``.
 
-    Links are not followed, because who owns the folder has made them.
+    Symbolic links are not resolved: a link in the folder may lead elsewhere.
     """
     if not isinstance(name, str) or not name or "\0" in name:
         return False

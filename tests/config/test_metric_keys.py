@@ -48,7 +48,7 @@ def test_a_metric_of_a_split_that_is_not_evaluated():
         check_splits(aborts, CheckpointConfig(), {"valid"})
 
 
-def test_nothing_to_evaluate_is_told():
+def test_nothing_to_evaluate_is_reported():
     assert "nothing is evaluated, as the data have no split" in check_splits(
         TrainConfig(eval_every=2), CheckpointConfig(), []
     )

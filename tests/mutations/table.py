@@ -2061,7 +2061,7 @@ ROWS: tuple[Row, ...] = (
         "jepa_scale/training/resume.py",
         'changes |= differing(manifest.state["model"], run.model_fingerprint)',
         "pass",
-        "tests/training/test_resume.py::test_other_settings_are_refused_allowed_or_told",
+        "tests/training/test_resume.py::test_other_settings_are_refused_allowed_or_reported",
         "other heads with the same shapes are another model",
     ),
     _row(
@@ -2070,7 +2070,7 @@ ROWS: tuple[Row, ...] = (
         "jepa_scale/training/resume.py",
         'any(f"{key}.".startswith(f"{name}.") for name in allowed)',
         "any(key == name for name in allowed)",
-        "tests/training/test_resume.py::test_other_settings_are_refused_allowed_or_told",
+        "tests/training/test_resume.py::test_other_settings_are_refused_allowed_or_reported",
         "a section allows its keys",
     ),
     _row(
@@ -2079,7 +2079,7 @@ ROWS: tuple[Row, ...] = (
         "jepa_scale/inference.py",
         "validate(trained_with(config, Manifest.read(found).config))",
         "validate(config)",
-        "tests/training/test_resume.py::test_other_settings_are_refused_allowed_or_told",
+        "tests/training/test_resume.py::test_other_settings_are_refused_allowed_or_reported",
         "an older checkpoint is the model that it was",
     ),
     _row(
@@ -2439,7 +2439,7 @@ ROWS: tuple[Row, ...] = (
         "jepa_scale/data/prepare/blocks.py",
         "unused.update({*record.unused, *self.encoder.unused(record)})",
         "unused.update(record.unused)",
-        "tests/data/prepare/test_job.py::test_what_is_not_used_is_told",
+        "tests/data/prepare/test_job.py::test_what_is_not_used_is_reported",
         "fields that are not used are told",
     ),
     _row(

@@ -123,7 +123,7 @@ def test_what_is_left_of_a_budget_pays_for_the_steps_that_follow(tmp_path):
 # -- other settings -------------------------------------------------------------------------------------------------------
 
 
-def test_other_settings_are_refused_allowed_or_told(tmp_path, capfd):
+def test_other_settings_are_refused_allowed_or_reported(tmp_path, capfd):
     config = config_file(tmp_path, objective={"name": "stp", "jepa_weight": 0.1}, train={"steps": 2, "batch_size": 4})
     assert run(config) == 0
     folder = tmp_path / "run"

@@ -328,7 +328,7 @@ class TokenBatchSampler(BatchSampler):
         changed = state["fingerprint"] != self.fingerprint
         left = None if state["left"] is None else np.asarray(state["left"], dtype=np.int64)
         budget, window = self._budget, self.window
-        if changed:  # nothing tells which samples of the window are done: as many as were, from its start
+        if changed:  # the window's samples are others now: skip as many as were done
             self._begin_after(state["position"], left, int(state.get("samples_done", 0)))
             return self.first_step
         if not state["bins_done"]:

@@ -81,9 +81,7 @@ def record_windows(decoder: PreTrainedModel, blocks_at: str) -> None:
             )
     except _Done:
         pass
-    except (
-        Exception
-    ):  # a family whose code does not reach its blocks so: the windows stay unknown, and the probe decides
+    except Exception:  # a family's code may not reach its blocks so; the windows stay unknown, and the probe decides
         found.clear()
     finally:
         for number, block in enumerate(originals):

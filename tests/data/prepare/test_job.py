@@ -121,7 +121,7 @@ def kill(command: Command, group: bool) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def test_what_is_not_used_is_told(
+def test_what_is_not_used_is_reported(
     tmp_path: Path, logged: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once, with the number of records; a record that its own data exclude is left out whatever on_error is."""

@@ -179,13 +179,12 @@ def _calls(value: Any, what: str, where: str) -> list[Message]:
         function["arguments"] = parsed(arguments, f"{what}: arguments of a tool call", where)
         if not isinstance(function["arguments"], dict):
             raise BadRecord(where, "arguments are no object", f"{what} has {str(arguments)[:60]!r}")
-        known = nested or not {"name", "arguments"} >= set(function)
-        found.append({**call, "function": function} if nested else function if known else _typed(function))
+        if nested:
+            found.append({**call, "function": function})
+        else:
+            bare = set(function) <= {"name", "arguments"}
+            found.append({"type": "function", "function": function} if bare else function)
     return found
-
-
-def _typed(function: Message) -> Message:
-    return {"type": "function", "function": function}
 
 
 def parsed(value: Any, what: str, where: str) -> Any:

@@ -139,7 +139,7 @@ def test_hidden_files_of_macos_are_no_members(tmp_path):
     assert [value for _, value in shown(tmp_path / "s.tar")] == [{"text": "one"}, {"text": "two"}]
 
 
-def test_members_that_are_not_used_are_told(tmp_path):
+def test_members_that_are_not_used_are_reported(tmp_path):
     path = write(tmp_path / "s.tar", [{"__key__": "a", "txt": b"one", "jpg": b"x", "json": b'{"id": 1}'}])
     (record,) = Schema("text", "text", {"text": "text"}).expand(next(iter(read_tar(path))))
     assert record.unused == ("member .jpg", "column id")
