@@ -223,6 +223,15 @@ def held_port() -> Iterator[int]:
         yield holder.getsockname()[1]
 
 
+def parent_of(pid: int) -> int:
+    """Return the id of a process's parent; 0 if the process has ended."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return 0
+    return int(stat.rpartition(")")[2].split()[1])
+
+
 def default_signals() -> None:
     """Undo what ``nohup`` and a shell's ``&`` do to the signals of the tests themselves."""
     for number in (signal.SIGHUP, signal.SIGINT):
@@ -275,7 +284,9 @@ class Launched:
         """Return the process id of a rank."""
 
         def found() -> list[int]:
-            return [pid for pid, environment in self.marked().items() if environment.get("RANK") == str(number)]
+            ranks = [pid for pid, environment in self.marked().items() if environment.get("RANK") == str(number)]
+            # its loader's workers have its environment, and after the highest process id comes a low one
+            return [pid for pid in ranks if parent_of(pid) not in ranks]
 
         pids = until(lambda: found() or ([0] if self.process.poll() is not None else []), f"rank {number}")
         assert pids != [0], f"ended before there was a rank {number}:\n{self.output()}"
@@ -286,6 +297,15 @@ class Launched:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running after {timeout} s:\n{self.output()}") from None
+
+    def wait_for_all(self) -> int:
+        """Wait until every process of the run has ended, and return the exit code of the command."""
+        code = self.wait()
+        try:
+            until(lambda: not self.marked(), "end of all processes")
+        except AssertionError as error:
+            raise AssertionError(f"{error}; {sorted(self.marked())} still run:\n{self.output()}") from None
+        return code
 
     def output(self) -> str:
         return self.log.read_text(errors="replace")

@@ -89,7 +89,7 @@ def test_a_job_that_is_stopped_has_saved_its_last_step_and_ended(launch, tmp_pat
                 else:
                     os.kill(rank if case.target == "rank" else started.process.pid, signal.Signals[case.number])
             time.sleep(0.3)
-        until(lambda: not started.marked() and started.process.poll() is not None, "end of all its processes")
+        started.wait_for_all()
     assert newest(run) == last_step(run) >= 3, started.output()
     check_checkpoints(run)
     assert f'File "{REPOSITORY}/jepa_scale' not in started.output(), "no traceback of ours"

@@ -110,8 +110,7 @@ def test_a_rank_that_is_killed_takes_its_launcher_down(launch, undisturbed, tmp_
     pid = started.rank(1)
     until(lambda: newest(run) >= 10 or started.process.poll() is not None, "checkpoint")
     os.kill(pid, signal.SIGKILL)
-    assert started.wait() != 0
-    until(lambda: not started.marked(), "end of all its processes")
+    assert started.wait_for_all() != 0
     check_checkpoints(run)
 
 
