@@ -123,10 +123,12 @@ def objective_class(name: str) -> type[Objective]:
         return found
     try:
         outside = _import(name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except ModuleNotFoundError as error:
         raise InputError(
-            f"objective.name: {name!r} cannot be imported ({error}); is its folder in PYTHONPATH?"
+            f"objective.name: {name!r} cannot be imported ({error}); is the folder of {error.name!r} in PYTHONPATH?"
         ) from error
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"objective.name: {name!r} cannot be imported: {error}; give module:Class") from error
     from jepa_scale.objectives.base import Objective  # its subclass has imported it already
 
     if not (isinstance(outside, type) and issubclass(outside, Objective)):
@@ -225,4 +227,4 @@ def _flops_of(run: str, known: float) -> float:
         return float(flops)
     if known and flops is None:
         return known
-    raise InputError(f"train: same_flops_as: {problem}")
+    raise InputError(f"train.same_flops_as: {problem}")

@@ -65,8 +65,8 @@ def test_the_page_shows_the_code_that_runs(name, least):
     ("name", "said"),
     [
         ("neighbor", "unknown objective 'neighbor'"),
-        ("no_such_module:Neighbour", "PYTHONPATH"),
-        ("json:NoSuchClass", "cannot be imported"),
+        ("no_such_module:Neighbour", "is the folder of 'no_such_module' in PYTHONPATH?"),
+        ("json:NoSuchClass", "module 'json' has no attribute 'NoSuchClass'; give module:Class"),
         (":Neighbour", "cannot be imported"),
         ("json:JSONDecoder", "no subclass"),
         ("json:dumps", "no subclass"),
