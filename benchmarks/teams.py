@@ -34,10 +34,10 @@ import torch.distributed as dist  # noqa: E402
 from benchmarks.rows import as_table, row, write  # noqa: E402
 from jepa_scale.distributed import comm  # noqa: E402
 from jepa_scale.distributed.tp_group import TensorParallelGroup  # noqa: E402
-from jepa_scale.models import tensor_parallel  # noqa: E402
 from jepa_scale.models.loading import build_backbone  # noqa: E402
 from jepa_scale.models.options import ModelOptions  # noqa: E402
 from jepa_scale.models.recompute import recompute  # noqa: E402
+from jepa_scale.models.tensor_parallel import layers as tensor_parallel  # noqa: E402
 from jepa_scale.packing import Segment, pack_sequence  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
 

@@ -35,7 +35,7 @@ class EngineOptions:
     """Name of a parameter → least and greatest value of its elements, which are clamped after each update. The gradient is not
     changed, not even at a bound."""
     split: Mapping[str, Split] = field(default_factory=dict)
-    """Name of each parameter that is split over a tensor-parallel group (:mod:`jepa_scale.models.tensor_parallel`) → position of
+    """Name of each parameter that is split over a tensor-parallel group (:mod:`jepa_scale.models.tensor_parallel.layers`) → position of
     this rank's part. All ranks of the group have the other parameters whole."""
     replicas: int = 1  # copies of the model, each sharded over its own ranks
 

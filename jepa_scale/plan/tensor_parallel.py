@@ -1,6 +1,6 @@
 """One rank of a tensor-parallel group that does not exist, for the sizes of its tensors.
 
-The model is split by the real code (:mod:`jepa_scale.models.tensor_parallel`), on tensors without data.
+The model is split by the real code (:mod:`jepa_scale.models.tensor_parallel.layers`), on tensors without data.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from jepa_scale.distributed.tp_group import TensorParallelGroup
-from jepa_scale.models import tensor_parallel
 from jepa_scale.models.backbone import Backbone
+from jepa_scale.models.tensor_parallel import layers as tensor_parallel
 
 
 class _Alone(TensorParallelGroup):

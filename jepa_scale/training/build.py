@@ -29,7 +29,6 @@ from jepa_scale.evaluation.chat import Output
 from jepa_scale.evaluation.run import Results, chat_test, device_call, evaluate
 from jepa_scale.evaluation.text_probe import SPLIT, probe_test
 from jepa_scale.experiment import Experiment
-from jepa_scale.models import tensor_parallel
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.compiling import compile_blocks
 from jepa_scale.models.families.fingerprint import model_fingerprint
@@ -37,6 +36,7 @@ from jepa_scale.models.families.probe import probe
 from jepa_scale.models.head import compile_head
 from jepa_scale.models.loading import build_backbone, check_pretrained
 from jepa_scale.models.recompute import recompute
+from jepa_scale.models.tensor_parallel import layers as tensor_parallel
 from jepa_scale.objectives.base import JepaModel, Objective
 from jepa_scale.objectives.costs import StepFlops
 from jepa_scale.optim import parameter_groups

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 
 from jepa_scale.distributed.comm import ParallelContext, init_tp_group, tp_group
 from jepa_scale.distributed.tp_group import TensorParallelGroup
-from jepa_scale.models import tensor_parallel
 from jepa_scale.models.generation import Prompts, greedy
 from jepa_scale.models.head import statistics
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
+from jepa_scale.models.tensor_parallel import layers as tensor_parallel
 from jepa_scale.packing import PackedSequence, Segment, pack_sequence
 from jepa_scale.utils.errors import InputError
 from tests.distributed.launch import run_ranks

@@ -802,7 +802,7 @@ ROWS: tuple[Row, ...] = (
     _row(
         "rows-normed-by-all",
         "clipping",
-        "jepa_scale/models/tensor_parallel.py",
+        "jepa_scale/models/tensor_parallel/layers.py",
         "return tp.copy_to_tp_region(parameter) if tp.splits_tokens else parameter",
         "return tp.copy_to_tp_region(parameter)",
         "tests/models/test_tensor_parallel.py::test_a_team_computes_what_one_rank_does",

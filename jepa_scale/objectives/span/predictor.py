@@ -11,14 +11,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from jepa_scale.models import attention
 from jepa_scale.models.attention import attention_pairs
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.decoder import JepaAttention, JepaDecoderConfig, JepaDecoderLayer, initialize, position_table
 from jepa_scale.models.flops import Cost, linear_cost
 from jepa_scale.models.layers.drop_path import segments_kept
+from jepa_scale.models.native_blocks import config_of_blocks
 from jepa_scale.packing import PackedSequence
-from jepa_scale.utils.errors import InputError
 
 _STACK = 1  # so that DropPath's draws differ from the decoder's
 
@@ -35,7 +34,6 @@ class SpanPredictor(nn.Module):
         """``config`` gives shape and initial weights of the blocks; keys of embedding, head and bridge are not used."""
         super().__init__()
         self.config = config
-        config._attn_implementation = attention.NAME
         self.mask_embedding = nn.Embedding(max_positions, config.hidden_size)
         self.layers = nn.ModuleList(JepaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -46,46 +44,9 @@ class SpanPredictor(nn.Module):
 
     @classmethod
     def of(cls, backbone: Backbone, layers: int, max_positions: int) -> SpanPredictor:
-        """Return a predictor whose blocks have the shape of the backbone's. From a decoder of transformers it takes the shape,
-        the norm's epsilon, the initial deviation and the base of the rotary embedding, but not the dropout; the position
-        embedding is RoPE.
-
-        Raises:
-            InputError: the native blocks can't have this shape.
-        """
-        theirs: Any = backbone.decoder.config
-        if isinstance(theirs, JepaDecoderConfig):
-            names = (
-                "hidden_size",
-                "intermediate_size",
-                "num_attention_heads",
-                "num_key_value_heads",
-                "rms_norm_eps",
-                "initializer_range",
-                "embedding_init_std",
-                "position_embedding",
-                "hidden_dropout",
-                "drop_path",
-            )
-            keys = {name: getattr(theirs, name) for name in names}
-            keys["rope_theta"] = theirs.rope_parameters["rope_theta"]
-        else:
-            rope = getattr(theirs, "rope_parameters", None) or {}
-            eps = next((e for n in ("rms_norm_eps", "layer_norm_epsilon") if (e := getattr(theirs, n, None))), 1e-6)
-            keys = {
-                "hidden_size": backbone.hidden_size,
-                "intermediate_size": getattr(theirs, "intermediate_size", None),
-                "num_attention_heads": theirs.num_attention_heads,
-                "num_key_value_heads": getattr(theirs, "num_key_value_heads", None),
-                "rms_norm_eps": eps,
-                "initializer_range": getattr(theirs, "initializer_range", 0.02),
-                "rope_theta": rope.get("rope_theta", 10_000.0),
-            }
-        try:
-            config = JepaDecoderConfig(vocab_size=1, num_hidden_layers=layers, **keys)
-        except ValueError as error:  # the message begins with the key
-            raise InputError(f"objective: a predictor can't be shaped like the model's blocks: {error}") from None
-        return cls(config, max_positions)
+        """Return a predictor whose blocks have the shape of the backbone's; see
+        :func:`jepa_scale.models.native_blocks.config_of_blocks`."""
+        return cls(config_of_blocks(backbone, layers, drop_path=True), max_positions)
 
     def forward(self, states: Tensor, kept: Tensor, masked: Tensor, packed: PackedSequence) -> Tensor:
         """Predict the representations of the masked tokens.

@@ -1,6 +1,6 @@
 """Tensor parallelism: the layers of a decoder split over a tensor-parallel group.
 
-The decoder's plan (:mod:`jepa_scale.models.tp_plan`) determines how each layer is split.
+The decoder's plan (:mod:`jepa_scale.models.tensor_parallel.plan`) determines how each layer is split.
 Each rank keeps its part of a weight as an ordinary parameter, under the name of the whole weight. Modules that need other
 ranks' parts become sub-classes that communicate. So engines shard and update the parts like any parameters; only a checkpoint
 needs the position of a part in the whole (:class:`jepa_scale.distributed.tp_group.Split`).
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from jepa_scale.distributed.tp_group import Split, TensorParallelGroup
 from jepa_scale.models.backbone import Backbone
-from jepa_scale.models.tp_plan import plan_of
+from jepa_scale.models.tensor_parallel.plan import plan_of
 from jepa_scale.packing import SegmentTable
 from jepa_scale.utils.errors import InputError
 
