@@ -53,6 +53,11 @@ OBJECTIVES = {
         "jepa_scale.objectives.horizon.objective:Horizon",
         "jepa_scale.objectives.horizon.config:HorizonOptions",
     ),
+    "mtp": ("jepa_scale.objectives.mtp.objective:Mtp", "jepa_scale.objectives.mtp.config:MtpOptions"),
+    "next_latent": (
+        "jepa_scale.objectives.next_latent.objective:NextLatent",
+        "jepa_scale.objectives.next_latent.config:NextLatentOptions",
+    ),
     "stp": ("jepa_scale.objectives.stp:Stp", "jepa_scale.objectives.stp_options:StpOptions"),
     "span": ("jepa_scale.objectives.span.objective:Span", "jepa_scale.objectives.span.config:SpanOptions"),
     "grid": ("jepa_scale.objectives.grid.objective:Grid", "jepa_scale.objectives.grid.config:GridOptions"),

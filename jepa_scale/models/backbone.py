@@ -18,6 +18,7 @@ from jepa_scale.models import head as lm_head
 from jepa_scale.models.decoder import JepaDecoderForCausalLM
 from jepa_scale.models.families.router_loss import RouterLoss, router_loss_of
 from jepa_scale.models.families.windows import record_windows
+from jepa_scale.models.head_kl import PartsOfKL, combined, measure_kl, parts_of_kl
 from jepa_scale.packing import PackedSequence
 from jepa_scale.utils.errors import InputError
 
@@ -46,7 +47,7 @@ class Backbone(nn.Module):
             self.router_loss = router_loss_of(decoder)
         self._router_logits: list[Tensor] | None = None
         self.tp: TensorParallelGroup | None = None
-        """The tensor-parallel group (:mod:`jepa_scale.models.tensor_parallel`); None without tensor parallelism."""
+        """The tensor-parallel group (:mod:`jepa_scale.models.tensor_parallel.layers`); None without tensor parallelism."""
 
     @property
     def hidden_size(self) -> int:
@@ -294,13 +295,16 @@ class Backbone(nn.Module):
 
         return shape
 
-    def label_losses(self, rows: Tensor, labels: Tensor) -> Tensor:
+    def label_losses(self, rows: Tensor, labels: Tensor, frozen: bool = False) -> Tensor:
         """Return the negative log-probability of each label: (n, d) states after the final norm, (n,) int64 → (n,) fp32.
+
+        With ``frozen`` the gradient reaches ``rows`` but not the head's own parameters.
 
         At most :data:`jepa_scale.models.head.CHUNK_BYTES` of logits exist at a time, and no rank of a tensor-parallel group
         holds all of them.
         """
-        return self._label_losses(rows, labels, None)[0]
+        with _frozen(self.decoder.get_output_embeddings()) if frozen else nullcontext():
+            return self._label_losses(rows, labels, None)[0]
 
     def label_losses_and_logits(self, rows: Tensor, labels: Tensor, logit_rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return :meth:`label_losses`, and (m, V) fp32: the logits of the rows ``logit_rows``, (m,) int64, without gradient.
@@ -330,6 +334,33 @@ class Backbone(nn.Module):
         if kept is not None:
             kept = tp.join_channels(kept, self.vocab_size)
         return tp.label_losses(normalizers, chosen), kept
+
+    def head_kl(self, student: Tensor, teacher: Tensor, index: Tensor) -> Tensor:
+        """Return KL(p‖q) of the LM head's distributions p at states of a teacher and q at states of a student, in nats.
+
+        The student alone gets a gradient; neither the teacher nor the head's parameters do. At most
+        :data:`jepa_scale.models.head.CHUNK_BYTES` of logits exist at a time.
+
+        Args:
+            student: (n, d), after the final norm. teacher: (m, d), likewise. index: (n,) int64, the teacher of each student.
+
+        Returns:
+            (n,) fp32.
+        """
+        head, tp = self.decoder.get_output_embeddings(), self.tp
+        own = self.vocab_size if tp is None else -(-self.vocab_size // tp.size)  # columns of the vocabulary on a rank
+        with nullcontext() if tp is None else tp.split_vocabulary():
+            if lm_head.columns(2 * len(student), own) < own and lm_head.can_measure(head):
+                with _frozen(head):
+                    parts = measure_kl(head, student, teacher[index], self._shape)
+            else:
+                with torch.no_grad():
+                    taught = self.logits(teacher).float()
+                parts = parts_of_kl(self.logits(student, frozen=True).float(), taught[index])
+        if tp is not None:
+            every = tp.join_channels(torch.stack(parts, dim=-1), 3 * tp.size).view(len(student), tp.size, 3)
+            parts = combined(PartsOfKL(*every.unbind(dim=-1)))
+        return parts.difference - parts.teacher + parts.student
 
     def unembed(self, states: Tensor, normalized: bool = True) -> Tensor:
         """Compute the products of states with the token embeddings, (n, d) → (n, V).

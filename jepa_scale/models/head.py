@@ -62,13 +62,13 @@ def compile_head(head: nn.Module | None) -> None:
 
     Uncompiled, each operation reads and writes all of them.
     """
-    for part in [] if head is None else _parts(head):
+    for part in [] if head is None else lm_layers(head):
         part.compiles = True
 
 
 def can_measure(head: nn.Module) -> bool:
     """Return whether all of a head's parameters belong to :class:`LMHead` layers. If not, all logits are computed at once."""
-    parts = _parts(head)
+    parts = lm_layers(head)
     own = {id(parameter) for part in parts for parameter in part.parameters()}
     return bool(parts) and all(id(parameter) in own for parameter in head.parameters())
 
@@ -106,7 +106,7 @@ def measure(
     Returns:
         (n,) fp32, (n,) fp32 and (m, v) fp32 or None.
     """
-    parts, first, kept = _parts(head), 0, []
+    parts, first, kept = lm_layers(head), 0, []
 
     def run(part: LMHead, targets: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if logit_rows is not None:
@@ -117,19 +117,21 @@ def measure(
 
     with ExitStack() as stack:
         for part in parts:
-            stack.enter_context(_instead(part, partial(run, part, targets - first)))
+            stack.enter_context(with_product(part, partial(run, part, targets - first)))
             first += part.out_features
         found = head(rows)  # two numbers for each part, in place of its logits
     normalizers, chosen = found.view(len(rows), len(parts), 2).unbind(dim=-1)
     return normalizers.logsumexp(dim=-1), chosen.sum(dim=-1), torch.cat(kept, dim=-1) if kept else None
 
 
-def _parts(head: nn.Module) -> list[LMHead]:
+def lm_layers(head: nn.Module) -> list[LMHead]:
+    """Return the :class:`LMHead` layers of a head, in the order of their columns."""
     return [part for part in head.modules() if isinstance(part, LMHead)]
 
 
 @contextmanager
-def _instead(part: LMHead, product: Callable[..., Tensor]) -> Iterator[None]:
+def with_product(part: LMHead, product: Callable[..., Tensor]) -> Iterator[None]:
+    """Let a layer compute ``product(input, weight, bias)`` in the block."""
     part.product = product  # type: ignore[method-assign]
     try:
         yield

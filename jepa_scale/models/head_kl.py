@@ -1,0 +1,114 @@
+"""KL divergence between the LM head's distributions at two states, with at most ``CHUNK_BYTES`` of logits at a time.
+
+KL(p‖q) = Σ p (z_p − z_q) − log Σ e^(z_p) + log Σ e^(z_q), where p belongs to a teacher's state and q to a student's. The student
+alone gets a gradient, and the head's parameters get none. So rows are independent of each other: the logits of some rows are
+computed and freed before those of the next, in the forward and again in the backward pass. As in :mod:`jepa_scale.models.head`, a
+piece of the vocabulary gives three numbers a row, so that pieces in two layers or on several ranks can be combined.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from jepa_scale.models import head as lm_head
+from jepa_scale.models.head import Shape
+
+
+class PartsOfKL(NamedTuple):
+    """Terms of the KL from a part of the vocabulary, (n,) fp32 each.
+
+    Attributes:
+        teacher, student: log Σ e^z of the teacher's and of the student's logits.
+        difference: mean of z_p − z_q under the teacher's distribution over this part.
+    """
+
+    teacher: Tensor
+    student: Tensor
+    difference: Tensor
+
+
+def parts_of_kl(student: Tensor, teacher: Tensor) -> PartsOfKL:
+    """Return the terms of KL(softmax(teacher) ‖ softmax(student)) from logits, (n, v) fp32 each."""
+    p = torch.softmax(teacher, dim=-1)
+    return PartsOfKL(teacher.logsumexp(dim=-1), student.logsumexp(dim=-1), (p * (teacher - student)).sum(dim=-1))
+
+
+def combined(parts: PartsOfKL, dim: int = -1) -> PartsOfKL:
+    """Combine the terms of several parts of the vocabulary, which are stacked along ``dim``."""
+    whole = parts.teacher.logsumexp(dim=dim, keepdim=True)
+    share = (parts.teacher - whole).exp()
+    return PartsOfKL(whole.squeeze(dim), parts.student.logsumexp(dim=dim), (share * parts.difference).sum(dim=dim))
+
+
+def measure_kl(head: nn.Module, student: Tensor, teacher: Tensor, shape: Shape | None) -> PartsOfKL:
+    """Compute :func:`parts_of_kl` of a head's logits with only some rows of them at a time.
+
+    The head is called once, as usual, so that an engine's hooks around the call and its backward run, and that a head may scale
+    the states of both.
+
+    Args:
+        head: its parameters get no gradient here; the caller freezes whatever it computes besides its product.
+        student, teacher: (n, d) states after the final norm; only ``student`` gets a gradient.
+        shape: function from the head's product to logits; None = the product is the logit.
+    """
+    parts, rows = lm_head.lm_layers(head), len(student)
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return _MeasureKL.apply(x[:rows], x[rows:].detach(), weight.detach(), bias, shape)
+
+    with ExitStack() as stack:
+        for part in parts:
+            stack.enter_context(lm_head.with_product(part, run))
+        found = head(torch.cat([student, teacher.detach()]))  # three numbers for each part, in place of its logits
+    return combined(PartsOfKL(*found.view(rows, len(parts), 3).unbind(dim=-1)))
+
+
+class _MeasureKL(torch.autograd.Function):
+    """Function from the student's and the teacher's states, (n, d), (v, d) and (v,) or None to the three terms, (n, 3) fp32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, weight: Tensor, bias: Tensor | None, shape: Shape | None
+    ) -> Tensor:
+        ctx.save_for_backward(student, teacher, weight, bias)
+        ctx.shape = shape
+        found = student.new_empty(len(student), 3, dtype=torch.float32)
+        for rows in _pieces(len(student), len(weight)):
+            z_q, z_p = (_logits(x[rows], weight, bias, shape) for x in (student, teacher))
+            found[rows] = torch.stack(parts_of_kl(z_q, z_p), dim=-1)
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        student, teacher, weight, bias = ctx.saved_tensors
+        _, to_student, to_difference = grads[0].unbind(dim=-1)
+        of_student = torch.empty_like(student)
+        for rows in _pieces(len(student), len(weight)):
+            product = F.linear(student[rows], weight, bias)
+            with torch.enable_grad():
+                shaped = product if ctx.shape is None else ctx.shape(product.requires_grad_())
+            q = torch.softmax(shaped.detach().float(), dim=-1)
+            p = torch.softmax(_logits(teacher[rows], weight, bias, ctx.shape), dim=-1)
+            grad = (to_student[rows, None] * q - to_difference[rows, None] * p).to(product.dtype)
+            if ctx.shape is not None:
+                (grad,) = torch.autograd.grad(shaped, product, grad.to(shaped.dtype))
+            of_student[rows] = grad @ weight
+        return of_student, None, None, None, None
+
+
+def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, shape: Shape | None) -> Tensor:
+    product = F.linear(x, weight, bias)
+    return (product if shape is None else shape(product)).float()
+
+
+def _pieces(rows: int, vocabulary: int) -> list[slice]:
+    # the logits of teacher and student exist together
+    size = max(1, lm_head.CHUNK_BYTES // (8 * max(1, vocabulary)))
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]

@@ -1,0 +1,1 @@
+"""The objective ``next_latent``."""
