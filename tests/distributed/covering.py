@@ -112,5 +112,17 @@ CASES = [
     Case("tied", "zero0", 4, 2, "fp32", 2, "selective"),
     Case("span", "zero2", 4, 1, "fp32", 1, "selective"),
     Case("grid_decoder", "zero1", 4, 1, "bf16", 1, "none"),
+    Case("mtp", "fsdp", 2, 1, "fp32", 1, "none"),
+    Case("mtp_native", "zero0", 4, 2, "fp32", 1, "selective"),
+    Case("mtp", "zero1", 2, 1, "fp32", 2, "full"),
+    Case("mtp", "zero2", 2, 2, "fp32", 1, "full"),
+    Case("mtp", "zero3", 2, 2, "fp32", 2, "none"),
+    Case("mtp", "fsdp", 1, 1, "bf16", 1, "none"),
+    Case("next_latent", "fsdp", 2, 1, "fp32", 1, "none"),
+    Case("next_latent_teacher", "zero0", 4, 2, "fp32", 1, "selective"),
+    Case("next_latent", "zero1", 2, 1, "fp32", 2, "full"),
+    Case("next_latent", "zero2", 2, 2, "fp32", 1, "full"),
+    Case("next_latent", "zero3", 2, 2, "fp32", 2, "none"),
+    Case("next_latent", "fsdp", 1, 1, "bf16", 1, "none"),
 ]
 """Each objective occurs with each engine on two or four ranks; a greedy search chose the rest to cover the other pairs."""

@@ -70,9 +70,28 @@ SYSTEMS: dict[str, System] = {
     "qwen3": System("horizon", "vicreg", "huggingface"),
     "span": System("span", "span", "native", "muon"),
     "span_teacher": System("span", "ema"),
+    "next_latent": System("next_latent", "next_latent", "huggingface"),
+    "next_latent_teacher": System("next_latent", "next_latent_teacher", "native", "muon"),
+    "mtp": System("mtp", "mtp", "huggingface"),
+    "mtp_native": System("mtp", "mtp", "native", "muon"),
     "grid_objects": System("grid", "objects"),
     "grid_decoder": System("grid", "decoder", "native", "muon"),
 }
+
+
+ON_CHATS: dict[str, dict[str, Any]] = {
+    "stp": {"name": "stp"},
+    "next_latent": {"name": "next_latent", "rollout": 3},
+    "next_latent_teacher": {
+        "name": "next_latent",
+        "rollout": 2,
+        "target": "ema",
+        "target_norm": True,
+        "ema": {"momentum": 0.5, "schedule": "constant"},
+    },
+    "mtp": {"name": "mtp", "heads": 3},
+}
+"""Form → ``objective`` of the systems that are trained on the conversations of ``two_view``."""
 
 
 def write_data(folder: Path) -> None:
@@ -110,8 +129,8 @@ def config_file(
         file = test_span_runs.config_file(folder, name, text, of.form, engine)
     elif of.objective == "grid":
         file = test_grid_runs.config_file(folder, name, data / "grids", of.form, engine)
-    elif of.form in (*test_two_view_runs.OBJECTIVES, "stp"):
-        form = "upstream" if of.form == "stp" else of.form
+    elif of.form in (*test_two_view_runs.OBJECTIVES, *ON_CHATS):
+        form = "upstream" if of.form in ON_CHATS else of.form
         file = test_two_view_runs.config_file(folder, data / "chat", name, form, engine)
     else:
         family = "gpt2" if of.family == "huggingface" else "native"
@@ -122,8 +141,8 @@ def config_file(
     values["optim"] |= {"lr_muon": 1e-2} if of.optimizer == "muon" else {}
     if of.optimizer == "adamw":
         values["optim"].pop("lr_muon", None)
-    if of.form == "stp":
-        values["objective"] = {"name": "stp"}
+    if of.form in ON_CHATS:
+        values["objective"] = ON_CHATS[of.form]
         if of.family == "native":
             values["model"] = test_runs.BACKBONES["native"]
     for section, keys in sections.items():

@@ -16,6 +16,7 @@ from jepa_scale.distributed.comm import ParallelContext
 from tests.data.corpus import write_text
 from tests.distributed import test_grid_runs, test_horizon_runs, test_runs, test_span_runs, test_two_view_runs
 from tests.distributed.launch import run_ranks
+from tests.distributed.systems import ON_CHATS
 from tests.host_syncs import HostSyncs
 from tests.objectives.chats import conversations, tokenizer, write_rows
 
@@ -110,6 +111,7 @@ def configs(folder: Path, corpora: dict[str, Path], engine: str, objectives: lis
         "concept": lambda n: test_runs.config_file(folder, "concept", engine, accumulation=2, name=n),
         "facts": lambda n: test_runs.config_file(folder, "two_view_infonce", engine, accumulation=2, name=n),
         "two_view": lambda n: test_two_view_runs.config_file(folder, chat, n, "all_of_it", engine, 2),
+        **{form: lambda n: test_two_view_runs.config_file(folder, chat, n, "upstream", engine) for form in ON_CHATS},
         "sigreg": lambda n: test_two_view_runs.config_file(folder, chat, n, "sigreg", engine),
         "horizon": lambda n: test_horizon_runs.config_file(folder, n, text, "vicreg", engine),
         "span": lambda n: test_span_runs.config_file(folder, n, text, "ema", engine),
@@ -120,6 +122,7 @@ def configs(folder: Path, corpora: dict[str, Path], engine: str, objectives: lis
     for objective in objectives:
         path = Path(makers[objective](f"{objective}-{engine}"))
         values = yaml.safe_load(path.read_text())
+        values["objective"] = ON_CHATS.get(objective, values["objective"])
         values["train"] |= {"steps": STEPS, "log_every": 100, "eval_every": 0}
         values["train"].pop("epochs", None)
         path.write_text(yaml.safe_dump(values))
@@ -127,7 +130,19 @@ def configs(folder: Path, corpora: dict[str, Path], engine: str, objectives: lis
     return files
 
 
-OBJECTIVES = ["lm", "concept", "facts", "two_view", "sigreg", "horizon", "span", "objects", "decoder"]
+OBJECTIVES = [
+    "lm",
+    "concept",
+    "facts",
+    "two_view",
+    "sigreg",
+    "horizon",
+    "next_latent",
+    "mtp",
+    "span",
+    "objects",
+    "decoder",
+]
 
 
 def test_no_objective_waits(corpora, tmp_path):

@@ -15,6 +15,10 @@ from jepa_scale.objectives.concept.config import ConceptOptions
 from jepa_scale.objectives.concept.objective import Concept
 from jepa_scale.objectives.lm import LanguageModeling
 from jepa_scale.objectives.lm_options import LmOptions
+from jepa_scale.objectives.mtp.config import MtpOptions
+from jepa_scale.objectives.mtp.objective import Mtp
+from jepa_scale.objectives.next_latent.config import NextLatentOptions
+from jepa_scale.objectives.next_latent.objective import NextLatent
 from jepa_scale.objectives.stp import Stp
 from jepa_scale.objectives.stp_options import StpOptions
 from jepa_scale.objectives.two_view.objective import TwoView, TwoViewOptions
@@ -78,6 +82,27 @@ def test_lm_and_stp(chat, micros):
     for cls, options in ((LanguageModeling, LmOptions()), (Stp, StpOptions(spans=3, tap_layer=1))):
         model = chats.backbone("llama", chat.vocab_size)
         check(model, cls(options, model, chat), examples, micros)
+
+
+AHEAD = {
+    "mtp": (Mtp, MtpOptions(heads=3)),
+    "mtp, detached": (Mtp, MtpOptions(heads=2, detach=True)),
+    "next_latent": (NextLatent, NextLatentOptions(rollout=3)),
+    "next_latent, detached": (NextLatent, NextLatentOptions(detach=True)),
+    "next_latent, no KL": (NextLatent, NextLatentOptions(rollout=2, kl_weight=0.0)),
+    "next_latent, teacher": (NextLatent, NextLatentOptions(rollout=2, target="ema")),
+}
+
+
+@pytest.mark.parametrize("micros", [1, 3])
+@pytest.mark.parametrize("name", AHEAD)
+def test_mtp_and_next_latent(chat, name, micros):
+    cls, options = AHEAD[name]
+    model = chats.backbone("llama", chat.vocab_size)
+    objective = cls(options, model, chat)
+    if getattr(options, "target", "") == "ema":
+        objective.teacher = Copies(objective, model)
+    check(model, objective, [chat.train[i] for i in range(6)], micros)
 
 
 class Looks(LanguageModeling):
