@@ -28,7 +28,9 @@ from jepa_scale.data.texts import Text, Texts, tokenize
 from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.evaluation.encode import EncodedTexts, encode_texts
 from jepa_scale.experiment import Experiment, validate
-from jepa_scale.models.generation import answer, rounds
+from jepa_scale.models.generation.batches import answer, listed, rounds
+from jepa_scale.models.generation.speculative import Generation
+from jepa_scale.models.generation.speculative import generate as speculate
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.objectives.base import JepaModel
 from jepa_scale.objectives.tasks import Task
@@ -151,21 +153,43 @@ class LoadedRun:
 
     # -- generation ---------------------------------------------------------------------------------------------------
 
-    def generate(self, prompts: Sequence[str], max_new_tokens: int = 128, batch_size: int = 32) -> list[str]:
-        """Generate text for each prompt, greedily.
+    def generate(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int = 128,
+        batch_size: int = 32,
+        draft: int = 0,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> list[str]:
+        """Generate text for each prompt.
 
         A model trained on conversations answers the prompt as a user's message; any other model continues it.
 
+        Args:
+            batch_size: prompts at a time; with drafts or a temperature it is one.
+            draft: tokens that the objective's own head drafts at a time; see
+                :mod:`jepa_scale.models.generation.speculative`.
+            temperature: 0 = the likeliest token each time, 1 = samples of the model's distribution.
+            seed: of the samples. A prompt's sample depends on its number among the prompts, too.
+
         Raises:
-            InputError: the objective trains no model that generates, or a prompt, named by its number, is empty or leaves no
-                room.
+            InputError: the objective trains no model that generates or has no head that drafts so many tokens, or a prompt, named by
+                its number, is empty or leaves no room.
         """
-        if not self.module.objective.predicts_tokens:
-            raise InputError(
-                f"objective {self.experiment.objective.name!r} trains no next-token prediction, so nothing can be generated"
-            )
-        if self.tokenizer is None:
-            raise InputError("the run's data have no tokenizer to encode prompts with; use a run whose data have one")
+        return [text for text, _ in self.generations(prompts, max_new_tokens, batch_size, draft, temperature, seed)]
+
+    def generations(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int = 128,
+        batch_size: int = 32,
+        draft: int = 0,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> list[tuple[str, Generation]]:
+        """Return, for each prompt, the text of :meth:`generate`, and its tokens with the number of drafts that were kept."""
+        self._check_generation(draft, temperature)
         ids = [self._prompt(prompt, f"prompts[{n}]") for n, prompt in enumerate(prompts)]
         positions = getattr(self.module.backbone.decoder.config, "max_position_embeddings", None)
         plan = rounds([len(prompt) for prompt in ids], max_new_tokens, positions, batch_size)
@@ -176,12 +200,48 @@ class LoadedRun:
                 "positions"
             )
         stop = sorted({self.data.special[name] for name in ("end", "eos") if name in self.data.special})
-        texts: dict[int, str] = {}
+        found: dict[int, Generation] = {}
         for part in plan:
-            for answered in answer(self._call, ids, part, stop, self._ranks):
-                before = [] if self._chats else ids[answered.number].tolist()
-                texts[answered.number] = self._decode([*before, *answered.tokens])[len(self._decode(before)) :]
-        return [texts[number] for number in range(len(ids))]
+            if draft or temperature:
+                for number in part.prompts:
+                    found[number] = self._speculate(ids[number], stop, part.room, draft, temperature, (seed, number))
+            else:
+                for answered in answer(self._call, ids, part, stop, self._ranks):
+                    found[answered.number] = Generation(answered.tokens, answered.stopped)
+        texts = []
+        for number, prompt in enumerate(ids):
+            before = [] if self._chats else prompt.tolist()
+            texts.append(self._decode([*before, *found[number].tokens])[len(self._decode(before)) :])
+        return [(text, found[number]) for number, text in enumerate(texts)]
+
+    def _check_generation(self, draft: int, temperature: float) -> None:
+        name, objective = self.experiment.objective.name, self.module.objective
+        if not objective.predicts_tokens:
+            raise InputError(f"objective {name!r} trains no next-token prediction, so nothing can be generated")
+        if self.tokenizer is None:
+            raise InputError("the run's data have no tokenizer to encode prompts with; use a run whose data have one")
+        if draft < 0 or not 0 <= temperature < float("inf"):
+            raise InputError(f"draft {draft}, temperature {temperature}: must be 0 or more")
+        if not draft:
+            return
+        drafter = objective.drafter(self.module.backbone)
+        if drafter is None:
+            raise InputError(
+                f"draft: objective {name!r} has no head that drafts tokens; next_latent and mtp have; leave it out"
+            )
+        if drafter.most is not None and draft > drafter.most:
+            raise InputError(
+                f"draft: {draft} is more than the {drafter.most} tokens that {name!r} drafts; use at most that"
+            )
+
+    def _speculate(
+        self, prompt: np.ndarray, stop: Sequence[int], room: int, draft: int, temperature: float, seed: tuple[int, int]
+    ) -> Generation:
+        backbone, generator = self.module.backbone, torch.Generator(self.device)
+        generator.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+        drafter = self.module.objective.drafter(backbone) if draft else None
+        ends = {*stop, *listed(backbone.decoder.generation_config.eos_token_id)}
+        return speculate(backbone, prompt.tolist(), ends, room, drafter, draft, temperature, generator)
 
     @property
     def _chats(self) -> bool:

@@ -209,6 +209,32 @@ def test_generation_goes_on_with_the_likeliest_token(run):
     assert run.generate([]) == []
 
 
+@pytest.mark.parametrize("objective", ["next_latent", "mtp"])
+def test_drafts_change_no_text_and_are_counted(folder, tmp_path, objective):
+    make_run(tmp_path, "run", NATIVE, data=data_section(folder), eval={}, objective={"name": objective})
+    run = jepa_scale.load(tmp_path / "run")
+    prompts = ["the wave", "a judge and the", "milk"]
+    plain = run.generations(prompts, max_new_tokens=12)
+    found = run.generations(prompts, max_new_tokens=12, draft=3)
+    assert [text for text, _ in found] == [text for text, _ in plain] == run.generate(prompts, 12, draft=3)
+    assert [g.tokens for _, g in found] == [g.tokens for _, g in plain]
+    assert all(g.drafted and 0 <= g.accepted <= g.drafted <= 3 * g.forwards for _, g in found)
+    with pytest.raises(InputError, match="^draft -1, temperature 0.0: must be 0 or more"):
+        run.generate(prompts, draft=-1)
+    if objective == "mtp":
+        with pytest.raises(InputError, match="^draft: 4 is more than the 3 tokens that 'mtp' drafts"):
+            run.generate(prompts, draft=4)
+
+
+def test_samples_follow_the_seed_and_the_prompts_number(run):
+    sample = lambda seed, prompts: run.generate(prompts, 20, temperature=3.0, seed=seed)  # noqa: E731
+    first = sample(0, ["the wave"] * 3)
+    assert first == sample(0, ["the wave"] * 3) and first[:2] == sample(0, ["the wave"] * 2)
+    assert len({*first, *sample(1, ["the wave"] * 3)}) == 6
+    with pytest.raises(InputError, match="^draft: objective 'lm' has no head that drafts tokens"):
+        run.generate(["the wave"], draft=1)
+
+
 def test_prompts_that_cannot_be_answered(run, monkeypatch):
     with pytest.raises(InputError, match=r"prompts\[1\]: is empty"):
         run.generate(["a", " "])

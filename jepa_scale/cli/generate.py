@@ -4,25 +4,53 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jepa_scale.cli.encode import add_model_arguments
 from jepa_scale.cli.flags import logging_flags
 from jepa_scale.utils.errors import InputError
 
+if TYPE_CHECKING:
+    from jepa_scale.models.generation.speculative import Generation
+
+log = logging.getLogger(__name__)
+
 
 def parser() -> argparse.ArgumentParser:
     generate = argparse.ArgumentParser(
         prog="jepa-scale generate",
-        description="Generate greedily with a run's model: the answer to a user's message if it was trained on conversations, else "
-        "how a text goes on.",
+        description="Generate with a run's model: the answer to a user's message if it was trained on conversations, else how a text "
+        "goes on.",
         parents=[logging_flags()],
     )
     generate.add_argument("run", type=Path, help="run directory")
     generate.add_argument("prompts", nargs="*", metavar="PROMPT", help="default: the lines of standard input")
     generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="at most (default: 128)")
     generate.add_argument("--batch-size", type=int, default=32, metavar="N", help="prompts at a time (default: 32)")
-    generate.add_argument("--json", action="store_true", help="a line of JSON a prompt: prompt, generated")
+    generate.add_argument(
+        "--draft",
+        type=int,
+        default=0,
+        metavar="N",
+        help="let the objective's head draft N tokens at a time (next_latent, mtp): the same text in fewer passes; one prompt at a "
+        "time (default: 0)",
+    )
+    generate.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="sample, with the logits divided by T; one prompt at a time (default: 0, the likeliest token)",
+    )
+    generate.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the samples (default: 0)")
+    generate.add_argument(
+        "--json",
+        action="store_true",
+        help="a line of JSON a prompt: prompt, generated, and with --draft drafted, accepted, forwards",
+    )
     add_model_arguments(generate)
     generate.set_defaults(command=generate_texts)
     return generate
@@ -32,6 +60,9 @@ def generate_texts(args: argparse.Namespace) -> int:
     for name in ("max_new_tokens", "batch_size"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    for name in ("draft", "temperature", "seed"):
+        if not 0 <= getattr(args, name) < float("inf"):
+            raise InputError(f"--{name} {getattr(args, name)}: must be 0 or more")
     from jepa_scale.telemetry import quiet_libraries
     from jepa_scale.telemetry.records import config_of
 
@@ -42,6 +73,22 @@ def generate_texts(args: argparse.Namespace) -> int:
 
     prompts = args.prompts or [found.text for found in read_texts("-")]
     run = load(args.run, args.checkpoint, args.device)
-    for prompt, text in zip(prompts, run.generate(prompts, args.max_new_tokens, args.batch_size), strict=True):
-        print(json.dumps({"prompt": prompt, "generated": text}, ensure_ascii=False) if args.json else text)
+    options = (args.max_new_tokens, args.batch_size, args.draft, args.temperature, args.seed)
+    found = run.generations(prompts, *options)
+    for prompt, (text, generation) in zip(prompts, found, strict=True):
+        line = {"prompt": prompt, "generated": text}
+        if args.draft:
+            line |= {name: getattr(generation, name) for name in ("drafted", "accepted", "forwards")}
+        print(json.dumps(line, ensure_ascii=False) if args.json else text)
+    if args.draft:
+        log.info(_about_drafts([generation for _, generation in found]))
     return 0
+
+
+def _about_drafts(found: Sequence[Generation]) -> str:
+    drafted, accepted, forwards = (sum(getattr(g, name) for g in found) for name in ("drafted", "accepted", "forwards"))
+    share = f"{accepted / drafted:.0%}" if drafted else "none"
+    return (
+        f"{accepted:,} of {drafted:,} drafted tokens were kept ({share}): {1 + accepted / max(1, forwards):.2f} tokens for each pass "
+        "of the decoder"
+    )

@@ -20,7 +20,7 @@ from jepa_scale.data.prepare.encoders.messages import is_trained
 from jepa_scale.distributed.comm import ParallelContext, all_gather_object
 from jepa_scale.evaluation.options import DATABASE, ChatEvalOptions
 from jepa_scale.metrics.text_match import METRICS, Wanted
-from jepa_scale.models.generation import Answer, answer, rounds
+from jepa_scale.models.generation.batches import Answer, answer, rounds
 from jepa_scale.objectives.tasks import Call
 from jepa_scale.utils.errors import DataError, InputError
 from jepa_scale.utils.io import write_atomic

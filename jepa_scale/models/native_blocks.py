@@ -10,14 +10,15 @@ from jepa_scale.models.decoder import JepaDecoderConfig
 from jepa_scale.utils.errors import InputError
 
 
-def config_of_blocks(backbone: Backbone, layers: int, drop_path: bool) -> JepaDecoderConfig:
-    """Return the config of ``layers`` native blocks with packed attention that have the shape of the backbone's.
+def config_of_blocks(backbone: Backbone, layers: int, drop_path: bool, packed: bool = True) -> JepaDecoderConfig:
+    """Return the config of ``layers`` native blocks that have the shape of the backbone's.
 
     From a decoder of transformers it takes the shape, the norm's epsilon, the initial deviation and the base of the rotary
     embedding, but not the dropout; the position embedding is RoPE.
 
     Args:
         drop_path: whether the blocks have the DropPath of a native decoder.
+        packed: whether their attention is the packed one; if not, it takes a mask and a key-value cache.
 
     Raises:
         InputError: the native blocks can't have this shape.
@@ -50,7 +51,7 @@ def config_of_blocks(backbone: Backbone, layers: int, drop_path: bool) -> JepaDe
             "initializer_range": getattr(theirs, "initializer_range", 0.02),
             "rope_theta": rope.get("rope_theta", 10_000.0),
         }
-    keys |= {"attn_implementation": attention.NAME} | ({} if drop_path else {"drop_path": 0.0})
+    keys |= {"attn_implementation": attention.NAME if packed else "eager"} | ({} if drop_path else {"drop_path": 0.0})
     try:
         return JepaDecoderConfig(vocab_size=1, num_hidden_layers=layers, **keys)
     except ValueError as error:  # the message begins with the key

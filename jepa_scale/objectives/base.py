@@ -18,7 +18,8 @@ from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.families.router_loss import NAME as ROUTER_LOSS
 from jepa_scale.models.families.router_loss import RouterLoss
 from jepa_scale.models.flops import DecoderFlops
-from jepa_scale.models.generation import Generated, Prompts, greedy
+from jepa_scale.models.generation.batches import Generated, Prompts, greedy
+from jepa_scale.models.generation.speculative import Drafter
 from jepa_scale.objectives.answers import AnswerGenerator, LanguageModelAnswerGenerator
 from jepa_scale.objectives.costs import StepFlops
 from jepa_scale.objectives.tasks import TASKS, Call, Task
@@ -266,8 +267,12 @@ class Objective(nn.Module):
         packed = batch.sequences["main"]
         return -backbone.label_losses(backbone.hidden(packed)[packed.labelled], packed.labels[packed.labelled])
 
+    def drafter(self, backbone: Backbone) -> Drafter | None:
+        """Return a head that drafts tokens for :func:`jepa_scale.models.generation.speculative.generate`; None = it has none."""
+        return None
+
     def generate(self, backbone: Backbone, prompts: Prompts, stop: tuple[int, ...], new_tokens: int) -> Generated:
-        """Decode answers greedily, of at most ``new_tokens`` tokens; see :func:`jepa_scale.models.generation.greedy`."""
+        """Decode answers greedily, of at most ``new_tokens`` tokens; see :func:`jepa_scale.models.generation.batches.greedy`."""
         with backbone.unpacked() as decoder:
             return greedy(decoder, prompts, stop, new_tokens)
 

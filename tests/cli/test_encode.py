@@ -138,6 +138,20 @@ def test_generation_prints_what_comes_next(run, capsys, monkeypatch):
     assert said == [{"prompt": p, "generated": g} for p, g in zip(["the wave", "milk"], expected, strict=True)]
 
 
+def test_drafts_are_reported(run, capsys):
+    folder = run.parent
+    make_run(folder, "drafts", NATIVE, data=data_section(folder), eval={}, objective={"name": "next_latent"})
+    expected = jepa_scale.load(folder / "drafts").generations(["the wave", "milk"], 9, draft=2)
+    arguments = ["generate", str(folder / "drafts"), "the wave", "milk", "--max-new-tokens", "9", "--draft", "2"]
+    assert main([*arguments, "--json"]) == 0
+    said = capsys.readouterr()
+    for line, (text, found) in zip(said.out.splitlines(), expected, strict=True):
+        counts = {name: getattr(found, name) for name in ("drafted", "accepted", "forwards")}
+        assert json.loads(line) == {"generated": text, **counts} | {"prompt": json.loads(line)["prompt"]}
+    kept, drafted = (sum(getattr(found, name) for _, found in expected) for name in ("accepted", "drafted"))
+    assert f"{kept} of {drafted} drafted tokens were kept" in said.err
+
+
 def test_a_chat_is_asked_as_in_training(run, capsys):
     """The prompt is the beginning of the conversation as its shards hold it, up to the answer."""
     chat = jepa_scale.load(run.parent / "chat")
@@ -154,6 +168,9 @@ def test_generation_refuses_with_one_line(run, capsys, monkeypatch):
         ([" "], "prompts[0]: is empty"),
         (["a", "--max-new-tokens", "0"], "--max-new-tokens 0: must be at least 1"),
         (["wave " * 200], "leave no room"),
+        (["a", "--draft", "-1"], "--draft -1: must be 0 or more"),
+        (["a", "--temperature", "nan"], "--temperature nan: must be 0 or more"),
+        (["a", "--draft", "2"], "objective 'lm' has no head that drafts tokens"),
     ):
         assert main(["generate", str(run), *arguments]) == 2
         error = capsys.readouterr().err

@@ -1,5 +1,5 @@
 """From the rows of a split to questions, from answers to metrics and files; a model that says what it is told stands in for
-the decoder, which tests/models/test_generation.py and tests/distributed/test_chat_evaluation.py run."""
+the decoder, which tests/models/generation/test_batches.py and tests/distributed/test_chat_evaluation.py run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.evaluation.chat import ChatTest, Counter, Output, chosen, generations_file, question, save, summary
 from jepa_scale.evaluation.options import ChatEvalOptions
 from jepa_scale.evaluation.run import chat_test
-from jepa_scale.models.generation import Generated, Prompts
+from jepa_scale.models.generation.batches import Generated, Prompts
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.objectives.lm import LanguageModeling

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from jepa_scale.distributed.comm import ParallelContext, init_tp_group, tp_group
 from jepa_scale.distributed.tp_group import TensorParallelGroup
-from jepa_scale.models.generation import Prompts, greedy
+from jepa_scale.models.generation.batches import Prompts, greedy
 from jepa_scale.models.head import statistics
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions

@@ -627,10 +627,10 @@ ROWS: tuple[Row, ...] = (
     _row(
         "program-for-each-token",
         "compiling",
-        "jepa_scale/models/generation.py",
+        "jepa_scale/models/generation/batches.py",
         'torch.compiler.set_stance("force_eager")',
         'torch.compiler.set_stance("default")',
-        "tests/models/test_generation.py::test_compiled_blocks_are_not_compiled_for_every_length",
+        "tests/models/generation/test_batches.py::test_compiled_blocks_are_not_compiled_for_every_length",
         "a cache that grows by a token is no new program",
     ),
     # ------------------------------------------------------------------------------------------------------- signals
@@ -1618,10 +1618,10 @@ ROWS: tuple[Row, ...] = (
     _row(
         "filled-up-on-the-right",
         "answers",
-        "jepa_scale/models/generation.py",
+        "jepa_scale/models/generation/batches.py",
         "ids[row, longest - len(prompt) :] = prompt",
         "ids[row, : len(prompt)] = prompt",
-        "tests/models/test_generation.py::test_prompts_are_filled_up_on_the_left",
+        "tests/models/generation/test_batches.py::test_prompts_are_filled_up_on_the_left",
         "prompts end together",
     ),
     # ---------------------------------------------------------------------------------------------------------- data

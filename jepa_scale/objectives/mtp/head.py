@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from jepa_scale.models.decoder import JepaDecoderConfig, JepaDecoderLayer, initialize, position_table
 from jepa_scale.packing import PackedSequence
@@ -28,3 +30,14 @@ class MtpHead(nn.Module):
         """Return the states for the LM head: (T, d) states of the trunk → (T, d)."""
         rotary = position_table(self.config, packed.position_ids[None], states.dtype)
         return self.norm(self.block(states[None], rotary=rotary, packed=packed.table)[0])
+
+    def continued(self, states: Tensor, seen: int, cache: Cache) -> Tensor:
+        """Run on the next m states of a text, (m, d) → (m, d), given the cache of the ``seen`` ones before.
+
+        The head's attention is not the packed one.
+        """
+        places = torch.arange(seen, seen + len(states), device=states.device)
+        future = torch.arange(seen + len(states), device=states.device) > places[:, None]
+        mask = torch.zeros_like(future, dtype=states.dtype).masked_fill(future, -torch.inf)[None, None]
+        rotary = position_table(self.config, places[None], states.dtype)
+        return self.norm(self.block(states[None], rotary=rotary, attention_mask=mask, past_key_values=cache)[0])

@@ -17,11 +17,13 @@ from jepa_scale.data.sampling.rng import ViewTransform
 from jepa_scale.models.attention import attention_pairs
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.flops import DecoderFlops, linear_cost
+from jepa_scale.models.generation.speculative import Drafter
 from jepa_scale.models.native_blocks import config_of_blocks
 from jepa_scale.objectives.base import Loss, Objective, lm_loss, mean_over_global_batch
 from jepa_scale.objectives.costs import StepFlops
 from jepa_scale.objectives.mtp.config import MtpOptions
 from jepa_scale.objectives.mtp.diagnostics import MtpDiagnostics
+from jepa_scale.objectives.mtp.drafter import MtpDrafter
 from jepa_scale.objectives.mtp.head import MtpHead
 from jepa_scale.objectives.mtp.views import MtpViews, anchor_name
 from jepa_scale.objectives.ramp import ramp
@@ -113,6 +115,9 @@ class Mtp(Objective):
         logged = {name: value.detach() for name, value in means.items()}
         gauges: dict[str, Tensor | float] = {"mtp_weight": weight} if o.mtp_start or o.mtp_ramp else {}
         return Loss(total, {"loss": total.detach(), "lm_loss": lm.detach(), **logged}, gauges)
+
+    def drafter(self, backbone: Backbone) -> Drafter:
+        return MtpDrafter(backbone, list(self.heads))  # type: ignore[arg-type]
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 

@@ -20,10 +20,12 @@ from jepa_scale.data.sampling.rng import ViewTransform
 from jepa_scale.losses.distance import smooth_l1
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.flops import DecoderFlops, linear_cost
+from jepa_scale.models.generation.speculative import Drafter
 from jepa_scale.objectives.base import Loss, Objective, lm_loss, mean_over_global_batch
 from jepa_scale.objectives.costs import StepFlops
 from jepa_scale.objectives.next_latent.config import NextLatentOptions
 from jepa_scale.objectives.next_latent.diagnostics import NextLatentDiagnostics
+from jepa_scale.objectives.next_latent.drafter import LatentDrafter
 from jepa_scale.objectives.next_latent.dynamics import LatentDynamics
 from jepa_scale.objectives.next_latent.views import NextLatentViews, kl_name, target_name
 from jepa_scale.objectives.ramp import ramp
@@ -151,6 +153,9 @@ class NextLatent(Objective):
         if o.jepa_start or o.jepa_ramp:
             gauges["jepa_weight"] = o.jepa_weight * rise
         return Loss(total, {"loss": total.detach(), **means}, gauges)
+
+    def drafter(self, backbone: Backbone) -> Drafter:
+        return LatentDrafter(backbone, self.dynamics)
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig
 
 from jepa_scale.distributed.comm import ParallelContext
-from jepa_scale.models.generation import Prompts, Round, answer, greedy, rounds
+from jepa_scale.models.generation.batches import Prompts, Round, answer, greedy, rounds
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.objectives.lm import LanguageModeling

@@ -143,7 +143,7 @@ def greedy(decoder: PreTrainedModel, prompts: Prompts, stop: Sequence[int], new_
     from transformers import GenerationConfig
 
     own = decoder.generation_config
-    ends = sorted({*stop, *_listed(own.eos_token_id)})
+    ends = sorted({*stop, *listed(own.eos_token_id)})
     wanted = GenerationConfig(
         max_new_tokens=new_tokens,
         do_sample=False,
@@ -169,7 +169,8 @@ def greedy(decoder: PreTrainedModel, prompts: Prompts, stop: Sequence[int], new_
     return Generated(tokens, torch.where(stopped, over.int().argmax(dim=1), tokens.shape[1]), stopped)
 
 
-def _listed(ids: int | list[int] | None) -> list[int]:
+def listed(ids: int | list[int] | None) -> list[int]:
+    """Return the stop tokens of a generation config as a list."""
     if ids is None:
         return []
     return list(ids) if isinstance(ids, list | tuple) else [ids]

@@ -1,0 +1,1 @@
+"""Generation of tokens: greedy in batches, and one prompt at a time with drafts."""
