@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -185,18 +186,26 @@ class Backbone(nn.Module):
 
         A bridge after that block is not included in the latter.
         """
-        tapped: list[Tensor] = []
+        hidden, (tapped,) = self.hidden_and_taps(stream, [tap], inputs_embeds)
+        return hidden, tapped
 
-        def record(block: nn.Module, args: Any, output: Any) -> None:
-            tapped.append(output[0] if isinstance(output, tuple) else output)
+    def hidden_and_taps(
+        self, stream: PackedSequence, taps: Sequence[int], inputs_embeds: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return :meth:`hidden` and, as :meth:`hidden_and_tap`, the states after each of several different blocks."""
+        tapped: dict[int, Tensor] = {}
 
-        handle = self.layers[tap - 1].register_forward_hook(record)
+        def record(tap: int, block: nn.Module, args: Any, output: Any) -> None:
+            tapped[tap] = output[0] if isinstance(output, tuple) else output
+
+        handles = [self.layers[tap - 1].register_forward_hook(partial(record, tap)) for tap in taps]
         try:
             hidden = self.hidden(stream, inputs_embeds)
         finally:
-            handle.remove()
-        tokens = tapped[0] if self.tp is None else self.tp.join_tokens(tapped[0], len(hidden))
-        return hidden, tokens[0]
+            for handle in handles:
+                handle.remove()
+        found = [tapped[tap] if self.tp is None else self.tp.join_tokens(tapped[tap], len(hidden)) for tap in taps]
+        return hidden, [states[0] for states in found]
 
     def forward(self, stream: PackedSequence, tap: int | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Run :meth:`hidden`, or with a ``tap`` :meth:`hidden_and_tap`, for callers that can only call a module."""

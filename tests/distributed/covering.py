@@ -112,6 +112,8 @@ CASES = [
     Case("tied", "zero0", 4, 2, "fp32", 2, "selective"),
     Case("span", "zero2", 4, 1, "fp32", 1, "selective"),
     Case("grid_decoder", "zero1", 4, 1, "bf16", 1, "none"),
+    Case("nitp", "zero3", 2, 2, "fp32", 1, "selective"),
+    Case("nitp", "fsdp", 2, 1, "fp32", 2, "none"),
     Case("mtp", "fsdp", 2, 1, "fp32", 1, "none"),
     Case("mtp_native", "zero0", 4, 2, "fp32", 1, "selective"),
     Case("mtp", "zero1", 2, 1, "fp32", 2, "full"),

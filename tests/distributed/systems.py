@@ -66,6 +66,7 @@ SYSTEMS: dict[str, System] = {
     "vicreg": System("horizon", "vicreg"),
     "cosine": System("horizon", "cosine", "native", "muon"),
     "smooth_l1": System("horizon", "smooth_l1"),
+    "nitp": System("horizon", "nitp"),
     "tied": System("horizon", "vicreg"),
     "qwen3": System("horizon", "vicreg", "huggingface"),
     "span": System("span", "span", "native", "muon"),

@@ -34,6 +34,18 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     },
     "cosine": {**HORIZON, "loss": "cosine", "teacher": "backbone", "kl_ramp": 4, "split_clipping": False},
     "smooth_l1": {**HORIZON, "loss": "smooth_l1", "kl_barrier": True},
+    "nitp": {
+        "name": "horizon",
+        "tap_layer": -1,
+        "target_layer": 1,
+        "horizons": [1],
+        "horizon_probs": [1],
+        "pairs_per_sequence": 0,
+        "predictor_multiple": 4,
+        "loss": "cosine",
+        "kl_weight": 0.0,
+        "eval_pairs": 60,
+    },
 }
 MODEL = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "bridge_after": -2}
 MODELS: dict[str, dict[str, Any]] = {

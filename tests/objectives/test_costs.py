@@ -26,6 +26,7 @@ from jepa_scale.packing import add_counts, pack
 from tests.objectives import chats
 from tests.objectives.helpers import DATA, Copies, backbone
 from tests.objectives.horizon import reference as horizon_reference
+from tests.objectives.horizon.test_objective import NITP
 
 ROWS = chats.conversations(8)
 FACTS = [*(DATA.splits["train"][i] for i in range(0, 60, 10)), *(DATA.splits["atomic"][i] for i in range(4))]
@@ -155,6 +156,7 @@ HORIZON = {
     "cosine": ("tied", dict(loss="cosine", latent_to_hidden="mlp", kl_freeze_head=False)),
     "identity": ("bridge", dict(latent_to_hidden="identity", latent_dim=16, kl_barrier=True, tap_norm=False)),
     "no KL": ("native", dict(loss="smooth_l1", kl_weight=0.0, teacher="backbone")),
+    "NITP": ("native", NITP),
 }
 
 

@@ -1,12 +1,13 @@
-"""The multi-layer perceptron of projectors and predictors (LitJEPA)."""
+"""Multi-layer perceptrons of projectors and predictors."""
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class Mlp(nn.Module):
-    """Perceptron Linear(in, m · out) → GELU → Dropout → Linear(m · out, out), with m = ``multiple``; m · out is rounded."""
+    """The perceptron of LitJEPA: Linear(in, m · out) → GELU → Dropout → Linear(m · out, out), with m = ``multiple``; m · out is rounded."""
 
     def __init__(self, size_in: int, size_out: int, multiple: float = 2, dropout: float = 0.0):
         super().__init__()
@@ -19,3 +20,18 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (…, in) → (…, out)."""
         return self.down(self.drop(self.act(self.up(x))))
+
+
+class SwiGlu(nn.Module):
+    """W_down(silu(W_gate x) ⊙ W_up x) with an inner width of m · size, m = ``multiple`` (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, size: int, multiple: float):
+        super().__init__()
+        inner = max(1, round(multiple * size))
+        self.gate = nn.Linear(size, inner, bias=False)
+        self.up = nn.Linear(size, inner, bias=False)
+        self.down = nn.Linear(inner, size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (…, size) → (…, size)."""
+        return self.down(F.silu(self.gate(x)) * self.up(x))

@@ -20,7 +20,10 @@ class HorizonOptions(Section):
     )
     horizon_probs: list[float] = Field([0.4, 0.3, 0.2, 0.1], description="Relative frequency of each horizon.")
     pairs_per_sequence: int = Field(
-        64, ge=1, description="Pairs of a sample; short samples have fewer [pairs_per_seq]."
+        64,
+        ge=0,
+        description="Pairs of a sample, drawn at random; short samples have fewer. 0 = every pair of the one horizon "
+        "[pairs_per_seq].",
     )
     latent_dim: int | None = Field(None, ge=2, description="Width of the latents; null = the decoder's width.")
     projector_multiple: float = Field(2, gt=0, description="Inner width of the projector, in latent widths.")
@@ -30,6 +33,11 @@ class HorizonOptions(Section):
         "projector",
         description="Modules with EMA parameters: projector = the projector, on the trained decoder's states; backbone = the "
         "decoder's lower blocks too.",
+    )
+    target_layer: int | None = Field(
+        None,
+        description="Targets without a teacher: this forward's own states after this lower block, without gradient, predicted by "
+        "a SwiGLU without a projector, as in NITP; null = the EMA teacher's latents.",
     )
     ema: TeacherOptions = Field(TeacherOptions(), description="Momentum of the EMA teacher [ema_schedule].")
     loss: Literal["barlow", "vicreg", "cosine", "smooth_l1"] = Field(
@@ -70,9 +78,31 @@ class HorizonOptions(Section):
     eval_pairs: int = Field(4096, ge=0, description="Pairs of a split that an evaluation uses; 0 = none.")
 
     @model_validator(mode="after")
+    def _lower_target(self) -> HorizonOptions:
+        if self.target_layer is None:
+            return self
+        problem = ""
+        if self.loss in ("barlow", "vicreg"):
+            problem = f"loss: {self.loss} compares statistics with a teacher's; use cosine or smooth_l1"
+        elif self.kl_weight:
+            problem = "kl_weight: reads the next token from a predicted latent, which a lower block's state does not give; set it to 0"
+        elif len(self.horizons) > 1:
+            problem = f"horizons: must be one with target_layer, not {self.horizons}"
+        for key in ("latent_dim", "projector_multiple", "dropout", "teacher", "ema"):
+            if getattr(self, key) != type(self).model_fields[key].default:
+                problem = f"{key}: has no effect with target_layer, which has neither teacher nor projector; remove it"
+        if problem:
+            raise ValueError(problem)
+        return self
+
+    @model_validator(mode="after")
     def _pairs(self) -> HorizonOptions:
         if min(self.horizons) < 1 or len(set(self.horizons)) < len(self.horizons):
             raise ValueError(f"horizons: must be different numbers of tokens, at least 1, not {self.horizons}")
+        if not self.pairs_per_sequence and len(self.horizons) > 1:
+            raise ValueError(
+                f"pairs_per_sequence: 0, every pair, is for one horizon, not for {self.horizons}; give a number"
+            )
         if len(self.horizon_probs) != len(self.horizons):
             raise ValueError(
                 f"horizon_probs: has {len(self.horizon_probs)} values for {len(self.horizons)} horizons; give one for each"

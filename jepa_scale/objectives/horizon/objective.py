@@ -4,6 +4,9 @@ A latent is a projection of the decoder's state after block ``tap_layer``. The o
 teacher encodes the target. The predictor's inputs are the anchor's latent and the embedding of the horizon, the distance in
 tokens. Next-token prediction is trained alongside. By option the predicted latent is also trained to give the language
 model's next-token distribution at the target (the future KL).
+
+With ``target_layer`` there is neither teacher nor projector: the state at the anchor predicts the next token's state after a lower
+block of the same forward (NITP, arXiv 2605.24956).
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from jepa_scale.losses.future import FutureKL, future_kl
 from jepa_scale.losses.statistics import as_contribution, rows_of_step
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.flops import Cost, DecoderFlops, linear_cost
-from jepa_scale.models.layers.mlp import Mlp
+from jepa_scale.models.layers.mlp import Mlp, SwiGlu
 from jepa_scale.objectives.base import JepaModel, Loss, Objective, lm_loss, mean_over_global_batch, resolve_tap
 from jepa_scale.objectives.costs import StepFlops, moments_flops
 from jepa_scale.objectives.horizon.config import HorizonOptions
@@ -50,13 +53,27 @@ class Horizon(Objective):
         self.needs_global_batch = is_statistic(o)
         self.tap = resolve_tap(o.tap_layer, backbone.num_layers, "objective.tap_layer")
         check_horizons(o, data.train.max_size)
-        latent = o.latent_dim or d
-        self.encoder = nn.Sequential(
-            nn.RMSNorm(d) if o.tap_norm else nn.Identity(), Mlp(d, latent, o.projector_multiple, o.dropout)
-        )
-        self.horizon_embedding = nn.Embedding(len(o.horizons), latent)
-        self.predictor = Mlp(2 * latent, latent, o.predictor_multiple, o.dropout)
+        self.latent = latent = o.latent_dim or d
+        self.pairs_of_sample = o.pairs_per_sequence or data.train.max_size
+        norm: nn.Module = nn.RMSNorm(d) if o.tap_norm else nn.Identity()
+        self.encoder, self.predictor, self.horizon_embedding = norm, self._predictor(), None
+        self.lower = 0
+        if o.target_layer is None:
+            self.encoder = nn.Sequential(norm, Mlp(d, latent, o.projector_multiple, o.dropout))
+            self.horizon_embedding = nn.Embedding(len(o.horizons), latent)
+        else:
+            self.lower = resolve_tap(o.target_layer, backbone.num_layers, "objective.target_layer")
+            if self.lower >= self.tap:
+                raise InputError(
+                    f"objective.target_layer: block {self.lower} must be below block {self.tap} of objective.tap_layer"
+                )
         self.latent_to_hidden = self._latent_to_hidden(latent, backbone) if o.kl_weight else None
+
+    def _predictor(self) -> nn.Module:
+        o, latent = self.options, self.latent
+        if o.target_layer is not None:
+            return SwiGlu(latent, o.predictor_multiple)
+        return Mlp(2 * latent, latent, o.predictor_multiple, o.dropout)
 
     def _latent_to_hidden(self, latent: int, backbone: Backbone) -> nn.Module:
         width = backbone.head_size
@@ -82,6 +99,8 @@ class Horizon(Objective):
         return sizes - 1
 
     def teacher_copies(self, backbone: Backbone) -> dict[str, nn.Module]:
+        if self.lower:
+            return {}
         copies: dict[str, nn.Module] = {"objective.encoder": copy.deepcopy(self.encoder)}
         if self.options.teacher == "backbone":
             copies["backbone"] = backbone.lower(self.tap)
@@ -105,7 +124,7 @@ class Horizon(Objective):
 
     def flops(self, backbone: Backbone, square: bool = False) -> StepFlops:
         """See the base class. Elementwise operations are not counted."""
-        o, needs_global_batch, latent = self.options, self.needs_global_batch, self.horizon_embedding.embedding_dim
+        o, needs_global_batch, latent = self.options, self.needs_global_batch, self.latent
         whole, lower = DecoderFlops.of(backbone), DecoderFlops.of(backbone, self.tap)
         encoder, predictor = linear_cost(self.encoder), linear_cost(self.predictor)
         online, head, row = encoder.forward + predictor.forward, Cost(), whole.per_row
@@ -121,8 +140,8 @@ class Horizon(Objective):
             pairs, sequences = sum(b.counts["pairs"] for b in batches), [b.sequences["main"] for b in batches]
             total = sum(whole.of_sequence(s, training=True, square=square) for s in sequences)
             total += pairs * (online + encoder.backward + predictor.backward + sum(head))
-            teaching = pairs * encoder.forward
-            if o.teacher == "backbone":
+            teaching = 0 if self.lower else pairs * encoder.forward
+            if o.teacher == "backbone" and not self.lower:
                 teaching += sum(lower.of_sequence(s, training=False, rows=0, square=square) for s in sequences)
             total += teaching * (1 + several)
             if several:
@@ -136,6 +155,13 @@ class Horizon(Objective):
 
     # -- parts --------------------------------------------------------------------------------------------------------
 
+    def states(self, backbone: Backbone, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the states after the final norm, those of the anchors, and those of the targets, (T, d) each."""
+        hidden, found = backbone.hidden_and_taps(
+            batch.sequences["main"], [self.tap, *([self.lower] if self.lower else [])]
+        )
+        return hidden, found[0], found[-1]
+
     def predictions(self, states: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """Return the anchors' latents and the predictions of the targets' latents, (n, latent) each.
 
@@ -143,12 +169,20 @@ class Horizon(Objective):
             states: (T, d) states at the tap.
         """
         anchors = self.encoder(states[batch.positions["anchor"]])
+        if self.horizon_embedding is None:
+            return anchors, self.predictor(anchors)
         horizons = self.horizon_embedding(batch.rows["horizon"])
         return anchors, self.predictor(torch.cat([anchors, horizons], dim=-1))
 
     @torch.no_grad()
     def targets(self, states: Tensor, batch: PackedBatch) -> Tensor:
-        """Return the targets' latents, encoded by the teacher, (n, latent)."""
+        """Return the targets' latents without gradient, (n, latent): states of a lower block, or encoded by the teacher.
+
+        Args:
+            states: (T, d), after block ``target_layer``, or for the teacher after block ``tap_layer``.
+        """
+        if self.lower:
+            return states[batch.positions["target"]].detach()
         if self.options.teacher == "backbone":
             states = self.teacher.forward("backbone", batch.sequences["main"])
         return self.teacher.forward("objective.encoder", states[batch.positions["target"]])
@@ -173,7 +207,7 @@ class Horizon(Objective):
     def loss(self, backbone: Backbone, batch: PackedBatch, gathered: list[dict[str, Tensor]], micro: int) -> Loss:
         o, pairs = self.options, batch.totals["pairs"]
         packed = batch.sequences["main"]
-        hidden, states = backbone.hidden_and_tap(packed, self.tap)
+        hidden, states, below = self.states(backbone, batch)
         logits = counts = None
         if self.latent_to_hidden is None:
             lm = lm_loss(backbone, hidden, batch)
@@ -184,7 +218,7 @@ class Horizon(Objective):
             )
             lm = mean_over_global_batch(losses.sum(), batch.totals["labels"])
         _, predicted = self.predictions(states, batch)
-        target = self.targets(states, batch)
+        target = self.targets(below, batch)
 
         terms: Terms = {}
         if self.needs_global_batch:
@@ -205,7 +239,9 @@ class Horizon(Objective):
             total = total + kl_weight * o.kl_temperature**2 * (ce - entropy)
             terms |= {"ce_future": ce.detach(), "teacher_entropy": entropy, "kl_future": (ce - entropy).detach()}
         means = {"loss": total.detach(), "lm_loss": lm.detach(), "jepa_loss": jepa.detach(), **terms}
-        gauges: dict[str, Tensor | float] = {"ema_momentum": self.teacher.momentum(batch.step)}
+        gauges: dict[str, Tensor | float] = {}
+        if not self.lower:
+            gauges["ema_momentum"] = self.teacher.momentum(batch.step)
         if o.lm_start or o.lm_ramp:
             gauges["lm_weight"] = lm_weight
         if backbone.gate is not None:
@@ -225,7 +261,7 @@ class Horizon(Objective):
 
     def diagnostics(self, call: Call) -> HorizonDiagnostics | None:
         o = self.options
-        samples = math.ceil(o.eval_pairs / o.pairs_per_sequence)
+        samples = math.ceil(o.eval_pairs / self.pairs_of_sample)
         return HorizonDiagnostics(call, samples, self.view_transform(), self.view_tokens, o) if samples else None
 
     def diagnose(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:
@@ -233,10 +269,9 @@ class Horizon(Objective):
 
         With the future KL, ``future`` (n, 3) holds its cross-entropy, its entropy and whether the pair counts.
         """
-        packed = batch.sequences["main"]
-        hidden, states = backbone.hidden_and_tap(packed, self.tap)
+        hidden, states, below = self.states(backbone, batch)
         anchor, predicted = self.predictions(states, batch)
-        found = {"anchor": anchor, "prediction": predicted, "target": self.targets(states, batch)}
+        found = {"anchor": anchor, "prediction": predicted, "target": self.targets(below, batch)}
         if self.latent_to_hidden is not None:
             future = self.future(backbone, predicted, backbone.logits(hidden[batch.positions["target"]]))
             counts = target_rows(batch)[1]

@@ -38,12 +38,15 @@ def sample_pairs(
 
     Args:
         length: tokens of the sequence. horizons: (H,) int64. probs: (H,) ≥ 0, relative. count: number of pairs, limited to
-            the number of anchors of the shortest horizon.
+            the number of anchors of the shortest horizon; 0 = each pair of the only horizon once.
 
     Returns:
         (n,) indices into ``horizons`` and (n,) anchors. n = 0 when no horizon fits. The target of a pair is
         anchor + horizon < length.
     """
+    if not count:
+        anchors = np.arange(max(0, length - int(horizons[0])))
+        return np.zeros_like(anchors), anchors
     fitting = np.where(horizons < length, probs, 0.0)
     if not fitting.sum() > 0:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)

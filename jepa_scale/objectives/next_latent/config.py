@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from jepa_scale.config.ema import TeacherOptions
 from jepa_scale.config.schema import Section
@@ -37,7 +37,13 @@ class NextLatentOptions(Section):
     target_norm: bool = Field(
         False, description="Normalise both states, to mean 0 and variance 1 over their features, before the distance."
     )
-    ema: TeacherOptions = Field(default_factory=TeacherOptions, description="target: ema: the update of the teacher.")
+    ema: TeacherOptions = Field(TeacherOptions(), description="target: ema: the update of the teacher.")
     eval_samples: int = Field(
         256, ge=0, description="Samples of a split for the metrics of predicted states; 0 = none."
     )
+
+    @model_validator(mode="after")
+    def _teacher(self) -> NextLatentOptions:
+        if self.target != "ema" and self.ema != TeacherOptions():
+            raise ValueError("ema: has no effect without target: ema; set that or remove the key")
+        return self

@@ -129,11 +129,15 @@ def every_pair(backbone: Any, objective: Horizon, samples: list[Any], step: int 
         for horizon, anchor in zip(views.rows["horizon"].tolist(), segment.positions["anchor"].tolist(), strict=True):
             target = anchor + o.horizons[horizon]
             latent = objective.encoder(states[anchor])
-            predicted = objective.predictor(torch.cat([latent, objective.horizon_embedding.weight[horizon]]))
+            if o.target_layer is None:
+                predicted = objective.predictor(torch.cat([latent, objective.horizon_embedding.weight[horizon]]))
+                with torch.no_grad():
+                    found["target"].append(copies["objective.encoder"](theirs[target]))
+            else:
+                predicted = objective.predictor(latent)
+                found["target"].append(alone(backbone, tokens.tolist(), o.target_layer)[target].detach())
             found["anchor"].append(latent)
             found["predicted"].append(predicted)
-            with torch.no_grad():
-                found["target"].append(copies["objective.encoder"](theirs[target]))
             found["horizon"].append(torch.tensor(horizon))
             found["place"].append((number, target))
             found["teacher_logits"].append(logits[target].detach())

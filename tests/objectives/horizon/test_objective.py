@@ -28,6 +28,8 @@ from tests.objectives.horizon.reference import (
 )
 
 SAMPLES = [*documents(24, 7, 2, 15), conversation(20, (4, 7), (11, 19)), *documents(12)]
+NITP = dict(target_layer=1, tap_layer=-1, horizons=[1], horizon_probs=[1.0], pairs_per_sequence=0, kl_weight=0.0)
+NITP |= dict(latent_dim=None, predictor_multiple=4, loss="cosine")
 VARIANTS = {
     "barlow": ("native", dict(loss="barlow", align_scale=0.7, off_diag_scale=0.3)),
     "barlow, teacher of the backbone": ("native", dict(loss="barlow", off_diag_scale=0.3, teacher="backbone")),
@@ -39,6 +41,8 @@ VARIANTS = {
     "KL for itself": ("native", dict(loss="vicreg", kl_barrier=True, kl_freeze_head=True)),
     "identity": ("bridge", dict(loss="barlow", latent_to_hidden="identity", latent_dim=16, tap_norm=False)),
     "no KL": ("gpt2", dict(loss="smooth_l1", kl_weight=0.0, latent_dim=None)),
+    "NITP": ("native", NITP),
+    "NITP, gpt2": ("gpt2", {**NITP, "loss": "smooth_l1", "horizons": [3], "pairs_per_sequence": 6, "tap_layer": 2}),
     "tap at the end": ("native", dict(loss="cosine", tap_layer=-1, teacher="backbone", dropout=0.0)),
 }
 
@@ -85,7 +89,7 @@ def test_loss_terms_and_gradient_equal_the_plain_reference(name):
     found = gradients(backbone, objective)
     assert_gradients(found, gradients(wide, in_fp64))
     assert all(grad is not None for key, grad in found.items() if key.startswith("1."))
-    assert loss.gauges["ema_momentum"] == 0.5
+    assert loss.gauges.get("ema_momentum") == (None if o.target_layer else 0.5)
     assert ("gate" in loss.gauges) is (which == "bridge") and "lm_weight" not in loss.gauges
 
 
@@ -279,6 +283,43 @@ def test_the_teacher_has_copies_of_what_it_teaches_with(teacher):
         for name, p in module.named_parameters():
             assert torch.equal(p, whole[f"{path}.{name}"]) and p is not whole[f"{path}.{name}"]
     assert objective.teacher_options().final_momentum == 0.9998
+
+
+def test_a_lower_blocks_states_need_no_teacher():
+    backbone = model()
+    objective = make(backbone, **{**NITP, "target_layer": 2, "lm_weight": 0.0})
+    assert objective.teacher_copies(backbone) == {} and objective.horizon_embedding is None
+    del objective.teacher
+    run(backbone, objective, SAMPLES)
+    assert all(p.grad.any() for p in objective.parameters())
+    assert backbone.layers[0].mlp.up_proj.weight.grad.any()  # from the state that predicts
+    (loss,) = run(backbone, objective, SAMPLES)
+    assert loss.gauges == {} and loss.means["jepa_loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (dict(loss="barlow"), "loss: barlow compares statistics"),
+        (dict(kl_weight=0.1), "kl_weight: reads the next token"),
+        (
+            dict(horizons=[1, 2], horizon_probs=[1, 1], pairs_per_sequence=3),
+            r"horizons: must be one with target_layer, not \[1, 2\]",
+        ),
+        (dict(teacher="backbone"), "teacher: has no effect with target_layer"),
+        (dict(ema={"momentum": 0.5}), "ema: has no effect with target_layer"),
+        (dict(latent_dim=8), "latent_dim: has no effect with target_layer"),
+    ],
+)
+def test_what_means_nothing_with_a_lower_target_is_refused(keys, message):
+    with pytest.raises(ValueError, match=message):
+        HorizonOptions(**{**NITP, **keys})
+
+
+def test_the_lower_block_lies_below_the_tap():
+    for wrong in (3, -1):
+        with pytest.raises(InputError, match=r"^objective\.target_layer: block 3 must be below block 3"):
+            make(model(), **{**NITP, "target_layer": wrong})
 
 
 def test_views_take_all_tokens_but_the_last():

@@ -35,7 +35,7 @@ some_horizons = st.lists(st.integers(1, 30), min_size=1, max_size=5, unique=True
 
 
 @settings(max_examples=100)
-@given(st.integers(1, 40), some_horizons, st.data(), st.integers(0, 40), st.integers(0, 1000))
+@given(st.integers(1, 40), some_horizons, st.data(), st.integers(1, 40), st.integers(0, 1000))
 def test_every_pair_lies_in_the_sequence_and_is_as_far_as_its_horizon(length, horizons, data, count, seed):
     weights = st.floats(0.1, 5) | st.just(0.0)
     probs = data.draw(st.lists(weights, min_size=len(horizons), max_size=len(horizons)).filter(any))
@@ -46,6 +46,17 @@ def test_every_pair_lies_in_the_sequence_and_is_as_far_as_its_horizon(length, ho
     fitting = [h for h, p in zip(horizons, probs, strict=True) if h < length and p > 0]
     assert len(which) == (min(count, length - min(fitting)) if fitting else 0)
     assert {horizons[i] for i in which} <= set(fitting)
+
+
+@given(st.integers(1, 40), st.integers(1, 30))
+def test_zero_is_every_pair_once(length, horizon):
+    which, anchors = sample_pairs(length, np.array([horizon]), np.array([1.0]), 0, generator("all"))
+    assert anchors.tolist() == list(range(length - horizon)) and which.tolist() == [0] * len(anchors)
+
+
+def test_every_pair_is_for_one_horizon():
+    with pytest.raises(ValueError, match="pairs_per_sequence: 0, every pair, is for one horizon"):
+        options(pairs_per_sequence=0)
 
 
 def chi_square(observed, expected):
