@@ -182,7 +182,7 @@ class Horizon(Objective):
             states: (T, d), after block ``target_layer``, or for the teacher after block ``tap_layer``.
         """
         if self.lower:
-            return states[batch.positions["target"]].detach()
+            return states[batch.positions["target"]]
         if self.options.teacher == "backbone":
             states = self.teacher.forward("backbone", batch.sequences["main"])
         return self.teacher.forward("objective.encoder", states[batch.positions["target"]])
