@@ -243,10 +243,12 @@ def test_a_rank_that_is_left_over_in_a_shell_silences_nothing():
     assert not imported & set(SLOW)
 
 
-@pytest.mark.parametrize("command", [["config"], ["train", "--config"]])
+@pytest.mark.parametrize(
+    "command", [["jepa_scale", "config"], ["jepa_scale", "train", "--config"], ["jepa_scale.cli", "config"]]
+)
 def test_a_command_refuses_before_torch_is_imported(command):
     """Seen from outside."""
-    code, said, imported = alone(["-m", "jepa_scale", *command, FACTS, "train.stepz=3"])
+    code, said, imported = alone(["-m", *command, FACTS, "train.stepz=3"])
     assert (code, said) == (2, "jepa-scale: train.stepz: unknown key; did you mean 'steps'?")
     assert not imported & set(SLOW)
 
