@@ -55,25 +55,22 @@ class Horizon(Objective):
         check_horizons(o, data.train.max_size)
         self.latent = latent = o.latent_dim or d
         self.pairs_of_sample = o.pairs_per_sequence or data.train.max_size
-        norm: nn.Module = nn.RMSNorm(d) if o.tap_norm else nn.Identity()
-        self.encoder, self.predictor, self.horizon_embedding = norm, self._predictor(), None
         self.lower = 0
+        self.encoder: nn.Module = nn.RMSNorm(d) if o.tap_norm else nn.Identity()
+        self.horizon_embedding: nn.Embedding | None = None
+        self.predictor: nn.Module
         if o.target_layer is None:
-            self.encoder = nn.Sequential(norm, Mlp(d, latent, o.projector_multiple, o.dropout))
+            self.encoder = nn.Sequential(self.encoder, Mlp(d, latent, o.projector_multiple, o.dropout))
             self.horizon_embedding = nn.Embedding(len(o.horizons), latent)
+            self.predictor = Mlp(2 * latent, latent, o.predictor_multiple, o.dropout)
         else:
             self.lower = resolve_tap(o.target_layer, backbone.num_layers, "objective.target_layer")
             if self.lower >= self.tap:
                 raise InputError(
                     f"objective.target_layer: block {self.lower} must be below block {self.tap} of objective.tap_layer"
                 )
+            self.predictor = SwiGlu(d, o.predictor_multiple)
         self.latent_to_hidden = self._latent_to_hidden(latent, backbone) if o.kl_weight else None
-
-    def _predictor(self) -> nn.Module:
-        o, latent = self.options, self.latent
-        if o.target_layer is not None:
-            return SwiGlu(latent, o.predictor_multiple)
-        return Mlp(2 * latent, latent, o.predictor_multiple, o.dropout)
 
     def _latent_to_hidden(self, latent: int, backbone: Backbone) -> nn.Module:
         width = backbone.head_size
