@@ -109,7 +109,10 @@ def test_training_learns(reference):
         assert fit[-1]["lm_loss"] < fit[0]["lm_loss"], name
         assert fit[-1]["jepa_loss"] < fit[0]["jepa_loss"], name
         valid = rows(reference, name, "eval/valid")
-        assert len(valid) >= 2 and {"ppl", "std_gap", "effective_rank", "retrieval_margin_h3"} <= valid[-1].keys()
-        assert "kl_future" in valid[-1]
+        assert len(valid) >= 2 and {"ppl", "std_gap", "effective_rank"} <= valid[-1].keys()
+        if name == "nitp":
+            assert "ema_momentum" not in fit[0] and "retrieval_margin_h1" in valid[-1]
+            continue
+        assert {"kl_future", "retrieval_margin_h3"} <= valid[-1].keys()
         assert ("grad_norm_lower" in fit[0]) == (name != "cosine")
         assert pytest.approx(fit[0]["ema_momentum"]) == 0.5 and fit[-1]["ema_momentum"] > 0.8
