@@ -2602,7 +2602,7 @@ ROWS: tuple[Row, ...] = (
         "ahead",
         "jepa_scale/objectives/next_latent/views.py",
         "labelled[labelled >= ahead]",
-        "places[ahead:]",
+        "tokens_at[ahead:]",
         "tests/objectives/next_latent/test_objective.py::test_views_are_the_text_and_every_place_that_something_precedes",
         "prompts have no KL",
     ),

@@ -26,7 +26,7 @@ def accept(drafts: Tensor, drafted: Tensor, actual: Tensor, generator: torch.Gen
     p that exceeds q; after the last one from p.
 
     Args:
-        drafts: (k,) int64 tokens. drafted: (k, V), q of each draft. actual: (k + 1, V), p in their places and after them.
+        drafts: (k,) int64 tokens. drafted: (k, V), q of each draft. actual: (k + 1, V), p at their positions and after them.
 
     Returns:
         The number of drafts that are kept, 0 … k, and the token after them.

@@ -24,7 +24,7 @@ Choose = Callable[[Tensor], tuple[int, Tensor]]
 
 
 class Drafter(Protocol):
-    """A head that guesses the tokens after the next one. It is used for one text, from its beginning."""
+    """A head that proposed the tokens after the next one. It is used for one text, from its beginning."""
 
     @property
     def tap(self) -> int:
@@ -94,11 +94,11 @@ def generate(
         found = Generation([token])
         while token not in stop and (left := new_tokens - len(found.tokens)) > 0:
             count = min(drafts, left - 1) if drafter is not None else 0
-            guesses, chances = drafter.draft(token, count, choose) if drafter is not None and count else ([], [])
-            hidden, tapped = reader.read([token, *guesses])
+            proposed, chances = drafter.draft(token, count, choose) if drafter is not None and count else ([], [])
+            hidden, tapped = reader.read([token, *proposed])
             actual = distributions(backbone.logits(hidden), temperature)
             kept, following = accept(
-                torch.tensor(guesses, dtype=torch.int64, device=device),
+                torch.tensor(proposed, dtype=torch.int64, device=device),
                 torch.stack(chances) if chances else actual[:0],
                 actual,
                 generator,
@@ -109,7 +109,7 @@ def generate(
             found.forwards += 1
             found.drafted += count
             found.accepted += kept
-            for token in (*guesses[:kept], following):
+            for token in (*proposed[:kept], following):
                 found.tokens.append(token)
                 if token in stop:
                     break

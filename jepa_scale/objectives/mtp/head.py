@@ -36,8 +36,8 @@ class MtpHead(nn.Module):
 
         The head's attention is not the packed one.
         """
-        places = torch.arange(seen, seen + len(states), device=states.device)
-        future = torch.arange(seen + len(states), device=states.device) > places[:, None]
+        positions = torch.arange(seen, seen + len(states), device=states.device)
+        future = torch.arange(seen + len(states), device=states.device) > positions[:, None]
         mask = torch.zeros_like(future, dtype=states.dtype).masked_fill(future, -torch.inf)[None, None]
-        rotary = position_table(self.config, places[None], states.dtype)
+        rotary = position_table(self.config, positions[None], states.dtype)
         return self.norm(self.block(states[None], rotary=rotary, attention_mask=mask, past_key_values=cache)[0])

@@ -93,11 +93,11 @@ class Mtp(Objective):
             trunk: (T, d), states before the decoder's last block.
         """
         packed = batch.sequences["main"]
-        places = [batch.positions[anchor_name(ahead)] for ahead in self.aheads]
-        rows = torch.cat([head(trunk, packed)[at] for head, at in zip(self.heads, places, strict=True)])
-        labels = torch.cat([packed.labels[at + ahead - 1] for ahead, at in zip(self.aheads, places, strict=True)])
+        positions = [batch.positions[anchor_name(ahead)] for ahead in self.aheads]
+        rows = torch.cat([head(trunk, packed)[at] for head, at in zip(self.heads, positions, strict=True)])
+        labels = torch.cat([packed.labels[at + ahead - 1] for ahead, at in zip(self.aheads, positions, strict=True)])
         found = backbone.label_losses(rows, labels, frozen=self.options.detach)
-        return list(found.split([len(at) for at in places]))
+        return list(found.split([len(at) for at in positions]))
 
     # -- training -----------------------------------------------------------------------------------------------------
 

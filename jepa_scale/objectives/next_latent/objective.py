@@ -116,10 +116,10 @@ class NextLatent(Objective):
             predicted: see :meth:`predictions`. hidden: (T, d), the decoder's own states.
         """
         labelled = batch.sequences["main"].labelled
-        places = [batch.positions[kl_name(ahead)] for ahead in range(1, self.options.rollout + 1)]
-        students = torch.cat([states[at] for states, at in zip(predicted, places, strict=True)])
-        index = torch.searchsorted(labelled, torch.cat(places))
-        return list(backbone.head_kl(students, hidden[labelled].detach(), index).split([len(at) for at in places]))
+        positions = [batch.positions[kl_name(ahead)] for ahead in range(1, self.options.rollout + 1)]
+        students = torch.cat([states[at] for states, at in zip(predicted, positions, strict=True)])
+        index = torch.searchsorted(labelled, torch.cat(positions))
+        return list(backbone.head_kl(students, hidden[labelled].detach(), index).split([len(at) for at in positions]))
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -132,10 +132,10 @@ class NextLatent(Objective):
         predicted, target = self.predictions(*read, batch), self.targets(hidden, batch)
 
         aheads = range(1, o.rollout + 1)
-        places = [batch.positions[target_name(ahead)] for ahead in aheads]
+        positions = [batch.positions[target_name(ahead)] for ahead in aheads]
         jepa = sum(
             mean_over_global_batch(self.distances(states[at], target[at]).sum(), totals[target_name(ahead)])
-            for ahead, states, at in zip(aheads, predicted, places, strict=True)
+            for ahead, states, at in zip(aheads, predicted, positions, strict=True)
         )
         jepa = torch.as_tensor(jepa) / o.rollout
         rise = ramp(batch.step - o.jepa_start, o.jepa_ramp)

@@ -30,10 +30,10 @@ class NextLatentViews:
     def __call__(self, example: Any, draw: SampleRNG) -> Views:
         tokens, labels = example.lm_sequence()
         tokens, labels = tokens[:-1], labels[:-1]
-        places, labelled = np.arange(len(tokens)), np.flatnonzero(np.asarray(labels) != IGNORE)
+        tokens_at, labelled = np.arange(len(tokens)), np.flatnonzero(np.asarray(labels) != IGNORE)
         positions: dict[str, Any] = {}
         for ahead in range(1, self.rollout + 1):
-            positions[target_name(ahead)] = places[ahead:]
+            positions[target_name(ahead)] = tokens_at[ahead:]
             positions[kl_name(ahead)] = labelled[labelled >= ahead]
         counts = {name: len(at) for name, at in positions.items()}
         return Views([Segment(tokens, "text", labels=labels, positions=positions)], counts=counts)
