@@ -19,7 +19,7 @@ from jepa_scale.models import head as lm_head
 from jepa_scale.models.decoder import JepaDecoderForCausalLM
 from jepa_scale.models.families.router_loss import RouterLoss, router_loss_of
 from jepa_scale.models.families.windows import record_windows
-from jepa_scale.models.head_kl import PartsOfKL, combined, measure_kl, parts_of_kl
+from jepa_scale.models.head_kl import PartsOfKL, combined, measure_kl
 from jepa_scale.packing import PackedSequence
 from jepa_scale.utils.errors import InputError
 
@@ -357,15 +357,8 @@ class Backbone(nn.Module):
             (n,) fp32.
         """
         head, tp = self.decoder.get_output_embeddings(), self.tp
-        own = self.vocab_size if tp is None else -(-self.vocab_size // tp.size)  # columns of the vocabulary on a rank
-        with nullcontext() if tp is None else tp.split_vocabulary():
-            if lm_head.columns(2 * len(student), own) < own and lm_head.can_measure(head):
-                with _frozen(head):
-                    parts = measure_kl(head, student, teacher[index], self._shape)
-            else:
-                with torch.no_grad():
-                    taught = self.logits(teacher).float()
-                parts = parts_of_kl(self.logits(student, frozen=True).float(), taught[index])
+        with nullcontext() if tp is None else tp.split_vocabulary(), _frozen(head):
+            parts = measure_kl(head, student, teacher, index, self._shape)
         if tp is not None:
             every = tp.join_channels(torch.stack(parts, dim=-1), 3 * tp.size).view(len(student), tp.size, 3)
             parts = combined(PartsOfKL(*every.unbind(dim=-1)))

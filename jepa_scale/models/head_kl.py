@@ -46,26 +46,38 @@ def combined(parts: PartsOfKL, dim: int = -1) -> PartsOfKL:
     return PartsOfKL(whole.squeeze(dim), parts.student.logsumexp(dim=dim), (share * parts.difference).sum(dim=dim))
 
 
-def measure_kl(head: nn.Module, student: Tensor, teacher: Tensor, shape: Shape | None) -> PartsOfKL:
-    """Compute :func:`parts_of_kl` of a head's logits with only some rows of them at a time.
+def measure_kl(head: nn.Module, student: Tensor, teacher: Tensor, index: Tensor, shape: Shape | None) -> PartsOfKL:
+    """Compute :func:`parts_of_kl` of a head's logits at states of a student and of a teacher.
 
-    The head is called once, as usual, so that an engine's hooks around the call and its backward run, and that a head may scale
-    the states of both.
+    The head is called once, with the states of both, whatever their number: so that an engine's hooks around the call and its
+    backward run equally often on all ranks, and that a head may scale the states.
 
     Args:
-        head: its parameters get no gradient here; the caller freezes whatever it computes besides its product.
-        student, teacher: (n, d) states after the final norm; only ``student`` gets a gradient.
+        head: its parameters get no gradient here; the caller freezes them.
+        student: (n, d) states after the final norm. teacher: (m, d), likewise, without gradient. index: (n,) int64, the row of
+            ``teacher`` for each row of ``student``.
         shape: function from the head's product to logits; None = the product is the logit.
     """
-    parts, rows = lm_head.lm_layers(head), len(student)
+    rows = len(student)
+    both = torch.cat([student, teacher.detach()])
+    if not lm_head.can_measure(head):
+        product = head(both)
+        logits = (product if shape is None else shape(product)).float()
+        return parts_of_kl(logits[:rows], logits[rows:].detach()[index])
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _MeasureKL.apply(x[:rows], x[rows:].detach(), weight.detach(), bias, shape)
+        taught = x[rows:].detach()
+        if len(_pieces(rows, len(weight))) > 1:
+            return _MeasureKL.apply(x[:rows], taught[index], weight, bias, shape)
+        with torch.no_grad():
+            z_p = _logits(taught, weight, bias, shape)[index]
+        return torch.stack(parts_of_kl(_logits(x[:rows], weight, bias, shape), z_p), dim=-1)
 
+    parts = lm_head.lm_layers(head)
     with ExitStack() as stack:
         for part in parts:
             stack.enter_context(lm_head.with_product(part, run))
-        found = head(torch.cat([student, teacher.detach()]))  # three numbers for each part, in place of its logits
+        found = head(both)  # three numbers for each part, in place of its logits
     return combined(PartsOfKL(*found.view(rows, len(parts), 3).unbind(dim=-1)))
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from jepa_scale.config.schema import OptimConfig
 from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.models import head as lm_head
+from jepa_scale.models import head_kl
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.models.recompute import recompute
@@ -44,7 +45,7 @@ class Output(NamedTuple):
 
 
 class Root(nn.Module):
-    """Backbone with its loss, a sum over labels, so that the parts of a batch add up."""
+    """Backbone with its loss and the KL to half the states, sums over labels, so that the parts of a batch add up."""
 
     def __init__(self, options: ModelOptions) -> None:
         super().__init__()
@@ -55,7 +56,9 @@ class Root(nn.Module):
         segments = [Segment(row[:-1], "text", labels=row[1:]) for row in ids.tolist()]
         stream = pack_sequence(segments)
         rows = self.backbone.hidden(stream)[stream.labelled]
-        return Output(self.backbone.label_losses(rows, stream.labels[stream.labelled]).sum() / 40)
+        losses = self.backbone.label_losses(rows, stream.labels[stream.labelled])
+        divergences = self.backbone.head_kl(rows, rows / 2, torch.arange(len(rows)))
+        return Output((losses.sum() + divergences.sum()) / 40)
 
 
 def batch(step: int, rank: int, ranks: int) -> Tensor:
@@ -68,16 +71,25 @@ def batch(step: int, rank: int, ranks: int) -> Tensor:
 
 
 @contextmanager
-def pieces_of(chunk_bytes: int) -> Iterator[list[int]]:
-    """Limit the bytes of a piece of the logits within the block; the yielded list gets an entry for each piece."""
-    calls: list[int] = []
-    measure = lm_head.measure
+def pieces_of(chunk_bytes: int) -> Iterator[list[str]]:
+    """Limit the bytes of a piece of the logits within the block; the yielded list gets the name of each loss that is computed in
+    pieces."""
+    calls: list[str] = []
+    measure, run = lm_head.measure, head_kl._MeasureKL.apply
 
     def counted(*args: Any, **more: Any) -> Any:
-        calls.append(0)
+        calls.append("loss")
         return measure(*args, **more)
 
-    with patch.object(lm_head, "CHUNK_BYTES", chunk_bytes), patch.object(lm_head, "measure", counted):
+    def counted_kl(*args: Any) -> Any:
+        calls.append("kl")
+        return run(*args)
+
+    with (
+        patch.object(lm_head, "CHUNK_BYTES", chunk_bytes),
+        patch.object(lm_head, "measure", counted),
+        patch.object(head_kl._MeasureKL, "apply", counted_kl),
+    ):
         yield calls
 
 
@@ -103,7 +115,7 @@ def train_all(ranks: ParallelContext, models: dict[str, dict[str, Any]], engines
                     with torch.no_grad():
                         engine.forward(batch(99, ranks.rank, ranks.world_size))
                     engine.train()
-    assert bool(calls) is pieces
+    assert set(calls) == ({"loss", "kl"} if pieces else set())
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 
 from jepa_scale.distributed.comm import ParallelContext, init_tp_group, tp_group
 from jepa_scale.distributed.tp_group import TensorParallelGroup
+from jepa_scale.models import head as lm_head
 from jepa_scale.models.generation.batches import Prompts, greedy
 from jepa_scale.models.head import statistics
 from jepa_scale.models.loading import build_backbone
@@ -67,6 +69,10 @@ def step(backbone: Any, packed: PackedSequence) -> dict[str, torch.Tensor]:
     normed = backbone.normed(tapped[packed.last])
     found = {"hidden": hidden, "tapped": tapped, "losses": losses, "last": last, "logits": logits, "frozen": frozen}
     found["normed"] = normed
+    index = torch.tensor([0, 0, 2])
+    found["kl"] = backbone.head_kl(hidden[:3], tapped[4:7], index)
+    with patch.object(lm_head, "CHUNK_BYTES", 8 * VOCABULARY):
+        found["kl in pieces"] = backbone.head_kl(hidden[:3], tapped[4:7], index)
     weights = torch.Generator().manual_seed(2)
     sum((x * torch.randn(x.shape, generator=weights)).sum() for x in found.values()).backward()
     return {name: value.detach() for name, value in found.items()}
