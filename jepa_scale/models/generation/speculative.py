@@ -24,7 +24,7 @@ Choose = Callable[[Tensor], tuple[int, Tensor]]
 
 
 class Drafter(Protocol):
-    """A head that proposed the tokens after the next one. It is used for one text, from its beginning."""
+    """A head that proposes the tokens after the next one. It is used for one text, from its beginning."""
 
     @property
     def tap(self) -> int:

@@ -7,7 +7,7 @@ is to give the same distribution for both. Unlike the predictor of ``horizon``, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,11 @@ class NextLatent(Objective):
         self.options = options
         self.dynamics = LatentDynamics(backbone.hidden_size)
 
+    @property
+    def aheads(self) -> range:
+        """How many tokens ahead the states are predicted."""
+        return range(1, self.options.rollout + 1)
+
     # -- how it is trained --------------------------------------------------------------------------------------------
 
     def view_transform(self) -> ViewTransform:
@@ -68,7 +73,7 @@ class NextLatent(Objective):
                 total += decoder.of_sequence(packed, training=True, square=square)
                 if o.target == "ema":
                     total += decoder.of_sequence(packed, training=False, rows=0, square=square)
-                for ahead in range(1, o.rollout + 1):
+                for ahead in self.aheads:
                     total += sum(dynamics) * batch.counts[target_name(ahead)]
                     total += 2 * row * batch.counts[kl_name(ahead)] * (o.kl_weight > 0)
                 total += row * len(packed.labelled) * (o.kl_weight > 0)
@@ -87,7 +92,7 @@ class NextLatent(Objective):
             embeddings, states: (T, d).
         """
         found = []
-        for ahead in range(1, self.options.rollout + 1):
+        for ahead in self.aheads:
             at = batch.positions[target_name(ahead)]
             predicted = self.dynamics(embeddings[at], states[at - 1])
             states = torch.zeros_like(states).index_copy(0, at, predicted.to(states.dtype))
@@ -107,6 +112,9 @@ class NextLatent(Objective):
             predicted, target = (F.layer_norm(x, x.shape[-1:]) for x in (predicted, target))
         return smooth_l1(predicted, target)
 
+    def _positions(self, batch: PackedBatch, name: Callable[[int], str]) -> list[Tensor]:
+        return [batch.positions[name(ahead)] for ahead in self.aheads]
+
     def divergences(
         self, backbone: Backbone, predicted: list[Tensor], hidden: Tensor, batch: PackedBatch
     ) -> list[Tensor]:
@@ -116,7 +124,7 @@ class NextLatent(Objective):
             predicted: see :meth:`predictions`. hidden: (T, d), the decoder's own states.
         """
         labelled = batch.sequences["main"].labelled
-        positions = [batch.positions[kl_name(ahead)] for ahead in range(1, self.options.rollout + 1)]
+        positions = self._positions(batch, kl_name)
         students = torch.cat([states[at] for states, at in zip(predicted, positions, strict=True)])
         index = torch.searchsorted(labelled, torch.cat(positions))
         return list(backbone.head_kl(students, hidden[labelled].detach(), index).split([len(at) for at in positions]))
@@ -131,20 +139,19 @@ class NextLatent(Objective):
         read = (embeddings.detach(), hidden.detach()) if o.detach else (embeddings, hidden)
         predicted, target = self.predictions(*read, batch), self.targets(hidden, batch)
 
-        aheads = range(1, o.rollout + 1)
-        positions = [batch.positions[target_name(ahead)] for ahead in aheads]
-        jepa = sum(
-            mean_over_global_batch(self.distances(states[at], target[at]).sum(), totals[target_name(ahead)])
-            for ahead, states, at in zip(aheads, predicted, positions, strict=True)
+        jepa = self._mean_over_rollout(
+            [
+                self.distances(states[at], target[at])
+                for states, at in zip(predicted, self._positions(batch, target_name), strict=True)
+            ],
+            [totals[target_name(ahead)] for ahead in self.aheads],
         )
-        jepa = torch.as_tensor(jepa) / o.rollout
         rise = ramp(batch.step - o.jepa_start, o.jepa_ramp)
         total = o.lm_weight * lm + o.jepa_weight * rise * jepa
         means = {"lm_loss": lm.detach(), "jepa_loss": jepa.detach()}
         if o.kl_weight:
             found = self.divergences(backbone, predicted, hidden, batch)
-            kl = sum(mean_over_global_batch(x.sum(), totals[kl_name(n)]) for n, x in zip(aheads, found, strict=True))
-            kl = torch.as_tensor(kl) / o.rollout
+            kl = self._mean_over_rollout(found, [totals[kl_name(ahead)] for ahead in self.aheads])
             total = total + o.kl_weight * rise * kl
             means["kl_future"] = kl.detach()
         gauges: dict[str, Tensor | float] = {}
@@ -154,18 +161,19 @@ class NextLatent(Objective):
             gauges["jepa_weight"] = o.jepa_weight * rise
         return Loss(total, {"loss": total.detach(), **means}, gauges)
 
+    def _mean_over_rollout(self, terms: list[Tensor], totals: list[Tensor]) -> Tensor:
+        """Return (1/d) Σ of the contributions to the means over the global batch; ``totals`` are the means' denominators."""
+        parts = [mean_over_global_batch(term.sum(), total) for term, total in zip(terms, totals, strict=True)]
+        return torch.stack(parts).mean()
+
     def drafter(self, backbone: Backbone) -> Drafter:
         return LatentDrafter(backbone, self.dynamics)
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
     def diagnostics(self, call: Call) -> NextLatentDiagnostics | None:
-        o = self.options
-        return (
-            NextLatentDiagnostics(call, o.eval_samples, self.view_transform(), self.view_tokens)
-            if o.eval_samples
-            else None
-        )
+        samples = self.options.eval_samples
+        return NextLatentDiagnostics(call, samples, self.view_transform(), self.view_tokens) if samples else None
 
     def diagnose(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:
         """Return, for each number of tokens ahead, the distances (n,) and the KL of each labelled position (m,), and ``state``,
