@@ -100,12 +100,17 @@ def difference(before: Path, after: Path) -> str:
 
 def compare(before: Path, after: Path) -> int:
     """Print what became of each run; 1 if any differs, or there is none."""
-    names = sorted(run.name for run in before.iterdir() if (run / "checkpoints").is_dir())
-    found = {name: difference(before / name, after / name) for name in names if (after / name / "checkpoints").is_dir()}
+    names = sorted(run.name for run in before.iterdir() if _has_trained(run))
+    found = {name: difference(before / name, after / name) for name in names if _has_trained(after / name)}
     found |= {name: "is trained no more" for name in names if name not in found}
     for name, what in found.items():
         print(f"{'differs' if what else 'equal':8} {name}{': ' if what else ''}{what}")
     return int(not found or any(found.values()))
+
+
+def _has_trained(run: Path) -> bool:
+    """Return whether there is a checkpoint; a run whose data are missing leaves an empty folder of them."""
+    return any(run.glob("checkpoints/step_*"))
 
 
 def main() -> int:
