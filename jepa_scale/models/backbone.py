@@ -347,8 +347,8 @@ class Backbone(nn.Module):
     def head_kl(self, student: Tensor, teacher: Tensor, index: Tensor) -> Tensor:
         """Return KL(p‖q) of the LM head's distributions p at states of a teacher and q at states of a student, in nats.
 
-        The student alone gets a gradient; neither the teacher nor the head's parameters do. At most
-        :data:`jepa_scale.models.head.CHUNK_BYTES` of logits exist at a time.
+        The student alone gets a gradient; neither the teacher nor the head's parameters do. The logits of some rows are computed at a
+        time; see :mod:`jepa_scale.models.head_kl`.
 
         Args:
             student: (n, d), after the final norm. teacher: (m, d), likewise. index: (n,) int64, the teacher of each student.

@@ -1,4 +1,4 @@
-"""KL divergence between the LM head's distributions at two states, with at most ``CHUNK_BYTES`` of logits at a time.
+"""KL divergence between the LM head's distributions at two states, with the logits of only some rows at a time.
 
 KL(p‖q) = Σ p (z_p − z_q) − log Σ e^(z_p) + log Σ e^(z_q), where p belongs to a teacher's state and q to a student's. The student
 alone gets a gradient, and the head's parameters get none. So rows are independent of each other: the logits of some rows are

@@ -145,9 +145,9 @@ def test_drafts_are_reported(run, capsys):
     arguments = ["generate", str(folder / "drafts"), "the wave", "milk", "--max-new-tokens", "9", "--draft", "2"]
     assert main([*arguments, "--json"]) == 0
     said = capsys.readouterr()
-    for line, (text, found) in zip(said.out.splitlines(), expected, strict=True):
+    for line, prompt, (text, found) in zip(said.out.splitlines(), ["the wave", "milk"], expected, strict=True):
         counts = {name: getattr(found, name) for name in ("drafted", "accepted", "forwards")}
-        assert json.loads(line) == {"generated": text, **counts} | {"prompt": json.loads(line)["prompt"]}
+        assert json.loads(line) == {"prompt": prompt, "generated": text, **counts}
     kept, drafted = (sum(getattr(found, name) for _, found in expected) for name in ("accepted", "drafted"))
     assert f"{kept} of {drafted} drafted tokens were kept" in said.err
 

@@ -223,15 +223,6 @@ def held_port() -> Iterator[int]:
         yield holder.getsockname()[1]
 
 
-def parent_of(pid: int) -> int:
-    """Return the id of a process's parent; 0 if the process has ended."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return 0
-    return int(stat.rpartition(")")[2].split()[1])
-
-
 def default_signals() -> None:
     """Undo what ``nohup`` and a shell's ``&`` do to the signals of the tests themselves."""
     for number in (signal.SIGHUP, signal.SIGINT):
@@ -282,6 +273,9 @@ class Launched:
 
     def rank(self, number: int) -> int:
         """Return the process id of a rank."""
+        from jepa_scale.training.preemption import (
+            parent_of,  # imports torch, which the process pool does in its own order
+        )
 
         def found() -> list[int]:
             ranks = [pid for pid, environment in self.marked().items() if environment.get("RANK") == str(number)]

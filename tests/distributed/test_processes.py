@@ -9,7 +9,8 @@ from datetime import timedelta
 import pytest
 from torch.distributed import TCPStore
 
-from tests.distributed.processes import Launched, held_port, parent_of, until
+from jepa_scale.training.preemption import parent_of
+from tests.distributed.processes import Launched, held_port, until
 
 
 def test_a_held_port_is_nobody_elses_and_a_store_can_listen_on_it():

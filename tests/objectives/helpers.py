@@ -6,13 +6,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from jepa_scale.data.reversal.facts import generate
 from jepa_scale.data.sampling.rng import SampleRNG
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
-from jepa_scale.objectives.base import Objective
-from jepa_scale.packing import PackedBatch, Segment, pack, pack_sequence
+from jepa_scale.objectives.base import Loss, Objective
+from jepa_scale.packing import PackedBatch, Segment, add_counts, pack, pack_sequence
 
 DATA = generate(50, 5, 3)
 
@@ -49,6 +50,31 @@ def batch_of(objective: Objective, facts: list[Any], step: int = 0, first: int =
         [views(f, SampleRNG(0, 0, step, first + i)) for i, f in enumerate(facts)], objective.sequences, step=step
     )
     return with_totals(batch)
+
+
+def micro_batches(objective: Objective, like: Any, *parts: list[Any], step: int = 0) -> list[PackedBatch]:
+    """A step's micro-batches; the samples are numbered through. ``like``: a sample, for the shapes of an empty part."""
+    maker, first, batches = objective.view_transform(), 0, []
+    shapes = maker(like, SampleRNG(0, 0, step, 0))
+    for part in parts:
+        views = [maker(x, SampleRNG(0, 0, step, first + i)) for i, x in enumerate(part)]
+        batches.append(pack(views, objective.sequences, step=step, like=shapes))
+        first += len(part)
+    totals = {name: torch.tensor(float(n)) for name, n in add_counts(batches).items()}
+    return [replace(batch, totals=totals) for batch in batches]
+
+
+def losses_and_gradients(
+    backbone: Any, heads: nn.Module, objective: Objective, batches: list[PackedBatch]
+) -> tuple[list[Loss], dict[str, torch.Tensor]]:
+    """The losses of a step's micro-batches, and the gradients of ``decoder.…`` and ``heads.…``, zero where there is none."""
+    losses = [objective.loss(backbone, batch, [], 0) for batch in batches]
+    for loss in losses:
+        loss.total.backward()
+    modules = nn.ModuleDict({"decoder": backbone, "heads": heads})
+    found = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in modules.named_parameters()}
+    modules.zero_grad(set_to_none=True)
+    return losses, found
 
 
 def with_totals(batch: PackedBatch) -> PackedBatch:

@@ -3,7 +3,6 @@
 import copy
 import math
 from collections import Counter
-from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -21,9 +20,9 @@ from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.objectives.stp import Stp, StpViews, changes, cosines, draw_spans, draw_triples, path_of
 from jepa_scale.objectives.stp_options import StpOptions
-from jepa_scale.packing import IGNORE, add_counts, pack
+from jepa_scale.packing import IGNORE, pack
 from jepa_scale.utils.errors import InputError
-from tests.objectives.helpers import alone
+from tests.objectives.helpers import alone, micro_batches
 
 VOCABULARY = 40
 LLAMA = dict(model_type="llama", hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2)
@@ -220,19 +219,10 @@ def test_a_change_that_is_rounding_has_no_direction_and_hardly_a_gradient():
 # -- the loss ---------------------------------------------------------------------------------------------------------
 
 
-def micro_batches(objective, *parts, step=0):
-    maker, first, batches = objective.view_transform(), 0, []
-    like = maker(SAMPLES[0], SampleRNG(0, 0, step, 0))
-    for part in parts:
-        views = [maker(x, SampleRNG(0, 0, step, first + i)) for i, x in enumerate(part)]
-        batches.append(pack(views, objective.sequences, step=step, like=like))
-        first += len(part)
-    totals = {name: torch.tensor(float(n)) for name, n in add_counts(batches).items()}
-    return [replace(batch, totals=totals) for batch in batches]
-
-
 def run(backbone, objective, *parts, step=0):
-    losses = [objective.loss(backbone, batch, [], 0) for batch in micro_batches(objective, *parts, step=step)]
+    losses = [
+        objective.loss(backbone, batch, [], 0) for batch in micro_batches(objective, SAMPLES[0], *parts, step=step)
+    ]
     for loss in losses:
         loss.total.backward()
     return losses
@@ -318,7 +308,7 @@ def test_without_a_span_there_is_nothing_to_pay(samples):
 def test_the_loss_is_computed_in_fp32_under_autocast():
     backbone = model()
     objective = make(backbone)
-    (batch,) = micro_batches(objective, SAMPLES)
+    (batch,) = micro_batches(objective, SAMPLES[0], SAMPLES)
     states = backbone.hidden(batch.sequences["main"]).detach()
     exact = cosines(*changes(states.bfloat16(), batch.positions, "triple"))
     backbone.hidden = lambda stream: states.bfloat16()  # what a decoder in half precision gives

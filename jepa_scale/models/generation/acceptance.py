@@ -11,7 +11,9 @@ def distributions(logits: Tensor, temperature: float) -> Tensor:
     """Return the distributions to sample from, (…, V) → (…, V) fp32; at temperature 0 the likeliest token has all of it."""
     if temperature == 0:
         return F.one_hot(logits.argmax(dim=-1), logits.shape[-1]).float()
-    return torch.softmax(logits.float() / temperature, dim=-1)
+    logits = logits.float()
+    highest = logits.amax(dim=-1, keepdim=True)  # first, or a tiny temperature gives infinities
+    return torch.softmax((logits - highest) / temperature, dim=-1)
 
 
 def sample(probabilities: Tensor, generator: torch.Generator | None) -> int:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from jepa_scale.metrics.spectrum import effective_rank
 from jepa_scale.objectives.base import BaseDiagnostics
 from jepa_scale.objectives.grouping import gather_rows
@@ -25,16 +23,15 @@ class NextLatentDiagnostics(BaseDiagnostics):
         if not every or not len(every["state"]):
             return {}
         self.representations = {"state": every["state"]}
-        aheads = range(1, 1 + sum(name.startswith("kl_") for name in every))
-        distances = [_mean(every[f"distance_{ahead}"]) for ahead in aheads]
-        kl = [_mean(every[f"kl_{ahead}"]) for ahead in aheads]
+        kl = {
+            name.removeprefix("kl_"): rows.mean()
+            for name, rows in every.items()
+            if name.startswith("kl_") and len(rows)
+        }
+        distances = [rows.mean() for name, rows in every.items() if name.startswith("distance_") and len(rows)]
         return {
-            "jepa_loss": sum(distances) / len(distances),
-            "kl_future": sum(kl) / len(kl),
-            **{f"kl_future_h{ahead}": value for ahead, value in zip(aheads, kl, strict=True)},
+            **({"jepa_loss": float(sum(distances) / len(distances))} if distances else {}),
+            **({"kl_future": float(sum(kl.values()) / len(kl))} if kl else {}),
+            **{f"kl_future_h{ahead}": float(value) for ahead, value in kl.items()},
             "effective_rank": float(effective_rank(every["state"])),
         }
-
-
-def _mean(rows: Tensor) -> float:
-    return float(rows.mean()) if len(rows) else 0.0

@@ -80,3 +80,8 @@ def test_equal_distributions_keep_every_draft():
 def test_the_temperature_divides_the_logits(temperature):
     logits = torch.randn(3, 7)
     torch.testing.assert_close(distributions(logits, temperature), torch.softmax(logits / temperature, dim=-1))
+
+
+def test_a_tiny_temperature_is_greedy():
+    logits = 30 * torch.randn(3, 7)
+    assert torch.equal(distributions(logits, 1e-38), distributions(logits, 0.0))

@@ -119,10 +119,10 @@ class Perfect:
     tap, most = 0, None
 
     def __init__(self, tokens):
-        self.tokens, self.seen = tokens, len(PROMPT)
+        self.tokens, self.read = tokens, 0
 
     def observe(self, hidden, tapped):
-        self.read = getattr(self, "read", 0) + len(hidden)
+        self.read += len(hidden)
 
     def draft(self, token, count, choose):
         at = self.read - len(PROMPT)

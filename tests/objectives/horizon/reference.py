@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +18,8 @@ from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.objectives.horizon.config import HorizonOptions
 from jepa_scale.objectives.horizon.objective import Horizon
-from jepa_scale.packing import IGNORE, PackedBatch, add_counts, pack
+from jepa_scale.packing import IGNORE, PackedBatch
+from tests.objectives import helpers
 from tests.objectives.helpers import Copies, alone
 
 VOCABULARY, LONGEST = 40, 24
@@ -67,14 +68,7 @@ def conversation(n: int, *spoken: tuple[int, int]) -> Conversation:
 
 def micro_batches(objective: Horizon, *parts: list[Any], step: int = 0) -> list[PackedBatch]:
     """A step's micro-batches; the samples are numbered through."""
-    maker, first, batches = objective.view_transform(), 0, []
-    like = maker(documents(LONGEST)[0], SampleRNG(0, 0, step, 0))
-    for part in parts:
-        views = [maker(x, SampleRNG(0, 0, step, first + i)) for i, x in enumerate(part)]
-        batches.append(pack(views, objective.sequences, step=step, like=like))
-        first += len(part)
-    totals = {name: torch.tensor(float(n)) for name, n in add_counts(batches).items()}
-    return [replace(batch, totals=totals) for batch in batches]
+    return helpers.micro_batches(objective, documents(LONGEST)[0], *parts, step=step)
 
 
 def gradients(*modules: torch.nn.Module) -> dict[str, Tensor | None]:

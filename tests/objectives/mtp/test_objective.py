@@ -15,8 +15,8 @@ from jepa_scale.objectives.mtp.config import MtpOptions
 from jepa_scale.objectives.mtp.objective import Mtp
 from jepa_scale.packing import IGNORE, Segment, pack_sequence
 from jepa_scale.utils.errors import InputError
-from tests.objectives.helpers import alone
-from tests.objectives.next_latent.test_objective import SAMPLES, VOCABULARY, micro_batches, model
+from tests.objectives.helpers import alone, losses_and_gradients, micro_batches
+from tests.objectives.next_latent.test_objective import SAMPLES, VOCABULARY, model
 
 
 def make(backbone, **options):
@@ -29,14 +29,8 @@ def make(backbone, **options):
 
 
 def run(backbone, objective, *parts, step=0):
-    """Return the losses of micro-batches, and the gradients of decoder and heads."""
-    losses = [objective.loss(backbone, batch, [], 0) for batch in micro_batches(objective, *parts, step=step)]
-    for loss in losses:
-        loss.total.backward()
-    modules = nn.ModuleDict({"decoder": backbone, "heads": objective.heads})
-    found = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in modules.named_parameters()}
-    modules.zero_grad(set_to_none=True)
-    return losses, found
+    batches = micro_batches(objective, SAMPLES[0], *parts, step=step)
+    return losses_and_gradients(backbone, objective.heads, objective, batches)
 
 
 def reference(backbone, objective, samples):
@@ -136,7 +130,7 @@ def test_diagnostics_are_the_terms_of_the_loss():
     backbone = model()
     objective = make(backbone)
     (loss,), _ = run(backbone, objective, SAMPLES)
-    (batch,) = micro_batches(objective, SAMPLES)
+    (batch,) = micro_batches(objective, SAMPLES[0], SAMPLES)
     with torch.no_grad():
         found = objective.diagnostics(lambda task, batch: getattr(objective, task)(backbone, batch)).measure([batch])
     assert found == pytest.approx({f"lm_loss_h{n}": float(loss.means[f"lm_loss_h{n}"]) for n in (2, 3)}, rel=1e-5)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,8 +16,8 @@ from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.objectives.next_latent.config import NextLatentOptions
 from jepa_scale.objectives.next_latent.objective import NextLatent
-from jepa_scale.packing import IGNORE, add_counts, pack
-from tests.objectives.helpers import Copies, alone
+from jepa_scale.packing import IGNORE
+from tests.objectives.helpers import Copies, alone, losses_and_gradients, micro_batches
 
 VOCABULARY = 40
 LLAMA = dict(model_type="llama", hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
@@ -67,26 +66,9 @@ def make(backbone, **options):
     return objective
 
 
-def micro_batches(objective, *parts, step=0):
-    maker, first, batches = objective.view_transform(), 0, []
-    like = maker(SAMPLES[0], SampleRNG(0, 0, step, 0))
-    for part in parts:
-        views = [maker(x, SampleRNG(0, 0, step, first + i)) for i, x in enumerate(part)]
-        batches.append(pack(views, objective.sequences, step=step, like=like))
-        first += len(part)
-    totals = {name: torch.tensor(float(n)) for name, n in add_counts(batches).items()}
-    return [replace(batch, totals=totals) for batch in batches]
-
-
 def run(backbone, objective, *parts, step=0):
-    """Return the losses of micro-batches, and the gradients of decoder and heads."""
-    losses = [objective.loss(backbone, batch, [], 0) for batch in micro_batches(objective, *parts, step=step)]
-    for loss in losses:
-        loss.total.backward()
-    modules = nn.ModuleDict({"decoder": backbone, "dynamics": objective.dynamics})
-    found = {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in modules.named_parameters()}
-    modules.zero_grad(set_to_none=True)
-    return losses, found
+    batches = micro_batches(objective, SAMPLES[0], *parts, step=step)
+    return losses_and_gradients(backbone, objective.dynamics, objective, batches)
 
 
 def mean(values):
@@ -149,7 +131,7 @@ def test_loss_and_gradients_are_those_of_the_reference(family, name):
     assert loss.means.keys() == expected.keys()
     for key, value in expected.items():
         torch.testing.assert_close(loss.means[key], value.detach(), atol=1e-5, rtol=1e-5, msg=key)
-    modules = nn.ModuleDict({"decoder": backbone, "dynamics": objective.dynamics})
+    modules = nn.ModuleDict({"decoder": backbone, "heads": objective.dynamics})
     for key, p in modules.named_parameters():
         grad = torch.zeros_like(p) if p.grad is None else p.grad
         torch.testing.assert_close(found[key], grad, atol=2e-5, rtol=1e-3, msg=lambda m, key=key: f"{key}: {m}")
@@ -229,11 +211,11 @@ def test_views_are_the_text_and_every_place_that_something_precedes():
     }
 
 
-def test_diagnostics_are_the_terms_of_the_loss(monkeypatch):
+def test_diagnostics_are_the_terms_of_the_loss():
     backbone = model()
     objective = make(backbone, rollout=3)
     (loss,), _ = run(backbone, objective, SAMPLES)
-    (batch,) = micro_batches(objective, SAMPLES)
+    (batch,) = micro_batches(objective, SAMPLES[0], SAMPLES)
     with torch.no_grad():
         diagnostics = objective.diagnostics(lambda task, batch: getattr(objective, task)(backbone, batch))
         found = diagnostics.measure([batch])
