@@ -39,11 +39,11 @@ def moments_flops(rows: int, dim: int, micros: int, sides: int) -> int:
     return micros * 2 * rows * dim * dim * (1 + sides)
 
 
-def sigreg_flops(rows: int, dim: int, micros: int, slices: int = 256, knots: int = 8) -> int:
+def sigreg_flops(rows: int, dim: int, micros: int, slices: int = 256, knots: int = 8, trained: bool = True) -> int:
     """Return the FLOPs of :func:`jepa_scale.losses.sigreg.sigreg`.
 
     Args:
-        rows: the rank's rows of the step. knots: number of knots above 0.
+        rows: the rank's rows of the step. knots: number of knots above 0. trained: whether the rows get a gradient.
     """
     projections = 2 * rows * slices * dim  # three times: forward, recomputation in the backward, gradient
-    return micros * (3 * projections + 2 * 2 * rows * slices * knots)
+    return micros * (projections + trained * (2 * projections + 2 * 2 * rows * slices * knots))

@@ -19,6 +19,8 @@ from jepa_scale.objectives.mtp.config import MtpOptions
 from jepa_scale.objectives.mtp.objective import Mtp
 from jepa_scale.objectives.next_latent.config import NextLatentOptions
 from jepa_scale.objectives.next_latent.objective import NextLatent
+from jepa_scale.objectives.span.config import SpanOptions
+from jepa_scale.objectives.span.objective import Span
 from jepa_scale.objectives.stp import Stp
 from jepa_scale.objectives.stp_options import StpOptions
 from jepa_scale.objectives.two_view.objective import TwoView, TwoViewOptions
@@ -27,6 +29,7 @@ from tests.objectives import chats
 from tests.objectives.helpers import DATA, Copies, backbone
 from tests.objectives.horizon import reference as horizon_reference
 from tests.objectives.horizon.test_objective import NITP
+from tests.objectives.span import reference as span_reference
 
 ROWS = chats.conversations(8)
 FACTS = [*(DATA.splits["train"][i] for i in range(0, 60, 10)), *(DATA.splits["atomic"][i] for i in range(4))]
@@ -132,6 +135,10 @@ TWO_VIEW = {
     "sigreg": dict(regularizer="sigreg", readout="mean"),
     "sigreg of one": dict(regularizer="sigreg", target="stop_gradient"),
     "switched off": dict(jepa_weight=0.0, distance="infonce"),
+    "detached": dict(linear_predictor=True, detach=True),
+    "legacy, detached": dict(linear_predictor=True, detach=True, legacy_loss=True, distance="infonce"),
+    "infonce, detached": dict(linear_predictor=True, detach=True, distance="infonce", regularizer="vicreg"),
+    "sigreg, detached": dict(linear_predictor=True, detach=True, regularizer="sigreg"),
 }
 
 
@@ -144,7 +151,7 @@ def test_two_view(chat, name, micros):
         objective.teacher = Copies(objective, model)
     unseen = 0
     if objective.options.regularizer == "sigreg":  # of a product that is added in place
-        views = 2 if objective.options.target == "trained" else 1
+        views = 2 if objective.options.target == "trained" and not objective.options.detach else 1
         unseen = micros * views * 2 * 6 * 256 * model.hidden_size
     check(model, objective, [chat.train[i] for i in range(6)], micros, unseen)
 
@@ -157,6 +164,9 @@ HORIZON = {
     "identity": ("bridge", dict(latent_to_hidden="identity", latent_dim=16, kl_barrier=True, tap_norm=False)),
     "no KL": ("native", dict(loss="smooth_l1", kl_weight=0.0, teacher="backbone")),
     "NITP": ("native", NITP),
+    "detached": ("tied", dict(loss="vicreg", detach=True, kl_freeze_head=False)),
+    "detached, no norm": ("native", dict(loss="cosine", detach=True, tap_norm=False, teacher="backbone")),
+    "NITP, detached, no norm": ("native", {**NITP, "detach": True, "tap_norm": False}),
 }
 
 
@@ -166,6 +176,28 @@ def test_horizon(name, micros):
     kind, options = HORIZON[name]
     model = horizon_reference.model(kind)
     check(model, horizon_reference.make(model, **options), DOCUMENTS, micros)
+
+
+SPAN = {
+    "span": {},
+    "one loss": dict(predictor_layers=0, sigreg_knots=5, lm_weight=0.5),
+    "no sigreg": dict(sigreg_weight=0.0, target="stop_gradient"),
+    "detached": dict(detach=True, lm_weight=0.5),
+}
+
+
+@pytest.mark.parametrize("micros", [1, 2])
+@pytest.mark.parametrize("name", SPAN)
+def test_span(name, micros):
+    torch.manual_seed(0)
+    model = build_backbone(ModelOptions(hidden_size=16, num_hidden_layers=2, num_attention_heads=2), 40)
+    objective = Span(SpanOptions(sigreg_slices=16, local_views=2, **SPAN[name]), model, span_reference.DATA)
+    texts = span_reference.texts(19, 8, 23, 12, 2, 15)
+    unseen = 0
+    if objective.needs_global_batch and not objective.options.detach:  # of a product that is added in place
+        chosen = sum(batch.counts["chosen"] for batch in micro_batches(objective, texts, micros))
+        unseen = micros * (4 * len(texts) + chosen * (objective.predictor is not None)) * 2 * 16 * model.hidden_size
+    check(model, objective, texts, micros, unseen)
 
 
 CONCEPT = {

@@ -155,6 +155,8 @@ class GridOptions(Section):
             raise ValueError(
                 "target: trained works with encoder: objects alone; use target: ema, or change the encoder"
             )
+        if self.target != "ema" and self.ema != type(self).model_fields["ema"].default:
+            raise ValueError("ema: has no effect without target: ema; set that or remove the key")
         if self.encoder == "decoder" and self.object_features != "cells":
             raise ValueError(
                 "object_features: the decoder reads cells and no features; set encoder: objects, or remove object_features"

@@ -56,6 +56,11 @@ class HorizonOptions(Section):
     lm_weight: float = Field(0.5, ge=0, description="Weight of next-token prediction, at the end of its ramp.")
     lm_start: int = Field(0, ge=0, description="Steps at the start without next-token prediction.")
     lm_ramp: int = Field(0, ge=0, description="Steps over which lm_weight then rises linearly; 0 = at once.")
+    detach: bool = Field(
+        False,
+        description="The control: train the same heads on states without gradient and with a frozen LM head, so that the decoder "
+        "learns from next-token prediction alone.",
+    )
     kl_weight: float = Field(0.25, ge=0, description="Weight of the future KL; 0 = not computed [kl_future_weight].")
     kl_temperature: float = Field(
         2.0, gt=0, description="Temperature of both distributions of the future KL [kl_temp]."
@@ -93,6 +98,12 @@ class HorizonOptions(Section):
                 problem = f"{key}: has no effect with target_layer, which has neither teacher nor projector; remove it"
         if problem:
             raise ValueError(problem)
+        return self
+
+    @model_validator(mode="after")
+    def _control(self) -> HorizonOptions:
+        if self.detach and not self.lm_weight:
+            raise ValueError("lm_weight: 0 leaves nothing to train the decoder with detach; raise it, or remove detach")
         return self
 
     @model_validator(mode="after")

@@ -52,6 +52,11 @@ class Horizon(Objective):
         self.options = o
         self.needs_global_batch = is_statistic(o)
         self.tap = resolve_tap(o.tap_layer, backbone.num_layers, "objective.tap_layer")
+        if o.detach and backbone.stop_gradient_layer:
+            raise InputError(
+                f"objective.detach: nothing would train blocks 1 to {backbone.stop_gradient_layer}, which model.bridge_grad_barrier "
+                "shuts off from next-token prediction; remove one of the two"
+            )
         check_horizons(o, data.train.max_size)
         self.latent = latent = o.latent_dim or d
         self.pairs_of_sample = o.pairs_per_sequence or data.train.max_size
@@ -125,18 +130,21 @@ class Horizon(Objective):
         whole, lower = DecoderFlops.of(backbone), DecoderFlops.of(backbone, self.tap)
         encoder, predictor = linear_cost(self.encoder), linear_cost(self.predictor)
         online, head, row = encoder.forward + predictor.forward, Cost(), whole.per_row
+        backward = encoder.backward + predictor.backward
+        if o.detach and not o.tap_norm:  # the first layers' input has no gradient
+            backward -= sum(linear_cost(layer).forward for layer in self._first_layers())
         if self.latent_to_hidden is not None:
             reached = not o.kl_barrier or any(True for _ in self.latent_to_hidden.parameters())
             to_hidden = linear_cost(self.latent_to_hidden)
             lm_head = linear_cost(backbone.decoder.get_output_embeddings())
-            weights = 0 if o.kl_freeze_head else lm_head.backward - row.forward
+            weights = 0 if o.kl_freeze_head or o.detach else lm_head.backward - row.forward
             head = Cost(to_hidden.forward + row.forward, to_hidden.backward + reached * row.forward + weights)
 
         def count(batches: Sequence[PackedBatch]) -> int:
             several = needs_global_batch and len(batches) > 1
             pairs, sequences = sum(b.counts["pairs"] for b in batches), [b.sequences["main"] for b in batches]
             total = sum(whole.of_sequence(s, training=True, square=square) for s in sequences)
-            total += pairs * (online + encoder.backward + predictor.backward + sum(head))
+            total += pairs * (online + backward + sum(head))
             teaching = 0 if self.lower else pairs * encoder.forward
             if o.teacher == "backbone" and not self.lower:
                 teaching += sum(lower.of_sequence(s, training=False, rows=0, square=square) for s in sequences)
@@ -149,6 +157,11 @@ class Horizon(Objective):
             return total
 
         return count
+
+    def _first_layers(self) -> list[nn.Module]:
+        """Return the linear layers that read the states at the tap, or their norm."""
+        first = self.predictor if self.lower else self.encoder[1]  # type: ignore[index]
+        return [layer for name, layer in first.named_children() if name in ("gate", "up")]
 
     # -- parts --------------------------------------------------------------------------------------------------------
 
@@ -190,10 +203,11 @@ class Horizon(Objective):
         ``logits`` (n, V) are the language model's at the pairs' targets. Both distributions are of the same token: the one
         after the target position. The teacher predicts it from the target's state, the student from the predicted latent.
         """
+        o = self.options
         assert self.latent_to_hidden is not None
-        latents = predicted.detach() if self.options.kl_barrier else predicted
-        student = backbone.logits(self.latent_to_hidden(latents), frozen=self.options.kl_freeze_head)
-        return future_kl(student, logits, self.options.kl_temperature)
+        latents = predicted.detach() if o.kl_barrier else predicted
+        student = backbone.logits(self.latent_to_hidden(latents), frozen=o.kl_freeze_head or o.detach)
+        return future_kl(student, logits, o.kl_temperature)
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -214,7 +228,7 @@ class Horizon(Objective):
                 hidden[packed.labelled], packed.labels[packed.labelled], rows
             )
             lm = mean_over_global_batch(losses.sum(), batch.totals["labels"])
-        _, predicted = self.predictions(states, batch)
+        _, predicted = self.predictions(states.detach() if o.detach else states, batch)
         target = self.targets(below, batch)
 
         terms: Terms = {}

@@ -19,6 +19,12 @@ class NextLatentOptions(Section):
     )
     jepa_start: int = Field(0, ge=0, description="Steps at the start without the terms of predicted states.")
     jepa_ramp: int = Field(0, ge=0, description="Steps over which their weights then rise linearly; 0 = at once.")
+    jepa_decay: int = Field(
+        0,
+        ge=0,
+        description="Steps over which the decoder's share in the gradient of these terms then falls linearly to 0; the dynamics "
+        "goes on learning. 0 = never.",
+    )
     kl_weight: float = Field(
         1.0,
         ge=0,
@@ -46,4 +52,12 @@ class NextLatentOptions(Section):
     def _teacher(self) -> NextLatentOptions:
         if self.target != "ema" and self.ema != TeacherOptions():
             raise ValueError("ema: has no effect without target: ema; set that or remove the key")
+        return self
+
+    @model_validator(mode="after")
+    def _control(self) -> NextLatentOptions:
+        if self.detach and self.jepa_decay:
+            raise ValueError(
+                "jepa_decay: has no effect with detach, where the decoder gets no gradient of these terms; remove one of them"
+            )
         return self

@@ -28,7 +28,7 @@ from jepa_scale.objectives.next_latent.diagnostics import NextLatentDiagnostics
 from jepa_scale.objectives.next_latent.drafter import LatentDrafter
 from jepa_scale.objectives.next_latent.dynamics import LatentDynamics
 from jepa_scale.objectives.next_latent.views import NextLatentViews, kl_name, target_name
-from jepa_scale.objectives.ramp import ramp
+from jepa_scale.objectives.ramp import fall, ramp
 from jepa_scale.objectives.tasks import Call
 from jepa_scale.packing import PackedBatch
 
@@ -136,8 +136,9 @@ class NextLatent(Objective):
         embeddings = backbone.embed(packed.input_ids)
         hidden = backbone.hidden(packed, embeddings)
         lm = lm_loss(backbone, hidden, batch)
-        read = (embeddings.detach(), hidden.detach()) if o.detach else (embeddings, hidden)
-        predicted, target = self.predictions(*read, batch), self.targets(hidden, batch)
+        share = self.decoder_share(batch.step)
+        predicted = self.predictions(_scaled_gradient(embeddings, share), _scaled_gradient(hidden, share), batch)
+        target = self.targets(hidden, batch)
 
         jepa = self._mean_over_rollout(
             [
@@ -159,7 +160,16 @@ class NextLatent(Objective):
             gauges["ema_momentum"] = self.teacher.momentum(batch.step)
         if o.jepa_start or o.jepa_ramp:
             gauges["jepa_weight"] = o.jepa_weight * rise
+        if o.jepa_decay:
+            gauges["decoder_share"] = share
         return Loss(total, {"loss": total.detach(), **means}, gauges)
+
+    def decoder_share(self, step: int) -> float:
+        """Return the factor at a step of the gradient that the decoder gets from the terms of predicted states, in [0, 1]."""
+        o = self.options
+        if o.detach:
+            return 0.0
+        return fall(step - o.jepa_start - o.jepa_ramp, o.jepa_decay) if o.jepa_decay else 1.0
 
     def _mean_over_rollout(self, terms: list[Tensor], totals: list[Tensor]) -> Tensor:
         """Return (1/d) Σ of the contributions to the means over the global batch; ``totals`` are the means' denominators."""
@@ -188,3 +198,10 @@ class NextLatent(Objective):
             at = batch.positions[target_name(ahead)]
             found |= {f"distance_{ahead}": self.distances(states[at], target[at]), f"kl_{ahead}": kl}
         return found
+
+
+def _scaled_gradient(x: Tensor, share: float) -> Tensor:
+    """Return ``x`` itself, with its gradient multiplied by ``share``."""
+    if share == 1:
+        return x
+    return torch.lerp(x.detach(), x, share) if share else x.detach()

@@ -54,6 +54,11 @@ class SpanOptions(Section):
     ema: TeacherOptions = Field(TeacherOptions(), description="Momentum of the EMA teacher.")
     jepa_weight: float = Field(1.0, ge=0, description="Weight of the mean of the two losses.")
     lm_weight: float = Field(0.0, ge=0, description="Weight of next-token prediction on the whole text.")
+    detach: bool = Field(
+        False,
+        description="The control: train the same predictor on states without gradient, so that the decoder learns from next-token "
+        "prediction alone.",
+    )
     eval_samples: int = Field(
         512, ge=0, description="Samples of a split whose views an evaluation uses, always the same views; 0 = none."
     )
@@ -71,6 +76,22 @@ class SpanOptions(Section):
             raise ValueError(
                 "jepa_weight: jepa_weight and lm_weight are both 0, so nothing would be trained; set one of them"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _control(self) -> SpanOptions:
+        if self.detach and not self.lm_weight:
+            raise ValueError("lm_weight: 0 leaves nothing to train the decoder with detach; raise it, or remove detach")
+        if self.detach and not self.predictor_layers:
+            raise ValueError(
+                "predictor_layers: 0 leaves detach no head to train; raise it, or remove detach and set jepa_weight to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _teacher(self) -> SpanOptions:
+        if self.target != "ema" and self.ema != TeacherOptions():
+            raise ValueError("ema: has no effect without target: ema; set that or remove the key")
         return self
 
     @property

@@ -132,8 +132,9 @@ class Span(Objective):
                     total += passed * (1 + several)
             if needs_global_batch:
                 views = o.global_views + o.local_views
-                total += views * sigreg_flops(sum(b.counts["texts"] for b in batches), dim, k, o.sigreg_slices)
-                total += sigreg_flops(sum(b.counts["chosen"] for b in batches), dim, k, o.sigreg_slices)
+                texts, chosen = (sum(b.counts[name] for b in batches) for name in ("texts", "chosen"))
+                rows, knots = views * texts + chosen, o.sigreg_knots // 2
+                total += sigreg_flops(rows, dim, k, o.sigreg_slices, knots, trained=not o.detach)
             return total
 
         return count
@@ -143,20 +144,25 @@ class Span(Objective):
     def encode_views(self, backbone: Backbone, batch: PackedBatch, predict: bool = True) -> Encoded:
         """Return all states that the losses compare.
 
-        If ``predict`` is false, the predictor does not run, and ``predicted`` holds the targets.
+        If ``predict`` is false, the predictor does not run, and ``predicted`` holds the targets. With ``detach`` the states
+        have no gradient, except ``hidden``; ``predicted`` has that of the predictor.
         """
+        o = self.options
         hidden, raw = backbone.hidden_and_tap(batch.sequences["main"], self.tap)
+        read = hidden.detach() if o.detach else hidden
         last = batch.sequences["main"].last
-        pooled = torch.cat([self._of_texts(hidden[last[batch.segments[role]]], n) for role, n in self._roles], dim=1)
-        first = self._of_texts(raw[last[batch.segments["global"]]], self.options.global_views)
-        if self.options.target == "ema":
+        pooled = torch.cat([self._of_texts(read[last[batch.segments[role]]], n) for role, n in self._roles], dim=1)
+        first = self._of_texts(raw[last[batch.segments["global"]]], o.global_views)
+        if o.target == "ema":
             _, chosen = self._targets(raw, first, batch, ("chosen",), backbone.normed)
             center, spans = self._targets_of_teacher(backbone, batch)
         else:
             center, chosen, spans = self._targets(raw, first, batch, ("chosen", "span"), backbone.normed)
-            if self.options.target == "stop_gradient":
+            if o.target == "stop_gradient" or o.detach:
                 center, spans = center.detach(), spans.detach()
-        predicted = self._predicted(hidden, batch) if predict and self.predictor is not None else spans
+        if o.detach:
+            chosen = chosen.detach()
+        predicted = self._predicted(read, batch) if predict and self.predictor is not None else spans
         return Encoded(hidden, pooled.float(), center.float(), predicted.float(), spans.float(), chosen.float())
 
     @property

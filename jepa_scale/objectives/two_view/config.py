@@ -29,6 +29,11 @@ class TwoViewOptions(Section):
         le=1,
         description="Share of steps without the JEPA term, drawn at random, the same on all ranks [1 − jepa_ratio].",
     )
+    detach: bool = Field(
+        False,
+        description="The control: train linear_predictor alone on states without gradient, so that the decoder learns from "
+        "next-token prediction alone. Predictor tokens, which learn through the decoder, stay as they begin.",
+    )
     predictor_tokens: int = Field(1, ge=0, le=10, description="k, predictor tokens in the first view [predictors].")
     predictor_place: Literal["back", "front"] = Field(
         "back", description="Position of the predictor tokens: after or before the view's content [front_pred]."
@@ -111,6 +116,22 @@ class TwoViewOptions(Section):
             raise ValueError(
                 f"min_jepa_weight: {self.min_jepa_weight} is above jepa_weight {self.jepa_weight}; lower it"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _control(self) -> TwoViewOptions:
+        if self.detach and not self.lm_weight:
+            raise ValueError("lm_weight: 0 leaves nothing to train the decoder with detach; raise it, or remove detach")
+        if self.detach and not self.linear_predictor:
+            raise ValueError(
+                "linear_predictor: is all that detach trains; set it, or remove detach and set jepa_weight to 0 for the control"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _teacher(self) -> TwoViewOptions:
+        if self.target != "ema" and self.ema != TeacherOptions():
+            raise ValueError("ema: has no effect without target: ema; set that or remove the key")
         return self
 
     def jepa_weight_at(self, step: int) -> float:

@@ -101,7 +101,9 @@ class TwoView(Objective):
         if o.predictor_tokens:
             self.predictors = _predictors(1 if o.same_predictor else o.predictor_tokens, backbone, tokenizer)
             frozen = not all(parameter.requires_grad for parameter in backbone.parameters())
-            if o.legacy_loss and frozen:  # upstream never trains them under LoRA
+            if o.detach or (
+                o.legacy_loss and frozen
+            ):  # detached states have no way to them; upstream's LoRA leaves them
                 self.predictors.requires_grad_(False)
         closing = frozenset(data.special[name] for name in ("end", "eos") if name in data.special)
         return ChatViews(o, frame, closing, data.special.get("pad"))
@@ -129,14 +131,15 @@ class TwoView(Objective):
         decoder = DecoderFlops.of(backbone)
         teacher = DecoderFlops.of(backbone, self.tap or None)
         linear = Cost() if self.linear is None else linear_cost(self.linear)
-        views = 2 if o.target == "trained" else 1
+        trained = 2 if o.target == "trained" and not o.detach else 1  # views with a gradient
+        constant = o.target == "trained" and o.detach  # whether the regularizer has a view without
 
         def count(batches: Sequence[PackedBatch]) -> int:
             own, k = [len(batch.rows["source_length"]) for batch in batches], len(batches)
             several = needs_global_batch and k > 1
             pairs, sequences = sum(own), [batch.sequences["main"] for batch in batches]
             total = sum(decoder.of_sequence(s, training=True, square=square) for s in sequences)
-            total += pairs * (linear.forward * (1 + several) + linear.backward)
+            total += pairs * (linear.forward * (1 + several - o.detach) + linear.backward)
             if several:
                 total += sum(decoder.of_sequence(s, training=False, rows=0, square=square) for s in sequences)
             if o.target == "ema":
@@ -145,13 +148,15 @@ class TwoView(Objective):
                     teacher.of_sequence(s, training=False, rows=0, square=square) for s in seen
                 )
             if o.legacy_loss:
-                return total + (o.distance == "infonce") * sum(3 * 2 * n * n * dim for n in own)
+                return total + (o.distance == "infonce") * sum((1 + trained) * 2 * n * n * dim for n in own)
             if o.distance == "infonce" and o.jepa_weight:
-                total += contrast_flops(pairs, batches[0].max_samples, dim, k, ranks, trained=o.target == "trained")
+                total += contrast_flops(pairs, batches[0].max_samples, dim, k, ranks, trained=trained == 2)
             if o.regularizer == "vicreg":
-                total += views * moments_flops(pairs, dim, k, sides=2)
+                total += trained * moments_flops(pairs, dim, k, sides=2)
+                total += constant * moments_flops(pairs, dim, k, sides=0)
             elif o.regularizer == "sigreg":
-                total += views * sigreg_flops(pairs, dim, k)
+                total += trained * sigreg_flops(pairs, dim, k)
+                total += constant * sigreg_flops(pairs, dim, k, trained=False)
             return total
 
         return count
@@ -181,8 +186,11 @@ class TwoView(Objective):
     def readouts(self, states: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """Return the read-out states of the first and the second views, (n, d) fp32 each.
 
-        Those of the first views pass through the linear predictor if there is one.
+        Those of the first views pass through the linear predictor if there is one. With ``detach`` they have its gradient
+        alone, and the others have none.
         """
+        if self.options.detach:
+            states = states.detach()
         source = self._readout(states, batch, "source")
         if self.linear is not None:
             source = self.linear(source)

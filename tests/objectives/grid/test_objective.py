@@ -244,6 +244,7 @@ def test_diagnostics_of_a_split():
         ({"augment": ["colour", "colour"]}, "objective.augment: names a change twice"),
         ({"augment": ["color"]}, "objective.augment.0"),
         ({"encoder": "decoder", "target": "trained"}, "objective.target: trained works with encoder: objects alone"),
+        ({"target": "trained", "ema": {"momentum": 0.5}}, "objective.ema: has no effect without target: ema"),
         ({"encoder": "decoder", "object_features": "gridjepa"}, "objective.object_features: the decoder reads cells"),
         ({"vq_codez": 1}, "objective.vq_codez: unknown key; did you mean 'vq_codes'?"),
     ],

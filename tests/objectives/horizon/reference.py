@@ -122,7 +122,7 @@ def every_pair(backbone: Any, objective: Horizon, samples: list[Any], step: int 
                 found["lm"].append(-torch.log_softmax(logits[t], -1)[label])
         for horizon, anchor in zip(views.rows["horizon"].tolist(), segment.positions["anchor"].tolist(), strict=True):
             target = anchor + o.horizons[horizon]
-            latent = objective.encoder(states[anchor])
+            latent = objective.encoder(states[anchor].detach() if o.detach else states[anchor])
             if o.target_layer is None:
                 predicted = objective.predictor(torch.cat([latent, objective.horizon_embedding.weight[horizon]]))
                 with torch.no_grad():
@@ -138,7 +138,7 @@ def every_pair(backbone: Any, objective: Horizon, samples: list[Any], step: int 
             found["counts"].append(torch.tensor(labels[target] != IGNORE))
             if objective.latent_to_hidden is not None:
                 rows = objective.latent_to_hidden(predicted.detach() if o.kl_barrier else predicted)[None]
-                frozen = o.kl_freeze_head
+                frozen = o.kl_freeze_head or o.detach
                 student = torch.func.functional_call(head, still, (rows,)) if frozen else head(rows)
                 found["student_logits"].append(student[0])
     stacked = {name: torch.stack(x) for name, x in found.items() if name != "place" and x}

@@ -10,6 +10,8 @@ from jepa_scale.config.schema import OptimConfig
 from jepa_scale.objectives.base import JepaModel
 from jepa_scale.objectives.horizon.config import HorizonOptions
 from jepa_scale.objectives.horizon.objective import Horizon, target_rows
+from jepa_scale.objectives.lm import LanguageModeling
+from jepa_scale.objectives.lm_options import LmOptions
 from jepa_scale.objectives.ramp import ramp
 from jepa_scale.optim import parameter_groups
 from jepa_scale.utils.errors import InputError
@@ -43,6 +45,8 @@ VARIANTS = {
     "no KL": ("gpt2", dict(loss="smooth_l1", kl_weight=0.0, latent_dim=None)),
     "NITP": ("native", NITP),
     "NITP, gpt2": ("gpt2", {**NITP, "loss": "smooth_l1", "horizons": [3], "pairs_per_sequence": 6, "tap_layer": 2}),
+    "the control": ("tied", dict(loss="vicreg", detach=True, kl_freeze_head=False, teacher="backbone")),
+    "the control of NITP": ("gpt2", {**NITP, "detach": True}),
     "tap at the end": ("native", dict(loss="cosine", tap_layer=-1, teacher="backbone", dropout=0.0)),
 }
 
@@ -186,6 +190,43 @@ def test_only_pairs_with_a_label_enter_the_kl():
     (loss,) = run(backbone, objective, [chat])
     expected = reference(wide, in_fp64, [chat], (0.5, 0.1, 0.25))["kl_future"]
     torch.testing.assert_close(loss.means["kl_future"], expected.detach().float(), atol=1e-5, rtol=1e-4)
+
+
+# -- the control ------------------------------------------------------------------------------------------------------
+
+CONTROLS = {
+    "barlow": ("native", dict(loss="barlow", off_diag_scale=0.3, teacher="backbone")),
+    "a KL that trains the head": ("tied", dict(loss="cosine", kl_freeze_head=False, latent_to_hidden="mlp")),
+    "NITP": ("gpt2", NITP),
+}
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_the_control_leaves_the_decoder_to_next_token_prediction(name):
+    which, options = CONTROLS[name]
+    backbone = model(which)
+    parts = SAMPLES[:3], SAMPLES[3:]
+    run(backbone, LanguageModeling(LmOptions(), backbone, None), *parts)
+    plain = gradients(backbone)
+    found = {}
+    for detach in (True, False):
+        objective = make(backbone, **options, lm_weight=1.0, detach=detach)
+        run(backbone, objective, *parts)
+        found[detach] = gradients(backbone, objective)
+    for key, grad in plain.items():
+        torch.testing.assert_close(found[True][key], grad, atol=1e-7, rtol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
+    assert any(not torch.allclose(found[False][key], grad, atol=1e-4) for key, grad in plain.items())
+    heads = [key for key in found[True] if key not in plain]
+    for key in heads:  # which learn the same from these states
+        assert torch.equal(found[True][key], found[False][key]) and found[True][key].any(), key
+    assert len(heads) > 2
+
+
+def test_a_control_that_leaves_blocks_without_a_loss_is_refused():
+    with pytest.raises(ValueError, match="lm_weight: 0 leaves nothing to train the decoder with detach"):
+        HorizonOptions(detach=True, lm_weight=0.0)
+    with pytest.raises(InputError, match=r"objective\.detach: nothing would train blocks 1 to 2, which model"):
+        make(model("bridge"), detach=True)
 
 
 # -- schedules --------------------------------------------------------------------------------------------------------

@@ -195,6 +195,32 @@ def test_the_weights_rise():
         assert loss.gauges["jepa_weight"] == 0.5 * part
 
 
+def test_the_decoders_share_in_the_gradient_falls():
+    """Every gradient is linear in the share, the dynamics' constant; the loss is the same all the time."""
+    backbone = model()
+    schedule = dict(jepa_start=2, jepa_ramp=2, jepa_weight=0.5, kl_weight=0.2)
+    objective = make(backbone, **schedule, jepa_decay=4)
+    for step, share in ((0, 1.0), (3, 1.0), (4, 1.0), (5, 0.75), (7, 0.25), (8, 0.0), (99, 0.0)):
+        (trained,), one = run(backbone, make(backbone, **schedule), SAMPLES, step=step)
+        (control,), zero = run(backbone, make(backbone, **schedule, detach=True), SAMPLES, step=step)
+        (loss,), found = run(backbone, objective, SAMPLES, step=step)
+        assert loss.gauges.pop("decoder_share") == share == objective.decoder_share(step)
+        assert loss.gauges == trained.gauges and torch.equal(loss.total, trained.total)
+        for key, grad in found.items():
+            between = share * one[key] + (1 - share) * zero[key]
+            torch.testing.assert_close(grad, between, atol=1e-6, rtol=1e-4, msg=lambda m, key=key: f"{key}: {m}")
+        same = {0.0: zero, 1.0: one}.get(share)
+        assert same is None or all(torch.equal(found[key], same[key]) for key in found)
+        decoders = [key for key in found if key.startswith("decoder")]
+        assert any(not torch.allclose(one[key], zero[key], atol=1e-4) for key in decoders) is (step > 2)
+        torch.testing.assert_close(control.total, trained.total)
+
+
+def test_a_share_that_falls_is_refused_in_the_control():
+    with pytest.raises(ValueError, match="jepa_decay: has no effect with detach"):
+        NextLatentOptions(detach=True, jepa_decay=3)
+
+
 def test_views_are_the_text_and_every_place_that_something_precedes():
     objective = make(model(), rollout=3)
     assert objective.view_tokens(np.array([2, 9])).tolist() == [1, 8]

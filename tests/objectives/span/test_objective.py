@@ -11,6 +11,8 @@ from jepa_scale.models.flops import DecoderFlops
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.objectives.base import JepaModel
+from jepa_scale.objectives.lm import LanguageModeling
+from jepa_scale.objectives.lm_options import LmOptions
 from jepa_scale.objectives.span.config import SpanOptions
 from jepa_scale.objectives.span.objective import Span
 from jepa_scale.objectives.span.views import PREDICTOR
@@ -155,6 +157,44 @@ def test_next_tokens_may_be_predicted_on_the_whole_text():
     assert float(got["loss"]) == pytest.approx(float(wanted), rel=1e-5)
     assert_same_gradients(of_packed, gradients(module))
     assert module.objective.predicts_tokens and not model({}).objective.predicts_tokens
+
+
+CONTROLS = {"seed": {}, "ema": dict(target="ema"), "other_mean": dict(span_mean="spans", sigreg_weight=0.0)}
+
+
+@pytest.mark.parametrize("form", CONTROLS)
+def test_the_control_leaves_the_decoder_to_next_token_prediction(form):
+    module = model(dict(detach=True, lm_weight=0.7, **CONTROLS[form]), position_embedding="pope")
+    objective, backbone, examples = module.objective, module.backbone, texts(*EXAMPLES)
+    teacher = objective.teacher = Teacher(module) if form == "ema" else None
+    got = run(module, batches_of(objective, examples, 2))
+    found = gradients(module)
+    wanted = reference(module, examples, teacher=teacher and teacher.backbone)
+    for name, value in wanted.items():
+        if name != "loss":
+            assert float(got[name]) == pytest.approx(float(value), rel=1e-5), name
+    wanted["loss"].backward()
+    trained = gradients(module)
+    plain = JepaModel(backbone, LanguageModeling(LmOptions(), backbone, DATA))
+    run(plain, batches_of(plain.objective, examples))
+    expected = {name: 0.7 * grad for name, grad in gradients(plain).items()}
+    heads = {name: grad for name, grad in trained.items() if name.startswith("objective.")}
+    assert len(heads) > 10 and any(grad.any() for name, grad in trained.items() if name not in heads)
+    assert_same_gradients(found, heads | expected)
+
+
+def test_a_control_without_a_head_or_without_next_tokens_is_refused():
+    with pytest.raises(ValueError, match="lm_weight: 0 leaves nothing to train the decoder with detach"):
+        SpanOptions(detach=True)
+    with pytest.raises(ValueError, match="predictor_layers: 0 leaves detach no head to train"):
+        SpanOptions(detach=True, lm_weight=1.0, predictor_layers=0)
+
+
+def test_momentum_without_a_teacher_is_refused():
+    for target in ("trained", "stop_gradient"):
+        with pytest.raises(ValueError, match="ema: has no effect without target: ema"):
+            SpanOptions(target=target, ema={"momentum": 0.5})
+    assert SpanOptions(target="ema", ema={"momentum": 0.5}).ema.momentum == 0.5
 
 
 def test_flops_of_a_step_are_those_of_its_parts():

@@ -12,6 +12,8 @@ from transformers import AutoTokenizer
 from jepa_scale.config.parsing import parse_section
 from jepa_scale.data.sampling.rng import SampleRNG
 from jepa_scale.objectives.base import JepaModel
+from jepa_scale.objectives.lm import LanguageModeling
+from jepa_scale.objectives.lm_options import LmOptions
 from jepa_scale.objectives.two_view.objective import TwoView, TwoViewOptions
 from jepa_scale.packing import IGNORE, pack
 from jepa_scale.utils.errors import InputError
@@ -82,6 +84,22 @@ def gradients(model, objective):
     return [p.grad.clone() for p in [*model.parameters(), *objective.parameters()]]
 
 
+def step(model, objective, examples, borders):
+    """The loss of a step, one micro-batch from each border to the next."""
+    whole = batch_of(objective, examples)
+    parts = [batch_of(objective, examples[a:b], first=a, like=examples[0]) for a, b in pairwise(borders)]
+    batches = [replace(part, totals=whole.totals, max_samples=8) for part in parts]
+    joined = JepaModel(model, objective)
+    with torch.no_grad():
+        gathered = [joined("gather", b) for b in batches] if objective.needs_global_batch and len(parts) > 1 else []
+    total = 0.0
+    for number, batch in enumerate(batches):
+        loss = joined("loss", batch, gathered, number)
+        loss.total.backward()
+        total += float(loss.means["loss"])
+    return total
+
+
 @pytest.mark.parametrize("k", [0, 1, 2, 3])
 @pytest.mark.parametrize("distance", ["cosine", "l2", "mse", "infonce"])
 def test_packed_views_equal_three_forwards(data, distance, k):
@@ -108,18 +126,7 @@ def test_accumulation_changes_nothing(data, distance, regularizer):
     for borders in ([0, 8], [0, 3, 5, 5, 8]):
         model = backbone("llama", data.vocab_size)
         objective = make(model, data, distance=distance, regularizer=regularizer)
-        whole = batch_of(objective, examples)
-        parts = [batch_of(objective, examples[a:b], first=a, like=examples[0]) for a, b in pairwise(borders)]
-        batches = [replace(part, totals=whole.totals, max_samples=8) for part in parts]
-        joined = JepaModel(model, objective)
-        with torch.no_grad():
-            gathered = [joined("gather", b) for b in batches] if objective.needs_global_batch and len(parts) > 1 else []
-        total = 0.0
-        for number, batch in enumerate(batches):
-            loss = joined("loss", batch, gathered, number)
-            loss.total.backward()
-            total += float(loss.means["loss"])
-        results.append((total, gradients(model, objective)))
+        results.append((step(model, objective, examples, borders), gradients(model, objective)))
     assert results[1][0] == pytest.approx(results[0][0], abs=1e-5)
     for a, b in zip(results[0][1], results[1][1], strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
@@ -181,6 +188,36 @@ def test_stop_gradient_trains_the_first_view_alone(data):
     hidden, states = objective._states(model, batch)
     source, target = objective.readouts(states, batch)
     assert source.requires_grad and not target.requires_grad
+
+
+CONTROLS = {
+    "cosine": {},
+    "infonce": dict(distance="infonce", regularizer="vicreg", predictor_tokens=2),
+    "inner states": dict(regularizer="sigreg", tap_layer=1, shared_prefix=True),
+    "legacy": dict(legacy_loss=True, distance="infonce"),
+}
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_the_control_leaves_the_decoder_to_next_token_prediction(data, name):
+    keys = dict(linear_predictor=True, **CONTROLS[name])
+    found = {}
+    for form, more in (("plain", dict(jepa_weight=0.0)), ("trained", {}), ("control", dict(detach=True))):
+        model = backbone("llama", data.vocab_size)
+        objective = make(model, data, **keys, **more)
+        step(model, objective, list(data.train), [0, 3, 8])
+        assert objective.predictors.weight.requires_grad is (form != "control")
+        found[form] = {n: p.grad for n, p in model.named_parameters()}, objective.linear.weight.grad
+    if name != "legacy":
+        model = backbone("llama", data.vocab_size)
+        lm = LanguageModeling(LmOptions(), model, data)
+        step(model, lm, list(data.train), [0, 8])
+        found["plain"] = {n: p.grad for n, p in model.named_parameters()}, None
+    (plain, _), (trained, wanted), (control, got) = (found[form] for form in ("plain", "trained", "control"))
+    for key, grad in plain.items():
+        torch.testing.assert_close(control[key], grad, atol=1e-6, rtol=1e-4, msg=lambda m, key=key: f"{key}: {m}")
+    assert any(not torch.allclose(trained[key], grad, atol=1e-4) for key, grad in plain.items())
+    assert got.any() and torch.equal(got, wanted)  # the matrix learns the same from these states
 
 
 def test_read_after_an_inner_block(data):
@@ -285,6 +322,12 @@ def test_what_does_not_fit_is_refused_by_name(data):
         parsed = {"true": True, "-2": -2}.get(value, value)
         with pytest.raises(InputError, match=rf"^objective\.{key}: .*shared_prefix"):
             parse_section(TwoViewOptions, {"shared_prefix": True, key: parsed}, "objective")
+    with pytest.raises(InputError, match=r"^objective\.lm_weight: 0 leaves nothing to train the decoder with detach"):
+        parse_section(TwoViewOptions, {"detach": True, "linear_predictor": True, "lm_weight": 0.0}, "objective")
+    with pytest.raises(InputError, match=r"^objective\.linear_predictor: is all that detach trains"):
+        parse_section(TwoViewOptions, {"detach": True}, "objective")
+    with pytest.raises(InputError, match=r"^objective\.ema: has no effect without target: ema"):
+        parse_section(TwoViewOptions, {"ema": {"momentum": 0.5}}, "objective")
     with pytest.raises(InputError, match="legacy_loss"):
         parse_section(TwoViewOptions, {"legacy_loss": True, "target": "ema"}, "objective")
     with pytest.raises(InputError, match=r"objective\.tap_layer: 0 is outside"):
