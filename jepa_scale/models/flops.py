@@ -278,6 +278,13 @@ _PEAKS: tuple[tuple[str, _Peak], ...] = (
     # NVIDIA L40S and L40 data sheets
     ("nvidia l40s", _Peak(362.05, 362.05, 183, 91.6)),
     ("nvidia l40", _Peak(181.05, 181.05, 90.5, 90.5)),
+    # NVIDIA L4 and T4 data sheets; the T4 has neither bf16 nor TF32
+    ("nvidia l4", _Peak(121, 121, 60, 30.3)),
+    ("tesla t4", _Peak(0, 65, 8.1, 8.1)),
+    # NVIDIA white papers of the architectures GA102, Ada and RTX Blackwell: tensor cores with fp32 accumulation
+    ("nvidia geforce rtx 3090", _Peak(71, 71, 35.6, 35.6)),
+    ("nvidia geforce rtx 4090", _Peak(165.2, 165.2, 82.6, 82.6)),
+    ("nvidia geforce rtx 5090", _Peak(209.5, 209.5, 104.8, 104.8)),
 )
 
 

@@ -33,12 +33,17 @@ class Gpu:
     per_node: int = 8
 
     def flops(self, precision: str, tf32: bool) -> float:
-        """Return the peak FLOP/s of dense matrix products."""
+        """Return the peak FLOP/s of dense matrix products.
+
+        Raises:
+            InputError: the GPU does not compute in that precision.
+        """
         from jepa_scale.engines.precision import compute_dtype  # here: unknown names are refused without torch
         from jepa_scale.models.flops import peak_flops
 
         peak = peak_flops(self.name, compute_dtype(precision), tf32)
-        assert peak is not None, self.name
+        if peak is None:
+            raise InputError(f"engine.precision: {self.name} has no {precision}; set fp16 or fp32, or plan for another GPU")
         return peak
 
     def reach(self, ranks: int, span: int) -> float:
@@ -63,6 +68,13 @@ GPUS = {
     "b200": Gpu("NVIDIA B200", 178.4, 7.7e12, 900e9, 50e9),
     # NVIDIA L40S data sheet: no NVLink, PCIe 4.0 x16; 200 Gbit/s for two GPUs in NVIDIA's reference servers
     "l40s": Gpu("NVIDIA L40S", 44.5, 0.864e12, 32e9, 12.5e9),
+    # NVIDIA L4 and T4 data sheets: PCIe 4.0 and 3.0 x16; 100 Gbit/s for eight GPUs in the clouds' largest machines
+    "l4": Gpu("NVIDIA L4", 22.0, 0.3e12, 32e9, 1.56e9),
+    "t4": Gpu("Tesla T4", 14.6, 0.32e12, 16e9, 1.56e9),
+    # NVIDIA's specifications of the GeForce cards: PCIe 4.0 x16, the 5090 5.0; a workstation of up to four with 10 Gbit/s
+    "rtx3090": Gpu("NVIDIA GeForce RTX 3090", 23.6, 0.936e12, 32e9, 0.31e9, 4),
+    "rtx4090": Gpu("NVIDIA GeForce RTX 4090", 23.5, 1.008e12, 32e9, 0.31e9, 4),
+    "rtx5090": Gpu("NVIDIA GeForce RTX 5090", 31.4, 1.792e12, 64e9, 0.31e9, 4),
 }
 """The GPUs by their names on the command line."""
 
