@@ -145,12 +145,23 @@ class OptimConfig(Section):
     )
     clip_norm: float = Field(1.0, ge=0, description="Global gradient norm limit; 0 = no clipping.")
     warmup_steps: int = Field(50, ge=0, description="Steps of linear warm-up.")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Shape after warm-up.")
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        "cosine", description="Shape after warm-up; wsd = constant, then linear over the last decay_steps."
+    )
+    decay_steps: int = Field(
+        0, ge=0, description="With schedule: wsd, steps at the end in which the rate falls to final_lr; 0 = a tenth of all."
+    )
     final_lr: float = Field(0.0, ge=0, le=1, description="Learning rate at the last step, as a fraction of the peak.")
 
     @property
     def uses_muon(self) -> bool:
         return self.method == "muon" or any(override.method == "muon" for override in self.overrides.values())
+
+    @model_validator(mode="after")
+    def _decays(self) -> OptimConfig:
+        if self.decay_steps and self.schedule != "wsd":
+            raise ValueError(f"decay_steps: has no effect with schedule: {self.schedule}; set schedule=wsd or remove the key")
+        return self
 
     @model_validator(mode="after")
     def _muons_keys_are_of_use(self) -> OptimConfig:

@@ -23,6 +23,11 @@ from jepa_scale.optim import lr_factor
         ("linear", 99, 0.2),
         ("constant", 4, 0.5),
         ("constant", 99, 1.0),
+        ("wsd", 4, 0.5),
+        ("wsd", 89, 1.0),
+        ("wsd", 90, 0.2 + 0.8 * 0.9),
+        ("wsd", 94, 0.6),
+        ("wsd", 99, 0.2),
     ],
 )
 def test_lr_factor_closed_form(schedule, step, expected):
@@ -30,8 +35,17 @@ def test_lr_factor_closed_form(schedule, step, expected):
     assert lr_factor(step, options, 100) == pytest.approx(expected, abs=1e-12)
 
 
+def test_the_decay_of_wsd_has_its_own_length_and_begins_after_the_warmup():
+    options = OptimConfig(schedule="wsd", warmup_steps=10, decay_steps=50)
+    assert [lr_factor(step, options, 100) for step in (49, 74, 99)] == pytest.approx([1.0, 0.5, 0.0])
+    longer = OptimConfig(schedule="wsd", warmup_steps=80, decay_steps=50)
+    assert [lr_factor(step, longer, 100) for step in (79, 89, 99)] == pytest.approx([1.0, 0.5, 0.0])
+    with pytest.raises(ValueError, match="decay_steps: has no effect with schedule: cosine"):
+        OptimConfig(decay_steps=50)
+
+
 @given(
-    schedule=st.sampled_from(["cosine", "linear", "constant"]),
+    schedule=st.sampled_from(["cosine", "linear", "constant", "wsd"]),
     warmup=st.integers(0, 40),
     total=st.integers(1, 60),
     final=st.floats(0, 1),
