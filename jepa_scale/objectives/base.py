@@ -141,8 +141,16 @@ class Objective(nn.Module):
         return ("objective.",)
 
     def clip_groups(self, model: JepaModel) -> dict[str, list[str]]:
-        """Return the groups for gradient clipping: group name → names of its parameters; {} = one group of all."""
-        return {}
+        """Return the groups for gradient clipping: group name → names of its parameters; {} = one group of all.
+
+        With an option ``detach``, the control, the heads are a group of their own: so that their gradient does not change how much
+        of the decoder's is clipped.
+        """
+        if not getattr(getattr(self, "options", None), "detach", False):
+            return {}
+        names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        heads = [name for name in names if name.startswith("objective.")]
+        return {"decoder": [name for name in names if name not in set(heads)], "heads": heads}
 
     @property
     def bounds(self) -> dict[str, tuple[float, float]]:
@@ -266,6 +274,13 @@ class Objective(nn.Module):
         """Return the log-probability of each label of the sequence ``"main"``, (L,) fp32, in packed order."""
         packed = batch.sequences["main"]
         return -backbone.label_losses(backbone.hidden(packed)[packed.labelled], packed.labels[packed.labelled])
+
+    def label_matches(self, backbone: Backbone, batch: PackedBatch) -> Tensor:
+        """Return whether each label of the sequence ``"main"`` is the likeliest token, (L,) bool, in packed order."""
+        packed = batch.sequences["main"]
+        return (
+            backbone.logits(backbone.hidden(packed)[packed.labelled]).argmax(dim=-1) == packed.labels[packed.labelled]
+        )
 
     def drafter(self, backbone: Backbone) -> Drafter | None:
         """Return a head that drafts tokens for :func:`jepa_scale.models.generation.speculative.generate`; None = it has none."""

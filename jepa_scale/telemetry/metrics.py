@@ -94,6 +94,8 @@ _OPTIMIZER = [
     Metric("grad_norm", "L2"),
     Metric("grad_norm_lower", "L2"),
     Metric("grad_norm_upper", "L2"),
+    Metric("grad_norm_decoder", "L2"),
+    Metric("grad_norm_heads", "L2"),
     Metric("skipped_steps", "steps", "lower"),
     Metric("loss_scale"),
 ]

@@ -115,13 +115,15 @@ class Horizon(Objective):
         return ("objective.", f"backbone.{backbone.head_name}.")
 
     def clip_groups(self, model: JepaModel) -> dict[str, list[str]]:
+        apart = super().clip_groups(model)
         if not self.options.split_clipping:
-            return {}
+            return apart
         above = {id(parameter) for parameter in model.backbone.parameters_above(self.tap)}
-        groups: dict[str, list[str]] = {"lower": [], "upper": []}
+        heads = set(apart.get("heads", ()))
+        groups: dict[str, list[str]] = {"lower": [], "upper": [], **({"heads": []} if heads else {})}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                groups["upper" if id(parameter) in above else "lower"].append(name)
+                groups["heads" if name in heads else "upper" if id(parameter) in above else "lower"].append(name)
         return groups
 
     def flops(self, backbone: Backbone, square: bool = False) -> StepFlops:
