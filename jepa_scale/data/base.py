@@ -16,8 +16,8 @@ if TYPE_CHECKING:  # options are checked before any slow import
 
 
 Evaluation = Literal["answers", "perplexity", "chat"]
-Kind = Literal["reversal", "text", "chat", "grids"]
-"""Kind of the examples: facts, documents, conversations or sequences of grids."""
+Kind = Literal["reversal", "text", "tokens", "chat", "grids"]
+"""Kind of the examples: facts, documents, token ids with labels, conversations or sequences of grids."""
 
 
 class DataOptions(Section):

@@ -29,6 +29,23 @@ class Document:
 
 
 @dataclass(frozen=True, slots=True)
+class LabelledTokens:
+    """Token ids with labels of their own.
+
+    Attributes:
+        tokens: (n,) integer token ids, n ≥ 2.
+        labels: (n,) integers, ``labels[t]`` is predicted at token t; ``IGNORE`` for none, and at the last token.
+    """
+
+    tokens: np.ndarray
+    labels: np.ndarray
+
+    def lm_sequence(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return (n,) tokens and (n,) labels."""
+        return self.tokens, self.labels.astype(np.int64)
+
+
+@dataclass(frozen=True, slots=True)
 class Turn:
     """One message of a conversation: its role and its tokens ``[start, stop)``, the closing token included.
 

@@ -86,6 +86,18 @@ class TextOptions(ShardOptions):
     )
 
 
+class TokenOptions(ShardOptions):
+    source: Literal["tokens"] = Field(
+        "tokens", description="Token ids, with labels of their own if the rows have some."
+    )
+    tokenizer: LocalPath = Field(
+        "none", description="Hugging Face name or local folder of the tokenizer that made the ids; none = unknown."
+    )
+    long: Literal["split", "drop", "truncate", "error"] = Field(
+        "drop", description="Treatment of a longer row, which is counted in any case."
+    )
+
+
 class ChatOptions(ShardOptions):
     evaluation: ClassVar[Evaluation] = "chat"
 
@@ -150,12 +162,13 @@ class MixtureOptions(DataOptions):
         return {**super().resolved(), "parts": parts}
 
 
-SourceOptions = ReversalOptions | TextOptions | ChatOptions | GridOptions | MixtureOptions
+SourceOptions = ReversalOptions | TextOptions | TokenOptions | ChatOptions | GridOptions | MixtureOptions
 """The keys of ``data:``: one class for each ``source``."""
 
 SOURCES: dict[str, type[SourceOptions]] = {
     "reversal": ReversalOptions,
     "text": TextOptions,
+    "tokens": TokenOptions,
     "chat": ChatOptions,
     "grids": GridOptions,
     "mixture": MixtureOptions,

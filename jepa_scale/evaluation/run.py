@@ -10,7 +10,7 @@ import torch
 
 from jepa_scale.data.sampling.rng import ViewTransform
 from jepa_scale.distributed.comm import ParallelContext
-from jepa_scale.evaluation import chat, perplexity, reversal
+from jepa_scale.evaluation import chat, perplexity, reversal, token_accuracy
 from jepa_scale.evaluation.encode import text_batches
 from jepa_scale.evaluation.options import ChatEvalOptions, EvalOptions, EvaluationOptions
 from jepa_scale.evaluation.snapshot import save_snapshot
@@ -88,6 +88,9 @@ def evaluate(
         whole: dict[str, Callable[[], Any]]
         whole = {s: partial(batches, each, lm_views, options.max_samples) for s, each in data.splits.items()}
         results = perplexity.evaluate(partial(call, "label_log_probs"), whole, ranks.device)
+        if data.kind == "tokens":
+            for split, values in token_accuracy.evaluate(partial(call, "label_matches"), whole, ranks.device).items():
+                results[split] |= values
     if diagnostics := objective.diagnostics(call):
         for split in results:
             more = {"sequences": objective.sequences, "tokens": diagnostics.view_tokens}

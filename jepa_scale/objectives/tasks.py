@@ -10,6 +10,7 @@ Task = Literal[
     "encode",
     "next_token_logits",
     "label_log_probs",
+    "label_matches",
     "generate",
     "diagnose",
     # of the concept objective alone

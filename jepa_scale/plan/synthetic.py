@@ -47,7 +47,7 @@ class _Examples:
             grids = [rng.integers(0, 10, (side, side)).astype(np.int8) for _ in range(4)]
             return GridSequence(tuple(grids[:-1]), grids[-1])
         tokens = rng.integers(min(len(SPECIAL), self.vocab - 1), self.vocab, size)
-        if self.kind == "text":
+        if self.kind in ("text", "tokens"):
             return Document(tokens)
         half = size // 2  # a question and an answer of the same length
         messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
@@ -113,7 +113,7 @@ def synthetic_data(experiment: Experiment, vocab_size: int | None, sample_tokens
         raise InputError("data.source: a mixture cannot be planned; plan one of its parts")
     if isinstance(options, ReversalOptions):
         return load_data(options)  # generated, not read
-    trained = options.vocab_size if options.tokenizer == "bpe" else None  # on the data, to that size
+    trained = options.vocab_size if options.tokenizer in ("bpe", "none") else None  # of the data, or given
     found = vocab_size or experiment.model.vocab_size or (GRID_VOCABULARY if options.source == "grids" else trained)
     if not found:
         raise InputError(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from jepa_scale.config.schema import Section
 from jepa_scale.config.values import LocalPath, Text
@@ -16,13 +16,23 @@ if TYPE_CHECKING:  # options are checked before any slow import
     from jepa_scale.data.shards.format import Sample
 
 
+LEAST_BPE = 260
+"""Tokens of the smallest trained tokenizer: the bytes and the special tokens."""
+
+
 class RecordOptions(Section):
     """The options that determine the samples made of raw data. The same data and options give the same bytes."""
 
     tokenizer: LocalPath = Field(
-        "bpe", description="bpe = train one on the data; else a Hugging Face name or a local folder."
+        "bpe",
+        description="bpe = train one on the data; none = the data are token ids; else a Hugging Face name or a local folder.",
     )
-    vocab_size: int = Field(4096, ge=260, description="Vocabulary size of a trained BPE tokenizer.")
+    vocab_size: int = Field(
+        4096,
+        ge=2,
+        le=2**31,
+        description="Vocabulary size of a trained BPE tokenizer, or number of token ids without one.",
+    )
     documents: Literal["file", "line", "paragraph", "heading"] = Field(
         "file", description="Unit of a document in a text file; heading = from one ` = Title = ` line to the next."
     )
@@ -58,6 +68,12 @@ class RecordOptions(Section):
         description="Treatment of a bad record or sample: stop = end with an error that names it; skip = omit and count.",
     )
 
+    @model_validator(mode="after")
+    def _holds_every_byte(self) -> RecordOptions:
+        if self.tokenizer == "bpe" and self.vocab_size < LEAST_BPE:
+            raise ValueError(f"vocab_size: a trained tokenizer has at least {LEAST_BPE} tokens, got {self.vocab_size}")
+        return self
+
 
 class WindowOptions(Section):
     """The options of windows over ``frames``, rows with a sequence of grids."""
@@ -75,7 +91,7 @@ class WindowOptions(Section):
 class PrepareOptions(RecordOptions, WindowOptions):
     """The options of every kind of raw data."""
 
-    kind: Literal["auto", "text", "chat", "reversal", "grids"] = Field(
+    kind: Literal["auto", "text", "tokens", "chat", "reversal", "grids"] = Field(
         "auto", description="Kind of the data; auto = detected from the files."
     )
 
@@ -86,7 +102,8 @@ class Record:
 
     Attributes:
         where: ``file:line``, ``file#row`` or ``shard:member``, for error messages.
-        value: text: ``str``, or (n,) integer token ids; chat: ``dict`` with ``messages``, and with ``template`` if the row has
+        value: text: ``str``, or (n,) integer token ids; tokens: ``dict`` with ``tokens`` and, if given,
+            ``labels`` (:func:`~jepa_scale.data.prepare.formats.token_rows.token_record`); chat: ``dict`` with ``messages``, and with ``template`` if the row has
             values for the chat template (``tools`` …); grids: ``dict`` with ``context`` and ``target``; reversal: the row.
         unused: columns of its row that hold a value and are not used.
     """

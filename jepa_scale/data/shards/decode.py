@@ -15,10 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from jepa_scale.data.examples import Conversation, Document, GridSequence, Turn
+from jepa_scale.data.examples import Conversation, Document, GridSequence, LabelledTokens, Turn
+from jepa_scale.packing import IGNORE
 
 BLOCK = 512
 COLOURS = 10
+LABELS = "labels.npy"
 _NPY = re.compile(
     rb"\x93NUMPY\x01\x00..\{'descr': '([<|][iu][1248])', 'fortran_order': False, 'shape': \((\d+),\), \} *\n", re.DOTALL
 )
@@ -39,7 +41,7 @@ class BadSample(Exception):
 
 def decode(
     data: bytes, kind: str, num_tokens: int, vocab_size: int, train_all: bool = False
-) -> Document | Conversation | GridSequence | dict[str, Any]:
+) -> Document | LabelledTokens | Conversation | GridSequence | dict[str, Any]:
     """Decode the example of a sample; for the kind ``reversal``, the row as it was written.
 
     Args:
@@ -61,17 +63,21 @@ def decode(
     if kind == "grids":
         return _grids(_json(members), num_tokens)
     tokens = _tokens(members, num_tokens, vocab_size)
-    if kind == "text":
+    if kind == "text" or (kind == "tokens" and LABELS not in members):
         return Document(tokens)
+    if kind == "tokens":
+        return LabelledTokens(tokens, _labels(members, num_tokens, vocab_size))
     assert kind == "chat", kind
     return _conversation(tokens, _json(members), train_all)
 
 
-def truncate(example: Document | Conversation, size: int) -> Document | Conversation:
-    """Keep the first ``size`` tokens. Turns are cut there, and later turns are left out; ``messages`` is not changed."""
+def truncate(example: Document | LabelledTokens | Conversation, size: int) -> Document | LabelledTokens | Conversation:
+    """Keep the first ``size`` tokens, the last of which has no label. Turns are cut there, and later turns are left out; ``messages`` is not changed."""
     tokens = example.tokens[:size]
     if isinstance(example, Document):
         return Document(tokens)
+    if isinstance(example, LabelledTokens):
+        return LabelledTokens(tokens, np.append(example.labels[: size - 1], IGNORE))
     turns = tuple(replace(turn, stop=min(turn.stop, size)) for turn in example.turns if turn.start < size)
     return replace(example, tokens=tokens, turns=turns)
 
@@ -128,26 +134,41 @@ def _member(members: dict[str, bytes], extension: str) -> bytes:
 
 def _tokens(members: dict[str, bytes], num_tokens: int, vocab_size: int) -> np.ndarray:
     """Read the token ids as a read-only (n,) array of the stored integer type."""
-    raw = _member(members, "npy")
+    tokens = _integers(members, "npy", num_tokens)
+    if num_tokens and (int(tokens.max()) >= vocab_size or (tokens.dtype.kind == "i" and int(tokens.min()) < 0)):
+        wrong = next(int(t) for t in tokens if not 0 <= int(t) < vocab_size)
+        raise BadSample("npy", f"token id {wrong} is outside the vocabulary of {vocab_size:,}")
+    return tokens
+
+
+def _labels(members: dict[str, bytes], num_tokens: int, vocab_size: int) -> np.ndarray:
+    """Read the labels as a read-only (n,) array of the stored integer type."""
+    labels = _integers(members, LABELS, num_tokens)
+    outside = labels[(labels != IGNORE) & ((labels < 0) | (labels >= vocab_size))]
+    if len(outside):
+        raise BadSample(LABELS, f"label {outside[0]} is outside the vocabulary of {vocab_size:,}")
+    return labels
+
+
+def _integers(members: dict[str, bytes], extension: str, count: int) -> np.ndarray:
+    """Read ``count`` integers as a read-only array of the stored type."""
+    raw = _member(members, extension)
     if (match := _NPY.match(raw)) and match.end() == int.from_bytes(raw[8:10], "little") + 10:
         dtype = np.dtype(match[1].decode())
         if len(raw) - match.end() != int(match[2]) * dtype.itemsize:
-            raise BadSample("npy", "ends too early or too late; the shard is damaged")
+            raise BadSample(extension, "ends too early or too late; the shard is damaged")
         tokens = np.frombuffer(raw, dtype, offset=match.end())
     else:
         try:
             tokens = np.load(io.BytesIO(raw), allow_pickle=False)
         except (ValueError, EOFError, OSError) as error:
-            raise BadSample("npy", f"is not a NumPy array ({error})") from None
+            raise BadSample(extension, f"is not a NumPy array ({error})") from None
         if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-            raise BadSample("npy", "must hold integers in one dimension")
+            raise BadSample(extension, "must hold integers in one dimension")
         tokens = tokens.astype(tokens.dtype.newbyteorder("="))
         tokens.setflags(write=False)
-    if len(tokens) != num_tokens:
-        raise BadSample("npy", f"has {len(tokens):,} tokens, but {num_tokens:,} in its index")
-    if num_tokens and (int(tokens.max()) >= vocab_size or (tokens.dtype.kind == "i" and int(tokens.min()) < 0)):
-        wrong = next(int(t) for t in tokens if not 0 <= int(t) < vocab_size)
-        raise BadSample("npy", f"token id {wrong} is outside the vocabulary of {vocab_size:,}")
+    if len(tokens) != count:
+        raise BadSample(extension, f"has {len(tokens):,} tokens, but {count:,} in its index")
     return tokens
 
 

@@ -6,7 +6,8 @@ DIR/
   train-000000.tar        samples; any webdataset reader can read them
   train-000000.idx.npy    (n,) where each sample lies in the tar, its checksum and its number of tokens
 
-A sample's members by kind: ``text`` has ``npy`` (token ids); ``chat`` has ``npy`` and ``json`` (``messages``,
+A sample's members by kind: ``text`` has ``npy`` (token ids); ``tokens`` has ``npy`` and, unless every next token is predicted,
+``labels.npy`` (the label predicted at each token, -100 for none); ``chat`` has ``npy`` and ``json`` (``messages``,
 in ``turns`` the token span [start, stop) of each, and in ``where`` the row it was); ``reversal`` and ``grids`` have
 ``json`` alone (of grids: ``context``, ``target`` and ``where``).
 """
@@ -63,7 +64,7 @@ class Index:
     """The index of a folder of shards.
 
     Attributes:
-        kind: kind of the samples: ``text``, ``chat``, ``reversal`` or ``grids``.
+        kind: kind of the samples: ``text``, ``tokens``, ``chat``, ``reversal`` or ``grids``.
         splits: name of a split → its shards; ``train`` is the training data.
         vocab_size: one more than the largest token id that the tokenizer may give.
         special: token ids with a meaning, by name (``eos``, ``pad``, ``mask`` …).
@@ -141,7 +142,7 @@ class Index:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One sample to be written: ``members`` maps an extension to a NumPy array (``npy``) or JSON value (``json``)."""
+    """One sample to be written: ``members`` maps an extension to a NumPy array (``npy``, ``labels.npy``) or JSON value (``json``)."""
 
     members: Mapping[str, Any]
     tokens: int
@@ -195,7 +196,7 @@ def write_shard(folder: Path, name: str, samples: Iterable[Sample]) -> ShardInfo
 
 
 def _encode(extension: str, value: Any) -> bytes:
-    if extension == "npy":
+    if extension.endswith("npy"):
         raw = io.BytesIO()
         np.save(raw, value)
         return raw.getvalue()

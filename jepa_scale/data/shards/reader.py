@@ -18,17 +18,18 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
-from jepa_scale.data.examples import Conversation, Document, GridSequence
+from jepa_scale.data.examples import Conversation, Document, GridSequence, LabelledTokens
 from jepa_scale.data.shards.cache import ShardError
 from jepa_scale.data.shards.decode import BadSample, decode, truncate
 from jepa_scale.data.shards.format import SAMPLE
 from jepa_scale.data.shards.locate import Located
 from jepa_scale.utils.errors import InputError
 
-Example = Document | Conversation | GridSequence | dict[str, Any]
+Example = Document | LabelledTokens | Conversation | GridSequence | dict[str, Any]
 Long = Literal["split", "drop", "truncate", "error"]
 ALLOWED: dict[str, tuple[Long, ...]] = {
     "text": ("split", "drop", "truncate", "error"),
+    "tokens": ("drop", "truncate", "error"),
     "chat": ("drop", "truncate", "error"),
     "grids": ("drop", "error"),
     "reversal": ("drop", "error"),
@@ -223,7 +224,7 @@ class ShardExamples(Sequence[Example]):
             return Document(tokens if size == len(tokens) else tokens[first : first + size])
         example = self._read(shard, sample)
         if self.long == "truncate" and size < table.tokens.item(sample):
-            assert isinstance(example, Document | Conversation)
+            assert isinstance(example, Document | LabelledTokens | Conversation)
             return truncate(example, size)
         return example
 

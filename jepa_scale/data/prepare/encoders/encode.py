@@ -19,6 +19,7 @@ from jepa_scale.data.prepare.encoders.messages import normalise
 from jepa_scale.data.prepare.encoders.tokenizer import load_tokenizer, train_bpe
 from jepa_scale.data.prepare.formats.source import Source, Vocabulary
 from jepa_scale.data.shards.format import Sample, token_dtype
+from jepa_scale.utils.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,6 +44,18 @@ def make_encoder(reader: Source, options: PrepareOptions, cache: Path) -> Encode
         return FactEncoder(vocabulary)
     if reader.kind == "text" and vocabulary is not None:
         return TokenEncoder(vocabulary, options.max_document_tokens)
+    if options.tokenizer == "none":
+        if reader.kind != "tokens":
+            raise InputError(
+                f"data.tokenizer: none is for rows of token ids, but the data are {reader.kind}; name a tokenizer"
+            )
+        return RowEncoder(None, options.vocab_size)
+    if reader.kind == "tokens":
+        if options.tokenizer == "bpe":
+            raise InputError(
+                "data.tokenizer: none can be trained on token ids; name the one that made them, or give none and data.vocab_size"
+            )
+        return RowEncoder(load_tokenizer(options.tokenizer, options.trust_remote_code))
     chat = reader.kind == "chat"
     if options.tokenizer == "bpe":
         tokenizer = train_bpe(_texts(reader, options), options.vocab_size, cache, chat and not options.plain)
@@ -121,6 +134,39 @@ class TokenEncoder(BaseEncoder):
 
     def save(self, folder: Path) -> bool:
         return False
+
+
+class RowEncoder(BaseEncoder):
+    """Encoder of rows of token ids with labels; see :func:`~jepa_scale.data.prepare.formats.token_rows.token_record`.
+
+    Args:
+        tokenizer: the one that made the ids, kept with the data; None = unknown.
+        vocab_size: number of token ids without a tokenizer.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int = 0) -> None:
+        self._inner = TokenizerEncoder(tokenizer) if tokenizer else None
+        self.vocab_size = self._inner.vocab_size if self._inner else vocab_size
+        self.special: dict[str, Any] = self._inner.special if self._inner else {}
+        self.tokenizer_fingerprint = self._inner.tokenizer_fingerprint if self._inner else ""
+
+    def __call__(self, record: Record) -> list[Sample]:
+        tokens, labels = record.value["tokens"], record.value.get("labels")
+        for name, ids in (("token id", tokens), ("label", labels)):
+            if ids is not None and int(ids.max()) >= self.vocab_size:
+                hint = "" if self._inner else "; set data.vocab_size"
+                raise BadRecord(
+                    record.where, f"{name} outside the vocabulary", f"{ids.max()} of {self.vocab_size:,}{hint}"
+                )
+        if len(tokens) < 2:
+            raise LeftOut(record.where, "single token", "it predicts nothing")
+        members = {"npy": tokens.astype(token_dtype(self.vocab_size))}
+        if labels is not None:
+            members["labels.npy"] = labels.astype(np.int32)
+        return [Sample(members, len(tokens))]
+
+    def save(self, folder: Path) -> bool:
+        return self._inner.save(folder) if self._inner else False
 
 
 class GridEncoder(BaseEncoder):

@@ -20,6 +20,7 @@ from jepa_scale.data.prepare.formats.grids import (
     windows,
 )
 from jepa_scale.data.prepare.formats.source import Items, Part
+from jepa_scale.data.prepare.formats.token_rows import IDS, looks_like_tokens, token_record
 from jepa_scale.utils.errors import InputError
 
 TEXT = ("text", "content", "document")
@@ -68,6 +69,11 @@ class Schema:
         elif self.kind == "chat":
             try:
                 yield conversation(item.where, row, names, self.form)
+            except BadRecord as bad:
+                yield bad
+        elif self.kind == "tokens":
+            try:
+                yield token_record(item.where, row)
             except BadRecord as bad:
                 yield bad
         else:
@@ -168,4 +174,8 @@ def match(row: Mapping[str, Any], options: PrepareOptions) -> Schema | None:
                 columns |= {"input": "instruction", "more": "input"}  # Alpaca's form: a task and its input
             return Schema("chat", "pair", columns)
     text = column("text", TEXT)
-    return Schema("text", "text", {"text": text}) if text and allowed("text") else None
+    if text and allowed("text"):
+        return Schema("text", "text", {"text": text})
+    if allowed("tokens") and not primary and looks_like_tokens(row.get(IDS)):
+        return Schema("tokens", "tokens", {"tokens": IDS})
+    return None
