@@ -25,16 +25,14 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import jepa_scale  # noqa: E402
 from benchmarks.rows import row, write  # noqa: E402
 from benchmarks.study import train_all  # noqa: E402
+from jepa_scale.bench.measures.frozen_states import probe  # noqa: E402
 from jepa_scale.cli.main import main as command  # noqa: E402
 from jepa_scale.data.prepare.formats.table import read_jsonl  # noqa: E402
-from jepa_scale.metrics.probe import Labelled, accuracy, linear_probe, majority, neighbour_predictions  # noqa: E402
-from jepa_scale.metrics.spectrum import effective_rank  # noqa: E402
 from jepa_scale.telemetry import load_run  # noqa: E402
 from jepa_scale.utils.format import text_table  # noqa: E402
 
@@ -73,7 +71,6 @@ SIZE = [
     "optim.lr=5e-3",
     "optim.lr_muon=5e-3",
 ]
-SPLITS = 5
 FIELDS = ("knn_last", "probe_last", "knn_mean", "probe_mean", "rank_last", "rank_mean")
 
 
@@ -93,40 +90,6 @@ def arguments(case: str, corpus: str, seed: int, folder: Path, threads: int, mor
     path, *keys = CORPORA[corpus]
     given = [f"data.path={os.path.expandvars(path)}", *keys, f"run.seed={seed}", f"engine.threads={threads}"]
     return ["--config", config, *SIZE, *given, *more, *CASES[case]]
-
-
-def probe(run: Path, passages: list[dict[str, Any]]) -> dict[str, float]:
-    """``FIELDS`` and ``chance``."""
-    names = sorted({passage["label"] for passage in passages})
-    labels = torch.tensor([names.index(passage["label"]) for passage in passages])
-    loaded = jepa_scale.load(run)
-    found: dict[str, float] = {}
-    for pooling in ("last", "mean"):
-        texts = [passage["text"] for passage in passages]
-        rows = torch.from_numpy(loaded.encode(texts, pooling=pooling, truncate=True))
-        results = []
-        for split in range(SPLITS):
-            train, test = (Labelled(rows[part], labels[part]) for part in splits(labels, split))
-            results.append(
-                (
-                    accuracy(neighbour_predictions(train, test.rows, 10), test.labels),
-                    accuracy(linear_probe(train, len(names)).predictions(test.rows), test.labels),
-                )
-            )
-            found["chance"] = majority(train, test)
-        for name, values in zip(("knn", "probe"), zip(*results, strict=True), strict=True):
-            found[f"{name}_{pooling}"] = statistics.fmean(values)
-        found[f"rank_{pooling}"] = float(effective_rank(rows))
-    return found
-
-
-def splits(labels: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows to train on and to test on: of each label 70 % and 30 %."""
-    rng, test = np.random.default_rng(seed), torch.zeros(len(labels), dtype=torch.bool)
-    for label in labels.unique():
-        rows = (labels == label).nonzero()[:, 0].numpy()
-        test[rng.permutation(rows)[: len(rows) * 3 // 10]] = True
-    return ~test, test
 
 
 def main() -> None:
@@ -164,7 +127,8 @@ def main() -> None:
             assert command(["data", "sections", os.path.expandvars(CORPORA[corpus][0]), "--out", str(file)]) == 0
         passages = [record.value for record in read_jsonl(file)]
         for case in args.cases:
-            found = [probe(runs[corpus, case, seed], passages) for seed in range(args.seeds)]
+            texts, labels = ([passage[key] for passage in passages] for key in ("text", "label"))
+            found = [probe(jepa_scale.load(runs[corpus, case, seed]), texts, labels) for seed in range(args.seeds)]
             cells = [corpus, case]
             for field in FIELDS:
                 values = [one[field] for one in found]

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "jepa_scale"
 LAYERS = (
     ("__main__",),
     ("cli", "train"),
+    ("bench",),
     ("training", "inference", "plan"),
     ("experiment", "report"),
     ("evaluation", "convert"),

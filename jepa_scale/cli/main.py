@@ -19,6 +19,7 @@ from jepa_scale.utils.logging import configure, shows_progress
 logger = logging.getLogger(__name__)
 
 PARSERS = {
+    "bench": "jepa_scale.cli.bench",
     "data": "jepa_scale.cli.data",
     "checkpoint": "jepa_scale.cli.checkpoint",
     "convert": "jepa_scale.cli.convert",
@@ -63,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="jepa-scale", description="Train and evaluate JEPA-augmented decoders.")
     top.add_argument("--version", action="version", version=f"jepa_scale {__version__}")
     commands = top.add_subparsers(
-        required=True, metavar="train|eval|data|checkpoint|convert|encode|generate|plan|watch|config|report"
+        required=True, metavar="train|eval|data|checkpoint|convert|encode|generate|plan|bench|watch|config|report"
     )
     flags = logging_flags()
     commands.add_parser("train", help="train one run (see jepa-scale train --help)")
@@ -81,6 +82,7 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("generate", help="generate text with a run's model (see jepa-scale generate --help)")
 
     commands.add_parser("plan", help="memory, communication and time of a run (see jepa-scale plan --help)")
+    commands.add_parser("bench", help="compare objectives with their baselines and controls (see jepa-scale bench --help)")
     commands.add_parser("watch", help="follow runs while they train (see jepa-scale watch --help)")
 
     config = commands.add_parser(

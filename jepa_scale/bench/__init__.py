@@ -1,0 +1,1 @@
+"""The bench: objectives on tasks where latent prediction should help, each beside its baseline and its detached control."""

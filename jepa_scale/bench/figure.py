@@ -1,0 +1,44 @@
+"""The figure of a task: each arm's difference to its baseline and to its control, with their intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jepa_scale.bench.results import Result
+from jepa_scale.bench.runs import CONTROL
+from jepa_scale.bench.task import BASELINE
+from jepa_scale.report.figure import new_figure, save_figure
+
+COLOURS = {"to_baseline": "#0072B2", "to_control": "#D55E00"}
+LABELS = {"to_baseline": f"to {BASELINE}", "to_control": "to its control"}
+
+
+def draw(results: Sequence[Result], path: Path) -> bool:
+    """Draw the differences of one task's first measure, a row for each case and arm; returns False if there are none."""
+    first = results[0].measure if results else ""
+    shown = [
+        r for r in results if r.measure == first and not r.arm.endswith(CONTROL) and (r.to_baseline or r.to_control)
+    ]
+    if not shown:
+        return False
+    figure, axis = new_figure()
+    figure.set_size_inches(6.4, 1.2 + 0.45 * len(shown))
+    for number, (key, colour) in enumerate(COLOURS.items()):
+        for height, result in enumerate(reversed(shown)):
+            found = getattr(result, key)
+            if found is None:
+                continue
+            y = height + (0.5 - number) * 0.3
+            label = LABELS[key] if height == len(shown) - 1 else None
+            axis.plot([found.low, found.high], [y, y], color=colour, linewidth=2.5, solid_capstyle="butt")
+            axis.plot([found.mean], [y], "o", color=colour, markersize=5, label=label)
+    several = len({r.case for r in shown}) > 1
+    names = [f"{r.case}, {r.arm}" if several else r.arm for r in reversed(shown)]
+    axis.set_yticks(range(len(shown)), names)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_xlabel(f"difference in {first.replace('_', ' ')} ({shown[0].better} is better)")
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_figure(figure, path)
+    return True

@@ -1,0 +1,73 @@
+"""Run tasks of the bench: check, generate, train, measure, compare, write."""
+
+from __future__ import annotations
+
+import json as json_format
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from jepa_scale.bench.figure import draw
+from jepa_scale.bench.page import write_page
+from jepa_scale.bench.results import Result, measure_run, results_of, write_json
+from jepa_scale.bench.runs import Run, check, make_data, plan_runs, train_all
+from jepa_scale.bench.task import Task
+
+log = logging.getLogger(__name__)
+
+
+def run_tasks(
+    tasks: Mapping[str, Task],
+    seeds: Mapping[str, Sequence[int]],
+    folder: Path,
+    *,
+    quick: bool,
+    arms: Sequence[str],
+    cases: Sequence[str],
+    config: Mapping[str, Any],
+    same_flops: bool,
+    jobs: int,
+    progress: bool,
+    page: Path,
+    json: Path,
+    command: str,
+) -> list[Result]:
+    """Run the tasks, write the page and the rows, and return the results. What is complete in ``folder`` is not repeated.
+
+    All configs are checked before anything is trained.
+
+    Args:
+        seeds: name of a task → its seeds.
+        config, quick, arms, cases, same_flops: see :func:`jepa_scale.bench.runs.plan_runs`.
+        jobs: runs at a time.
+        command: shown on the page.
+
+    Raises:
+        InputError: an arm, a case, a config or an option of a generator is wrong, or a run failed.
+    """
+    runs: dict[str, list[Run]] = {}
+    for name, task in tasks.items():
+        runs[name] = plan_runs(name, task, folder, seeds[name], quick, arms, cases, config, same_flops)
+    every = [run for of_task in runs.values() for run in of_task]
+    for run in every:
+        check(run)
+    log.info(f"bench: {len(tasks)} tasks, {len(every)} runs, {jobs} at a time, in {folder}")
+    make_data(every)
+    train_all(every, jobs, progress)
+
+    measured = {
+        run.name: measure_run(run, tasks[run.task]) for run in tqdm(every, unit="measured", disable=not progress)
+    }
+    results = [r for name, task in tasks.items() for r in results_of(name, task, runs[name], measured)]
+    figures = {}
+    for name in tasks:
+        picture = page.with_name(f"{page.stem}_{name}.png")
+        if draw([result for result in results if result.task == name], picture):
+            figures[name] = picture.name
+    write_page(page, tasks, results, command, figures)
+    summary = json_format.loads((every[0].directory / "summary.json").read_text(encoding="utf-8"))
+    write_json(json, results, {**summary["environment"], "command": command})
+    return results
