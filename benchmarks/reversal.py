@@ -4,7 +4,11 @@
 
     python benchmarks/reversal.py --json benchmarks/results/reversal.json --draw benchmarks/results/reversal.png
 
-The table and the figure stand in docs/results/reversal.md. ``--draw`` draws the figure from the file of ``--json`` and trains nothing.
+    python benchmarks/reversal.py --cases sentences sentences_lm sentences_detach --seeds 3 --threads 1 \\
+        --json benchmarks/results/reversal_sentences.json
+
+The table and the figure stand in docs/results/reversal.md. The last command is about facts as sentences. ``--draw`` draws the figure from
+the file of ``--json`` and trains nothing.
 
 Each run is a process of its own, of the configs as shipped; a seed changes the data, the weights and the order. Runs
 that are already complete in --dir are not repeated.
@@ -36,8 +40,14 @@ CASES: dict[str, tuple[list[str], int | None]] = {  # name → (arguments, seeds
     "linear": (["--config", "configs/reversal.yaml", "objective.predictor=linear"], 2),
     "mlp": (["--config", "configs/reversal.yaml", "objective.predictor=mlp"], 2),
     "gpt2": (["--config", "configs/reversal.yaml", GPT2], 1),
+    "sentences": (["--config", "configs/reversal_sentences.yaml"], None),
+    "sentences_lm": (["--config", "configs/reversal_sentences_lm.yaml"], None),
+    "sentences_detach": (["--config", "configs/reversal_sentences.yaml", "objective.detach=true"], 1),
 }
+TOKENS = [case for case in CASES if not case.startswith("sentences")]
 COLUMNS = [("train", "exact_match"), ("atomic", "exact_match"), ("test", "exact_match"), ("test", "mrr")]
+QUESTIONS = [*COLUMNS, ("atomic_questions", "exact_match"), ("atomic_questions", "mrr")]
+"""Split and metric of each column; with sentences, questions in unseen words about facts that were trained, too."""
 
 
 def arguments(case: str, seed: int, threads: int) -> list[str]:
@@ -76,7 +86,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
+    parser.add_argument("--cases", nargs="+", default=TOKENS, choices=CASES)
     parser.add_argument("--dir", type=Path, default=Path("runs/benchmark_reversal"))
     parser.add_argument("--threads", type=int, default=0, help="CPU threads a run; 0 = all cores")
     parser.add_argument("--json", type=Path)
@@ -86,6 +96,7 @@ def main() -> None:
         draw(json.loads(args.json.read_text(encoding="utf-8"))["rows"], args.draw)
         return
 
+    columns = QUESTIONS if not {*args.cases} & {*TOKENS} else COLUMNS
     rows: list[dict[str, Any]] = []
     table: list[list[str]] = []
     machine: dict[str, Any] = {}
@@ -95,14 +106,14 @@ def main() -> None:
         records = [load_run(train(folder / f"{case}_{s}", arguments(case, s, args.threads))) for s in seeds]
         machine = records[0].summary["environment"]
         cells = [case, str(len(records))]
-        for split, metric in COLUMNS:
+        for split, metric in columns:
             values = [float(record.summary["final"][f"eval/{split}"][metric]) for record in records]
             mean, low, high = statistics.fmean(values), min(values), max(values)
             name = f"{case}/{split}/{metric}"
             rows.append(row(name, values, "", mean))
             cells.append(f"{mean:.3f} ({low:.3f} to {high:.3f})")
         table.append(cells)
-    print(text_table(["run", "seeds", *[f"{split} {metric}" for split, metric in COLUMNS]], table))
+    print(text_table(["run", "seeds", *[f"{split} {metric}" for split, metric in columns]], table))
     if args.json:
         write(args.json, machine, rows)
 

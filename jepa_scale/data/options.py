@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from jepa_scale.config.parsing import parse_section
 from jepa_scale.config.schema import Section
@@ -14,13 +14,20 @@ from jepa_scale.data.base import DataOptions, Evaluation
 from jepa_scale.data.prepare.base import RecordOptions, WindowOptions
 from jepa_scale.utils.errors import InputError, suggestion
 
-GENERATOR_KEYS = {"entities_a", "comb", "relations", "seed"}
+GENERATOR_KEYS = {"form", "sentences", "entities_a", "comb", "relations", "seed"}
 
 
 class ReversalOptions(DataOptions):
     """Keys of ``data:`` with ``source: reversal``."""
 
     source: Literal["reversal"] = Field("reversal", description="Facts and their reverses, as in GPT2WithJEPA.")
+    form: Literal["tokens", "sentences"] = Field(
+        "tokens",
+        description="tokens = subject, relation token, mask, object; sentences = English, test asks questions.",
+    )
+    sentences: int = Field(
+        4, ge=1, le=15, description="With form: sentences, training sentences of each fact, in different templates."
+    )
     entities_a: int = Field(
         50_000,
         ge=10,
@@ -44,10 +51,17 @@ class ReversalOptions(DataOptions):
         description="With path: first relation id, from which inverses are paired by parity; null = by name.",
     )
 
+    @model_validator(mode="after")
+    def _has_sentences(self) -> ReversalOptions:
+        if self.form == "tokens" and "sentences" in self.model_fields_set:
+            raise ValueError("sentences: has a meaning only for facts as sentences; set form=sentences or remove it")
+        return self
+
     def resolved(self) -> dict[str, Any]:
-        """Return the keys of this section, without the generator's if the facts are read from files."""
+        """Return the keys of this section that have a meaning: not the generator's if the facts are read from files."""
         values = super().resolved()
-        return values if self.path is None else {k: v for k, v in values.items() if k not in GENERATOR_KEYS}
+        unused = GENERATOR_KEYS if self.path is not None else {"sentences"} if self.form == "tokens" else set()
+        return {k: v for k, v in values.items() if k not in unused}
 
 
 class ShardOptions(RecordOptions, DataOptions):

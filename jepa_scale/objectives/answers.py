@@ -85,29 +85,36 @@ class LanguageModelAnswerGenerator:
         return -sum_by_segment(log_probs, batch)
 
     def ranks(self, questions: Sequence[Question]) -> np.ndarray:
-        """Rank all answers by their exact joint likelihood; each distinct prefix of an answer is one packed segment."""
+        """Rank all answers by their exact joint likelihood; each distinct beginning of an answer is a branch of the question."""
+        prefixes = sorted(
+            {a[:t] for a in self.answers for t in range(len(a))}
+        )  # the first is empty: the question itself
+        number = {prefix: i for i, prefix in enumerate(prefixes)}
+        steps = [(i, number[a[:t]], a[t]) for i, a in enumerate(self.answers) for t in range(len(a))]
+        answer, row, token = torch.tensor(steps).T
+        parts = []
+        per_call = max(1, self.chunk // len(prefixes))
+        for start in range(0, len(questions), per_call):
+            some = questions[start : start + per_call]
+            batch = pack([Views(_beginnings(q.prompt, prefixes)) for q in some])
+            log_probs = torch.log_softmax(self.call("next_token_logits", batch), dim=-1)
+            device = log_probs.device
+            asked = [
+                batch.segments[role].view(len(some), -1) for role in ("prompt", "prefix") if role in batch.segments
+            ]
+            rows = torch.cat(asked, dim=1)[:, row].to(device)  # (questions, steps)
+            picked = log_probs[rows, token.to(device)].double()
+            scores = picked.new_zeros(len(some), len(self.answers))
+            parts.append(scores.index_add(1, answer.to(device), picked))
         own = {a: i for i, a in enumerate(self.answers)}
-        depth = max(len(a) for a in self.answers)
-        device_scores: Tensor | None = None
-        for t in range(depth):
-            prefixes = sorted({a[:t] for a in self.answers if len(a) > t})
-            where = {p: i for i, p in enumerate(prefixes)}
-            rows = torch.tensor([where[a[:t]] if len(a) > t else 0 for a in self.answers])
-            tokens = torch.tensor([a[t] if len(a) > t else 0 for a in self.answers])
-            real = torch.tensor([len(a) > t for a in self.answers])
-            parts = []
-            per_call = max(1, self.chunk // len(prefixes))
-            for start in range(0, len(questions), per_call):
-                some = questions[start : start + per_call]
-                log_probs = self._next_log_probs([[*q.prompt, *p] for q in some for p in prefixes])
-                log_probs = log_probs.view(len(some), len(prefixes), -1)
-                picked = log_probs[:, rows.to(log_probs.device), tokens.to(log_probs.device)]  # (questions, answers)
-                parts.append(torch.where(real.to(picked.device), picked, 0.0))
-            scores = torch.cat(parts).double()
-            device_scores = scores if device_scores is None else device_scores + scores
-        assert device_scores is not None
-        right = torch.tensor([own[tuple(q.answer)] for q in questions], device=device_scores.device)
-        return rank_of(device_scores, right)
+        right = torch.tensor([own[tuple(q.answer)] for q in questions], device=parts[0].device)
+        return rank_of(torch.cat(parts), right)
+
+
+def _beginnings(prompt: tuple[int, ...], prefixes: Sequence[tuple[int, ...]]) -> list[Segment]:
+    """Return a question as a segment, and each beginning of an answer but the empty one as a branch of it."""
+    branches = [Segment(prefix, "prefix", prefix=("prompt", len(prompt))) for prefix in prefixes if prefix]
+    return [Segment(prompt, "prompt"), *branches]
 
 
 def sum_by_segment(values: np.ndarray, batch: Any, sequence: str = "main") -> np.ndarray:

@@ -156,7 +156,7 @@ def test_lists_of_two_and_ranges_of_their_values():
 
 UNBOUNDED = {
     "below", "above",  # of any metric
-    "tap_layer", "target_layer", "bridge_after",  # from either end of the blocks
+    "tap_layer", "relation_layer", "target_layer", "bridge_after",  # from either end of the blocks
     "gate_init", "bridge_gate_init",  # before a sigmoid
     "weight",  # of a part: checked by its own rule
 }  # fmt: skip

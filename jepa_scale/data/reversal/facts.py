@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
-from typing import Any, overload
+from typing import Any, ClassVar, Self, overload
 
 import numpy as np
 
@@ -117,6 +117,9 @@ class Facts(Sequence[Fact]):
     object: np.ndarray
     kind: np.ndarray
 
+    columns: ClassVar[tuple[str, ...]] = ("subject", "relation", "object", "kind")
+    """The arrays with a row for each fact."""
+
     def __len__(self) -> int:
         return len(self.kind)
 
@@ -150,10 +153,14 @@ class Facts(Sequence[Fact]):
     def mean_size(self) -> float:
         return float(self.sizes(np.arange(len(self))).mean())
 
-    def select(self, rows: np.ndarray | slice) -> Facts:
+    def select(self, rows: np.ndarray | slice) -> Self:
         """Return the facts of some rows (numbers, a boolean mask or a slice)."""
-        picked = (x[rows] for x in (self.subject, self.relation, self.object, self.kind))
-        return Facts(self.names, self.relations, self.mask, *picked)
+        return replace(self, **{column: getattr(self, column)[rows] for column in self.columns})
+
+    @property
+    def wording(self) -> tuple[np.ndarray, ...]:
+        """Arrays of tokens that the examples have beside names and relations: none."""
+        return ()
 
     def codes(self) -> np.ndarray:
         """Return an (F,) int64 code of each fact, equal exactly for equal facts (of the same ``names`` and
@@ -169,10 +176,11 @@ class ReversalData:
     Attributes:
         names: the names of *all* entities, sorted; answers are ranked against them.
         train: the facts to train on, kinds ``train`` and ``atomic``.
-        splits: ``train``, ``atomic`` and ``test`` for evaluation; ``test`` is held out.
+        splits: ``train``, ``atomic`` and ``test`` for evaluation; ``test`` is held out. Sentences have a fourth,
+            ``atomic_questions``.
         vocab_size: one more than the largest token id.
         special: token ids ``mask``, ``pad``, ``pred``, and ``relations``, the list r_0, r_0_inv, r_1, … in
-            which number i ^ 1 is the inverse of number i.
+            which number i ^ 1 is the inverse of number i. Sentences have no ``relations``.
         by_name: an epoch's order keeps facts together whose entities share a name token.
     """
 
@@ -215,14 +223,7 @@ class ReversalData:
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
         train = self.train
-        for array in (
-            self.names.tokens,
-            train.relations,
-            train.subject,
-            train.relation,
-            train.object,
-            train.kind,
-        ):
+        for array in (self.names.tokens, train.relations, *train.wording, *(getattr(train, c) for c in train.columns)):
             digest.update(f"{array.shape}".encode())
             digest.update(array.astype("<i4").tobytes())
         digest.update(f"{self.vocab_size} {sorted(self.special.items())}".encode())

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from jepa_scale.data.reversal.facts import ATOMIC, KINDS, TEST, TRAIN, Facts, Names, ReversalData
+from jepa_scale.data.reversal.sentences import Sentences
 from jepa_scale.data.sampling.rng import generator
 from jepa_scale.data.shards.locate import Located
 from jepa_scale.data.shards.reader import ShardExamples
@@ -46,8 +47,12 @@ def write(
             ``train``. They are chosen by ``seed``.
 
     Raises:
-        InputError: one of the files already exists.
+        InputError: one of the files already exists, or the facts are sentences.
     """
+    if isinstance(data.train, Sentences):
+        raise InputError(
+            "data.form: files of facts hold relation tokens, not sentences; write facts of data.form=tokens"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name in FILES:

@@ -8,6 +8,7 @@ from jepa_scale.config.loading import find_file
 from jepa_scale.data.options import GENERATOR_KEYS, ReversalOptions
 from jepa_scale.data.reversal.facts import ReversalData, generate
 from jepa_scale.data.reversal.files import read, read_shards
+from jepa_scale.data.reversal.sentences import as_sentences
 from jepa_scale.data.shards.cache import cache_dir
 from jepa_scale.data.shards.locate import locate
 from jepa_scale.utils.errors import InputError
@@ -23,7 +24,10 @@ def load(options: ReversalOptions) -> ReversalData:
     if options.path is None:
         if options.first_relation_token_id is not None:
             raise InputError("data.first_relation_token_id: has a meaning only for files; set data.path or remove it")
-        return _arrange(generate(options.entities_a, options.comb, options.relations, options.seed), options)
+        data = generate(options.entities_a, options.comb, options.relations, options.seed)
+        if options.form == "sentences":
+            data = as_sentences(data, options.sentences, options.seed)
+        return _arrange(data, options)
     unused = sorted(given & GENERATOR_KEYS)
     if unused:
         raise InputError(f"data.{unused[0]}: has no meaning for facts read from data.path; remove one of them")

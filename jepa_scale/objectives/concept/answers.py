@@ -23,16 +23,14 @@ class NamePair:
 
     subject: tuple[int, ...]
     object: tuple[int, ...]
-    relation: int
 
 
 class NameViews(Protocol):
     """The part of the view transform that evaluation needs."""
 
-    @property
-    def relations(self) -> dict[int, int]: ...
-
     def names(self, fact: Any) -> Views: ...
+
+    def question(self, fact: Any) -> Views: ...
 
 
 class ConceptAnswerGenerator:
@@ -59,12 +57,11 @@ class ConceptAnswerGenerator:
     def prepare(self, answers: Sequence[tuple[int, ...]]) -> None:
         """Encode all names into ``index`` (M, dim), rows of unit norm. Each rank encodes its share."""
         self.own = {tuple(a): i for i, a in enumerate(answers)}
-        relation = next(iter(self.views.relations))  # any: names are encoded without it
         share = -(-len(answers) // dp_size())
         mine = [answers[min(i, len(answers) - 1)] for i in range(dp_rank() * share, (dp_rank() + 1) * share)]
         parts = []
         for start in range(0, share, self.chunk):
-            pairs = [NamePair(n, n, relation) for n in mine[start : start + self.chunk]]
+            pairs = [NamePair(n, n) for n in mine[start : start + self.chunk]]
             parts.append(self.call("encode_names", self._pack([self.views.names(p) for p in pairs]))[:, 0])
         self.index = F.normalize(all_gather_rows(torch.cat(parts))[: len(answers)], dim=-1)
 
@@ -72,7 +69,7 @@ class ConceptAnswerGenerator:
         return pack(views, self.sequences)
 
     def _predict(self, questions: Sequence[Any]) -> Tensor:
-        return F.normalize(self.call("predict", self._pack([self.views.names(q) for q in questions])), dim=-1)
+        return F.normalize(self.call("predict", self._pack([self.views.question(q) for q in questions])), dim=-1)
 
     def ranks(self, questions: Sequence[Any]) -> np.ndarray:
         right = torch.tensor([self.own[q.answer] for q in questions], device=self.index.device)

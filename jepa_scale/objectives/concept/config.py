@@ -35,9 +35,20 @@ class ConceptOptions(Section):
     gate_init: float = Field(-2.0, description="Initial value of the bridge's gate, before the sigmoid.")
     snap: bool = Field(False, description="Replace a prediction by the nearest known concept before it is decoded.")
     memory: bool = Field(False, description="Take concepts from a memory with one slot for each known name.")
+    relation_layer: int = Field(
+        -1, description="With data.form: sentences, a relation is the state after this block; negative = from the end."
+    )
+    detach: bool = Field(
+        False, description="Control: InfoNCE trains the operator and the temperature, but not the decoder."
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> ConceptOptions:
         if self.scale_init > self.scale_max:
             raise ValueError(f"scale_init: {self.scale_init} is above scale_max {self.scale_max}; change one of them")
+        if self.detach and (self.memory or self.concept_dim is not None):
+            other = "memory" if self.memory else "concept_dim"
+            raise ValueError(
+                f"detach: compares the decoder's own states, and {other} trains others; remove one of them"
+            )
         return self

@@ -6,6 +6,9 @@ prediction. InfoNCE trains the prediction to be nearest to the object's concept 
 fact and its reverse use the same concepts, so a fact that is stated one way only constrains both (the split into
 recognition and semantics is that of Wang & Sun, arXiv 2504.01928).
 
+A relation is the embedding of its token. In facts as sentences it has none, and is read from the words: it is the decoder's
+state, after block ``relation_layer``, at the last token of the *carrier*, the sentence with a mask in the position of each name.
+
 For decoding, a concept is fed to the decoder through a gated bridge at a <mask> token, and the decoder generates the name.
 This is trained on *true* concepts, detached, with Gaussian noise of about the size of a prediction's error. If it were
 trained on predictions, it would memorise the training facts' errors and fail on held-out facts.
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,31 +40,38 @@ from jepa_scale.objectives.concept.memory import ConceptMemory
 from jepa_scale.objectives.concept.predictors import PREDICTORS
 from jepa_scale.objectives.costs import StepFlops, contrast_flops
 from jepa_scale.objectives.tasks import Call
-from jepa_scale.packing import PackedBatch, Segment, Views
+from jepa_scale.packing import PackedBatch, PackedSequence, Segment, Views
 from jepa_scale.utils.errors import InputError
 
 
 @dataclass(frozen=True, slots=True)
 class ConceptViews:
-    """View transform: a fact's two names, and one of them to be decoded."""
+    """View transform: a fact's two names and its relation, and one of the names to be decoded."""
 
     options: ConceptOptions
     dim: int
-    relations: dict[int, int]  # token → index
+    relations: dict[int, int] | None  # token → index; None = facts are sentences
     slots: dict[tuple[int, ...], int] | None  # name → slot, with a memory
 
     def names(self, fact: Any) -> Views:
-        """Return the views of subject and object, as segments or as memory slots, with the relation."""
-        values: dict[str, Any] = {"relation": fact.relation, "relation_index": self.relations[fact.relation]}
-        if self.slots is not None:
-            values["names"] = np.array([self.slots[fact.subject], self.slots[fact.object]])
-            return Views([], values)
+        """Return the views of subject and object, as segments or as memory slots."""
         names = (fact.subject, fact.object)
-        values["names"] = np.array([hash(name) & (2**63 - 1) for name in names])
-        return Views([Segment(name, "name", sequence="names", key=name) for name in names], values)
+        if self.slots is not None:
+            return Views([], {"names": np.array([self.slots[name] for name in names])})
+        hashes = np.array([hash(name) & (2**63 - 1) for name in names])
+        return Views([Segment(name, "name", sequence="names", key=name) for name in names], {"names": hashes})
+
+    def question(self, fact: Any) -> Views:
+        """Return the views of :meth:`names` with the relation, as a token or as a carrier."""
+        views = self.names(fact)
+        if self.relations is None:
+            views.segments.append(Segment(fact.carrier, "carrier", sequence="carriers", key=fact.carrier))
+        else:
+            views.values.update(relation=fact.relation, relation_index=self.relations[fact.relation])
+        return views
 
     def __call__(self, fact: Any, draw: SampleRNG) -> Views:
-        views = self.names(fact)
+        views = self.question(fact)
         rng = draw.rng("say")  # the name is part of the seed
         # Either name, so that all entities are decoded equally often: some are the object of held-out facts only.
         which = int(rng.integers(2))
@@ -114,10 +125,11 @@ class Concept(Objective):
         if options.predictor == "rotation" and dim % 2:
             raise InputError(f"objective.concept_dim: a rotation needs an even width, not {dim}")
         self.dim = dim
-        relations = data.special["relations"]
-        self.relation_index = {token: i for i, token in enumerate(relations)}
+        relations: list[int] | None = data.special.get("relations")
+        self.relation_index = None if relations is None else {token: i for i, token in enumerate(relations)}
+        self.relation_tap = self._relation_tap(backbone)
         self.known = [tuple(name) for name in data.names]
-        self.predictor = PREDICTORS[options.predictor](dim, backbone.hidden_size, len(relations))
+        self.predictor = PREDICTORS[options.predictor](dim, backbone.hidden_size, len(relations or ()))
         self.scale = LogScale(options.scale_init, options.scale_max)
         latent = backbone.hidden_size if options.memory else dim  # with a memory the *key* is decoded
         width = options.bridge_width or 8 * latent
@@ -125,7 +137,20 @@ class Concept(Objective):
         self.memory = ConceptMemory(self.known, dim) if options.memory else None
         needs_projection = not options.memory and options.concept_dim is not None
         self.project = nn.Linear(backbone.hidden_size, dim, bias=False) if needs_projection else nn.Identity()
-        self.sequences = ("decode",) if options.memory else ("names", "decode")
+        names, carriers = () if options.memory else ("names",), () if relations else ("carriers",)
+        self.sequences = (*names, *carriers, "decode")
+
+    def _relation_tap(self, backbone: Backbone) -> int:
+        """Return the block after which a carrier is read, and check the options that depend on the form of the facts."""
+        o = self.options
+        if self.relation_index is None and o.predictor == "linear":
+            raise InputError(
+                "objective.predictor: linear has a matrix for each relation token, and sentences (data.form) have none; "
+                "use rotation or mlp"
+            )
+        if self.relation_index is not None and o.relation_layer != type(o).model_fields["relation_layer"].default:
+            raise InputError("objective.relation_layer: applies to data.form=sentences only; remove it")
+        return resolve_tap(o.relation_layer, backbone.num_layers, "objective.relation_layer")
 
     @property
     def bounds(self) -> dict[str, tuple[float, float]]:
@@ -136,7 +161,7 @@ class Concept(Objective):
         return ConceptViews(self.options, self.dim, self.relation_index, slots)
 
     def view_tokens(self, sizes: np.ndarray) -> np.ndarray:
-        return 2 * sizes  # two names, and one of them again for decoding: less than the fact twice
+        return 2 * sizes  # names and relation, a mask for each name, and one name again: at most the fact twice
 
     def answer_generator(self, call: Call) -> ConceptAnswerGenerator:
         snap = self.options.snap or self.options.memory
@@ -144,12 +169,16 @@ class Concept(Objective):
 
     def flops(self, backbone: Backbone, square: bool = False) -> StepFlops:
         """See the base class. Elementwise operations are not counted; looking up a memory's slots costs nothing."""
-        decoder, names = DecoderFlops.of(backbone), ReadoutFlops.of(backbone, self.tap)
-        dim, ranks, has_memory = self.dim, dp_size(), self.memory is not None
+        decoder, dim, ranks, trained = DecoderFlops.of(backbone), self.dim, dp_size(), not self.options.detach
+        taps = {"names": self.tap, "carriers": self.relation_tap}
+        read = {name: ReadoutFlops.of(backbone, taps[name]) for name in self.sequences if name in taps}
         predictor, bridge, project = (linear_cost(m) for m in (self.predictor, self.bridge, self.project))
+        first = linear_cost(next(self.predictor.children(), nn.Identity()))
         if self.options.predictor == "linear":  # it multiplies by every relation's matrix, then selects one product
-            matrices = 2 * len(self.relation_index) * dim * dim
-            predictor = Cost(matrices, 2 * matrices)
+            first = Cost(2 * len(self.relation_index or ()) * dim * dim)
+            predictor = Cost(first.forward, 2 * first.forward)
+        if not trained:  # the first product's input has no gradient
+            predictor = Cost(predictor.forward, predictor.backward - first.forward)
 
         def count(batches: Sequence[PackedBatch]) -> int:
             several = len(batches) > 1
@@ -157,12 +186,13 @@ class Concept(Objective):
             decoded = sum(len(batch.samples.get("decode", ())) for batch in batches)  # samples with a name to decode
             total = sum(decoder.of_sequence(b.sequences["decode"], training=True, square=square) for b in batches)
             total += decoded * sum(bridge) + facts * (predictor.forward * (1 + several) + predictor.backward)
-            total += contrast_flops(facts, 2 * batches[0].max_samples, dim, len(batches), ranks)
-            if not has_memory:
-                for packed in (b.sequences["names"] for b in batches):
-                    total += names.of_sequence(packed, training=True, square=square)
-                    total += several * names.of_sequence(packed, training=False, square=square)
-                    total += len(packed.table.lengths) * (project.forward * (1 + several) + project.backward)
+            total += contrast_flops(facts, 2 * batches[0].max_samples, dim, len(batches), ranks, trained)
+            for name, readout in read.items():
+                for packed in (b.sequences[name] for b in batches):
+                    total += readout.of_sequence(packed, training=trained, square=square)
+                    total += several * readout.of_sequence(packed, training=False, square=square)
+                    if name == "names":
+                        total += len(packed.table.lengths) * (project.forward * (1 + several) + project.backward)
             return total
 
         return count
@@ -180,17 +210,27 @@ class Concept(Objective):
             states, keys = self.memory(names.flatten()), names.flatten()
             rows = torch.arange(names.numel(), device=names.device).view_as(names)
         else:
-            states = self.project(backbone.last_hidden(batch.sequences["names"], until=self.tap))
+            states = self.project(self._read(backbone, batch.sequences["names"], self.tap))
             rows = batch.segments["name"].view(-1, 2)
             keys = names.new_full((len(states),), NO_KEY).scatter(0, rows.flatten(), names.flatten())
         return F.rms_norm(states.float(), (self.dim,)), keys, rows
 
     def predictions(self, backbone: Backbone, concepts: Tensor, batch: PackedBatch) -> Tensor:
         """Return the predicted concepts of the objects, (N, dim) of unit RMS, from the subjects' concepts (N, dim)."""
-        relation = backbone.embed(batch.values["relation"])
+        if self.relation_index is None:
+            states = self._read(backbone, batch.sequences["carriers"], self.relation_tap)
+            relation = states[batch.segments["carrier"]]
+        else:
+            relation = backbone.embed(batch.values["relation"])
+            relation = relation.detach() if self.options.detach else relation
         relation = F.rms_norm(relation.float(), (relation.shape[-1],)).to(relation.dtype)
-        predicted = self.predictor(concepts, relation, batch.values["relation_index"])
+        predicted = self.predictor(concepts, relation, batch.values.get("relation_index"))
         return F.rms_norm(predicted, (self.dim,))
+
+    def _read(self, backbone: Backbone, packed: PackedSequence, tap: int) -> Tensor:
+        """Return the states after block ``tap`` at the last token of each segment, (S, hidden)."""
+        with torch.no_grad() if self.options.detach else nullcontext():
+            return backbone.last_hidden(packed, until=tap)
 
     def decoder_states(self, backbone: Backbone, latents: Tensor, batch: PackedBatch) -> Tensor:
         """Return the hidden states (T, d) of the sequence ``decode``.

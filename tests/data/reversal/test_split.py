@@ -42,3 +42,29 @@ def test_no_batch_of_an_epoch_holds_a_held_out_fact(name):
             question = " ".join(map(str, [*subject, relation]))
             assert not (question in f" {text} " and tuple(labels) == target), (row, labels)
             assert f"{question} {data.special['mask']} {' '.join(map(str, target))}" not in text
+
+
+@pytest.mark.parametrize("name", ["reversal_sentences", "reversal_sentences_lm"])
+def test_no_batch_of_an_epoch_holds_a_held_out_sentence(name):
+    """In no wording: neither the question in words of training, nor in those of the test, is followed by its answer."""
+    experiment = validate(
+        load_config(f"configs/{name}.yaml", ["data.entities_a=50", "data.comb=5", "train.batch_size=60"])
+    )
+    data = load_data(experiment.data)
+    objective = experiment.objective.build(build_backbone(experiment.model, data.vocab_size), data)
+    stream = SampleBatchSampler(data.order(0), 0, 60)
+    steps = -(-len(data.train) // 60)
+    rows = set()
+    for (batch,) in Loader(data.train, stream, objective.view_transform(), objective.sequences, 0, steps, seed=0):
+        for packed in batch.sequences.values():
+            ends = np.cumsum(packed.table.lengths)
+            for start, end in zip(ends - packed.table.lengths, ends, strict=True):
+                labels = packed.labels[start:end].tolist()
+                rows.add((*packed.input_ids[start:end].tolist(), *labels[-1:]))
+    trained = {tuple(x.lm_sequence()[0]) for x in data.train}
+    test, each = data.splits["test"], len(data.train.before) // 12
+    for x, relation in zip(test, test.relation, strict=True):
+        for t in range(relation * each, (relation + 1) * each):
+            sentence = (*data.train.before[t], *x.subject, *data.train.after[t], *x.object)
+            assert sentence not in rows and sentence not in trained
+    assert (trained <= rows) == (name == "reversal_sentences_lm")  # the rows are what was looked for
