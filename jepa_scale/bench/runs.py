@@ -192,7 +192,7 @@ def make_data(runs: Iterable[Run]) -> None:
     """
     for run in {run.data: run for run in runs if run.data}.values():
         assert run.data is not None and run.generator is not None
-        made_from = run.data / "made_from.json"
+        made_from = run.data.with_suffix(".json")  # beside it: what is in it is read as data
         wanted = json.dumps({"generator": run.generator, "seed": run.data_seed, "options": run.options}, sort_keys=True)
         if made_from.is_file() and made_from.read_text(encoding="utf-8") == wanted:
             continue
