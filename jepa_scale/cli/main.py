@@ -82,7 +82,9 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("generate", help="generate text with a run's model (see jepa-scale generate --help)")
 
     commands.add_parser("plan", help="memory, communication and time of a run (see jepa-scale plan --help)")
-    commands.add_parser("bench", help="compare objectives with their baselines and controls (see jepa-scale bench --help)")
+    commands.add_parser(
+        "bench", help="compare objectives with their baselines and controls (see jepa-scale bench --help)"
+    )
     commands.add_parser("watch", help="follow runs while they train (see jepa-scale watch --help)")
 
     config = commands.add_parser(

@@ -31,7 +31,11 @@ def parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("--activation-checkpointing", choices=["none", "full", "selective"],
                       help="what is computed again in the backward (default: engine.activation_checkpointing)")  # fmt: skip
-    plan.add_argument("--gpu", default="h100", help="h100, h200, a100, a100-40, b200, l40s, l4, t4, rtx3090, rtx4090 or rtx5090 (default: h100)")
+    plan.add_argument(
+        "--gpu",
+        default="h100",
+        help="h100, h200, a100, a100-40, b200, l40s, l4, t4, rtx3090, rtx4090 or rtx5090 (default: h100)",
+    )
     plan.add_argument("--tokens", type=float, default=1e12, help="of the whole run, for its days (default: 1e12)")
     plan.add_argument("--vocab-size", type=int, metavar="V", help="number of token ids, if the config does not set it")
     plan.add_argument("--sample-tokens", type=int, metavar="L", help="tokens of a sample (default: data.max_length)")

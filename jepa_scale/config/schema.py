@@ -149,7 +149,9 @@ class OptimConfig(Section):
         "cosine", description="Shape after warm-up; wsd = constant, then linear over the last decay_steps."
     )
     decay_steps: int = Field(
-        0, ge=0, description="With schedule: wsd, steps at the end in which the rate falls to final_lr; 0 = a tenth of all."
+        0,
+        ge=0,
+        description="With schedule: wsd, steps at the end in which the rate falls to final_lr; 0 = a tenth of all.",
     )
     final_lr: float = Field(0.0, ge=0, le=1, description="Learning rate at the last step, as a fraction of the peak.")
 
@@ -160,7 +162,9 @@ class OptimConfig(Section):
     @model_validator(mode="after")
     def _decays(self) -> OptimConfig:
         if self.decay_steps and self.schedule != "wsd":
-            raise ValueError(f"decay_steps: has no effect with schedule: {self.schedule}; set schedule=wsd or remove the key")
+            raise ValueError(
+                f"decay_steps: has no effect with schedule: {self.schedule}; set schedule=wsd or remove the key"
+            )
         return self
 
     @model_validator(mode="after")

@@ -43,7 +43,9 @@ class Gpu:
 
         peak = peak_flops(self.name, compute_dtype(precision), tf32)
         if peak is None:
-            raise InputError(f"engine.precision: {self.name} has no {precision}; set fp16 or fp32, or plan for another GPU")
+            raise InputError(
+                f"engine.precision: {self.name} has no {precision}; set fp16 or fp32, or plan for another GPU"
+            )
         return peak
 
     def reach(self, ranks: int, span: int) -> float:
