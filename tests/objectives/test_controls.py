@@ -13,7 +13,13 @@ from tests.text_runs import config_file
 OBJECTIVES = {
     "next_latent": {},
     "mtp": {},
-    "horizon": {"horizons": [1, 2], "horizon_probs": [0.5, 0.5], "lm_weight": 1.0, "split_clipping": False, "tap_layer": 1},
+    "horizon": {
+        "horizons": [1, 2],
+        "horizon_probs": [0.5, 0.5],
+        "lm_weight": 1.0,
+        "split_clipping": False,
+        "tap_layer": 1,
+    },
     "span": {"lm_weight": 1.0, "predictor_layers": 1, "local_views": 1},
 }
 CLIPPED = {"lr": 1e-2, "warmup_steps": 2, "clip_norm": 0.05}
