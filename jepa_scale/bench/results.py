@@ -95,10 +95,17 @@ def measure_run(run: Run, task: Task) -> dict[str, float]:
 
 
 def _measured(run: Run, name: str) -> dict[str, float]:
-    from jepa_scale.inference import load  # slow to import
+    import torch  # slow to import
+
+    from jepa_scale.inference import load
 
     measure = partial(function_of(name, "measures", "measure"), load(run.directory), run.data, run.data_seed)
-    found: dict[str, float] = measure(**run.options)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(run.config.get("engine", {}).get("threads") or threads)  # threads that wait for a core spin
+    try:
+        found: dict[str, float] = measure(**run.options)
+    finally:
+        torch.set_num_threads(threads)
     return found
 
 

@@ -55,7 +55,7 @@ def test_every_option_is_a_flag() -> None:
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--vocab-size", "3"], "jepa-scale: vocab_size: input should be greater than or equal to 260, got 3"),
+        (["--vocab-size", "3"], "jepa-scale: vocab_size: a trained tokenizer has at least 260 tokens, got 3"),
         (["--columns", "question"], "jepa-scale: --columns question: must look like KEY=NAME"),
         (["--processes", "0"], "jepa-scale: --processes 0: must be at least 1"),
         (["--on-error", "ignore"], "invalid choice: 'ignore'"),
@@ -79,7 +79,9 @@ def test_help_shows_meaning_and_default(capsys: pytest.CaptureFixture[str], monk
         main(["data", "prepare", "--help"])
     assert left.value.code == 0
     shown = capsys.readouterr().out
-    assert "Vocabulary size of a trained BPE tokenizer (default: 4096)" in shown
+    assert "Vocabulary size of a trained BPE tokenizer, or number of token ids without one (default: 4096)" in " ".join(
+        shown.split()
+    )
     assert "--remove-thinking, --no-remove-thinking" in shown
     assert "(default: None)" not in shown and "(default: {})" not in shown
 

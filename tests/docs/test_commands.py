@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from jepa_scale.bench.task import built_in
+from jepa_scale.cli import bench
 from jepa_scale.cli.main import main
 from jepa_scale.config.loading import load_config
 from jepa_scale.experiment import validate
@@ -34,6 +36,7 @@ NOT_RUN = {
     r"^kubectl ": "needs a cluster; the file is checked by tests/test_k8s.py",
     r"^python benchmarks/": "takes minutes to hours",
     r"^python scripts/gallery/": "run by tests/test_gallery.py",
+    r"^jepa-scale bench (?!--list)": "takes minutes to hours; run, small, by tests/bench/test_bench.py",
 }
 """Their files must be there, and what Python runs must have the flags that are shown."""
 BIG = {
@@ -156,6 +159,14 @@ def test_what_is_not_run_is_there(command):
     for flag in (word for word in command.words if script and word.startswith("--")):
         shared = [REPOSITORY / script, *(REPOSITORY / "benchmarks").glob("*.py")]
         assert any(f'"{flag}"' in path.read_text() for path in shared), f"{command.page}: {script} has no {flag}"
+
+
+def test_the_bench_has_the_flags_and_tasks_that_are_shown():
+    given = [c.words[c.words.index("bench") + 1 :] for c in COMMANDS if "jepa-scale bench " in c.text]
+    assert len(given) > 3
+    for words in given:
+        args = bench.parser().parse_args(words)
+        assert {task for task in args.tasks if task != "my_task.yaml"} <= set(built_in())
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from jepa_scale.inference import LoadedRun
 from jepa_scale.models.generation.speculative import generate
 from jepa_scale.telemetry import load_run
@@ -19,7 +17,7 @@ DRAFTS, PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 4, 20, 24, 48
 
 
 def measure(run: LoadedRun, data: Path | None, seed: int, **options: Any) -> dict[str, float]:
-    """Return the metrics of a run on texts, on its validation split; one CPU thread.
+    """Return the metrics of a run on texts, on its validation split.
 
     ``bits_per_character``: the next-token loss, by the characters of the predicted tokens. For an objective with a head that drafts:
     ``accepted``, the drafted tokens kept in a pass of the decoder, of 4, when 20 pieces of validation texts are continued
@@ -28,13 +26,8 @@ def measure(run: LoadedRun, data: Path | None, seed: int, **options: Any) -> dic
     Raises:
         InputError: the texts with and without drafts differ.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        found = {"bits_per_character": bits_per_character(run)}
-        return found | (_draft(run) if run.module.objective.drafter(run.module.backbone) else {})
-    finally:
-        torch.set_num_threads(threads)
+    found = {"bits_per_character": bits_per_character(run)}
+    return found | (_draft(run) if run.module.objective.drafter(run.module.backbone) else {})
 
 
 def bits_per_character(run: LoadedRun) -> float:

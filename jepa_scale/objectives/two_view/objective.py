@@ -69,6 +69,8 @@ class TwoView(Objective):
 
     def _fact_views(self, data: Any) -> FactViews:
         o = self.options
+        if "relations" not in data.special:
+            raise InputError("data.form: two_view has views of relation tokens, not of sentences; set it to tokens")
         own = {
             "swap_views",
             "plain_views",
