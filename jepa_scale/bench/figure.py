@@ -8,9 +8,8 @@ from pathlib import Path
 from jepa_scale.bench.results import Result
 from jepa_scale.bench.runs import CONTROL
 from jepa_scale.bench.task import BASELINE
-from jepa_scale.report.figure import new_figure, save_figure
+from jepa_scale.report.figure import COLOURS, new_figure, save_figure
 
-COLOURS = {"to_baseline": "#0072B2", "to_control": "#D55E00"}
 LABELS = {"to_baseline": f"to {BASELINE}", "to_control": "to its control"}
 
 
@@ -24,15 +23,15 @@ def draw(results: Sequence[Result], path: Path) -> bool:
         return False
     figure, axis = new_figure()
     figure.set_size_inches(6.4, 1.2 + 0.45 * len(shown))
-    for number, (key, colour) in enumerate(COLOURS.items()):
+    for number, (key, name) in enumerate(LABELS.items()):
         for height, result in enumerate(reversed(shown)):
             found = getattr(result, key)
             if found is None:
                 continue
             y = height + (0.5 - number) * 0.3
-            label = LABELS[key] if height == len(shown) - 1 else None
-            axis.plot([found.low, found.high], [y, y], color=colour, linewidth=2.5, solid_capstyle="butt")
-            axis.plot([found.mean], [y], "o", color=colour, markersize=5, label=label)
+            label = name if height == len(shown) - 1 else None
+            axis.plot([found.low, found.high], [y, y], color=COLOURS[number], linewidth=2.5, solid_capstyle="butt")
+            axis.plot([found.mean], [y], "o", color=COLOURS[number], markersize=5, label=label)
     several = len({r.case for r in shown}) > 1
     names = [f"{r.case}, {r.arm}" if several else r.arm for r in reversed(shown)]
     axis.set_yticks(range(len(shown)), names)

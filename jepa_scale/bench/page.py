@@ -8,7 +8,7 @@ from pathlib import Path
 from jepa_scale.bench.compare import COVERAGE, FEWEST, Difference
 from jepa_scale.bench.results import Result
 from jepa_scale.bench.runs import CONTROL
-from jepa_scale.bench.task import BASELINE, Task
+from jepa_scale.bench.task import BASELINE, ONLY, Task
 from jepa_scale.utils.format import format_number
 from jepa_scale.utils.io import write_atomic
 
@@ -19,8 +19,8 @@ its own *control*, whose heads read the decoder's states without gradient. What 
 decoder.
 
 - A difference is the mean over seeds of arm − other, with the {COVERAGE:.0%} bootstrap interval over seeds in brackets.
-- *better*: the interval lies above zero for the baseline and for the control. *worse*: below zero for one of them. Else *same*. With fewer
-  than {FEWEST} seeds there is no verdict. With 3 seeds equal arms get one by chance in a quarter of the comparisons, with 5 in 6 %.
+- *better*: the interval lies on the better side of zero for the baseline and for the control. *worse*: on the worse side for one of them. Else
+  *same*. With fewer than {FEWEST} seeds there is no verdict. With 3 seeds equal arms get one by chance in a quarter of the comparisons, with 5 in 6 %.
 - *FLOPs* are the run's, divided by the baseline's.
 """
 
@@ -42,13 +42,12 @@ def write_page(
 
 
 def _verdicts(results: Sequence[Result]) -> str:
-    """Return the table of verdicts: an arm a row, a task's case and measure a column."""
-    columns = list(dict.fromkeys((r.task, r.case, r.measure) for r in results))
+    """Return the table of verdicts: a task's case and measure a row, an arm a column."""
+    compared = list(dict.fromkeys((r.task, r.case, r.measure) for r in results))
     arms = list(dict.fromkeys(r.arm for r in results if r.arm != BASELINE and not r.arm.endswith(CONTROL)))
     found = {(r.arm, r.task, r.case, r.measure): r.verdict for r in results}
     rows = [
-        [" ".join(dict.fromkeys(column)).replace(" all ", " "), *(found.get((arm, *column), "") for arm in arms)]
-        for column in columns
+        [" ".join(part for part in of if part != ONLY), *(found.get((arm, *of), "") for arm in arms)] for of in compared
     ]
     return "## Verdicts\n\n" + _table(["task, case, measure", *(f"`{arm}`" for arm in arms)], rows)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,9 +12,12 @@ from typing import Any, Literal
 
 from jepa_scale.bench.compare import Difference, paired
 from jepa_scale.bench.runs import CONTROL, Run, function_of
-from jepa_scale.bench.task import BASELINE, DERIVED, Measure, Task
+from jepa_scale.bench.task import BASELINE, DERIVED, Measure, Task, function_name
+from jepa_scale.telemetry import load_run
 from jepa_scale.utils.errors import InputError
 from jepa_scale.utils.io import write_atomic
+
+log = logging.getLogger(__name__)
 
 ALL_CASES = "all cases"
 """Name of the case of what is derived from all of them."""
@@ -80,17 +84,18 @@ def measure_run(run: Run, task: Task) -> dict[str, float]:
 
     Functions are called once; their results are kept beside the run.
     """
-    summary = json.loads((run.directory / "summary.json").read_text(encoding="utf-8"))
+    summary = load_run(run.directory).summary
     found: dict[str, float] = {"flops": float(summary["flops"])}
     for split, metrics in summary["final"].items():
         if split.startswith("eval/"):
             found |= {f"{split}/{name}": float(value) for name, value in metrics.items()}
     for name in task.measured_by:
-        file = run.directory.with_name(f"{run.directory.name}.{name.rpartition(':')[2]}.json")
+        of = function_name(name)
+        file = run.directory.with_name(f"{run.directory.name}.{of}.json")
         if not file.is_file():
             write_atomic(file, json.dumps(_measured(run, name)))
         values = json.loads(file.read_text(encoding="utf-8"))
-        found |= {f"{name.rpartition(':')[2]}/{metric}": value for metric, value in values.items()}
+        found |= {f"{of}/{metric}": value for metric, value in values.items()}
     return found
 
 
@@ -112,7 +117,8 @@ def _measured(run: Run, name: str) -> dict[str, float]:
 def results_of(name: str, task: Task, runs: Sequence[Run], measured: Mapping[str, Mapping[str, float]]) -> list[Result]:
     """Return the results of a task, case by case, measure by measure, arm by arm; last what is derived from all cases.
 
-    A measure that only some arms have, such as one of their heads, is compared among those.
+    A measure that only some arms have, such as one of their heads, is compared among those. An arm of which only some seeds have
+    it is left out, with a warning.
 
     Args:
         measured: name of a run → what :func:`measure_run` returned.
@@ -128,7 +134,13 @@ def results_of(name: str, task: Task, runs: Sequence[Run], measured: Mapping[str
     results = []
     for case, arms in by_case.items():
         for label, measure in task.measures.items():
-            having = {arm for arm, seeds in arms.items() if all(measure.of in values for values in seeds.values())}
+            missing = {
+                arm: [seed for seed, values in seeds.items() if measure.of not in values] for arm, seeds in arms.items()
+            }
+            having = {arm for arm, seeds in missing.items() if not seeds}
+            for arm, seeds in missing.items():
+                if 0 < len(seeds) < len(arms[arm]):
+                    log.warning(f"{name}/{case}/{arm}: is left out of {label}, which the seeds {seeds} do not have")
             for arm in (arm for arm in arms if arm in having):
                 shared = task.arms[arm].control if arm in task.arms else None
                 control = (shared if isinstance(shared, str) else arm) + CONTROL

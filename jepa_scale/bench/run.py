@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_format
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from jepa_scale.bench.page import write_page
 from jepa_scale.bench.results import Result, measure_run, results_of, write_json
 from jepa_scale.bench.runs import Run, check, make_data, plan_runs, train_all
 from jepa_scale.bench.task import Task
+from jepa_scale.telemetry import load_run
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def run_tasks(
     jobs: int,
     progress: bool,
     page: Path,
-    json: Path,
+    rows: Path,
     command: str,
 ) -> list[Result]:
     """Run the tasks, write the page and the rows, and return the results. What is complete in ``folder`` is not repeated.
@@ -43,7 +43,7 @@ def run_tasks(
         seeds: name of a task → its seeds.
         config, quick, arms, cases, same_flops: see :func:`jepa_scale.bench.runs.plan_runs`.
         jobs: runs at a time.
-        command: shown on the page.
+        page, rows: files to write; figures lie beside the page. command: shown on the page.
 
     Raises:
         InputError: an arm, a case, a config or an option of a generator is wrong, or a run failed.
@@ -68,6 +68,6 @@ def run_tasks(
         if draw([result for result in results if result.task == name], picture):
             figures[name] = picture.name
     write_page(page, tasks, results, command, figures)
-    summary = json_format.loads((every[0].directory / "summary.json").read_text(encoding="utf-8"))
-    write_json(json, results, {**summary["environment"], "command": command})
+    machine = load_run(every[0].directory).summary["environment"]
+    write_json(rows, results, {**machine, "command": command})
     return results

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
+import inspect
 import json
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from jepa_scale.bench.task import BASELINE, Arm, Task, filled, merged
 from jepa_scale.config.loading import load_config, to_yaml
+from jepa_scale.data.prepare.formats.source import identity
 from jepa_scale.experiment import objective_options, validate
 from jepa_scale.utils.errors import InputError
 from jepa_scale.utils.io import write_atomic
@@ -100,7 +102,7 @@ def plan_runs(
         base = merged(merged(task.config, case.config), task.quick.config if quick else {})
         for seed in seeds:
             data_seed = seed if task.data_seed is None else task.data_seed
-            of_data = _digest([task.generator, options])
+            of_data = identity(task.generator, options)[:8]
             data = folder / "data" / f"{name}-{of_data}" / str(data_seed) if task.generator else None
             baseline: Path | None = None
             for label, (arm, objective) in _objectives(task, chosen_arms).items():
@@ -108,8 +110,8 @@ def plan_runs(
                 if same_flops and baseline:
                     kept = {k: v for k, v in values.get("train", {}).items() if k not in ("steps", "epochs")}
                     values["train"] = {**kept, "same_flops_as": str(baseline)}
-                digest = _digest([values, of_data, data_seed])
-                values = filled(values, data=str(data), seed=str(seed), **_vocabulary(task, options))
+                digest = identity(values, of_data, data_seed)[:8]
+                values = filled(values, data=str(data), seed=str(seed), **_vocabulary(name, task, options))
                 values = merged(values, {"run": {"seed": seed}, "log": {"progress": False, "report": False}})
                 directory = folder / name / case_name / f"{label.replace('/', '_')}-{digest}" / str(seed)
                 made = (data, task.generator, options, data_seed)
@@ -132,17 +134,14 @@ def _objectives(task: Task, arms: Iterable[str]) -> dict[str, tuple[Arm, dict[st
     return found
 
 
-def _vocabulary(task: Task, options: Mapping[str, Any]) -> dict[str, str]:
+def _vocabulary(name: str, task: Task, options: Mapping[str, Any]) -> dict[str, str]:
     """Return the number of token ids by its name in configs, if the generator's module has a function ``vocabulary``."""
     if task.generator is None:
         return {}
     write = function_of(task.generator, "generators", "write")
     size = getattr(importlib.import_module(write.__module__), "vocabulary", None)
-    return {} if size is None else {"vocabulary": str(size(**options))}
-
-
-def _digest(values: Any) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+    with _named(f"{name}: data"):
+        return {} if size is None else {"vocabulary": str(size(**options))}
 
 
 def _chosen(what: str, known: Mapping[str, Any], wanted: Sequence[str]) -> list[str]:
@@ -164,10 +163,17 @@ def check(run: Run) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(file, to_yaml(values))
     unknown = ["train.same_flops_as=null", "train.flops=1.0"] if run.same_flops_as else []
-    try:
+    with _named(run.name):
         validate(load_config(file, unknown))
+
+
+@contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Say before the message of an error where it belongs."""
+    try:
+        yield
     except InputError as error:
-        raise InputError(f"{run.name}: {error}") from None
+        raise InputError(f"{where}: {error}") from None
 
 
 def function_of(name: str, package: str, attribute: str) -> Callable[..., Any]:
@@ -198,10 +204,13 @@ def make_data(runs: Iterable[Run]) -> None:
             continue
         run.data.mkdir(parents=True, exist_ok=True)
         made_from.unlink(missing_ok=True)
+        write = function_of(run.generator, "generators", "write")
         try:
-            function_of(run.generator, "generators", "write")(run.data, run.data_seed, **run.options)
+            inspect.signature(write).bind(run.data, run.data_seed, **run.options)
         except TypeError as error:
             raise InputError(f"{run.task}: data: {error}") from None
+        with _named(f"{run.task}: data"):
+            write(run.data, run.data_seed, **run.options)
         write_atomic(made_from, wanted)
 
 

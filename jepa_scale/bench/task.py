@@ -17,6 +17,8 @@ from jepa_scale.utils.errors import InputError, suggestion
 BUILT_IN = Path(__file__).parent / "tasks"
 BASELINE = "lm"
 """Name of the arm that every other one is compared with."""
+ONLY = "all"
+"""Name of the case of a task that has no variants."""
 DERIVED = "derived"
 """First part of the name of a figure that is derived from all cases."""
 
@@ -87,7 +89,7 @@ class Task(Section):
     )
     arms: dict[str, Arm] = Field(description=f"Name → objective; one is `{BASELINE}`, the baseline.")
     cases: Annotated[dict[str, Case], Field(min_length=1)] = Field(
-        default_factory=lambda: {"all": Case()}, description="Variants of the task."
+        default_factory=lambda: {ONLY: Case()}, description="Variants of the task."
     )
     seeds: int = Field(5, ge=1, le=100, description="Number of seeds.")
     quick: Quick = Field(Quick(), description="What --quick changes.")
@@ -105,13 +107,22 @@ class Task(Section):
                 other = self.arms.get(arm.control)
                 if other is None or isinstance(other.control, str):
                     raise ValueError(f"arms.{name}.control: {arm.control!r} is no arm with a control of its own")
-        functions = {function.rpartition(":")[2] for function in self.measured_by} | {DERIVED}
+        functions = [function_name(function) for function in self.measured_by]
+        if twice := next((name for name in functions if functions.count(name) > 1 or name in ("eval", DERIVED)), None):
+            raise ValueError(
+                f"measured_by: {twice!r} is the name of two of the things that are measured; rename the function"
+            )
         for name, measure in self.measures.items():
-            if measure.of.partition("/")[0] not in {"eval", *functions}:
+            if measure.of.partition("/")[0] not in {"eval", DERIVED, *functions}:
                 raise ValueError(
                     f"measures.{name}.of: {measure.of!r} begins neither with eval/, derived/ nor a function of measured_by"
                 )
         return self
+
+
+def function_name(function: str) -> str:
+    """Return the name of a module of ours, or of the function in ``module:function``."""
+    return function.rpartition(":")[2]
 
 
 def built_in() -> list[str]:

@@ -108,7 +108,7 @@ def run_bench(args: argparse.Namespace) -> int:
             jobs=args.jobs,
             progress=not args.no_progress,
             page=page,
-            json=args.json or args.dir / "bench.json",
+            rows=args.json or args.dir / "bench.json",
             command=_command(args),
         )
     log.info(f"page: {page}")

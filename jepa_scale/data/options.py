@@ -65,7 +65,7 @@ class ReversalOptions(DataOptions):
 
 
 class ShardOptions(RecordOptions, DataOptions):
-    """Keys of ``data:`` that text, chat and grids share."""
+    """Keys of ``data:`` that text, tokens, chat and grids share."""
 
     evaluation: ClassVar[Evaluation] = "perplexity"
 

@@ -107,3 +107,12 @@ def test_figures_are_derived_from_all_cases_of_an_arm_and_seed(tmp_path, monkeyp
     assert list(found) == [("all cases", "lm"), ("all cases", "a")]
     assert found["all cases", "a"].values == (1.0, 1.0, 1.0)
     assert found["all cases", "a"].to_baseline.mean == -2.0 and found["all cases", "a"].verdict == "better"
+
+
+def test_an_arm_that_lacks_a_measure_on_some_seeds_is_left_out_with_a_warning(caplog):
+    runs = [Run("t", "all", arm, seed, Path("r"), {}) for seed in range(2) for arm in ("lm", "a")]
+    measured = {r.name: {"flops": 1.0, "eval/test/exact_match": 1.0, "drafting/accepted": 1.0} for r in runs}
+    del measured["t/all/a/1"]["drafting/accepted"]
+    found = {(r.measure, r.arm) for r in results_of("t", TASK, runs, measured)}
+    assert ("accepted", "lm") in found and ("accepted", "a") not in found
+    assert "t/all/a: is left out of accepted, which the seeds [1] do not have" in caplog.text

@@ -101,7 +101,7 @@ def test_data_are_generated_once_for_all_arms(tmp_path):
             make_data(plan_runs("t", made, tmp_path, range(2)))
         assert calls.read_text() == "0 3\n1 3\n"
         assert {path.name for path in plan_runs("t", made, tmp_path, range(1))[0].data.iterdir()} == {"train.jsonl"}
-        wrong = task(generator="made:write", data={"length": 3})
+        wrong = task(generator="made:write", data={"size": 3, "length": 3})
         with pytest.raises(InputError, match="t: data: .*length"):
             make_data(plan_runs("t", wrong, tmp_path, range(1)))
         with pytest.raises(InputError, match="generators: 'none' cannot be imported"):

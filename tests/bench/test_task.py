@@ -37,6 +37,8 @@ def test_every_run_of_a_built_in_task_has_a_valid_config(name, tmp_path, monkeyp
         ),
         ({"measures": {"m": {"of": "eval/test/x", "better": "more"}}}, "measures.m.better"),
         ({"measures": {}}, "measures"),
+        ({"measured_by": ["a:measure", "b:measure"]}, "measured_by: 'measure' is the name of two"),
+        ({"measured_by": ["a:eval"]}, "measured_by: 'eval' is the name of two"),
         ({"quick": {"arms": ["none"]}}, "quick.arms: there is no 'none'; there are lm"),
         ({"quick": {"cases": ["none"]}}, "quick.cases: there is no 'none'; there are all"),
         (

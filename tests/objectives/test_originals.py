@@ -186,7 +186,8 @@ def test_gpt2_with_jepas_losses_with_the_reverse_view_at_the_positions_after_the
     ]
     for (k, distance), expected in JEPA_LOSSES.items():
         options = TwoViewOptions(predictor_tokens=k, distance=distance, reverse_positions="continued")
-        objective = TwoView(options, backbone, SimpleNamespace(kind="reversal", special={"pred": 15}))
+        special = {"pred": 15, "relations": sorted(inverses)}
+        objective = TwoView(options, backbone, SimpleNamespace(kind="reversal", special=special))
         found = objective.loss(backbone, batch_of(objective, facts), [], 0).means
         assert float(found["lm_loss"]) == pytest.approx(2.967961549758911, rel=1e-5)
         assert float(found["jepa_loss"]) == pytest.approx(expected, rel=1e-4), (k, distance)

@@ -37,8 +37,8 @@ def write(
 ) -> None:
     """Write ``train.jsonl`` and ``test.jsonl`` with rows of ``input_ids``; no two rows are equal.
 
-    A row is a start token, whose id is v, and the leaves of a derivation, all of which are predicted. The root and each production are uniformly random. The rules depend on the seed, and on ``symbols``, ``productions`` and
-    ``branches``.
+    A row is a start token, whose id is v, and the leaves of a derivation, all of which are predicted. The root and each production are
+    uniformly random. The rules depend on the seed, and on ``symbols``, ``productions`` and ``branches``.
 
     Args:
         depth: L, the levels above the leaves. symbols: v, on each level. productions: m, of each symbol.

@@ -72,7 +72,10 @@ def decode(
 
 
 def truncate(example: Document | LabelledTokens | Conversation, size: int) -> Document | LabelledTokens | Conversation:
-    """Keep the first ``size`` tokens, the last of which has no label. Turns are cut there, and later turns are left out; ``messages`` is not changed."""
+    """Keep the first ``size`` tokens, the last of which has no label.
+
+    Turns are cut there, and later turns are left out; ``messages`` is not changed.
+    """
     tokens = example.tokens[:size]
     if isinstance(example, Document):
         return Document(tokens)

@@ -1,4 +1,4 @@
-"""The sources ``text``, ``chat`` and ``grids``: shards, prepared beforehand or on first use."""
+"""The sources ``text``, ``tokens``, ``chat`` and ``grids``: shards, prepared beforehand or on first use."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class ShardData:
 
     @property
     def kind(self) -> Kind:
-        """``text``, ``chat`` or ``grids``."""
+        """``text``, ``tokens``, ``chat`` or ``grids``."""
         return self.train.located.index.kind
 
     @property

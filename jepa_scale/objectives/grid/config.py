@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from jepa_scale.config.ema import TeacherOptions
+from jepa_scale.config.ema import TeacherOptions, check_teacher_is_used
 from jepa_scale.config.schema import Section
 
 Kind = Literal["colour", "translation", "symmetry"]
@@ -155,8 +155,7 @@ class GridOptions(Section):
             raise ValueError(
                 "target: trained works with encoder: objects alone; use target: ema, or change the encoder"
             )
-        if self.target != "ema" and self.ema != type(self).model_fields["ema"].default:
-            raise ValueError("ema: has no effect without target: ema; set that or remove the key")
+        check_teacher_is_used(self.target, self.ema, type(self).model_fields["ema"].default)
         if self.encoder == "decoder" and self.object_features != "cells":
             raise ValueError(
                 "object_features: the decoder reads cells and no features; set encoder: objects, or remove object_features"

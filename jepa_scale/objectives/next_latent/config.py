@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from jepa_scale.config.ema import TeacherOptions
+from jepa_scale.config.ema import TeacherOptions, check_teacher_is_used
 from jepa_scale.config.schema import Section
 
 
@@ -50,8 +50,7 @@ class NextLatentOptions(Section):
 
     @model_validator(mode="after")
     def _teacher(self) -> NextLatentOptions:
-        if self.target != "ema" and self.ema != TeacherOptions():
-            raise ValueError("ema: has no effect without target: ema; set that or remove the key")
+        check_teacher_is_used(self.target, self.ema)
         return self
 
     @model_validator(mode="after")
