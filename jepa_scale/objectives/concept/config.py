@@ -38,6 +38,12 @@ class ConceptOptions(Section):
     relation_layer: int = Field(
         -1, description="With data.form: sentences, a relation is the state after this block; negative = from the end."
     )
+    word_dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="With data.form: sentences, share of a sentence's tokens left out in training where the relation is read.",
+    )
     detach: bool = Field(
         False, description="Control: InfoNCE trains the operator and the temperature, but not the decoder."
     )

@@ -61,17 +61,25 @@ class ConceptViews:
         hashes = np.array([hash(name) & (2**63 - 1) for name in names])
         return Views([Segment(name, "name", sequence="names", key=name) for name in names], {"names": hashes})
 
-    def question(self, fact: Any) -> Views:
-        """Return the views of :meth:`names` with the relation, as a token or as a carrier."""
+    def question(self, fact: Any, draw: SampleRNG | None = None) -> Views:
+        """Return the views of :meth:`names` with the relation, as a token or as a carrier; in training, words are left out."""
         views = self.names(fact)
         if self.relations is None:
-            views.segments.append(Segment(fact.carrier, "carrier", sequence="carriers", key=fact.carrier))
+            carrier = fact.carrier if draw is None else self._without_words(fact.carrier, fact.mask, draw)
+            views.segments.append(Segment(carrier, "carrier", sequence="carriers", key=carrier))
         else:
             views.values.update(relation=fact.relation, relation_index=self.relations[fact.relation])
         return views
 
+    def _without_words(self, carrier: tuple[int, ...], mask: int, draw: SampleRNG) -> tuple[int, ...]:
+        """Return the carrier without a random share of its tokens, but with both masks."""
+        if not self.options.word_dropout:
+            return carrier
+        left_out = draw.rng("carrier").random(len(carrier)) < self.options.word_dropout
+        return tuple(token for token, out in zip(carrier, left_out, strict=True) if token == mask or not out)
+
     def __call__(self, fact: Any, draw: SampleRNG) -> Views:
-        views = self.question(fact)
+        views = self.question(fact, draw)
         rng = draw.rng("say")  # the name is part of the seed
         # Either name, so that all entities are decoded equally often: some are the object of held-out facts only.
         which = int(rng.integers(2))
@@ -148,8 +156,10 @@ class Concept(Objective):
                 "objective.predictor: linear has a matrix for each relation token, and sentences (data.form) have none; "
                 "use rotation or mlp"
             )
-        if self.relation_index is not None and o.relation_layer != type(o).model_fields["relation_layer"].default:
-            raise InputError("objective.relation_layer: applies to data.form=sentences only; remove it")
+        if self.relation_index is not None:
+            for key in ("relation_layer", "word_dropout"):
+                if getattr(o, key) != type(o).model_fields[key].default:
+                    raise InputError(f"objective.{key}: applies to data.form=sentences only; remove it")
         return resolve_tap(o.relation_layer, backbone.num_layers, "objective.relation_layer")
 
     @property

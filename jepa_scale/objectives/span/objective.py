@@ -69,8 +69,8 @@ class Span(Objective):
     def __init__(self, options: SpanOptions, backbone: Backbone, data: Any):
         super().__init__()
         o = self.options = options
-        if data.kind not in ("text", "chat"):
-            raise InputError("objective.name: span needs texts (data.source: text)")
+        if data.kind not in ("text", "chat", "tokens"):
+            raise InputError("objective.name: span needs texts (data.source: text, chat or tokens)")
         longest = int(data.train.max_size)
         max_positions = o.max_positions or longest
         if max_positions < longest:

@@ -91,6 +91,31 @@ def test_a_prediction_depends_on_the_subject_and_the_words_and_not_on_the_answer
         assert (predicted(changed) - predicted(one)).abs().max() > 0.05
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, len(DATA.train) - 1), st.integers(0, 99), st.sampled_from([0.0, 0.3, 0.9]))
+def test_words_are_left_out_of_carriers_in_training_alone(number, seed, share):
+    """In order, independently of the other choices of a sample, and never a mask or a token of a name."""
+    sentence, draw = DATA.train[number], SampleRNG(seed, 0, 0, number)
+    views = make(backbone(), word_dropout=share).view_transform()
+    trained, whole = views(sentence, draw), make(backbone()).view_transform()(sentence, draw)
+    carriers = [next(tuple(s.tokens) for s in made.segments if s.role == "carrier") for made in (trained, whole)]
+    left = iter(carriers[1])
+    assert all(token in left for token in carriers[0])
+    assert carriers[0].count(sentence.mask) == 2 and carriers[1] == sentence.carrier
+    assert share or carriers[0] == carriers[1]
+    others = [[(s.role, *s.tokens) for s in made.segments if s.role != "carrier"] for made in (trained, whole)]
+    assert others[0] == others[1] and np.array_equal(trained.values["noise"], whole.values["noise"])
+    asked = [tuple(s.tokens) for s in views.question(sentence).segments if s.role == "carrier"]
+    assert asked == [sentence.carrier]
+
+
+def test_the_share_of_words_that_are_left_out_is_the_option():
+    views = make(backbone(), word_dropout=0.3).view_transform()
+    kept = [len(views(DATA.train[0], SampleRNG(0, 0, 0, i)).segments[2].tokens) - 2 for i in range(2000)]
+    words = len(DATA.train[0].carrier) - 2
+    assert abs(np.mean(kept) / words - 0.7) < 5 * (0.3 * 0.7 / 2000 / words) ** 0.5
+
+
 def test_questions_are_answered_as_a_loop_over_them_says():
     """Ranks and decoded names of test questions, whose templates training never has."""
     model = backbone()
@@ -274,6 +299,7 @@ def test_an_empty_micro_batch_has_no_loss():
         (DATA, {"predictor": "linear"}, r"objective\.predictor: linear has a matrix for each relation token"),
         (DATA, {"relation_layer": 3}, r"objective\.relation_layer: 3"),
         (helpers.DATA, {"relation_layer": 1}, r"objective\.relation_layer: applies to data\.form=sentences only"),
+        (helpers.DATA, {"word_dropout": 0.1}, r"objective\.word_dropout: applies to data\.form=sentences only"),
         (DATA, {"detach": True, "memory": True}, r"objective\.detach: .* memory"),
         (DATA, {"detach": True, "concept_dim": 8}, r"objective\.detach: .* concept_dim"),
     ],

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from jepa_scale.data.examples import LabelledTokens
 from jepa_scale.data.sampling.rng import SampleRNG
 from jepa_scale.models.flops import DecoderFlops
 from jepa_scale.models.loading import build_backbone
@@ -16,6 +17,7 @@ from jepa_scale.objectives.lm_options import LmOptions
 from jepa_scale.objectives.span.config import SpanOptions
 from jepa_scale.objectives.span.objective import Span
 from jepa_scale.objectives.span.views import PREDICTOR
+from jepa_scale.packing import IGNORE
 from jepa_scale.utils.errors import InputError
 from tests.objectives.span.reference import DATA, batches_of, encode, model, reference, run, texts
 
@@ -223,6 +225,17 @@ def test_bad_input_is_named():
     assert Span(SpanOptions(max_positions=30), module.backbone, DATA).predictor.mask_embedding.num_embeddings == 30
     assert Span(SpanOptions(), module.backbone, DATA).least_samples > 1
     assert Span(SpanOptions(sigreg_weight=0), module.backbone, DATA).least_samples == 1
+
+
+def test_rows_of_tokens_keep_their_labels_in_the_whole_text():
+    module = model({})
+    data = SimpleNamespace(kind="tokens", special={}, train=DATA.train)
+    objective = Span(SpanOptions(lm_weight=1.0), module.backbone, data)
+    row = LabelledTokens(np.arange(3, 15), np.where(np.arange(12) % 3, np.arange(12), IGNORE))
+    whole, *views = objective.view_transform()(row, SampleRNG(7, 0, 3, 0)).segments
+    assert (whole.role, [*whole.tokens], [*whole.labels]) == ("sample", [*row.tokens], [*row.labels])
+    assert {view.role for view in views} == {"global", "local", "predicted"}
+    assert all(view.labels is None for view in views)
 
 
 def test_a_model_of_transformers_can_be_the_encoder():
