@@ -1,6 +1,7 @@
 # Sourced by what starts runs: goes to the repository and takes the programs of its .venv, if there is one. Nothing is
 # installed here: a hundred nodes would do it at once into one folder.
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/help.sh"
 started_in=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ "$started_in" != "$PWD" ]; then

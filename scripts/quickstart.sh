@@ -1,5 +1,8 @@
 #!/usr/bin/env bash
 # Breaks the reversal curse: trains `lm` and `concept` on the same facts, seed and backbone, and compares them.
+#
+#   scripts/quickstart.sh [section.key=value …]
+#
 # Leaves reversal_lm and reversal in runs/, or in the folder RUNS; what is there already is continued. Arguments are overrides
 # for both runs.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

@@ -26,8 +26,8 @@ EXPERIMENTS = sorted((REPOSITORY / "configs").glob("*.yaml"))
 AS_WRITTEN = {
     "config.loading",
     "experiment",
-    "cli.config_schema",
-    "cli.config_reference",
+    "cli.config.schema",
+    "cli.config.reference",
     "convert.to_hf",
 }
 """Modules that see a config as it is written: it is read there, made an experiment, described, or, where a run is

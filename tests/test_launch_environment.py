@@ -34,7 +34,7 @@ def test_a_task_of_slurm_is_a_rank_with_its_number_on_its_node(tmp_path):
         (tmp_path / name).chmod(0o755)
     scripts = tmp_path / "submitted" / "scripts"
     scripts.mkdir(parents=True)
-    for name in ("launch_slurm.sbatch", "launch_common.sh"):
+    for name in ("launch_slurm.sbatch", "launch_common.sh", "help.sh"):
         shutil.copy(REPOSITORY / "scripts" / name, scripts)
     environment = {
         "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",

@@ -7,12 +7,13 @@ import io
 import time
 from pathlib import Path
 
-from jepa_scale.cli.flags import logging_flags
+from jepa_scale.cli.flags import Parser, logging_flags
 from jepa_scale.utils.errors import InputError
 
 
 def parser() -> argparse.ArgumentParser:
-    encode = argparse.ArgumentParser(
+    encode = Parser(
+        example="jepa-scale encode runs/span_tiny texts.txt --out rows.npy --normalize",
         prog="jepa-scale encode",
         description="Encode texts with a run's model: a row of float32 a text, as .npy.",
         parents=[logging_flags()],
