@@ -266,7 +266,7 @@ class LoadedRun:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-def load(run_dir: str | Path, checkpoint: str | Path = "auto", device: str | torch.device = "cpu") -> LoadedRun:
+def load(run_dir: str | Path, checkpoint: str | Path = "auto", device: str | torch.device = "auto") -> LoadedRun:
     """Load a run's model in this process alone, whatever number of ranks trained it.
 
     The data that the run was trained on are opened for their tokenizer and special ids, not read.
@@ -274,6 +274,7 @@ def load(run_dir: str | Path, checkpoint: str | Path = "auto", device: str | tor
     Args:
         run_dir: folder with ``config.yaml`` and ``checkpoints/``.
         checkpoint: path of a checkpoint, or its name in the run; ``auto`` = the newest complete one.
+        device: where the model runs; ``auto`` = the first CUDA device, or the CPU where there is none.
 
     Raises:
         InputError: there is no such run or no complete checkpoint, its data cannot be opened, or the checkpoint is of
@@ -300,6 +301,8 @@ def load(run_dir: str | Path, checkpoint: str | Path = "auto", device: str | tor
 
 
 def _device(name: str | torch.device) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -5,6 +5,7 @@
 #                  install page names an index of CPU builds that saves several GB
 # EXTRAS           extras to install (default: dev)
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/help.sh"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=${PYTHON:-python3}

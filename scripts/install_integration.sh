@@ -1,8 +1,12 @@
 #!/usr/bin/env bash
 # Installs what tests/integration needs on Debian or Ubuntu: SLURM, munge, an ssh server, pdsh, network namespaces, a browser, tcmalloc.
 # No service is started: the tests run daemons of their own, on ports and in folders of their own.
+#
+#   scripts/install_integration.sh
+#
 # Ends with 0 and prints the reason if it cannot install (no root, no apt, no network); the tests then skip with the reason.
 set -uo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/help.sh"
 
 packages=(slurm-wlm munge openssh-server openssh-client pdsh iproute2 chromium fonts-dejavu-core libtcmalloc-minimal4)
 programs=(slurmctld slurmd sbatch munged sshd ssh pdsh ip unshare chromium)

@@ -1,6 +1,7 @@
 # Sourced by what starts runs: goes to the repository and takes the programs of its .venv, if there is one. Nothing is
 # installed here: a hundred nodes would do it at once into one folder.
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/help.sh"
 started_in=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ "$started_in" != "$PWD" ]; then
@@ -31,15 +32,29 @@ needs() {
 tcmalloc_folders=(${CONDA_PREFIX:+"$CONDA_PREFIX/lib"} /usr/local/lib /usr/lib /usr/lib64 /usr/lib/*-linux-gnu)
 gpu_devices=(/dev/nvidia[0-9]* /dev/kfd /dev/dxg)
 
+# Whether there is a GPU that is not hidden from the run.
+has_gpu() {
+  local device
+  case ${CUDA_VISIBLE_DEVICES-all} in "" | -1) return 1 ;; esac
+  for device in "${gpu_devices[@]}"; do [ ! -e "$device" ] || return 0; done
+  return 1
+}
+
+# Sets `launcher_flags` to those of `deepspeed` that hide its launcher's own lines, unless the trainer is to log more (-v). Errors stay.
+quiet_deepspeed() {
+  local argument
+  launcher_flags=()
+  for argument in "$@"; do case $argument in -v | --verbose) return 0 ;; esac; done
+  launcher_flags=(--quiet)
+  has_gpu || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}  # else a warning that there is no GPU comes before it reads its flags
+}
+
 # Gives tcmalloc to the processes that are started from here on, where it is installed and there is no GPU: steps on a CPU are faster
 # with it (docs/performance.md). LD_PRELOAD of the user's own, or JEPA_SCALE_MALLOC=system, leaves them as they are.
 preload_tcmalloc() {
   [ -z "${LD_PRELOAD:-}" ] && [ "${JEPA_SCALE_MALLOC:-}" != system ] || return 0
-  local device folder name found
-  case ${CUDA_VISIBLE_DEVICES-all} in
-    "" | -1) ;;  # GPUs are hidden from the run
-    *) for device in "${gpu_devices[@]}"; do [ ! -e "$device" ] || return 0; done ;;
-  esac
+  local folder name found
+  ! has_gpu || return 0
   for name in libtcmalloc_minimal.so libtcmalloc.so; do
     for folder in "${tcmalloc_folders[@]}"; do
       found=$(compgen -G "$folder/$name*" | LC_ALL=C sort | sed -n 1p) || continue  # libx.so.4 comes before libx.so.4.5.10

@@ -59,5 +59,6 @@ fi
 check_config "$@"
 rm -rf "$answers"
 trap - EXIT
-exec deepspeed --hostfile "$hostfile" ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"} ${MASTER_PORT:+--master_port "$MASTER_PORT"} \
+quiet_deepspeed "$@"
+exec deepspeed ${launcher_flags[@]+"${launcher_flags[@]}"} --hostfile "$hostfile" ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"} ${MASTER_PORT:+--master_port "$MASTER_PORT"} \
   jepa_scale/train.py --resume auto "$@"

@@ -25,12 +25,13 @@ PACKAGE = REPOSITORY / "jepa_scale"
 EXPERIMENTS = sorted((REPOSITORY / "configs").glob("*.yaml"))
 AS_WRITTEN = {
     "config.loading",
+    "config.parsing",
     "experiment",
-    "cli.config_schema",
-    "cli.config_reference",
+    "cli.config.schema",
+    "cli.config.reference",
     "convert.to_hf",
 }
-"""Modules that see a config as it is written: it is read there, made an experiment, described, or, where a run is
+"""Modules that see a config as it is written: it is read there, made an experiment, described, its keys named in errors, or, where a run is
 exported without its objective, parsed in parts."""
 MAPPINGS = ("model", "data", "objective", "eval")
 OTHER_CONFIGS = {"convert.skeleton", "models.compiling", "objectives.span.predictor"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 import subprocess
 import sys
@@ -16,12 +17,13 @@ from transformers import AutoModelForCausalLM
 
 import jepa_scale
 from jepa_scale import checkpoint
+from jepa_scale.cli import encode, generate
 from jepa_scale.config.loading import load_config
 from jepa_scale.data.examples import Document
 from jepa_scale.data.sampling.rng import SampleRNG
 from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.experiment import validate
-from jepa_scale.inference import LoadedRun
+from jepa_scale.inference import LoadedRun, _device, load
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.packing import pack
@@ -290,3 +292,12 @@ def test_damaged_checkpoints_and_folders_that_are_no_run(folder, tmp_path, capsy
 def test_importing_the_package_loads_nothing():
     code = "import sys, jepa_scale; jepa_scale.__version__, jepa_scale.load; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(("there", "device"), [(True, "cuda:0"), (False, "cpu")])
+def test_the_gpu_is_taken_where_there_is_one(monkeypatch, there, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    assert _device("auto") == torch.device(device) and _device("cpu") == torch.device("cpu")
+    commands = [(encode, ["run", "texts.txt", "--out", "rows.npy"]), (generate, ["run", "a prompt"])]
+    assert [command.parser().parse_args(words).device for command, words in commands] == ["auto", "auto"]
+    assert inspect.signature(load).parameters["device"].default == "auto"

@@ -34,7 +34,7 @@ def test_a_task_of_slurm_is_a_rank_with_its_number_on_its_node(tmp_path):
         (tmp_path / name).chmod(0o755)
     scripts = tmp_path / "submitted" / "scripts"
     scripts.mkdir(parents=True)
-    for name in ("launch_slurm.sbatch", "launch_common.sh"):
+    for name in ("launch_slurm.sbatch", "launch_common.sh", "help.sh"):
         shutil.copy(REPOSITORY / "scripts" / name, scripts)
     environment = {
         "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
@@ -80,3 +80,23 @@ def test_a_script_of_the_package_does_not_put_its_folder_first(tmp_path):
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and "there_is_none.yaml" in done.stderr
     assert done.stdout.splitlines()[-1] == str(REPOSITORY)
+
+
+def test_the_launcher_of_deepspeed_is_quiet_unless_more_is_asked_for(tmp_path):
+    """Its own lines alone are hidden: those of the script that it starts are all there."""
+    (tmp_path / "job.py").write_text("print('the job')\n")
+    launch = """
+        source "$0/scripts/launch_common.sh"; quiet_deepspeed "$@"
+        exec deepspeed ${launcher_flags[@]+"${launcher_flags[@]}"} --num_gpus 1 --master_port 0 "$JOB"
+    """
+    environment = {**os.environ, "JOB": str(tmp_path / "job.py"), "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("DS_ACCELERATOR", None)
+
+    def said(*arguments: str) -> list[str]:
+        command = ["bash", "-c", launch, str(REPOSITORY), *arguments]
+        done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+        return [line for line in (done.stdout + done.stderr).splitlines() if line]
+
+    assert said("--config", "x.yaml") == ["the job"]
+    verbose = said("--config", "x.yaml", "-v")
+    assert "the job" in verbose and any("[launch.py" in line for line in verbose)

@@ -68,7 +68,11 @@ def test_a_run_leaves_what_it_promises(config, tmp_path, capsys):
     assert (folder / "checkpoints" / "step_00000004" / "manifest.json").is_file()
     assert "<html" in (folder / "report.html").read_text()
     assert len(list((folder / "plots").glob("*.png"))) > 3
-    assert "report.html" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "report.html" in said.out
+    shown = [line.split("INFO ")[1] for line in said.err.splitlines() if "INFO " in line]
+    words = ("model  ", "objective  ", "data  ", "engine  ", "steps  ", "writes to  ")
+    assert [line.partition("  ")[0] + "  " for line in shown[-len(words) :]] == list(words)
 
 
 @pytest.mark.parametrize("there", [True, False])

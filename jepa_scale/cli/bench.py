@@ -9,7 +9,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jepa_scale.cli.flags import logging_flags
+from jepa_scale.cli.flags import Parser, logging_flags
 from jepa_scale.cli.signals import stopped_by_signals
 from jepa_scale.utils.errors import InputError
 
@@ -20,10 +20,10 @@ log = logging.getLogger(__name__)
 
 
 def parser() -> argparse.ArgumentParser:
-    bench = argparse.ArgumentParser(
+    bench = Parser(
         prog="jepa-scale bench",
+        example="jepa-scale bench reversal --quick --add mine=my_package.my_objective:MyObjective",
         description="Compare objectives on tasks, each with its baseline and its detached control over several seeds, on one page.",
-        epilog="example: jepa-scale bench reversal --quick --add mine=my_package.my_objective:MyObjective",
         parents=[logging_flags()],
     )
     bench.add_argument(

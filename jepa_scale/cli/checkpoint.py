@@ -6,28 +6,41 @@ import argparse
 from pathlib import Path
 
 from jepa_scale.checkpoint.retention import NAME, CheckpointInfo, Policy, complete, discard, kept
-from jepa_scale.cli.flags import logging_flags
+from jepa_scale.cli.flags import Parser, logging_flags
 from jepa_scale.utils.errors import InputError
 from jepa_scale.utils.format import text_table
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        prog="jepa-scale checkpoint", description="List, verify and remove the checkpoints of a run."
+    top = Parser(
+        example="jepa-scale checkpoint ls runs/reversal",
+        prog="jepa-scale checkpoint",
+        description="List, verify and remove the checkpoints of a run.",
     )
     commands = top.add_subparsers(required=True, metavar="ls|verify|prune")
     flags = logging_flags()
 
-    ls = commands.add_parser("ls", help="list checkpoints: step, engine, size, metrics", parents=[flags])
+    ls = commands.add_parser(
+        "ls",
+        help="list checkpoints: step, engine, size, metrics",
+        parents=[flags],
+        example="jepa-scale checkpoint ls runs/reversal",
+    )
     ls.set_defaults(command=list_checkpoints)
 
-    check = commands.add_parser("verify", help="compare every file with its checksum", parents=[flags])
+    check = commands.add_parser(
+        "verify",
+        help="compare every file with its checksum",
+        parents=[flags],
+        example="jepa-scale checkpoint verify runs/reversal",
+    )
     check.set_defaults(command=verify_checkpoints)
 
     less = commands.add_parser(
         "prune",
         help="remove all but the newest whole ones, damaged ones, and what was left of broken saves",
         parents=[flags],
+        example="jepa-scale checkpoint prune runs/reversal --keep-last 2 --dry-run",
     )
     less.add_argument("--keep-last", type=int, default=1, metavar="K", help="newest to keep (default: 1)")
     less.add_argument("--keep-every", type=int, default=0, metavar="N", help="keep multiples of this step, too")

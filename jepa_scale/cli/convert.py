@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jepa_scale.cli.flags import logging_flags
+from jepa_scale.cli.flags import Parser, logging_flags
 from jepa_scale.cli.signals import stopped_by_signals
 from jepa_scale.utils.errors import InputError
 
@@ -17,7 +17,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 _EXPORT_ONLY = ("checkpoint", "dtype", "shard_size", "heads", "adapter", "tokenizer", "no_verify")
 
 
-class _Intermixed(argparse.ArgumentParser):
+class _Intermixed(Parser):
     """A parser that also accepts config overrides after flags."""
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -28,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of ``jepa-scale convert RUN --to hf --out DIR`` and
     ``jepa-scale convert DIR --from hf --config FILE --out RUN``."""
     convert = _Intermixed(
+        example="jepa-scale convert runs/reversal --to hf --out exported/",
         prog="jepa-scale convert",
         description="A run's checkpoint to Hugging Face format, or such a model into a run.",
         parents=[logging_flags()],

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
-from jepa_scale.cli.flags import logging_flags
+from jepa_scale.cli.flags import Parser, logging_flags
 from jepa_scale.cli.signals import stopped_by_signals
 from jepa_scale.config.parsing import parse_section
 from jepa_scale.data.prepare.base import PrepareOptions
@@ -22,11 +22,20 @@ if TYPE_CHECKING:
 
 
 def parser() -> argparse.ArgumentParser:
-    data = argparse.ArgumentParser(prog="jepa-scale data", description="Prepare, verify or make data.")
+    data = Parser(
+        example="jepa-scale data prepare corpus/ --out shards/corpus --vocab-size 8192",
+        prog="jepa-scale data",
+        description="Prepare, verify or make data.",
+    )
     commands = data.add_subparsers(required=True, metavar="prepare|verify|sections|reversal")
     flags = logging_flags()
 
-    prepare = commands.add_parser("prepare", help="make shards of raw data", parents=[flags])
+    prepare = commands.add_parser(
+        "prepare",
+        help="make shards of raw data",
+        parents=[flags],
+        example="jepa-scale data prepare corpus/ --out shards/corpus --vocab-size 8192",
+    )
     prepare.add_argument("source", help="file, folder, glob, alias or Hugging Face dataset")
     prepare.add_argument("--out", type=Path, required=True, help="folder to write into: new, or stopped halfway")
     prepare.add_argument("--processes", type=int, metavar="N", help="worker processes (default: one a core)")
@@ -37,13 +46,21 @@ def parser() -> argparse.ArgumentParser:
     add_options(prepare.add_argument_group("what the data become"))
     prepare.set_defaults(command=prepare_data)
 
-    verify = commands.add_parser("verify", help="check every byte of a folder of shards", parents=[flags])
+    verify = commands.add_parser(
+        "verify",
+        help="check every byte of a folder of shards",
+        parents=[flags],
+        example="jepa-scale data verify shards/corpus",
+    )
     verify.add_argument("folder", type=Path)
     verify.add_argument("--no-progress", action="store_true", help="no progress bar")
     verify.set_defaults(command=verify_data)
 
     sections = commands.add_parser(
-        "sections", help="passages of a corpus labelled by section, for eval.probe", parents=[flags]
+        "sections",
+        help="passages of a corpus labelled by section, for eval.probe",
+        parents=[flags],
+        example="jepa-scale data sections my_texts/ --out sections.jsonl",
     )
     sections.add_argument(
         "source", nargs="+", help="text files, a folder of them, or an alias (python_docs, wikitext2)"
@@ -56,7 +73,10 @@ def parser() -> argparse.ArgumentParser:
     sections.set_defaults(command=write_sections)
 
     reversal = commands.add_parser(
-        "reversal", help="write GPT2WithJEPA's reversal files: train.json, valid.json, vocab.json", parents=[flags]
+        "reversal",
+        help="write GPT2WithJEPA's reversal files: train.json, valid.json, vocab.json",
+        parents=[flags],
+        example="jepa-scale data reversal --out facts/",
     )
     reversal.add_argument("--out", type=Path, required=True, help="folder to write into; must not hold such files")
     reversal.add_argument("--entities-a", type=int, default=50_000, help="|A|, entities with both directions")

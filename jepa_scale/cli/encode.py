@@ -7,12 +7,13 @@ import io
 import time
 from pathlib import Path
 
-from jepa_scale.cli.flags import logging_flags
+from jepa_scale.cli.flags import Parser, logging_flags
 from jepa_scale.utils.errors import InputError
 
 
 def parser() -> argparse.ArgumentParser:
-    encode = argparse.ArgumentParser(
+    encode = Parser(
+        example="jepa-scale encode runs/span_tiny texts.txt --out rows.npy --normalize",
         prog="jepa-scale encode",
         description="Encode texts with a run's model: a row of float32 a text, as .npy.",
         parents=[logging_flags()],
@@ -39,7 +40,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", default="auto", metavar="PATH", help="which one (default: the newest whole one)"
     )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 … (default: cpu)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … (default: the GPU where there is one)")
 
 
 def encode_file(args: argparse.Namespace) -> int:
@@ -78,6 +79,6 @@ def encode_file(args: argparse.Namespace) -> int:
     pooling = args.pooling or run.module.objective.pooling
     print(
         f"{run.checkpoint} → {out}: {len(rows):,} texts, {rows.shape[1]:,} dimensions, pooling {pooling}, "
-        f"{time.monotonic() - begin:,.1f} s"
+        f"on {run.device}, {time.monotonic() - begin:,.1f} s"
     )
     return 0

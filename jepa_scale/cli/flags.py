@@ -4,6 +4,36 @@ from __future__ import annotations
 
 import argparse
 import logging
+from typing import Any, NoReturn
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Wraps everything but the examples at the end."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith("example") else super()._fill_text(text, width, indent)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose ``--help`` ends with an example, and whose error about a flag of another program names the key that is meant.
+
+    Args:
+        example: a command as it is typed.
+    """
+
+    def __init__(self, *args: Any, example: str = "", **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", _Formatter)
+        super().__init__(*args, epilog=f"example:\n  {example}" if example else None, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        from jepa_scale.config.foreign import flag_meant
+        from jepa_scale.config.parsing import common_sections
+
+        before, found, words = message.partition("unrecognized arguments: ")
+        for word in words.split() if found and not before else ():
+            if word.startswith("--") and (hint := flag_meant(word, common_sections())):
+                self.exit(2, f"{self.prog}: {word}: unknown flag; {hint}\n")
+        super().error(message)
 
 
 def logging_flags() -> argparse.ArgumentParser:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jepa_scale.cli.encode import add_model_arguments
-from jepa_scale.cli.flags import logging_flags
+from jepa_scale.cli.flags import Parser, logging_flags
 from jepa_scale.utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,7 +20,8 @@ log = logging.getLogger(__name__)
 
 
 def parser() -> argparse.ArgumentParser:
-    generate = argparse.ArgumentParser(
+    generate = Parser(
+        example='jepa-scale generate runs/nl_rx_synth "lines with a number" --max-new-tokens 40',
         prog="jepa-scale generate",
         description="Generate with a run's model: the answer to a user's message if it was trained on conversations, else how a text "
         "goes on.",

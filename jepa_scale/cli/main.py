@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jepa_scale import __version__
-from jepa_scale.cli.flags import logging_flags
+from jepa_scale.cli.flags import Parser, logging_flags
 from jepa_scale.cli.signals import Stopped
 from jepa_scale.utils.errors import InputError
 from jepa_scale.utils.logging import configure, shows_progress
@@ -61,7 +61,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="jepa-scale", description="Train and evaluate JEPA-augmented decoders.")
+    top = Parser(
+        prog="jepa-scale",
+        description="Train and evaluate JEPA-augmented decoders.",
+        example="jepa-scale train --config configs/reversal.yaml",
+    )
     top.add_argument("--version", action="version", version=f"jepa_scale {__version__}")
     commands = top.add_subparsers(
         required=True, metavar="train|eval|data|checkpoint|convert|encode|generate|plan|bench|watch|config|report"
@@ -69,7 +73,12 @@ def parser() -> argparse.ArgumentParser:
     flags = logging_flags()
     commands.add_parser("train", help="train one run (see jepa-scale train --help)")
 
-    evaluate = commands.add_parser("eval", help="evaluate a checkpoint of a run", parents=[flags])
+    evaluate = commands.add_parser(
+        "eval",
+        help="evaluate a checkpoint of a run",
+        parents=[flags],
+        example="jepa-scale eval runs/reversal eval.max_facts=0",
+    )
     evaluate.add_argument("run", type=Path, help="run directory")
     evaluate.add_argument("--checkpoint", default="auto", help="a checkpoint's path (default: the newest)")
     evaluate.add_argument("overrides", nargs="*", metavar="eval.key=value", help="override keys of the run's config")
@@ -88,18 +97,30 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("watch", help="follow runs while they train (see jepa-scale watch --help)")
 
     config = commands.add_parser(
-        "config", help="print a config with every default filled in, and where each value is from", parents=[flags]
+        "config",
+        help="print a config with every default filled in, and where each value is from",
+        parents=[flags],
+        example="jepa-scale config configs/reversal.yaml optim.lr=2e-3",
     )
     what = config.add_mutually_exclusive_group(required=True)
     what.add_argument("config", nargs="?", help="YAML file")
     what.add_argument("--list", action="store_true", help="list the configs that come with jepa_scale")
     what.add_argument("--schema", action="store_true", help="print the JSON Schema of all configs, for editors")
     what.add_argument("--reference", action="store_true", help="print all keys with their meanings, as Markdown")
+    config.add_argument(
+        "--from",
+        dest="origin",
+        choices=["jepa-llm", "litjepa"],
+        help="print the config of ours that a config of this program is (docs/migration.md)",
+    )
     config.add_argument("overrides", nargs="*", metavar="section.key=value")
     config.set_defaults(command=print_config)
 
     report = commands.add_parser(
-        "report", help="write report.html of runs, and one page on which they are compared", parents=[flags]
+        "report",
+        help="write report.html of runs, and one page on which they are compared",
+        parents=[flags],
+        example="jepa-scale report runs/reversal_lm runs/reversal",
     )
     report.add_argument("runs", nargs="+", type=Path, help="run directories")
     report.add_argument(
@@ -124,6 +145,8 @@ def evaluate_run(args: argparse.Namespace) -> int:
 
 
 def print_config(args: argparse.Namespace) -> int:
+    if args.origin and not args.config:
+        raise InputError(f"--from {args.origin}: needs the config of that program; give its YAML file")
     if args.list:
         from jepa_scale.config.loading import shipped_configs
 
@@ -131,16 +154,21 @@ def print_config(args: argparse.Namespace) -> int:
             print(f"{name:40s} {about}")
         return 0
     if args.schema:
-        from jepa_scale.cli.config_schema import config_schema
+        from jepa_scale.cli.config.schema import config_schema
 
         print(json.dumps(config_schema(), indent=2))
         return 0
     if args.reference:
-        from jepa_scale.cli.config_reference import reference
+        from jepa_scale.cli.config.reference import reference
 
         print(reference(), end="")
         return 0
-    from jepa_scale.cli.config_origins import annotate
+    if args.origin:
+        from jepa_scale.cli.config.translated import translated
+
+        print(translated(args.origin, args.config, args.overrides), end="")
+        return 0
+    from jepa_scale.cli.config.origins import annotate
     from jepa_scale.config.loading import load_config
     from jepa_scale.experiment import check_trainable, validate
 

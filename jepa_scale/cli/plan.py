@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jepa_scale.cli.flags import logging_flags
+from jepa_scale.cli.flags import Parser, logging_flags
 from jepa_scale.utils.errors import InputError
 from jepa_scale.utils.format import text_table
 
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 
 def parser() -> argparse.ArgumentParser:
-    plan = argparse.ArgumentParser(
+    plan = Parser(
+        example="jepa-scale plan --config configs/jepa_8b.yaml --world-size 64 --gpu h100",
         prog="jepa-scale plan",
         description="Memory, communication and time of a run on machines that are not at hand.",
         parents=[logging_flags()],

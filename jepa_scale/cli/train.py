@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from jepa_scale.cli.flags import logging_flags
+from jepa_scale.cli.flags import Parser, logging_flags
 from jepa_scale.config.loading import load_config
 from jepa_scale.distributed.environment import is_first, read_place
 from jepa_scale.experiment import check_trainable, validate
@@ -17,8 +17,11 @@ from jepa_scale.utils.errors import DataError, InputError
 
 
 def parser() -> argparse.ArgumentParser:
-    train = argparse.ArgumentParser(
-        prog="jepa-scale train", description="Train one run from a config.", parents=[logging_flags()]
+    train = Parser(
+        example="jepa-scale train --config configs/reversal.yaml optim.lr=2e-3 --resume auto",
+        prog="jepa-scale train",
+        description="Train one run from a config.",
+        parents=[logging_flags()],
     )
     train.add_argument("--config", required=True, help="YAML file of the experiment")
     train.add_argument("--resume", metavar="auto|PATH", help="continue: from the run's newest checkpoint, or from PATH")

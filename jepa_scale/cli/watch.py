@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TextIO
 
-from jepa_scale.cli.flags import logging_flags
+from jepa_scale.cli.flags import Parser, logging_flags
 from jepa_scale.telemetry.monitor import Status, duration, read_status
 from jepa_scale.utils.format import format_number
 
@@ -100,7 +100,8 @@ class Screen:
 
 
 def parser(prog: str = "jepa-scale watch") -> argparse.ArgumentParser:
-    own = argparse.ArgumentParser(
+    own = Parser(
+        example="jepa-scale watch runs/reversal runs/reversal_lm --every 30",
         prog=prog,
         description="Follow runs by their folders, from any machine that sees them, until they end.",
         parents=[logging_flags()],

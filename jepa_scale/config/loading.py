@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jepa_scale.config import yaml12
+from jepa_scale.config.foreign import program_of
 from jepa_scale.config.parsing import parse_section
 from jepa_scale.config.schema import Config, RunConfig
 from jepa_scale.config.values import expand
@@ -102,21 +103,94 @@ def value_of(override: str) -> Any:
         raise InputError(f"override {override!r}: {text!r} is not a YAML value ({error})") from None
 
 
+BASE = "base"
+"""Key of a config that names the file whose keys it changes."""
+_CHOSEN_BY = {"model": "family", "data": "source", "objective": "name"}
+"""Section → the key whose value decides which other keys the section has."""
+
+
+def base_of(values: Mapping[str, Any], file: Path) -> Path | None:
+    """Return the file that a config names as its base, if any.
+
+    Raises:
+        InputError: there is no such file, or it has a base itself.
+    """
+    if BASE not in values:
+        return None
+    if not isinstance(values[BASE], str):
+        raise InputError(f"{file}: base: must be the name of a config file, not {values[BASE]!r}")
+    base = find_file(values[BASE], f"{file}: base", file.parent)
+    if BASE in read_yaml(base):
+        raise InputError(f"{file}: base: {values[BASE]} has a base itself, and there is one level; name that base")
+    return base
+
+
+def replaces(section: str, child: Any, base: Any) -> bool:
+    """Return whether a config's section takes the place of its base's instead of changing single keys of it.
+
+    It does if one of the two is no mapping, or if it chooses another objective, source or family, which has other keys.
+    """
+    if not isinstance(child, dict) or not isinstance(base, dict):
+        return True
+    key = _CHOSEN_BY.get(section, "")
+    return key in child and child[key] != base.get(key, child[key])
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """Read a config file and the base that it names, with the files of their sections ``model:``.
+
+    The base's ``run.name`` is left out: two configs are two runs.
+
+    Raises:
+        InputError: a file cannot be read, or is no mapping.
+    """
+    values = read_yaml(file)
+    if (program := program_of(values)) is not None:
+        raise InputError(
+            f"{file}: is a config of {program.name}; jepa-scale config --from {program.flag} {file} writes ours "
+            f"({program.page})"
+        )
+    base = base_of(values, file)
+    values.pop(BASE, None)
+    if base is None:
+        return with_model_file(values, file)
+    below = read_config(base)
+    if isinstance(below.get("run"), dict):
+        below["run"].pop("name", None)
+    values = with_model_file(values, file)
+    for section, own in values.items():
+        below[section] = own if replaces(section, own, below.get(section)) else _merged(below[section], own)
+    return below
+
+
+def with_model_file(values: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Put the keys of the file that ``model:`` names in its place, if it names one. ``file`` holds the values."""
+    if isinstance(values.get("model"), str):
+        values["model"] = read_yaml(find_file(values["model"], "model", file.parent))
+    return values
+
+
+def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    both = {key: value for key, value in own.items() if isinstance(value, dict) and isinstance(base.get(key), dict)}
+    return base | own | {key: _merged(base[key], value) for key, value in both.items()}
+
+
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Read a config file, apply the overrides, and check the keys of the common sections.
 
     ``model:`` may name a file of its own (``model: configs/models/tiny.yaml``); overrides such as ``model.hidden_size=64``
-    change that file's keys.
+    change that file's keys. ``base:`` names a config whose keys this one changes (:func:`read_config`).
 
     Raises:
         InputError: with the key or file that is wrong and what to do.
     """
     file = find_file(path, "--config")
-    values = read_yaml(file)
+    if any(override.partition("=")[0] == BASE for override in overrides):
+        raise InputError("base: stands in a config file; on the command line give the other file as --config")
+    values = read_config(file)
     if any(o.startswith("model=") for o in overrides):
         apply_override(values, [o for o in overrides if o.startswith("model=")][-1])
-    if isinstance(values.get("model"), str):
-        values["model"] = read_yaml(find_file(values["model"], "model", file.parent))
+    values = with_model_file(values, file)
     for override in overrides:
         if not override.startswith("model="):
             apply_override(values, override)

@@ -8,7 +8,8 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
 
-from jepa_scale.config.schema import Section
+from jepa_scale.config.foreign import meant
+from jepa_scale.config.schema import Config, Section
 from jepa_scale.config.yaml12 import WrittenFloat, WrittenInt
 from jepa_scale.utils.errors import InputError, suggestion
 
@@ -21,6 +22,14 @@ _REMEDY = {
     "int_type": "; write a whole number in digits",
 }
 """Type of an error → what to do, where the message does not say it."""
+
+
+def common_sections() -> dict[str, dict[str, Any]]:
+    """Return section → its keys, of the sections that have the same keys in every config."""
+    fields = {name: field.annotation for name, field in Config.model_fields.items()}
+    return {
+        name: cls.model_fields for name, cls in fields.items() if isinstance(cls, type) and issubclass(cls, Section)
+    }
 
 
 def parse_section(cls: type[S], values: Any, prefix: str) -> S:
@@ -56,6 +65,8 @@ def _explain(cls: type[Section], error: ValidationError, prefix: str) -> str:
             if part in owner.model_fields:  # else a number in a list, or a name in a mapping
                 owner = next(_sections_in(owner.model_fields[part].annotation), owner)
         fields = owner.model_fields
+        if hint := meant(name, common_sections()):
+            return f"{name}: unknown key; {hint}"
         known = f"known keys: {', '.join(sorted(fields))}" if fields else "there are no keys here"
         return f"{name}: unknown key; {suggestion(path[-1], fields, known)}"
     if first["type"] == "missing":

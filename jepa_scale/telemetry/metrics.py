@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -144,3 +145,13 @@ def in_report_order(names: set[str]) -> list[str]:
     first = [m.name for m in _KNOWN if m.name in names]
     last = [m.name for m in _MACHINERY if m.name in names]
     return [*first, *sorted(names - {*first, *last}), *last]
+
+
+HEADLINES = 4
+"""Metrics of an evaluation in a line of the log."""
+
+
+def headlines(names: Iterable[str]) -> list[str]:
+    """Return the first few metrics of an evaluation in a report's order: those that can improve come before those that cannot."""
+    ordered = in_report_order(set(names))
+    return sorted(ordered, key=lambda name: describe(name).better is None)[:HEADLINES]

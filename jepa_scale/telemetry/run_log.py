@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,7 +17,7 @@ from jepa_scale.distributed.comm import ParallelContext, broadcast_object
 from jepa_scale.telemetry import records
 from jepa_scale.telemetry.environment import describe_environment
 from jepa_scale.telemetry.loggers import Loggers, start_loggers
-from jepa_scale.telemetry.metrics import chart
+from jepa_scale.telemetry.metrics import chart, headlines
 from jepa_scale.telemetry.progress import Progress
 from jepa_scale.telemetry.row_file import RowFile
 from jepa_scale.utils.format import format_number
@@ -74,8 +74,7 @@ class RunLog:
         engine, precision: as the run was built, for the summary.
         peak: peak FLOP/s of a rank's device, for the column ``mfu``; without it there is no such column.
         budget: FLOP budget of the run, for the summary; 0 = none was given.
-        data: counts of the source's records by outcome (samples, split, dropped …), for the summary and the log at the
-            start.
+        data: counts of the source's records by outcome (samples, split, dropped …), for the summary.
     """
 
     def __init__(
@@ -140,7 +139,6 @@ class RunLog:
         self._environment = describe_environment(self._ranks, self._engine, self._precision)
         if self._data:
             self._environment["data"] = self._data
-            logger.info("data: " + ", ".join(f"{n:,} {what}" for what, n in self._data.items() if n))
         self._loggers = start_loggers(self.run_dir, self._log, self.name, self._config_yaml, self._start_step)
         if self._log.progress:
             self._progress = Progress(self.name, self.total_steps, self._start_step)
@@ -151,7 +149,7 @@ class RunLog:
         self.step = step
         self.tokens += tokens
         if self._progress is not None:
-            self._progress.step(step)
+            self._progress.step(step, self.clock.seconds - self._began)
 
     def trained(self, step: int, values: Mapping[str, float | None], tokens: int = 0, flops: int = 0) -> None:
         """Write a row of split ``"train"`` after optimizer step ``step``.
@@ -180,17 +178,22 @@ class RunLog:
         assert split.startswith("eval/"), f"{split!r} is no split of an evaluation"
         self._write(step, split, values)
         if self._progress is not None:
-            shown = "  ".join(f"{name} {format_number(records.clean(value))}" for name, value in values.items())
-            self._progress.note(f"{self.name}  step {step}  {split:8} {shown}")
+            headline = headlines(name for name, value in values.items() if value is not None)
+            shown = "  ".join(f"{name} {format_number(records.clean(values[name]))}" for name in headline)
+            more = sum(value is not None for value in values.values()) - len(headline)
+            rest = f"  and {more} more" if more else ""
+            self._progress.note(f"{self.name}  step {step}  {split:8} {shown}{rest}")
 
     def has_evaluated(self, step: int) -> bool:
         """Return whether an evaluation after that step was logged before a resume; the same on every rank."""
         found = any(row["step"] == step and row["split"] != TRAIN for row in self._kept)
         return bool(broadcast_object(found))
 
-    def paused(self) -> Any:
-        """Stop the training clock in the block: ``with log.paused():`` around evaluations and saves."""
-        return self.clock.paused()
+    @contextmanager
+    def paused(self, what: str = "pause") -> Iterator[None]:
+        """Stop the training clock in the block: ``with log.paused("evaluation"):``, or a save."""
+        with self.clock.paused(), self._progress.pause(what) if self._progress is not None else nullcontext():
+            yield
 
     def state(self) -> dict[str, float]:
         """Return the tokens, seconds and FLOPs so far, for a checkpoint."""

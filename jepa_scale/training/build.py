@@ -41,6 +41,7 @@ from jepa_scale.objectives.base import JepaModel, Objective
 from jepa_scale.objectives.costs import StepFlops
 from jepa_scale.optim import parameter_groups
 from jepa_scale.training.flop_budget import paid_steps, steps_within, whole_steps
+from jepa_scale.training.overview import ModuleSize
 from jepa_scale.utils.errors import InputError
 
 
@@ -64,6 +65,8 @@ class TrainingComponents:
     model_fingerprint: dict[str, Any]  # what decides, besides the weights, what the backbone computes
     flops: StepFlops  # this rank's micro-batches of a step → FLOPs of training on them, over its tensor-parallel group
     splits: dict[str, Split]  # of the parameters that are split over the tensor-parallel group, by name
+    model_size: ModuleSize
+    objective_size: ModuleSize
 
     @property
     def evaluated(self) -> list[str]:
@@ -170,6 +173,7 @@ def build(
     start = sampler.resume(resumed.state["data"], experiment.data.accept_changes) if resumed else 0
     flops = objective.flops(backbone)
     fingerprint = model_fingerprint(backbone, experiment.model)
+    model_size, objective_size = ModuleSize.of(backbone.decoder), ModuleSize.of(objective)
     weights = Weights(module, ranks)
     splits = split_over_tp_group(backbone, ranks)
     copies = objective.teacher_copies(backbone)
@@ -252,6 +256,8 @@ def build(
         fingerprint,
         flops,
         splits,
+        model_size,
+        objective_size,
     )
 
 

@@ -22,6 +22,7 @@ from jepa_scale.report.step_time import breakdown_table
 from jepa_scale.telemetry import RunLog, describe, locked_run_dir, quiet_libraries
 from jepa_scale.telemetry.records import config_of, read_rows
 from jepa_scale.training.build import build
+from jepa_scale.training.overview import overview
 from jepa_scale.training.preemption import StopRequest
 from jepa_scale.training.resume import check_changes, restore
 from jepa_scale.training.stopping import Aborted, StoppingRules
@@ -67,7 +68,6 @@ def train(experiment: Experiment, ranks: ParallelContext, resume: str | None) ->
 
     run = build(experiment, ranks, manifest)
     experiment = run.experiment  # with the precision that this run has
-    logger.debug(f"{run.engine.layout} on {ranks.device}, started by {ranks.launcher}; {run.steps:,} steps")
     if (warning := check_splits(experiment.train, experiment.checkpoint, run.evaluated)) and ranks.is_main:
         logger.warning(warning)
     stopping_rules = StoppingRules(experiment.train, experiment.checkpoint.keep_best, run.steps)
@@ -100,6 +100,8 @@ def train(experiment: Experiment, ranks: ParallelContext, resume: str | None) ->
     )
     saver = saver_of(experiment.checkpoint, run_dir)
     allocator.advise(ranks.device)
+    for line in overview(run, run_dir, start):
+        logger.info(line)
     with (
         log,
         StopRequest(ranks.device) as stop,

@@ -201,7 +201,7 @@ class Trainer:
         """Exclude the block, an evaluation or a save, from the training time, and report it to the watchdog."""
         self.watchdog.enter(self.done, what)
         self.metrics.timer.enter(None)
-        with self.log.paused():
+        with self.log.paused(what):
             yield
         self.metrics.timer.enter("other")
 

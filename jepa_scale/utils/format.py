@@ -29,6 +29,13 @@ def format_flops(value: float | None) -> str:
     return "-" if value is None else f"{value:.2e}".replace("e+", "e")
 
 
+def format_share(part: int, whole: int) -> str:
+    """Format a share as ``all``, ``none`` or a percentage with three digits, such as ``0.521%``; ``whole`` is above 0."""
+    if part in (0, whole):
+        return "all" if part else "none"
+    return f"{100 * part / whole:.3g}%"
+
+
 def format_number(value: float | int | None) -> str:
     """Format a metric with grouped thousands and four significant digits; ``-`` for a missing value."""
     if value is None:

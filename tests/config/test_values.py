@@ -5,7 +5,7 @@ import re
 import pytest
 from pydantic import Field
 
-from jepa_scale.cli.config_schema import kinds
+from jepa_scale.cli.config.schema import kinds
 from jepa_scale.config.parsing import parse_section
 from jepa_scale.config.schema import Config, OptimConfig, RunConfig, Section, TrainConfig
 from jepa_scale.config.values import NAME_BYTES, LocalPath, PlainMapping, Text

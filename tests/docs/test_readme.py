@@ -17,5 +17,12 @@ def test_links_lead_to_files():
 def test_the_two_scripts_come_first_after_the_clone():
     """CI runs the second one (.ci/run)."""
     scripts = [command.words[0] for command in commands_of(README) if command.text.startswith("scripts/")]
-    assert scripts[:2] == ["scripts/quickstart.sh", "scripts/test.sh"]
+    assert list(dict.fromkeys(scripts))[:2] == ["scripts/quickstart.sh", "scripts/test.sh"]
     assert "scripts/test.sh" in (REPOSITORY / ".ci/run").read_text()
+
+
+def test_the_first_command_stands_at_the_top_with_where_it_is_typed():
+    """No address of a repository is made up."""
+    top = README.read_text().partition("\n## ")[0]
+    assert "`git clone`" in top and "scripts/quickstart.sh" in top
+    assert "REPOSITORY_URL" not in README.read_text()

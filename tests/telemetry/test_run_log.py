@@ -258,3 +258,18 @@ def test_a_summary_without_room_is_a_warning(tmp_path, caplog):
         log.trained(1, {"loss": 1.0})
         (tmp_path / "summary.json.partial").mkdir()
     assert "summary.json: not written: Is a directory" in caplog.messages[-1]
+
+
+def test_a_line_of_an_evaluation_has_few_metrics(tmp_path, caplog):
+    """Those that can improve come first; all are in the row."""
+    caplog.set_level("INFO", "jepa_scale")
+    values = {"chance": 0.1, "gate": 1.0, "ppl": 9.0, "loss": 2.0, "mrr": 0.5, "exact_match": 0.25, "generated": None}
+    prepare_run_dir(tmp_path, resume=True)
+    with RunLog(tmp_path, LogConfig(), ranks(), "demo", 10, CONFIG) as log:
+        log.evaluated(4, "eval/test", values)
+        log.evaluated(4, "eval/few", {"gate": 1.0})
+    assert caplog.messages == [
+        "demo  step 4  eval/test loss 2.000  ppl 9.000  exact_match 0.2500  mrr 0.5000  and 2 more",
+        "demo  step 4  eval/few gate 1.000",
+    ]
+    assert len(read_rows(tmp_path)[0]) == 3 + 6

@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
+from jepa_scale.config.loading import BASE
 from jepa_scale.config.schema import Config, Section
 from jepa_scale.data import SOURCES
 from jepa_scale.evaluation.options import OPTIONS
@@ -30,6 +31,7 @@ CHOSEN_BY = {"data": "source", "objective": "name"}
 """Section → its deciding key, whose value determines the other keys."""
 
 
+BASE_FILE = {"type": "string", "description": "A config whose keys this one changes."}
 OUTSIDE = {"type": "string", "pattern": r"^[\w.]+:\w+$", "description": "module:Class, an objective of one's own."}
 
 
@@ -81,4 +83,4 @@ def config_schema() -> Schema:
             "required": [key],
             "allOf": conditions,
         }
-    return {"$schema": DRAFT, **top, "properties": sections, "$defs": definitions}
+    return {"$schema": DRAFT, **top, "properties": {BASE: BASE_FILE, **sections}, "$defs": definitions}

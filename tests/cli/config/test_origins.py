@@ -8,11 +8,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jepa_scale.cli.config_origins import annotate
+from jepa_scale.cli.config.origins import annotate
 from jepa_scale.config.loading import load_config
 from jepa_scale.experiment import validate
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 EXPERIMENT = """\
 model: small.yaml
 data:

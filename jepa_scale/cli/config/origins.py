@@ -9,7 +9,16 @@ from typing import Any
 import yaml
 
 from jepa_scale.config import yaml12
-from jepa_scale.config.loading import find_file, read_text, read_yaml, value_of
+from jepa_scale.config.loading import (
+    base_of,
+    find_file,
+    read_config,
+    read_text,
+    read_yaml,
+    replaces,
+    value_of,
+    with_model_file,
+)
 from jepa_scale.config.schema import Section
 from jepa_scale.experiment import Experiment
 
@@ -37,9 +46,18 @@ def annotate(experiment: Experiment, path: str | Path, overrides: Sequence[str] 
 
 def _given(file: Path, overrides: Sequence[str]) -> dict[tuple[str, ...], str]:
     """Return key → origin for the keys that the user gave; of several origins the last one counts."""
-    given = _lines_of(file, ())
-    replaced = [override for override in overrides if override.startswith("model=")]
-    model = value_of(replaced[-1]) if replaced else read_yaml(file).get("model")
+    given = _lines_of_config(file)
+    if base := base_of(read_yaml(file), file):
+        own, below = with_model_file(read_yaml(file), file), read_config(base)
+        replaced = {section for section in own if replaces(section, own[section], below.get(section))}
+        inherited = {
+            keys: where
+            for keys, where in _lines_of_config(base).items()
+            if keys[0] not in replaced and keys != ("run", "name")
+        }
+        given = inherited | given
+    models = [override for override in overrides if override.startswith("model=")]
+    model = value_of(models[-1]) if models else None
     if isinstance(model, str):
         given = {keys: where for keys, where in given.items() if keys[0] != "model"}
         given |= _lines_of(find_file(model, "model", file.parent), ("model",))
@@ -49,6 +67,15 @@ def _given(file: Path, overrides: Sequence[str]) -> dict[tuple[str, ...], str]:
             continue  # its keys are in that file
         given = {other: where for other, where in given.items() if other[: len(keys)] != keys}
         given[keys] = "command line"
+    return given
+
+
+def _lines_of_config(file: Path) -> dict[tuple[str, ...], str]:
+    """Return key → line of one file, with the lines of the file that its ``model:`` names."""
+    given, model = _lines_of(file, ()), read_yaml(file).get("model")
+    if isinstance(model, str):
+        given = {keys: where for keys, where in given.items() if keys[0] != "model"}
+        given |= _lines_of(find_file(model, "model", file.parent), ("model",))
     return given
 
 

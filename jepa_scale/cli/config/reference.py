@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from jepa_scale.cli.config_schema import CHOSEN_BY, Schema, kinds
+from jepa_scale.cli.config.schema import CHOSEN_BY, Schema, kinds
 from jepa_scale.config.schema import Config
 from jepa_scale.data import SOURCES
 
@@ -26,8 +26,10 @@ This page is written by `jepa-scale config --reference > docs/config.md`.
   `2024-01-31`. Anchors and merge keys (`<<: *name`) work. The file is UTF-8, and a key may occur once in a section.
 - A value has the type of its key. `true` is no number, `1e3` and `"3"` are no integers, an integer is a float too, and no number is infinite.
   A key that wants a text takes a number as it is written: `run.name=007` is the name 007.
+- `base: other.yaml` at the top takes all keys of another config, and changes those that stand here. There is one level. A section that chooses
+  another `objective.name`, `data.source` or `model.family` replaces the base's. `run.name` is not taken. `jepa-scale config` prints the result.
 - `~`, `$NAME` and `${NAME}` are replaced in every path; a variable that is not set is an error. A relative path is below the folder in
-  which the command was started; `--config`, `model`, `engine.deepspeed` and `eval.probe` are looked for there first, then (`model`)
+  which the command was started; `--config`, `base`, `model`, `engine.deepspeed` and `eval.probe` are looked for there first, then (`base`, `model`)
   beside the config, then among the files of jepa_scale.
 - `section.key=value` builds a section that is missing or null, and takes the whole value: in `"run.name=try #2"` nothing is a comment.
 - `run.name` may have letters, digits, spaces and `. , : ; _ - + = @ # % ! & ( ) [ ] ' ^ ~`, and `/` for folders in between; each part has at most

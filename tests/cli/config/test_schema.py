@@ -7,13 +7,13 @@ import jsonschema
 import pytest
 import yaml
 
-from jepa_scale.cli.config_reference import reference
-from jepa_scale.cli.config_schema import config_schema, kinds
+from jepa_scale.cli.config.reference import reference
+from jepa_scale.cli.config.schema import config_schema, kinds
 from jepa_scale.cli.main import main
 from jepa_scale.config.loading import load_config
 from jepa_scale.experiment import OBJECTIVES, validate
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 EXPERIMENTS = sorted((REPOSITORY / "configs").glob("*.yaml"))
 
 

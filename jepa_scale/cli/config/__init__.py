@@ -1,0 +1,1 @@
+"""What `jepa-scale config` prints."""
