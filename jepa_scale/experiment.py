@@ -8,7 +8,6 @@ and a class is imported when it is first needed. So a wrong config is refused wi
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 from dataclasses import dataclass, fields
@@ -31,9 +30,11 @@ from jepa_scale.config.schema import (
 from jepa_scale.data import SourceOptions, parse_data
 from jepa_scale.evaluation.options import OPTIONS, EvaluationOptions
 from jepa_scale.models.options import ModelOptions
+from jepa_scale.telemetry.callbacks import callback_class
 from jepa_scale.telemetry.records import SUMMARY_FILE
 from jepa_scale.utils.devices import check_fp16
 from jepa_scale.utils.errors import InputError, suggestion
+from jepa_scale.utils.importing import imported
 
 if TYPE_CHECKING:
     from jepa_scale.models.backbone import Backbone
@@ -123,17 +124,7 @@ def objective_class(name: str) -> type[Objective]:
         InputError: there is no such name, module or class, or the class is no :class:`Objective`.
     """
     _check_name(name)
-    if name in OBJECTIVES:
-        found: type[Objective] = _import(OBJECTIVES[name][0])
-        return found
-    try:
-        outside = _import(name)
-    except ModuleNotFoundError as error:
-        raise InputError(
-            f"objective.name: {name!r} cannot be imported ({error}); is the folder of {error.name!r} in PYTHONPATH?"
-        ) from error
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"objective.name: {name!r} cannot be imported: {error}; give module:Class") from error
+    outside = imported(OBJECTIVES[name][0] if name in OBJECTIVES else name, "objective.name")
     from jepa_scale.objectives.base import Objective  # its subclass has imported it already
 
     if not (isinstance(outside, type) and issubclass(outside, Objective)):
@@ -148,7 +139,9 @@ def objective_options(name: str) -> type[Section]:
         InputError: as :func:`objective_class`.
     """
     _check_name(name)
-    options: type[Section] = _import(OBJECTIVES[name][1]) if name in OBJECTIVES else objective_class(name).Options
+    if name not in OBJECTIVES:
+        return objective_class(name).Options
+    options: type[Section] = imported(OBJECTIVES[name][1], "objective.name")  # without torch, which its class needs
     return options
 
 
@@ -156,12 +149,6 @@ def _check_name(name: str) -> None:
     if name not in OBJECTIVES and ":" not in name:
         hint = suggestion(name, OBJECTIVES, f"known: {', '.join(OBJECTIVES)}, or module:Class of your own")
         raise InputError(f"objective.name: unknown objective {name!r}; {hint}")
-
-
-def _import(path: str) -> Any:
-    """Import the object that ``module:name`` names."""
-    module, _, attribute = path.partition(":")
-    return getattr(importlib.import_module(module), attribute)
 
 
 def validate(config: Config) -> Experiment:
@@ -195,8 +182,11 @@ def check_trainable(experiment: Experiment) -> None:
     """Check what only training asks of a config, before anything is built.
 
     Raises:
-        InputError: ``checkpoint.keep_best`` has nothing to choose from, or this machine cannot compute in ``engine.precision``.
+        InputError: ``checkpoint.keep_best`` has nothing to choose from, this machine cannot compute in ``engine.precision``, or there is
+            no such callback.
     """
+    for name in experiment.train.callbacks:
+        callback_class(name)
     check_intervals(experiment.train, experiment.checkpoint)
     if experiment.engine.precision == "fp16":
         check_fp16()

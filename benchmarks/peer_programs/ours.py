@@ -20,6 +20,7 @@ from jepa_scale.experiment import Experiment
 from jepa_scale.objectives.base import JepaModel
 from jepa_scale.packing import IGNORE
 from jepa_scale.telemetry import RunLog, prepare_run_dir
+from jepa_scale.telemetry.callbacks import Callbacks
 from jepa_scale.training.build import TrainingComponents, build, model_of
 from jepa_scale.training.preemption import StopRequest
 from jepa_scale.training.run import saver_of
@@ -114,7 +115,8 @@ class Ours:
         )
         self.stop = self.stack.enter_context(StopRequest(ranks.device))
         self.watchdog = self.stack.enter_context(Watchdog(folder, ranks, 0))
-        self.saver = saver_of(experiment.checkpoint, folder)
+        self.callbacks = Callbacks([])
+        self.saver = saver_of(experiment.checkpoint, folder, self.callbacks.on_save)
 
     def look(self, step: int) -> Found:
         batches = list(self.run.batches(step, step + 1))[0]
@@ -141,9 +143,8 @@ class Ours:
 
         self.run.batches = some  # type: ignore[assignment]
         try:
-            Trainer(
-                self.run, self.log, self.saver, self.watchdog, self.stop, StoppingRules(self.run.experiment.train)
-            ).train(start)
+            rules = StoppingRules(self.run.experiment.train)
+            Trainer(self.run, self.log, self.saver, self.watchdog, self.stop, rules, self.callbacks).train(start)
         finally:
             self.run.batches = whole
         self.done += count

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import json
 import subprocess
@@ -12,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from jepa_scale.config.loading import load_config, to_yaml
 from jepa_scale.data.prepare.formats.source import identity
 from jepa_scale.experiment import objective_options, validate
 from jepa_scale.utils.errors import InputError
+from jepa_scale.utils.importing import imported
 from jepa_scale.utils.io import write_atomic
 
 CONTROL = "/control"
@@ -139,7 +140,7 @@ def _vocabulary(name: str, task: Task, options: Mapping[str, Any]) -> dict[str, 
     if task.generator is None:
         return {}
     write = function_of(task.generator, "generators", "write")
-    size = getattr(importlib.import_module(write.__module__), "vocabulary", None)
+    size = getattr(sys.modules[write.__module__], "vocabulary", None)
     with _named(f"{name}: data"):
         return {} if size is None else {"vocabulary": str(size(**options))}
 
@@ -182,11 +183,12 @@ def function_of(name: str, package: str, attribute: str) -> Callable[..., Any]:
     Raises:
         InputError: there is none.
     """
-    module, _, function = name.rpartition(":") if ":" in name else (f"jepa_scale.bench.{package}.{name}", "", attribute)
-    try:
-        found: Callable[..., Any] = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"{package}: {name!r} cannot be imported: {error}") from None
+    own = f"jepa_scale.bench.{package}"
+    if ":" not in name and find_spec(f"{own}.{name}") is None:
+        raise InputError(f"{package}: there is no {name!r} in {own}; give one of its modules, or module:function")
+    found: Callable[..., Any] = imported(
+        name if ":" in name else f"{own}.{name}:{attribute}", package, "module:function"
+    )
     return found
 
 

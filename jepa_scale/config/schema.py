@@ -276,6 +276,9 @@ class TrainConfig(Section):
         None, description="Rule that ends the run when it stops improving; null = none."
     )
     abort: list[AbortRule] = Field(default_factory=list, description="Rules that end the run with an error.")
+    callbacks: list[str] = Field(
+        default_factory=list, description="Classes of your own that the run calls, each as module:Class."
+    )
 
     @model_validator(mode="after")
     def _complete(self) -> TrainConfig:

@@ -19,7 +19,7 @@ from jepa_scale.data.examples import Conversation
 from jepa_scale.data.prepare.encoders.messages import is_trained
 from jepa_scale.distributed.comm import ParallelContext, all_gather_object
 from jepa_scale.evaluation.options import DATABASE, ChatEvalOptions
-from jepa_scale.metrics.text_match import METRICS, Wanted
+from jepa_scale.metrics.text_match import Wanted, metric_of
 from jepa_scale.models.generation.batches import Answer, answer, rounds
 from jepa_scale.objectives.tasks import Call
 from jepa_scale.utils.errors import DataError, InputError
@@ -136,7 +136,7 @@ class ChatTest:
         if text is not None:
             for name in self.options.metrics:
                 try:
-                    score = METRICS[name](text, question.wanted)
+                    score = metric_of(name)(text, question.wanted)
                 except DataError as error:
                     problem = problem or str(error)
                     continue

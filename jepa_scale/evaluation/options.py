@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from jepa_scale.config.schema import Section
 from jepa_scale.config.values import LocalPath, Text
 from jepa_scale.data.base import Evaluation
-from jepa_scale.metrics.text_match import METRICS
+from jepa_scale.metrics.text_match import METRICS, metric_of
 from jepa_scale.utils.errors import suggestion
 
 DATABASE = "{db_id}"
@@ -43,7 +43,7 @@ class ChatEvalOptions(PerplexityOptions):
 
     metrics: list[str] = Field(
         default_factory=list,
-        description=f"Metrics of generated answers: {', '.join(METRICS)}; empty = generate nothing.",
+        description=f"Metrics of generated answers: {', '.join(METRICS)}, or module:function of your own; empty = generate nothing.",
     )
     max_new_tokens: int = Field(128, ge=1, description="Most tokens of an answer, the closing token included.")
     max_generations: int = Field(0, ge=0, description="Rows of a split to answer, evenly spread; 0 = all.")
@@ -60,9 +60,13 @@ class ChatEvalOptions(PerplexityOptions):
     @model_validator(mode="after")
     def _complete(self) -> ChatEvalOptions:
         for name in self.metrics:
-            if name not in METRICS:
-                hint = suggestion(name, METRICS, f"known: {', '.join(METRICS)}")
+            if name not in METRICS and ":" not in name:
+                hint = suggestion(name, METRICS, f"known: {', '.join(METRICS)}, or module:function of your own")
                 raise ValueError(f"metrics: unknown metric {name!r}; {hint}")
+            metric_of(name)
+        short = [name.rpartition(":")[2] for name in self.metrics]
+        if twice := next((name for name in short if short.count(name) > 1), None):
+            raise ValueError(f"metrics: {twice!r} is there twice; give each once, and functions names of their own")
         if "multiple_choice" in self.metrics and not self.choices:
             raise ValueError("choices: multiple_choice needs the labels, e.g. [A, B, C, D]")
         if len(set(self.choices)) < len(self.choices) or not all(label.strip() for label in self.choices):

@@ -45,7 +45,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jepa_scale.metrics.sql import execution, upstream_execution
-from jepa_scale.utils.errors import DataError
+from jepa_scale.utils.errors import DataError, InputError
+from jepa_scale.utils.importing import imported
 
 END = "<|end|>"
 
@@ -311,3 +312,25 @@ METRICS: dict[str, Metric] = {
     "sql_execution": sql_execution,
 }
 """Metrics of one generated answer, by their names in a config."""
+
+
+def metric_of(name: str) -> Metric:
+    """Return a metric of :data:`METRICS`, or the one that ``module:function`` names.
+
+    A function of a user's own takes the same arguments, the generated text and the row's :class:`Wanted`. It returns a number, which
+    is reported under the function's name, or a :class:`Score`. It may raise DataError for a row that it cannot score.
+
+    Raises:
+        InputError: there is no such function.
+    """
+    if name in METRICS:
+        return METRICS[name]
+    function = imported(name, "metrics", "module:function")
+    if not callable(function):
+        raise InputError(f"metrics: {name!r} is no function")
+
+    def scored(generated: str, wanted: Wanted) -> Score:
+        found = function(generated, wanted)
+        return found if isinstance(found, Score) else Score({name.partition(":")[2]: float(found)})
+
+    return scored

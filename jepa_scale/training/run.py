@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from jepa_scale.experiment import Experiment, check_trainable, validate
 from jepa_scale.models.flops import peak_of
 from jepa_scale.report.step_time import breakdown_table
 from jepa_scale.telemetry import RunLog, describe, locked_run_dir, quiet_libraries
+from jepa_scale.telemetry.callbacks import Callbacks
 from jepa_scale.telemetry.records import config_of, read_rows
 from jepa_scale.training.build import build
 from jepa_scale.training.overview import overview
@@ -98,7 +100,8 @@ def train(experiment: Experiment, ranks: ParallelContext, resume: str | None) ->
         peak=peak_of(ranks.device, compute_dtype(experiment.engine.precision), experiment.engine.tf32),
         budget=experiment.train.flops,
     )
-    saver = saver_of(experiment.checkpoint, run_dir)
+    callbacks = Callbacks(experiment.train.callbacks)
+    saver = saver_of(experiment.checkpoint, run_dir, callbacks.on_save)
     allocator.advise(ranks.device)
     for line in overview(run, run_dir, start):
         logger.info(line)
@@ -107,7 +110,7 @@ def train(experiment: Experiment, ranks: ParallelContext, resume: str | None) ->
         StopRequest(ranks.device) as stop,
         Watchdog(run_dir, ranks, 60 * experiment.train.hang_minutes) as watchdog,
     ):
-        trainer = Trainer(run, log, saver, watchdog, stop, stopping_rules)
+        trainer = Trainer(run, log, saver, watchdog, stop, stopping_rules, callbacks)
         try:
             trainer.train(start)
         except BaseException:
@@ -162,15 +165,21 @@ def conclude(trainer: Trainer, run_dir: Path) -> None:
         print_result(table)
 
 
-def saver_of(keep: CheckpointConfig, run_dir: Path) -> Saver:
-    """Return the saver that writes and keeps checkpoints by the options of ``checkpoint:``."""
+def saver_of(keep: CheckpointConfig, run_dir: Path, on_save: Callable[[int, Path], None]) -> Saver:
+    """Return the saver that writes and keeps checkpoints by the options of ``checkpoint:``; ``on_save`` is told of complete ones."""
+
+    def on_finish(report: checkpoint.Report) -> None:
+        log_save(report)
+        if report.path is not None:
+            on_save(report.step, report.path)
+
     higher = bool(keep.keep_best) and describe(split_key(str(keep.keep_best))[1]).better == "higher"
     policy = checkpoint.Policy(keep.keep_last, keep.keep_every, keep.keep_best, higher)
     return Saver(
         run_dir / "checkpoints",
         policy,
         keep.asynchronous,
-        on_finish=log_save,
+        on_finish=on_finish,
         every=keep.every,
         ephemeral_every=keep.ephemeral_every,
     )

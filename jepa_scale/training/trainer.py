@@ -18,6 +18,7 @@ from jepa_scale.evaluation.run import Results
 from jepa_scale.optim import lr_factor
 from jepa_scale.packing import PackedBatch, add_counts
 from jepa_scale.telemetry import RunLog, package_versions
+from jepa_scale.telemetry.callbacks import Callbacks
 from jepa_scale.training.build import TrainingComponents
 from jepa_scale.training.loss_checks import LossChecks
 from jepa_scale.training.metrics import MetricAccumulator
@@ -46,6 +47,7 @@ class Trainer:
         run: model, engine, data and evaluation. log: takes the rows.
         saver: writes checkpoints. watchdog: ends a rank that hangs.
         stop: whether this process was asked to stop. stopping_rules: end a run before its last step.
+        callbacks: the user's own, told of steps and evaluations.
 
     Attributes:
         done: number of finished optimizer steps.
@@ -60,8 +62,10 @@ class Trainer:
         watchdog: Watchdog,
         stop: StopRequest,
         stopping_rules: StoppingRules,
+        callbacks: Callbacks,
     ) -> None:
         self.run, self.log, self.saver, self.watchdog = run, log, saver, watchdog
+        self.callbacks = callbacks
         self.stop, self.stopping_rules = stop, stopping_rules
         self.experiment, self.ranks = run.experiment, run.ranks
         self.engine, self.objective, self.teacher = run.engine, run.objective, run.teacher
@@ -90,6 +94,7 @@ class Trainer:
             rows: Results = {}
             if self.logs() or evaluates or saves or self.stopping:
                 rows[TRAIN] = self.log_step(grad_norm)
+            self.callbacks.on_step(self.done, rows.get(TRAIN, {}))
             results = self.evaluate() if evaluates else {}
             ends = self.check(rows | results) or self.stopping
             if saves or ends:
@@ -147,6 +152,7 @@ class Trainer:
             results = {eval_split(split): metrics for split, metrics in of_splits.items()}
             for split, metrics in results.items():
                 self.log.evaluated(self.done, split, metrics)
+            self.callbacks.on_evaluation(self.done, results)
         return results
 
     def save(self, results: Results, permanent: bool) -> None:

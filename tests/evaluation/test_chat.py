@@ -25,13 +25,14 @@ from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.evaluation.chat import ChatTest, Counter, Output, chosen, generations_file, question, save, summary
 from jepa_scale.evaluation.options import ChatEvalOptions
 from jepa_scale.evaluation.run import chat_test
+from jepa_scale.metrics.text_match import Score, Wanted
 from jepa_scale.models.generation.batches import Generated, Prompts
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.objectives.lm import LanguageModeling
 from jepa_scale.objectives.lm_options import LmOptions
 from jepa_scale.telemetry import describe
-from jepa_scale.utils.errors import InputError
+from jepa_scale.utils.errors import DataError, InputError
 
 ALONE = ParallelContext(0, 1, 0, torch.device("cpu"), "python")
 END = 255
@@ -46,6 +47,11 @@ def options(**keys: Any) -> ChatEvalOptions:
     [
         ({"metrics": ["exact_mach"]}, "eval.metrics: unknown metric 'exact_mach'; did you mean 'exact_match'?"),
         ({"metrics": ["zzz"]}, "eval.metrics: unknown metric 'zzz'; known: exact_match, starts_with"),
+        ({"metrics": ["no_such_module:mine"]}, "eval.metrics: 'no_such_module:mine' cannot be imported"),
+        ({"metrics": ["math:pi"]}, "eval.metrics: 'math:pi' is no function"),
+        ({"metrics": ["math:gcd", "cmath:gcd"]}, "eval.metrics: 'cmath:gcd' cannot be imported"),
+        ({"metrics": ["exact_match", "exact_match"]}, "eval.metrics: 'exact_match' is there twice"),
+        ({"metrics": ["math:log", "cmath:log"]}, "eval.metrics: 'log' is there twice"),
         ({"metrics": ["multiple_choice"]}, "eval.choices: multiple_choice needs the labels"),
         ({"choices": ["A", "A"]}, "eval.choices: labels must differ"),
         ({"choices": ["A", " "]}, "eval.choices: labels must differ"),
@@ -60,6 +66,27 @@ def test_wrong_options_are_named(keys, message):
     with pytest.raises(InputError) as error:
         options(**keys)
     assert str(error.value).startswith(message)
+
+
+def shared_letters(generated: str, wanted: Wanted) -> float:
+    """A user's own metric."""
+    if not wanted.answer:
+        raise DataError(f"{wanted.name}: nothing to share")
+    return len({*generated} & {*wanted.answer}) / len({*wanted.answer})
+
+
+def length_score(generated: str, wanted: Wanted) -> Score:
+    return Score({"length": float(len(generated)), "wanted": float(len(wanted.answer))}, "counted")
+
+
+def test_a_function_of_ones_own_is_a_metric_beside_others(tmp_path):
+    said = {"a": "abcd", "b": "xy", "c": ""}
+    rows = [("a", "abxy"), ("b", "xy"), ("c", "")]
+    names = ["exact_match", f"{__name__}:shared_letters", f"{__name__}:length_score"]
+    (found,) = test_of(rows, options(metrics=names)).run(Told(said), ALONE, Output(tmp_path)).values()
+    assert found["shared_letters"] == (0.5 + 1) / 2 and found["exact_match"] == 0.5  # the third row has no answer
+    assert (found["length"], found["wanted"], found["unscored"]) == (3.0, 3.0, 1.0)
+    assert read(tmp_path, 0)[0]["notes"][names[2]] == "counted"
 
 
 def test_options_without_metrics_are_those_of_perplexity_and_generate_nothing():
