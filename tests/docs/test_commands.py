@@ -305,11 +305,12 @@ def test_no_two_commands_train_into_one_folder():
 @pytest.mark.matrix
 def test_commands_run(workplace):
     """All in one process, one rank, two steps a run."""
-    todo = []
+    todo: list[list[str]] = []
+    exported = ""
     for job in jobs():
         if job[0] == "convert" and "--to" in job:  # the pages convert into the same folder in several ways
             job = [*job[: job.index("--out") + 1], f"exported{len(todo)}/", *job[job.index("--out") + 2 :]]
-            exported = job[job.index("--out") + 1]
+            exported = job[job.index("--out") + 1] if "hf" in job else exported
         if job[0] == "convert" and "--from" in job:
             job = ["convert", exported, *job[2:]]
             job[job.index("--out") + 1] = f"runs/again{len(todo)}"
