@@ -281,7 +281,7 @@ def jobs() -> list[list[str]]:
                 job += ["--per-class", "2"]
             if job[:2] == ["data", "reversal"]:
                 job += ["--entities-a", "50", "--comb", "5"]
-            if job[0] == "generate":
+            if job[0] == "generate" and "--subject" not in job:
                 job += ["--max-new-tokens", "3"]
             if job[0] == "eval":
                 job = [*[w.replace("=FILE", "=sections.jsonl") for w in job if w != "eval.max_facts=0"]]
