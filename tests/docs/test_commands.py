@@ -246,6 +246,8 @@ def prepared_by_hand(words: list[str]) -> str | None:
     """Why one of our commands is not run, though it is no training."""
     if "--tokenizer" in words:
         return "needs a tokenizer with a chat template"
+    if "--mteb" in words:
+        return "needs data of the Hugging Face hub; run on local files by tests/evaluation/test_mteb_tasks.py"
     if any("finetune_example" in word or "runs/synth" in word for word in words):
         return "needs a pretrained model"
     if "--help" in words or words[1:] == ["train"] or len(words) < 3:
