@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -151,17 +152,26 @@ def _check_name(name: str) -> None:
         raise InputError(f"objective.name: unknown objective {name!r}; {hint}")
 
 
+def parse_objective(section: Mapping[str, Any]) -> ChosenObjective:
+    """Check the section ``objective:`` against the options of the objective that it names.
+
+    Raises:
+        InputError: names the key.
+    """
+    options = dict(section)
+    name = options.pop("name", None)
+    if not isinstance(name, str):
+        raise InputError(f"objective.name: required key is missing; one of {', '.join(OBJECTIVES)}")
+    return ChosenObjective(name, parse_section(objective_options(name), options, "objective"))
+
+
 def validate(config: Config) -> Experiment:
     """Check every section against the options of the class it names.
 
     Raises:
         InputError: names the key.
     """
-    options = dict(config.objective)
-    name = options.pop("name", None)
-    if not isinstance(name, str):
-        raise InputError(f"objective.name: required key is missing; one of {', '.join(OBJECTIVES)}")
-    objective = ChosenObjective(name, parse_section(objective_options(name), options, "objective"))
+    objective = parse_objective(config.objective)
     data = parse_data(config.data)
     data = parse_data(data.resolved())  # as in a saved config: without keys that the others make meaningless
     return Experiment(

@@ -27,6 +27,7 @@ from jepa_scale.data.prepare.encoders.chat_tokens import bos_prefix, encode_text
 from jepa_scale.data.texts import Text, Texts, tokenize
 from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.evaluation.encode import EncodedTexts, encode_texts
+from jepa_scale.evaluation.questions import FactAnswer, answers
 from jepa_scale.experiment import Experiment, validate
 from jepa_scale.models.generation.batches import answer, listed, rounds
 from jepa_scale.models.generation.speculative import Generation
@@ -214,10 +215,28 @@ class LoadedRun:
             texts.append(self._decode([*before, *found[number].tokens])[len(self._decode(before)) :])
         return [(text, found[number]) for number, text in enumerate(texts)]
 
+    def answers(self, subjects: Sequence[str], relation: str, batch_size: int = 32) -> list[FactAnswer]:
+        """Generate the name of each subject's object in a relation, by the answer generator of the run's evaluation.
+
+        Args:
+            subjects: names as the data write them: "Lami Tero" in sentences, else tokens with spaces between them, by their strings
+                or ids. relation: such as "teacher", or "<r_0_inv>".
+            batch_size: questions at a time.
+
+        Raises:
+            InputError: the run's data hold no facts, a subject is no name of theirs, or there is no such relation.
+        """
+        if self.data.kind != "reversal":
+            raise InputError(f"subject: asks about a fact, and the run's data are {self.data.kind}; give a prompt")
+        generator = self.module.objective.answer_generator(self._call)
+        return answers(generator, self.data, subjects, relation, batch_size)
+
     def _check_generation(self, draft: int, temperature: float) -> None:
         name, objective = self.experiment.objective.name, self.module.objective
         if not objective.predicts_tokens:
             raise InputError(f"objective {name!r} trains no next-token prediction, so nothing can be generated")
+        if self.data.kind == "reversal":
+            raise InputError("the run's data are facts; ask for one by --subject … --relation … (in Python: answers)")
         if self.tokenizer is None:
             raise InputError("the run's data have no tokenizer to encode prompts with; use a run whose data have one")
         if draft < 0 or not 0 <= temperature < float("inf"):

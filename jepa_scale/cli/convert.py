@@ -14,7 +14,7 @@ from jepa_scale.cli.signals import stopped_by_signals
 from jepa_scale.utils.errors import InputError
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_EXPORT_ONLY = ("checkpoint", "dtype", "shard_size", "heads", "adapter", "tokenizer", "no_verify")
+_EXPORT_ONLY = ("checkpoint", "dtype", "shard_size", "heads", "adapter", "tokenizer", "prompt", "no_verify")
 
 
 class _Intermixed(Parser):
@@ -30,12 +30,16 @@ def parser() -> argparse.ArgumentParser:
     convert = _Intermixed(
         example="jepa-scale convert runs/reversal --to hf --out exported/",
         prog="jepa-scale convert",
-        description="A run's checkpoint to Hugging Face format, or such a model into a run.",
+        description="A run's checkpoint to Hugging Face or sentence-transformers format, or a Hugging Face model into a run.",
         parents=[logging_flags()],
     )
     convert.add_argument("source", type=Path, help="run directory (--to), or folder of a model (--from)")
     way = convert.add_mutually_exclusive_group(required=True)
-    way.add_argument("--to", choices=["hf"], help="convert a run's checkpoint")
+    way.add_argument(
+        "--to",
+        choices=["hf", "sentence-transformers"],
+        help="convert a run's checkpoint: a model of transformers, or an encoder of texts",
+    )
     way.add_argument("--from", dest="origin", choices=["hf"], help="make a run that starts from a model")
     convert.add_argument(
         "--out", type=Path, required=True, help="folder to write into: new, or of a conversion that was stopped"
@@ -58,6 +62,12 @@ def parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--tokenizer", metavar="DIR|none", help="folder or name of a tokenizer (default: the data's)")
     export.add_argument(
+        "--prompt",
+        action="append",
+        metavar="NAME=TEXT",
+        help="of a sentence encoder: text put before what is encoded under that name, e.g. query or document; repeatable",
+    )
+    export.add_argument(
         "--no-verify", action="store_true", default=None, help="don't compare the checkpoint's checksums first"
     )
     convert.add_argument("--no-progress", action="store_true", help="no progress bar")
@@ -75,7 +85,7 @@ def convert_any(args: argparse.Namespace) -> int:
             raise InputError("--config and overrides belong to --from hf: a run has its config")
         return export_run(args)
     if given:
-        raise InputError(f"--{given[0].replace('_', '-')}: belongs to --to hf")
+        raise InputError(f"--{given[0].replace('_', '-')}: belongs to --to")
     if args.config is None:
         raise InputError("--from hf needs --config, the experiment that the model is to be trained in")
     return import_model(args)
@@ -93,6 +103,23 @@ def size(text: str) -> int:
     return count
 
 
+def prompts(given: list[str]) -> dict[str, str]:
+    """Convert arguments ``NAME=TEXT`` to a mapping.
+
+    Raises:
+        InputError: one has no name or is given twice.
+    """
+    found: dict[str, str] = {}
+    for each in given:
+        name, equals, text = each.partition("=")
+        if not (name and equals):
+            raise InputError(f"--prompt {each}: must be NAME=TEXT, such as 'query=search for: '")
+        if name in found:
+            raise InputError(f"--prompt {each}: {name} is given twice; remove one")
+        found[name] = text
+    return found
+
+
 def export_run(args: argparse.Namespace) -> int:
     from jepa_scale.telemetry import quiet_libraries
     from jepa_scale.telemetry.records import config_of
@@ -104,11 +131,13 @@ def export_run(args: argparse.Namespace) -> int:
 
     chosen: dict[str, Any] = {
         name: getattr(args, name)
-        for name in ("checkpoint", "dtype", "heads", "adapter", "tokenizer")
+        for name in ("to", "checkpoint", "dtype", "heads", "adapter", "tokenizer")
         if getattr(args, name) is not None
     }
     if shard_bytes is not None:
         chosen["shard_bytes"] = shard_bytes
+    if args.prompt is not None:
+        chosen["prompts"] = prompts(args.prompt)
     options = ExportOptions(**chosen, verify=not args.no_verify, progress=not args.no_progress)
     begin = time.monotonic()
     try:

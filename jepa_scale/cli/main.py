@@ -81,6 +81,12 @@ def parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("run", type=Path, help="run directory")
     evaluate.add_argument("--checkpoint", default="auto", help="a checkpoint's path (default: the newest)")
+    evaluate.add_argument(
+        "--mteb",
+        nargs="+",
+        metavar="TASK",
+        help="tasks of the benchmark MTEB instead, by its names or as module:Class of your own (pip install 'jepa-scale[embeddings]')",
+    )
     evaluate.add_argument("overrides", nargs="*", metavar="eval.key=value", help="override keys of the run's config")
     evaluate.set_defaults(command=evaluate_run)
 
@@ -134,6 +140,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def evaluate_run(args: argparse.Namespace) -> int:
+    if args.mteb:
+        return evaluate_mteb(args)
     from jepa_scale.cli.train import refused_evaluation
 
     if code := refused_evaluation(args.run, args.overrides):
@@ -142,6 +150,37 @@ def evaluate_run(args: argparse.Namespace) -> int:
     from jepa_scale.training.run import evaluate_checkpoint
 
     return guarded(evaluate_checkpoint, args)
+
+
+def evaluate_mteb(args: argparse.Namespace) -> int:
+    from jepa_scale.telemetry import quiet_libraries
+    from jepa_scale.telemetry.records import config_of
+
+    config_of(args.run)
+    if args.overrides:
+        raise InputError(f"{args.overrides[0]}: overrides have no meaning for --mteb; remove them")
+    quiet_libraries()
+    from jepa_scale.evaluation.mteb_tasks import evaluate_tasks, find_tasks
+
+    tasks = find_tasks(args.mteb)
+    import torch
+
+    from jepa_scale.inference import load
+
+    run = load(args.run, args.checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
+    if run.tokenizer is None:
+        raise InputError(
+            "--mteb: the run's data have no tokenizer, and the tasks have texts; use a run whose data have one"
+        )
+    name, folder = f"jepa_scale/{run.experiment.run.name}", args.run / "mteb"
+    print(run.checkpoint)
+    for score in evaluate_tasks(
+        lambda texts: run.encode(texts, truncate=True), name, run.checkpoint.name, tasks, folder
+    ):
+        subset = "" if score.subset == "default" else f" {score.subset}"
+        print(f"{score.task} {score.split}{subset}: {score.metric} {score.value:.4f}")
+    print(f"all scores: {folder}")
+    return 0
 
 
 def print_config(args: argparse.Namespace) -> int:

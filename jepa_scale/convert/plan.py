@@ -28,6 +28,7 @@ class Unit:
 
     Attributes:
         source: name in the checkpoint that the tensor has without adapters. nbytes: bytes to read for it.
+        name: name in the model that is written; empty if ``foreign``.
         entries: tensors of the file. Most often there is one. transformers stores the experts of a mixture in one tensor in
             memory, but separately in files.
         made_of: tensors of the checkpoint to merge; None = the tensor ``source``, unchanged.
@@ -38,6 +39,7 @@ class Unit:
     source: str
     nbytes: int
     entries: tuple[Entry, ...]
+    name: str = ""
     made_of: Source | None = None
     transposed: bool = False
     foreign: bool = False
@@ -98,24 +100,25 @@ def make_plan(
     dtype: torch.dtype,
     shard_bytes: int,
     heads: bool,
+    prefix: str = PREFIX,
 ) -> ConversionPlan:
     """Distribute the checkpoint's tensors over files.
 
     Args:
-        model: the model on the meta device; its state dict gives the order.
+        model: the model on the meta device; its state dict gives the order. prefix: of its tensors in the root module.
         sources: source of each of its tensors, by :data:`MODEL` and the name in the root module.
         shapes: shape and dtype of every tensor of the checkpoint.
         dtype: dtype of floating-point tensors in the files; the heads keep theirs.
         shard_bytes: largest number of tensor bytes in a file, except for a single larger tensor.
         heads: whether to export the objective's own tensors.
     """
-    order = [name for name in model.state_dict() if MODEL + PREFIX + name in sources]
+    order = [name for name in model.state_dict() if MODEL + prefix + name in sources]
     units = []
     for name, outputs in _in_files(model, order).items():
-        source = sources[MODEL + PREFIX + name]
+        source = sources[MODEL + prefix + name]
         target = dtype if source.dtype.is_floating_point else source.dtype
         entries = tuple(Entry(out, shape, target) for out, shape in outputs.items())
-        unit = Unit(MODEL + PREFIX + name, source.nbytes, entries)
+        unit = Unit(MODEL + prefix + name, source.nbytes, entries, name)
         if source.reads != [unit.source]:
             transposed = isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D)
             unit = replace(unit, made_of=source, transposed=transposed)
@@ -135,11 +138,10 @@ def heads_of(shapes: Shapes) -> list[Unit]:
 
 def outputs_of(model: PreTrainedModel, unit: Unit, tensor: Tensor) -> Iterator[Tensor]:
     """Yield the file's tensors made of a unit's tensor, in the order of its entries."""
-    name = unit.source.removeprefix(MODEL + PREFIX)
-    if unit.foreign or [entry.name for entry in unit.entries] == [name]:
+    if unit.foreign or [entry.name for entry in unit.entries] == [unit.name]:
         yield tensor
         return
-    made = revert_weight_conversion(model, {name: tensor})
+    made = revert_weight_conversion(model, {unit.name: tensor})
     for entry in unit.entries:
         yield made.pop(entry.name)
 

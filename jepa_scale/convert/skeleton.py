@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     GenerationConfig,
     LlamaConfig,
@@ -21,7 +22,7 @@ from transformers import (
 
 from jepa_scale.convert.standalone import auto_map, modelling_source
 from jepa_scale.engines.base import persistent_buffers
-from jepa_scale.models.decoder import JepaDecoderConfig, JepaDecoderForCausalLM
+from jepa_scale.models.decoder import JepaDecoderConfig, JepaDecoderForCausalLM, JepaDecoderPreTrainedModel
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.utils.errors import InputError
@@ -39,10 +40,12 @@ class Skeleton:
     Attributes:
         model: the model on the meta device, of the class that the exported files name.
         code: source files that the export needs: name → text.
+        prefix: of the model's parameters in the root module of a run.
     """
 
     model: PreTrainedModel
     code: Mapping[str, str] = field(default_factory=dict)
+    prefix: str = PREFIX
 
     @property
     def class_name(self) -> str:
@@ -69,9 +72,28 @@ class Skeleton:
             # not pad = eos: a padding token's embedding gets no gradient, but EOS needs one
             if name in special and not (name == "pad" and special["pad"] == special.get("eos")):
                 setattr(config, f"{name}_token_id", special[name])
-        if isinstance(self.model, JepaDecoderForCausalLM):
+        if isinstance(self.model, JepaDecoderPreTrainedModel):
             config.auto_map = auto_map()
         return config
+
+    def without_head(self) -> Skeleton:
+        """Return the model without its LM head: the class that ``AutoModel`` loads, whose outputs are states.
+
+        Raises:
+            InputError: ``AutoModel`` has no class for this family, or another one.
+        """
+        base = cast(PreTrainedModel, self.model.base_model)
+        try:
+            with torch.device("meta"):
+                loaded = type(AutoModel.from_config(self.model.config, trust_remote_code=bool(self.code)))
+        except ValueError:  # no class is registered, or its own code names none
+            loaded = None
+        if base is self.model or loaded is not type(base):
+            raise InputError(
+                f"model: AutoModel of transformers has no class for the states of a {self.class_name}; use --to hf"
+            )
+        name = next(name for name, module in self.model.named_modules() if module is base)
+        return replace(self, model=base, prefix=f"{self.prefix}{name}.")
 
     def generation_config(self, special: Mapping[str, int], options: ModelOptions | None = None) -> GenerationConfig:
         """Return the config for ``generation_config.json``. Generation stops at EOS, for chats at the end of an answer, and where

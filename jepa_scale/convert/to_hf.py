@@ -1,4 +1,4 @@
-"""Conversion of a run's checkpoint to a folder that transformers loads.
+"""Conversion of a run's checkpoint to a folder that transformers or sentence-transformers loads.
 
 Tensors are read one by one from the sharded checkpoint and written one by one to files of bounded size. This needs no
 GPU and no process group, and less memory than two files and a tensor, whatever the model's size.
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -27,14 +27,17 @@ from jepa_scale.config.parsing import parse_section
 from jepa_scale.config.schema import Config
 from jepa_scale.convert.adapter import CONFIG_FILE as ADAPTER_CONFIG
 from jepa_scale.convert.adapter import adapter_config, adapter_plan, check_adapter
-from jepa_scale.convert.card import Card
+from jepa_scale.convert.card import Card, Form
 from jepa_scale.convert.folder import Folder, Journal, read_journal
 from jepa_scale.convert.merge import plain_sources
 from jepa_scale.convert.plan import HEADS_FILE, MODEL, ConversionPlan, Unit, groups, make_plan, outputs_of
+from jepa_scale.convert.sentence_encoder import module_files, tokenizer_of_texts
 from jepa_scale.convert.skeleton import PREFIX, Skeleton, make_skeleton
 from jepa_scale.convert.tensor_file import Entry, write_tensors
 from jepa_scale.convert.tokenizer import Tokenizer, data_tokenizer, named_tokenizer
 from jepa_scale.data import parse_data
+from jepa_scale.experiment import ChosenObjective, parse_objective
+from jepa_scale.models.backbone import position_limit
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.telemetry.records import config_of, read_rows, read_summary, summarize
 from jepa_scale.utils.errors import InputError
@@ -53,6 +56,8 @@ class ExportOptions:
     heads: write the objective's own parameters, too.
     adapter: write the adapters of a LoRA run alone, in peft's format, instead of the merged model.
     tokenizer: folder of the tokenizer; None = the data's, ``"none"`` = no tokenizer.
+    to: ``hf``, a model of transformers, or ``sentence-transformers``, an encoder of texts.
+    prompts: of a sentence encoder: name → text that is put before a text.
     verify: compare the checkpoint's checksums first. progress: show a bar.
     """
 
@@ -62,6 +67,8 @@ class ExportOptions:
     heads: bool = False
     adapter: bool = False
     tokenizer: str | None = None
+    to: Literal["hf", "sentence-transformers"] = "hf"
+    prompts: Mapping[str, str] = field(default_factory=dict)
     verify: bool = True
     progress: bool = True
 
@@ -88,13 +95,15 @@ def export(run: Path, out: Path, options: ExportOptions = ExportOptions()) -> Ex
     """Convert a checkpoint of ``run`` into the folder ``out``, or resume a killed conversion.
 
     Raises:
-        InputError: the run or its checkpoint can't be used, or the folder holds something else.
+        InputError: the run or its checkpoint can't be used, the objective has no such form, or the folder holds something else.
     """
     begun = read_journal(out)
     config = load_config(config_of(run))
     checkpoint = _chosen(run, options, begun, out)
     manifest = Manifest.read(checkpoint)
     config = trained_with(config, manifest.config)
+    objective = parse_objective(config.objective)
+    form = form_of(objective, options)
     model_options = parse_section(ModelOptions, config.model, "model")
     if options.adapter:
         check_adapter(model_options)
@@ -106,10 +115,15 @@ def export(run: Path, out: Path, options: ExportOptions = ExportOptions()) -> Ex
         skeleton = make_skeleton(model_options, named)
     except InputError as error:
         raise InputError(f"{checkpoint}: {error}") from None
+    most_tokens = position_limit(skeleton.model.config)
+    if form == "sentence_encoder":
+        skeleton = skeleton.without_head()
     if options.adapter:
         plan = adapter_plan(skeleton.model, sources, shapes, DTYPES[options.dtype], options.heads)
     else:
-        plan = make_plan(skeleton.model, sources, shapes, DTYPES[options.dtype], options.shard_bytes, options.heads)
+        plan = make_plan(
+            skeleton.model, sources, shapes, DTYPES[options.dtype], options.shard_bytes, options.heads, skeleton.prefix
+        )
     tokenizer = (
         data_tokenizer(parse_data(config.data)) if options.tokenizer is None else named_tokenizer(options.tokenizer)
     )
@@ -118,11 +132,17 @@ def export(run: Path, out: Path, options: ExportOptions = ExportOptions()) -> Ex
             f"the tokenizer has {tokenizer.size:,} ids, the model's embedding {skeleton.vocab_size:,} rows; "
             "give the tokenizer that the model was trained with by --tokenizer"
         )
+    if form == "sentence_encoder":
+        tokenizer = tokenizer_of_texts(tokenizer, most_tokens)
     if options.adapter:
         small: dict[str, str | bytes] = dict(tokenizer.files)
         small[ADAPTER_CONFIG] = adapter_config(skeleton.model, model_options, sources, shapes)
     else:
-        small = _small_files(skeleton, plan, tokenizer, options, model_options)
+        small = _small_files(skeleton, plan, tokenizer, options)
+    if form == "sentence_encoder":
+        small |= module_files(objective.cls.pooling, skeleton.model.config.hidden_size, most_tokens, options.prompts)
+    elif form == "causal_lm" and not options.adapter:
+        small["generation_config.json"] = skeleton.generation_config(tokenizer.special, model_options).to_json_string()
 
     out.mkdir(parents=True, exist_ok=True)
     with locked(out / JOB_LOCK, wait=0):
@@ -130,11 +150,12 @@ def export(run: Path, out: Path, options: ExportOptions = ExportOptions()) -> Ex
         _write_tensors(folder, plan, skeleton.model, checkpoint / TENSORS, options)
         for name, content in small.items():
             folder.put(name, content)
-        folder.put("README.md", _card(run, config, manifest, skeleton, plan, tokenizer, options).text())
+        card = _card(run, config, manifest, skeleton, plan, tokenizer, options, form, objective.cls.pooling)
+        folder.put("README.md", card.text())
         folder.finish()
     return Exported(
         checkpoint,
-        skeleton.class_name,
+        ("SentenceTransformer of " if form == "sentence_encoder" else "") + skeleton.class_name,
         len(plan.files),
         plan.out_bytes,
         len(folder.kept & plan.all_files().keys()),
@@ -198,12 +219,39 @@ def _read(tensors: Path, units: Sequence[Unit], model: PreTrainedModel, limit: i
             bar.update(unit.out_bytes)
 
 
+def form_of(objective: ChosenObjective, options: ExportOptions) -> Form:
+    """Return the form in which a model of the objective leaves.
+
+    Raises:
+        InputError: it has no such form, or an option has no meaning for it.
+    """
+    exports = objective.cls.exports(objective.options)
+    encoder = options.to == "sentence-transformers"
+    if encoder and (options.heads or options.adapter):
+        raise InputError(f"--{'heads' if options.heads else 'adapter'}: belongs to --to hf; leave it out")
+    if options.prompts and not encoder:
+        raise InputError("--prompt: belongs to --to sentence-transformers; leave it out")
+    if exports.sentence_encoder if encoder else exports.causal_lm:
+        return "sentence_encoder" if encoder else "causal_lm"
+    if options.heads and not options.adapter:  # no adapters come back without their model
+        return "heads"
+    other = exports.causal_lm if encoder else exports.sentence_encoder
+    ways = [exports.instead] if exports.instead else []
+    if other:
+        ways.append(f"export it by --to {'hf' if encoder else 'sentence-transformers'}")
+    ways.append("give its decoder and heads to another run by --to hf --heads")
+    what = "a sentence encoder" if encoder else "a causal language model"
+    raise InputError(
+        f"--to {options.to}: objective {objective.name!r} {exports.reason}, so its model cannot leave as {what}; "
+        f"{', or '.join(ways)}"
+    )
+
+
 def _small_files(
-    skeleton: Skeleton, plan: ConversionPlan, tokenizer: Tokenizer, options: ExportOptions, model: ModelOptions
+    skeleton: Skeleton, plan: ConversionPlan, tokenizer: Tokenizer, options: ExportOptions
 ) -> dict[str, str | bytes]:
     files: dict[str, str | bytes] = {**tokenizer.files, **skeleton.code}
     files["config.json"] = skeleton.config(DTYPES[options.dtype], tokenizer.special).to_json_string(use_diff=True)
-    files["generation_config.json"] = skeleton.generation_config(tokenizer.special, model).to_json_string()
     if (index := plan.index()) is not None:
         files[INDEX_FILE] = json.dumps(index, indent=1) + "\n"
     return files
@@ -227,6 +275,7 @@ def _journal(
             "shard_bytes": options.shard_bytes,
             "heads": options.heads,
             **({"adapter": True} if options.adapter else {}),
+            **({"to": options.to} if options.to != "hf" else {}),
         },
     )
 
@@ -248,8 +297,12 @@ def _card(
     plan: ConversionPlan,
     tokenizer: Tokenizer,
     options: ExportOptions,
+    form: Form,
+    pooling: str,
 ) -> Card:
     return Card(
+        form=form,
+        pooling=pooling,
         name=config.run.name,
         class_name=skeleton.class_name,
         own_code=bool(skeleton.code),

@@ -59,7 +59,12 @@ def _load(name: str, special: Mapping[str, int]) -> Tokenizer:
     tokenizer = load_tokenizer(name)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-        files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+        files = read_files(Path(folder))
     chat = bool(getattr(tokenizer, "chat_template", None))
     return Tokenizer(files, {**special_ids(tokenizer), **special}, vocabulary_size(tokenizer), chat)
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    """Return the content of all files of a folder, by path within it."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}

@@ -70,21 +70,11 @@ class Backbone(nn.Module):
         Some rotary embeddings (``longrope``, ``dynamic``) have other frequencies for sequences beyond a length, and take those of
         the longest for all segments of a packed sequence. So segments must not be longer.
         """
-        return min((limit for limit in self._limits.values() if limit is not None), default=None)
+        return position_limit(self.decoder.config)
 
     @property
     def _limits(self) -> dict[str, int | None]:
-        config = self.decoder.config
-        positions = getattr(config, "max_position_embeddings", None)
-        limits = {"max_position_embeddings": positions}
-        rope: Any = getattr(config, "rope_parameters", None) or {}
-        for part in (rope, *(value for value in rope.values() if isinstance(value, dict))):
-            if part.get("rope_type") in ("longrope", "dynamic"):
-                own = getattr(config, "original_max_position_embeddings", None)
-                limits[f"where the frequencies of {part['rope_type']} change"] = (
-                    part.get("original_max_position_embeddings") or own or positions
-                )
-        return limits
+        return position_limits(self.decoder.config)
 
     @property
     def limited_by(self) -> str:
@@ -469,3 +459,22 @@ def _locate(decoder: PreTrainedModel) -> tuple[str, str]:
     raise InputError(
         f"model: {type(decoder).__name__} is not a single stack of blocks with a final norm; choose another family"
     )
+
+
+def position_limit(config: Any) -> int | None:
+    """Return :attr:`Backbone.position_limit` of a decoder with this config."""
+    return min((limit for limit in position_limits(config).values() if limit is not None), default=None)
+
+
+def position_limits(config: Any) -> dict[str, int | None]:
+    """Return what limits the tokens of a segment, by what sets it; None = no limit."""
+    positions = getattr(config, "max_position_embeddings", None)
+    limits = {"max_position_embeddings": positions}
+    rope: Any = getattr(config, "rope_parameters", None) or {}
+    for part in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        if part.get("rope_type") in ("longrope", "dynamic"):
+            own = getattr(config, "original_max_position_embeddings", None)
+            limits[f"where the frequencies of {part['rope_type']} change"] = (
+                part.get("original_max_position_embeddings") or own or positions
+            )
+    return limits

@@ -22,6 +22,7 @@ from jepa_scale.models.generation.batches import Generated, Prompts, greedy
 from jepa_scale.models.generation.speculative import Drafter
 from jepa_scale.objectives.answers import AnswerGenerator, LanguageModelAnswerGenerator
 from jepa_scale.objectives.costs import StepFlops
+from jepa_scale.objectives.exports import Exports
 from jepa_scale.objectives.tasks import TASKS, Call, Task
 from jepa_scale.packing import PackedBatch, Segment, Views
 from jepa_scale.utils.errors import InputError
@@ -119,6 +120,20 @@ class Objective(nn.Module):
     batch, so that steps of several micro-batches have a gather pass."""
     teacher: TargetEncoder
     """The EMA teacher, set before the first forward if :meth:`teacher_copies` is not empty."""
+
+    @classmethod
+    def exports(cls, options: Section) -> Exports:
+        """Return the forms in which a model with these options can be exported. Nothing is built for it.
+
+        By default it is a causal language model if next-token prediction is trained, and a sentence encoder if texts are encoded as
+        this base class does. An objective whose answers need its heads says so here.
+        """
+        trained = cls.predicts_tokens and getattr(options, "lm_weight", 1) > 0
+        plain = all(getattr(cls, n) is getattr(Objective, n) for n in ("text_views", "encode", "most_text_tokens"))
+        reason = "" if trained else "trains no next-token prediction"
+        if not plain:
+            reason += f"{' and ' if reason else ''}encodes texts in a way of its own"
+        return Exports(trained, plain, reason)
 
     @property
     def blocks(self) -> list[nn.Module]:

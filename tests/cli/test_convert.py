@@ -70,8 +70,9 @@ def test_there_and_back(tmp_path, capsys):
         (["--to", "hf", "--config", "x.yaml"], "--config and overrides belong to --from hf"),
         (["--to", "hf", "train.steps=3"], "--config and overrides belong to --from hf"),
         (["--from", "hf"], "--from hf needs --config"),
-        (["--from", "hf", "--config", "x.yaml", "--heads"], "--heads: belongs to --to hf"),
-        (["--from", "hf", "--config", "x.yaml", "--shard-size", "1GB"], "--shard-size: belongs to --to hf"),
+        (["--from", "hf", "--config", "x.yaml", "--heads"], "--heads: belongs to --to"),
+        (["--from", "hf", "--config", "x.yaml", "--prompt", "query=x"], "--prompt: belongs to --to"),
+        (["--from", "hf", "--config", "x.yaml", "--shard-size", "1GB"], "--shard-size: belongs to --to"),
     ],
 )
 def test_flags_of_the_other_way_are_refused(tmp_path, arguments, message):

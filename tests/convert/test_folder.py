@@ -20,14 +20,14 @@ from jepa_scale.utils.errors import InputError
 from jepa_scale.utils.lock import JOB_LOCK, locked
 from tests.convert.runs import MODELS, NATIVE, make_run, write_checkpoint
 
-CONCEPT = {"name": "concept", "tap_layer": 1, "memory": True, "concept_dim": 8}
+HEADS = {"name": "horizon", "tap_layer": 1, "horizons": [1, 2], "horizon_probs": [1, 1]}
 OPTIONS = ExportOptions(progress=False, shard_bytes=80_000, heads=True)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     root = tmp_path_factory.mktemp("run")
-    make_run(root, "run", MODELS["native_tied"], objective=CONCEPT)
+    make_run(root, "run", MODELS["native_tied"], objective=HEADS)
     export(root / "run", root / "undisturbed", OPTIONS)
     return root
 

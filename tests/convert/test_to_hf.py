@@ -208,7 +208,9 @@ def test_heads_go_into_a_file_of_their_own(tmp_path):
     assert all(torch.equal(heads[name], wanted[name]) for name in wanted)  # not rounded: training goes on with them
     assert not [n for n in load_file(tmp_path / "out" / "model.safetensors") if n.startswith("objective")]
     assert "`jepa_heads.safetensors`" in (tmp_path / "out" / "README.md").read_text()
-    export(tmp_path / "run", tmp_path / "plain", QUIET)
+    horizon = {"name": "horizon", "tap_layer": 1, "horizons": [1, 2], "horizon_probs": [1, 1]}
+    make_run(tmp_path, "horizon", NATIVE, objective=horizon)
+    export(tmp_path / "horizon", tmp_path / "plain", QUIET)
     assert not (tmp_path / "plain" / "jepa_heads.safetensors").exists()
     make_run(tmp_path, "lm", NATIVE)
     assert not export(tmp_path / "lm", tmp_path / "lm_out", ExportOptions(heads=True, progress=False)).heads

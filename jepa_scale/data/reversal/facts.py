@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Self, overload
 import numpy as np
 
 from jepa_scale.data.base import Kind
+from jepa_scale.data.reversal.spelling import Spelling, TokenSpelling, token_strings
 from jepa_scale.data.sampling.order import Permuted, shuffled
 from jepa_scale.data.sampling.rng import generator
 from jepa_scale.packing import IGNORE
@@ -140,6 +141,14 @@ class Facts(Sequence[Fact]):
             int(self.relations[relation ^ 1]),
         )
 
+    def question(self, subject: tuple[int, ...], relation: int) -> Any:
+        """Return the example that asks for the object of a subject and a relation, by its number, as the split ``test`` does.
+
+        Its ``object``, which is not known, is the subject.
+        """
+        own, inverse = (int(self.relations[number]) for number in (relation, relation ^ 1))
+        return Fact(subject, own, self.mask, subject, KINDS[TEST], inverse)
+
     def sizes(self, numbers: np.ndarray) -> np.ndarray:
         """Return the (m,) int64 token counts of the facts with those numbers."""
         lengths = self.names.lengths
@@ -181,6 +190,7 @@ class ReversalData:
         vocab_size: one more than the largest token id.
         special: token ids ``mask``, ``pad``, ``pred``, and ``relations``, the list r_0, r_0_inv, r_1, … in
             which number i ^ 1 is the inverse of number i. Sentences have no ``relations``.
+        spelling: how names and relations are written.
         by_name: an epoch's order keeps facts together whose entities share a name token.
     """
 
@@ -189,6 +199,7 @@ class ReversalData:
     splits: dict[str, Facts]
     vocab_size: int
     special: dict[str, Any]
+    spelling: Spelling
     by_name: bool = False
 
     @property
@@ -307,7 +318,8 @@ def generate(entities_a: int, comb: int = 10, relations: int = 6, seed: int = 0)
     }
     last = mask + 2 * relations
     special = {"mask": mask, "pad": last + 1, "pred": last + 2, "relations": tokens.tolist()}
-    return ReversalData(table, train, splits, vocab_size=last + 3, special=special)
+    spelling = TokenSpelling(token_strings(special, last + 3), tokens.tolist())
+    return ReversalData(table, train, splits, vocab_size=last + 3, special=special, spelling=spelling)
 
 
 def _sizes(entities_a: int, comb: int, relations: int) -> tuple[int, int, int]:

@@ -25,6 +25,7 @@ import numpy as np
 
 from jepa_scale.data.reversal.facts import ATOMIC, KINDS, TEST, TRAIN, Facts, Names, ReversalData
 from jepa_scale.data.reversal.sentences import Sentences
+from jepa_scale.data.reversal.spelling import TokenSpelling, token_strings
 from jepa_scale.data.sampling.rng import generator
 from jepa_scale.data.shards.locate import Located
 from jepa_scale.data.shards.reader import ShardExamples
@@ -67,7 +68,7 @@ def write(
     texts = {
         "train.json": f"[\n{_lines(data.train)}\n]\n",
         "valid.json": "{" + ",\n".join(f'"{k}": [\n{_lines(splits[k])}\n]' for k in KINDS) + "}\n",
-        "vocab.json": json.dumps(_token_strings(data), indent=0) + "\n",
+        "vocab.json": json.dumps(token_strings(data.special, data.vocab_size), indent=0) + "\n",
     }
     for name, text in texts.items():
         partial = folder / f"{name}.partial"
@@ -83,14 +84,6 @@ def _lines(facts: Facts) -> str:
         f'{{"input_text":[{names[s]},[{relations[r]}],[{facts.mask}]],"target_text":[{names[o]}],"type":"{KINDS[k]}"}}'
         for s, r, o, k in zip(*(c.tolist() for c in columns), strict=True)
     )
-
-
-def _token_strings(data: ReversalData) -> dict[str, int]:
-    special = data.special
-    strings = {special["mask"]: "<mask>", special["pad"]: "<pad>", special["pred"]: "<PRED>"}
-    for number, token in enumerate(special["relations"]):
-        strings[token] = f"<r_{number // 2}{'_inv' if number % 2 else ''}>"
-    return {strings.get(i, f"<t_{i}>"): i for i in range(data.vocab_size)}
 
 
 def read(folder: str | Path, first_relation: int | None = None) -> ReversalData:
@@ -155,7 +148,8 @@ def _assemble(
             f"{int(leaked.sum()) - 1} others; remove them from one of the files, so that the test measures reversal"
         )
     special, size = vocabulary.special(mask, relations)
-    return ReversalData(names, train, splits, vocab_size=size, special=special)
+    spelling = TokenSpelling(vocabulary.ids, special["relations"])
+    return ReversalData(names, train, splits, vocab_size=size, special=special, spelling=spelling)
 
 
 class _BadRow(Exception):

@@ -6,7 +6,7 @@ A name is an invented first and last name of several tokens, and the relation is
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, ClassVar, overload
@@ -14,6 +14,7 @@ from typing import Any, ClassVar, overload
 import numpy as np
 
 from jepa_scale.data.reversal.facts import KINDS, Facts, Names, ReversalData
+from jepa_scale.data.reversal.spelling import WordSpelling
 from jepa_scale.data.reversal.templates import RELATIONS, TEST, TRAINING, worded
 from jepa_scale.data.sampling.rng import generator
 from jepa_scale.packing import IGNORE
@@ -24,6 +25,7 @@ VOCABULARY = 1024
 SYLLABLES = ["".join(pair) for pair in product("dklmnrt", "aio")]
 SPECIAL = {"mask": "<mask>", "pad": "<pad>", "pred": "<PRED>"}
 Encode = Callable[[str], tuple[int, ...]]
+Decode = Callable[[Sequence[int]], str]
 
 
 @dataclass(slots=True)
@@ -96,6 +98,11 @@ class Sentences(Facts):
         fact, template = Facts.__getitem__(self, index), int(self.template[index])
         return Sentence(fact.subject, fact.object, self.before[template], self.after[template], self.mask, fact.kind)
 
+    def question(self, subject: tuple[int, ...], relation: int) -> Sentence:
+        """See the base class; the question is in the first template of ``test``."""
+        template = relation * (len(TRAINING) + len(TEST)) + len(TRAINING)
+        return Sentence(subject, subject, self.before[template], self.after[template], self.mask, "test")
+
     def sizes(self, numbers: np.ndarray) -> np.ndarray:
         """Return the (m,) int64 token counts of the sentences with those numbers."""
         words = self.before.lengths + self.after.lengths
@@ -126,7 +133,7 @@ def as_sentences(data: ReversalData, count: int, seed: int) -> ReversalData:
         )
     texts = [worded(template, r) for r in range(relations) for template in (*TRAINING, *TEST)]
     spelled = _spell(data.names, seed)
-    encode, special, size = _tokenizer(
+    encode, decode, special, size = _tokenizer(
         [" ".join(text) for text in texts], sorted({w for name in spelled for w in name})
     )
     names = [(*encode(first), *encode(last)) for first, last in spelled]
@@ -154,7 +161,13 @@ def as_sentences(data: ReversalData, count: int, seed: int) -> ReversalData:
     splits: dict[str, Facts] = {split: first.select(first.kind == KINDS.index(split)) for split in ("train", "atomic")}
     splits |= {"test": questions("test"), "atomic_questions": questions("atomic")}
     return replace(
-        data, names=table, train=sentences(data.train, chosen), splits=splits, vocab_size=size, special=special
+        data,
+        names=table,
+        train=sentences(data.train, chosen),
+        splits=splits,
+        vocab_size=size,
+        special=special,
+        spelling=WordSpelling([noun for noun, _ in RELATIONS[:relations]], encode, decode),
     )
 
 
@@ -177,15 +190,20 @@ def _spell(names: Names, seed: int) -> list[tuple[str, str]]:
     return list(zip(*columns, strict=True))
 
 
-def _tokenizer(texts: list[str], words: list[str]) -> tuple[Encode, dict[str, Any], int]:
-    """Train a byte-level BPE tokenizer on texts and words; return its encoder, special ids and vocabulary size."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+def _tokenizer(texts: list[str], words: list[str]) -> tuple[Encode, Decode, dict[str, Any], int]:
+    """Train a byte-level BPE tokenizer on texts and words; return its encoder, its decoder, special ids and vocabulary size."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY, min_frequency=2, special_tokens=[*SPECIAL.values()], show_progress=False
     )
     tokenizer.train_from_iterator([*texts, *words], trainer)
     special = {name: tokenizer.token_to_id(token) for name, token in SPECIAL.items()}
-    return lambda text: tuple(tokenizer.encode(text).ids), special, tokenizer.get_vocab_size()
+
+    def decode(tokens: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(tokens), skip_special_tokens=False))
+
+    return lambda text: tuple(tokenizer.encode(text).ids), decode, special, tokenizer.get_vocab_size()

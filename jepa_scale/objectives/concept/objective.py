@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from jepa_scale.config.schema import Section
 from jepa_scale.data.sampling.rng import SampleRNG
 from jepa_scale.distributed.comm import dp_size
 from jepa_scale.losses.infonce import NO_KEY, contrast, gather_contrast
@@ -39,6 +40,7 @@ from jepa_scale.objectives.concept.config import ConceptOptions
 from jepa_scale.objectives.concept.memory import ConceptMemory
 from jepa_scale.objectives.concept.predictors import PREDICTORS
 from jepa_scale.objectives.costs import StepFlops, contrast_flops
+from jepa_scale.objectives.exports import Exports
 from jepa_scale.objectives.tasks import Call
 from jepa_scale.packing import PackedBatch, PackedSequence, Segment, Views
 from jepa_scale.utils.errors import InputError
@@ -147,6 +149,12 @@ class Concept(Objective):
         self.project = nn.Linear(backbone.hidden_size, dim, bias=False) if needs_projection else nn.Identity()
         names, carriers = () if options.memory else ("names",), () if relations else ("carriers",)
         self.sequences = (*names, *carriers, "decode")
+
+    @classmethod
+    def exports(cls, options: Section) -> Exports:
+        reason = "answers by its predictor and its bridge, which a decoder alone lacks"
+        instead = "ask the run by jepa-scale generate RUN --subject … --relation …"
+        return Exports(causal_lm=False, sentence_encoder=False, reason=reason, instead=instead)
 
     def _relation_tap(self, backbone: Backbone) -> int:
         """Return the block after which a carrier is read, and check the options that depend on the form of the facts."""

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa_scale.config.ema import TeacherOptions
+from jepa_scale.config.schema import Section
 from jepa_scale.data.grids.objects import FEATURES, SPREAD
 from jepa_scale.data.sampling.rng import ViewTransform
 from jepa_scale.distributed.comm import dp_size
@@ -33,6 +34,7 @@ from jepa_scale.models.flops import Cost, DecoderFlops, linear_cost
 from jepa_scale.models.layers.mlp import Mlp
 from jepa_scale.objectives.base import Loss, Objective, lm_loss, mean_over_global_batch
 from jepa_scale.objectives.costs import StepFlops, contrast_flops, sigreg_flops
+from jepa_scale.objectives.exports import Exports
 from jepa_scale.objectives.grid.config import GridOptions
 from jepa_scale.objectives.grid.diagnostics import GridDiagnostics
 from jepa_scale.objectives.grid.encoder import EncodedGrids, GridEncoder
@@ -80,6 +82,15 @@ class Grid(Objective):
         self.predictor = _head(latent, latent, o.predictor_multiple)
         self.temperature = Temperature(o.temperature, o.temperature_min, o.temperature_max)
         self.queue = TargetQueue(o.queue, latent) if o.queue else None
+
+    @classmethod
+    def exports(cls, options: Section) -> Exports:
+        assert isinstance(options, GridOptions)
+        reason = "trains no next-token prediction" + (" and no decoder" if options.encoder == "objects" else "")
+        if options.lm_weight:
+            reason = "encodes grids, not texts"
+        instead = "evaluate the run by jepa-scale eval RUN"
+        return Exports(options.lm_weight > 0, sentence_encoder=False, reason=reason, instead=instead)
 
     @property
     def objects(self) -> nn.Module:

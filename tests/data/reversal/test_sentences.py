@@ -140,7 +140,7 @@ def test_a_names_tokens_in_a_sentence_are_those_of_the_name_alone(relation, temp
 
 
 SPELLED = _spell(FACTS.names, 0)
-ENCODE, _, _ = _tokenizer(
+ENCODE, _, _, _ = _tokenizer(
     [" ".join(worded(t, r)) for r in range(6) for t in (*TRAINING, *TEST)],
     sorted({word for name in SPELLED for word in name}),
 )
