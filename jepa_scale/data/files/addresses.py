@@ -125,10 +125,15 @@ def _explained(address: str, error: BaseException) -> Exception:
         return _denied(address, f"no credentials were found ({text})")
     if isinstance(error, PermissionError) or status in (401, 403):
         return _denied(address, f"access is denied ({text})")
+    if isinstance(error, OSError) and text.startswith("Forbidden"):  # gcsfs's 403
+        return _denied(address, f"access is denied ({text})")
     if isinstance(error, FileNotFoundError | IsADirectoryError) or status in (404, 410):
-        return Refused("there is no such file")
+        private = f", or it is private: {_CREDENTIALS['hf']}" if scheme_of(address) == "hf" else ""
+        return Refused(f"there is no such file{private}")
     if status is not None:
         return (Interrupted if status in (408, 425, 429) or status >= 500 else Refused)(f"the server answers {text}")
+    if name == "OfflineModeIsEnabled":
+        return InputError(f"{redacted_url(address)}: HF_HUB_OFFLINE is set; unset it, or use files that are here")
     if isinstance(error, TimeoutError):
         return Interrupted("timed out")
     if name in _CUT or isinstance(error, ConnectionResetError):

@@ -152,6 +152,7 @@ def download(address: str, partial: Path, sha256: str | None = None, size: int |
             if size is not None and count > size:
                 raise Refused(f"is larger than the {size:,} bytes that it should have")
             file.write(chunk)
+            file.flush()  # `progress` is what is there
         if size is not None and count < size:
             raise Interrupted(f"ended after {count:,} of {size:,} bytes")
         if sha256 is not None and digest.hexdigest() != sha256:
