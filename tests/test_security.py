@@ -32,7 +32,7 @@ ALLOWED = {
     },
     "jepa_scale/checkpoint/store.py": {"pickle": "an unpickler that makes dataclasses of DCP alone"},
     "jepa_scale/data/sampling/loader.py": {"pickle": "between a rank and its own loader processes"},
-    "jepa_scale/data/shards/cache.py": {
+    "jepa_scale/data/files/download.py": {
         "gopen": "a shell for pipe: URLs, which the user writes; names in them are checked"
     },
 }

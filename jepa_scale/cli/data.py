@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 from jepa_scale.cli.flags import Parser, logging_flags
 from jepa_scale.cli.signals import stopped_by_signals
 from jepa_scale.config.parsing import parse_section
+from jepa_scale.data.files.cache import CACHE_BYTES
 from jepa_scale.data.prepare.base import PrepareOptions
 from jepa_scale.data.prepare.section_options import SectionOptions
 from jepa_scale.utils.errors import InputError
@@ -36,11 +37,18 @@ def parser() -> argparse.ArgumentParser:
         parents=[flags],
         example="jepa-scale data prepare corpus/ --out shards/corpus --vocab-size 8192",
     )
-    prepare.add_argument("source", help="file, folder, glob, alias or Hugging Face dataset")
+    prepare.add_argument("source", help="file, folder, glob or address of these, alias or Hugging Face dataset")
     prepare.add_argument("--out", type=Path, required=True, help="folder to write into: new, or stopped halfway")
     prepare.add_argument("--processes", type=int, metavar="N", help="worker processes (default: one a core)")
     prepare.add_argument(
         "--cache", type=Path, metavar="DIR", help="for tokenizers and downloads (default: $JEPA_SCALE_CACHE, ~/.cache)"
+    )
+    prepare.add_argument(
+        "--cache-gb",
+        type=float,
+        default=CACHE_BYTES / 1e9,
+        metavar="N",
+        help="most GB of downloads (default: %(default)g)",
     )
     prepare.add_argument("--no-progress", action="store_true", help="no progress bar")
     add_options(prepare.add_argument_group("what the data become"))
@@ -138,11 +146,21 @@ def prepare_data(args: argparse.Namespace) -> int:
     options = parse_section(PrepareOptions, chosen_options(args), "")
     if args.processes is not None and args.processes < 1:
         raise InputError(f"--processes {args.processes}: must be at least 1")
+    if not args.cache_gb > 0:
+        raise InputError(f"--cache-gb {args.cache_gb:g}: must be above 0")
     from jepa_scale.data.prepare.job import prepare
 
     begin = time.monotonic()
     with stopped_by_signals():
-        index = prepare(args.source, args.out, options, args.processes, not args.no_progress, cache=args.cache)
+        index = prepare(
+            args.source,
+            args.out,
+            options,
+            args.processes,
+            not args.no_progress,
+            cache=args.cache,
+            cache_bytes=int(args.cache_gb * 1e9),
+        )
     print(summary(args.out, index))
     print(f"{time.monotonic() - begin:,.1f} s")
     return 0

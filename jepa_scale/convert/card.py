@@ -12,7 +12,7 @@ import yaml
 from jepa_scale.checkpoint.manifest import Manifest
 from jepa_scale.config.values import is_url
 from jepa_scale.convert.standalone import FILE
-from jepa_scale.data.shards.cache import redacted_url
+from jepa_scale.data.files.addresses import redacted_url
 from jepa_scale.telemetry.metrics import describe
 from jepa_scale.utils.format import format_number
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from jepa_scale.data.files.cache import cache_dir
 from jepa_scale.data.options import MixtureOptions, ReversalOptions, SourceOptions
 from jepa_scale.data.prepare.encoders.tokenizer import load_tokenizer, special_ids, vocabulary_size
-from jepa_scale.data.shards.cache import cache_dir
 from jepa_scale.data.shards.source import open_shards
 from jepa_scale.utils.errors import InputError
 

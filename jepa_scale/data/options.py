@@ -70,7 +70,7 @@ class ShardOptions(RecordOptions, DataOptions):
     evaluation: ClassVar[Evaluation] = "perplexity"
 
     path: LocalPath | list[LocalPath] = Field(
-        description="Alias, file, folder, glob or Hugging Face name; or prepared shards: folder, pattern, URL."
+        description="Alias, file, folder, glob, Hugging Face name, or the address of files; or prepared shards: folder, pattern, URL."
     )
     max_length: int = Field(512, ge=1, description="Most input tokens of a sample; one more token is its last label.")
     long: Literal["split", "drop", "truncate", "error"] = Field(
@@ -86,10 +86,11 @@ class ShardOptions(RecordOptions, DataOptions):
         description="Share of the training samples to use, chosen at random, for every run.seed the same ones.",
     )
     cache: LocalPath | None = Field(
-        None, description="Folder for prepared and downloaded shards; null = $JEPA_SCALE_CACHE or ~/.cache/jepa_scale."
+        None,
+        description="Folder for prepared shards and downloaded files; null = $JEPA_SCALE_CACHE or ~/.cache/jepa_scale.",
     )
     cache_gb: float = Field(
-        100.0, gt=0, description="Most GB of downloaded shards; the least recently used are deleted."
+        100.0, gt=0, description="Most GB of downloaded files; the least recently used are deleted."
     )
 
 

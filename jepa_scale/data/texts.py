@@ -6,12 +6,13 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jepa_scale.data.examples import Document
+from jepa_scale.data.files.raw import RawFile, open_raw, raw_file
+from jepa_scale.data.files.suffixes import split_name
 from jepa_scale.data.prepare.base import BadRecord, Record
 from jepa_scale.data.prepare.encoders.chat_tokens import bos_prefix, encode_text
 from jepa_scale.data.prepare.formats.table import read_jsonl
@@ -33,27 +34,32 @@ def read_texts(source: str) -> list[NamedText]:
     """Read the texts of a file, at least one.
 
     Args:
-        source: a ``.txt`` file with one text a line; a ``.jsonl`` file with one row a line and the key ``text``; or ``-``
-            for standard input with one text a line.
+        source: a ``.txt`` file with one text a line; a ``.jsonl`` file with one row a line and the key ``text``, both perhaps
+            compressed (``.jsonl.gz``) or behind an address; or ``-`` for standard input with one text a line.
 
     Raises:
         InputError: the file cannot be read, or a line has no text. The message names the file or the line.
     """
-    path = Path(source).expanduser()
     if source == "-":
-        found = list(_lines(sys.stdin.buffer, "stdin"))
-    elif path.suffix.lower() == ".jsonl":
+        return _at_least_one(list(_lines(sys.stdin.buffer, "stdin")), "stdin")
+    path = raw_file(source)
+    suffix = split_name(path.name)[0]
+    if suffix == ".jsonl":
         found = [NamedText(row.where, row.value["text"]) for row in rows_with_text(path)]
-    elif path.suffix.lower() == ".txt":
+    elif suffix == ".txt":
         try:
-            with open(path, "rb") as file:
+            with open_raw(path) as file:
                 found = list(_lines(file, str(path)))
         except OSError as error:
             raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     else:
         raise InputError(f"{path}: must be .txt (a text a line), .jsonl (rows with a text) or - (standard input)")
+    return _at_least_one(found, str(path))
+
+
+def _at_least_one(found: list[NamedText], name: str) -> list[NamedText]:
     if not found:
-        raise InputError(f"{'stdin' if source == '-' else path}: holds no text")
+        raise InputError(f"{name}: holds no text")
     return found
 
 
@@ -69,7 +75,7 @@ def _lines(lines: Iterable[bytes], name: str) -> Iterator[NamedText]:
         yield NamedText(where, text)
 
 
-def rows_with_text(path: Path) -> Iterator[Record]:
+def rows_with_text(path: RawFile) -> Iterator[Record]:
     """Yield the rows of a JSONL file, all of which have a ``text``.
 
     Raises:

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import os
-import urllib.request
 from collections.abc import Callable
 from functools import partial
-from http.client import HTTPException
 from pathlib import Path
 
+from jepa_scale.data.files.addresses import Refused
+from jepa_scale.data.files.cache import cache_dir
+from jepa_scale.data.files.download import read_address
+from jepa_scale.data.files.raw import RawFile
 from jepa_scale.data.prepare.base import PrepareOptions, Record
 from jepa_scale.data.prepare.folders import data_folders
 from jepa_scale.data.prepare.formats.grid_sources import arc, generated
-from jepa_scale.data.prepare.formats.hub import hub_rows, identify_hub
+from jepa_scale.data.prepare.formats.hub import Dataset, hub_rows, identify_hub
 from jepa_scale.data.prepare.formats.rows import Schema, expanded
 from jepa_scale.data.prepare.formats.source import Items, Part, Source, identify_files, identity, read_each
 from jepa_scale.data.prepare.formats.table import read_jsonl
 from jepa_scale.data.prepare.formats.text import cut_at_line, read_piece, read_text, split_documents
-from jepa_scale.data.shards.cache import cache_dir
 from jepa_scale.utils.errors import InputError
+from jepa_scale.utils.io import write_atomic
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_NAMES = ("tiny_shakespeare.txt", "tiny_shakespeare/input.txt")
-WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1")
+WIKITEXT = (Dataset("Salesforce/wikitext"), "wikitext-2-raw-v1")
 _SPLITS = {"train": "train", "valid": "validation", "test": "test"}  # split → its name on the hub
-_TIMEOUT = 30  # seconds without a byte
 
 
 def tiny_shakespeare(options: PrepareOptions) -> Source:
@@ -44,27 +44,23 @@ def tiny_shakespeare(options: PrepareOptions) -> Source:
     return cut_text(file, 0.0 if options.valid_path else options.valid_fraction or 0.1)
 
 
-def cut_text(file: Path, fraction: float) -> Source:
+def cut_text(file: RawFile, fraction: float) -> Source:
     """Open a file as one document, or as two if ``fraction`` of it becomes ``valid``."""
     at = cut_at_line(file, 1 - fraction) if fraction else None
     parts = {"train": Part(partial(read_piece, file, 0, at), 1)}
     if at is not None:
         parts["valid"] = Part(partial(read_piece, file, at, None), 1)
-    return Source("text", parts, partial(identify_files, {"all": (file,)}, file.parent, "cut", at), cut=bool(fraction))
+    folder = file.parent if isinstance(file, Path) else str(file).rpartition("/")[0]
+    return Source("text", parts, partial(identify_files, {"all": (file,)}, folder, "cut", at), cut=bool(fraction))
 
 
 def _download(url: str, file: Path, candidates: list[Path]) -> None:
-    partial_file = file.with_name(f"{file.name}.{os.getpid()}.partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=_TIMEOUT) as response:
-            partial_file.write_bytes(response.read())
-        partial_file.replace(file)
-    except (OSError, HTTPException) as error:  # URLError is an OSError, a truncated answer an HTTPException
-        partial_file.unlink(missing_ok=True)
-        reason = getattr(error, "reason", error)
+        write_atomic(file, read_address(url))
+    except (OSError, Refused, InputError) as error:
         raise InputError(
-            f"tiny_shakespeare: no file {SHAKESPEARE_NAMES[0]} and no download ({reason}); put {url} at "
+            f"tiny_shakespeare: no file {SHAKESPEARE_NAMES[0]} and no download ({error}); put {url} at "
             f"{' or '.join(map(str, candidates))}, or set JEPA_SCALE_DATA to the folder that holds it"
         ) from None
 
@@ -118,7 +114,7 @@ def _wikitext_articles(split: str) -> Items:
 
 
 def _row_name(split: str, line: int) -> str:
-    return f"{WIKITEXT[0]}/{split}#{line - 1}"
+    return f"{WIKITEXT[0].name}/{split}#{line - 1}"
 
 
 def nl_rx_synth(options: PrepareOptions) -> Source:

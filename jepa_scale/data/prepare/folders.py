@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from jepa_scale.data.shards.cache import cache_dir
+from jepa_scale.data.files.cache import cache_dir
 
 
 def data_folders() -> list[Path]:

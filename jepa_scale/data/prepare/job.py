@@ -20,6 +20,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from jepa_scale.data.files.addresses import redacted_url
+from jepa_scale.data.files.cache import CACHE_BYTES, Cache, cache_dir
 from jepa_scale.data.prepare.base import BadRecord, Encoder, PrepareOptions, Record
 from jepa_scale.data.prepare.blocks import BLOCK_BYTES, DONE_SUFFIX, EXAMPLES, ShardMaker, cannot_write, cut
 from jepa_scale.data.prepare.encoders.chat_encoder import ChatEncoder
@@ -27,7 +29,6 @@ from jepa_scale.data.prepare.encoders.encode import make_encoder
 from jepa_scale.data.prepare.formats.source import Source
 from jepa_scale.data.prepare.readers import open_reader
 from jepa_scale.data.prepare.workers import Workers, cores
-from jepa_scale.data.shards.cache import cache_dir
 from jepa_scale.data.shards.format import FORMAT, INDEX_FILE, Index, ShardInfo
 from jepa_scale.data.shards.locate import shard_fault
 from jepa_scale.utils.errors import InputError
@@ -52,6 +53,7 @@ def prepare(
     progress: bool = True,
     *,
     cache: Path | None = None,
+    cache_bytes: int = CACHE_BYTES,
 ) -> Index:
     """Prepare the raw data ``path`` into the folder ``out``.
 
@@ -65,6 +67,7 @@ def prepare(
             128 MiB a process are held in memory.
         progress: show a bar when stderr is a terminal.
         cache: folder of files that later jobs use again (None = :func:`cache_dir`).
+        cache_bytes: size limit of the files in it that were downloaded.
 
     Raises:
         InputError: the source is bad, a record is bad and ``options.on_error`` is stop, nothing is left to train on,
@@ -74,11 +77,12 @@ def prepare(
     with suppress(OSError):
         if Path(path).is_dir() and out.resolve().is_relative_to(Path(path).resolve()):
             raise InputError(f"{out}: lies in the source {path}, which must not change; choose another folder")
-    reader = open_reader(str(path), options)
+    cache = cache or cache_dir()
+    reader = open_reader(str(path), options, Cache(cache, cache_bytes))
     try:
         _claim(out)
         with locked(out / JOB_LOCK, wait=0):
-            return _fill(reader, path, out, options, processes, progress, cache or cache_dir())
+            return _fill(reader, path, out, options, processes, progress, cache)
     except OSError as error:
         raise cannot_write(error, out) from None
 
@@ -89,6 +93,7 @@ def prepared(
     cache: Path,
     processes: int | None = None,
     progress: bool = True,
+    cache_bytes: int = CACHE_BYTES,
 ) -> Path:
     """Return the folder below ``cache`` that holds ``path`` prepared with ``options``; make it if it is not there.
 
@@ -98,7 +103,7 @@ def prepared(
     Raises:
         InputError: as :func:`prepare`.
     """
-    reader = open_reader(str(path), options)
+    reader = open_reader(str(path), options, Cache(cache, cache_bytes))
     what = [FORMAT, BLOCK_BYTES, reader.fingerprint(), _named(options), _local_tokenizer(options.tokenizer)]
     folder = cache / "prepared" / hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
     try:
@@ -122,6 +127,7 @@ def _fill(
     cache: Path,
 ) -> Index:
     """Do the work of :func:`prepare`, with the folder's lock held."""
+    name = redacted_url(str(path))
     encoder = make_encoder(reader, options, cache)
     job = {
         "format": FORMAT,
@@ -181,13 +187,13 @@ def _fill(
                 if shards:
                     splits[split] = shards
                 elif split == "train":
-                    raise InputError(_nothing(path, records[split], skipped))
+                    raise InputError(_nothing(name, records[split], skipped))
                 else:
                     logger.warning(f"{split}: holds no samples, it is left out")
     finally:
         _clean(out, "*.partial")
     if reader.fingerprint() != job["source"]:
-        raise InputError(f"{path}: has changed while it was being prepared; remove {out} and start again")
+        raise InputError(f"{name}: has changed while it was being prepared; remove {out} and start again")
     if unused:
         names = ", ".join(f"{name} ({count:,})" for name, count in sorted(unused.items()))
         logger.warning(f"not used, with the number of records that hold it: {names}")
@@ -200,7 +206,7 @@ def _fill(
         tokenizer_fingerprint=encoder.tokenizer_fingerprint,
         skipped=skipped,
         made_from={
-            "source": str(path),
+            "source": name,
             "fingerprint": job["source"],
             "options": job["options"],
             "records": records,
@@ -315,7 +321,7 @@ def _split_done(split: str, records: int, there: int, seconds: float) -> str:
     return f"{split}: {records:,} records{before}; {seconds:,.1f} s, {(records - there) / max(seconds, 1e-9):,.0f} records/s"
 
 
-def _nothing(path: str | Path, records: int, skipped: dict[str, int]) -> str:
+def _nothing(path: str, records: int, skipped: dict[str, int]) -> str:
     if not records:
         return f"{path}: nothing to train on: it holds no records"
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items())

@@ -6,10 +6,10 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
+from jepa_scale.data.files.raw import RawFile, open_raw
 from jepa_scale.data.prepare.aliases import ALIASES
 from jepa_scale.data.prepare.base import BadRecord, PrepareOptions
 from jepa_scale.data.prepare.formats.files import expand, find
@@ -136,9 +136,9 @@ def _texts(items: Items) -> Iterator[tuple[str, str]]:
         yield item.where, item.value
 
 
-def _begins_with_title(path: Path) -> bool:
+def _begins_with_title(path: RawFile) -> bool:
     try:
-        with open(path, "rb") as file:
+        with open_raw(path) as file:
             return is_title(next((line for line in file if line.strip()), b""))
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from jepa_scale.config.loading import find_file
+from jepa_scale.data.files.cache import cache_dir
 from jepa_scale.data.options import GENERATOR_KEYS, ReversalOptions
 from jepa_scale.data.reversal.facts import ReversalData, generate
 from jepa_scale.data.reversal.files import read, read_shards
 from jepa_scale.data.reversal.sentences import as_sentences
-from jepa_scale.data.shards.cache import cache_dir
 from jepa_scale.data.shards.locate import locate
 from jepa_scale.utils.errors import InputError
 

@@ -17,13 +17,16 @@ from urllib.request import url2pathname
 from braceexpand import braceexpand
 
 from jepa_scale.config.values import is_url
-from jepa_scale.data.shards.cache import Refused, Remote, chunks, read_url, redacted_url, with_retries
+from jepa_scale.data.files.addresses import Refused, redacted_url
+from jepa_scale.data.files.cache import CACHE_BYTES, Cache
+from jepa_scale.data.files.download import read_address
+from jepa_scale.data.files.suffixes import is_raw_name
 from jepa_scale.data.shards.format import INDEX_FILE, Index, ShardInfo, index_name
+from jepa_scale.data.shards.remote import Remote
 from jepa_scale.utils.errors import InputError
 from jepa_scale.utils.io import write_atomic
 from jepa_scale.utils.lock import locked
 
-CACHE_BYTES = 64 << 30
 _TAR_NAME = re.compile(r"[^/\s'\"=]+\.tar(?![\w.])")
 _SAFE_NAME = re.compile(r"\w[\w.-]*")
 _TOKENIZER_FILES = (  # possible files: a folder behind a URL cannot be listed
@@ -119,16 +122,16 @@ def locate(path: str | list[str], cache: Path, cache_bytes: int = CACHE_BYTES) -
             - a folder, or its ``index.json``;
             - tar files by name, brace pattern or wildcard (``DIR/train-{000000..000003}.tar``, ``DIR/*.tar``): in *every*
               split only the shards that match are used;
-            - any of these as a URL: ``http://``, ``https://``, ``s3://``, ``gs://``, or another that webdataset opens.
+            - any of these as a URL: ``http://``, ``https://``, ``s3://``, ``gs://``, ``hf://``, or another that fsspec opens.
               Wildcards are matched with the names in the index. The query after ``?`` is sent with each file;
             - ``pipe:COMMAND``, a shell command that writes a file to its standard output, with ``{}`` in place of the file's
               name (``pipe:ssh host cat /data/{}``). As in webdataset, the name or brace pattern of the tar files may be
               given instead of ``{}`` (``pipe:cat /data/train-{000000..000003}.tar``).
-        cache: folder whose subfolder ``shards`` holds downloaded files.
-        cache_bytes: size limit of that subfolder; see :class:`jepa_scale.data.shards.cache.Remote`.
+        cache: folder of downloaded files.
+        cache_bytes: their size limit; see :class:`~jepa_scale.data.files.cache.Cache`.
 
     Returns:
-        None for a local path without an index: it is raw data, which must be prepared first.
+        None for a path or URL without an index: it is raw data, which must be prepared first.
 
     Raises:
         InputError: the index cannot be fetched or read, a name is not in it, no shard of the split ``train`` is left, or
@@ -139,7 +142,7 @@ def locate(path: str | list[str], cache: Path, cache_bytes: int = CACHE_BYTES) -
     if not paths:
         raise InputError("data.path: is an empty list; give a folder or pattern of shards")
     if all(map(is_url, paths)):
-        return _locate_urls(paths, cache / "shards", cache_bytes)
+        return _locate_urls(paths, Cache(cache, cache_bytes))
     if any(map(is_url, paths)):
         raise InputError("data.path: files of this machine and URLs cannot be mixed in one source; use one source each")
     return _locate_files(paths)
@@ -209,7 +212,9 @@ def _locate_files(paths: list[str]) -> Located | None:
     return Located(index, where, folder.absolute())
 
 
-def _locate_urls(paths: list[str], cache: Path, cache_bytes: int) -> Located:
+def _locate_urls(paths: list[str], cache: Cache) -> Located | None:
+    if any(is_raw_name(redacted_url(path).rpartition("/")[2]) for path in paths if not path.startswith("pipe:")):
+        return None
     found = [_template(url) for path in paths for url in _expanded(path)]
     templates = {template for template, _ in found}
     if len(templates) > 1:
@@ -218,26 +223,25 @@ def _locate_urls(paths: list[str], cache: Path, cache_bytes: int) -> Located:
             "of shards is a source of its own"
         )
     (template,) = templates
-    remote = Remote(template, cache, cache_bytes)
-    url = remote.url(INDEX_FILE)
+    url = template.replace("{}", INDEX_FILE)
     where = redacted_url(url)
-    hint = f"by URL only prepared shards can be read, with their {INDEX_FILE} beside them: prepare raw data first"
+    pipe = url.startswith("pipe:")
     try:
-        text = read_url(url).decode()
-    except Refused as error:
-        raise InputError(f"{where}: {error}; {hint}") from None
+        text = read_address(url).decode()
+    except Refused:
+        return None
     except InputError as error:
-        if url.startswith(("http://", "https://")):
+        if not pipe:
             raise
-        raise InputError(
-            f"{error}; {hint}"
-        ) from None  # a command's failure has the same form without network and without file
+        raise InputError(  # a command's failure has the same form without network and without file
+            f"{error}; by a command only prepared shards can be read, with their {INDEX_FILE} beside them"
+        ) from None
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: not an index of shards ({error}); prepare the data again") from None
     index = _safe(Index.from_json(text, where), where)
-    remote = replace(remote, folder=cache / index.fingerprint)
+    remote = Remote(template, index.fingerprint, cache)
     names = None if any(name is None for _, name in found) else [name for _, name in found if name is not None]
-    index, where = _matching(index, names, where.replace(INDEX_FILE, "") if "pipe:" not in where else where)
+    index, where = _matching(index, names, where if pipe else where.replace(INDEX_FILE, ""))
     return Located(index, where, remote)
 
 
@@ -309,9 +313,9 @@ def _safe(index: Index, where: str) -> Index:
 
 
 def _fetch_if_there(url: str, path: Path) -> bool:
-    pipe = not url.startswith(("http://", "https://"))  # a pipe's failure may also mean that the file does not exist
+    pipe = url.startswith("pipe:")  # a command's failure may also mean that the file does not exist
     try:
-        write_atomic(path, with_retries(lambda: b"".join(chunks(url)), url, delays=() if pipe else None))
+        write_atomic(path, read_address(url, delays=() if pipe else None))
     except Refused:
         return False
     except InputError:

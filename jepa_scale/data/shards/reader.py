@@ -19,10 +19,10 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from jepa_scale.data.examples import Conversation, Document, GridSequence, LabelledTokens
-from jepa_scale.data.shards.cache import ShardError
 from jepa_scale.data.shards.decode import BadSample, decode, truncate
 from jepa_scale.data.shards.format import SAMPLE
 from jepa_scale.data.shards.locate import Located
+from jepa_scale.data.shards.remote import ShardError
 from jepa_scale.utils.errors import InputError
 
 Example = Document | LabelledTokens | Conversation | GridSequence | dict[str, Any]

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from jepa_scale.data.base import Kind
+from jepa_scale.data.files.cache import cache_dir
 from jepa_scale.data.options import ChatOptions, ShardOptions
 from jepa_scale.data.prepare.base import PrepareOptions
 from jepa_scale.data.sampling.order import Windowed
-from jepa_scale.data.shards.cache import cache_dir
 from jepa_scale.data.shards.locate import Located, check, locate
 from jepa_scale.data.shards.reader import ShardExamples
 from jepa_scale.utils.errors import InputError
@@ -110,7 +110,8 @@ def load(options: ShardOptions) -> ShardData:
 
 
 def open_shards(options: ShardOptions, cache: Path) -> Located:
-    located = locate(options.path, cache, cache_bytes=int(options.cache_gb * 1e9))
+    cache_bytes = int(options.cache_gb * 1e9)
+    located = locate(options.path, cache, cache_bytes)
     if located is not None:
         return located
     if not isinstance(options.path, str):
@@ -120,7 +121,9 @@ def open_shards(options: ShardOptions, cache: Path) -> Located:
     values = {
         name: getattr(options, name) for name in PrepareOptions.model_fields if name in type(options).model_fields
     }
-    folder = prepared(options.path, PrepareOptions.model_validate({"kind": options.source, **values}), cache)
+    folder = prepared(
+        options.path, PrepareOptions.model_validate({"kind": options.source, **values}), cache, cache_bytes=cache_bytes
+    )
     located = locate(str(folder), cache)
     assert located is not None, folder
     return located

@@ -4,8 +4,9 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
+from jepa_scale.data.files.cache import cache_dir
 from jepa_scale.data.prepare import aliases
-from jepa_scale.data.prepare.aliases import ALIASES, cache_dir
+from jepa_scale.data.prepare.aliases import ALIASES
 from jepa_scale.data.prepare.base import PrepareOptions
 from jepa_scale.utils.errors import InputError
 

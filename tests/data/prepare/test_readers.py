@@ -10,8 +10,8 @@ import pyarrow.parquet
 import pytest
 from webdataset import TarWriter
 
+from jepa_scale.data.files.suffixes import FORMATS
 from jepa_scale.data.prepare.base import BadRecord, PrepareOptions, Record
-from jepa_scale.data.prepare.formats.files import FORMATS
 from jepa_scale.data.prepare.readers import READERS, open_reader
 from jepa_scale.data.reversal import facts as reversal
 from jepa_scale.data.reversal import files as reversal_files
@@ -224,10 +224,12 @@ def test_aliases_are_words_and_paths_are_paths(tmp_path, monkeypatch):
     [
         ("nothing.txt", "'nothing.txt': no such file, folder or pattern"),
         ("/nothing/*.jsonl", "no such file, folder or pattern"),
-        ("https://example.org/a.jsonl", "must be local files"),
-        ("s3://bucket/a.tar", "must be local files"),
-        ("pipe:cat a.tar", "must be local files"),
+        ("corpus", "'corpus': no such file, folder or pattern; a dataset of the .* is hf://datasets/corpus"),
+        ("data/train.jsonl", "'data/train.jsonl': no such file, folder or pattern"),
+        ("pipe:cat a.tar", "raw data are not read from a command"),
+        ("odd://host/a.jsonl", "odd://host/a.jsonl: no files can be read by odd://; use http, https, s3"),
         ("owner/nothing", "dataset 'owner/nothing' cannot be read"),
+        ("hf://datasets/owner/nothing", "dataset 'owner/nothing' cannot be read"),
     ],
 )
 def test_what_is_not_there_is_the_users_error(path, message):

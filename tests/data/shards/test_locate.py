@@ -219,25 +219,12 @@ def test_a_tokenizer_behind_a_pipe(prepared, tmp_path):
     assert located.tokenizer() == folder, "fetched once"
 
 
-def test_s3_goes_through_the_aws_command(prepared, tmp_path, monkeypatch):
-    """A stand-in for the program on the PATH: ``aws s3 cp s3://bucket/KEY -`` writes the object to its output."""
-    program = tmp_path / "bin/aws"
-    program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\n[ "$1 $2 $4" = "s3 cp -" ] && exec cat "{prepared.parent}/${{3#s3://bucket/}}"\n')
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
-    for path in ("s3://bucket/data", "s3://bucket/data/", "s3://bucket/data/*.tar", "s3://bucket/data/index.json"):
-        located = found(path, tmp_path / "cache")
-        assert names(located)["train"] == TRAIN and tokens(located) == tokens(found(str(prepared)))
-    assert names(found("s3://bucket/data/train-{000001..000002}.tar", tmp_path / "cache")) == {"train": TRAIN[1:3]}
-
-
 def test_commands_that_fail(prepared, tmp_path, monkeypatch):
-    monkeypatch.setattr("jepa_scale.data.shards.cache.RETRY_DELAYS", (0.0,))
+    monkeypatch.setattr("jepa_scale.data.files.download.RETRY_DELAYS", (0.0,))
     for path, message in [
         (
             "pipe:cat /nowhere/{}",
-            r"cat /nowhere/index.json: the command .* exit code 1 \(tried 2 times\).*prepare raw data first",
+            r"cat /nowhere/index.json: the command .* exit code 1 \(tried 2 times\).*only prepared shards can be read",
         ),
         ("pipe:no_such_program {}", "exit code 127"),
         (f"pipe:cat {prepared}/{{}}; exec >&-; sleep 0.1; exit 3", "exit code 3"),
@@ -245,7 +232,7 @@ def test_commands_that_fail(prepared, tmp_path, monkeypatch):
         ("pipe:cat /x/a.tar /x/b.tar", "has no place for a file's name"),
         ("pipe:cat /{a,b}/train-000000.tar", "several folders"),
         ("pipe:echo {}", "not an index of shards"),
-        ("odd://host/data", "no gopen handler"),
+        ("odd://host/data", "no files can be read by odd://"),
     ]:
         with pytest.raises(InputError, match=message):
             locate(path, tmp_path / "cache")

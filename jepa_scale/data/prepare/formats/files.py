@@ -5,22 +5,20 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
+from jepa_scale.config.values import is_url
+from jepa_scale.data.files.cache import Cache, cache_dir
+from jepa_scale.data.files.listing import RemoteFolder, expand_braces, find_remote
+from jepa_scale.data.files.raw import RawFile
+from jepa_scale.data.files.suffixes import OTHER_ARCHIVES, format_of, split_name
 from jepa_scale.data.prepare.formats.source import relative
 from jepa_scale.utils.errors import InputError
 
-FORMATS = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "json",
-    ".parquet": "parquet",
-    ".tar": "tar",
-}
-"""Suffix → format; every other file is text."""
-_PACKED = (".gz", ".zip", ".zst", ".bz2", ".xz", ".tgz", ".7z")
 _BESIDE = re.compile(r"(readme|licen[cs]e|copying|citation)(\.\w+)?", re.IGNORECASE)
 _SPLITS = {
     "train": "train",
@@ -47,25 +45,29 @@ def split_of(name: str) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Files of one format, by split and in order. ``root`` is the folder to which their names are relative."""
+    """Files of one format, by split and in order. ``root`` is the folder (or its address) to which their names are relative."""
 
     format: str
-    splits: dict[str, tuple[Path, ...]]
-    root: Path
+    splits: dict[str, tuple[RawFile, ...]]
+    root: Path | str
 
 
-def expand(path: str) -> list[Path]:
-    """Return the files and folders that a path, glob or brace pattern names, in order; empty if there are none."""
-    from braceexpand import braceexpand
+def expand(path: str, cache: Cache | None = None) -> list[RawFile | RemoteFolder]:
+    """Return the files and folders that a path, address, glob or brace pattern names, in order.
 
-    path = os.path.expanduser(path)
+    Returns:
+        An empty list if a local path or pattern names none.
+
+    Raises:
+        InputError: an address names none, or cannot be listed.
+    """
+    if is_url(path) and not path.startswith("file://"):
+        return list(find_remote(path, cache or Cache(cache_dir())))
+    path = os.path.expanduser(url2pathname(urlsplit(path).path) if path.startswith("file://") else path)
     if os.path.exists(path):
         return [Path(path)]
-    try:
-        names = list(braceexpand(path)) if "{" in path else [path]
-    except ValueError:  # its UnbalancedBracesError
-        raise InputError(f"data path {path!r}: braces are not closed; add the missing brace") from None
-    found: list[Path] = []
+    names = expand_braces(path)
+    found: list[RawFile | RemoteFolder] = []
     for name in names:
         if os.path.exists(name):
             found.append(Path(name))
@@ -76,7 +78,7 @@ def expand(path: str) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def find(paths: list[Path], by_name: bool = True) -> Found:
+def find(paths: Sequence[RawFile | RemoteFolder], by_name: bool = True) -> Found:
     """Find the files of one folder, or of a list of files, and their format and splits.
 
     In a folder, hidden files and a README, licence or the like are left out; in a list, nothing is.
@@ -88,24 +90,27 @@ def find(paths: list[Path], by_name: bool = True) -> Found:
     Raises:
         InputError: there is no file, there are files of several formats, or no file belongs to the split ``train``.
     """
-    folders = [p for p in paths if p.is_dir()]
+    folders = [p for p in paths if isinstance(p, RemoteFolder) or (isinstance(p, Path) and p.is_dir())]
     if folders and len(paths) > 1:
         raise InputError(f"{folders[0]}: is a folder; several paths must all be files, or one folder")
+    root: Path | str
+    files: list[RawFile]
     if folders:
-        root, files = paths[0], list(_walk(paths[0]))
+        root, files = _below(folders[0])
         files = [f for f in files if not _BESIDE.fullmatch(f.name)] or files
     else:
-        root, files = Path(os.path.commonpath([p.absolute().parent for p in paths])), paths
-        if not paths[0].is_absolute():
-            root = Path(os.path.relpath(root))
+        files = [p for p in paths if not isinstance(p, RemoteFolder)]
+        root = _common_folder(files)
     if not files:
         raise InputError(f"{root}: holds no files; choose a folder with data")
+    formats: dict[str, RawFile] = {}
     for file in files:
-        if file.suffix.lower() in _PACKED:
-            raise InputError(f"{file}: is compressed; unpack it first")
-    formats: dict[str, Path] = {}
-    for file in files:
-        formats.setdefault(FORMATS.get(file.suffix.lower(), "text"), file)
+        suffix, compression = split_name(file.name)
+        if suffix in OTHER_ARCHIVES and compression is None:
+            raise InputError(f"{file}: files with the suffix {suffix} are not unpacked; unpack it first")
+        if suffix == ".parquet" and compression is not None:
+            raise InputError(f"{file}: unpack it first: Parquet is compressed within, and read from its end")
+        formats.setdefault(format_of(file.name), file)
     if len(formats) > 1:
         examples = ", ".join(str(file) for file in formats.values())
         raise InputError(
@@ -117,16 +122,32 @@ def find(paths: list[Path], by_name: bool = True) -> Found:
     return Found(format_, _by_split(files, root, format_), root)
 
 
-def _walk(folder: Path) -> Iterable[Path]:
-    files = []
-    for parent, folders, names in os.walk(folder):
+def _below(folder: RawFile | RemoteFolder) -> tuple[Path | str, list[RawFile]]:
+    """Return a folder's name and the files below it in order, without hidden ones."""
+    if isinstance(folder, RemoteFolder):
+        names = {file: relative(file, str(folder)) for file in folder.files}
+        return str(folder), [f for f, name in names.items() if not any(p.startswith(".") for p in name.split("/"))]
+    assert isinstance(folder, Path)
+    files: list[Path] = []
+    for parent, folders, names_here in os.walk(folder):
         folders[:] = [f for f in folders if not f.startswith(".")]
-        files += [Path(parent, name) for name in names if not name.startswith(".")]
-    return sorted(files, key=lambda file: file.relative_to(folder).as_posix())
+        files += [Path(parent, name) for name in names_here if not name.startswith(".")]
+    return folder, list(sorted(files, key=lambda file: relative(file, folder)))
 
 
-def _by_split(files: list[Path], root: Path, format_: str) -> dict[str, tuple[Path, ...]]:
-    splits: dict[str, list[Path]] = {"train": []}
+def _common_folder(files: Sequence[RawFile]) -> Path | str:
+    """Return the folder in which all files lie: an address, if they are elsewhere."""
+    local = [file for file in files if isinstance(file, Path)]
+    if not local:
+        return os.path.commonpath([str(file).rpartition("/")[0].replace("://", ":", 1) for file in files]).replace(
+            ":", "://", 1
+        )
+    root = Path(os.path.commonpath([file.absolute().parent for file in local]))
+    return root if local[0].is_absolute() else Path(os.path.relpath(root))
+
+
+def _by_split(files: list[RawFile], root: Path | str, format_: str) -> dict[str, tuple[RawFile, ...]]:
+    splits: dict[str, list[RawFile]] = {"train": []}
     named = []
     for file in files:
         parts = relative(file, root).split("/")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
+from jepa_scale.data.files.suffixes import is_raw_name
 from jepa_scale.data.prepare.base import PrepareOptions, Record
 from jepa_scale.data.prepare.formats.files import split_of
 from jepa_scale.data.prepare.formats.source import Items, Part, identity
@@ -14,12 +18,36 @@ from jepa_scale.data.prepare.formats.table import without_fill
 from jepa_scale.utils.errors import InputError
 
 _BATCH = 1024  # rows converted to Python objects at a time
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_ADDRESS = re.compile(r"hf://datasets/([A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)(?:@([\w.%-]+))?/?")
 
 
-def looks_like_name(path: str) -> bool:
-    """Return whether ``path`` may be a dataset's name on the hub: ``owner/name``, or ``name`` without a suffix."""
-    return _NAME.fullmatch(path) is not None and ("/" in path or "." not in path)
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """A dataset of the Hugging Face hub, by name; ``revision`` is a branch, tag or commit, None = the newest."""
+
+    name: str
+    revision: str | None = None
+
+
+def dataset_of(path: str) -> Dataset | None:
+    """Return the dataset that a path names, None if it names files.
+
+    It is ``hf://datasets/owner/name``, with ``@revision`` perhaps, or ``owner/name`` alone. The latter is taken for a local
+    path if something here is called ``owner``, or if it ends as a file of data does.
+    """
+    if found := _ADDRESS.fullmatch(path):
+        return Dataset(found[1], found[2] and unquote(found[2]))
+    if _NAME.fullmatch(path) is None or os.path.exists(path.partition("/")[0]) or is_raw_name(path.partition("/")[2]):
+        return None
+    return Dataset(path)
+
+
+def advice(path: str) -> str:
+    """Return the end of an error about a local path that is not there."""
+    if re.fullmatch(r"[A-Za-z0-9][\w-]*", path):
+        return f"; a dataset of the Hugging Face hub is hf://datasets/{path}"
+    return "; correct it" if _NAME.fullmatch(path) is None else f"; for a dataset of the hub write hf://datasets/{path}"
 
 
 def is_saved(folder: Path) -> bool:
@@ -87,7 +115,7 @@ def _saved_rows(folder: Path, split: str | None) -> Items:
         yield Record(f"{folder}{f'/{split}' if split else ''}#{number}", without_fill(row))
 
 
-def hub_parts(name: str, options: PrepareOptions) -> dict[str, Part]:
+def hub_parts(dataset: Dataset, options: PrepareOptions) -> dict[str, Part]:
     """Open the splits of a dataset on the hub as parts of raw rows, named ``name/split#n``. Rows are streamed.
 
     Raises:
@@ -96,23 +124,25 @@ def hub_parts(name: str, options: PrepareOptions) -> dict[str, Part]:
     import datasets
 
     try:
-        names = datasets.get_dataset_split_names(name, options.config_name)
+        names = datasets.get_dataset_split_names(dataset.name, options.config_name, revision=dataset.revision)
     except Exception as error:  # no network, no such dataset, gated, needs a configuration …
-        raise unreachable(name, error) from None
-    chosen = choose_splits(list(map(str, names)), options.train_split, f"dataset {name!r}")
-    return {ours: Part(partial(hub_rows, name, options.config_name, theirs)) for ours, theirs in chosen.items()}
+        raise unreachable(dataset.name, error) from None
+    chosen = choose_splits(list(map(str, names)), options.train_split, f"dataset {dataset.name!r}")
+    return {ours: Part(partial(hub_rows, dataset, options.config_name, theirs)) for ours, theirs in chosen.items()}
 
 
-def hub_rows(name: str, config: str | None, split: str) -> Items:
+def hub_rows(dataset: Dataset, config: str | None, split: str) -> Items:
     """Stream the rows of a split from the hub."""
     import datasets
 
     try:
-        rows = datasets.load_dataset(name, config, split=split, streaming=True).decode(False)
+        rows = datasets.load_dataset(
+            dataset.name, config, split=split, revision=dataset.revision, streaming=True
+        ).decode(False)
         for number, row in enumerate(rows):
-            yield Record(f"{name}/{split}#{number}", without_fill(row))
+            yield Record(f"{dataset.name}/{split}#{number}", without_fill(row))
     except Exception as error:
-        raise unreachable(name, error) from None
+        raise unreachable(dataset.name, error) from None
 
 
 def unreachable(name: str, error: Exception) -> InputError:
@@ -122,18 +152,18 @@ def unreachable(name: str, error: Exception) -> InputError:
     )
 
 
-def identify_hub(name: str, *choices: Any) -> str:
-    """Return the SHA-256, in hex, of the name, the options, and the newest commit if the hub can be reached."""
-    return identity(name, _commit(name), *choices)
+def identify_hub(dataset: Dataset, *choices: Any) -> str:
+    """Return the SHA-256, in hex, of the name, the options, and the revision's commit if the hub can be reached."""
+    return identity(dataset.name, _commit(dataset), *choices)
 
 
-def _commit(name: str) -> str | None:
+def _commit(dataset: Dataset) -> str | None:
     try:
         from huggingface_hub import HfApi
 
-        return HfApi().dataset_info(name, timeout=20).sha
-    except Exception:  # offline: only the name and the options identify the data
-        return None
+        return HfApi().dataset_info(dataset.name, revision=dataset.revision, timeout=20).sha
+    except Exception:  # offline: the name, the revision and the options identify the data
+        return dataset.revision
 
 
 def _first_line(error: Exception) -> str:

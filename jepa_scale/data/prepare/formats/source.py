@@ -6,11 +6,11 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from jepa_scale.data.base import Kind
+from jepa_scale.data.files.raw import Damaged, RawFile, RemoteFile
 from jepa_scale.data.prepare.base import BadRecord, Record
 
 Items = Iterator[Record | BadRecord]
@@ -78,9 +78,13 @@ class Source:
         return self.parts[split].read()
 
 
-def read_each(read: Callable[[Path], Items], files: Iterable[Path]) -> Items:
-    """Yield the records of several files, one after another."""
-    return chain.from_iterable(map(read, files))
+def read_each(read: Callable[[RawFile], Items], files: Iterable[RawFile]) -> Items:
+    """Yield the records of several files, one after another. What follows the damage in a compressed file is a bad record."""
+    for file in files:
+        try:
+            yield from read(file)
+        except Damaged as error:
+            yield BadRecord(str(file), "damaged compression", str(error).removeprefix(f"{file}: "))
 
 
 def identity(*parts: Any) -> str:
@@ -88,19 +92,25 @@ def identity(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def identify_files(splits: Mapping[str, tuple[Path, ...]], root: Path, *choices: Any) -> str:
+def identify_files(splits: Mapping[str, tuple[RawFile, ...]], root: Path | str, *choices: Any) -> str:
     """Return the SHA-256 in hex of files (names relative to ``root``, contents) and of the options that pick
     records."""
     files = {split: [(relative(path, root), hash_file(path)) for path in paths] for split, paths in splits.items()}
     return identity(files, *choices)
 
 
-def relative(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
+def relative(file: RawFile, root: Path | str) -> str:
+    """Return the name of a file relative to a folder, or to the address of one; its own name if it lies elsewhere."""
+    if isinstance(file, RemoteFile):
+        return str(file).removeprefix(f"{root}/") if str(file).startswith(f"{root}/") else file.name
+    return file.relative_to(root).as_posix() if file.is_relative_to(root) else file.name
 
 
-def hash_file(path: Path) -> str:
-    """Return the SHA-256 in hex of a file's content; see ``HASHED_WHOLE`` for large ones."""
+def hash_file(path: RawFile) -> str:
+    """Return the SHA-256 in hex of a file's content; see ``HASHED_WHOLE`` for large ones, :meth:`RemoteFile.fingerprint`
+    for those elsewhere."""
+    if isinstance(path, RemoteFile):
+        return path.fingerprint()
     stat = path.stat()
     digest = hashlib.sha256()
     with open(path, "rb") as file:

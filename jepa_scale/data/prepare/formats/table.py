@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
+from jepa_scale.data.files.raw import RawFile, open_raw, read_raw
 from jepa_scale.data.prepare.base import BadRecord, Record
 from jepa_scale.data.prepare.formats.source import Items
 from jepa_scale.utils.errors import InputError
@@ -16,10 +16,10 @@ _BATCH = 1024  # rows of a parquet file converted to Python objects at a time
 _FREE = ("arguments", "parameters", "properties")  # objects that may be empty
 
 
-def read_jsonl(path: Path) -> Items:
+def read_jsonl(path: RawFile) -> Items:
     """Read one row a line, skipping blank lines. A row is named ``file:line``."""
     try:
-        with open(path, "rb") as file:
+        with open_raw(path) as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield parse_row(line, f"{path}:{number}")
@@ -27,7 +27,7 @@ def read_jsonl(path: Path) -> Items:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def read_json(path: Path) -> Items:
+def read_json(path: RawFile) -> Items:
     """Read the rows of a JSON file. The names of the rows depend on its content:
 
     - a list of rows: ``file#n``, from 0;
@@ -39,7 +39,7 @@ def read_json(path: Path) -> Items:
         yield from read_jsonl(path)
         return
     try:
-        data = path.read_bytes()
+        data = read_raw(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     content = parse(data, str(path))
@@ -58,10 +58,10 @@ def read_json(path: Path) -> Items:
         yield _row(content, str(path))
 
 
-def _is_lines(path: Path) -> bool:
+def _is_lines(path: RawFile) -> bool:
     """Return whether the first line is a complete object and another line follows."""
     try:
-        with open(path, "rb") as file:
+        with open_raw(path) as file:
             lines = (line for line in file if line.strip())
             first, second = next(lines, b""), next(lines, b"")
     except OSError as error:
@@ -93,14 +93,14 @@ def _row(value: Any, where: str) -> Record | BadRecord:
     return BadRecord(where, "not a row", f"must be an object with named fields, not {type(value).__name__}")
 
 
-def read_parquet(path: Path) -> Items:
+def read_parquet(path: RawFile) -> Items:
     """Read the rows of a parquet file, named ``file#n``, from 0. Rows after a damaged part of the file are lost."""
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
     row = 0
     try:
-        with ParquetFile(path) as file:
+        with open_raw(path) as content, ParquetFile(content) as file:
             for batch in file.iter_batches(_BATCH):
                 for value in batch.to_pylist():
                     yield Record(f"{path}#{row}", without_fill(value))
@@ -123,13 +123,13 @@ def without_fill(value: Any) -> Any:
     return value
 
 
-def count_parquet(path: Path) -> int | None:
+def count_parquet(path: RawFile) -> int | None:
     """Return the number of rows in the file's footer; None if it is damaged."""
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
     try:
-        with ParquetFile(path) as file:
+        with open_raw(path) as content, ParquetFile(content) as file:
             return file.metadata.num_rows
     except (pyarrow.ArrowException, OSError):
         return None

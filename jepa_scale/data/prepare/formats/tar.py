@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from jepa_scale.data.files.raw import RawFile, open_seekable
 from jepa_scale.data.prepare.base import BadRecord, Record
 from jepa_scale.data.prepare.formats.source import Items
 from jepa_scale.data.prepare.formats.table import parse
@@ -17,7 +17,7 @@ Member = tuple[str, str, bytes | BadRecord]
 """Key, extension, and content; or a bad record in place of damaged content."""
 
 
-def read_tar(path: Path) -> Items:
+def read_tar(path: RawFile) -> Items:
     """Read samples as rows: the fields of the member ``json``, and the member ``txt`` as ``text``. Others are not used.
 
     A sample is named ``shard.tar:key``. A fault in any of its members makes it a bad record. If the archive itself is damaged,
@@ -41,7 +41,7 @@ def read_tar(path: Path) -> Items:
         yield _sample(path, key, members)
 
 
-def _members(path: Path) -> Iterator[Member]:
+def _members(path: RawFile) -> Iterator[Member]:
     """Yield the members in order; reading ends at the first damaged one.
 
     A damaged header whose sample is unknown counts for the sample before it, because it might have been another member of
@@ -53,8 +53,8 @@ def _members(path: Path) -> Iterator[Member]:
         return key, "", BadRecord(f"{path}:after {last}", reason, detail)
 
     try:
-        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            size = path.stat().st_size
+        with open_seekable(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            size = _size(file)
             while (member := archive.next()) is not None:
                 archive.members = []  # type: ignore[attr-defined]  # otherwise it keeps every member in memory
                 last = member.name
@@ -85,7 +85,14 @@ def _members(path: Path) -> Iterator[Member]:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _sample(path: Path, key: str, members: dict[str, bytes]) -> Record | BadRecord:
+def _size(file: BinaryIO) -> int:
+    position = file.tell()
+    size = file.seek(0, 2)
+    file.seek(position)
+    return size
+
+
+def _sample(path: RawFile, key: str, members: dict[str, bytes]) -> Record | BadRecord:
     row: dict[str, Any] = {}
     if "json" in members:
         value = parse(members["json"], f"{path}:{key}.json")

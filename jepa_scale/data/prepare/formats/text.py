@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from functools import partial
-from pathlib import Path
 
+from jepa_scale.data.files.raw import RawFile, open_raw, read_raw
 from jepa_scale.data.prepare.base import BadRecord, Record
 from jepa_scale.data.prepare.formats.source import Items
 from jepa_scale.utils.errors import InputError
@@ -15,7 +15,7 @@ _BOM = b"\xef\xbb\xbf"
 _TITLE = re.compile(rb"\s*= (?!= ).*(?<! =) =\s*")
 
 
-def read_text(path: Path, documents: str) -> Items:
+def read_text(path: RawFile, documents: str) -> Items:
     """Read the documents of a file. With ``file`` the whole file is in memory, otherwise one document at a time.
 
     Args:
@@ -26,14 +26,14 @@ def read_text(path: Path, documents: str) -> Items:
         yield from read_piece(path, 0, None)
         return
     try:
-        with open(path, "rb") as file:
+        with open_raw(path) as file:
             lines = (line if n else line.removeprefix(_BOM) for n, line in enumerate(file))
             yield from split_documents(lines, documents, partial(_line_name, path))
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _line_name(path: Path, number: int) -> str:
+def _line_name(path: RawFile, number: int) -> str:
     return f"{path}:{number}"
 
 
@@ -81,10 +81,10 @@ def document(data: bytes, where: str, name: Callable[[int], str], first: int = 1
     return Record(where, text) if text.strip() else BadRecord(where, "empty document")
 
 
-def read_piece(path: Path, start: int, stop: int | None) -> Items:
+def read_piece(path: RawFile, start: int, stop: int | None) -> Items:
     """Read bytes [start, stop) of a file as one document."""
     try:
-        data = path.read_bytes()
+        data = read_raw(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     first = data.count(b"\n", 0, start) + 1
@@ -92,13 +92,13 @@ def read_piece(path: Path, start: int, stop: int | None) -> Items:
     yield document(piece, f"{path}:{first}" if start else str(path), partial(_line_name, path), first)
 
 
-def cut_at_line(path: Path, fraction: float) -> int:
+def cut_at_line(path: RawFile, fraction: float) -> int:
     """Return the byte at which to cut a file so that about ``fraction`` of its bytes lie before the cut.
 
     The cut is after the last line end before that point, else after the first line end beyond it. In a file of a single
     line it is after the last space before that point, else 0.
     """
-    data = path.read_bytes()
+    data = read_raw(path)
     at = int(len(data) * fraction)
     before = data.rfind(b"\n", 0, at) + 1
     beyond = data.find(b"\n", at) + 1

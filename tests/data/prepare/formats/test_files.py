@@ -76,6 +76,21 @@ def test_folders_name_splits_too(tmp_path):
     assert names(find([tmp_path])) == {"train": ["training/a.json", "training/b.json"], "valid": ["evaluation/c.json"]}
 
 
+def test_compressed_files_are_of_the_format_within(tmp_path):
+    make(tmp_path / "rows", "train-0.jsonl.gz", "train-1.jsonl", "valid.ndjson.zst")
+    found = find([tmp_path / "rows"])
+    assert found.format == "jsonl"
+    assert names(found) == {"train": ["train-0.jsonl.gz", "train-1.jsonl"], "valid": ["valid.ndjson.zst"]}
+    for name, format_ in [
+        ("a.TGZ", "tar"),
+        ("a.tar.xz", "tar"),
+        ("a.json.bz2", "json"),
+        ("a.gz", "text"),
+        ("a.txt.gz", "text"),
+    ]:
+        assert find([make(tmp_path, name) / name]).format == format_
+
+
 def test_unnamed_files_are_trained_on_but_never_a_test_beside_them(tmp_path):
     make(tmp_path, "data.jsonl", "test.jsonl")
     assert names(find([tmp_path])) == {"train": ["data.jsonl"], "test": ["test.jsonl"]}
@@ -98,8 +113,11 @@ def test_what_cannot_be_one_source_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="empty: holds no files"):
         find([tmp_path / "empty"])
-    with pytest.raises(InputError, match="a.txt.gz: is compressed; unpack it first"):
-        find([make(tmp_path, "a.txt.gz") / "a.txt.gz"])
+    for name in ("a.zip", "a.jsonl.7z", "a.txt.lz4"):
+        with pytest.raises(InputError, match=rf"{name}: files with the suffix .* unpack it first"):
+            find([make(tmp_path, name) / name])
+    with pytest.raises(InputError, match="a.parquet.gz: unpack it first"):
+        find([make(tmp_path, "a.parquet.gz") / "a.parquet.gz"])
     with pytest.raises(InputError, match="is a folder; several paths"):
         find([tmp_path / "mixed" / "a.txt", tmp_path / "empty"])
 

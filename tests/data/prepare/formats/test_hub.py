@@ -3,12 +3,13 @@ import pytest
 
 from jepa_scale.data.prepare.base import PrepareOptions
 from jepa_scale.data.prepare.formats.hub import (
+    Dataset,
     choose_splits,
+    dataset_of,
     hub_parts,
     hub_rows,
     identify_hub,
     is_saved,
-    looks_like_name,
     saved_files,
     saved_parts,
 )
@@ -17,14 +18,36 @@ from jepa_scale.utils.errors import InputError
 ROWS = [{"text": f"t{n}", "n": n} for n in range(5)]
 
 
-@pytest.mark.parametrize("name", ["gsm8k", "Salesforce/wikitext", "a.b/c-d_e"])
-def test_names_of_data_sets(name):
-    assert looks_like_name(name)
+@pytest.mark.parametrize(
+    ("path", "dataset"),
+    [
+        ("Salesforce/wikitext", Dataset("Salesforce/wikitext")),
+        ("a.b/c-d_e", Dataset("a.b/c-d_e")),
+        ("a/v1.5", Dataset("a/v1.5")),
+        ("hf://datasets/openai/gsm8k", Dataset("openai/gsm8k")),
+        ("hf://datasets/openai/gsm8k/", Dataset("openai/gsm8k")),
+        ("hf://datasets/gsm8k", Dataset("gsm8k")),
+        ("hf://datasets/openai/gsm8k@refs%2Fpr%2F1", Dataset("openai/gsm8k", "refs/pr/1")),
+    ],
+)
+def test_names_of_data_sets(path, dataset):
+    assert dataset_of(path) == dataset
 
 
-@pytest.mark.parametrize("path", ["a/b/c", "./a", "/a", "~/a", "a.txt", "data*", "", "../a", "a/", "x{1,2}"])
+FILES = ["a/b/c", "./a", "/a", "~/a", "a.txt", "data*", "", "../a", "a/", "x{1,2}", "corpus", "data/train.jsonl"]
+FILES += ["data/a.txt", "data/a.csv", "data/a.jsonl.gz", "data/a.tar", "hf://datasets/a/b/train.jsonl", "hf://a/b"]
+
+
+@pytest.mark.parametrize("path", FILES)
 def test_names_of_files(path):
-    assert not looks_like_name(path)
+    assert dataset_of(path) is None
+
+
+def test_what_begins_with_a_folder_here_is_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert dataset_of("corpus/train") == Dataset("corpus/train")
+    (tmp_path / "corpus").mkdir()
+    assert dataset_of("corpus/train") is None
 
 
 def test_splits_are_chosen_by_name():
@@ -77,7 +100,7 @@ def test_a_named_data_set_is_streamed(tmp_path):
     """The library takes a folder for a name, which needs no network."""
     (tmp_path / "train.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
     (tmp_path / "validation.jsonl").write_text('{"text": "c"}\n')
-    parts = hub_parts(str(tmp_path), PrepareOptions())
+    parts = hub_parts(Dataset(str(tmp_path)), PrepareOptions())
     assert list(parts) == ["train", "valid"]
     assert [(r.where, r.value) for r in parts["train"].read()] == [
         (f"{tmp_path}/train#0", {"text": "a"}),
@@ -85,17 +108,17 @@ def test_a_named_data_set_is_streamed(tmp_path):
     ]
     assert [r.value for r in parts["valid"].read()] == [{"text": "c"}]
     with pytest.raises(InputError, match=r"has no split 'dev', but train, validation"):
-        hub_parts(str(tmp_path), PrepareOptions(train_split="dev"))
+        hub_parts(Dataset(str(tmp_path)), PrepareOptions(train_split="dev"))
 
 
 def test_without_a_network_the_error_says_what_to_do():
     message = "dataset 'no/such' cannot be read from the Hugging Face hub: .*local file or folder"
     with pytest.raises(InputError, match=message) as caught:
-        hub_parts("no/such", PrepareOptions())
+        hub_parts(Dataset("no/such"), PrepareOptions())
     assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match=message):
-        next(hub_rows("no/such", None, "train"))
-    assert identify_hub("no/such", None) != identify_hub("no/other", None)
+        next(hub_rows(Dataset("no/such"), None, "train"))
+    assert len({identify_hub(Dataset(*d), None) for d in (("no/such",), ("no/other",), ("no/such", "v1"))}) == 3
 
 
 def test_a_column_that_cannot_be_decoded_is_not_read(tmp_path):

@@ -1,0 +1,1 @@
+"""Files of data wherever they are: addresses, downloads, the bounded cache, compression."""
