@@ -1,6 +1,6 @@
 """``neighbour``: next-token prediction, and the state of the next token but k predicted from the state here.
 
-The example of docs/adding_an_objective.md. With h the states after the final norm and W a linear map without bias,
+Explained part by part in docs/adding_an_objective.md of jepa_scale. With h the states after the final norm and W a linear map without bias,
 
     loss = lm_weight · next-token loss + jepa_weight · mean over anchors a of 1 − cos(W h_a, sg(h_{a + k}))
 

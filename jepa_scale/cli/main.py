@@ -25,6 +25,7 @@ PARSERS = {
     "convert": "jepa_scale.cli.convert",
     "encode": "jepa_scale.cli.encode",
     "generate": "jepa_scale.cli.generate",
+    "new": "jepa_scale.cli.new",
     "plan": "jepa_scale.cli.plan",
     "watch": "jepa_scale.cli.watch",
 }
