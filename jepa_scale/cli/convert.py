@@ -33,7 +33,9 @@ def parser() -> argparse.ArgumentParser:
         description="A run's checkpoint to Hugging Face or sentence-transformers format, or a Hugging Face model into a run.",
         parents=[logging_flags()],
     )
-    convert.add_argument("source", type=Path, help="run directory (--to), or folder of a model (--from)")
+    convert.add_argument(
+        "source", type=Path, help="run directory (--to), or folder of a model or of an adapter of peft (--from)"
+    )
     way = convert.add_mutually_exclusive_group(required=True)
     way.add_argument(
         "--to",
@@ -171,6 +173,7 @@ def import_model(args: argparse.Namespace) -> int:
     import torch
     from transformers.utils import logging
 
+    from jepa_scale.convert.from_adapter import is_adapter, load_adapter
     from jepa_scale.convert.from_hf import load_decoder, load_heads, write_checkpoint
     from jepa_scale.data import load_data
     from jepa_scale.distributed.comm import ParallelContext
@@ -188,7 +191,11 @@ def import_model(args: argparse.Namespace) -> int:
     backbone = build_backbone(experiment.model, data.vocab_size)
     objective = experiment.objective.build(backbone, data)
     module = JepaModel(backbone, objective)
-    load_decoder(backbone.decoder, args.source)
+    adapts = is_adapter(args.source)
+    if adapts:
+        load_adapter(backbone.decoder, args.source, experiment.model)
+    else:
+        load_decoder(backbone.decoder, args.source)
     heads = load_heads(module, args.source)
 
     sampler = create_sampler(experiment, data, objective, ParallelContext(0, 1, 0, torch.device("cpu"), "python"))
@@ -200,6 +207,7 @@ def import_model(args: argparse.Namespace) -> int:
     heads_note = (
         "" if not own else ", the objective's parameters too" if heads else ", the objective freshly initialised"
     )
-    print(f"{args.source} → {checkpoint}: {type(backbone.decoder).__name__}{heads_note}")
+    what = f"LoRA adapters on {experiment.model.pretrained}" if adapts else type(backbone.decoder).__name__
+    print(f"{args.source} → {checkpoint}: {what}{heads_note}")
     print(f"go on with: jepa-scale train --config {args.out / CONFIG_FILE} --resume auto")
     return 0

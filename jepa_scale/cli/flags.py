@@ -23,7 +23,9 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, example: str = "", **kwargs: Any) -> None:
         kwargs.setdefault("formatter_class", _Formatter)
-        super().__init__(*args, epilog=f"example:\n  {example}" if example else None, **kwargs)
+        super().__init__(*args, **kwargs)
+        if example:
+            self.epilog = f"example:\n  {example}"
 
     def error(self, message: str) -> NoReturn:
         from jepa_scale.config.foreign import flag_meant
@@ -36,9 +38,9 @@ class Parser(argparse.ArgumentParser):
         super().error(message)
 
 
-def logging_flags() -> argparse.ArgumentParser:
+def logging_flags() -> Parser:
     """Return a parent parser with the flags ``-v`` and ``-q``, which set ``log_level``."""
-    parent = argparse.ArgumentParser(add_help=False)
+    parent = Parser(add_help=False)
     flags = parent.add_mutually_exclusive_group()
     for letter, name, level, text in (
         ("-v", "--verbose", logging.DEBUG, "log more on stderr: details, and the messages of all ranks"),

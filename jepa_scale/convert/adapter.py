@@ -20,8 +20,10 @@ from jepa_scale.models.options import ModelOptions
 from jepa_scale.utils.errors import InputError
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-_OF_PEFT = "base_model.model."
+OF_PEFT = "base_model.model."
 """Prefix of names in peft's wrapper."""
+TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
+"""Ending of the name of new rows of an embedding or an LM head."""
 
 
 def check_adapter(options: ModelOptions) -> None:
@@ -51,7 +53,7 @@ def adapter_plan(
         if source is not None:
             owner = name.rpartition(".")[0]
             theirs = dict(_names(owner, source))
-            units += [_unit(made, f"{_OF_PEFT}{theirs[made]}", shapes, dtype) for made in theirs]
+            units += [_unit(made, f"{OF_PEFT}{theirs[made]}", shapes, dtype) for made in theirs]
     return ConversionPlan({WEIGHTS_FILE: units}, heads_of(shapes) if heads else [])
 
 
@@ -60,7 +62,7 @@ def _names(owner: str, source: Source) -> Iterator[tuple[str, str]]:
     for name, key in zip(source.adapter, ("lora_A", "lora_B"), strict=False):
         yield name, f"{owner}.{key}.weight"
     if source.new:
-        yield source.new, f"{owner}.token_adapter.trainable_tokens_delta"
+        yield source.new, f"{owner}{TOKEN_ROWS}"
 
 
 def _unit(name: str, theirs: str, shapes: Shapes, dtype: torch.dtype) -> Unit:

@@ -13,12 +13,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from jepa_scale.bench.task import built_in
 from jepa_scale.cli import bench
 from jepa_scale.cli.main import main
+from jepa_scale.config.foreign import JEPA_LLM, LIT_JEPA
 from jepa_scale.config.loading import load_config
 from jepa_scale.experiment import validate
+from tests.config.test_foreign import FULL as FOREIGN_CONFIGS
 from tests.distributed.processes import HANG
 from tests.docs.commands import PAGES, REPOSITORY, VARIABLE, Command, alternatives, commands_of
 
@@ -210,6 +213,8 @@ def workplace(tmp_path_factory):
         (folder / place).mkdir()
         for i, name in enumerate(("sea", "farm", "court")):
             (folder / place / f"{name}.txt").write_text(prose(3000, i + 1))
+    for program, name in ((JEPA_LLM, "my-run.yaml"), (LIT_JEPA, "litjepa.yaml")):
+        (folder / name).write_text(yaml.safe_dump(FOREIGN_CONFIGS[program]))
     (folder / "wikitext2").mkdir()
     for number, split in enumerate(("train", "valid", "test")):
         articles = (f" = Title {i} = \n\n{prose(1200, i + 1)}\n\n" for i in range(4 * number, 4 * number + 4))
@@ -248,6 +253,8 @@ def prepared_by_hand(words: list[str]) -> str | None:
         return "needs a tokenizer with a chat template"
     if "--mteb" in words:
         return "needs data of the Hugging Face hub; run on local files by tests/evaluation/test_mteb_tasks.py"
+    if "ADAPTER" in words:
+        return "needs an adapter; run by tests/convert/test_from_adapter.py"
     if any("finetune_example" in word or "runs/synth" in word for word in words):
         return "needs a pretrained model"
     if "--help" in words or words[1:] == ["train"] or len(words) < 3:

@@ -111,7 +111,7 @@ def check(folder, message, **keys):
 
 def test_an_adapter_alone_is_refused_with_its_base(folder):
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "../base"}))
-    check(folder, "holds an adapter (adapter_config.json), whose base is '../base'; merge the two")
+    check(folder, "holds an adapter (adapter_config.json), whose base is '../base'; name the base, and make a run")
     check(folder, "holds an adapter", random_init=True)
 
 

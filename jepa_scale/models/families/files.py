@@ -29,8 +29,8 @@ def check_folder(folder: Path, weights: bool = True) -> None:
     if (folder / ADAPTER).is_file():
         base = read_json(folder / ADAPTER).get("base_model_name_or_path")
         raise InputError(
-            f"{folder}: holds an adapter ({ADAPTER}), whose base is {base!r}; merge the two with peft's merge_and_unload, save "
-            "the result by save_pretrained, and give that folder"
+            f"{folder}: holds an adapter ({ADAPTER}), whose base is {base!r}; name the base, and make a run of the adapter with "
+            "jepa-scale convert --from hf, or merge the two with peft's merge_and_unload and give what save_pretrained writes"
         )
     if not (folder / CONFIG).is_file():
         raise InputError(f"{folder}: not a Hugging Face model (no {CONFIG}); give a folder made by save_pretrained")

@@ -6,13 +6,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jepa_scale.data.prepare.base import BadRecord, LeftOut, Record
-from jepa_scale.data.prepare.encoders.messages import Message, parsed
+from jepa_scale.data.prepare.encoders.messages import ROLES, TRAINED, Message, parsed
 
 SYSTEM = ("system", "system_prompt")
 CONTEXT = "context"
 LABELS = ("label", "kto_tag")
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 VALUES = ("tools", "functions", "documents", "chat_template_kwargs")
+_JOINED = "messages of prompt and completion"
+"""Name, which no column has, of the two lists after each other."""
 _OPTIONAL = (CONTEXT, "history", *VALUES, *LABELS)
 _NO_VALUES = ("messages", "add_generation_prompt", "tokenize", "chat_template", "conversation", "tools", "documents")
 
@@ -36,11 +38,15 @@ def conversation(where: str, row: Mapping[str, Any], columns: Mapping[str, str],
     names = dict(columns)
     if "system" not in names:
         names["system"] = next((name for name in SYSTEM if _filled(row.get(name))), SYSTEM[0])
+    used = set(names.values())
+    if form == "pair" and _talks(where, row, names):
+        form, row = "messages", {**row, _JOINED: _joined(where, row, names)}
+        names = {"messages": _JOINED, "system": names["system"]}
     messages = _messages(where, row, names) if form == "messages" else _pair(where, row, names)
     value: dict[str, Any] = {"messages": messages}
     if values := _values(where, row):
         value["template"] = values
-    return Record(where, value, tuple(unused_columns(row, {*names.values(), *_used(row, form)})))
+    return Record(where, value, tuple(unused_columns(row, {*used, *names.values(), *_used(row, form)})))
 
 
 def unused_columns(row: Mapping[str, Any], used: set[str]) -> Iterator[str]:
@@ -101,6 +107,47 @@ def _history(where: str, value: Any) -> list[Message]:
     if not pairs or any(text_fault(text) for pair in value for text in pair):
         raise BadRecord(where, "field 'history' is no list of [question, answer]", f"it is {str(value)[:60]!r}")
     return [{"role": role, "content": t} for p in value for role, t in zip(("user", "assistant"), p, strict=True)]
+
+
+def _talks(where: str, row: Mapping[str, Any], names: Mapping[str, str]) -> bool:
+    """Return whether question and answer are lists of messages, as in TRL's conversational prompts and completions.
+
+    Raises:
+        BadRecord: one of them is such a list, and the other is not.
+    """
+    talk = {role: _is_talk(row[names[role]]) for role in ("input", "output")}
+    if all(talk.values()) or not any(talk.values()):
+        return all(talk.values())
+    which, other = sorted(talk, key=lambda role: not talk[role])
+    raise BadRecord(
+        where,
+        f"field {names[which]!r} is a list of messages and {names[other]!r} is not",
+        "both must be texts, or lists of messages",
+    )
+
+
+def _is_talk(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(message, dict) for message in value)
+
+
+def _joined(where: str, row: Mapping[str, Any], names: Mapping[str, str]) -> list[Any]:
+    """Return the messages of a prompt and of its completion. As in TRL, answers within the prompt are not trained on,
+    unless the message itself says that it is."""
+    asked = [
+        {**message, "train": False}
+        if _role(message) == "assistant" and all(message.get(flag) is None for flag in TRAINED)
+        else message
+        for message in row[names["input"]]
+    ]
+    if not any(_role(message) == "assistant" for message in row[names["output"]]):
+        raise BadRecord(
+            where, f"field {names['output']!r} has no message of the assistant", "there is no answer to train on"
+        )
+    return [*asked, *row[names["output"]]]
+
+
+def _role(message: Mapping[str, Any]) -> str | None:
+    return ROLES.get(str(message.get("role", message.get("from"))))
 
 
 def _messages(where: str, row: Mapping[str, Any], names: Mapping[str, str]) -> Any:

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from jepa_scale.data.prepare.base import BadRecord, LeftOut, PrepareOptions, Record
+from jepa_scale.data.prepare.encoders.messages import is_trained, normalise
 from jepa_scale.data.prepare.formats.rows import find_schema, match
 from jepa_scale.utils.errors import InputError
 
@@ -83,7 +84,6 @@ def test_rows_labelled_as_unwanted_are_left_out_whatever_on_error_is():
         ({"messages": TALK, "documents": ["t"]}, "'documents' is no list"),
         ({"messages": TALK, "chat_template_kwargs": {"messages": []}}, "'chat_template_kwargs' cannot"),
         ({"messages": TALK[:1], "chosen": TALK[1], "rejected": TALK[1]}, "in 'chosen' and 'rejected'"),
-        ({"prompt": TALK[:1], "completion": TALK[1:]}, "not text"),
     ],
 )
 def test_what_cannot_be_used_is_refused(row, reason):
@@ -102,3 +102,54 @@ def test_preferences_name_the_way_out():
 
 def test_columns_that_are_not_used_are_told_of_texts_too():
     assert one({"text": "t", "url": "u", "id": 0, "note": "", "x": None}).unused == ("column url", "column id")
+
+
+PROMPT = [
+    {"role": "system", "content": "s"},
+    {"role": "user", "content": "q"},
+    {"role": "assistant", "content": "a"},
+    {"role": "user", "content": "r"},
+]
+COMPLETION = [{"role": "assistant", "content": "b"}]
+
+
+def trained(row, **columns):
+    return [m["content"] for m in normalise(one(row, **columns).value["messages"], "f:1") if is_trained(m)]
+
+
+def test_a_conversational_prompt_and_its_completion_are_one_conversation():
+    """Trained is the completion alone, as by TRL."""
+    row = {"prompt": PROMPT, "completion": COMPLETION, "tools": [TOOL]}
+    said = [("system", "s"), ("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")]
+    assert contents(row) == said and trained(row) == ["b"]
+    assert one(row).unused == () and one(row).value["template"] == {"tools": [TOOL]}
+    assert PROMPT[2] == {"role": "assistant", "content": "a"}  # the row itself is left as it is
+    again = {"prompt": PROMPT, "chosen": COMPLETION, "rejected": COMPLETION}
+    assert contents(again, input="prompt", output="chosen") == said
+    # a message that says whether it is trained on is believed
+    flagged = [*PROMPT[:2], PROMPT[2] | {"weight": 1}, PROMPT[3]]
+    assert trained({"prompt": flagged, "completion": COMPLETION}) == ["a", "b"]
+    assert trained({"prompt": PROMPT, "completion": [*COMPLETION, *PROMPT[3:], *COMPLETION]}) == ["b", "b"]
+
+
+def test_a_conversational_prompt_takes_no_columns_of_a_text():
+    row = {"prompt": PROMPT[1:], "completion": COMPLETION, "context": "c", "history": [["q", "a"]], "system": "s"}
+    assert one(row).unused == ("column context", "column history")
+    assert contents(row)[0] == ("system", "s")
+    assert one({**row, "prompt": PROMPT, "system": "other"}).reason == "two system messages"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "reason"),
+    [
+        (PROMPT, "b", "field 'prompt' is a list of messages and 'completion' is not"),
+        ("q", COMPLETION, "field 'completion' is a list of messages and 'prompt' is not"),
+        ([], COMPLETION, "field 'completion' is a list of messages and 'prompt' is not"),
+        (PROMPT, ["b"], "field 'prompt' is a list of messages and 'completion' is not"),
+        (["q"], "b", "not text"),
+        (PROMPT, PROMPT[:1], "field 'completion' has no message of the assistant"),
+    ],
+)
+def test_a_conversational_prompt_that_cannot_be_used_is_a_bad_record(prompt, completion, reason):
+    found = one({"prompt": prompt, "completion": completion})
+    assert isinstance(found, BadRecord) and found.reason == reason
