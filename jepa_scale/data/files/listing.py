@@ -36,7 +36,7 @@ def expand_braces(path: str) -> list[str]:
     try:
         return list(braceexpand(path)) if "{" in path else [path]
     except ValueError:  # its UnbalancedBracesError
-        raise InputError(f"data path {path!r}: braces are not closed; add the missing brace") from None
+        raise InputError(f"data path {redacted_url(path)!r}: braces are not closed; add the missing brace") from None
 
 
 def find_remote(address: str, cache: Cache) -> list[RemoteFile | RemoteFolder]:

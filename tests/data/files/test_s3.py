@@ -13,6 +13,7 @@ import fsspec
 import numpy as np
 import pytest
 import requests
+from fsspec.registry import _registry
 from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
 
@@ -44,7 +45,7 @@ def moto() -> Iterator[str]:
 
 @pytest.fixture
 def s3(moto, server, tmp_path, monkeypatch) -> Iterator[Server]:
-    """The proxy, with a bucket ``b`` behind it, and an environment with keys."""
+    """The proxy, with a bucket ``bkt`` behind it, and an environment with keys."""
     server.upstream = moto
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
@@ -57,7 +58,7 @@ def s3(moto, server, tmp_path, monkeypatch) -> Iterator[Server]:
     monkeypatch.setattr(S3FileSystem, "retries", 1)
     requests.post(f"{moto}/moto-api/reset", timeout=60)
     client = boto3.client("s3", endpoint_url=moto)
-    client.create_bucket(Bucket="b")
+    client.create_bucket(Bucket="bkt")
     for key, body in {
         "raw/train-0.jsonl": lines(TEXTS[:10]),
         "raw/train-1.jsonl": lines(TEXTS[10:]),
@@ -67,7 +68,7 @@ def s3(moto, server, tmp_path, monkeypatch) -> Iterator[Server]:
         "facts/vocab.json": b"{}",
         "facts/train.json": b"[]",
     }.items():
-        client.put_object(Bucket="b", Key=key, Body=body)
+        client.put_object(Bucket="bkt", Key=key, Body=body, ACL="public-read" if "test" in key else "private")
     S3FileSystem.clear_instance_cache()
     yield server
     S3FileSystem.clear_instance_cache()
@@ -79,24 +80,24 @@ def values(path: str, cache: Path, split: str = "train") -> list[Any]:
 
 
 def test_folders_patterns_and_files(s3, tmp_path):
-    for path in ("s3://b/raw", "s3://b/raw/", "s3://b/raw/*.jsonl", "s3://b/**/t*.jsonl"):
+    for path in ("s3://bkt/raw", "s3://bkt/raw/", "s3://bkt/raw/*.jsonl", "s3://bkt/**/t*.jsonl"):
         reader = open_reader(path, PrepareOptions(), Cache(tmp_path))
         assert {split: len(list(reader.records(split))) for split in reader.splits} == {"train": 30, "test": 1}, path
         assert [r.value for r in reader.records("train")] == TEXTS
-    assert values("s3://b/raw/train-1.jsonl", tmp_path) == TEXTS[10:]
-    assert values("s3://b/raw/train-{1,0}.jsonl", tmp_path) == TEXTS[10:] + TEXTS[:10]
-    assert next(open_reader("s3://b/raw", PrepareOptions(), Cache(tmp_path)).records("train")).where == (
-        "s3://b/raw/train-0.jsonl:1"
+    assert values("s3://bkt/raw/train-1.jsonl", tmp_path) == TEXTS[10:]
+    assert values("s3://bkt/raw/train-{1,0}.jsonl", tmp_path) == TEXTS[10:] + TEXTS[:10]
+    assert next(open_reader("s3://bkt/raw", PrepareOptions(), Cache(tmp_path)).records("train")).where == (
+        "s3://bkt/raw/train-0.jsonl:1"
     )
 
 
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("s3://b/none.jsonl", r"s3://b/none\.jsonl: there is no such file; correct the address"),
-        ("s3://b/*.none", r"s3://b/\*\.none: no file has such a name"),
+        ("s3://bkt/none.jsonl", r"s3://bkt/none\.jsonl: there is no such file; correct the address"),
+        ("s3://bkt/*.none", r"s3://bkt/\*\.none: no file has such a name"),
         ("s3://no-bucket/a.jsonl", r"s3://no-bucket/a\.jsonl: there is no such file"),
-        ("s3://b/facts", "s3://b/facts: a folder of facts is read from a disk; copy it here"),
+        ("s3://bkt/facts", "s3://bkt/facts: a folder of facts is read from a disk; copy it here"),
     ],
 )
 def test_what_is_not_there(s3, tmp_path, path, message):
@@ -119,7 +120,7 @@ def prepared(moto: str, folder: Path) -> list[list[int]]:
     client = boto3.client("s3", endpoint_url=moto)
     for file in folder.rglob("*"):
         if file.is_file():
-            client.put_object(Bucket="b", Key=f"data/{file.relative_to(folder)}", Body=file.read_bytes())
+            client.put_object(Bucket="bkt", Key=f"data/{file.relative_to(folder)}", Body=file.read_bytes())
     return [row.tolist() for row in rows]
 
 
@@ -135,31 +136,31 @@ def tokens(located: Located) -> list[list[int]]:
 
 def test_shards_in_training(s3, moto, tmp_path):
     rows = prepared(moto, tmp_path / "data")
-    for path in ("s3://b/data", "s3://b/data/", "s3://b/data/*.tar", "s3://b/data/index.json"):
+    for path in ("s3://bkt/data", "s3://bkt/data/", "s3://bkt/data/*.tar", "s3://bkt/data/index.json"):
         assert tokens(found(path, tmp_path / "cache")) == rows
-    assert tokens(found("s3://b/data/train-{000001..000001}.tar", tmp_path / "cache")) == rows[2:]
-    folder = found("s3://b/data", tmp_path / "cache").tokenizer()
+    assert tokens(found("s3://bkt/data/train-{000001..000001}.tar", tmp_path / "cache")) == rows[2:]
+    folder = found("s3://bkt/data", tmp_path / "cache").tokenizer()
     assert folder is not None and [p.name for p in folder.glob("[!.]*")] == ["tokenizer_config.json"]
-    assert len([path for path, _ in s3.gets() if path.startswith("/b/data/train-000000.tar")]) == 1, (
+    assert len([path for path, _ in s3.gets() if path.startswith("/bkt/data/train-000000.tar")]) == 1, (
         "then from the cache"
     )
-    with pytest.raises(InputError, match="s3://b/data: is already prepared"):
-        open_reader("s3://b/data", PrepareOptions(), Cache(tmp_path))
+    with pytest.raises(InputError, match="s3://bkt/data: is already prepared"):
+        open_reader("s3://bkt/data", PrepareOptions(), Cache(tmp_path))
 
 
 def test_keys_that_are_wrong(s3, moto, tmp_path):
     prepared(moto, tmp_path / "data")
-    data = ShardExamples(found("s3://b/data", tmp_path / "cache"), "train", max_length=400_000, long="split")
+    data = ShardExamples(found("s3://bkt/data", tmp_path / "cache"), "train", max_length=400_000, long="split")
     requests.post(f"{moto}/moto-api/reset-auth", data=b"0", timeout=60)  # from now on keys are checked
     try:
         message = (
-            r"s3://b/raw/test\.jsonl: access is denied \(.*\); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or"
+            r"s3://bkt/raw/test\.jsonl: access is denied \(.*\); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or"
         )
         with pytest.raises(InputError, match=message) as error:
-            open_reader("s3://b/raw/test.jsonl", PrepareOptions(), Cache(tmp_path))
+            open_reader("s3://bkt/raw/test.jsonl", PrepareOptions(), Cache(tmp_path))
         assert "\n" not in str(error.value)
-        with pytest.raises(InputError, match=r"s3://b/raw/\*: access is denied \(The AWS Access Key Id"):
-            open_reader("s3://b/raw/*", PrepareOptions(), Cache(tmp_path))
+        with pytest.raises(InputError, match=r"s3://bkt/raw/\*: access is denied \(The AWS Access Key Id"):
+            open_reader("s3://bkt/raw/*", PrepareOptions(), Cache(tmp_path))
         with pytest.raises(InputError, match=r"train-000000\.tar: access is denied") as error:
             data[0]
         assert not isinstance(error.value, DataError), "not damage, which data.on_error=skip leaves out"
@@ -174,18 +175,18 @@ def test_without_keys_and_with_public_data(s3, tmp_path, monkeypatch):
     with pytest.raises(
         InputError, match=r"no credentials were found \(.*\); set AWS_.*public bucket set FSSPEC_S3="
     ) as error:
-        open_reader("s3://b/raw/test.jsonl", PrepareOptions(), Cache(tmp_path))
+        open_reader("s3://bkt/raw/test.jsonl", PrepareOptions(), Cache(tmp_path))
     advised = str(error.value).rpartition("FSSPEC_S3='")[2].rstrip("'")
     monkeypatch.setitem(
         fsspec.config.conf, "s3", json.loads(advised)
     )  # what fsspec makes of the variable when it is imported
-    assert values("s3://b/raw/test.jsonl", tmp_path) == ["t"]
+    assert values("s3://bkt/raw/test.jsonl", tmp_path) == ["t"]
 
 
 @pytest.mark.parametrize(("scheme", "package"), [("s3", "s3fs"), ("gs", "gcsfs")])
 def test_a_missing_package_is_named_with_its_command(tmp_path, monkeypatch, scheme, package):
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(fsspec.registry._registry, scheme, raising=False)
+    monkeypatch.delitem(_registry, scheme, raising=False)
     message = rf"{scheme}://b/a\.jsonl: needs the package {package} .*; install it: pip install 'jepa-scale\[remote\]'"
     with pytest.raises(InputError, match=message):
         open_reader(f"{scheme}://b/a.jsonl", PrepareOptions(), Cache(tmp_path))
@@ -195,13 +196,13 @@ def test_a_missing_package_is_named_with_its_command(tmp_path, monkeypatch, sche
 
 def test_a_cut_connection_is_overcome(s3, moto, tmp_path):
     rows = prepared(moto, tmp_path / "data")
-    located = found("s3://b/data", tmp_path / "cache")
+    located = found("s3://bkt/data", tmp_path / "cache")
     s3.cuts = [0, 100_000]
     assert located.fetch("train-000001.tar").read_bytes() == (tmp_path / "data/train-000001.tar").read_bytes()
     assert not s3.cuts and tokens(located) == rows
     s3.cuts = [100] * 3
-    with pytest.raises(InputError, match=r"s3://b/raw/test\.jsonl: .*\(tried 3 times\)") as error:
-        values("s3://b/raw/test.jsonl", tmp_path)
+    with pytest.raises(InputError, match=r"s3://bkt/raw/train-1\.jsonl: .*\(tried 3 times\)") as error:
+        values("s3://bkt/raw/train-1.jsonl", tmp_path)
     assert not isinstance(error.value, DataError)
 
 
@@ -209,7 +210,7 @@ def test_a_slow_server_is_waited_for(s3, moto, tmp_path):
     rows = prepared(moto, tmp_path / "data")
     s3.hold = "train-000001.tar"
     got: list[Any] = []
-    reader = threading.Thread(target=lambda: got.append(tokens(found("s3://b/data", tmp_path / "cache"))))
+    reader = threading.Thread(target=lambda: got.append(tokens(found("s3://bkt/data", tmp_path / "cache"))))
     reader.start()
     assert s3.held.acquire(timeout=300)
     assert not got

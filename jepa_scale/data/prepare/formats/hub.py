@@ -38,9 +38,9 @@ def dataset_of(path: str) -> Dataset | None:
     """
     if found := _ADDRESS.fullmatch(path):
         return Dataset(found[1], found[2] and unquote(found[2]))
-    if _NAME.fullmatch(path) is None or os.path.exists(path.partition("/")[0]) or is_raw_name(path.partition("/")[2]):
-        return None
-    return Dataset(path)
+    owner, _, name = path.partition("/")
+    is_file = is_raw_name(name) or name.lower().endswith((".tar", ".json"))
+    return None if _NAME.fullmatch(path) is None or os.path.exists(owner) or is_file else Dataset(path)
 
 
 def advice(path: str) -> str:
