@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def load(run_dir: str | Path, checkpoint: str | Path = "auto", device: str | Device = "cpu") -> LoadedRun:
+def load(run_dir: str | Path, checkpoint: str | Path = "auto", device: str | Device = "auto") -> LoadedRun:
     """See :func:`jepa_scale.inference.load`."""
     from jepa_scale.inference import load as load_run  # imports torch, which reading the version does not need
 

@@ -97,7 +97,7 @@ class TrainedRun:
 
         return write_report(self.directory)
 
-    def load(self, checkpoint: str | Path = "auto", device: str = "cpu") -> LoadedRun:
+    def load(self, checkpoint: str | Path = "auto", device: str = "auto") -> LoadedRun:
         """Load the model; see :func:`jepa_scale.inference.load`."""
         from jepa_scale.inference import load
 

@@ -1,5 +1,6 @@
 """Training from Python: ``jepa_scale.train`` returns the run, as often as it is called in one process."""
 
+import inspect
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from text_runs import config_file
 
 import jepa_scale
+from jepa_scale import inference
 from jepa_scale.train import TrainedRun
 from jepa_scale.utils.errors import InputError
 
@@ -42,6 +44,14 @@ def test_keys_are_nested_mappings_of_any_values(tmp_path):
     with pytest.raises(InputError, match="nothing.yaml"):
         jepa_scale.train(tmp_path / "nothing.yaml")
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+def test_the_short_ways_to_load_have_the_defaults_of_the_long_one():
+    def defaults(function):
+        parameters = inspect.signature(function).parameters
+        return {name: parameters[name].default for name in ("checkpoint", "device")}
+
+    assert defaults(jepa_scale.load) == defaults(TrainedRun.load) == defaults(inference.load)
 
 
 def test_the_package_stays_light_until_it_trains():
