@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jepa_scale.utils.errors import InputError
+from jepa_scale.utils.importing import imported
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
@@ -41,10 +41,12 @@ def find_tasks(names: Sequence[str]) -> list[AbsTask]:
         ) from None
     found = []
     for name in dict.fromkeys(names):
-        module, _, own = name.partition(":")
+        if ":" in name:
+            found.append(imported(name, "--mteb")())
+            continue
         try:
-            found.append(getattr(importlib.import_module(module), own)() if own else mteb.get_task(name))
-        except (ImportError, AttributeError, KeyError) as error:
+            found.append(mteb.get_task(name))
+        except KeyError as error:
             reason = str(error.args[0] if error.args else error).removeprefix("KeyError: ")
             raise InputError(
                 f"--mteb {name}: is no task of mteb, nor module:Class of your own ({reason}); correct the name"

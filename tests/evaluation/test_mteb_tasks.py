@@ -123,7 +123,7 @@ def test_scores_are_those_of_the_run_s_rows(folder, importable, capsys):
     ("run", "arguments", "message"),
     [
         ("run", ["--mteb", "STS_12"], "--mteb STS_12: is no task of mteb, nor module:Class of your own ('STS_12' not found. Did"),
-        ("run", ["--mteb", "nowhere:Task"], "--mteb nowhere:Task: is no task of mteb, nor module:Class of your own (No module"),
+        ("run", ["--mteb", "nowhere:Task"], "--mteb: 'nowhere:Task' cannot be imported (No module"),
         ("run", ["--mteb", "local_tasks:Absent"], "has no attribute 'Absent'"),
         ("run", ["eval.max_samples=3", "--mteb", "local_tasks:LocalPairs"], "overrides have no meaning for --mteb"),
         ("nothing", ["--mteb", "local_tasks:LocalPairs"], "not a run directory"),
