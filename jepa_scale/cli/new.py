@@ -18,13 +18,14 @@ log = logging.getLogger(__name__)
 
 
 def parser() -> Parser:
-    new = Parser(prog="jepa-scale new", description="Write files to begin with.")
+    example = "jepa-scale new objective my_objective"
+    new = Parser(prog="jepa-scale new", description="Write files to begin with.", example=example)
     kinds = new.add_subparsers(required=True, metavar="objective")
     objective = kinds.add_parser(
         "objective",
         help="an objective of your own that trains already, with its config and its test",
         parents=[logging_flags()],
-        example="jepa-scale new objective my_objective",
+        example=example,
     )
     objective.add_argument("name", help="name of the module, such as my_objective; its class is then MyObjective")
     objective.add_argument("--dir", type=Path, default=Path(), help="folder to write into (default: this one)")
