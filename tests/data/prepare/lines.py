@@ -73,7 +73,7 @@ class WordEncoder:
         return True
 
 
-def open_reader(path: str, options: PrepareOptions) -> LineReader:
+def open_reader(path: str, options: PrepareOptions, cache: object = None) -> LineReader:
     return LineReader(Path(path))
 
 
