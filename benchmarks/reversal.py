@@ -41,7 +41,7 @@ CASES: dict[str, tuple[list[str], int | None]] = {  # name → (arguments, seeds
     "mlp": (["--config", "configs/reversal.yaml", "objective.predictor=mlp"], 2),
     "gpt2": (["--config", "configs/reversal.yaml", GPT2], 1),
     "sentences": (["--config", "configs/reversal_sentences.yaml"], None),
-    "sentences_lm": (["--config", "configs/reversal_sentences_lm.yaml"], None),
+    "sentences_lm": (["--config", "configs/reversal_sentences_lm.yaml"], 1),
     "sentences_detach": (["--config", "configs/reversal_sentences.yaml", "objective.detach=true"], 1),
 }
 TOKENS = [case for case in CASES if not case.startswith("sentences")]

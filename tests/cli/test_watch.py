@@ -49,7 +49,7 @@ def test_a_curve_keeps_the_order(values):
 
 
 def test_lines_are_shown_in_place(monkeypatch):
-    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((10, 3)))
+    monkeypatch.setattr("shutil.get_terminal_size", lambda **_: os.terminal_size((10, 3)))
     stream = io.StringIO()
     screen = Screen(stream)
     screen.show(["a" * 20, "b"])
