@@ -195,7 +195,10 @@ def test_a_loader_gives_the_same_pairs_with_and_without_processes(workers):
         (dict(horizons=[]), r"objective\.horizons"),
         (dict(loss="infonce"), r"objective\.loss"),
         (dict(kl_temperature=0.0), r"objective\.kl_temperature"),
-        (dict(pairs_per_seq=3), r"objective\.pairs_per_seq: unknown key; LitJEPA's pairs_per_seq is objective\.pairs_per_sequence here"),
+        (
+            dict(pairs_per_seq=3),
+            r"objective\.pairs_per_seq: unknown key; LitJEPA's pairs_per_seq is objective\.pairs_per_sequence here",
+        ),
         (dict(ema={"momentum": 1.5}), r"objective\.ema\.momentum"),
     ],
 )
