@@ -1984,15 +1984,6 @@ ROWS: tuple[Row, ...] = (
     ),
     # ------------------------------------------------------------------------------------------------------ messages
     _row(
-        "a-line-within-a-minute",
-        "messages",
-        "jepa_scale/telemetry/progress.py",
-        "elif self._pause or self._step == self._printed:",
-        "elif self._pause:",
-        "tests/telemetry/test_progress.py::test_a_step_that_takes_long_is_reported_while_it_runs",
-        "a step that takes long is reported while it runs",
-    ),
-    _row(
         "another-objective-keeps-the-bases-keys",
         "config",
         "jepa_scale/config/loading.py",
