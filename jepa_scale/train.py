@@ -31,12 +31,10 @@ if __name__ == "__main__":
         sys.exit(code)
 
 from jepa_scale.cli.train import parser, refusal
-from jepa_scale.config.loading import load_config
 from jepa_scale.distributed import comm
 from jepa_scale.telemetry import load_run
 from jepa_scale.training.run import NotSaved, run_training
 from jepa_scale.training.stopping import Aborted
-from jepa_scale.training.trainer import run_dir_of
 from jepa_scale.utils.errors import InputError
 from jepa_scale.utils.logging import configure, configured_level
 
@@ -52,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     return guarded(run_training, args)
 
 
-def guarded(command: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
+def guarded(command: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> int:
     """Run a command of several ranks and return the exit code: 0 done, 2 bad input (one line, no traceback), 1 any
     other error."""
     try:
@@ -120,18 +118,17 @@ def train_here(config: str | Path, *, resume: str | None = None, **sections: Map
     overrides = [f"{key}={json.dumps(value, default=os.fspath)}" for key, value in _keys(sections)]
     if configured_level() is None:
         configure()
-    directory = run_dir_of(load_config(str(config), overrides).run)
     try:
-        run_training(argparse.Namespace(config=str(config), overrides=overrides, resume=resume))
+        directory = run_training(argparse.Namespace(config=str(config), overrides=overrides, resume=resume))
     finally:
         comm.teardown()
     return TrainedRun(directory.absolute())
 
 
 def _keys(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the dotted names and the values of nested mappings."""
+    """Yield the dotted names and the values of nested mappings. An empty one within a section is a value, as ``lora: {}`` is."""
     for name, value in values.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and (value or not above):
             yield from _keys(value, f"{above}{name}.")
         else:
             yield above + name, value

@@ -11,7 +11,7 @@ from text_runs import config_file
 
 import jepa_scale
 from jepa_scale import inference
-from jepa_scale.train import TrainedRun
+from jepa_scale.train import TrainedRun, _keys
 from jepa_scale.utils.errors import InputError
 
 
@@ -44,6 +44,11 @@ def test_keys_are_nested_mappings_of_any_values(tmp_path):
     with pytest.raises(InputError, match="nothing.yaml"):
         jepa_scale.train(tmp_path / "nothing.yaml")
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+def test_an_empty_mapping_within_a_section_is_not_dropped():
+    given = {"model": {"lora": {}, "hidden_size": 8}, "optim": {"overrides": {"a": {"lr": 1}}}, "train": {}}
+    assert dict(_keys(given)) == {"model.lora": {}, "model.hidden_size": 8, "optim.overrides.a.lr": 1}
 
 
 def test_the_short_ways_to_load_have_the_defaults_of_the_long_one():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from pathlib import Path
@@ -17,6 +16,7 @@ from jepa_scale.convert.adapter import CONFIG_FILE, OF_PEFT, TOKEN_ROWS, WEIGHTS
 from jepa_scale.models.lora import ADAPTER, NEW_OF
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.utils.errors import InputError
+from jepa_scale.utils.file_names import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def load_adapter(decoder: PreTrainedModel, folder: Path, options: ModelOptions) 
         InputError: the adapter is of another kind than the run's, or a tensor's name or shape differs; the message names the key
             or the tensor.
     """
-    _check(folder, _read(folder / CONFIG_FILE), options)
+    _check(folder, read_json(folder / CONFIG_FILE), options)
     wanted = _tensors(decoder)
     file = folder / WEIGHTS_FILE
     if not file.is_file():
@@ -88,16 +88,6 @@ def _tensors(decoder: PreTrainedModel) -> dict[str, Tensor]:
         elif f".{ADAPTER}." in name:
             found[OF_PEFT + name.replace(f".{ADAPTER}.", ".")] = parameter.detach()
     return found
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: cannot be read: {error}") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{file}: must be a mapping, not {type(config).__name__}")
-    return config
 
 
 def _check(folder: Path, config: dict[str, Any], options: ModelOptions) -> None:
@@ -144,7 +134,7 @@ def _check(folder: Path, config: dict[str, Any], options: ModelOptions) -> None:
 
 def _targets_of(folder: Path) -> str:
     """Return the remedy where other layers are adapted than by the run."""
-    targets = _read(folder / CONFIG_FILE).get("target_modules")
+    targets = read_json(folder / CONFIG_FILE).get("target_modules")
     if isinstance(targets, list) and all(isinstance(target, str) for target in targets):
         return f"set model.lora.targets=[{', '.join(sorted(targets))}]"
     return f"set model.lora.targets to the layers that it adapts (target_modules: {targets!r})"

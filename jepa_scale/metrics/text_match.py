@@ -41,6 +41,7 @@ import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -314,6 +315,7 @@ METRICS: dict[str, Metric] = {
 """Metrics of one generated answer, by their names in a config."""
 
 
+@cache
 def metric_of(name: str) -> Metric:
     """Return a metric of :data:`METRICS`, or the one that ``module:function`` names.
 

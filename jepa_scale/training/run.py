@@ -38,8 +38,8 @@ from jepa_scale.utils.splits import split_key
 logger = logging.getLogger(__name__)
 
 
-def run_training(args: argparse.Namespace) -> None:
-    """Train one run, new or resumed, and write its report.
+def run_training(args: argparse.Namespace) -> Path:
+    """Train one run, new or resumed, write its report, and return its directory.
 
     Args:
         args: ``config``, ``overrides`` and ``resume`` of the command line.
@@ -53,8 +53,10 @@ def run_training(args: argparse.Namespace) -> None:
     check_trainable(experiment)
     quiet_libraries()
     ranks = comm.setup()
-    with locked_run_dir(run_dir_of(experiment.run), resume=args.resume is not None):
+    run_dir = run_dir_of(experiment.run)
+    with locked_run_dir(run_dir, resume=args.resume is not None):
         train(experiment, ranks, args.resume)
+    return run_dir
 
 
 def train(experiment: Experiment, ranks: ParallelContext, resume: str | None) -> None:
@@ -166,7 +168,7 @@ def conclude(trainer: Trainer, run_dir: Path) -> None:
 
 
 def saver_of(keep: CheckpointConfig, run_dir: Path, on_save: Callable[[int, Path], None]) -> Saver:
-    """Return the saver that writes and keeps checkpoints by the options of ``checkpoint:``; ``on_save`` is told of complete ones."""
+    """Return the saver that writes and keeps checkpoints by the options of ``checkpoint:``; ``on_save`` is called for each complete one."""
 
     def on_finish(report: checkpoint.Report) -> None:
         log_save(report)

@@ -47,7 +47,7 @@ class Trainer:
         run: model, engine, data and evaluation. log: takes the rows.
         saver: writes checkpoints. watchdog: ends a rank that hangs.
         stop: whether this process was asked to stop. stopping_rules: end a run before its last step.
-        callbacks: the user's own, told of steps and evaluations.
+        callbacks: of the user's own, called after steps and evaluations.
 
     Attributes:
         done: number of finished optimizer steps.

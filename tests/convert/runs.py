@@ -153,3 +153,19 @@ def without_jepa_scale(script: str, *arguments: str, python: str = sys.executabl
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def give_code_of_its_own(folder: Path, model_type: str) -> None:
+    """Give an exported Llama a module that defines its classes, as models with remote code have.
+
+    Args:
+        model_type: transformers knows one class of configs for each, in a whole process.
+    """
+    (folder / "modeling_mine.py").write_text(
+        f"from transformers import LlamaConfig, LlamaForCausalLM\n\n\nclass MineConfig(LlamaConfig):\n    model_type = {model_type!r}\n"
+        "\n\nclass MineForCausalLM(LlamaForCausalLM):\n    config_class = MineConfig\n"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": model_type, "architectures": ["MineForCausalLM"]}
+    names = {"AutoConfig": "modeling_mine.MineConfig", "AutoModelForCausalLM": "modeling_mine.MineForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": names}))

@@ -39,12 +39,15 @@ def adapter_of(base, folder, **options):
     return model.eval()
 
 
+def conversion(tmp_path, config, name="run", source="adapter"):
+    """The command that makes a run of an adapter."""
+    return ["convert", str(tmp_path / source), "--from", "hf", "--config", str(config), "--out", str(tmp_path / name)]
+
+
 def convert(tmp_path, base, source="adapter", name="run", **lora):
     lora = {"rank": 4, "alpha": 6.0, "targets": ["q_proj", "v_proj"], **lora}
     config = config_file(tmp_path, name, {"family": "huggingface", "pretrained": base, "lora": lora})
-    return main(
-        ["convert", str(tmp_path / source), "--from", "hf", "--config", str(config), "--out", str(tmp_path / name)]
-    )
+    return main(conversion(tmp_path, config, name, source))
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -71,17 +74,7 @@ def test_what_left_comes_back_bit_by_bit(tmp_path, name):
     config = config_file(
         tmp_path, "again", {"family": "huggingface", "pretrained": base, "lora": {"rank": 3, "alpha": 7.5}}
     )
-    words = [
-        "convert",
-        str(tmp_path / "adapter"),
-        "--from",
-        "hf",
-        "--config",
-        str(config),
-        "--out",
-        str(tmp_path / "again"),
-    ]
-    assert main(words) == 0
+    assert main(conversion(tmp_path, config, "again")) == 0
     before, after = (jepa_scale.load(tmp_path / run, device="cpu").module.backbone for run in ("run", "again"))
     theirs = dict(before.named_parameters())
     trained = [n for n, p in after.named_parameters() if p.requires_grad]
@@ -132,16 +125,7 @@ def test_damaged_and_missing_files_and_configs_without_a_base(tmp_path, base, ca
     adapter_of(base, tmp_path / "adapter")
     weights = tmp_path / "adapter/adapter_model.safetensors"
     config = config_file(tmp_path, "plain", {"family": "huggingface", "pretrained": base})
-    words = [
-        "convert",
-        str(tmp_path / "adapter"),
-        "--from",
-        "hf",
-        "--config",
-        str(config),
-        "--out",
-        str(tmp_path / "plain"),
-    ]
+    words = conversion(tmp_path, config, "plain")
     assert main(words) == 2 and "is an adapter; the run's config needs the base" in capsys.readouterr().err
     tensors = load_file(weights)
     save_file({name: t[:, :3].contiguous() for name, t in tensors.items()}, weights)

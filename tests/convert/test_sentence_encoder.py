@@ -17,7 +17,7 @@ from jepa_scale.convert.tokenizer import named_tokenizer
 from jepa_scale.data.prepare.encoders.chat_tokens import encode_text
 from jepa_scale.data.prepare.encoders.tokenizer import train_bpe
 from jepa_scale.utils.errors import InputError
-from tests.convert.runs import MODELS, make_run, without_jepa_scale
+from tests.convert.runs import MODELS, give_code_of_its_own, make_run, without_jepa_scale
 from tests.text_runs import data_section, write_corpus
 
 ENCODER = ExportOptions(to="sentence-transformers", progress=False)
@@ -180,14 +180,7 @@ def test_code_of_its_own_must_name_a_class_for_states(tmp_path):
     make_run(tmp_path, "origin", MODELS["llama"])
     start = tmp_path / "start"
     export(tmp_path / "origin", start, ExportOptions(progress=False))
-    (start / "modeling_mine.py").write_text(
-        "from transformers import LlamaConfig, LlamaForCausalLM\n\n\nclass MineConfig(LlamaConfig):\n    model_type = 'mine2'\n"
-        "\n\nclass MineForCausalLM(LlamaForCausalLM):\n    config_class = MineConfig\n"
-    )
-    config = json.loads((start / "config.json").read_text())
-    config |= {"model_type": "mine2", "architectures": ["MineForCausalLM"]}
-    names = {"AutoConfig": "modeling_mine.MineConfig", "AutoModelForCausalLM": "modeling_mine.MineForCausalLM"}
-    (start / "config.json").write_text(json.dumps(config | {"auto_map": names}))
+    give_code_of_its_own(start, "mine2")
     make_run(tmp_path, "run", {"family": "huggingface", "pretrained": str(start), "trust_remote_code": True})
     with pytest.raises(InputError, match="AutoModel of transformers has no class for the states of a MineForCausalLM"):
         export(tmp_path / "run", tmp_path / "out", ENCODER)

@@ -19,7 +19,17 @@ from jepa_scale.data import load_data, parse_data
 from jepa_scale.models.decoder import JepaDecoderConfig
 from jepa_scale.utils.errors import InputError
 from jepa_scale.utils.format import format_number
-from tests.convert.runs import GPT2, MODELS, NATIVE, config_file, logits, make_run, without_jepa_scale, write_checkpoint
+from tests.convert.runs import (
+    GPT2,
+    MODELS,
+    NATIVE,
+    config_file,
+    give_code_of_its_own,
+    logits,
+    make_run,
+    without_jepa_scale,
+    write_checkpoint,
+)
 from tests.data.corpus import write_text
 
 SEQUENCES = [[1, 5, 9, 2, 7, 7, 3], [4, 4, 8], [11, 3, 2, 30, 12]]
@@ -423,20 +433,14 @@ def test_model_with_code_of_its_own_takes_it_along(tmp_path):
     start = tmp_path / "start"
     make_run(tmp_path, "origin", MODELS["llama"])
     export(tmp_path / "origin", start, QUIET)
-    (start / "modeling_mine.py").write_text(
-        "from transformers import LlamaConfig, LlamaForCausalLM\n\n\nclass MineConfig(LlamaConfig):\n    model_type = 'mine'\n"
-        "\n\nclass MineForCausalLM(LlamaForCausalLM):\n    config_class = MineConfig\n"
-    )
-    config = json.loads((start / "config.json").read_text())
-    config |= {"model_type": "mine", "architectures": ["MineForCausalLM"]}
-    names = {"AutoConfig": "modeling_mine.MineConfig", "AutoModelForCausalLM": "modeling_mine.MineForCausalLM"}
-    (start / "config.json").write_text(json.dumps(config | {"auto_map": names}))
+    give_code_of_its_own(start, "mine")
     model = {"family": "huggingface", "pretrained": str(start), "trust_remote_code": True}
     make_run(tmp_path, "run", model)
     made = export(tmp_path / "run", tmp_path / "out", QUIET)
     assert made.class_name == "MineForCausalLM"
     assert (tmp_path / "out" / "modeling_mine.py").read_text() == (start / "modeling_mine.py").read_text()
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"] == names
+    auto_maps = [json.loads((folder / "config.json").read_text())["auto_map"] for folder in (tmp_path / "out", start)]
+    assert auto_maps[0] == auto_maps[1] and auto_maps[0]["AutoConfig"] == "modeling_mine.MineConfig"
 
 
 def test_tensor_files_are_what_the_library_writes(exported, tmp_path):
