@@ -29,7 +29,6 @@ needs() {
   command -v "$1" >/dev/null || refuse "$1: not found; $2"
 }
 
-tcmalloc_folders=(${CONDA_PREFIX:+"$CONDA_PREFIX/lib"} /usr/local/lib /usr/lib /usr/lib64 /usr/lib/*-linux-gnu)
 gpu_devices=(/dev/nvidia[0-9]* /dev/kfd /dev/dxg)
 
 # Whether there is a GPU that is not hidden from the run.
@@ -52,18 +51,9 @@ quiet_deepspeed() {
 # Gives tcmalloc to the processes that are started from here on, where it is installed and there is no GPU: steps on a CPU are faster
 # with it (docs/performance.md). LD_PRELOAD of the user's own, or JEPA_SCALE_MALLOC=system, leaves them as they are.
 preload_tcmalloc() {
-  [ -z "${LD_PRELOAD:-}" ] && [ "${JEPA_SCALE_MALLOC:-}" != system ] || return 0
-  local folder name found
   ! has_gpu || return 0
-  for name in libtcmalloc_minimal.so libtcmalloc.so; do
-    for folder in "${tcmalloc_folders[@]}"; do
-      found=$(compgen -G "$folder/$name*" | LC_ALL=C sort | sed -n 1p) || continue  # libx.so.4 comes before libx.so.4.5.10
-      export LD_PRELOAD=$found
-      # otherwise it reports every tensor of a GiB
-      export TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD=${TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD:-$((1 << 62))}
-      return 0
-    done
-  done
+  local line
+  while read -r line; do [ -z "$line" ] || export "${line?}"; done < <(python -m jepa_scale.utils.allocator)
 }
 
 # Checks a trainer's arguments, once on this node: bad input would end every rank, and torchrun would start them again. What

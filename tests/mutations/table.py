@@ -1958,8 +1958,8 @@ ROWS: tuple[Row, ...] = (
     _row(
         "malloc-of-the-user",
         "launch",
-        "scripts/launch_common.sh",
-        '[ -z "${LD_PRELOAD:-}" ] && ',
+        "jepa_scale/utils/allocator.py",
+        'os.environ.get("LD_PRELOAD") or ',
         "",
         "tests/utils/test_allocator.py::test_what_the_user_has_chosen_stays",
         "what a user preloads stays",
@@ -1970,7 +1970,7 @@ ROWS: tuple[Row, ...] = (
         "scripts/launch_common.sh",
         '[ ! -e "$device" ] || return 0',
         '[ ! -e "$device" ] || true',
-        "tests/utils/test_allocator.py::test_a_run_on_a_gpu_goes_without_unless_it_is_hidden",
+        "tests/utils/test_allocator.py::test_scripts_preload_it_for_runs_without_a_gpu",
         "tcmalloc is for runs without a GPU",
     ),
     _row(

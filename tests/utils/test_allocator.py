@@ -13,6 +13,7 @@ from jepa_scale.telemetry.records import read_rows
 from jepa_scale.utils import allocator
 from tests.distributed.processes import HANG, REPOSITORY, ProcessPool, shared_process_pool
 
+IN_USE = "from jepa_scale.utils import allocator; print(allocator.in_use())"
 GIVEN = ("LD_PRELOAD", "CUDA_VISIBLE_DEVICES", "CONDA_PREFIX", allocator.VARIABLE)
 
 
@@ -42,62 +43,71 @@ def installed() -> bool:
 
 
 @pytest.fixture
-def preloaded(tmp_path):
-    """Call the function with these variables, GPU devices and libraries below a root of the test's own; returns LD_PRELOAD."""
+def libraries(tmp_path, monkeypatch):
+    """Two folders that are searched, of which the second has tcmalloc."""
     folders = [tmp_path / "local", tmp_path / "lib" / "x86_64-linux-gnu"]
     for folder in folders:
         folder.mkdir(parents=True)
     for name in ("libtcmalloc_minimal.so.4.5.10", "libtcmalloc_minimal.so.4", "libtcmalloc_minimal_debug.so.4"):
         (folders[1] / name).touch()
-
-    def call(gpu: bool = False, **environment: str) -> str:
-        devices = f"'{tmp_path}/nvidia[0-9]*' '{tmp_path if gpu else tmp_path / 'none'}'"
-        places = " ".join(f"'{folder}'" for folder in folders)
-        # the file is no library: the shell alone may have it in its environment
-        return bash(
-            f'gpu_devices=({devices}); tcmalloc_folders=({places}); preload_tcmalloc; printf %s "${{LD_PRELOAD:-}}"',
-            **environment,
-        )
-
-    return call
+    for name in (*GIVEN, allocator.THRESHOLD):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(allocator, "FOLDERS", (str(folders[0]), f"{tmp_path}/lib/*-linux-gnu"))
+    return folders
 
 
-def test_the_library_is_found_by_its_shortest_name(preloaded, tmp_path):
-    assert preloaded() == str(tmp_path / "lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4")
-    (tmp_path / "local/libtcmalloc.so.4").touch()  # the whole of gperftools, which profiles too
-    assert preloaded() == str(tmp_path / "lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4")
-    (tmp_path / "local/libtcmalloc_minimal.so").touch()
-    assert preloaded() == str(tmp_path / "local/libtcmalloc_minimal.so")
+def test_the_library_is_found_by_its_shortest_name(libraries, tmp_path, monkeypatch):
+    local, lib = libraries
+    assert allocator.to_preload()["LD_PRELOAD"] == str(lib / "libtcmalloc_minimal.so.4")
+    (local / "libtcmalloc.so.4").touch()  # the whole of gperftools, which profiles too
+    assert allocator.to_preload()["LD_PRELOAD"] == str(lib / "libtcmalloc_minimal.so.4")
+    (local / "libtcmalloc_minimal.so").touch()
+    assert allocator.to_preload()["LD_PRELOAD"] == str(local / "libtcmalloc_minimal.so")
+    conda = tmp_path / "conda" / "lib" / "libtcmalloc_minimal.so.4"
+    conda.parent.mkdir(parents=True)
+    conda.touch()
+    monkeypatch.setenv("CONDA_PREFIX", str(tmp_path / "conda"))
+    assert allocator.to_preload()["LD_PRELOAD"] == str(conda)
 
 
-def test_without_it_nothing_is_preloaded(preloaded, tmp_path):
-    for library in tmp_path.rglob("libtcmalloc*"):
+def test_without_it_nothing_is_preloaded(libraries):
+    for library in libraries[1].iterdir():
         library.unlink()
-    assert preloaded() == ""
+    assert allocator.to_preload() == {}
+
+
+@pytest.mark.parametrize(("name", "value"), [(allocator.VARIABLE, "system"), ("LD_PRELOAD", "libm.so.6")])
+def test_what_the_user_has_chosen_stays(libraries, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    assert allocator.to_preload() == {}
+
+
+def test_processes_of_the_context_get_it_and_later_ones_do_not(libraries, monkeypatch):
+    monkeypatch.setenv(allocator.THRESHOLD, "5")
+    before = dict(os.environ)
+    with allocator.preloaded():
+        changed = {name: value for name, value in os.environ.items() if before.get(name) != value}
+    assert changed == {"LD_PRELOAD": str(libraries[1] / "libtcmalloc_minimal.so.4")}  # the threshold is the user's
+    assert dict(os.environ) == before
 
 
 @pytest.mark.parametrize(
-    ("environment", "kept"),
+    ("gpu", "environment", "taken"),
     [
-        ({allocator.VARIABLE: "system"}, ""),
-        ({"LD_PRELOAD": "libm.so.6"}, "libm.so.6"),
+        (False, {}, True),
+        (True, {}, False),
+        (True, {"CUDA_VISIBLE_DEVICES": "0"}, False),
+        (True, {"CUDA_VISIBLE_DEVICES": ""}, True),
+        (True, {"CUDA_VISIBLE_DEVICES": "-1"}, True),
+        (False, {allocator.VARIABLE: "system"}, False),
     ],
 )
-def test_what_the_user_has_chosen_stays(preloaded, environment, kept):
-    assert preloaded(**environment) == kept
-
-
-@pytest.mark.parametrize(
-    ("environment", "taken"),
-    [
-        ({}, False),
-        ({"CUDA_VISIBLE_DEVICES": "0"}, False),
-        ({"CUDA_VISIBLE_DEVICES": ""}, True),
-        ({"CUDA_VISIBLE_DEVICES": "-1"}, True),
-    ],
-)
-def test_a_run_on_a_gpu_goes_without_unless_it_is_hidden(preloaded, environment, taken):
-    assert bool(preloaded(gpu=True, **environment)) is taken
+def test_scripts_preload_it_for_runs_without_a_gpu(tmp_path, gpu, environment, taken):
+    if not installed():
+        pytest.skip("tcmalloc is not installed")
+    devices = f"'{tmp_path}/nvidia[0-9]*' '{tmp_path if gpu else tmp_path / 'none'}'"
+    found = bash(f'gpu_devices=({devices}); preload_tcmalloc; python -c "{IN_USE}"', **environment)
+    assert found == ("tcmalloc" if taken else "system")
 
 
 @pytest.mark.parametrize("script", ["launch_torchrun.sh", "launch_slurm.sbatch", "quick_test.sh", "quickstart.sh"])

@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 
 from jepa_scale.data.prepare.blocks import Block, Done, ShardMaker, finished
+from jepa_scale.utils import allocator
 from jepa_scale.utils.errors import InputError
 
 BLOCKS_PER_PROCESS = 2
@@ -153,7 +154,8 @@ class Workers:
         # which would run again. Workers do not need it.
         sys.modules["__main__"] = types.ModuleType("__main__")
         try:
-            process.start()
+            with allocator.preloaded():
+                process.start()
         finally:
             sys.modules["__main__"] = main
             signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -22,6 +22,7 @@ from jepa_scale.data.prepare import blocks, job, workers
 from jepa_scale.data.prepare.base import BadRecord, LeftOut, PrepareOptions, Record
 from jepa_scale.data.prepare.job import prepare, prepared
 from jepa_scale.data.shards.format import Index
+from jepa_scale.utils import allocator
 from jepa_scale.utils.errors import InputError
 from jepa_scale.utils.io import sha256_of
 from tests.data.prepare import lines
@@ -182,6 +183,25 @@ def test_what_is_one_shard_is_made_without_another_process(tmp_path: Path, monke
     assert content(tmp_path / "1") == content(tmp_path / "2")
     with pytest.raises(InputError, match="train.txt:1: empty document"):
         prepare(source(tmp_path / "bad", [""]), tmp_path / "out", OPTIONS, processes=2, progress=False)
+
+
+def test_workers_are_started_with_tcmalloc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is installed. It is a tokenizer's largest cost, and this process keeps its own malloc and variables."""
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    monkeypatch.delenv(allocator.VARIABLE, raising=False)
+    if not allocator.to_preload():
+        pytest.skip("tcmalloc is not installed")
+    mapped: list[str] = []
+    send = workers.Workers._collect
+
+    def look(self: workers.Workers, timeout: float | None) -> None:
+        mapped.extend(Path(f"/proc/{process.pid}/maps").read_text() for process, _ in self._started)
+        send(self, timeout)
+
+    monkeypatch.setattr(workers.Workers, "_collect", look)
+    raw = source(tmp_path / "raw", text(30))
+    prepare(raw, tmp_path / "out", OPTIONS, processes=2, progress=False)
+    assert mapped and "/libtcmalloc" in mapped[-1] and "LD_PRELOAD" not in os.environ
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

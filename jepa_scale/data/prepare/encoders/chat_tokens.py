@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from jepa_scale.data.prepare.encoders.template import special_pattern
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 _ANCHORS = (",", ")", "a", "0", "\n")
 _ALIASES = 0xF0000  # first character of a plane for private use
@@ -47,7 +47,23 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, raw: bool = True)
     Args:
         raw: treat the name of a special token within the text as text.
     """
-    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=raw, verbose=False)["input_ids"])
+    if not _is_backend_alone(type(tokenizer)):
+        return list(tokenizer(text, add_special_tokens=False, split_special_tokens=raw, verbose=False)["input_ids"])
+    backend = cast("PreTrainedTokenizerFast", tokenizer).backend_tokenizer
+    if backend.truncation is not None:  # left behind by an earlier call, as are the next two
+        backend.no_truncation()
+    if backend.padding is not None:
+        backend.no_padding()
+    if backend.encode_special_tokens != raw:
+        backend.encode_special_tokens = raw
+    return list(backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)  # fast: it computes no offsets
+
+
+def _is_backend_alone(kind: type) -> bool:
+    """Return whether calling a tokenizer of this class does nothing to a text but pass it to its Rust backend."""
+    from transformers import PreTrainedTokenizerFast as Fast
+
+    return issubclass(kind, Fast) and kind.__call__ is Fast.__call__ and kind._encode_plus is Fast._encode_plus
 
 
 @dataclass(frozen=True, slots=True)
