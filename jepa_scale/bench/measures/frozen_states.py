@@ -1,4 +1,4 @@
-"""Frozen states: which section a passage is from, read off the states of a finished run by k-NN and linear probes."""
+"""Frozen states: which section a passage is from, and which half belongs to which, read off the states of a finished run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from jepa_scale.bench.generators.sections import FILE
@@ -21,10 +22,11 @@ SPLITS, NEIGHBOURS = 5, 10
 
 
 def measure(run: LoadedRun, data: Path | None, seed: int, **options: Any) -> dict[str, float]:
-    """Return :func:`probe` of the passages in ``data``."""
+    """Return :func:`probe` and :func:`retrieval` of the passages in ``data``."""
     assert data is not None, "a generator wrote the passages"
     rows = [record.value for record in read_jsonl(data / FILE) if isinstance(record, Record)]
-    return probe(run, [row["text"] for row in rows], [row["label"] for row in rows])
+    texts = [row["text"] for row in rows]
+    return {**probe(run, texts, [row["label"] for row in rows]), **retrieval(run, texts)}
 
 
 def probe(run: LoadedRun, texts: list[str], labels: list[str]) -> dict[str, float]:
@@ -46,6 +48,25 @@ def probe(run: LoadedRun, texts: list[str], labels: list[str]) -> dict[str, floa
             found["chance"] = majority(train, test)
         found |= {f"knn_{pooling}": statistics.fmean(nearest), f"probe_{pooling}": statistics.fmean(linear)}
         found[f"rank_{pooling}"] = float(effective_rank(states))
+    return found
+
+
+def retrieval(run: LoadedRun, texts: list[str]) -> dict[str, float]:
+    """Return the nDCG@10 with which the first half of a text's words finds the second half among those of all texts, by cosine.
+
+    As in the inverse cloze task (Lee et al. 2019, arXiv 1906.00300) no label is needed. With one relevant text, nDCG is 1 / log2(1 + rank).
+    """
+    words = [text.split() for text in texts]
+    halves = [[" ".join(w[: len(w) // 2]) for w in words], [" ".join(w[len(w) // 2 :]) for w in words]]
+    found = {}
+    for pooling in ("last", "mean"):
+        queries, documents = (
+            F.normalize(torch.from_numpy(run.encode(half, pooling=pooling, truncate=True)).float(), dim=-1)  # type: ignore[arg-type]
+            for half in halves
+        )
+        similar = queries @ documents.T
+        ranks = (similar >= similar.diagonal()[:, None]).sum(1)  # of its own, from 1; a tie counts against it
+        found[f"retrieval_{pooling}"] = float(torch.where(ranks <= 10, 1 / torch.log2(1.0 + ranks), 0.0).mean())
     return found
 
 
