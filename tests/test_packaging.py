@@ -1,5 +1,6 @@
 """What is built from the sources, installed elsewhere, works without them."""
 
+import json
 import os
 import re
 import shutil
@@ -73,7 +74,7 @@ def test_the_wheel_has_the_package_and_the_configs(wheel):
 
 
 @pytest.mark.matrix
-def test_an_installed_wheel_trains_with_a_shipped_config(wheel, tmp_path):
+def test_an_installed_wheel_takes_a_newcomer_from_data_to_an_export(wheel, tmp_path):
     site, work = tmp_path / "site", tmp_path / "work"
     work.mkdir()
     run(*PIP, "install", "--no-deps", "--target", site, wheel, cwd=work)
@@ -91,6 +92,55 @@ def test_an_installed_wheel_trains_with_a_shipped_config(wheel, tmp_path):
     config = yaml.safe_load((work / "runs/reversal/config.yaml").read_text())
     assert config["engine"]["deepspeed"].startswith("configs/ds/")  # found in the package
     assert (work / "runs/reversal/checkpoints/step_00000002/manifest.json").is_file()
+
+    (work / "corpus").mkdir()
+    for number in range(20):
+        (work / f"corpus/{number}.txt").write_text(
+            f"{number} waves rise and fall, and the boats stay where they are.\n" * 9
+        )
+    (work / "texts.txt").write_text("the waves\nthe boats\n")
+    few = [
+        "train.steps=2",
+        "train.batch_tokens=2048",
+        "train.micro_tokens=1024",
+        "log.progress=false",
+        "data.workers=0",
+    ]
+    tour = [
+        [
+            "data",
+            "prepare",
+            "corpus/",
+            "--out",
+            "shards",
+            "--vocab-size",
+            "300",
+            "--valid-fraction",
+            "0.1",
+        ],
+        ["train", "--config", "configs/tiny_corpus.yaml", "run.name=mine", "data.path=shards", *few],
+        ["eval", "runs/mine"],
+        ["generate", "runs/mine", "The waves", "--max-new-tokens", "3"],
+        ["encode", "runs/mine", "texts.txt", "--out", "rows.npy"],
+        ["convert", "runs/mine", "--to", "hf", "--out", "exported"],
+        ["report", "runs/mine"],
+        ["plan", "--config", "configs/jepa_8b.yaml", "--world-size", "8", "--no-search"],
+        ["bench", "--list"],
+        ["new", "objective", "my_objective"],
+        ["train", "--config", "my_objective.yaml", *few],
+    ]
+    where["PYTHONPATH"] = os.pathsep.join([str(site), str(work)])  # my_objective.py is there
+    program = [sys.executable, REPOSITORY / "tests/docs/run_commands.py", "results.jsonl"]
+    subprocess.run(
+        program,
+        cwd=work,
+        env={**os.environ, **{k: str(v) for k, v in where.items()}},
+        input=json.dumps(tour),
+        text=True,
+        timeout=HANG,
+    )
+    results = [json.loads(line) for line in (work / "results.jsonl").read_text().splitlines()]
+    assert [r["argv"] for r in results if r["code"] == 0] == tour, [r for r in results if r["code"]]
 
 
 def test_what_is_installed_is_what_the_constraints_say():
