@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jepa_scale.data.examples import Conversation, GridSequence, Turn
+from jepa_scale.data.shards import reader
 from jepa_scale.data.shards.format import SAMPLE, Index, Sample, ShardInfo, index_name, write_shard
 from jepa_scale.data.shards.locate import Located, locate
 from jepa_scale.data.shards.reader import OPEN_SHARDS, ShardError, ShardExamples
@@ -517,3 +518,15 @@ def test_an_index_of_a_shard_that_lies(tmp_path, change, message):
     assert found is not None
     with pytest.raises(ShardError, match=message):
         examples(found)
+
+
+@pytest.mark.parametrize("samples", [1, 7, 10**6])
+def test_an_index_is_read_as_numpy_reads_it(monkeypatch: pytest.MonkeyPatch, samples: int) -> None:
+    rows = np.zeros(samples, SAMPLE)
+    rows["tokens"] = np.arange(samples)
+    raw = io.BytesIO()
+    np.save(raw, rows)
+    wanted = np.load(io.BytesIO(raw.getvalue()))
+    assert np.array_equal(reader._parse(raw.getvalue(), samples + 1), wanted)  # the header is parsed: it is another one
+    monkeypatch.setattr(np, "load", lambda *_, **__: pytest.fail("the header is parsed"))
+    assert np.array_equal(reader._parse(raw.getvalue(), samples), wanted)
