@@ -39,7 +39,7 @@ from jepa_scale.experiment import validate  # noqa: E402
 from jepa_scale.models.attention import attention, available_backends  # noqa: E402
 from jepa_scale.models.flops import peak_of  # noqa: E402
 from jepa_scale.objectives.base import Objective  # noqa: E402
-from jepa_scale.packing import SegmentTable  # noqa: E402
+from jepa_scale.packing import PackedBatch, SegmentTable  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
 from jepa_scale.training.build import TrainingComponents, build  # noqa: E402
 from jepa_scale.training.trainer import global_totals  # noqa: E402
@@ -223,16 +223,21 @@ def run_steps(run: TrainingComponents, device: torch.device) -> Iterator[tuple[f
         if device.type == "cuda":
             torch.cuda.synchronize()
         started = time.perf_counter()
-        for micro, batch in enumerate(batches):
-            run.engine.backward(run.engine.forward("loss", batch, [], micro).total)
-        norm = run.engine.step()
-        run.objective.on_optimizer_step(step, norm)
-        if run.teacher:
-            run.teacher.update(step)
+        one_step(run, step, batches)
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
         yield seconds, run.flops(batches), count(batches) if count else 0, tokens
+
+
+def one_step(run: TrainingComponents, step: int, batches: list[PackedBatch]) -> None:
+    """An optimizer step on micro-batches that are on the device. Rows of other micro-batches are not collected."""
+    for micro, batch in enumerate(batches):
+        run.engine.backward(run.engine.forward("loss", batch, [], micro).total)
+    norm = run.engine.step()
+    run.objective.on_optimizer_step(step, norm)
+    if run.teacher:
+        run.teacher.update(step)
 
 
 def whole(run: TrainingComponents) -> bool:
