@@ -29,6 +29,7 @@ from transformers.utils.output_capturing import capture_outputs
 from jepa_scale.models.head import LMHead
 from jepa_scale.models.layers.bridge import Bridge
 from jepa_scale.models.layers.drop_path import DropPath, drop_rate, rows_kept, segments_kept
+from jepa_scale.models.layers.norm import RMSNorm
 from jepa_scale.models.layers.pope import PolarEmbedding
 from jepa_scale.models.layers.rotary import rotary_table, rotate
 from jepa_scale.packing import SegmentTable
@@ -228,9 +229,9 @@ class JepaDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: JepaDecoderConfig, layer_idx: int) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = JepaAttention(config, layer_idx)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = JepaMLP(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.drop_path = DropPath(drop_rate(config.drop_path, layer_idx, config.num_hidden_layers))
@@ -256,7 +257,7 @@ class JepaDecoderLayer(GradientCheckpointingLayer):
         return x + self.drop_path(self.dropout(self.mlp(self.post_attention_layernorm(x))), second)
 
 
-class EmbeddingNorm(nn.RMSNorm):
+class EmbeddingNorm(RMSNorm):
     """RMSNorm of the embeddings; a class of its own because its gain starts at the embeddings' scale and not at 1."""
 
 
@@ -308,7 +309,7 @@ def initialize(module: nn.Module, config: JepaDecoderConfig) -> None:
         init.normal_(module.weight, std=config.embedding_init_std)
     elif isinstance(module, EmbeddingNorm):
         init.constant_(module.weight, config.embedding_init_std)
-    elif isinstance(module, nn.RMSNorm):
+    elif isinstance(module, RMSNorm):
         init.ones_(module.weight)
     elif isinstance(module, PolarEmbedding):
         init.zeros_(module.delta)
@@ -326,7 +327,7 @@ class JepaDecoderModel(JepaDecoderPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embedding_norm = EmbeddingNorm(config.hidden_size, config.rms_norm_eps) if config.embedding_norm else None
         self.layers = nn.ModuleList(JepaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.bridge = None
         if config.bridge_after is not None:
             d, inner = config.hidden_size, config.bridge_intermediate_size

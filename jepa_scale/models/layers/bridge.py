@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from jepa_scale.models.layers.norm import RMSNorm
+
 
 class Bridge(nn.Module):
     """Gated branch σ(g)·B(z) with B = RMSNorm → Linear → GELU → Dropout → Linear; the caller adds it to the hidden state.
@@ -17,7 +19,7 @@ class Bridge(nn.Module):
     ):
         super().__init__()
         inner = inner or hidden
-        self.norm = nn.RMSNorm(latent)
+        self.norm = RMSNorm(latent)
         self.up = nn.Linear(latent, inner)
         self.act = nn.GELU()
         self.drop = nn.Dropout(dropout)

@@ -27,6 +27,7 @@ from jepa_scale.losses.statistics import as_contribution, rows_of_step
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.flops import Cost, DecoderFlops, linear_cost
 from jepa_scale.models.layers.mlp import Mlp, SwiGlu
+from jepa_scale.models.layers.norm import RMSNorm
 from jepa_scale.objectives.base import JepaModel, Loss, Objective, lm_loss, mean_over_global_batch, resolve_tap
 from jepa_scale.objectives.costs import StepFlops, moments_flops
 from jepa_scale.objectives.horizon.config import HorizonOptions
@@ -61,7 +62,7 @@ class Horizon(Objective):
         self.latent = latent = o.latent_dim or d
         self.pairs_of_sample = o.pairs_per_sequence or data.train.max_size
         self.lower = 0
-        self.encoder: nn.Module = nn.RMSNorm(d) if o.tap_norm else nn.Identity()
+        self.encoder: nn.Module = RMSNorm(d) if o.tap_norm else nn.Identity()
         self.horizon_embedding: nn.Embedding | None = None
         self.predictor: nn.Module
         if o.target_layer is None:
@@ -90,7 +91,7 @@ class Horizon(Objective):
         # Normalized: large latents would give large gradients here, and clipping would then shrink the decoder's too.
         mlp = kind == "mlp"
         to_hidden = Mlp(latent, width, self.options.predictor_multiple) if mlp else nn.Linear(latent, width)
-        return nn.Sequential(nn.RMSNorm(latent), to_hidden)
+        return nn.Sequential(RMSNorm(latent), to_hidden)
 
     # -- how it is trained --------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from jepa_scale.models.decoder import JepaDecoderConfig, JepaDecoderLayer, initialize, position_table
+from jepa_scale.models.layers.norm import RMSNorm
 from jepa_scale.packing import PackedSequence
 
 
@@ -22,7 +23,7 @@ class MtpHead(nn.Module):
         super().__init__()
         self.config = config
         self.block = JepaDecoderLayer(config, 0)
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         for module in self.modules():
             initialize(module, config)
 

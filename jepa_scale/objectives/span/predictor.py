@@ -16,6 +16,7 @@ from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.decoder import JepaAttention, JepaDecoderConfig, JepaDecoderLayer, initialize, position_table
 from jepa_scale.models.flops import Cost, linear_cost
 from jepa_scale.models.layers.drop_path import segments_kept
+from jepa_scale.models.layers.norm import RMSNorm
 from jepa_scale.models.native_blocks import config_of_blocks
 from jepa_scale.packing import PackedSequence
 
@@ -36,7 +37,7 @@ class SpanPredictor(nn.Module):
         self.config = config
         self.mask_embedding = nn.Embedding(max_positions, config.hidden_size)
         self.layers = nn.ModuleList(JepaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         for module in self.modules():
             if isinstance(module, JepaAttention):
                 module.is_causal = False
