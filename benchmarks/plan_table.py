@@ -1,7 +1,12 @@
 """The tables of docs/results/plan.md: 1, 8 and 70 billion parameters on 8 to 4,096 GPUs.
 
     python benchmarks/plan_table.py --json benchmarks/results/plan_table.json
+    python benchmarks/plan_table.py --waits --json benchmarks/results/plan_waits.json
     python benchmarks/plan_table.py --json benchmarks/results/plan_table.json --render docs/results/plan.md  # nothing is planned
+    python benchmarks/plan_table.py --waits --json benchmarks/results/plan_waits.json --render docs/results/plan.md
+
+With ``--waits``: what a step waits for, what the objective itself sends, and how the step grows with links of half the bandwidth and
+with 20 µs for each collective. No micro-batch is searched for. The other objectives have the 1-billion decoder there.
 
 Everything in it is planned, nothing measured. 70 billion are the 8-billion config in the shape of Llama 3 70B.
 """
@@ -20,11 +25,13 @@ sys.path.insert(0, str(REPOSITORY))
 
 from jepa_scale.config.loading import load_config  # noqa: E402
 from jepa_scale.experiment import validate  # noqa: E402
+from jepa_scale.plan.communication import OF_OBJECTIVE  # noqa: E402
 from jepa_scale.plan.hardware import GIB, find_gpu  # noqa: E402
 from jepa_scale.plan.planner import Request, RunPlan, make_plan  # noqa: E402
 from jepa_scale.telemetry import quiet_libraries  # noqa: E402
 
 BEGIN, END = "<!-- benchmarks/plan_table.py -->", "<!-- end -->"
+BEGIN_WAITS, END_WAITS = "<!-- benchmarks/plan_table.py --waits -->", "<!-- end of waits -->"
 SEVENTY = [
     "model.hidden_size=8192",
     "model.intermediate_size=28672",
@@ -71,6 +78,21 @@ COLUMNS = (
 )  # fmt: skip
 
 
+WAITS = (
+    "model", "GPUs", "layout", "step, s", "computes", "sends meanwhile", "sends alone", "of this the objective", "half the links", "20 µs a collective",
+)  # fmt: skip
+OBJECTIVES: dict[str, tuple[str, list[str]]] = {
+    "lm": ("configs/tiny_corpus_lm.yaml", ["model.bridge_after=null"]),
+    "next_latent": ("configs/tiny_corpus_next_latent.yaml", ["model.bridge_after=null"]),
+    "span": ("configs/span_tiny.yaml", []),
+    "two_view, InfoNCE": ("configs/nl_rx_synth.yaml", ["data.max_length=1024", "objective.distance=infonce"]),
+    "concept": ("configs/reversal.yaml", ["data.entities_a=3000"]),
+}
+"""Name → the shipped config, which gets the 1-billion decoder, and what else differs from it."""
+MICRO, FACTS = 16384, 5041
+"""Tokens of a micro-batch of theirs; of concept facts, which are as many tokens."""
+
+
 def layouts(size: dict[str, Any], gpus: int) -> dict[str, tuple[str, int, int]]:
     """Name → engine, tp, replicas."""
     found = {"ZeRO-3": ("deepspeed", 1, 1), "FSDP2": ("fsdp", 1, 1)}
@@ -82,13 +104,57 @@ def layouts(size: dict[str, Any], gpus: int) -> dict[str, tuple[str, int, int]]:
     return found
 
 
-def planned(size: dict[str, Any], gpus: int, engine: str, tp: int, replicas: int, gpu: str) -> RunPlan:
+def planned(
+    size: dict[str, Any], gpus: int, engine: str, tp: int, replicas: int, gpu: str, search: bool = True
+) -> RunPlan:
     ranks = gpus // tp
     micro = size["tp_micro" if tp > 1 else "micro"]
     step = micro * ranks * max(1, STEP_TOKENS // (micro * ranks))
     batch = [f"train.micro_tokens={micro}", f"train.batch_tokens={step}", f"engine.name={engine}"]
     config = load_config(REPOSITORY / size["config"], [*size["set"], *batch])
-    return make_plan(validate(config), Request(gpus, find_gpu(gpu), tp, replicas, size["checkpointing"], 1e12))
+    return make_plan(
+        validate(config), Request(gpus, find_gpu(gpu), tp, replicas, size["checkpointing"], 1e12, search=search)
+    )
+
+
+def of_objective(name: str, gpus: int, gpu: str) -> RunPlan:
+    file, overrides = OBJECTIVES[name]
+    batch = [f"train.batch_size={FACTS * gpus}", "train.batch_tokens=0", "train.micro_tokens=0"]
+    if name != "concept":
+        batch = [
+            "train.batch_size=0",
+            f"train.batch_tokens={MICRO * gpus}",
+            f"train.micro_tokens={MICRO}",
+            "train.epochs=0",
+        ]
+    model = ["model=configs/models/jepa_1b.yaml", "engine.precision=bf16", "train.steps=1000", "engine.name=fsdp"]
+    config = load_config(REPOSITORY / file, [*model, *overrides, *batch])
+    return make_plan(validate(config), Request(gpus, find_gpu(gpu), search=False))
+
+
+def waits(name: str, gpus: int, layout: str, plan: RunPlan, gpu: str) -> list[str]:
+    """What a step waits for."""
+    assert plan.time is not None
+    own = [t for t in plan.traffic if t.what == OF_OBJECTIVE]
+    sends = sum(t.sent / find_gpu(gpu).reach(t.ranks, t.span) for t in own)
+    times = [plan.time.seconds, plan.time.compute, plan.time.hidden, plan.time.exposed, sends]
+    slower = [f"{seconds / plan.time.seconds - 1:+.0%}" for seconds in plan.slower.values()]
+    return [name, f"{gpus:,}", layout, *(f"{seconds:.3g}" for seconds in times), *slower]
+
+
+def all_waits(args: argparse.Namespace) -> list[list[str]]:
+    rows = []
+    for gpus in args.gpus:
+        for name in args.sizes:
+            for layout, (engine, tp, replicas) in layouts(SIZES[name], gpus).items():
+                plan = planned(SIZES[name], gpus, engine, tp, replicas, args.gpu, search=False)
+                if plan.fits_step:
+                    rows.append(waits(f"horizon, {name}", gpus, layout, plan, args.gpu))
+                    print(" | ".join(rows[-1]), flush=True)
+        for name in OBJECTIVES:
+            rows.append(waits(f"{name}, 1B", gpus, "FSDP2", of_objective(name, gpus, args.gpu), args.gpu))
+            print(" | ".join(rows[-1]), flush=True)
+    return rows
 
 
 def cells(name: str, gpus: int, layout: str, plan: RunPlan) -> list[str]:
@@ -128,21 +194,29 @@ def render(docs: Path, rows: list[list[str]]) -> None:
     docs.write_text(f"{before}{BEGIN}\n{table}\n\n{END}{rest.split(END)[1]}")
 
 
+def render_waits(docs: Path, rows: list[list[str]]) -> None:
+    lines = [f"| {' | '.join(WAITS)} |", "|" + "---|" * len(WAITS), *(f"| {' | '.join(row)} |" for row in rows)]
+    before, rest = docs.read_text().split(BEGIN_WAITS)
+    docs.write_text("\n".join([f"{before}{BEGIN_WAITS}", "", *lines, "", f"{END_WAITS}{rest.split(END_WAITS)[1]}"]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, nargs="+", default=[8, 64, 512, 4096])
     parser.add_argument("--sizes", nargs="+", choices=tuple(SIZES), default=list(SIZES))
     parser.add_argument("--gpu", default="h100")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--waits", action="store_true", help="the other table")
     parser.add_argument("--render", type=Path, metavar="FILE.md", help="only renew the tables of --json there")
     args = parser.parse_args()
     if args.render:
-        render(args.render, json.loads(args.json.read_text())["rows"])
+        kept = json.loads(args.json.read_text())["rows"]
+        render_waits(args.render, kept) if args.waits else render(args.render, kept)
         return
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     quiet_libraries()
-    rows = []
-    for name in args.sizes:
+    rows = all_waits(args) if args.waits else []
+    for name in args.sizes if not args.waits else ():
         for gpus in args.gpus:
             for layout, (engine, tp, replicas) in layouts(SIZES[name], gpus).items():
                 plan = planned(SIZES[name], gpus, engine, tp, replicas, args.gpu)
@@ -150,7 +224,10 @@ def main() -> None:
                 print(" | ".join(rows[-1]), flush=True)
     if args.json:
         args.json.write_text(
-            json.dumps({"gpu": args.gpu, "header": HEADER, "rows": rows}, indent=1, ensure_ascii=False) + "\n"
+            json.dumps(
+                {"gpu": args.gpu, "header": WAITS if args.waits else HEADER, "rows": rows}, indent=1, ensure_ascii=False
+            )
+            + "\n"
         )
 
 

@@ -92,7 +92,7 @@ def as_dict(plan: RunPlan) -> dict[str, Any]:
         name: getattr(plan, name)
         for name in (
             "parameters", "teacher_parameters", "micro_tokens", "micro_samples", "accumulation", "start", "usable", "largest",
-            "largest_samples", "step_tokens", "flops", "tokens", "tokens_per_day", "days", "fits", "fits_step", "fits_start",
+            "largest_samples", "step_tokens", "flops", "tokens", "tokens_per_day", "days", "fits", "fits_step", "fits_start", "slower",
         )
     }  # fmt: skip
     memory = {name: getattr(plan.memory, name) for name in ("state", "peak", "at_peak", "most")}
@@ -112,6 +112,7 @@ def report(plan: RunPlan, gpu: str, efficiency: float) -> str:
     """Return the plan as text for the terminal."""
     from jepa_scale.plan.hardware import GIB
     from jepa_scale.plan.memory_tracker import KINDS
+    from jepa_scale.plan.planner import LATENCY
 
     def gib(size: float) -> str:
         return f"{size / GIB:,.2f}"
@@ -142,18 +143,27 @@ def report(plan: RunPlan, gpu: str, efficiency: float) -> str:
         lines.append(f"largest micro-batch that fits: {found}")
     if plan.traffic:
         rows = [
-            [f"{t.kind}, {t.what}", f"{t.ranks:,}", gib(t.size), gib(t.sent), "yes" if t.overlaps else "no"]
+            [
+                f"{t.kind}, {t.what}",
+                f"{t.ranks:,}",
+                f"{t.calls:,}",
+                f"{t.size / GIB:,.3g}",
+                f"{t.sent / GIB:,.3g}",
+                "yes" if t.overlaps else "no",
+            ]
             for t in plan.traffic
         ]
-        header = ["communication of a step", "ranks", "GiB in all", "GiB a rank sends", "overlaps"]
+        header = ["communication of a step", "ranks", "calls", "GiB in all", "GiB a rank sends", "overlaps"]
         lines += ["", text_table(header, rows)]
     time = plan.time
     bound = "roofline" if efficiency == 1 else f"{efficiency:.0%} of the roofline"
     lines += [
         "",
-        f"step, {bound}: at least {time.seconds:,.3f} s (compute {time.compute:,.3f}, communication that may overlap "
-        f"{time.hidden:,.3f}, that cannot {time.exposed:,.3f}); MFU at most {time.mfu:.1%}; "
+        f"step, {bound}: at least {time.seconds:,.4g} s (compute {time.compute:,.4g}, communication that may overlap "
+        f"{time.hidden:,.4g}, that cannot {time.exposed:,.4g}); MFU at most {time.mfu:.1%}; "
         f"{time.bound} is what it waits for",
+        f"with half the bandwidth of the links {plan.slower['links']:,.4g} s; with {LATENCY * 1e6:.0f} µs for each collective "
+        f"{plan.slower['latency']:,.4g} s",
         f"at most {plan.tokens_per_day:,.0f} tokens a day; {plan.tokens:,.3g} tokens take at least {plan.days:,.1f} days",
     ]
     lines += [f"note: {note}" for note in plan.notes]

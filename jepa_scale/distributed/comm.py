@@ -202,7 +202,7 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         grad = grads[0].contiguous()
-        if grad.is_cuda:
+        if grad.device.type != "cpu":
             own = grad.new_empty((ctx.rows, *grad.shape[1:]))
             dist.reduce_scatter_tensor(own, grad, group=_groups.dp)
             return own

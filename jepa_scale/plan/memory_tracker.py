@@ -6,7 +6,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,8 +62,16 @@ class OpCost:
         self.flops, self.bytes = flops, moved
 
 
+class Collective(NamedTuple):
+    """A collective of the fake process group: ``"all-gather"``, ``"reduce-scatter"`` or ``"all-reduce"``, and the bytes of the whole tensors."""
+
+    kind: str
+    size: int
+
+
 class Watch(TorchDispatchMode):
-    """Dispatch mode that enters every new storage into a tracker for its lifetime, and records the cost of each operator.
+    """Dispatch mode that enters every new storage into a tracker for its lifetime, and records the cost of each operator and the
+    collectives.
 
     It works on tensors without data. Storages that existed before are ignored.
 
@@ -75,6 +83,7 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self.tracker, self.vocab = tracker, vocab
         self.ops: list[OpCost] = []
+        self.collectives: list[Collective] = []
         self._kinds: WeakIdKeyDictionary = WeakIdKeyDictionary()  # storage → its kind, in a list of one; [] = ignored
         self._ends: list[Any] = []
 
@@ -83,6 +92,8 @@ class Watch(TorchDispatchMode):
         read = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         for tensor in read:
             self._kinds.setdefault(tensor.untyped_storage(), [])  # it existed before: parameters, the batch
+        if func.namespace == "c10d" and (kind := _KINDS.get(func._overloadpacket.__name__)):
+            self.collectives.append(Collective(*kind(args)))
         out = func(*args, **kwargs)
         made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         for tensor in made:
@@ -132,6 +143,17 @@ def _is_free(func: Any) -> bool:
     view = bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
     return view or func._overloadpacket in _EMPTY
 
+
+def _whole(args: Any) -> int:
+    return sum(_bytes(x) for x in tree_leaves(args[0]) if isinstance(x, Tensor))
+
+
+_KINDS = {  # the first argument of an all-gather are the gathered tensors, of a reduce-scatter this rank's part
+    "allgather_": lambda args: ("all-gather", _whole(args)),
+    "_allgather_base_": lambda args: ("all-gather", _whole(args)),
+    "allreduce_": lambda args: ("all-reduce", _whole(args)),
+    "_reduce_scatter_base_": lambda args: ("reduce-scatter", _whole(args[1:])),
+}
 
 _EMPTY = {
     torch.ops.aten.empty,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from jepa_scale.config.schema import TrainConfig
 from jepa_scale.experiment import Experiment
 from jepa_scale.objectives.base import Objective
-from jepa_scale.plan.communication import Traffic, traffic_of
+from jepa_scale.plan.communication import Traffic, of_objective, traffic_of
 from jepa_scale.plan.hardware import GIB, RESERVED, Gpu
 from jepa_scale.plan.layout import Layout, layout_of
 from jepa_scale.plan.model import Modelled, model_on_meta
@@ -19,6 +20,9 @@ from jepa_scale.plan.roofline import Estimate, estimate
 from jepa_scale.plan.simulate import Simulated, fake_ranks, simulate
 from jepa_scale.plan.synthetic import StandIn, micro_batch, on_meta, synthetic_data
 from jepa_scale.utils.errors import InputError
+
+SLOW_LINKS, LATENCY = 0.5, 20e-6
+"""What a plan's sensitivity supposes: a fraction of the links' bandwidth, and seconds for each collective."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,8 @@ class RunPlan:
         usable: of the GPU's memory. largest: tokens of the largest micro-batch that fits; 0 = not even one sample, ``None`` =
             not searched for. largest_samples: samples in it.
         step_tokens: of an optimizer step, all ranks together. flops: of a micro-batch on its tp ranks together.
+        slower: seconds of a step with links of ``SLOW_LINKS`` of their bandwidth (``links``), and with ``LATENCY`` for each collective
+            (``latency``).
     """
 
     layout: Layout
@@ -69,6 +75,7 @@ class RunPlan:
     step_tokens: int
     flops: int
     time: Estimate | None
+    slower: dict[str, float] = field(default_factory=dict)
     tokens: float | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -112,6 +119,7 @@ def make_plan(experiment: Experiment, request: Request) -> RunPlan:
         sizes = model.parameters
         copied = 0 if model.teacher is None else sum(p.numel() for p in model.teacher.parameters())
         memory = simulate(model, layout, on_meta(batch), accumulation, gpu=request.gpu is not None)
+        traffic += of_objective(memory.collectives, layout, accumulation)
         usable = None if request.gpu is None else int(request.gpu.memory * (1 - RESERVED) * GIB)
         largest = largest_samples = None
         if usable is not None and request.search:
@@ -123,10 +131,12 @@ def make_plan(experiment: Experiment, request: Request) -> RunPlan:
 
             largest, largest_samples = _largest(peak, model.objective, data, bool(tokens), usable)
     time = None
+    slower = {}
     if request.gpu is not None:
         updated = sum(s.numel for s in sizes.values() if s.trains)
         parts = layout.shards if layout.stage > 0 else 1
-        time = estimate(
+        bound = partial(
+            estimate,
             memory.ops,
             accumulation,
             -(-updated // parts),
@@ -138,6 +148,8 @@ def make_plan(experiment: Experiment, request: Request) -> RunPlan:
             experiment.engine.tf32,
             request.efficiency,
         )
+        time = bound()
+        slower = {"links": bound(links=SLOW_LINKS).seconds, "latency": bound(latency=LATENCY).seconds}
     return RunPlan(
         layout,
         model.whole,
@@ -154,6 +166,7 @@ def make_plan(experiment: Experiment, request: Request) -> RunPlan:
         batch.num_tokens * accumulation * layout.data_ranks,
         flops // accumulation,
         time,
+        slower,
         request.tokens,
         _notes(layout, data, experiment),
     )

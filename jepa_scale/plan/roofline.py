@@ -64,6 +64,8 @@ def estimate(
     layout: Layout,
     tf32: bool,
     efficiency: float = 1.0,
+    links: float = 1.0,
+    latency: float = 0.0,
 ) -> Estimate:
     """Estimate the time of a step on one rank.
 
@@ -72,11 +74,16 @@ def estimate(
         updated: number of elements that this rank's optimizer updates.
         averaged: number of elements that this rank's teacher updates.
         model_flops: FLOPs of this rank's share of the model, without recomputation.
-        efficiency: fraction of the roofline that operators reach; links are assumed to reach their full bandwidth.
+        efficiency: fraction of the roofline that operators reach.
+        links: fraction of their bandwidth that links reach. latency: seconds that each collective takes besides.
     """
     peak = gpu.flops(layout.precision, tf32)
     passes = sum(max(op.flops / peak, op.bytes / gpu.bandwidth) for op in ops) * accumulation
     updates = (UPDATED * updated + AVERAGED * averaged) / gpu.bandwidth
-    hidden = sum(t.sent / gpu.reach(t.ranks, t.span) for t in traffic if t.overlaps)
-    exposed = sum(t.sent / gpu.reach(t.ranks, t.span) for t in traffic if not t.overlaps)
+
+    def seconds(overlaps: bool) -> float:
+        chosen = [t for t in traffic if t.overlaps is overlaps]
+        return sum(t.sent / (gpu.reach(t.ranks, t.span) * links) + t.calls * latency for t in chosen)
+
+    hidden, exposed = seconds(True), seconds(False)
     return Estimate((passes + updates) / efficiency, hidden, exposed, model_flops, peak)

@@ -18,7 +18,7 @@ from jepa_scale.models.recompute import recompute
 from jepa_scale.packing import PackedBatch
 from jepa_scale.plan.fsdp import FsdpEmaModel, FsdpModel
 from jepa_scale.plan.layout import Layout
-from jepa_scale.plan.memory_tracker import MemoryTracker, OpCost, Watch
+from jepa_scale.plan.memory_tracker import Collective, MemoryTracker, OpCost, Watch
 from jepa_scale.plan.model import Modelled, fuse_norms
 from jepa_scale.plan.units import EngineModel
 from jepa_scale.plan.zero import Zero3Model, ZeroEmaModel, ZeroModel
@@ -34,6 +34,7 @@ class Simulated:
         at_peak: kind → bytes at the peak.
         most: kind → largest number of bytes of this kind at any time.
         ops: operators of one micro-batch, those of its gather pass and teacher included.
+        collectives: those of the objective in one micro-batch and its gather pass.
     """
 
     state: dict[str, int]
@@ -41,6 +42,7 @@ class Simulated:
     at_peak: dict[str, int]
     most: dict[str, int]
     ops: list[OpCost]
+    collectives: list[Collective]
 
 
 @contextmanager
@@ -95,9 +97,9 @@ def simulate(model: Modelled, layout: Layout, batch: PackedBatch, accumulation: 
             gathered = [one] * accumulation
             kept = sum(x.untyped_storage().nbytes() for x in tree_leaves(one) if isinstance(x, torch.Tensor))
             tracker.add("activations", kept * (accumulation - 1))
-        collecting = list(watch.ops)
+        collecting = list(watch.ops), list(watch.collectives)
         for micro in range(min(accumulation, 2)):  # two suffice: all after the first find existing gradients
-            watch.ops = list(collecting)
+            watch.ops, watch.collectives = list(collecting[0]), list(collecting[1])
             last = micro == min(accumulation, 2) - 1
             loss = run("loss", batch, gathered, micro)
             loss.total.backward()
@@ -105,7 +107,7 @@ def simulate(model: Modelled, layout: Layout, batch: PackedBatch, accumulation: 
             engine.after_backward(last)
         engine.step()
     watch.close()
-    return Simulated(state, tracker.peak, tracker.at_peak, dict(tracker.most), watch.ops)
+    return Simulated(state, tracker.peak, tracker.at_peak, dict(tracker.most), watch.ops, watch.collectives)
 
 
 def _engine(model: Modelled, layout: Layout, tracker: MemoryTracker, watch: Watch, accumulation: int) -> Any:
