@@ -177,6 +177,7 @@ def import_model(args: argparse.Namespace) -> int:
     from jepa_scale.convert.from_hf import load_decoder, load_heads, write_checkpoint
     from jepa_scale.data import load_data
     from jepa_scale.distributed.comm import ParallelContext
+    from jepa_scale.models.base_weights import base_of
     from jepa_scale.models.loading import build_backbone
     from jepa_scale.objectives.base import JepaModel
     from jepa_scale.telemetry import prepare_run_dir
@@ -193,15 +194,19 @@ def import_model(args: argparse.Namespace) -> int:
     module = JepaModel(backbone, objective)
     adapts = is_adapter(args.source)
     if adapts:
+        base = base_of(backbone.decoder, experiment.model)
         load_adapter(backbone.decoder, args.source, experiment.model)
     else:
+        base = None  # the weights need not be those of model.pretrained
         load_decoder(backbone.decoder, args.source)
     heads = load_heads(module, args.source)
 
     sampler = create_sampler(experiment, data, objective, ParallelContext(0, 1, 0, torch.device("cpu"), "python"))
     prepare_run_dir(args.out, resume=False)
     state = {"data": sampler.state(0), "tokens": 0, "seconds": 0.0}
-    checkpoint = write_checkpoint(args.out / "checkpoints", module, state, experiment.optim, experiment.resolved())
+    checkpoint = write_checkpoint(
+        args.out / "checkpoints", module, state, experiment.optim, experiment.resolved(), base
+    )
     write_atomic(args.out / CONFIG_FILE, experiment.to_yaml())
     own = sum(1 for _ in objective.parameters())
     heads_note = (

@@ -46,8 +46,8 @@ class Modelled:
 
     Attributes:
         parameters: name → sizes; a tied one once, as in ``module.named_parameters()``.
-        whole: parameters of the model, tp or not; taught: of the teacher's copies; largest: elements of the largest parameter,
-            tp or not.
+        whole: parameters of the model, tp or not; taught: of the teacher's copies; largest, largest_trained: elements of the
+            largest parameter, and of the largest that is trained, tp or not.
         flops: of the whole model: micro-batches of a data-parallel rank → FLOPs of training on them, all its tp ranks
             together.
     """
@@ -58,6 +58,7 @@ class Modelled:
     whole: int
     taught: int
     largest: int
+    largest_trained: int
     flops: StepFlops
 
     @property
@@ -92,6 +93,7 @@ def model_on_meta(experiment: Experiment, data: Any, layout: Layout) -> Modelled
     flops = objective.flops(backbone)
     whole = sum(parameter.numel() for parameter in module.parameters())
     largest = max(parameter.numel() for parameter in module.parameters())
+    largest_trained = max(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     taught = sum(p.numel() for copied in objective.teacher_copies(backbone).values() for p in copied.parameters())
     if layout.tp > 1:
         cut_for_rank(backbone, layout.tp)
@@ -109,7 +111,7 @@ def model_on_meta(experiment: Experiment, data: Any, layout: Layout) -> Modelled
     module.train()
     if teacher is not None:
         teacher.requires_grad_(False).eval()
-    return Modelled(module, teacher, parameters, whole, taught, largest, flops)
+    return Modelled(module, teacher, parameters, whole, taught, largest, largest_trained, flops)
 
 
 def _optimized(

@@ -126,7 +126,7 @@ def _copy(model: Modelled, layout: Layout, tracker: MemoryTracker) -> EngineMode
         for name, part in model.teacher.named_modules()
         if name in students and id(students[name]) in sharded and type(part).forward is not nn.Module.forward
     ]
-    return FsdpEmaModel(model.teacher, parts, layout, tracker)
+    return FsdpEmaModel(model.teacher, parts, model.parameters, layout, tracker)
 
 
 class _Teacher(Teacher):
