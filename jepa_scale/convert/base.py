@@ -13,8 +13,8 @@ from torch import Tensor
 from jepa_scale.convert.merge import Shapes
 from jepa_scale.convert.plan import MODEL
 from jepa_scale.convert.skeleton import PREFIX
-from jepa_scale.models.base_weights import STATE, base_of, confirmed, readable
-from jepa_scale.models.loading import build_backbone
+from jepa_scale.models.frozen.base import STATE, base_of, confirmed, readable
+from jepa_scale.models.loading import build_backbone, pretrained_vocab_size
 from jepa_scale.models.lora import NEW_OF
 from jepa_scale.models.options import ModelOptions
 
@@ -34,10 +34,12 @@ def left_out(
     """
     if STATE not in state or options.lora is None:
         return {}
+    if options.pretrained is None or options.random_init:
+        confirmed(None, state, checkpoint)  # it raises
     with torch.random.fork_rng(devices=[]), nullcontext() if values else torch.device("meta"):
         decoder = build_backbone(options, _rows(options, shapes)).decoder
     names = readable(decoder, options)
-    if values or not names:
+    if values:
         confirmed(base_of(decoder, options), state, checkpoint)
     return {f"{MODEL}{PREFIX}{name}": p.detach() for name, p in decoder.named_parameters() if name in names}
 
@@ -45,8 +47,6 @@ def left_out(
 def _rows(options: ModelOptions, shapes: Shapes) -> int:
     """Return the number of embedding rows of the run's model: those that are frozen, and the trained ones of the checkpoint."""
     new = [size for name, (size, _) in shapes.items() if name.startswith(MODEL) and name.endswith(f"{NEW_OF}weight")]
-    plain = options.model_copy(update={"vocab_size": None, "lora": None})
-    with torch.device("meta"):
-        known = build_backbone(plain, 1).decoder.get_input_embeddings().num_embeddings
-    assert options.lora is not None and isinstance(known, int)
+    assert options.lora is not None
+    known = pretrained_vocab_size(options)
     return (options.lora.new_ids_from or known) + new[0][0] if new else known

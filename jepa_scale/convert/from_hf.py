@@ -24,9 +24,9 @@ from jepa_scale.convert.plan import HEADS_FILE, MODEL
 from jepa_scale.convert.skeleton import llama_config
 from jepa_scale.engines.base import persistent_buffers
 from jepa_scale.engines.ema import TEACHER, TeacherModel
-from jepa_scale.models.base_weights import Base
 from jepa_scale.models.decoder import JepaDecoderConfig
 from jepa_scale.models.families.files import check_folder
+from jepa_scale.models.frozen.base import Base
 from jepa_scale.models.loading import known_keys
 from jepa_scale.models.lora import copy_plain
 from jepa_scale.objectives.base import DECODER, JepaModel

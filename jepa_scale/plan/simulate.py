@@ -76,7 +76,10 @@ def simulate(model: Modelled, layout: Layout, batch: PackedBatch, accumulation: 
     recompute(model.shard, layout.checkpointing)
     tables = sum(buffer.numel() * buffer.element_size() for buffer in model.module.buffers())
     copied = () if model.teacher is None else model.teacher.buffers()
-    state = {"parameters": tables, "teacher": sum(buffer.numel() * buffer.element_size() for buffer in copied)}
+    state = {
+        "parameters": tables + model.coded,
+        "teacher": sum(buffer.numel() * buffer.element_size() for buffer in copied),
+    }
     for part in parts:
         for kind, size in part.state().items():
             state[kind] = state.get(kind, 0) + size

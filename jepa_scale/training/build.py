@@ -31,12 +31,14 @@ from jepa_scale.evaluation.run import Results, chat_test, device_call, evaluate
 from jepa_scale.evaluation.text_probe import SPLIT, probe_test
 from jepa_scale.experiment import Experiment
 from jepa_scale.models.backbone import Backbone
-from jepa_scale.models.base_weights import STATE, Base, base_of
 from jepa_scale.models.compiling import compile_blocks
 from jepa_scale.models.families.fingerprint import model_fingerprint
 from jepa_scale.models.families.probe import probe
+from jepa_scale.models.frozen.base import STATE, Base, base_of
+from jepa_scale.models.frozen.four_bit import check_device, quantise
 from jepa_scale.models.head import compile_head
 from jepa_scale.models.loading import build_backbone, check_pretrained
+from jepa_scale.models.options import check_options
 from jepa_scale.models.recompute import recompute
 from jepa_scale.models.tensor_parallel import layers as tensor_parallel
 from jepa_scale.objectives.base import DECODER, JepaModel, Objective
@@ -155,6 +157,11 @@ def build(
     engine_name = resolve(options.name, ranks)
     ranks = init_tp_group(ranks, options.tp)
     check_engine(engine_name, options, optim, ranks)  # before the data is read and the model made
+    check_options(experiment.model)
+    if experiment.model.load_in_4bit:
+        if options.compile:
+            raise InputError("engine.compile: is not tried with model.load_in_4bit; remove one of them")
+        check_device(ranks.device)
     check_pretrained(experiment.model)
 
     data = load_data(experiment.data)
@@ -185,6 +192,8 @@ def build(
         base = broadcast_object(base_of(backbone.decoder, experiment.model) if ranks.is_main else None)
     model_size, objective_size = ModuleSize.of(backbone.decoder), ModuleSize.of(objective)
     weights = Weights(module, ranks)
+    if experiment.model.load_in_4bit:
+        quantise(backbone, compute_dtype(precision), lambda name, _: weights.take(f"{DECODER}{name}"))
     splits = split_over_tp_group(backbone, ranks)
     copies = objective.teacher_copies(backbone)
 

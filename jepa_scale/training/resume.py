@@ -9,7 +9,7 @@ from typing import Any
 
 from jepa_scale import checkpoint
 from jepa_scale.checkpoint import Manifest
-from jepa_scale.models.base_weights import confirmed
+from jepa_scale.models.frozen.base import confirmed
 from jepa_scale.training.build import TrainingComponents
 from jepa_scale.utils.errors import InputError
 
@@ -54,6 +54,11 @@ def load(run: TrainingComponents, found: Path, manifest: Manifest) -> None:
         InputError: the checkpoint is of another model or objective, or its adapters are of other weights than the run's base.
     """
     run.base = confirmed(run.base, manifest.state, found)
+    if run.base is None and run.experiment.model.load_in_4bit:
+        raise InputError(
+            f"{found}: holds the frozen weights itself, which model.load_in_4bit cannot replace; convert it to Hugging Face format, and give "
+            "that as model.pretrained of a new run"
+        )
     checkpoint.load(found, run.parts)
 
 

@@ -20,7 +20,7 @@ from jepa_scale.convert import to_hf
 from jepa_scale.convert.from_hf import state_tensors
 from jepa_scale.convert.to_hf import ExportOptions, export
 from jepa_scale.data import load_data, parse_data
-from jepa_scale.models.base_weights import base_of
+from jepa_scale.models.frozen.base import base_of
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.utils.errors import InputError
@@ -145,6 +145,19 @@ def test_adapters_of_a_base_that_has_changed(tmp_path):
     with pytest.raises(InputError, match=where):
         jepa_scale.load(tmp_path / "run", device="cpu")
     export(tmp_path / "run", tmp_path / "adapter", ExportOptions(progress=False, adapter=True))  # it needs no weights
+
+
+def test_adapters_whose_config_no_longer_names_a_base(tmp_path):
+    lora_run(tmp_path, base_folder(tmp_path / "base", "llama"))
+    file = tmp_path / "run/config.yaml"
+    values = yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump({**values, "model": {**BASES["llama"], "lora": LORA}}))
+    for adapter in (False, True):
+        with pytest.raises(
+            InputError, match="holds adapters, without the frozen weights of '.*base'; set model.pretrained"
+        ):
+            export(tmp_path / "run", tmp_path / "out", ExportOptions(progress=False, adapter=adapter))
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_card_says_how_to_load_the_adapter(tmp_path):

@@ -47,3 +47,16 @@ def test_fine_tuning_fits_on_one_gpu_with_24_gb(tmp_path, name, engine):
     assert plan.fits, plan.memory.peak
     adapters = plan.parameters - {"1B": 1_235_814_400, "8B": 8_030_261_248}[name]  # those of the models as published
     assert plan.memory.state["parameters"] == pytest.approx(2 * (plan.parameters - adapters) + 4 * adapters, rel=0.01)
+
+
+def test_in_4_bits_8_billion_fit_on_16_gb(tmp_path):
+    """A weight of the blocks takes half a byte, and its share of an 8-bit scale of 64 weights and an fp32 one of 256 scales."""
+    (tmp_path / "config.json").write_text(json.dumps(MODELS["8B"]))
+    overrides = ["engine.name=fsdp", "engine.precision=fp16", f"model.pretrained={tmp_path}", "model.load_in_4bit=true"]
+    experiment = validate(load_config(CONFIGS / "finetune_example.yaml", overrides))
+    plan = make_plan(experiment, Request(1, find_gpu("t4"), search=False))
+    assert plan.fits
+    blocks, others = 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336), 2 * 128256 * 4096
+    adapters = 32 * 16 * (2 * 2 * 4096 + 2 * (4096 + 1024) + 3 * (4096 + 14336))
+    codes = blocks * (1 / 2 + 1 / 64 + 4 / (64 * 256))
+    assert plan.memory.state["parameters"] == pytest.approx(codes + 2 * others + 4 * adapters, rel=1e-3)

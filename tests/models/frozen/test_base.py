@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from jepa_scale.models.base_weights import base_of, confirmed, readable
+from jepa_scale.models.frozen.base import base_of, confirmed, readable
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.utils.errors import InputError
