@@ -34,8 +34,8 @@ class FSDPEngine(Engine):
     """Engine that shards parameters, gradients and moments as DTensors: fp32 where trained, frozen ones in the compute dtype.
 
     They are sharded over all ranks, or over the ranks of each replica (HSDP). In bf16 the gathered parameters are bf16 and
-    gradients are reduced in fp32. FSDP2 wants one dtype of the trainable parameters of a unit alone, and gathers frozen ones of
-    the compute dtype without a cast. Inputs are not cast, as under DeepSpeed, so that a model runs on both engines or on
+    gradients are reduced in fp32. FSDP2 wants one dtype of the trainable parameters of a unit alone (pytorch/pytorch#154103),
+    and gathers frozen ones of the compute dtype without a cast. Inputs are not cast, as under DeepSpeed, so that a model runs on both engines or on
     neither.
     """
 
