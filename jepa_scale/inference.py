@@ -29,6 +29,8 @@ from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.evaluation.encode import EncodedTexts, encode_texts
 from jepa_scale.evaluation.questions import FactAnswer, answers
 from jepa_scale.experiment import Experiment, validate
+from jepa_scale.models.frozen.base import STATE, base_of, confirmed
+from jepa_scale.models.frozen.four_bit import check_device, quantise
 from jepa_scale.models.generation.batches import answer, listed, rounds
 from jepa_scale.models.generation.speculative import Generation
 from jepa_scale.models.generation.speculative import generate as speculate
@@ -306,15 +308,23 @@ def load(run_dir: str | Path, checkpoint: str | Path = "auto", device: str | tor
     found = find(run, checkpoint, config.checkpoint.verify, alone=True)
     if found is None:
         raise InputError(f"{run}: has no checkpoint; give another run, or a checkpoint's path")
-    experiment = validate(trained_with(config, Manifest.read(found).config))
+    manifest = Manifest.read(found)
+    experiment = validate(trained_with(config, manifest.config))
     data: Any = open_data(experiment.data)
     with torch.random.fork_rng(devices=[]):  # the checkpoint replaces these weights
         backbone = build_backbone(experiment.model, data.vocab_size)
         module = JepaModel(backbone, experiment.objective.build(backbone, data))
+    if experiment.model.load_in_4bit:
+        check_device(where)
+    base = None
+    if STATE in manifest.state:
+        base = confirmed(base_of(backbone.decoder, experiment.model), manifest.state, found)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # DCP's message names only its internals
-        views = {name: ShardView.whole(tensor) for name, tensor in state_tensors(module).items()}
+        views = {name: ShardView.whole(tensor) for name, tensor in state_tensors(module, base=base).items()}
         store.read(found / TENSORS, views, alone=True)
+    if experiment.model.load_in_4bit:
+        quantise(backbone, torch.float32, lambda _, weight: weight.to(where))
     tokenizer = data.load_tokenizer() if getattr(data, "tokenizer", None) is not None else None
     return LoadedRun(experiment, found, module.to(where).eval(), data, tokenizer, where)
 

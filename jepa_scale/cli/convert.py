@@ -177,6 +177,7 @@ def import_model(args: argparse.Namespace) -> int:
     from jepa_scale.convert.from_hf import load_decoder, load_heads, write_checkpoint
     from jepa_scale.data import load_data
     from jepa_scale.distributed.comm import ParallelContext
+    from jepa_scale.models.frozen.base import base_of
     from jepa_scale.models.loading import build_backbone
     from jepa_scale.objectives.base import JepaModel
     from jepa_scale.telemetry import prepare_run_dir
@@ -184,6 +185,11 @@ def import_model(args: argparse.Namespace) -> int:
     from jepa_scale.training.build import create_sampler
     from jepa_scale.utils.io import write_atomic
 
+    adapts = is_adapter(args.source)
+    if experiment.model.load_in_4bit and not adapts:
+        raise InputError(
+            f"model.load_in_4bit: a run's frozen weights come from model.pretrained; give {args.source} as that instead of converting it"
+        )
     if args.no_progress:
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     data = load_data(experiment.data)
@@ -191,17 +197,20 @@ def import_model(args: argparse.Namespace) -> int:
     backbone = build_backbone(experiment.model, data.vocab_size)
     objective = experiment.objective.build(backbone, data)
     module = JepaModel(backbone, objective)
-    adapts = is_adapter(args.source)
     if adapts:
+        base = base_of(backbone.decoder, experiment.model)
         load_adapter(backbone.decoder, args.source, experiment.model)
     else:
+        base = None  # the weights need not be those of model.pretrained
         load_decoder(backbone.decoder, args.source)
     heads = load_heads(module, args.source)
 
     sampler = create_sampler(experiment, data, objective, ParallelContext(0, 1, 0, torch.device("cpu"), "python"))
     prepare_run_dir(args.out, resume=False)
     state = {"data": sampler.state(0), "tokens": 0, "seconds": 0.0}
-    checkpoint = write_checkpoint(args.out / "checkpoints", module, state, experiment.optim, experiment.resolved())
+    checkpoint = write_checkpoint(
+        args.out / "checkpoints", module, state, experiment.optim, experiment.resolved(), base
+    )
     write_atomic(args.out / CONFIG_FILE, experiment.to_yaml())
     own = sum(1 for _ in objective.parameters())
     heads_note = (

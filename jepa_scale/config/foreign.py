@@ -181,8 +181,8 @@ TRL = Program(
         "lora_dropout": "model.lora.dropout",
         "lora_target_modules": "model.lora.targets",
         "target_modules": "model.lora.targets",
-        "load_in_4bit": "none, as weights are not quantised; model.lora with engine.precision=bf16 takes the least memory",
-        "load_in_8bit": "none, as weights are not quantised; model.lora with engine.precision=bf16 takes the least memory",
+        "load_in_4bit": "model.load_in_4bit, beside model.lora",
+        "load_in_8bit": "none, as weights are quantised to 4 bits alone, by model.load_in_4bit",
     },
 )
 PROGRAMS = (TRL, JEPA_LLM, LIT_JEPA)

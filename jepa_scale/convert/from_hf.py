@@ -26,9 +26,10 @@ from jepa_scale.engines.base import persistent_buffers
 from jepa_scale.engines.ema import TEACHER, TeacherModel
 from jepa_scale.models.decoder import JepaDecoderConfig
 from jepa_scale.models.families.files import check_folder
+from jepa_scale.models.frozen.base import Base
 from jepa_scale.models.loading import known_keys
 from jepa_scale.models.lora import copy_plain
-from jepa_scale.objectives.base import JepaModel
+from jepa_scale.objectives.base import DECODER, JepaModel
 from jepa_scale.optim import parameter_groups
 from jepa_scale.optim.groups import MOMENTS
 from jepa_scale.telemetry import package_versions
@@ -165,17 +166,24 @@ def load_heads(module: JepaModel, folder: Path) -> int:
     return len(wanted)
 
 
-def state_tensors(module: nn.Module, part: str = MODEL) -> dict[str, torch.Tensor]:
+def state_tensors(module: nn.Module, part: str = MODEL, base: Base | None = None) -> dict[str, torch.Tensor]:
     """Return the tensors of a checkpoint's ``model/…``, or of another part.
 
-    These are each parameter, under its first name, and the persistent buffers.
+    These are each parameter, under its first name, without those of the ``base``, and the persistent buffers.
     """
-    tensors = {f"{part}{name}": parameter.detach() for name, parameter in module.named_parameters()}
+    left_out = {f"{DECODER}{name}" for name in base.tensors} if base else set()
+    kept = [(name, parameter) for name, parameter in module.named_parameters() if name not in left_out]
+    tensors = {f"{part}{name}": parameter.detach() for name, parameter in kept}
     return tensors | {f"{part}{name}": buffer for name, buffer in persistent_buffers(module)}
 
 
 def write_checkpoint(
-    directory: Path, module: JepaModel, state: Mapping[str, Any], optim: OptimConfig, config: Mapping[str, Any]
+    directory: Path,
+    module: JepaModel,
+    state: Mapping[str, Any],
+    optim: OptimConfig,
+    config: Mapping[str, Any],
+    base: Base | None = None,
 ) -> Path:
     """Write ``step_00000000``, whole or not at all: the module's tensors, moments of zero, and the objective's EMA
     teacher.
@@ -184,15 +192,15 @@ def write_checkpoint(
 
     Args:
         directory: the run's folder ``checkpoints``. state: the run's initial state. optim: determines the moments.
-        config: the run's resolved config, which the manifest keeps.
+        config: the run's resolved config, which the manifest keeps. base: the frozen weights to leave out.
     """
     final = directory / folder_name(0)
     partial = final.with_name(f"{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    tensors = state_tensors(module)
+    tensors = state_tensors(module, base=base)
     if copies := module.objective.teacher_copies(module.backbone):
-        tensors |= state_tensors(TeacherModel(copies), TEACHER)
+        tensors |= state_tensors(TeacherModel(copies), TEACHER, base)
     views = {name: ShardView.whole(tensor) for name, tensor in tensors.items()}
     for group in parameter_groups(module, optim, ()):
         for name, parameter in zip(group["names"], group["params"], strict=True):
@@ -207,7 +215,7 @@ def write_checkpoint(
         layout="converted from Hugging Face",
         world_size=1,
         updates=0,
-        state=dict(state),
+        state={**state, **(base.state() if base else {})},
         config=dict(config),
         versions=package_versions(),
         files={**files, **store.describe([generators])},

@@ -25,10 +25,10 @@ from jepa_scale.engines.base import persistent_buffers
 from jepa_scale.models.decoder import JepaDecoderConfig, JepaDecoderForCausalLM, JepaDecoderPreTrainedModel
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
+from jepa_scale.objectives.base import DECODER
 from jepa_scale.utils.errors import InputError
 
-PREFIX = "backbone.decoder."
-"""Prefix of the decoder's parameters in the root module."""
+PREFIX = DECODER
 _PLACEHOLDER_ROWS = 1 << 20
 """Placeholder for the number of embedding rows, until it is read from the checkpoint."""
 

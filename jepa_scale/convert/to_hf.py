@@ -27,6 +27,7 @@ from jepa_scale.config.parsing import parse_section
 from jepa_scale.config.schema import Config
 from jepa_scale.convert.adapter import CONFIG_FILE as ADAPTER_CONFIG
 from jepa_scale.convert.adapter import adapter_config, adapter_plan, check_adapter
+from jepa_scale.convert.base import left_out
 from jepa_scale.convert.card import Card, Form
 from jepa_scale.convert.folder import Folder, Journal, read_journal
 from jepa_scale.convert.merge import plain_sources
@@ -109,6 +110,8 @@ def export(run: Path, out: Path, options: ExportOptions = ExportOptions()) -> Ex
         check_adapter(model_options)
 
     shapes = store.shapes(checkpoint / TENSORS)
+    base = left_out(model_options, shapes, manifest.state, checkpoint, values=not options.adapter)
+    shapes |= {name: (tensor.shape, tensor.dtype) for name, tensor in base.items()}
     try:
         sources = plain_sources(shapes, MODEL + PREFIX, model_options.lora)
         named = {name.removeprefix(MODEL): tuple(source.shape) for name, source in sources.items()}
@@ -147,7 +150,7 @@ def export(run: Path, out: Path, options: ExportOptions = ExportOptions()) -> Ex
     out.mkdir(parents=True, exist_ok=True)
     with locked(out / JOB_LOCK, wait=0):
         folder = Folder(out, _journal(checkpoint, manifest, plan, sorted(small), options))
-        _write_tensors(folder, plan, skeleton.model, checkpoint / TENSORS, options)
+        _write_tensors(folder, plan, skeleton.model, Tensors(checkpoint / TENSORS, base), options)
         for name, content in small.items():
             folder.put(name, content)
         card = _card(run, config, manifest, skeleton, plan, tokenizer, options, form, objective.cls.pooling)
@@ -184,7 +187,7 @@ def _chosen(run: Path, options: ExportOptions, begun: Journal | None, out: Path)
 
 
 def _write_tensors(
-    folder: Folder, plan: ConversionPlan, model: PreTrainedModel, tensors: Path, options: ExportOptions
+    folder: Folder, plan: ConversionPlan, model: PreTrainedModel, tensors: Tensors, options: ExportOptions
 ) -> None:
     bar = tqdm(
         total=plan.out_bytes,
@@ -207,13 +210,26 @@ def _write_tensors(
             folder.make(name, make)
 
 
-def _read(tensors: Path, units: Sequence[Unit], model: PreTrainedModel, limit: int, bar: tqdm) -> Iterator[Tensor]:
+@dataclass(frozen=True, slots=True)
+class Tensors:
+    """The tensors of a run's model: those of the checkpoint's ``folder``, and those that it leaves out."""
+
+    folder: Path
+    base: Mapping[str, Tensor]
+
+    def read(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Return whole tensors, to be written to."""
+        found = store.read_whole(self.folder, [name for name in names if name not in self.base])
+        return found | {name: self.base[name].clone() for name in names if name in self.base}
+
+
+def _read(tensors: Tensors, units: Sequence[Unit], model: PreTrainedModel, limit: int, bar: tqdm) -> Iterator[Tensor]:
     """Yield the converted tensors of the units, one by one.
 
     At most ``limit`` bytes of the checkpoint are in memory, or one unit. DCP needs as much again while it reads.
     """
     for group in groups(units, limit):
-        read = store.read_whole(tensors, [name for unit in group for name in unit.reads])
+        read = tensors.read([name for unit in group for name in unit.reads])
         for unit in group:
             yield from outputs_of(model, unit, unit.take(read))
             bar.update(unit.out_bytes)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class EngineOptions:
     """Options of an engine besides the model and its parameter groups."""
 
-    precision: str = "fp32"  # compute dtype, "fp32", "bf16" or "fp16"; masters, moments and reductions stay fp32
+    precision: str = "fp32"  # compute dtype, "fp32", "bf16" or "fp16", and that of frozen weights; all else stays fp32
     clip_norm: float = 1.0  # limit of the norm of the global gradient, or of each of clip_groups; 0 = no clipping
     accumulation: int = 1  # micro-batches in an optimizer step
     deepspeed: Path | None = None  # a DeepSpeed JSON; only the DeepSpeed engine reads it
@@ -44,7 +44,7 @@ class ShardedEMA(ABC):
     """A frozen copy of parts of an engine's module, sharded as the engine shards the module itself.
 
     The EMA parameters are in fp32 and sharded like the student's masters, so that an update of the copy only uses this rank's
-    own memory. Frozen parameters of the student are constant: the copy has them, but they are not averaged.
+    own memory. Frozen parameters of the student are constant: the copy has them in the compute dtype, and they are not averaged.
     """
 
     module: nn.Module
@@ -176,7 +176,7 @@ class Engine(ABC):
 
         Every rank has every name, but possibly without any elements:
 
-        * ``model/<name>``: each parameter, in fp32 if it has a master (a frozen one has none), under its first name if it is
+        * ``model/<name>``: each parameter, in fp32 if it is trained and else in the compute dtype, under its first name if it is
           tied; and each persistent buffer, in its own dtype;
         * ``<moment>/<name>``: each tensor of the optimizer's state that has a trainable parameter's shape, in fp32, e.g.
           ``exp_avg/…`` and ``exp_avg_sq/…``. They exist from the start, as zeros.
@@ -192,7 +192,7 @@ class Engine(ABC):
 
     @abstractmethod
     def full_state(self) -> dict[str, Tensor]:
-        """Return every parameter and persistent buffer, whole, on the CPU, in fp32 if the engine keeps fp32 masters.
+        """Return every parameter and persistent buffer, whole, on the CPU; parameters in fp32, with the values that the engine keeps.
 
         Collective. Rank 0 gets the dictionary (names as in the unwrapped module's ``state_dict``; tied parameters share one
         tensor), the other ranks an empty one.

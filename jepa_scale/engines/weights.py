@@ -121,6 +121,16 @@ def strip(parameter: nn.Parameter) -> Tensor:
     return replace(parameter, torch.empty_like(parameter, device="meta"))
 
 
+def cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:
+    """Give the frozen parameters of a module without values their dtype, in place.
+
+    Nothing is added to a frozen weight, so that an fp32 master would only be rounded to the same values before each use.
+    """
+    for parameter in module.parameters():
+        if not parameter.requires_grad:
+            replace(parameter, torch.empty_like(parameter, dtype=dtype, device="meta"))
+
+
 def strip_all(module: nn.Module) -> None:
     """Drop the values of every parameter of a module and keep the shapes, in place."""
     for parameter in module.parameters():

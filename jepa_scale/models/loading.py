@@ -136,17 +136,34 @@ def known_keys(cls: type[PreTrainedConfig]) -> frozenset[str]:
     return frozenset({*taken, *former, *cls.attribute_map, *written, *read, "rope_theta", "rope_scaling"})
 
 
-def check_pretrained(options: ModelOptions) -> None:
+def check_pretrained(options: ModelOptions, weights: bool = True) -> None:
     """Check the files of ``pretrained`` if it is a local folder, without loading them.
+
+    Args:
+        weights: whether its weights are needed, too, unless ``random_init`` says that they are not.
 
     Raises:
         InputError: they are not those of a whole model that can be trained.
     """
     if options.pretrained is not None and Path(options.pretrained).is_dir():
         try:
-            check_folder(Path(options.pretrained), weights=not options.random_init)
+            check_folder(Path(options.pretrained), weights=weights and not options.random_init)
         except InputError as error:
             raise InputError(f"model.pretrained: {error}") from None
+
+
+def pretrained_vocab_size(options: ModelOptions) -> int:
+    """Return the number of embedding rows in the ``config.json`` of ``pretrained``.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    assert options.pretrained is not None
+    with _refused(options.pretrained):
+        config = AutoConfig.from_pretrained(
+            options.pretrained, trust_remote_code=options.trust_remote_code, cache_dir=options.cache_dir
+        )
+    return int(config.get_text_config().vocab_size)
 
 
 def _load(options: ModelOptions, vocab_size: int, pad_vocab_to: int) -> tuple[PreTrainedModel, int]:
@@ -155,7 +172,7 @@ def _load(options: ModelOptions, vocab_size: int, pad_vocab_to: int) -> tuple[Pr
     assert options.pretrained is not None
     random = options.random_init or torch.get_default_device().type == "meta"
     from_hub: Any = {"trust_remote_code": options.trust_remote_code, "cache_dir": options.cache_dir}
-    check_pretrained(options)
+    check_pretrained(options, weights=not random)
     if not Path(options.pretrained).is_dir():
         try:
             _check_named(options)
@@ -164,7 +181,7 @@ def _load(options: ModelOptions, vocab_size: int, pad_vocab_to: int) -> tuple[Pr
     with _refused(options.pretrained):
         config = AutoConfig.from_pretrained(options.pretrained, **from_hub)
         if not options.random_init:
-            check_quantisation(config.to_dict(), repr(options.pretrained))
+            check_quantisation(config.to_dict(), f"model.pretrained: {options.pretrained!r}")
     if random:
         vars(config).pop("quantization_config", None)  # of the weights that are not used; an export must not name it
     else:

@@ -17,6 +17,7 @@ HUGGINGFACE_KEYS = {
     "random_init",
     "cache_dir",
     "trust_remote_code",
+    "load_in_4bit",
     "allow_missing",
     "allow_unexpected",
 }
@@ -138,6 +139,11 @@ class ModelOptions(Section):
         "loaded. Any other such tensor is refused.",
     )
     trust_remote_code: bool = Field(False, description="huggingface: run the model code that comes with `pretrained`.")
+    load_in_4bit: bool = Field(
+        False,
+        description="huggingface: hold the frozen matrices of the blocks in 4 bits (NF4, double quantisation) under the adapters of "
+        "`lora`; needs bitsandbytes.",
+    )
     lora: LoraOptions | None = Field(
         None, description="Freeze the weights and train low-rank adapters; null = train all weights."
     )
@@ -165,6 +171,18 @@ def check_options(options: ModelOptions) -> None:
         raise InputError(f"model.{wrong[0]}: belongs to model.family: native; put it under model.config instead")
     if (options.config is None) == (options.pretrained is None):
         raise InputError("model.family: huggingface needs either model.config or model.pretrained; set one of them")
+    if options.load_in_4bit:
+        if options.lora is None:
+            raise InputError(
+                "model.load_in_4bit: needs model.lora, as codes cannot be trained; set it, or remove the key"
+            )
+        if options.pretrained is None or options.random_init:
+            raise InputError("model.load_in_4bit: needs the weights of model.pretrained; set it, or remove the key")
+        if options.allow_missing:
+            raise InputError(
+                "model.allow_missing: random weights cannot be quantised with model.load_in_4bit, as no checkpoint has them; give complete "
+                "weights, or remove one of the keys"
+            )
     for key in ("allow_missing", "allow_unexpected"):
         prefixes = getattr(options, key)
         if prefixes and (options.pretrained is None or options.random_init):

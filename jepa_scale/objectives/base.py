@@ -27,6 +27,8 @@ from jepa_scale.objectives.tasks import TASKS, Call, Task
 from jepa_scale.packing import PackedBatch, Segment, Views
 from jepa_scale.utils.errors import InputError
 
+DECODER = "backbone.decoder."
+"""Prefix of the decoder's parameters in :class:`JepaModel`."""
 ROUTERS = "router_choices"
 """Name of the routers' choices among the tensors of a gather pass."""
 

@@ -1,7 +1,7 @@
 """Model of the memory of FSDP2 (:class:`jepa_scale.engines.fsdp.engine.FSDPEngine`) on a rank.
 
-Parameters, gradients and moments are fp32 shards along the first dimension, of ⌈rows / shards⌉ rows. The model is that of rank
-0, which never has fewer than another rank. A unit (a block, or the root with the rest) is gathered for its forward and again
+Parameters, gradients and moments are shards along the first dimension, of ⌈rows / shards⌉ rows: fp32 ones, but frozen parameters
+in the compute dtype. The model is that of rank 0, which never has fewer than another rank. A unit (a block, or the root with the rest) is gathered for its forward and again
 for its backward, in the compute dtype; that of the root stays from its forward to the end of the backward. As in
 ``torch.distributed.fsdp``:
 
@@ -32,6 +32,11 @@ def shard_numel(shape: tuple[int, ...], shards: int) -> int:
     return -(-shape[0] // shards) * prod(shape[1:])
 
 
+def stored_width(sizes: Sizes, layout: Layout) -> int:
+    """Return the bytes of an element of a parameter's shard."""
+    return 4 if sizes.trains else layout.width
+
+
 class FsdpModel(EngineModel):
     """Model of the training engine."""
 
@@ -46,7 +51,7 @@ class FsdpModel(EngineModel):
     ) -> None:
         self.layout, self.tracker, self.watch, self.parameters = layout, tracker, watch, parameters
         self.units = units_of(module, modules)
-        self._gathering = Gathering(self.units, layout, tracker)
+        self._gathering = Gathering(self.units, parameters, layout, tracker)
         self.root = self.units[-1]
         self._reducing = 0  # bytes of the last reduction's buffer
         self._order: list[Unit] = []  # order of this micro-batch's forwards
@@ -58,7 +63,7 @@ class FsdpModel(EngineModel):
     def state(self) -> dict[str, int]:
         sizes = self.parameters
         return {
-            "parameters": 4 * sum(self._shard(name) for name in sizes),
+            "parameters": sum(self._shard(name) * stored_width(sizes[name], self.layout) for name in sizes),
             "optimizer": 4 * sum(self._shard(name) * sizes[name].moments for name in sizes),
         }
 
@@ -131,13 +136,18 @@ class FsdpModel(EngineModel):
 class Gathering:
     """Model of the all-gathers of units."""
 
-    def __init__(self, units: list[Unit], layout: Layout, tracker: MemoryTracker) -> None:
+    def __init__(
+        self, units: list[Unit], parameters: Mapping[str, Sizes], layout: Layout, tracker: MemoryTracker
+    ) -> None:
         self.layout, self.tracker = layout, tracker
         self._kept = 0  # bytes of the last forward's buffer
         self._ahead: dict[Unit, int] = {}  # prefetched unit → bytes of its buffer
+        self._cast: dict[Unit, int] = {}  # unit → bytes of the cast of its fp32 shards
         for unit in units:
-            own = sum(shard_numel(tuple(p.shape), layout.shards) for p in unit.parameters.values())
-            unit.size = own * layout.shards * layout.width
+            own = {name: shard_numel(tuple(p.shape), layout.shards) for name, p in unit.parameters.items()}
+            cast = sum(n for name, n in own.items() if stored_width(parameters[name], layout) != layout.width)
+            unit.size = sum(own.values()) * layout.shards * layout.width
+            self._cast[unit] = cast * layout.width
 
     def gather(self, unit: Unit, keeps_buffer: bool) -> None:
         if unit.gathered:
@@ -157,7 +167,7 @@ class Gathering:
             self.tracker.free("buffers", buffer)
 
     def _start(self, unit: Unit) -> int:
-        cast = unit.size // self.layout.shards if self.layout.width != 4 else 0  # temporary cast of the own shards
+        cast = self._cast[unit]  # temporary
         self.tracker.add("buffers", cast)
         self.tracker.add("buffers", unit.size)
         self.tracker.free("buffers", cast)
@@ -178,16 +188,23 @@ class Gathering:
 
 
 class FsdpEmaModel(EngineModel):
-    """Model of the teacher's copy (:class:`jepa_scale.engines.fsdp.ema.FSDPEMA`): fp32 shards, gathered as the engine's."""
+    """Model of the teacher's copy (:class:`jepa_scale.engines.fsdp.ema.FSDPEMA`): shards like the engine's, gathered alike."""
 
-    def __init__(self, module: nn.Module, modules: list[nn.Module], layout: Layout, tracker: MemoryTracker) -> None:
-        self.layout, self.tracker, self.module = layout, tracker, module
+    def __init__(
+        self,
+        module: nn.Module,
+        modules: list[nn.Module],
+        parameters: Mapping[str, Sizes],
+        layout: Layout,
+        tracker: MemoryTracker,
+    ) -> None:
+        self.layout, self.tracker, self.module, self.parameters = layout, tracker, module, parameters
         self.units = units_of(module, modules)
-        self._gathering = Gathering(self.units, layout, tracker)
+        self._gathering = Gathering(self.units, parameters, layout, tracker)
 
     def state(self) -> dict[str, int]:
-        shapes = (tuple(p.shape) for p in self.module.parameters())
-        return {"teacher": 4 * sum(shard_numel(shape, self.layout.shards) for shape in shapes)}
+        own = {name: shard_numel(tuple(p.shape), self.layout.shards) for name, p in self.module.named_parameters()}
+        return {"teacher": sum(n * stored_width(self.parameters[name], self.layout) for name, n in own.items())}
 
     def pre_forward(self, unit: Unit) -> None:
         self._gathering.gather(unit, keeps_buffer=True)

@@ -13,6 +13,7 @@ from jepa_scale.config.schema import OptimConfig
 from jepa_scale.engines.ema import TeacherModel
 from jepa_scale.experiment import Experiment
 from jepa_scale.models.backbone import Backbone
+from jepa_scale.models.frozen.four_bit import PlannedFourBitLinear, coded_size, frozen_layers, replace_layers
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.objectives.base import JepaModel, Objective
 from jepa_scale.objectives.costs import StepFlops
@@ -46,8 +47,9 @@ class Modelled:
 
     Attributes:
         parameters: name → sizes; a tied one once, as in ``module.named_parameters()``.
-        whole: parameters of the model, tp or not; taught: of the teacher's copies; largest: elements of the largest parameter,
-            tp or not.
+        whole: parameters of the model, tp or not; taught: of the teacher's copies; largest, largest_trained: elements of the
+            largest parameter, and of the largest that is trained, tp or not.
+        coded: bytes of the weights in 4 bits, which are no parameters, and whole on every rank.
         flops: of the whole model: micro-batches of a data-parallel rank → FLOPs of training on them, all its tp ranks
             together.
     """
@@ -58,6 +60,8 @@ class Modelled:
     whole: int
     taught: int
     largest: int
+    largest_trained: int
+    coded: int
     flops: StepFlops
 
     @property
@@ -92,7 +96,12 @@ def model_on_meta(experiment: Experiment, data: Any, layout: Layout) -> Modelled
     flops = objective.flops(backbone)
     whole = sum(parameter.numel() for parameter in module.parameters())
     largest = max(parameter.numel() for parameter in module.parameters())
+    largest_trained = max(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     taught = sum(p.numel() for copied in objective.teacher_copies(backbone).values() for p in copied.parameters())
+    coded = 0
+    if experiment.model.load_in_4bit:
+        coded = sum(coded_size(layer.weight.numel()) for _, layer in frozen_layers(backbone))
+        replace_layers(backbone, lambda _, layer: PlannedFourBitLinear(layer))
     if layout.tp > 1:
         cut_for_rank(backbone, layout.tp)
     copies = objective.teacher_copies(backbone)
@@ -109,7 +118,7 @@ def model_on_meta(experiment: Experiment, data: Any, layout: Layout) -> Modelled
     module.train()
     if teacher is not None:
         teacher.requires_grad_(False).eval()
-    return Modelled(module, teacher, parameters, whole, taught, largest, flops)
+    return Modelled(module, teacher, parameters, whole, taught, largest, largest_trained, coded, flops)
 
 
 def _optimized(

@@ -158,7 +158,7 @@ def make_plan(experiment: Experiment, request: Request) -> RunPlan:
         batch.counts["samples"],
         accumulation,
         memory,
-        _start(layout, memory.state, model.largest, sizes),
+        _start(layout, memory.state, model),
         usable,
         largest,
         largest_samples,
@@ -185,18 +185,20 @@ def _batch(train: TrainConfig, model: Modelled, data: Any, layout: Layout) -> tu
     return 0, max(1, -(-train.batch_size // (train.accumulation * layout.data_ranks))), train.accumulation
 
 
-def _start(layout: Layout, state: Mapping[str, int], largest: int, sizes: Mapping[str, Any]) -> int:
+def _start(layout: Layout, state: Mapping[str, int], model: Modelled) -> int:
     """Return the bytes needed while an engine is built.
 
-    Each parameter comes whole from rank 0, in fp32 under FSDP2 and else in the compute dtype, in addition to the state
-    that stays. Then a step with zero gradients creates the moments. The teacher is built later.
+    Each parameter comes whole from rank 0, a trained one in fp32 under FSDP2 and all else in the compute dtype, in addition to
+    the state that stays. Then a step with zero gradients creates the moments. The teacher is built later.
     """
-    trained = sum(s.numel for s in sizes.values() if s.trains)
+    trained = sum(s.numel for s in model.parameters.values() if s.trains)
     own = trained // (layout.shards if layout.stage > 0 else 1)
     built = sum(size for kind, size in state.items() if kind != "teacher") + 4 * own
     if layout.engine == "deepspeed" and layout.stage == 0 and layout.width != 4:
         built += layout.width * trained
-    one = (4 if layout.engine == "fsdp" else layout.width) * largest
+    one = layout.width * model.largest
+    if layout.engine == "fsdp":
+        one = max(one, 4 * model.largest_trained)
     return max(state["parameters"] + one, built)
 
 

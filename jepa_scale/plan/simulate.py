@@ -78,7 +78,10 @@ def simulate(model: Modelled, layout: Layout, batch: PackedBatch, accumulation: 
     recompute(model.shard, layout.checkpointing)
     tables = sum(buffer.numel() * buffer.element_size() for buffer in model.module.buffers())
     copied = () if model.teacher is None else model.teacher.buffers()
-    state = {"parameters": tables, "teacher": sum(buffer.numel() * buffer.element_size() for buffer in copied)}
+    state = {
+        "parameters": tables + model.coded,
+        "teacher": sum(buffer.numel() * buffer.element_size() for buffer in copied),
+    }
     for part in parts:
         for kind, size in part.state().items():
             state[kind] = state.get(kind, 0) + size
@@ -128,7 +131,7 @@ def _copy(model: Modelled, layout: Layout, tracker: MemoryTracker) -> EngineMode
         for name, part in model.teacher.named_modules()
         if name in students and id(students[name]) in sharded and type(part).forward is not nn.Module.forward
     ]
-    return FsdpEmaModel(model.teacher, parts, layout, tracker)
+    return FsdpEmaModel(model.teacher, parts, model.parameters, layout, tracker)
 
 
 class _Teacher(Teacher):

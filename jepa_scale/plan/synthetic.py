@@ -18,6 +18,7 @@ from jepa_scale.data.examples import GRID_VOCABULARY, Conversation, Document, Gr
 from jepa_scale.data.options import MixtureOptions, ReversalOptions
 from jepa_scale.data.sampling.rng import SampleRNG, views_of
 from jepa_scale.experiment import Experiment
+from jepa_scale.models.loading import pretrained_vocab_size
 from jepa_scale.objectives.base import Objective
 from jepa_scale.packing import PackedBatch, pack
 from jepa_scale.utils.errors import DataError, InputError
@@ -102,7 +103,7 @@ def synthetic_data(experiment: Experiment, vocab_size: int | None, sample_tokens
     """Return synthetic data of the same kind as an experiment's.
 
     Args:
-        vocab_size: rows of the embedding; ``None`` = as in the config. sample_tokens: of a sample; ``None`` =
+        vocab_size: rows of the embedding; ``None`` = as in the config, or in that of ``model.pretrained``. sample_tokens: of a sample; ``None`` =
             ``data.max_length``.
 
     Raises:
@@ -115,6 +116,8 @@ def synthetic_data(experiment: Experiment, vocab_size: int | None, sample_tokens
         return load_data(options)  # generated, not read
     trained = options.vocab_size if options.tokenizer in ("bpe", "none") else None  # of the data, or given
     found = vocab_size or experiment.model.vocab_size or (GRID_VOCABULARY if options.source == "grids" else trained)
+    if not found and experiment.model.pretrained is not None:
+        found = pretrained_vocab_size(experiment.model)
     if not found:
         raise InputError(
             "model.vocab_size: no data are read to plan, so the number of token ids is unknown; set it, "

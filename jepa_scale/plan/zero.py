@@ -275,12 +275,13 @@ class ZeroEmaModel(EngineModel):
 
     def state(self) -> dict[str, int]:
         sizes = {name: p.numel() for name, p in self.module.named_parameters()}
+        trained = {name: numel for name, numel in sizes.items() if self.parameters[name].trains}
+        shards = self.layout.shards
         if self.layout.stage == 3:
-            copied = sum(-(-numel // self.layout.shards) for numel in sizes.values())
-            averaged = copied
+            copied, averaged = (sum(-(-numel // shards) for numel in of.values()) for of in (sizes, trained))
         else:
             copied = sum(sizes.values())
-            averaged = self._most() if self.layout.stage > 0 else -(-copied // self.layout.shards)
+            averaged = self._most() if self.layout.stage > 0 else -(-sum(trained.values()) // shards)
         averages = 4 * averaged if self.layout.width != 4 else 0  # in fp32 the copy itself holds the averages
         return {"teacher": self.layout.width * copied + averages}
 

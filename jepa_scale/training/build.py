@@ -12,13 +12,14 @@ import numpy as np
 import torch
 
 from jepa_scale.checkpoint import Manifest
+from jepa_scale.checkpoint.partial_state import PartialState
 from jepa_scale.checkpoint.shard_view import Checkpointable
 from jepa_scale.checkpoint.split_state import SplitState
 from jepa_scale.config.schema import EngineConfig
 from jepa_scale.data import load_data
 from jepa_scale.data.sampling.batches import BatchSampler, DataParallelSlice, SampleBatchSampler, TokenBatchSampler
 from jepa_scale.data.sampling.loader import Loader
-from jepa_scale.distributed.comm import ParallelContext, init_tp_group, tp_group
+from jepa_scale.distributed.comm import ParallelContext, broadcast_object, init_tp_group, tp_group
 from jepa_scale.distributed.tp_group import Split, TensorParallelGroup
 from jepa_scale.engines import check_engine, create_engine, resolve
 from jepa_scale.engines.base import Engine, EngineOptions
@@ -33,11 +34,14 @@ from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.compiling import compile_blocks
 from jepa_scale.models.families.fingerprint import model_fingerprint
 from jepa_scale.models.families.probe import probe
+from jepa_scale.models.frozen.base import STATE, Base, base_of
+from jepa_scale.models.frozen.four_bit import check_device, quantise
 from jepa_scale.models.head import compile_head
 from jepa_scale.models.loading import build_backbone, check_pretrained
+from jepa_scale.models.options import check_options
 from jepa_scale.models.recompute import recompute
 from jepa_scale.models.tensor_parallel import layers as tensor_parallel
-from jepa_scale.objectives.base import JepaModel, Objective
+from jepa_scale.objectives.base import DECODER, JepaModel, Objective
 from jepa_scale.objectives.costs import StepFlops
 from jepa_scale.optim import parameter_groups
 from jepa_scale.training.flop_budget import paid_steps, steps_within, whole_steps
@@ -67,6 +71,7 @@ class TrainingComponents:
     splits: dict[str, Split]  # of the parameters that are split over the tensor-parallel group, by name
     model_size: ModuleSize
     objective_size: ModuleSize
+    base: Base | None  # the frozen weights that checkpoints leave out, as they can be read again
 
     @property
     def evaluated(self) -> list[str]:
@@ -78,6 +83,8 @@ class TrainingComponents:
     def parts(self) -> list[Checkpointable]:
         """The objects whose state a checkpoint saves."""
         parts: list[Checkpointable] = [self.engine, *([self.teacher] if self.teacher else [])]
+        if self.base:
+            parts = [PartialState(part, {f"{DECODER}{name}" for name in self.base.tensors}) for part in parts]
         return [SplitState(part, self.splits) for part in parts] if self.splits else parts
 
 
@@ -150,6 +157,11 @@ def build(
     engine_name = resolve(options.name, ranks)
     ranks = init_tp_group(ranks, options.tp)
     check_engine(engine_name, options, optim, ranks)  # before the data is read and the model made
+    check_options(experiment.model)
+    if experiment.model.load_in_4bit:
+        if options.compile:
+            raise InputError("engine.compile: is not tried with model.load_in_4bit; remove one of them")
+        check_device(ranks.device)
     check_pretrained(experiment.model)
 
     data = load_data(experiment.data)
@@ -173,8 +185,15 @@ def build(
     start = sampler.resume(resumed.state["data"], experiment.data.accept_changes) if resumed else 0
     flops = objective.flops(backbone)
     fingerprint = model_fingerprint(backbone, experiment.model)
+    base = None
+    if (
+        resumed is None or STATE in resumed.state
+    ):  # else the checkpoint holds all weights, and so do the run's next ones
+        base = broadcast_object(base_of(backbone.decoder, experiment.model) if ranks.is_main else None)
     model_size, objective_size = ModuleSize.of(backbone.decoder), ModuleSize.of(objective)
     weights = Weights(module, ranks)
+    if experiment.model.load_in_4bit:
+        quantise(backbone, compute_dtype(precision), lambda name, _: weights.take(f"{DECODER}{name}"))
     splits = split_over_tp_group(backbone, ranks)
     copies = objective.teacher_copies(backbone)
 
@@ -258,6 +277,7 @@ def build(
         splits,
         model_size,
         objective_size,
+        base,
     )
 
 

@@ -58,7 +58,8 @@ def overview(run: TrainingComponents, run_dir: Path, start: int = 0) -> list[str
 def _adapted(run: TrainingComponents) -> str:
     options = run.experiment.model
     source = f" of {options.pretrained}" if options.pretrained else ""
-    return source + (f" with LoRA of rank {options.lora.rank}" if options.lora else "")
+    codes = " on weights of 4 bits" if options.load_in_4bit else ""
+    return source + (f" with LoRA of rank {options.lora.rank}{codes}" if options.lora else "")
 
 
 def _data(run: TrainingComponents) -> str:

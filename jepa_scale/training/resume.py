@@ -9,6 +9,7 @@ from typing import Any
 
 from jepa_scale import checkpoint
 from jepa_scale.checkpoint import Manifest
+from jepa_scale.models.frozen.base import confirmed
 from jepa_scale.training.build import TrainingComponents
 from jepa_scale.utils.errors import InputError
 
@@ -30,7 +31,7 @@ def restore(run: TrainingComponents, found: Path, manifest: Manifest) -> None:
         InputError: the checkpoint is of another model or objective, or of other settings (:func:`check_changes`).
     """
     changes = check_changes(run, found, manifest)
-    checkpoint.load(found, run.parts)
+    load(run, found, manifest)
     if run.engine.loss_scale and "loss_scale" in manifest.state:
         run.engine.loss_scale.load_state(manifest.state["loss_scale"])
     if run.ranks.is_main:
@@ -42,6 +43,23 @@ def restore(run: TrainingComponents, found: Path, manifest: Manifest) -> None:
         if changes:
             left = max(0, run.steps - manifest.step)
             logger.warning(f"{found.name} is resumed with other settings: {_listed(changes)}; {left:,} steps are left")
+
+
+def load(run: TrainingComponents, found: Path, manifest: Manifest) -> None:
+    """Load the tensors of a checkpoint. Collective.
+
+    Frozen weights that it leaves out are those of the run's base. If it holds them, the run's next checkpoints hold them too.
+
+    Raises:
+        InputError: the checkpoint is of another model or objective, or its adapters are of other weights than the run's base.
+    """
+    run.base = confirmed(run.base, manifest.state, found)
+    if run.base is None and run.experiment.model.load_in_4bit:
+        raise InputError(
+            f"{found}: holds the frozen weights itself, which model.load_in_4bit cannot replace; convert it to Hugging Face format, and give "
+            "that as model.pretrained of a new run"
+        )
+    checkpoint.load(found, run.parts)
 
 
 def check_changes(run: TrainingComponents, found: Path, manifest: Manifest) -> dict[str, tuple[Any, Any]]:

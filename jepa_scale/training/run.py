@@ -26,7 +26,7 @@ from jepa_scale.telemetry.records import config_of, read_rows
 from jepa_scale.training.build import build
 from jepa_scale.training.overview import overview
 from jepa_scale.training.preemption import StopRequest
-from jepa_scale.training.resume import check_changes, restore
+from jepa_scale.training.resume import check_changes, load, restore
 from jepa_scale.training.stopping import Aborted, StoppingRules
 from jepa_scale.training.trainer import Trainer, run_dir_of
 from jepa_scale.training.watchdog import Watchdog
@@ -214,7 +214,7 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
     step = manifest.step
     run = build(experiment, ranks, steps=int(manifest.state.get("steps", 0)) or step)
     check_changes(run, found, manifest)
-    checkpoint.load(found, run.parts)
+    load(run, found, manifest)
     results = run.evaluate(step=step, run_dir=args.run)
     if ranks.is_main:
         print(found)

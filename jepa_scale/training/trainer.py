@@ -240,6 +240,7 @@ class Trainer:
             state={
                 "data": self.run.sampler.state(self.done),
                 "model": self.run.model_fingerprint,
+                **(self.run.base.state() if self.run.base else {}),
                 **({"loss_scale": self.engine.loss_scale.state()} if self.engine.loss_scale else {}),
                 "steps": self.run.steps,
                 "criteria": self.stopping_rules.state(),

@@ -28,7 +28,7 @@ TEXT = ["data.source=text", "data.path=corpus.txt", "objective.name=lm"]
         ("model.lora_alpha=8", "model.lora_alpha: unknown key; TRL's lora_alpha is model.lora.alpha here"),
         (
             "engine.load_in_4bit=true",
-            "engine.load_in_4bit: unknown key; TRL's load_in_4bit is none, as weights are not",
+            "engine.load_in_4bit: unknown key; TRL's load_in_4bit is model.load_in_4bit, beside model.lora",
         ),
         (
             "objective.lbd=1",

@@ -99,7 +99,9 @@ def make_run(
     return module.eval()
 
 
-def write_checkpoint(run: Path, step: int, tensors: dict[str, Tensor], metrics: dict[str, float] | None = None) -> Path:
+def write_checkpoint(
+    run: Path, step: int, tensors: dict[str, Tensor], metrics: dict[str, float] | None = None, **state: Any
+) -> Path:
     """As two ranks with rows of each tensor would have written it."""
     path = run / "checkpoints" / f"step_{step:08d}"
     with warnings.catch_warnings():
@@ -111,7 +113,7 @@ def write_checkpoint(run: Path, step: int, tensors: dict[str, Tensor], metrics: 
         layout="FSDP2 fp32",
         world_size=2,
         updates=step,
-        state={"tokens": 1234},
+        state={"tokens": 1234, **state},
         metrics=metrics or {},
         files={f"tensors/{name}": told for name, told in files.items()},
     ).write(path)

@@ -135,3 +135,16 @@ def test_damaged_and_missing_files_and_configs_without_a_base(tmp_path, base, ca
     weights.unlink()
     assert convert(tmp_path, base) == 2 and "has no adapter_model.safetensors" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_weights_of_4_bits_take_an_adapter_and_no_whole_model(tmp_path, base, capsys):
+    """An adapter is converted without bitsandbytes: the codes are made when the run goes on."""
+    adapter_of(base, tmp_path / "adapter")
+    lora = {"rank": 4, "alpha": 6.0, "targets": ["q_proj", "v_proj"]}
+    model = {"family": "huggingface", "pretrained": base, "lora": lora, "load_in_4bit": True}
+    config = config_file(tmp_path, "run", model)
+    assert main(conversion(tmp_path, config, "run", "base")) == 2
+    assert "model.load_in_4bit: a run's frozen weights come from model.pretrained" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert main(conversion(tmp_path, config)) == 0
+    assert (tmp_path / "run/checkpoints/step_00000000/manifest.json").is_file()

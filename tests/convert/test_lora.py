@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import jepa_scale
 from jepa_scale.checkpoint import store
 from jepa_scale.checkpoint.shard_view import ShardView
 from jepa_scale.cli import main as cli
@@ -19,6 +20,7 @@ from jepa_scale.convert import to_hf
 from jepa_scale.convert.from_hf import state_tensors
 from jepa_scale.convert.to_hf import ExportOptions, export
 from jepa_scale.data import load_data, parse_data
+from jepa_scale.models.frozen.base import base_of
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.utils.errors import InputError
@@ -64,16 +66,17 @@ def base_folder(folder, name, rows=NEW):
     return str(folder)
 
 
-def lora_run(folder, base, **changes):
-    """A run whose adapters and new rows are none of them zero; the frozen weights are the base's."""
+def lora_run(folder, base, whole=False, **changes):
+    """A run whose adapters and new rows are none of them zero; the frozen weights are the base's, in the checkpoint if ``whole``."""
     model = {"family": "huggingface", "pretrained": base, "lora": LORA, **changes}
     module = make_run(folder, "run", model)
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).state_dict()
     with torch.no_grad():
         for name, parameter in module.backbone.decoder.named_parameters():
             if not parameter.requires_grad:
-                parameter.copy_(plain[name.replace(".base_layer", "")])
-    write_checkpoint(folder / "run", 8, state_tensors(module))
+                parameter.copy_(plain[name.replace(".base_layer", "")][: len(parameter)])
+    found = None if whole else base_of(module.backbone.decoder, ModelOptions(**model))
+    write_checkpoint(folder / "run", 8, state_tensors(module, base=found), **(found.state() if found else {}))
     return module
 
 
@@ -105,6 +108,56 @@ def test_merged_and_as_an_adapter_it_computes_what_training_computed(tmp_path, n
             torch.testing.assert_close(adapted(ids).logits[0], wanted, rtol=0, atol=1e-5)
             with adapted.disable_adapter():
                 assert (adapted(ids).logits[0] - wanted).abs().max() > 0.01  # else nothing could differ
+
+
+@pytest.mark.parametrize("spare", [False, True], ids=["new rows", "spare rows"])
+def test_a_checkpoint_that_holds_its_base_leaves_as_one_that_names_it(tmp_path, spare):
+    base = base_folder(tmp_path / "base", "llama", ROWS if spare else NEW)
+    lora = {**LORA, "new_ids_from": NEW} if spare else LORA
+    for name, whole in (("whole", True), ("named", False)):
+        (tmp_path / name).mkdir()
+        lora_run(tmp_path / name, base, whole, lora=lora)
+        export(tmp_path / name / "run", tmp_path / name / "merged", QUIET)
+        export(tmp_path / name / "run", tmp_path / name / "adapter", ExportOptions(progress=False, adapter=True))
+    assert not any(
+        "base_layer" in name for name in store.shapes(tmp_path / "named/run/checkpoints/step_00000008/tensors")
+    )
+    for file in ("merged/model.safetensors", "adapter/adapter_model.safetensors"):
+        whole, named = (load_file(tmp_path / name / file) for name in ("whole", "named"))
+        assert whole.keys() == named.keys() and all(torch.equal(whole[key], named[key]) for key in whole)
+    loaded = [jepa_scale.load(tmp_path / name / "run", device="cpu").module for name in ("whole", "named")]
+    for ours, theirs in zip(*(module.parameters() for module in loaded), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_adapters_of_a_base_that_has_changed(tmp_path):
+    base = base_folder(tmp_path / "base", "llama")
+    lora_run(tmp_path, base)
+    with open(tmp_path / "base/model.safetensors", "r+b") as file:
+        file.seek(-2, 2)
+        file.write(b"\x80\x3f")  # the last number is about 1 now
+    where = (
+        r"model.pretrained: the weights of '.*base' are not those of '.*base' that the adapters of .*step_00000008 were"
+    )
+    with pytest.raises(InputError, match=where):
+        export(tmp_path / "run", tmp_path / "out", QUIET)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match=where):
+        jepa_scale.load(tmp_path / "run", device="cpu")
+    export(tmp_path / "run", tmp_path / "adapter", ExportOptions(progress=False, adapter=True))  # it needs no weights
+
+
+def test_adapters_whose_config_no_longer_names_a_base(tmp_path):
+    lora_run(tmp_path, base_folder(tmp_path / "base", "llama"))
+    file = tmp_path / "run/config.yaml"
+    values = yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump({**values, "model": {**BASES["llama"], "lora": LORA}}))
+    for adapter in (False, True):
+        with pytest.raises(
+            InputError, match="holds adapters, without the frozen weights of '.*base'; set model.pretrained"
+        ):
+            export(tmp_path / "run", tmp_path / "out", ExportOptions(progress=False, adapter=adapter))
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_card_says_how_to_load_the_adapter(tmp_path):

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
+from contextlib import nullcontext, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from jepa_scale.checkpoint import Manifest
 from jepa_scale.config.ema import TeacherOptions
 from jepa_scale.config.schema import OptimConfig
 from jepa_scale.convert.to_hf import ExportOptions, export
 from jepa_scale.data import load_data, parse_data
 from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.engines.ema import Teacher, TeacherModel
+from jepa_scale.engines.fsdp import engine as fsdp_engine
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.optim import parameter_groups
 from jepa_scale.packing import Segment, pack_sequence
+from jepa_scale.training import build
+from jepa_scale.utils.errors import InputError
 from tests.data.corpus import VOCABULARY, write_text
 from tests.distributed.launch import run_ranks
 from tests.distributed.same_runs import resumed_bitwise
@@ -161,13 +170,62 @@ def test_every_engine_trains_what_a_plain_loop_trains(tmp_path, config, world_si
         for name, parameter in model.named_parameters():
             value = got["state"][name]
             if name in frozen:
-                same = start[name] if precision == "fp32" or engine == "fsdp" else start[name].bfloat16().float()
+                same = start[name] if precision == "fp32" else start[name].bfloat16().float()
                 assert torch.equal(value, same), (engine, precision, name)
             elif precision == "fp32":
                 torch.testing.assert_close(value, parameter.detach(), rtol=0, atol=1e-3, msg=f"{engine}: {name}")
         moments = {name.partition("/")[2] for name in got["names"] if not name.startswith("model/")}
         assert moments == {name for name, _ in model.named_parameters()} - frozen
         assert {name for name in got["names"] if name.startswith("model/")} >= {f"model/{name}" for name in frozen}
+
+
+def train_in_bf16(ranks: ParallelContext, folder: str, cases: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    """Train each engine in bf16 on frozen weights that are held in bf16, were rounded before, or are held in fp32 and cast."""
+    results = []
+    for name, frozen in cases:
+        root = make_root(folder)
+        if frozen == "rounded before":
+            for parameter in root.parameters():
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.bfloat16().float()
+        copies = {"backbone": root.backbone.lower(1)}
+        hold = patch.object(fsdp_engine, "cast_frozen") if frozen == "cast from fp32" else nullcontext()
+        with hold:
+            engine = sharded(name, root, root.backbone.layers, ["objective"], ranks, OPTIM, precision="bf16")
+        constant = TeacherOptions(momentum=0.9, final_momentum=None, schedule="constant")
+        teacher = Teacher(engine, TeacherModel(copies), constant, 4)
+        losses = []
+        for step in range(4):  # B is zero in the first step, A moves from the second on
+            loss = engine.forward(batch(step).chunk(ranks.world_size)[ranks.rank]).total
+            engine.backward(loss)
+            engine.step()
+            teacher.update(step)
+            losses.append(loss.detach().clone())
+        state, of_teacher = engine.sharded_state(), teacher.sharded_state()
+        trained = {n.partition("/")[2] for n in state if n.startswith("exp_avg/")}
+        results.append(
+            {
+                "losses": torch.stack(losses),
+                "teacher": teacher.forward("backbone", pack_sequence([Segment([1, 41, 3], "a")])),
+                "dtypes": {(n.partition("/")[2] in trained, v.dtype) for n, v in {**state, **of_teacher}.items()},
+            }
+        )
+    return results
+
+
+def test_frozen_weights_are_held_in_the_compute_dtype_and_the_curve_is_that_of_a_cast(tmp_path):
+    """The rounding of the weights is the one of the cast before each use, so that not a bit of a loss differs."""
+    folder = pretrained(tmp_path / "base", QWEN3, KNOWN)
+    cases = [(engine, how) for engine in ENGINES for how in ("held in bf16", "rounded before")]
+    cases.append(("fsdp", "cast from fp32"))
+    for of_rank in run_ranks(train_in_bf16, 2, folder, cases):
+        found = dict(zip(cases, of_rank, strict=True))
+        for (engine, how), got in found.items():
+            held = found[engine, "held in bf16"]
+            assert torch.equal(got["losses"], held["losses"]), (engine, how)
+            assert torch.equal(got["teacher"], held["teacher"]), (engine, how)
+            frozen = torch.float32 if how == "cast from fp32" else torch.bfloat16
+            assert got["dtypes"] == {(True, torch.float32), (False, frozen)}, (engine, how)
 
 
 def edit(file: str, **sections: Any) -> str:
@@ -190,12 +248,65 @@ def model(folder: Path, **lora: Any) -> dict[str, Any]:
     return {"family": "huggingface", "pretrained": pretrained(folder / "base", LLAMA, known), "lora": lora or None}
 
 
+def train_lora(ranks: ParallelContext, cases: list[tuple[str, str | None]], keeps: bool = False) -> str:
+    """Train each (config file, --resume value); ``keeps``: with checkpoints that hold the base, as there were. Return an error."""
+    with patch.object(build, "base_of", return_value=None) if keeps else nullcontext():
+        try:
+            train_runs(ranks, cases)
+        except InputError as error:
+            return str(error)
+    return ""
+
+
+def evaluate(ranks: ParallelContext, run: str) -> str:
+    """Return what ``jepa-scale eval`` prints."""
+    from jepa_scale.training.run import evaluate_checkpoint
+
+    with redirect_stdout(StringIO()) as printed:
+        evaluate_checkpoint(argparse.Namespace(run=Path(run), checkpoint="auto", overrides=[]))
+    return printed.getvalue()
+
+
+def test_a_checkpoint_names_its_base_and_one_that_holds_it_can_still_be_read(corpus, tmp_path):
+    """Both go on, on another engine, to the same weights, moments and teacher, bit by bit, each in its form. Another base is
+    refused."""
+    how: dict[str, Any] = {"model": model(tmp_path, rank=2), "checkpoint": {"every": 2, "keep_last": 9}}
+    how["train"] = {"batch_tokens": 240, "micro_tokens": 60, "steps": 4}
+    how["engine"] = {"precision": "bf16"}
+    for form in ("named", "held"):
+        before = config_file(tmp_path, form, corpus, "vicreg", "zero3", **how)
+        assert run_ranks(train_lora, 2, [(before, None)], form == "held") == ["", ""]
+    again = []
+    for form in ("named", "held"):
+        after = config_file(tmp_path, f"again-{form}", corpus, "vicreg", "fsdp", **how)
+        again.append((after, str(checkpoint(tmp_path / form, 2))))
+    assert run_ranks(train_lora, 2, again) == ["", ""]
+
+    for run in ("", "again-"):
+        named, held = (tensors(checkpoint(tmp_path / f"{run}{form}", 4)) for form in ("named", "held"))
+        base = {name for name in held if "backbone" in name and "lora_" not in name and ".new_rows." not in name}
+        assert any(name.startswith("teacher/") for name in base) and any("embed_tokens" in name for name in base)
+        assert named.keys() == held.keys() - base
+        assert all(torch.equal(tensor, held[name]) for name, tensor in named.items()), run
+        assert all(held[name].dtype == torch.bfloat16 for name in base)
+        manifest = Manifest.read(checkpoint(tmp_path / f"{run}named", 4))
+        assert manifest.state["base"]["name"] == how["model"]["pretrained"]
+
+    weights = tmp_path / "base/model.safetensors"
+    changed = {name: tensor + 0.1 for name, tensor in load_file(weights).items()}
+    save_file(changed, weights, {"format": "pt"})
+    for error in run_ranks(train_lora, 2, again[:1]):
+        assert "model.pretrained: the weights of " in error and "are not those of " in error
+    told, *_ = run_ranks(evaluate, 2, str(tmp_path / "again-held"))  # of the weights in the checkpoint
+    (row,) = [row for row in rows(tmp_path / "again-held", "eval/valid") if row["step"] == 4]
+    assert f"lm_loss {row['lm_loss']:.4f}" in told
+
+
 @pytest.mark.matrix
 def test_whole_runs_resume_bitwise(corpus, tmp_path):
     """Resume ``horizon`` with a teacher of the lower blocks, clipping by part and dropout in the adapters, in new processes.
 
-    From step 2 on the rows, weights, moments and teacher are bitwise equal. The frozen weights are unchanged and have no
-    moments.
+    From step 2 on the rows, weights, moments and teacher are bitwise equal. The frozen weights are read from the base again.
     """
     how: dict[str, Any] = {"model": model(tmp_path, rank=2, dropout=0.1), "checkpoint": {"every": 2, "keep_last": 9}}
     cases = {"fsdp": ("fsdp", "bf16"), "zero1": ("zero1", "bf16"), "zero3": ("zero3", "fp32")}
@@ -205,13 +316,11 @@ def test_whole_runs_resume_bitwise(corpus, tmp_path):
     }
     for name, held in resumed_bitwise(files, tmp_path, 2).items():
         assert newest(tmp_path / name) > 4
-        frozen = {n.partition("/")[2] for n in held if n.startswith("model/") and "exp_avg/" + n[6:] not in held}
-        assert frozen and all(".lora_" not in n and ".new_rows." not in n and "objective" not in n for n in frozen)
         assert any(n.startswith("teacher/backbone") and "lora_B" in n for n in held)
         start = tensors(checkpoint(tmp_path / name, 2))
-        assert all(torch.equal(held[f"model/{n}"], start[f"model/{n}"]) for n in frozen)
-        moved = [n for n in held if n.startswith("model/") and n.partition("/")[2] not in frozen]
-        assert not any(torch.equal(held[n], start[n]) for n in moved if "lora" in n or "new_rows" in n)
+        moved = [n for n in held if n.startswith("model/backbone")]
+        assert moved and all("lora" in n or "new_rows" in n for n in moved)
+        assert not any(torch.equal(held[n], start[n]) for n in moved)
 
 
 @pytest.mark.matrix

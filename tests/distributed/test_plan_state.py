@@ -24,14 +24,15 @@ ENGINES = ("fsdp", "zero0", "zero1", "zero2", "zero3")
 KINDS = ("parameters", "optimizer", "teacher")
 
 
-def config_of(folder: Path, engine: str, precision: str) -> Path:
+def config_of(folder: Path, engine: str, precision: str, lora: bool = False) -> Path:
     section = {
         "name": "fsdp" if engine == "fsdp" else "deepspeed",
         "deepspeed": str(REPOSITORY / f"configs/ds/{'zero1' if engine == 'fsdp' else engine}.json"),
         "precision": precision,
     }
-    name = f"{engine}_{precision}"
-    return config_file(folder, name, engine=section, model={**NATIVE, "vocab_size": 320}, objective=TEACHER)
+    name = f"{engine}_{precision}{'_lora' * lora}"
+    model = {**NATIVE, "vocab_size": 320, "lora": {"rank": 2} if lora else None}
+    return config_file(folder, name, engine=section, model=model, objective=TEACHER)
 
 
 def held(tensors: list[torch.Tensor]) -> int:
@@ -50,7 +51,8 @@ def sizes_of_engines(ranks: Any, files: list[str]) -> list[dict[str, int]]:
         engine: Any = run.engine
         parameters = [getattr(p, "ds_tensor", p) for p in engine.module.parameters()]
         if engine.name == "deepspeed" and engine.stage == 3:
-            parameters = [engine.ds.optimizer.lp_param_buffer]
+            frozen = [p.ds_tensor for p in engine.module.parameters() if not p.requires_grad]
+            parameters = [engine.ds.optimizer.lp_param_buffer, *frozen]
         state = engine.optimizer.state.items()
         moments = [value for _, values in state for value in values.values() if value.dim() > 0]
         masters = [t for t, _ in state if held([t, *parameters]) > held(parameters)]
@@ -68,8 +70,9 @@ def sizes_of_engines(ranks: Any, files: list[str]) -> list[dict[str, int]]:
 
 @pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.matrix), 2])
 def test_a_rank_keeps_what_is_planned(world_size, tmp_path):
-    cases = [(engine, precision) for engine in ENGINES for precision in ("fp32", "bf16")]
+    cases: list[tuple[Any, ...]] = [(engine, precision) for engine in ENGINES for precision in ("fp32", "bf16")]
     cases += [("zero1", "fp16"), ("zero3", "fp16")]
+    cases += [(engine, "bf16", True) for engine in ENGINES]
     files = [config_of(tmp_path, *case) for case in cases]
     of_ranks = run_ranks(sizes_of_engines, world_size, [str(file) for file in files])
     for case, file, *real in zip(cases, files, *of_ranks, strict=True):

@@ -94,9 +94,10 @@ def test_every_engine_begins_as_one_process_would(world_size):
     for i, (name, precision) in enumerate(cases):
         for rank in by_rank:
             assert torch.equal(rank[i]["after"], after) and torch.equal(rank[i]["here"], wanted["table"])
-        rounds = name != "fsdp" and precision == "bf16"  # its masters begin as what it computes with
         for key, value in wanted.items():
-            value = value.bfloat16().float() if rounds and key != "table" else value
+            # DeepSpeed's masters begin as what it computes with; under FSDP2 only frozen weights are rounded
+            rounds = precision == "bf16" and key != "table" and (name != "fsdp" or key == "layers.1.weight")
+            value = value.bfloat16().float() if rounds else value
             assert torch.equal(by_rank[0][i][key], value), (name, precision, key)
 
 

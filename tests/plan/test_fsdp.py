@@ -8,7 +8,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from jepa_scale.plan.fsdp import shard_numel
 from jepa_scale.plan.simulate import fake_ranks
-from tests.plan.small import HORIZON, PARAMETERS, config, planned
+from tests.plan.small import HEADS, HORIZON, INNER, KV, LAYERS, MODEL, PARAMETERS, WIDTH, config, planned
 
 
 @pytest.mark.parametrize("ranks", [1, 3, 8, 4096])
@@ -27,6 +27,17 @@ def test_on_one_rank_sixteen_bytes_a_parameter(precision):
     assert plan.memory.state["parameters"] == 4 * PARAMETERS
     assert plan.memory.state["optimizer"] == 8 * PARAMETERS
     assert plan.memory.most["gradients"] == 4 * PARAMETERS
+
+
+def test_frozen_weights_take_two_bytes_in_bf16():
+    """A and B of rank r take r (inputs + outputs), of each of a block's seven matrices."""
+    rank, kv = 2, WIDTH * KV // HEADS
+    adapters = LAYERS * rank * (2 * (WIDTH + WIDTH) + 2 * (WIDTH + kv) + 3 * (WIDTH + INNER))
+    plans = {p: planned(config({"precision": p}, model={**MODEL, "lora": {"rank": rank}})) for p in ("fp32", "bf16")}
+    for precision, width in (("fp32", 4), ("bf16", 2)):
+        state = plans[precision].memory.state
+        assert state["parameters"] == width * PARAMETERS + 4 * adapters
+        assert state["optimizer"] == 8 * adapters
 
 
 def test_shards_and_replicas():

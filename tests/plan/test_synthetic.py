@@ -36,6 +36,18 @@ def test_the_vocabulary_must_be_known():
     assert synthetic_data(validate(trained), None, None).vocab_size == 512
 
 
+def test_the_vocabulary_of_a_pretrained_model_is_in_its_config(tmp_path):
+    model = {"family": "huggingface", "pretrained": str(tmp_path)}
+    experiment = validate(
+        config(model=model, data={"source": "text", "path": "nowhere", "tokenizer": "some/tokenizer"})
+    )
+    with pytest.raises(InputError, match=f"model.pretrained: can't load '{tmp_path}'"):
+        synthetic_data(experiment, None, None)
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "vocab_size": 4321}')
+    assert synthetic_data(experiment, None, None).vocab_size == 4321
+    assert synthetic_data(experiment, 77, None).vocab_size == 77
+
+
 def test_a_sample_is_not_longer_than_the_config_allows():
     with pytest.raises(InputError, match="--sample-tokens 18: no sample has more than data.max_length=17"):
         synthetic_data(validate(config()), None, 18)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from jepa_scale.config.loading import load_config
 from jepa_scale.distributed import comm
 from jepa_scale.experiment import validate
 from jepa_scale.training.build import build
+from jepa_scale.utils.errors import InputError
 
 VALUES = {
     "engine": {"name": "fsdp", "threads": 1},
@@ -54,3 +56,22 @@ def test_a_run_has_the_precision_that_its_devices_settle(ranks, tmp_path):
     settled = run.experiment.engine.precision
     assert settled in ("fp32", "bf16") and settled == run.engine.options.precision
     assert f"precision: {settled}" in run.experiment.to_yaml() and asked.engine.precision == "auto"
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({}, r"model.load_in_4bit: bitsandbytes cannot be imported .*; pip install 'jepa-scale\[4bit\]'"),
+        ({"lora": None}, "model.load_in_4bit: needs model.lora"),
+    ],
+)
+def test_weights_of_4_bits_are_refused_before_the_data_are_read(ranks, tmp_path, monkeypatch, keys, message):
+    """There are no data, and there is no model."""
+    for name in ("bitsandbytes", "bitsandbytes.functional"):
+        monkeypatch.setitem(sys.modules, name, None)
+    model = {"family": "huggingface", "pretrained": "no/model", "lora": {"rank": 2}, "load_in_4bit": True, **keys}
+    data = {"source": "text", "path": str(tmp_path / "nothing.txt"), "tokenizer": "no/model"}
+    values = {**VALUES, "model": model, "data": data, "objective": {"name": "lm"}, "optim": {}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(InputError, match=message):
+        build(validate(load_config(tmp_path / "run.yaml")), ranks)

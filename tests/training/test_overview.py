@@ -10,6 +10,8 @@ import yaml
 from jepa_scale.config.loading import load_config
 from jepa_scale.distributed import comm
 from jepa_scale.experiment import validate
+from jepa_scale.models.loading import build_backbone
+from jepa_scale.models.options import ModelOptions
 from jepa_scale.training.build import build
 from jepa_scale.training.overview import overview
 
@@ -73,6 +75,19 @@ def test_what_is_frozen_and_what_heads_add_is_counted_apart(ranks, tmp_path):
     assert lines["objective"] == f"concept, with {heads:,} parameters of its own" and heads
     assert lines["steps"].startswith("9, from step 7 on; each 8 samples")
     assert lines["writes to"] == "runs/demo: metrics.jsonl, a checkpoint at the end, TensorBoard"
+
+
+def test_weights_of_4_bits_are_named(ranks, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    llama = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    plain = ModelOptions(family="huggingface", config={**llama, "num_attention_heads": 2, "num_key_value_heads": 2})
+    build_backbone(plain, 20).decoder.save_pretrained(tmp_path / "base")
+    model = {"family": "huggingface", "pretrained": str(tmp_path / "base"), "lora": {"rank": 2}, "load_in_4bit": True}
+    run, lines = lines_of(tmp_path, ranks, model=model)
+    assert " with LoRA of rank 2 on weights of 4 bits, " in lines["model"]
+    counted = int(lines["model"].split(" bits, ")[1].split(" ")[0].replace(",", ""))
+    left = sum(parameter.numel() for parameter in run.engine.module.backbone.parameters())
+    assert counted == left + 7 * 64 * 64  # the weights that have become codes count
 
 
 def test_a_batch_of_tokens_is_told_as_one(ranks, tmp_path):

@@ -12,11 +12,13 @@ from torch.distributed.tensor import DTensor
 
 from jepa_scale.checkpoint.shard_view import ShardView
 from jepa_scale.engines.base import ShardedEMA, persistent_buffers
-from jepa_scale.engines.weights import strip_all
+from jepa_scale.engines.weights import replace
 
 
 class FSDPEMA(ShardedEMA):
     """A copy whose own fp32 shards are the EMA parameters; each of N ranks only needs memory for 1/N of them.
+
+    What is frozen in the student has the student's dtype.
 
     A forward gathers the shards, in the compute dtype, and frees the gathered parameters. The root also frees its own, which
     it does not by default: otherwise its next forward would use the gathered weights from before the update of the shards.
@@ -29,14 +31,15 @@ class FSDPEMA(ShardedEMA):
 
     def __init__(self, module: nn.Module, student: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
         self.module = module.requires_grad_(False).eval()
-        strip_all(module)
+        masters = dict(student.named_parameters(remove_duplicate=False))
+        for name, parameter in module.named_parameters():
+            replace(parameter, torch.empty_like(parameter, dtype=masters[name].dtype, device="meta"))
         alike = {name for name, part in student.named_modules() if isinstance(part, FSDPModule)}
         parts = [part for name, part in module.named_modules() if name in alike and name and _runs(part)]
         for part in [*reversed(parts), module]:  # children before parents
             fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         allocate(module, torch.device(mesh.device_type))
 
-        masters = dict(student.named_parameters(remove_duplicate=False))
         self._averages: list[DTensor] = []
         self._sources: list[DTensor] = []
         for name, parameter in module.named_parameters():

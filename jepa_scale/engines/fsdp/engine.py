@@ -26,15 +26,16 @@ from jepa_scale.engines.base import (
 )
 from jepa_scale.engines.fsdp.ema import FSDPEMA, allocate
 from jepa_scale.engines.precision import compute_dtype
-from jepa_scale.engines.weights import Weights, part_of
+from jepa_scale.engines.weights import Weights, cast_frozen, part_of
 from jepa_scale.optim import MatrixOptimizer, Part, build_optimizer
 
 
 class FSDPEngine(Engine):
-    """Engine that shards parameters, gradients and moments as fp32 DTensors.
+    """Engine that shards parameters, gradients and moments as DTensors: fp32 where trained, frozen ones in the compute dtype.
 
     They are sharded over all ranks, or over the ranks of each replica (HSDP). In bf16 the gathered parameters are bf16 and
-    gradients are reduced in fp32. Inputs are not cast, as under DeepSpeed, so that a model runs on both engines or on
+    gradients are reduced in fp32. FSDP2 wants one dtype of the trainable parameters of a unit alone (pytorch/pytorch#154103),
+    and gathers frozen ones of the compute dtype without a cast. Inputs are not cast, as under DeepSpeed, so that a model runs on both engines or on
     neither.
     """
 
@@ -63,6 +64,7 @@ class FSDPEngine(Engine):
             cast_forward_inputs=False,
         )
         self._mesh, self._policy = mesh, policy
+        cast_frozen(module, compute_dtype(options.precision))
         for part in [*shard, module]:
             fully_shard(part, mesh=mesh, mp_policy=policy)
         allocate(module, ranks.device)
@@ -91,7 +93,7 @@ class FSDPEngine(Engine):
         """Set each parameter's initial values. Beside the shards, a device holds one whole parameter at a time."""
         for name, parameter in sharded.items():
             view = ShardView.of_dtensor(cast(DTensor, parameter))
-            mine = part_of(weights.take(name), view.shape, self.options.split.get(name))
+            mine = part_of(weights.take(name, parameter.dtype), view.shape, self.options.split.get(name))
             for offsets, block in view.parts:
                 block.copy_(mine[tuple(slice(at, at + n) for at, n in zip(offsets, block.shape, strict=True))])
 

@@ -46,6 +46,8 @@ def model_fingerprint(backbone: Backbone, options: ModelOptions) -> dict[str, An
         values = {f"model.config.{key}": value for key, value in values.items()}
     lora = options.lora
     values["model.lora"] = None if lora is None else {"scale": lora.scale, "dropout": lora.dropout}
+    if options.family == "huggingface":
+        values["model.load_in_4bit"] = options.load_in_4bit
     plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
     return plain
 
