@@ -12,7 +12,7 @@ from tqdm import tqdm
 from jepa_scale.bench.figure import draw
 from jepa_scale.bench.page import write_page
 from jepa_scale.bench.results import Result, measure_run, results_of, write_json
-from jepa_scale.bench.runs import Run, check, make_data, plan_runs, train_all
+from jepa_scale.bench.runs import Run, build, check, make_data, plan_runs, train_all
 from jepa_scale.bench.task import Task
 from jepa_scale.telemetry import load_run
 
@@ -37,7 +37,7 @@ def run_tasks(
 ) -> list[Result]:
     """Run the tasks, write the page and the rows, and return the results. What is complete in ``folder`` is not repeated.
 
-    All configs are checked before anything is trained.
+    All configs are checked, and every arm's model is built without weights, before anything is trained.
 
     Args:
         seeds: name of a task → its seeds.
@@ -56,6 +56,11 @@ def run_tasks(
         check(run)
     log.info(f"bench: {len(tasks)} tasks, {len(every)} runs, {jobs} at a time, in {folder}")
     make_data(every)
+    built: set[tuple[str, str, str]] = set()
+    for run in every:
+        if (arm := (run.task, run.case, run.arm)) not in built:
+            build(run)
+            built.add(arm)
     train_all(every, jobs, progress)
 
     measured = {

@@ -168,6 +168,23 @@ def check(run: Run) -> None:
         validate(load_config(file, unknown))
 
 
+def build(run: Run) -> None:
+    """Build a run's decoder and objective without weights and without reading its data.
+
+    Raises:
+        InputError: the objective cannot be trained on this decoder, or on this kind of data; the message names the run.
+    """
+    from jepa_scale.plan.layout import layout_of  # here: torch takes seconds, and most mistakes are found before
+    from jepa_scale.plan.model import model_on_meta
+    from jepa_scale.plan.synthetic import synthetic_data
+
+    overrides = ["train.same_flops_as=null", "train.flops=1.0"] if run.same_flops_as else []
+    with _named(run.name):
+        experiment = validate(load_config(_beside(run, ".yaml"), overrides))
+        layout = layout_of(experiment.engine, 1)
+        model_on_meta(experiment, synthetic_data(experiment, None, None), layout)
+
+
 @contextmanager
 def _named(where: str) -> Iterator[None]:
     """Say before the message of an error where it belongs."""

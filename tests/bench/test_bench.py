@@ -68,12 +68,17 @@ def test_a_task_from_its_file_to_its_page(task, tmp_path, monkeypatch):
     assert len(runs) == 4 and [run.stat().st_mtime_ns for run in runs] == before and (out / "bench.md").is_file()
 
 
-def test_a_run_that_fails_is_named_with_its_log(task, tmp_path, capsys):
-    out = tmp_path / "out"
-    wrong = ["bench", str(task), "--seeds", "1", "--dir", str(out), "--set", "data.path=/nowhere"]
-    assert main(wrong) == 2
+def test_a_run_that_fails_is_named_with_its_log(task, tmp_path, capsys, monkeypatch):
+    (tmp_path / "fails.py").write_text(
+        "from jepa_scale.telemetry.callbacks import Callback\n\nclass Fails(Callback):\n"
+        "    def on_step(self, *_):\n        raise RuntimeError('fails here')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    wrong = ["bench", str(task), "--seeds", "1", "--jobs", "1", "--dir", str(tmp_path / "out")]
+    assert main([*wrong, "--set", "train.callbacks=[fails:Fails]"]) == 2
     error = capsys.readouterr().err
-    assert "small/all/lm/0: training ended with exit code" in error and "/nowhere" in error and ".log)" in error
+    assert "small/all/lm/0: training ended with exit code" in error and "fails here" in error and ".log)" in error
 
 
 def test_a_signal_ends_the_runs_too_and_they_go_on_next_time(task, tmp_path):
@@ -120,6 +125,10 @@ def test_a_signal_ends_the_runs_too_and_they_go_on_next_time(task, tmp_path):
         (["{task}", "--add", "lm=a:B"], "--add lm=a:B: there is an arm 'lm' already"),
         (["{task}", "--add", "mine=no_such_module:Class"], "objective.name: 'no_such_module:Class' cannot be imported"),
         (["{task}", "--set", "train.stpes=1"], "small/all/lm/0: train.stpes: unknown key"),
+        (
+            ["{task}", "--set", "model.hidden_size=18"],
+            "small/all/lm/0: model.hidden_size: 18 must be an even multiple",
+        ),
     ],
 )
 def test_what_is_refused_before_anything_is_trained(task, tmp_path, capsys, flags, message):

@@ -2,8 +2,8 @@
 
 import pytest
 
-from jepa_scale.bench.runs import check, control_of, make_data, plan_runs
-from jepa_scale.bench.task import Arm, Task
+from jepa_scale.bench.runs import build, check, control_of, make_data, plan_runs
+from jepa_scale.bench.task import Arm, Task, built_in, read_task
 from jepa_scale.utils.errors import InputError
 
 
@@ -106,3 +106,14 @@ def test_data_are_generated_once_for_all_arms(tmp_path):
             make_data(plan_runs("t", wrong, tmp_path, range(1)))
         with pytest.raises(InputError, match="generators: there is no 'none' in jepa_scale.bench.generators"):
             plan_runs("t", task(generator="none"), tmp_path, range(1))
+
+
+@pytest.mark.parametrize("name", built_in())
+def test_every_arm_of_the_tasks_can_be_trained(tmp_path, monkeypatch, name):
+    """Without weights or data: which layers an objective reads depends on the decoder's depth."""
+    monkeypatch.setenv("JEPA_SCALE_DATA", str(tmp_path))
+    _, task = read_task(name)
+    first = next(iter(task.cases))
+    for run in plan_runs(name, task, tmp_path, [0], cases=[first]):
+        check(run)
+        build(run)
