@@ -161,6 +161,15 @@ def test_cross_entropy_of_a_vocabulary_in_parts(size):
             2,
             "engine.tp: transformers has no tensor-parallel plan for GPT2LMHeadModel",
         ),
+        (
+            {
+                "family": "huggingface",
+                "packing": "padded",
+                "config": {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2},
+            },
+            2,
+            "engine.tp: tensor parallelism does not support model.packing: padded; set engine.tp=1",
+        ),
     ],
 )
 def test_what_cannot_be_split_is_refused_by_name(options, size, told):
