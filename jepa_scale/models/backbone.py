@@ -264,17 +264,29 @@ class Backbone(nn.Module):
             use_cache=False,
             return_dict=True,
             packed=stream.table,
+            **self._of_tokens(stream.input_ids[None]),
             **extras,
         )
 
     def _run_padded(self, x: Tensor, stream: PackedSequence) -> Any:
         """Run the segments as the rows of one batch: one call, whatever their number, as ranks wait for each other in each."""
-        rows, extras = PaddedRows.of(stream), {}
+        rows = PaddedRows.of(stream)
+        extras = self._of_tokens(rows.spread(stream.input_ids))
         if not stream.consecutive:
             self.check_positions()
             extras["position_ids"] = rows.spread(stream.position_ids)
         with one_segment_a_row():
             return self.decoder.base_model(inputs_embeds=rows.spread(x), use_cache=False, return_dict=True, **extras)
+
+    def _of_tokens(self, ids: Tensor) -> dict[str, Tensor]:
+        """Return what the family looks up for tokens besides their embeddings, as keywords of its forward.
+
+        Gemma 4 would else compare each embedding with all of the vocabulary's to find its token.
+        """
+        base: Any = self.decoder.base_model
+        if not getattr(base, "hidden_size_per_layer_input", 0):
+            return {}
+        return {"per_layer_inputs": base.get_per_layer_inputs(ids)}
 
     def packed_states(self, states: Tensor, stream: PackedSequence) -> Tensor:
         """Return a block's output in the packed layout, (T, d)."""

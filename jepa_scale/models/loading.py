@@ -53,6 +53,14 @@ def build_backbone(options: ModelOptions, vocab_size: int, pad_vocab_to: int = 1
         decoder = _random(options.config, rows)
     else:
         decoder = _native(options, rows)
+    config: Any = decoder.config
+    per_layer: Any = getattr(config, "vocab_size_per_layer_input", None)  # Gemma 4
+    if getattr(config, "hidden_size_per_layer_input", 0) and per_layer < vocab_size:
+        raise InputError(
+            f"model: {type(decoder).__name__} has embeddings of each layer for {per_layer} token ids "
+            f"(vocab_size_per_layer_input), and the data have {vocab_size}; use data of its own tokenizer, or raise the key if the "
+            "model is a new one"
+        )
     padded = options.packing == "padded"
     if not padded:
         check_packable(decoder)
