@@ -43,7 +43,7 @@ from jepa_scale.packing import Segment, pack_sequence  # noqa: E402
 from jepa_scale.utils.errors import InputError  # noqa: E402
 
 LENGTHS = (9, 1, 5, 5, 12)
-LARGEST = 3_000_000
+LARGEST = 3_400_000
 """Most parameters of a tiny model."""
 MEMORY = 8 << 30
 CLOSE = 1e-4
