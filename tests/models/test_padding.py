@@ -171,6 +171,15 @@ def test_the_decoder_runs_once(lengths):
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("name", ["llama", "mamba2"])
+def test_shapes_are_computed_without_data(name):
+    """As the planner does; transformers would search the positions for segments, which needs their values."""
+    with torch.device("meta"):
+        options = ModelOptions(family="huggingface", config=dict(FAMILIES[name]), packing="padded")
+        backbone = build_backbone(options, VOCABULARY)
+    assert backbone.hidden(stream().to("meta")).shape == (sum(LENGTHS), 32)
+
+
 def test_positions_of_its_own_need_a_family_that_takes_them():
     with pytest.raises(InputError, match="Mamba2ForCausalLM takes no positions"):
         make("mamba2").hidden(stream(gaps=True))
