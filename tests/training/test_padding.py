@@ -78,6 +78,11 @@ def test_what_cannot_be_done_is_refused(ranks, folder, model, message):
         built(folder, ranks, model=model)
 
 
+def test_blocks_shaped_like_the_decoders_need_attention_heads(ranks, folder):
+    with pytest.raises(InputError, match="objective: its own blocks .* Mamba2ForCausalLM has no attention heads"):
+        built(folder, ranks, objective={"name": "mtp"})
+
+
 def test_an_objective_with_positions_of_its_own_is_refused_where_there_are_none(ranks, tmp_path):
     values = {
         "engine": {"name": "fsdp", "threads": 1},
