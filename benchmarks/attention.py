@@ -41,7 +41,8 @@ from torch import Tensor  # noqa: E402
 from benchmarks.figures import COLOURS, panels  # noqa: E402
 from benchmarks.rows import row, write  # noqa: E402
 from jepa_scale.distributed.comm import ParallelContext  # noqa: E402
-from jepa_scale.models.attention import attention, attention_pairs, available_backends  # noqa: E402
+from jepa_scale.models.attention import attention, available_backends  # noqa: E402
+from jepa_scale.models.attention_meta import attention_pairs  # noqa: E402
 from jepa_scale.packing import SegmentTable  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
 from jepa_scale.utils.format import text_table  # noqa: E402

@@ -1,13 +1,14 @@
-"""Which causal families of transformers compute packed what transformers computes for each segment alone.
+"""Which causal families of transformers compute packed, or in padded rows, what transformers computes for each segment alone.
 
     python benchmarks/families.py --json benchmarks/results/families.json
     python benchmarks/families.py --only llama gemma2                      # print these alone
     python benchmarks/families.py --json benchmarks/results/families.json --render docs/results/families.md
 
 Each family is made with random weights in a tiny size. The reference is transformers' own forward with the family's ``eager``
-attention, one segment at a time; ours is the packed forward of all segments. Both are fp32 on the CPU, in evaluation mode. A family is
-``equal`` if no logit differs by more than 1e-4 of the largest; ``refused`` if the checks of a run's start refuse it, with their
-message; ``different`` if neither; ``not tried`` if no tiny model of it could be made, with the reason. A family whose class is
+attention where it can be chosen, one segment at a time; ours is the forward of all segments, packed and, for a family that is refused
+so, in padded rows. Both are fp32 on the CPU, in evaluation mode. A family is ``equal`` if no logit of the packed forward differs by more
+than 1e-4 of the largest; ``padded`` if that holds of the padded rows alone; ``refused`` if the checks of a run's start refuse both, with
+the message about packed; ``different`` if none of these; ``not tried`` if no tiny model of it could be made, with the reason. A family whose class is
 refused at any size is tried at its default size without weights. The gradient of an equal family is computed once, in training mode.
 """
 
@@ -21,6 +22,7 @@ import multiprocessing
 import resource
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +37,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from jepa_scale.models.backbone import Backbone  # noqa: E402
 from jepa_scale.models.families.probe import probe  # noqa: E402
+from jepa_scale.models.generation.cache_check import check_generation  # noqa: E402
 from jepa_scale.models.loading import check_packable  # noqa: E402
 from jepa_scale.packing import Segment, pack_sequence  # noqa: E402
 from jepa_scale.utils.errors import InputError  # noqa: E402
 
 LENGTHS = (9, 1, 5, 5, 12)
-LARGEST = 3_000_000
+LARGEST = 3_400_000
 """Most parameters of a tiny model."""
 MEMORY = 8 << 30
 CLOSE = 1e-4
@@ -80,6 +83,12 @@ OWN: dict[str, dict[str, Any]] = {
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gemma4_text": {"num_kv_shared_layers": 0},
     "reformer": {"is_decoder": True},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 4},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "mamba_ngroups": 1},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "kimi_linear": {**SAME_HEADS, "layer_types": ["linear_attention", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["full_attention"] * 4, "num_dense_layers": 1},
 }
 """Keys that a family needs to be small."""
@@ -144,23 +153,26 @@ def outcome(name: str) -> dict[str, Any]:
         try:
             return _compare(name, tokens)
         except Refused as error:
-            return {
-                "result": "refused",
-                "reason": str(error).removeprefix("model: ").removesuffix("; choose another family"),
-            }
+            return {"result": "refused", "reason": _reason(error)}
         except Exception as error:  # whatever the family's code raises on a size that it was not made for
             failure = error
     try:  # is it refused whatever its size?
         with torch.device("meta"):
-            _backbone(AutoModelForCausalLM.from_config(CONFIG_MAPPING[VARIANTS.get(name, (name,))[0]]()))
+            _backbone(AutoModelForCausalLM.from_config(CONFIG_MAPPING[VARIANTS.get(name, (name,))[0]]()), padded=False)
     except Refused as error:
-        return {
-            "result": "refused",
-            "reason": str(error).removeprefix("model: ").removesuffix("; choose another family"),
-        }
+        if not str(error).endswith(MAY_BE):
+            return {"result": "refused", "reason": _reason(error)}
     except Exception:
         pass
     return {"result": "not tried", "reason": " ".join(f"{type(failure).__name__}: {failure}".split())[:160]}
+
+
+MAY_BE = "; try model.packing: padded"
+
+
+def _reason(error: Exception) -> str:
+    """Return why, without what to do."""
+    return str(error).removeprefix("model: ").rpartition("; ")[0]
 
 
 class Refused(Exception):
@@ -177,17 +189,30 @@ def _compare(name: str, tokens: dict[str, Any]) -> dict[str, Any]:
         size = sum(p.numel() for p in AutoModelForCausalLM.from_config(copy.deepcopy(config)).parameters())
     if size > LARGEST:
         raise ValueError(f"{size:,} parameters at least")
+    try:
+        return {"result": "equal", **_trial(config, padded=False)}
+    except Refused as refusal:
+        with suppress(Refused):
+            return {"result": "padded", **_trial(config, padded=True), "reason": _reason(refusal)}
+        raise
+
+
+def _trial(config: Any, padded: bool) -> dict[str, Any]:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # what is zero or one hides mistakes
             parameter += 0.1 * torch.randn_like(parameter)
     generator = torch.Generator().manual_seed(3)
     rows = [torch.randint(3, config.get_text_config().vocab_size, (n,), generator=generator) for n in LENGTHS]
-    model.set_attn_implementation("eager")
+    usual = model.config._attn_implementation
+    if model._can_set_attn_implementation():
+        model.set_attn_implementation("eager")
     with torch.no_grad():
         theirs = torch.cat([model(row[None], use_cache=False).logits[0] for row in rows])
-    backbone = _backbone(model)
+    if padded and model._can_set_attn_implementation():
+        model.set_attn_implementation(usual)
+    backbone = _backbone(model, padded)
     try:
         probe(backbone, torch.device("cpu"), torch.float32)
     except InputError as error:
@@ -197,13 +222,23 @@ def _compare(name: str, tokens: dict[str, Any]) -> dict[str, Any]:
     difference = float((ours - theirs).abs().max() / theirs.abs().max())
     backbone.decoder.train()
     backbone.logits(backbone.hidden(stream)).logsumexp(dim=-1).sum().backward()
-    return {"result": "equal" if difference <= CLOSE else "different", "difference": difference}
+    found: dict[str, Any] = {"difference": difference}
+    if difference > CLOSE:
+        found["result"] = "different"
+    if padded:
+        try:
+            check_generation(backbone)
+            found["generates"] = True
+        except InputError:
+            found["generates"] = False
+    return found
 
 
-def _backbone(model: Any) -> Backbone:
+def _backbone(model: Any, padded: bool) -> Backbone:
     try:
-        check_packable(model)
-        return Backbone(model)
+        if not padded:
+            check_packable(model)
+        return Backbone(model, padded)
     except InputError as error:
         raise Refused(error) from None
 
@@ -213,14 +248,19 @@ def table(found: dict[str, Any]) -> str:
     families = found["families"]
     of = {result: {n: f for n, f in families.items() if f["result"] == result} for result in RESULTS}
     counts = ", ".join(f"{len(of[result])} {result}" for result in RESULTS)
-    largest = max((f["difference"] for f in of["equal"].values()), default=0.0)
+    largest = max((f["difference"] for result in RESULTS[:2] for f in of[result].values()), default=0.0)
     lines = [
-        f"transformers {found['transformers']}: {counts}. The largest difference among the equal ones is {largest:.0e} of the largest "
-        "logit.",
+        f"transformers {found['transformers']}: {counts}. The largest difference among the equal and the padded ones is "
+        f"{largest:.0e} of the largest logit.",
         "",
-        f"**Equal**: {', '.join(f'`{name}`' for name in of['equal'])}.",
+        f"**Equal**, packed: {', '.join(f'`{name}`' for name in of['equal'])}.",
     ]
-    for result in RESULTS[1:]:
+    if of["padded"]:
+        lines += ["", "| padded | generates | why not packed |", "|---|---|---|"]
+        lines += [
+            f"| `{n}` | {'yes' if f['generates'] else 'no'} | {_cell(f['reason'])} |" for n, f in of["padded"].items()
+        ]
+    for result in RESULTS[2:]:
         if of[result]:
             lines += ["", f"| {result} | why |", "|---|---|"]
             lines += [
@@ -229,7 +269,7 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-RESULTS = ("equal", "different", "refused", "not tried")
+RESULTS = ("equal", "padded", "different", "refused", "not tried")
 
 
 def _cell(text: str) -> str:

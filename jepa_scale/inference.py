@@ -32,6 +32,7 @@ from jepa_scale.experiment import Experiment, validate
 from jepa_scale.models.frozen.base import STATE, base_of, confirmed
 from jepa_scale.models.frozen.four_bit import check_device, quantise
 from jepa_scale.models.generation.batches import answer, listed, rounds
+from jepa_scale.models.generation.cache_check import check_generation
 from jepa_scale.models.generation.speculative import Generation
 from jepa_scale.models.generation.speculative import generate as speculate
 from jepa_scale.models.loading import build_backbone
@@ -243,6 +244,13 @@ class LoadedRun:
             raise InputError("the run's data have no tokenizer to encode prompts with; use a run whose data have one")
         if draft < 0 or not 0 <= temperature < float("inf"):
             raise InputError(f"draft {draft}, temperature {temperature}: must be 0 or more")
+        if self.module.backbone.padded:
+            if draft or temperature:
+                raise InputError(
+                    f"{'draft' if draft else 'temperature'}: needs a cache that can go back, which model.packing: padded does not "
+                    "promise; leave it out"
+                )
+            check_generation(self.module.backbone)
         if not draft:
             return
         drafter = objective.drafter(self.module.backbone)

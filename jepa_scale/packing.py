@@ -123,6 +123,7 @@ class PackedSequence:
         keys: keys of each segment, if one of them is a branch; ``None`` = each segment sees only itself.
         seeds: (S,) int64, a seed for each segment of each sample, which does not depend on the segment's index in the packed
             sequence; ``None`` = not packed from views. A shared segment has the seed of its first sample.
+        consecutive: whether the positions of each segment are 0 … n-1, or in a branch those after its prefix.
     """
 
     input_ids: Tensor
@@ -132,6 +133,7 @@ class PackedSequence:
     table: SegmentTable
     keys: KeyRows | None = None
     seeds: Tensor | None = None
+    consecutive: bool = True
 
     @property
     def num_tokens(self) -> int:
@@ -162,6 +164,7 @@ class PackedSequence:
             self.table.to(device),
             None if self.keys is None else self.keys.to(device),
             None if self.seeds is None else move(self.seeds),
+            self.consecutive,
         )
 
 
@@ -236,7 +239,7 @@ def pack_sequence(
     ids = np.empty(total, dtype=np.int64)
     position_ids = np.empty(total, dtype=np.int64)
     labels = np.full(total, IGNORE, dtype=np.int64)
-    at = 0
+    at, consecutive = 0, True
     for segment, n in zip(segments, lengths, strict=True):
         if n == 0:
             raise ValueError(f"a segment of role {segment.role!r} has no tokens; leave it out instead")
@@ -247,9 +250,10 @@ def pack_sequence(
         ids[at : at + n] = segment.tokens
         assert segment.prefix is None or parents, f"role {segment.role!r}: a branch without a parent"
         start = 0 if segment.prefix is None else segment.prefix[1]
-        position_ids[at : at + n] = (
-            np.arange(start, start + n) if segment.position_ids is None else segment.position_ids
-        )
+        position_ids[at : at + n] = np.arange(start, start + n)
+        if segment.position_ids is not None:
+            consecutive &= np.array_equal(position_ids[at : at + n], segment.position_ids)
+            position_ids[at : at + n] = segment.position_ids
         if segment.labels is not None:
             labels[at : at + n] = segment.labels
         at += n
@@ -261,6 +265,7 @@ def pack_sequence(
         table=SegmentTable.from_lengths(lengths),
         keys=_key_rows(lengths, _prefix_lengths(segments), parents) if parents else None,
         seeds=None if seeds is None else torch.tensor(seeds, dtype=torch.int64),
+        consecutive=consecutive,
     )
 
 

@@ -38,7 +38,7 @@ from jepa_scale.convert.tensor_file import Entry, write_tensors
 from jepa_scale.convert.tokenizer import Tokenizer, data_tokenizer, named_tokenizer
 from jepa_scale.data import parse_data
 from jepa_scale.experiment import ChosenObjective, parse_objective
-from jepa_scale.models.backbone import position_limit
+from jepa_scale.models.families.structure import position_limit
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.telemetry.records import config_of, read_rows, read_summary, summarize
 from jepa_scale.utils.errors import InputError

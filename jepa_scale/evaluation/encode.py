@@ -61,7 +61,10 @@ def encode_texts(
         micro_tokens: greatest number of tokens in one forward of a rank, unless a single text has more.
         pooling: ``mean`` or ``last``; None = the objective's own.
     """
-    for batch in text_batches(texts, Numbered(objective), 0, micro_tokens, ranks, tokens=lambda sizes: sizes):
+    batches = text_batches(
+        texts, Numbered(objective), 0, micro_tokens, ranks, tokens=lambda sizes: sizes, near=objective.padded
+    )
+    for batch in batches:
         states = call("encode", batch)
         segments = batch.segments["text"]
         ends = batch.sequences["main"].table.cu_seqlens.tolist()  # on the host, where the loader made it
@@ -80,6 +83,7 @@ def text_batches(
     ranks: ParallelContext,
     sequences: tuple[str, ...] = ("main",),
     tokens: Callable[[np.ndarray], np.ndarray] = lambda sizes: sizes - 1,
+    near: bool = False,
 ) -> Iterator[PackedBatch]:
     """Return this rank's micro-batches of a split: each sample on one rank, and equally many micro-batches on every
     rank.
@@ -87,6 +91,7 @@ def text_batches(
     Args:
         samples: how many, evenly spread over the split; 0 = all.
         tokens: (m,) tokens of examples → (m,) upper bounds on the tokens of their views.
+        near: put samples of near sizes together, for padded rows.
     """
     n = len(examples)
     if not n:
@@ -101,6 +106,7 @@ def text_batches(
         mean_size=float(tokens(np.array([examples.mean_size]))[0]),
         dp_slice=DataParallelSlice(rank=ranks.dp_rank, world_size=ranks.dp_size),
         epochs=1,
+        near=near,
     )
     steps = sampler.steps
     assert steps is not None

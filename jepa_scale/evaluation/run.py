@@ -25,6 +25,11 @@ from jepa_scale.utils.errors import InputError
 Results = dict[str, dict[str, float]]
 
 
+def generates(options: EvaluationOptions) -> bool:
+    """Return whether the evaluation generates answers, with a key-value cache."""
+    return isinstance(options, ChatEvalOptions) and bool(options.metrics)
+
+
 def chat_test(
     options: EvaluationOptions, data: Any, backbone: Backbone, predicts_tokens: bool = True
 ) -> chat.ChatTest | None:
@@ -34,8 +39,9 @@ def chat_test(
         InputError: naming the key: the objective trains no model that generates, the data have no tokenizer, or a row's
             database does not exist.
     """
-    if not isinstance(options, ChatEvalOptions) or not options.metrics:
+    if not generates(options):
         return None
+    assert isinstance(options, ChatEvalOptions)
     if not predicts_tokens:
         raise InputError(
             "eval.metrics: the objective trains no next-token prediction, so nothing can be generated; remove the key"
@@ -81,7 +87,7 @@ def evaluate(
         return reversal.evaluate(objective.answer_generator(call), data.splits, data.names, options, ranks.device)
 
     def batches(examples: Any, views: ViewTransform, samples: int, **more: Any) -> Iterator[PackedBatch]:
-        return text_batches(examples, views, samples, options.micro_tokens, ranks, **more)
+        return text_batches(examples, views, samples, options.micro_tokens, ranks, near=objective.padded, **more)
 
     results: Results = {split: {} for split, each in data.splits.items() if len(each)}
     if objective.predicts_tokens:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import lru_cache
 from itertools import groupby
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 
-from jepa_scale.models.attention_meta import attention_meta
+from jepa_scale.models.attention_meta import attention_meta, attention_pairs
 from jepa_scale.models.attention_scores import attention_by_scores
 from jepa_scale.models.families.windows import WINDOW
 from jepa_scale.packing import KeyRows, SegmentTable
@@ -84,8 +84,8 @@ def attention(
         window: a causal query sees itself and the ``window − 1`` keys before it (transformers' convention);
             without ``causal``, also the ``window − 1`` keys after it.
         dropout: probability with which attention weights are dropped.
-        softcap, sinks: changes of the scores, see :func:`jepa_scale.models.attention_scores.attention_by_scores`; only
-            ``sdpa`` supports them.
+        softcap, sinks: changes of the scores, see :func:`jepa_scale.models.attention_scores.attention_by_scores`. ``sdpa``
+            supports both, ``flash`` the cap (from flash-attn 2.6 on), ``torch`` neither.
         backend: one of :data:`BACKENDS`; ``None`` = that of the environment variable, else the fastest that can run this.
 
     Returns:
@@ -107,15 +107,15 @@ def attention(
         window = None  # it hides no key, and without it the faster kernels apply
     if q.is_meta:
         return attention_meta(q, k, v, attention_pairs(table_q.lengths, window, causal, table_k.lengths))[0]
-    changed = softcap is not None or sinks is not None
-    name = _choose(backend, q, max(q.shape[-1], v.shape[-1]), dropout, changed)
+    needs = _Needs(max(q.shape[-1], v.shape[-1]), dropout > 0, softcap is not None, sinks is not None)
+    name = _choose(backend, q, needs)
     if name == "sdpa":
         return _by_segment(q, k, v, plan, causal, scale, window, dropout, softcap, sinks)
     sides = (-1, -1) if window is None else (window - 1, window - 1)
     sides = (sides[0], 0) if causal else sides
     width = v.shape[-1]
     q, k, v = _equal_width(q, k, v)
-    call = _Call(table_q.cu_seqlens, table_k.cu_seqlens, plan.max_q, plan.max_k, scale, sides, dropout)
+    call = _Call(table_q.cu_seqlens, table_k.cu_seqlens, plan.max_q, plan.max_k, scale, sides, dropout, softcap)
     out = (_flash if name == "flash" else _varlen)(q, k, v, call)
     return out if out.shape[-1] == width else out[..., :width]
 
@@ -134,13 +134,22 @@ def available_backends(device: torch.device | str, dtype: torch.dtype) -> tuple[
     return tuple(found)
 
 
-def _choose(asked: str | None, q: Tensor, width: int, dropout: float, changed: bool) -> str:
+class _Needs(NamedTuple):
+    """Properties of a call that not every kernel supports."""
+
+    width: int
+    dropout: bool
+    softcap: bool
+    sinks: bool
+
+
+def _choose(asked: str | None, q: Tensor, needs: _Needs) -> str:
     where = "backend"
     if asked is None:
         asked, where = os.environ.get(VARIABLE) or None, VARIABLE
     usable = available_backends(q.device, q.dtype)
     if asked is None:
-        return next(name for name in usable if not _obstacle(name, width, dropout, changed, q.device))
+        return next(name for name in usable if not _obstacle(name, needs, q.device))
     if asked not in BACKENDS:
         raise InputError(f"{where}: unknown attention backend {asked!r}; choose one of {', '.join(BACKENDS)}")
     if asked not in usable:
@@ -148,51 +157,27 @@ def _choose(asked: str | None, q: Tensor, width: int, dropout: float, changed: b
             f"{where}: attention backend {asked!r} cannot run {str(q.dtype)[6:]} on {q.device.type} here; "
             f"available: {', '.join(usable)}"
         )
-    if obstacle := _obstacle(asked, width, dropout, changed, q.device):
+    if obstacle := _obstacle(asked, needs, q.device):
         raise InputError(f"{where}: attention backend {asked!r} {obstacle}; use sdpa")
     return asked
 
 
-def _obstacle(name: str, width: int, dropout: float, changed: bool, device: torch.device) -> str:
+def _obstacle(name: str, needs: _Needs, device: torch.device) -> str:
     """Return the reason why an available backend cannot run this call; empty if it can."""
     if name == "sdpa":
         return ""
-    if changed:
-        return "does not support capped scores or attention sinks"
-    if width > _MAX_WIDTH:
-        return f"supports heads up to a width of {_MAX_WIDTH}, not {width}"
     package = _flash_function(_is_hopper(device)) if name == "flash" else None
-    if dropout > 0 and (package is None or package.generation == 3):
+    if needs.sinks:
+        return "does not support attention sinks"
+    if needs.width > _MAX_WIDTH:
+        return f"supports heads up to a width of {_MAX_WIDTH}, not {needs.width}"
+    if needs.softcap and (package is None or not package.caps):
+        return "does not support capped scores"
+    if needs.dropout and (package is None or package.generation == 3):
         return "does not support dropout"
+    if needs.softcap and needs.dropout:
+        return "does not support dropout of capped scores"
     return ""
-
-
-def attention_pairs(
-    lengths: Sequence[int],
-    window: int | None = None,
-    causal: bool = True,
-    key_lengths: Sequence[int] | None = None,
-) -> int:
-    """Count the pairs of a query and a key that it sees, over segments of these lengths; without ``causal`` all pairs.
-
-    Args:
-        lengths: number of queries of each segment.
-        window: a causal query sees itself and the ``window − 1`` keys before it.
-        causal: whether a query sees only its own key and those before it.
-        key_lengths: number of keys of each segment, the last of them aligned with the last query; ``None`` = ``lengths``.
-    """
-    if key_lengths is not None:
-        pairs = list(zip(lengths, key_lengths, strict=True))
-        if not causal:
-            return sum(n * keys for n, keys in pairs)
-        # the pairs of all key positions as queries, less those of the prefix
-        return attention_pairs(key_lengths, window) - attention_pairs([keys - n for n, keys in pairs], window)
-    if not causal:
-        return sum(n * n for n in lengths)
-    if window is None:
-        return sum(n * (n + 1) for n in lengths) // 2
-    seen = [(n, min(n, window)) for n in lengths]
-    return sum(w * (w + 1) // 2 + (n - w) * w for n, w in seen)
 
 
 # ------------------------------------------------------------------------------------------------- the layout
@@ -257,8 +242,7 @@ def _by_segment(
     out = []
     for run, q_i, k_i, v_i in zip(plan.runs, parts_q, k.split(sizes_k), v.split(sizes_k), strict=True):
         hides = causal and run.q > 1 or window is not None and window < run.k
-        plain = causal and run.q == run.k and (window is None or window >= run.k)
-        plain = plain and not changed
+        plain = causal and run.q == run.k and (window is None or window >= run.k) and not changed
         mask = _band(run.q, run.k, causal, window, q.device) if hides and not plain else None
         options: dict[str, Any] = {
             "attn_mask": mask,
@@ -326,7 +310,8 @@ def _square(size: int, causal: bool, window: int | None, device: torch.device) -
 
 
 class _Call(NamedTuple):
-    """Arguments of both kernels besides q, k and v. ``sides``: keys seen before and after a query; −1 = all."""
+    """Arguments of both kernels besides q, k and v. ``sides``: keys seen before and after a query; −1 = all. ``torch``
+    has no ``softcap``."""
 
     cu_q: Tensor
     cu_k: Tensor
@@ -335,6 +320,7 @@ class _Call(NamedTuple):
     scale: float
     sides: tuple[int, int]
     dropout: float
+    softcap: float | None
 
 
 def _equal_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -352,6 +338,11 @@ def _is_hopper(device: torch.device) -> bool:
 class _Flash(NamedTuple):
     function: Callable[..., Any]
     generation: int
+
+    @property
+    def caps(self) -> bool:
+        """Whether it can cap the scores."""
+        return "softcap" in inspect.signature(self.function).parameters
 
 
 @lru_cache(maxsize=2)
@@ -373,6 +364,8 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> Tensor:
     package = _flash_function(_is_hopper(q.device))
     assert package is not None
     options: dict[str, Any] = {"dropout_p": call.dropout} if package.generation == 2 else {}
+    if call.softcap is not None:
+        options["softcap"] = call.softcap
     out = package.function(
         q,
         k,
@@ -403,7 +396,7 @@ def _varlen_options() -> frozenset[str] | None:
 def _varlen(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    assert call.dropout == 0
+    assert call.dropout == 0 and call.softcap is None
     options: dict[str, Any] = {"scale": call.scale, "window_size": call.sides}
     shared = q.shape[1] // k.shape[1]
     if shared > 1:

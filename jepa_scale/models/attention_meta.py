@@ -7,11 +7,40 @@ operators of their own, so that the planner and selective activation checkpointi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
+
+
+def attention_pairs(
+    lengths: Sequence[int],
+    window: int | None = None,
+    causal: bool = True,
+    key_lengths: Sequence[int] | None = None,
+) -> int:
+    """Count the pairs of a query and a key that it sees, over segments of these lengths; without ``causal`` all pairs.
+
+    Args:
+        lengths: number of queries of each segment.
+        window: a causal query sees itself and the ``window − 1`` keys before it.
+        causal: whether a query sees only its own key and those before it.
+        key_lengths: number of keys of each segment, the last of them aligned with the last query; ``None`` = ``lengths``.
+    """
+    if key_lengths is not None:
+        pairs = list(zip(lengths, key_lengths, strict=True))
+        if not causal:
+            return sum(n * keys for n, keys in pairs)
+        # the pairs of all key positions as queries, less those of the prefix
+        return attention_pairs(key_lengths, window) - attention_pairs([keys - n for n, keys in pairs], window)
+    if not causal:
+        return sum(n * n for n in lengths)
+    if window is None:
+        return sum(n * (n + 1) for n in lengths) // 2
+    seen = [(n, min(n, window)) for n in lengths]
+    return sum(w * (w + 1) // 2 + (n - w) * w for n, w in seen)
 
 
 @torch.library.custom_op("jepa_scale::attention_meta", mutates_args=())

@@ -1,6 +1,6 @@
 """Attention with all scores in memory, for families that change the scores between the product and the softmax.
 
-No kernel for segments offers both changes. It needs memory in proportion to the square of a segment's length.
+No kernel for segments offers both changes, and on a CPU none offers either. It needs memory in proportion to the square of a segment's length.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -18,8 +19,10 @@ from jepa_scale.models import attention
 from jepa_scale.models import head as lm_head
 from jepa_scale.models.decoder import JepaDecoderForCausalLM
 from jepa_scale.models.families.router_loss import RouterLoss, router_loss_of
+from jepa_scale.models.families.structure import locate, position_limit, position_limits
 from jepa_scale.models.families.windows import record_windows
 from jepa_scale.models.head_kl import PartsOfKL, combined, measure_kl
+from jepa_scale.models.padding import PaddedRows, one_segment_a_row
 from jepa_scale.packing import PackedSequence
 from jepa_scale.utils.errors import InputError
 
@@ -29,18 +32,23 @@ _PIECE = 16_384  # rows of the embedding in one lookup
 class Backbone(nn.Module):
     """A decoder that runs on packed sequences.
 
+    Args:
+        decoder: the ``…ForCausalLM`` of transformers. Its attention is replaced by the packed one.
+        padded: run each segment as a row of an ordinary batch (:mod:`jepa_scale.models.padding`), with the decoder's own
+            attention. States have the packed layout nevertheless.
+
     Attributes:
-        decoder: the ``…ForCausalLM`` of transformers, with packed attention.
         blocks_at: dotted name of the list of blocks within the decoder.
     """
 
-    def __init__(self, decoder: PreTrainedModel) -> None:
+    def __init__(self, decoder: PreTrainedModel, padded: bool = False) -> None:
         super().__init__()
-        self.decoder = decoder
-        self.blocks_at, self._norm_at = _locate(decoder)
-        if not isinstance(decoder, JepaDecoderForCausalLM):
-            record_windows(decoder, self.blocks_at)
-        decoder.set_attn_implementation(attention.NAME)
+        self.decoder, self.padded = decoder, padded
+        self.blocks_at, self._norm_at = locate(decoder)
+        if not padded:
+            if not isinstance(decoder, JepaDecoderForCausalLM):
+                record_windows(decoder, self.blocks_at)
+            decoder.set_attn_implementation(attention.NAME)
         lm_head.adopt(decoder.get_output_embeddings())
         self.router_loss: RouterLoss | None = None
         """The balance loss that the family adds for its routers; None = it adds none."""
@@ -194,8 +202,7 @@ class Backbone(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
-        found = [tapped[tap] if self.tp is None else self.tp.join_tokens(tapped[tap], len(hidden)) for tap in taps]
-        return hidden, [states[0] for states in found]
+        return hidden, [self.packed_states(tapped[tap], stream) for tap in taps]
 
     def forward(self, stream: PackedSequence, tap: int | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Run :meth:`hidden`, or with a ``tap`` :meth:`hidden_and_tap`, for callers that can only call a module."""
@@ -238,22 +245,62 @@ class Backbone(nn.Module):
             raise ValueError(
                 f"a segment has {longest} tokens, and the model takes {limit} ({self.limited_by}); shorten the segments or raise it"
             )
+        with self._cut(until):
+            out = self._run_padded(x, stream) if self.padded else self._run_packed(x, stream, extras)
+        if self._router_logits is not None:
+            routed = out.get("router_logits") or ()
+            self._router_logits += [PaddedRows.of(stream).pack(z) for z in routed] if self.padded else routed
+        states = self.packed_states(out.last_hidden_state, stream)
+        # Mamba keeps its residual in fp32, and casts it before the head
+        return states.to(x.dtype) if x.dtype.itemsize < states.dtype.itemsize else states
+
+    def _run_packed(self, x: Tensor, stream: PackedSequence, extras: dict[str, Any]) -> Any:
         if stream.keys is not None:
             extras["packed_keys"] = stream.keys
         tokens = x[None]
-        with self._cut(until):
-            out = self.decoder.base_model(
-                inputs_embeds=tokens if self.tp is None else self.tp.split_tokens(tokens),
-                position_ids=stream.position_ids[None],
-                use_cache=False,
-                return_dict=True,
-                packed=stream.table,
-                **extras,
+        return self.decoder.base_model(
+            inputs_embeds=tokens if self.tp is None else self.tp.split_tokens(tokens),
+            position_ids=stream.position_ids[None],
+            use_cache=False,
+            return_dict=True,
+            packed=stream.table,
+            **self._of_tokens(stream.input_ids[None]),
+            **extras,
+        )
+
+    def _run_padded(self, x: Tensor, stream: PackedSequence) -> Any:
+        """Run the segments as the rows of one batch: one call, whatever their number, as ranks wait for each other in each."""
+        rows = PaddedRows.of(stream)
+        extras = self._of_tokens(rows.spread(stream.input_ids))
+        if not stream.consecutive:
+            self.check_positions()
+            extras["position_ids"] = rows.spread(stream.position_ids)
+        with one_segment_a_row():
+            return self.decoder.base_model(inputs_embeds=rows.spread(x), use_cache=False, return_dict=True, **extras)
+
+    def _of_tokens(self, ids: Tensor) -> dict[str, Tensor]:
+        """Return what the family looks up for tokens besides their embeddings, as keywords of its forward.
+
+        Gemma 4 would else compare each embedding with all of the vocabulary's to find its token.
+        """
+        base: Any = self.decoder.base_model
+        if not getattr(base, "hidden_size_per_layer_input", 0):
+            return {}
+        return {"per_layer_inputs": base.get_per_layer_inputs(ids)}
+
+    def packed_states(self, states: Tensor, stream: PackedSequence) -> Tensor:
+        """Return a block's output in the packed layout, (T, d)."""
+        if self.padded:
+            return PaddedRows.of(stream).pack(states)
+        return (states if self.tp is None else self.tp.join_tokens(states, stream.num_tokens))[0]
+
+    def check_positions(self) -> None:
+        """Raise InputError if the decoder takes no positions of tokens, as a recurrence alone does."""
+        if "position_ids" not in inspect.signature(self.decoder.base_model.forward).parameters:
+            raise InputError(
+                f"model: {type(self.decoder).__name__} takes no positions, and the objective gives tokens other positions than their "
+                "places in the segment; choose another family or objective"
             )
-        if self._router_logits is not None:
-            self._router_logits += out.get("router_logits") or ()
-        states = out.last_hidden_state
-        return (states if self.tp is None else self.tp.join_tokens(states, len(x)))[0]
 
     @contextmanager
     def routers_recorded(self) -> Iterator[list[Tensor]]:
@@ -279,9 +326,15 @@ class Backbone(nn.Module):
     def _shape(self) -> lm_head.Shape | None:
         """Element-wise function that the family applies to the head's product; None = no such function."""
         config = self.decoder.config
-        factor = getattr(config, "logit_scale", None)  # Cohere
-        divisor = getattr(config, "logits_scaling", None)  # Granite
-        cap = getattr(config, "final_logit_softcapping", None)  # Gemma
+
+        def first(*keys: str) -> float | None:
+            return next((getattr(config, key) for key in keys if getattr(config, key, None) is not None), None)
+
+        factor = first("logit_scale", "lm_head_multiplier")  # Cohere, Falcon-H1
+        divisor = first("logits_scaling")  # Granite
+        cap = first(
+            "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"
+        )  # Gemma, RecurrentGemma, xLSTM
         if factor is None and divisor is None and cap is None:
             return None
 
@@ -372,12 +425,14 @@ class Backbone(nn.Module):
     @contextmanager
     def unpacked(self) -> Iterator[PreTrainedModel]:
         """Yield the decoder with ordinary (batch, sequence) attention, for ``generate`` and a key-value cache."""
-        self.decoder.set_attn_implementation("sdpa" if self.decoder._supports_sdpa else "eager")
+        usual = self.decoder.config._attn_implementation
+        if not self.padded:
+            self.decoder.set_attn_implementation("sdpa" if self.decoder._supports_sdpa else "eager")
         try:
             with nullcontext() if self.tp is None else self.tp.whole_tokens():
                 yield self.decoder
         finally:
-            self.decoder.set_attn_implementation(attention.NAME)
+            self.decoder.set_attn_implementation(usual)
 
     @contextmanager
     def _cut(self, until: int | None) -> Iterator[None]:
@@ -439,42 +494,3 @@ def _frozen_alone(module: nn.Module) -> Iterator[None]:
         module._parameters.update(kept)  # not empty only if the call raised; else an engine may have resharded them
         for handle in handles:
             handle.remove()
-
-
-def _locate(decoder: PreTrainedModel) -> tuple[str, str]:
-    """Find the paths of the list of blocks and of the final norm within the decoder.
-
-    Raises:
-        InputError: the decoder is not one stack of blocks with one norm after it.
-    """
-    depth = getattr(decoder.config, "num_hidden_layers", None)  # the config of a multi-modal model has no such key
-    for path, module in decoder.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            owner, _, name = path.rpartition(".")
-            children = dict(decoder.get_submodule(owner).named_children())
-            after = list(children)[list(children).index(name) + 1 :]
-            norms = [child for child in after if "norm" in type(children[child]).__name__.lower()]
-            if len(norms) == 1:
-                return path, f"{owner}.{norms[0]}" if owner else norms[0]
-    raise InputError(
-        f"model: {type(decoder).__name__} is not a single stack of blocks with a final norm; choose another family"
-    )
-
-
-def position_limit(config: Any) -> int | None:
-    """Return :attr:`Backbone.position_limit` of a decoder with this config."""
-    return min((limit for limit in position_limits(config).values() if limit is not None), default=None)
-
-
-def position_limits(config: Any) -> dict[str, int | None]:
-    """Return what limits the tokens of a segment, by what sets it; None = no limit."""
-    positions = getattr(config, "max_position_embeddings", None)
-    limits = {"max_position_embeddings": positions}
-    rope: Any = getattr(config, "rope_parameters", None) or {}
-    for part in (rope, *(value for value in rope.values() if isinstance(value, dict))):
-        if part.get("rope_type") in ("longrope", "dynamic"):
-            own = getattr(config, "original_max_position_embeddings", None)
-            limits[f"where the frequencies of {part['rope_type']} change"] = (
-                part.get("original_max_position_embeddings") or own or positions
-            )
-    return limits

@@ -20,6 +20,7 @@ from jepa_scale.distributed.comm import rank
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.decoder import JepaDecoderConfig, JepaDecoderForCausalLM
 from jepa_scale.models.families.files import ADAPTER, WEIGHTS, check_folder, check_quantisation
+from jepa_scale.models.families.probe import way_out
 from jepa_scale.models.families.router_loss import coefficient_of
 from jepa_scale.models.lora import add_lora
 from jepa_scale.models.options import HUGGINGFACE_KEYS, SHARED_KEYS, ModelOptions, check_options
@@ -52,8 +53,18 @@ def build_backbone(options: ModelOptions, vocab_size: int, pad_vocab_to: int = 1
         decoder = _random(options.config, rows)
     else:
         decoder = _native(options, rows)
-    check_packable(decoder)
-    backbone = Backbone(decoder)
+    config: Any = decoder.config
+    per_layer: Any = getattr(config, "vocab_size_per_layer_input", None)  # Gemma 4
+    if getattr(config, "hidden_size_per_layer_input", 0) and per_layer < vocab_size:
+        raise InputError(
+            f"model: {type(decoder).__name__} has embeddings of each layer for {per_layer} token ids "
+            f"(vocab_size_per_layer_input), and the data have {vocab_size}; use data of its own tokenizer, or raise the key if the "
+            "model is a new one"
+        )
+    padded = options.packing == "padded"
+    if not padded:
+        check_packable(decoder)
+    backbone = Backbone(decoder, padded)
     coefficient = coefficient_of(decoder)
     if coefficient and backbone.router_loss is None and rank() == 0:
         logger.info(
@@ -71,15 +82,14 @@ def build_backbone(options: ModelOptions, vocab_size: int, pad_vocab_to: int = 1
 
 def check_packable(decoder: PreTrainedModel) -> None:
     """Raise InputError if the decoder's attention would, silently, cross segments or compute other scores."""
-    name, config = type(decoder).__name__, decoder.config
+    other = set(getattr(decoder.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if not decoder._supports_attention_backend:
-        raise InputError(
-            f"model: {name} does not support another attention, so it cannot run packed; choose another family"
-        )
-    if other := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
-        raise InputError(
-            f"model: {name} has layers of kind {sorted(other)[0]!r}, which cannot run packed; choose another family"
-        )
+        reason = "does not support another attention, so it cannot run packed"
+    elif other:
+        reason = f"has layers of kind {sorted(other)[0]!r}, which cannot run packed"
+    else:
+        return
+    raise InputError(f"model: {type(decoder).__name__} {reason}; {way_out(decoder)}")
 
 
 def _native(options: ModelOptions, rows: int) -> PreTrainedModel:

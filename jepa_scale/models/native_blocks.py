@@ -40,6 +40,11 @@ def config_of_blocks(backbone: Backbone, layers: int, drop_path: bool, packed: b
         keys = {name: getattr(theirs, name) for name in names}
         keys["rope_theta"] = theirs.rope_parameters["rope_theta"]
     else:
+        if getattr(theirs, "num_attention_heads", None) is None:
+            raise InputError(
+                f"objective: its own blocks are shaped like the model's blocks, and {type(backbone.decoder).__name__} has no attention "
+                "heads; choose another family or objective"
+            )
         rope = getattr(theirs, "rope_parameters", None) or {}
         eps = next((e for n in ("rms_norm_eps", "layer_norm_epsilon") if (e := getattr(theirs, n, None))), 1e-6)
         keys = {

@@ -13,6 +13,7 @@ from jepa_scale.utils.errors import InputError
 SHARED_KEYS = {"family", "vocab_size", "lora"}
 HUGGINGFACE_KEYS = {
     "config",
+    "packing",
     "pretrained",
     "random_init",
     "cache_dir",
@@ -120,6 +121,11 @@ class ModelOptions(Section):
     )
     pretrained: LocalPath | None = Field(
         None, description="huggingface: hub name or local folder to load weights from."
+    )
+    packing: Literal["packed", "padded"] = Field(
+        "packed",
+        description="huggingface: packed = segments lie end to end; padded = each is a row of an ordinary batch, for families that "
+        "cannot run packed (recurrences, convolutions).",
     )
     random_init: bool = Field(
         False,

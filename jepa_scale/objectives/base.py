@@ -120,6 +120,8 @@ class Objective(nn.Module):
     balances_routers: bool = False
     """Whether the routers' balance loss of a mixture of experts is added to this objective's. It counts choices over the global
     batch, so that steps of several micro-batches have a gather pass."""
+    padded: bool = False
+    """Whether the backbone runs segments in padded rows, so that samples of near sizes share a micro-batch."""
     teacher: TargetEncoder
     """The EMA teacher, set before the first forward if :meth:`teacher_copies` is not empty."""
 
@@ -319,7 +321,7 @@ class JepaModel(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.objective = objective
-        objective.balances_routers = backbone.router_loss is not None
+        objective.balances_routers, objective.padded = backbone.router_loss is not None, backbone.padded
 
     def forward(self, task: Task, *args: Any, **kwargs: Any) -> Any:
         """Run the objective's method ``task`` on the backbone and the arguments."""

@@ -27,7 +27,7 @@ from jepa_scale.engines.ema import Teacher, TeacherModel
 from jepa_scale.engines.precision import compute_dtype, resolve_precision
 from jepa_scale.engines.weights import Weights, built_by_rank_0
 from jepa_scale.evaluation.chat import Output
-from jepa_scale.evaluation.run import Results, chat_test, device_call, evaluate
+from jepa_scale.evaluation.run import Results, chat_test, device_call, evaluate, generates
 from jepa_scale.evaluation.text_probe import SPLIT, probe_test
 from jepa_scale.experiment import Experiment
 from jepa_scale.models.backbone import Backbone
@@ -36,6 +36,7 @@ from jepa_scale.models.families.fingerprint import model_fingerprint
 from jepa_scale.models.families.probe import probe
 from jepa_scale.models.frozen.base import STATE, Base, base_of
 from jepa_scale.models.frozen.four_bit import check_device, quantise
+from jepa_scale.models.generation.cache_check import check_generation
 from jepa_scale.models.head import compile_head
 from jepa_scale.models.loading import build_backbone, check_pretrained
 from jepa_scale.models.options import check_options
@@ -46,6 +47,7 @@ from jepa_scale.objectives.costs import StepFlops
 from jepa_scale.optim import parameter_groups
 from jepa_scale.training.flop_budget import paid_steps, steps_within, whole_steps
 from jepa_scale.training.overview import ModuleSize
+from jepa_scale.training.padding import announce_padding
 from jepa_scale.utils.errors import InputError
 
 
@@ -112,7 +114,8 @@ def create_sampler(experiment: Experiment, data: Any, objective: Objective, rank
         )
     if train.batch_size:
         dp_slice = DataParallelSlice(train.accumulation, ranks.dp_rank, ranks.dp_size)
-        return SampleBatchSampler(order, seed, train.batch_size, dp_slice, data.fingerprint, train.epochs)
+        near = data.train.sizes if objective.padded else None
+        return SampleBatchSampler(order, seed, train.batch_size, dp_slice, data.fingerprint, train.epochs, near)
     accumulation, rest = divmod(train.batch_tokens, train.micro_tokens * ranks.dp_size)
     if rest:
         raise InputError(
@@ -134,6 +137,7 @@ def create_sampler(experiment: Experiment, data: Any, objective: Objective, rank
         DataParallelSlice(accumulation, ranks.dp_rank, ranks.dp_size),
         data.fingerprint,
         train.epochs,
+        objective.padded,
     )
 
 
@@ -210,6 +214,8 @@ def build(
             on_error=experiment.data.on_error,
         )
 
+    if backbone.padded:
+        announce_padding(backbone, batches(start, 0), ranks)
     steps = steps or (paid_steps(resumed, experiment, sampler) if resumed else 0)
     if not steps and not train.flops:
         steps = min(n for n in (train.steps, sampler.steps) if n)
@@ -292,10 +298,13 @@ def probed(module: JepaModel, experiment: Experiment, ranks: ParallelContext) ->
     """Probe a decoder of transformers on rank 0, which has the weights, and return the module unchanged.
 
     Raises:
-        InputError: the family does not compute on packed segments what it computes on each alone.
+        InputError: the family does not compute on packed or padded segments what it computes on each alone, or the evaluation
+            generates and a family in padded rows cannot.
     """
     if experiment.model.family == "huggingface" and ranks.is_main:
         probe(module.backbone, ranks.device, compute_dtype(experiment.engine.precision))
+        if module.backbone.padded and generates(experiment.eval):
+            check_generation(module.backbone)
     return module
 
 

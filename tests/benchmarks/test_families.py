@@ -25,8 +25,9 @@ def test_the_page_has_the_table_of_every_family():
     [
         ("qwen3", "equal", ""),
         ("qwen2 with a window", "equal", ""),
-        ("nemotron", "refused", "NemotronForCausalLM cannot run on packed segments"),
-        ("mamba", "refused", "MambaForCausalLM does not support another attention"),
+        ("nemotron", "padded", "NemotronForCausalLM cannot run on packed segments"),
+        ("mamba", "padded", "MambaForCausalLM does not support another attention"),
+        ("openai-gpt", "refused", "does not support another attention"),
         ("gemma3", "refused", "is not a single stack of blocks with a final norm"),  # too large to be made
     ],
 )

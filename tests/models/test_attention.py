@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from jepa_scale.models import attention as module
 from jepa_scale.models.attention import BACKENDS, SHORT, _square, attention, available_backends, packed_attention
 from jepa_scale.packing import KeyRows, SegmentTable
 from jepa_scale.utils.errors import InputError
@@ -23,7 +24,7 @@ def table(lengths, device="cpu"):
     return SegmentTable.from_lengths(lengths, device)
 
 
-def reference(q, k, v, lengths_q, lengths_k, causal=True, scale=None, window=None):
+def reference(q, k, v, lengths_q, lengths_k, causal=True, scale=None, window=None, softcap=None):
     """Attention over the whole stream with one (T_q, T_k) mask, in fp64."""
     q, k, v = q.double(), k.double(), v.double()
     shared = q.shape[1] // k.shape[1]
@@ -38,6 +39,8 @@ def reference(q, k, v, lengths_q, lengths_k, causal=True, scale=None, window=Non
                 seen[row + i, column + j] = (j <= place or not causal) and near
         row, column = row + lq, column + lk
     scores = torch.einsum("qhd,khd->hqk", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     weights = scores.masked_fill(~seen.to(q.device), float("-inf")).softmax(-1)
     return torch.einsum("hqk,khd->qhd", weights, v)
 
@@ -88,6 +91,8 @@ CASES = {
     "one segment": dict(lengths_q=(23,)),
     "one token": dict(lengths_q=(1,), kv_heads=2),
     "own scale": dict(lengths_q=SORTED, scale=0.7),
+    "capped": dict(lengths_q=UNSORTED, softcap=0.5, kv_heads=2),
+    "capped in a window": dict(lengths_q=SORTED, softcap=0.5, window=3),
     "narrow values": dict(lengths_q=SORTED, value_width=4),
     "wide values": dict(lengths_q=SORTED, value_width=16, kv_heads=2),
 }
@@ -118,6 +123,8 @@ def test_short_segments_in_bf16_keep_no_fp32():
 def test_cuda_backends_match_the_dense_mask(backend, name):
     if backend not in available_backends("cuda", torch.bfloat16):
         pytest.skip(f"{backend} is not installed")
+    if backend == "torch" and "softcap" in CASES[name]:
+        pytest.skip("it has no cap")
     case = {"width": 16, **CASES[name]}
     check(**case, backend=backend, device="cuda", dtype=torch.bfloat16, tolerance=2e-2)
 
@@ -286,6 +293,70 @@ def test_changed_scores_match_the_formula(softcap, with_sinks, window):
         expected.append(torch.stack(rows, dim=1))
     found = attention(q, k, v, table(lengths), scale=0.3, window=window, softcap=softcap, sinks=sinks)
     torch.testing.assert_close(found.double(), torch.cat(expected), atol=1e-5, rtol=1e-5)
+
+
+def flash_attn_varlen_func(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
+    window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False, block_table=None,
+):  # fmt: skip
+    """What flash-attn 2.6 documents of its function of this name, in plain operations."""
+    out = []
+    shared = q.shape[1] // k.shape[1]
+    for s in range(len(cu_seqlens_q) - 1):
+        rows, keys = (slice(int(cu[s]), int(cu[s + 1])) for cu in (cu_seqlens_q, cu_seqlens_k))
+        scores = torch.einsum("qhd,khd->hqk", q[rows], k[keys].repeat_interleave(shared, 1)) * softmax_scale
+        if softcap > 0:
+            scores = softcap * torch.tanh(scores / softcap)
+        behind = (
+            torch.arange(scores.shape[1])[:, None] + scores.shape[2] - scores.shape[1] - torch.arange(scores.shape[2])
+        )
+        left, right = window_size
+        hidden = (behind > left if left >= 0 else behind < -(10**9)) | (
+            -behind > right if right >= 0 else behind > 10**9
+        )
+        weights = scores.masked_fill(hidden | (causal & (behind < 0)), -torch.inf).softmax(-1)
+        out.append(torch.einsum("hqk,khd->qhd", weights, v[keys].repeat_interleave(shared, 1)))
+    return torch.cat(out)
+
+
+def former_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale):
+    """The function before 2.6, as far as its keywords matter."""
+
+
+def with_flash(monkeypatch, function, generation=2):
+    monkeypatch.setattr(module, "_flash_function", lambda hopper: module._Flash(function, generation))
+    monkeypatch.setattr(module, "_is_hopper", lambda device: generation == 3)
+    monkeypatch.setattr(module, "available_backends", lambda device, dtype: BACKENDS)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if "softcap" in case])
+def test_flash_attn_is_given_the_cap(monkeypatch, name):
+    with_flash(monkeypatch, flash_attn_varlen_func)
+    check(**CASES[name], backend="flash")
+    check(**CASES[name], backend=None)
+    check(**CASES["window"], backend="flash")
+
+
+@pytest.mark.parametrize(
+    ("function", "generation", "backend", "options", "message"),
+    [
+        (flash_attn_varlen_func, 2, "torch", {"softcap": 1.0}, "does not support capped scores"),
+        (former_varlen_func, 2, "flash", {"softcap": 1.0}, "does not support capped scores"),
+        (flash_attn_varlen_func, 2, "flash", {"softcap": 1.0, "dropout": 0.1}, "does not support dropout of capped scores"),
+        (flash_attn_varlen_func, 2, "flash", {"sinks": torch.zeros(2)}, "does not support attention sinks"),
+        (flash_attn_varlen_func, 3, "flash", {"dropout": 0.1}, "does not support dropout"),
+    ],
+)  # fmt: skip
+def test_what_a_kernel_lacks_goes_to_sdpa_or_is_refused(monkeypatch, function, generation, backend, options, message):
+    with_flash(monkeypatch, function, generation)
+    x = torch.randn(5, 2, 8)
+    with pytest.raises(InputError, match=f"backend: attention backend '{backend}' {message}; use sdpa"):
+        attention(x, x, x, table([5]), backend=backend, **options)
+    if "dropout" not in options:
+        monkeypatch.setattr(module, "available_backends", lambda device, dtype: (backend, "sdpa"))
+        torch.testing.assert_close(
+            attention(x, x, x, table([5]), **options), attention(x, x, x, table([5]), backend="sdpa", **options)
+        )
 
 
 def test_an_ordinary_call_says_what_is_missing():

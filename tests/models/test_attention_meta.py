@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from jepa_scale.models.attention import attention
-from jepa_scale.models.flops import attention_pairs
+from jepa_scale.models.attention_meta import attention_pairs
 from jepa_scale.packing import SegmentTable
 
 

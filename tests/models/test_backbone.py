@@ -17,6 +17,7 @@ from jepa_scale.models.families.windows import WINDOW
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.packing import Segment, pack_sequence
+from jepa_scale.utils.errors import InputError
 
 VOCABULARY = 50
 LENGTHS = (1, 1, 2, 5, 5, 9)
@@ -63,6 +64,29 @@ FAMILIES = {
     ),
     "gemma2": dict(
         model_type="gemma2", head_dim=8, sliding_window=3, attn_logit_softcapping=2.0, query_pre_attn_scalar=8, **LLAMA
+    ),
+    "gemma4": dict(
+        model_type="gemma4_text",
+        head_dim=8,
+        global_head_dim=8,
+        num_global_key_value_heads=2,
+        sliding_window=3,
+        layer_types=SLIDING[:2] + ["full_attention"],
+        num_kv_shared_layers=0,
+        hidden_size_per_layer_input=4,
+        vocab_size_per_layer_input=VOCABULARY,
+        final_logit_softcapping=5.0,
+        **LLAMA,
+    ),
+    "opt": dict(
+        model_type="opt",
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        ffn_dim=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        dropout=0.0,
     ),
     "gpt_oss": dict(
         model_type="gpt_oss", head_dim=8, sliding_window=3, num_local_experts=4, num_experts_per_tok=2, **LLAMA
@@ -130,6 +154,16 @@ def test_the_seeds_gpt2_packed_equals_one_sequence_at_a_time():
     backbone = build_backbone(parse_section(ModelOptions, keys, "model"), 200).eval()
     assert (backbone.num_layers, backbone.hidden_size, backbone.decoder.config.n_head) == (4, 768, 12)
     assert_packed_is_ordinary(backbone, stream(vocabulary=200))
+
+
+def test_embeddings_of_each_layer_are_those_of_the_tokens():
+    """Also where an objective replaces the embeddings; and the vocabulary must have them."""
+    backbone, packed = make("gemma4"), stream()
+    states = backbone.hidden(packed, torch.randn(packed.num_tokens, 32))
+    assert states.shape == (packed.num_tokens, 32)
+    with pytest.raises(InputError, match="embeddings of each layer for 49 token ids"):
+        keys = {**FAMILIES["gemma4"], "vocab_size_per_layer_input": VOCABULARY - 1}
+        build_backbone(ModelOptions(family="huggingface", config=keys), VOCABULARY)
 
 
 @pytest.mark.parametrize("name", ["gemma3", "mistral"])

@@ -29,9 +29,28 @@ GEMMA = dict(
     sliding_window=3,
     layer_types=["sliding_attention", "full_attention", "sliding_attention"],
 )
+MAMBA2 = dict(
+    model_type="mamba2", hidden_size=32, num_hidden_layers=3, num_heads=8, head_dim=8, state_size=8, n_groups=1, chunk_size=4
+)  # fmt: skip
+FALCON_H1 = dict(
+    model_type="falcon_h1",
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    mamba_d_ssm=64,
+    mamba_n_heads=8,
+    mamba_d_head=8,
+    mamba_n_groups=1,
+    mamba_d_state=8,
+    mamba_chunk_size=4,
+)
 FAMILIES = {
     "native": dict(hidden_size=32, num_hidden_layers=3, tie_word_embeddings=True, output_bias=True),
     "gemma3": dict(family="huggingface", config=GEMMA),
+    "mamba2": dict(family="huggingface", config=MAMBA2, packing="padded"),
+    "falcon_h1": dict(family="huggingface", config=FALCON_H1, packing="padded"),
 }
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "ds"
 OPTIM = OptimConfig(lr=1e-2, weight_decay=0.1, clip_norm=1.0)
@@ -108,13 +127,32 @@ def train_alone(family):
     return losses, norms
 
 
-@pytest.mark.parametrize(("family", "engine"), [("native", "fsdp"), ("native", "zero3"), ("gemma3", "zero3")])
+@pytest.mark.parametrize(
+    ("family", "engine"),
+    [
+        ("native", "fsdp"),
+        ("native", "zero3"),
+        ("gemma3", "zero3"),
+        ("mamba2", "fsdp"),
+        ("mamba2", "zero3"),
+        pytest.param("falcon_h1", "fsdp", marks=pytest.mark.matrix),
+        pytest.param("falcon_h1", "zero3", marks=pytest.mark.matrix),
+    ],
+)
 def test_two_ranks_train_as_one_process(family, engine, tmp_path):
     deepspeed = zero3(tmp_path) if engine == "zero3" else None
     (first, _), (second, _) = run_ranks(train_sharded, 2, family, deepspeed, "fp32")
     losses, norms = train_alone(family)
     torch.testing.assert_close([a[0] + b[0] for a, b in zip(first, second, strict=True)], losses, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close([norm for _, norm in first], norms, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
+def test_padded_rows_in_bf16_have_the_loss(engine, tmp_path):
+    deepspeed = zero3(tmp_path) if engine == "zero3" else None
+    (first, _), (second, _) = run_ranks(train_sharded, 2, "mamba2", deepspeed, "bf16")
+    losses, _ = train_alone("mamba2")
+    assert first[0][0] + second[0][0] == pytest.approx(losses[0], rel=0.01)
 
 
 def test_deepspeeds_bf16_keeps_rotary_frequencies_and_the_loss(tmp_path):

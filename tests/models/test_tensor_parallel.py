@@ -21,6 +21,7 @@ from jepa_scale.models.tensor_parallel import layers as tensor_parallel
 from jepa_scale.packing import PackedSequence, Segment, pack_sequence
 from jepa_scale.utils.errors import InputError
 from tests.distributed.launch import run_ranks
+from tests.models.test_backbone import FAMILIES as PACKED
 
 VOCABULARY = 37  # no multiple of the team
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -161,6 +162,15 @@ def test_cross_entropy_of_a_vocabulary_in_parts(size):
             2,
             "engine.tp: transformers has no tensor-parallel plan for GPT2LMHeadModel",
         ),
+        (
+            {
+                "family": "huggingface",
+                "packing": "padded",
+                "config": {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2},
+            },
+            2,
+            "engine.tp: tensor parallelism does not support model.packing: padded; set engine.tp=1",
+        ),
     ],
 )
 def test_what_cannot_be_split_is_refused_by_name(options, size, told):
@@ -168,3 +178,10 @@ def test_what_cannot_be_split_is_refused_by_name(options, size, told):
     with pytest.raises(InputError) as error:
         tensor_parallel.check(backbone, size)
     assert told in str(error.value)
+
+
+def test_embeddings_of_each_layer_are_not_split():
+    config = {**PACKED["gemma4"], "vocab_size_per_layer_input": VOCABULARY}
+    backbone = build_backbone(ModelOptions(family="huggingface", config=config), VOCABULARY)
+    with pytest.raises(InputError, match="engine.tp: tensor parallelism does not support embeddings of each layer"):
+        tensor_parallel.check(backbone, 2)

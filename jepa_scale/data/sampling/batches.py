@@ -4,6 +4,9 @@ There are two ways to cut the endless sequence of samples (:mod:`jepa_scale.data
 fixed number of samples (:class:`SampleBatchSampler`), or as many as fit a budget of tokens (:class:`TokenBatchSampler`). In both,
 micro-batch j of rank r is slice j·world + r of the step. So the number of ranks decides which rank computes a sample,
 but not which samples a step has.
+
+Segments that run in padded rows take as much as the longest of their micro-batch. For these both samplers can put samples of near
+sizes together: the first within a step, the second within a window.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from jepa_scale.data.sampling.order import Order
-from jepa_scale.data.sampling.packing_bins import first_fit_decreasing
+from jepa_scale.data.sampling.packing_bins import bins_of_near_sizes, first_fit_decreasing
 from jepa_scale.data.sampling.rng import generator
 from jepa_scale.utils.errors import InputError
 
@@ -125,6 +128,8 @@ class SampleBatchSampler(BatchSampler):
         dp_slice: the split of a step over ranks.
         fingerprint: fingerprint of the data; a saved position is only valid for the same data.
         epochs: number of epochs after which the data end; 0 = never. The last step may be smaller.
+        near: (m,) sample numbers → (m,) sizes: the samples of a step are sorted by them before they are cut into micro-batches;
+            ``None`` = they stay in their order.
 
     Raises:
         InputError: there are no examples, the order has no epochs though ``epochs`` is set, or the batch cannot be split
@@ -141,6 +146,7 @@ class SampleBatchSampler(BatchSampler):
         dp_slice: DataParallelSlice = ALONE,
         fingerprint: str = "",
         epochs: int = 0,
+        near: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> None:
         super().__init__(order, seed, dp_slice, fingerprint, epochs)
         if batch_size < 1 or batch_size % dp_slice.parts:
@@ -149,7 +155,7 @@ class SampleBatchSampler(BatchSampler):
                 f"train.accumulation={dp_slice.accumulation} micro-batches on each of {dp_slice.world_size} ranks; "
                 f"make it a multiple of {dp_slice.parts}"
             )
-        self.batch_size = batch_size
+        self.batch_size, self.near = batch_size, near
         self.first_position = 0
 
     @property
@@ -163,10 +169,15 @@ class SampleBatchSampler(BatchSampler):
 
     def micro_batch(self, step: int, micro: int) -> tuple[np.ndarray, np.ndarray]:
         m = self.batch_size // self.dp_slice.parts
-        start = self._position(step) + self.dp_slice.part(micro) * m
+        before, position = self.dp_slice.part(micro) * m, self._position(step)
+        start, count = (position + before, m) if self.near is None else (position, self.batch_size)
         if self.end is not None:
-            m = max(0, min(m, self.end - start))
-        return self.order.take(start, m)
+            count = max(0, min(count, self.end - start))
+        epochs, samples = self.order.take(start, count)
+        if self.near is None:
+            return epochs, samples
+        mine = np.argsort(self.near(samples), kind="stable")[before : before + m]
+        return epochs[mine], samples[mine]
 
     def max_samples(self, step: int) -> int:
         return self.batch_size // self.dp_slice.parts
@@ -193,8 +204,8 @@ class TokenBatchSampler(BatchSampler):
     The samples of a bin depend on the data, the seed and the budget alone. If the product of accumulation and world size
     stays the same, another world size gives the same steps.
 
-    A state is the position where the current window begins, and the number of its bins that are done. If the budget has
-    changed at :meth:`resume`, that window is packed again with the old budget, and its remaining samples become the first
+    A state is the position where the current window begins, and the number of its bins that are done. If the budget or ``near`` has
+    changed at :meth:`resume`, that window is packed again as before, and its remaining samples become the first
     window. If the data have changed, which are accepted only on request, as many samples are passed over as were done.
 
     Args:
@@ -204,6 +215,7 @@ class TokenBatchSampler(BatchSampler):
         budget: tokens in a micro-batch of a rank.
         mean_size: mean tokens of a sample; it sets the number of samples in a window (``WINDOW_BINS`` bins on average).
         dp_slice, fingerprint, epochs: as for :class:`SampleBatchSampler`.
+        near: put samples of near sizes together, and count each as large as the largest of its micro-batch.
     """
 
     kind = "tokens"
@@ -218,9 +230,10 @@ class TokenBatchSampler(BatchSampler):
         dp_slice: DataParallelSlice = ALONE,
         fingerprint: str = "",
         epochs: int = 0,
+        near: bool = False,
     ) -> None:
         super().__init__(order, seed, dp_slice, fingerprint, epochs)
-        self.sizes, self._budget = sizes, budget
+        self.sizes, self._budget, self._near = sizes, budget, near
         self.window = max(1, round(WINDOW_BINS * budget / max(mean_size, 1.0)))
         self._begin_at(0)
 
@@ -261,7 +274,7 @@ class TokenBatchSampler(BatchSampler):
         return self._planned[number]
 
     def _pack(self, samples: np.ndarray, position: int) -> list[np.ndarray]:
-        packed = first_fit_decreasing(self.sizes(samples), self._budget)
+        packed = (bins_of_near_sizes if self._near else first_fit_decreasing)(self.sizes(samples), self._budget)
         shuffled = generator(f"bins/{self.seed}/{position}").permutation(len(packed))
         return [packed[i] for i in shuffled]
 
@@ -308,7 +321,8 @@ class TokenBatchSampler(BatchSampler):
 
     def state(self, step: int) -> dict[str, Any]:
         window, place = self._find(self._first_bin(step))
-        state = {**self._header(step), "budget": self._budget, "window": self.window, "left": None}
+        state = {**self._header(step), "budget": self._budget, "near": self._near}
+        state |= {"window": self.window, "left": None}
         if window < 0:
             return {**state, "position": self.end, "bins_done": 0, "samples_done": 0, "tokens": 0}
         positions = self._positions(window)
@@ -327,7 +341,7 @@ class TokenBatchSampler(BatchSampler):
         self.first_step = int(state["step"])
         changed = state["fingerprint"] != self.fingerprint
         left = None if state["left"] is None else np.asarray(state["left"], dtype=np.int64)
-        budget, window = self._budget, self.window
+        now = self._budget, self.window, self._near
         if changed:  # the window's samples are others now: skip as many as were done
             self._begin_after(state["position"], left, int(state.get("samples_done", 0)))
             return self.first_step
@@ -335,7 +349,7 @@ class TokenBatchSampler(BatchSampler):
             self._begin_at(state["position"], left=left)
             return self.first_step
         # pack the window as it was when the state was saved
-        self._budget, self.window = state["budget"], state["window"]
+        self._budget, self.window, self._near = state["budget"], state["window"], state.get("near", False)
         self._begin_at(state["position"], state["bins_done"], left)
         bins = self._bins(0)
         tokens = int(self.sizes(np.concatenate([samples for _, samples in bins])).sum()) if bins else 0
@@ -344,10 +358,10 @@ class TokenBatchSampler(BatchSampler):
                 "objective: its views have other numbers of tokens than in the checkpoint, so the data cannot continue "
                 "at the same position; resume with the same objective options"
             )
-        if (self._budget, self.window) != (budget, window):
+        if (self._budget, self.window, self._near) != now:
             rest = self._remaining(state["bins_done"])
             after = state["position"] if left is not None else state["position"] + state["window"]
-            self._budget, self.window = budget, window
+            self._budget, self.window, self._near = now
             self._begin_at(after, left=rest)
         return self.first_step
 

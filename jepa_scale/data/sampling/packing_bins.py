@@ -1,4 +1,4 @@
-"""Bin packing: group samples into micro-batches of a fixed token budget."""
+"""Bin packing: group samples into micro-batches of a fixed token budget, of real tokens or of those of padded rows."""
 
 from __future__ import annotations
 
@@ -40,3 +40,23 @@ def first_fit_decreasing(sizes: np.ndarray, budget: int) -> list[np.ndarray]:
     by_bin = np.argsort(bin_of, kind="stable")
     ends = np.cumsum(np.bincount(bin_of, minlength=len(room)))
     return np.split(by_bin, ends[:-1])
+
+
+def bins_of_near_sizes(sizes: np.ndarray, budget: int) -> list[np.ndarray]:
+    """Group items for padded rows: in the order of their sizes, as many to a bin as fit if each takes as much as its largest.
+
+    Args:
+        sizes: (n,) integers ≥ 0, each at most ``budget``.
+
+    Returns:
+        The items of each bin, as ascending item numbers in 0 … n-1; every item is in exactly one bin.
+    """
+    sizes = np.asarray(sizes, dtype=np.int64)
+    order = np.argsort(-sizes, kind="stable")
+    bins, start = [], 0
+    while start < len(order):
+        stop = start + budget // max(int(sizes[order[start]]), 1)
+        assert stop > start, (sizes[order[start]], budget)
+        bins.append(np.sort(order[start:stop]))
+        start = stop
+    return bins

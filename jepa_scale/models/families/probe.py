@@ -1,9 +1,9 @@
 """A probe before the first step: does a decoder of transformers compute on packed segments what it computes on each alone?
 
 Whether a family can run packed is not written anywhere: a layer may read across segments (a convolution, a recurrence), make a
-mask of its own, or not pass the segments on. So two random segments run once packed, with this package's attention, and once as the
-rows of an ordinary batch, with the family's own attention in plain operations (``eager``). Every block's output and the logits must
-agree, and so must every block's sliding window, which is longer than these segments.
+mask of its own, or not pass the segments on. So two random segments run once as in training, packed with this package's attention
+or in padded rows, and once alone, with the family's own attention in plain operations (``eager``) where it can be chosen. Every
+block's output and the logits must agree, and so must every block's sliding window, which is longer than these segments.
 
 They are compared in fp32 on the host, where rounding hides nothing, and then on the run's device in its dtype, where other kernels
 run.
@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, masking_utils
+from transformers import AttentionInterface, PreTrainedModel, masking_utils
 
 from jepa_scale.models import attention
 from jepa_scale.models.backbone import Backbone
-from jepa_scale.packing import Segment, pack_sequence
+from jepa_scale.packing import PackedSequence, Segment, pack_sequence
 from jepa_scale.utils.errors import InputError
 
 LENGTHS = (9, 6)
@@ -47,9 +47,12 @@ class _Seen:
     block: int = 0
 
 
-@torch.no_grad()
+class _Refusal(InputError):
+    """Says what is wrong with a family, without what to do."""
+
+
 def probe(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> None:
-    """Check that a decoder of transformers computes the same for packed segments and for each segment alone.
+    """Check that a decoder of transformers computes the same for packed or padded segments and for each segment alone.
 
     The decoder keeps its weights, device, dtype and modes, and torch's global generator its state. On the device there are at most
     one block, the embedding and the LM head at a time. A forward of 18 tokens and one of 15, on the host and on the device.
@@ -59,15 +62,41 @@ def probe(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> None:
         device, dtype: those in which the run computes.
 
     Raises:
-        InputError: the results differ, in the named block, or a forward fails.
+        InputError: the results differ, in the named block, or a forward fails. The message names ``model.packing: padded`` if the
+            family computes the same in padded rows.
     """
-    _probe(backbone, HOST, torch.float32, TOLERANCE)
-    if (device.type, dtype) != (HOST.type, torch.float32):
-        _probe(backbone, device, dtype, ROUNDED_TOLERANCE)
+    try:
+        _probe(backbone, HOST, torch.float32, TOLERANCE)
+        if (device.type, dtype) != (HOST.type, torch.float32):
+            _probe(backbone, device, dtype, ROUNDED_TOLERANCE)
+    except _Refusal as refusal:
+        way = _OTHER_FAMILY if backbone.padded else way_out(backbone.decoder)
+        raise InputError(f"{refusal}; {way}") from refusal.__cause__
 
 
+_OTHER_FAMILY = "choose another family"
+
+
+def way_out(decoder: PreTrainedModel) -> str:
+    """Return what to do about a decoder that cannot run packed, as the end of a message. It can no longer be used packed.
+
+    Padded rows are the way if they pass the probe in fp32 on the host. Without weights, on the ``meta`` device, they may be.
+    """
+    try:
+        backbone = Backbone(decoder, padded=True)
+        if any(parameter.is_meta for parameter in decoder.parameters()):
+            return "try model.packing: padded"
+        decoder.set_attn_implementation("sdpa" if decoder._supports_sdpa else "eager")
+        _probe(backbone, HOST, torch.float32, TOLERANCE)
+    except InputError:
+        return _OTHER_FAMILY
+    return "set model.packing: padded"
+
+
+@torch.no_grad()
 def _probe(backbone: Backbone, device: torch.device, dtype: torch.dtype, tolerance: float) -> None:
     decoder, name = backbone.decoder, type(backbone.decoder).__name__
+    where = "in padded rows" if backbone.padded else "on packed segments"
     limit = getattr(decoder.config, "max_position_embeddings", None) or max(LENGTHS)
     lengths = [min(length, limit) for length in LENGTHS]
     generator = torch.Generator().manual_seed(0)
@@ -77,46 +106,46 @@ def _probe(backbone: Backbone, device: torch.device, dtype: torch.dtype, toleran
     try:
         with _placed(backbone, device, dtype):
             alone = _attempt(name, "alone", lambda: _alone(backbone, rows.to(device), lengths))
-            packed = _attempt(name, "packed", lambda: _packed(backbone, rows, lengths, device))
+            run = _padded if backbone.padded else _packed
+            together = _attempt(name, where, lambda: run(backbone, rows, lengths, device))
     finally:
         for module, mode in modes:
             module.training = mode
-    _compare(name, alone, packed, lengths, tolerance, limit)
+    _compare(name, where, alone, together, lengths, tolerance, limit)
 
 
-def _attempt(name: str, how: str, run: Any) -> _Seen:
+def _attempt(name: str, where: str, run: Any) -> _Seen:
     try:
         seen = run()
     except torch.OutOfMemoryError:
         raise
-    except InputError:
-        raise
+    except InputError as error:
+        raise _Refusal(str(error).removesuffix(f"; {_OTHER_FAMILY}")) from error
     except Exception as error:  # whatever a family's code raises on input that it was not made for
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(
-            f"model: {name} cannot run {'on packed segments' if how == 'packed' else 'alone'} ({reason}); choose another family"
-        ) from error
+        raise _Refusal(f"model: {name} cannot run {where} ({reason})") from error
     assert isinstance(seen, _Seen)
     return seen
 
 
-def _compare(name: str, alone: _Seen, packed: _Seen, lengths: list[int], tolerance: float, limit: int) -> None:
+def _compare(
+    name: str, where: str, alone: _Seen, together: _Seen, lengths: list[int], tolerance: float, limit: int
+) -> None:
     blocks = len(alone.states) - 1
-    where = [f"block {number} of {blocks}" for number in range(1, blocks + 1)] + ["logits"]
-    for number, place in enumerate(where):
-        wanted, used = alone.windows.get(number), packed.windows.get(number)
+    places = [f"block {number} of {blocks}" for number in range(1, blocks + 1)] + ["logits"]
+    for number, place in enumerate(places):
+        wanted, used = alone.windows.get(number), together.windows.get(number)
         if wanted and used and _effective(wanted, limit) != _effective(used, limit):
-            raise InputError(
-                f"model: {name} has a sliding window of {_text(wanted)} tokens in {place}, and {_text(used)} on packed segments; "
-                "choose another family"
+            raise _Refusal(
+                f"model: {name} has a sliding window of {_text(wanted)} tokens in {place}, and {_text(used)} {where}"
             )
-        pairs = zip(alone.states[number].split(lengths), packed.states[number].split(lengths), strict=True)
+        pairs = zip(alone.states[number].split(lengths), together.states[number].split(lengths), strict=True)
         errors = [float(((b - a).norm(dim=-1) / a.norm(dim=-1).clamp(min=1e-30)).mean()) for a, b in pairs]
         worst = max(errors, key=lambda error: error if error == error else float("inf"))
         if not worst <= tolerance:
-            raise InputError(
-                f"model: {name} does not compute on packed segments what it computes on each alone: {place} is the first to differ, "
-                f"by {worst:.2g} of its norm ({tolerance:g} is allowed); choose another family"
+            raise _Refusal(
+                f"model: {name} does not compute {where} what it computes on each alone: {place} is the first to differ, "
+                f"by {worst:.2g} of its norm ({tolerance:g} is allowed)"
             )
 
 
@@ -132,7 +161,8 @@ def _text(windows: set[int | None]) -> str:
 
 
 def _alone(backbone: Backbone, rows: Tensor, lengths: list[int]) -> _Seen:
-    """Run the rows of an ordinary batch. The tokens after a segment's end do not affect those before."""
+    """Run each segment alone. For a family that runs packed they are the rows of one batch: in attention, the tokens after a
+    segment's end do not affect those before."""
     seen = _Seen()
     masks: dict[int, tuple[Any, int | None]] = {}  # the mask is kept, so that its id stays its own
     known = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
@@ -147,23 +177,38 @@ def _alone(backbone: Backbone, rows: Tensor, lengths: list[int]) -> _Seen:
         found = {masks[id(x)][1] for x in (*args, *kwargs.values()) if id(x) in masks}
         seen.windows.setdefault(seen.block, set()).update(found)
 
-    def cut(x: Tensor) -> Tensor:
-        return torch.cat([row[:length] for row, length in zip(x.float().cpu(), lengths, strict=True)])
+    def run(some: Tensor, its_lengths: list[int]) -> list[Tensor]:
+        def cut(x: Tensor) -> Tensor:
+            return torch.cat([row[:length] for row, length in zip(x.float().cpu(), its_lengths, strict=True)])
 
-    with backbone.unpacked() as decoder, _watched(backbone, seen, cut, note):
-        decoder.set_attn_implementation("eager")
+        seen.states = []
+        with _watched(backbone, seen, cut, note):
+            logits = decoder(some, use_cache=False).logits
+        return [*seen.states, cut(logits)]
+
+    with backbone.unpacked() as decoder:
+        if decoder._can_set_attn_implementation():
+            decoder.set_attn_implementation("eager")
         known["eager"] = make_mask
         try:
-            logits = decoder(rows, use_cache=False).logits
+            if backbone.padded:
+                parts = [run(row[None, :length], [length]) for row, length in zip(rows, lengths, strict=True)]
+                seen.states = [torch.cat(states) for states in zip(*parts, strict=True)]
+            else:
+                seen.states = run(rows, lengths)
         finally:
             del known["eager"]
-    seen.states.append(cut(logits))
     return seen
+
+
+def _segments(rows: Tensor, lengths: list[int], device: torch.device) -> PackedSequence:
+    return pack_sequence(
+        [Segment(row[:length].tolist(), "text") for row, length in zip(rows, lengths, strict=True)]
+    ).to(device)
 
 
 def _packed(backbone: Backbone, rows: Tensor, lengths: list[int], device: torch.device) -> _Seen:
     seen = _Seen()
-    segments = [Segment(row[:length].tolist(), "text") for row, length in zip(rows, lengths, strict=True)]
 
     def attend(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         seen.windows.setdefault(seen.block, set()).add(attention.window_of(module, kwargs))
@@ -171,10 +216,18 @@ def _packed(backbone: Backbone, rows: Tensor, lengths: list[int], device: torch.
 
     AttentionInterface.register(attention.NAME, attend)
     try:
-        with _watched(backbone, seen, lambda x: x[0].float().cpu(), lambda *_: None):
-            hidden = backbone.hidden(pack_sequence(segments).to(device))
+        return _together(backbone, _segments(rows, lengths, device), seen)
     finally:
         AttentionInterface.register(attention.NAME, attention.packed_attention)
+
+
+def _padded(backbone: Backbone, rows: Tensor, lengths: list[int], device: torch.device) -> _Seen:
+    return _together(backbone, _segments(rows, lengths, device), _Seen())
+
+
+def _together(backbone: Backbone, segments: PackedSequence, seen: _Seen) -> _Seen:
+    with _watched(backbone, seen, lambda x: backbone.packed_states(x, segments).float().cpu(), lambda *_: None):
+        hidden = backbone.hidden(segments)
     seen.states.append(backbone.logits(hidden).float().cpu())
     return seen
 

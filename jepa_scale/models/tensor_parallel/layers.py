@@ -35,6 +35,10 @@ def check(backbone: Backbone, size: int) -> None:
     """
     decoder = backbone.decoder
     config: Any = decoder.config
+    if backbone.padded:
+        raise InputError("engine.tp: tensor parallelism does not support model.packing: padded; set engine.tp=1")
+    if getattr(config, "hidden_size_per_layer_input", 0):
+        raise InputError("engine.tp: tensor parallelism does not support embeddings of each layer; set engine.tp=1")
     plan_of(decoder)
     for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         count: Any = getattr(config, key, None)

@@ -103,6 +103,33 @@ def test_resuming_at_another_batch_size_repeats_and_loses_nothing(batches: tuple
     assert seen == pairs(samples_of(n, 5, len(seen)), 0)
 
 
+@some
+@given(
+    n=st.integers(1, 40),
+    per_part=st.integers(1, 5),
+    world=st.integers(1, 4),
+    accumulation=st.integers(1, 3),
+    epochs=st.integers(0, 2),
+)
+def test_samples_of_near_sizes_share_a_micro_batch(
+    n: int, per_part: int, world: int, accumulation: int, epochs: int
+) -> None:
+    """A step has its samples, sorted by size over its slices, however it is dealt out."""
+    sizes, batch = np.random.default_rng(n).integers(1, 50, n), per_part * world * accumulation
+
+    def make(dp_slice: DataParallelSlice, near: Any = lambda samples: sizes[samples]) -> SampleBatchSampler:
+        return SampleBatchSampler(uniform(n, 3), 3, batch, dp_slice, epochs=epochs, near=near)
+
+    for step in range(4):
+        usual = whole_step(lambda dp_slice: make(dp_slice, None), step, accumulation, world)
+        parts = whole_step(make, step, accumulation, world)
+        assert sorted(flat(parts)) == sorted(flat(usual))
+        assert [len(part) for part in parts] == [len(part) for part in usual]
+        assert flat(parts) == flat(whole_step(make, step))
+        found = [sizes[i] for _, i in flat(parts)]
+        assert found == sorted(found)
+
+
 def pairs(stream: Any, step: int) -> list[tuple[int, int]]:
     return [(int(e), int(s)) for e, s in zip(*stream.micro_batch(step, 0), strict=True)]
 
@@ -151,21 +178,25 @@ sizes_and_budget = st.integers(1, 40).flatmap(
 )
 
 
+@pytest.mark.parametrize("near", [False, True])
 @some
 @given(data=sizes_and_budget, world=st.integers(1, 8), accumulation=st.integers(1, 3), epochs=st.integers(1, 3))
 def test_bins_hold_their_budget_and_every_sample_once_an_epoch(
-    data: tuple[list[int], int], world: int, accumulation: int, epochs: int
+    near: bool, data: tuple[list[int], int], world: int, accumulation: int, epochs: int
 ) -> None:
     sizes, budget = data
 
     def make(dp_slice: DataParallelSlice) -> TokenBatchSampler:
-        return tokens_of(sizes, budget, dp_slice.accumulation, dp_slice.rank, dp_slice.world_size, epochs=epochs)
+        place = dp_slice.accumulation, dp_slice.rank, dp_slice.world_size
+        return tokens_of(sizes, budget, *place, epochs=epochs, near=near)
 
     steps = make(DataParallelSlice(accumulation, 0, world)).steps
     assert steps is not None
     parts = [part for s in range(steps) for part in whole_step(make, s, accumulation, world)]
     assert Counter(flat(parts)) == {(e, i): 1 for e in range(epochs) for i in range(len(sizes))}
     assert max(sum(sizes[i] for _, i in part) for part in parts) <= budget
+    if near:
+        assert all(len(part) * max(sizes[i] for _, i in part) <= budget for part in parts if part)
     assert not flat(whole_step(make, steps, accumulation, world))
     assert any(parts[-accumulation * world :])  # the last step isn't empty
     largest = make(DataParallelSlice(accumulation, world - 1, world)).max_samples(0)
@@ -192,11 +223,16 @@ def test_resuming_again_and_again_with_other_ranks_and_budgets_delivers_every_sa
     while True:
         world, accumulation = choices.draw(st.integers(1, 8)), choices.draw(st.integers(1, 3))
         wider = budget + choices.draw(st.sampled_from([0, 0, 7]))
+        near = choices.draw(st.booleans())
 
         def make(
-            dp_slice: DataParallelSlice, wider: int = wider, state: dict[str, Any] | None = state
+            dp_slice: DataParallelSlice,
+            wider: int = wider,
+            near: bool = near,
+            state: dict[str, Any] | None = state,
         ) -> TokenBatchSampler:
-            stream = tokens_of(sizes, wider, dp_slice.accumulation, dp_slice.rank, dp_slice.world_size, epochs=epochs)
+            place = dp_slice.accumulation, dp_slice.rank, dp_slice.world_size
+            stream = tokens_of(sizes, wider, *place, epochs=epochs, near=near)
             if state is not None:
                 assert stream.resume(state) == state["step"]
             return stream
@@ -240,6 +276,17 @@ def test_changed_data_go_on_at_the_same_count(data: tuple[list[int], int], stops
         done += sum(len(stream.micro_batch(step, 0)[0]) for step in range(first, last))
         state, budget = stream.state(last), budget + wider
     assert done == epochs * len(sizes)
+
+
+def test_a_state_without_the_key_is_of_bins_by_their_sum() -> None:
+    """As those of runs before there were padded rows."""
+    sizes = [1, 9, 2, 8, 3, 7, 4, 6] * 20
+    state = tokens_of(sizes, 10, epochs=1).state(5)
+    assert state.pop("near") is False
+    one, other = (tokens_of(sizes, 10, epochs=1, near=near) for near in (True, False))
+    assert one.resume(state) == other.resume(state) == 5
+    left = [{i for step in range(5, s.steps or 0) for i in s.micro_batch(step, 0)[1].tolist()} for s in (one, other)]
+    assert left[0] == left[1] and len(left[0]) < len(sizes)
 
 
 def test_smaller_data_end_where_they_end() -> None:

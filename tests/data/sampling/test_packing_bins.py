@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jepa_scale.data.sampling.packing_bins import first_fit_decreasing
+from jepa_scale.data.sampling.packing_bins import bins_of_near_sizes, first_fit_decreasing
 
 
 def plainly(sizes: list[int], budget: int) -> list[list[int]]:
@@ -37,3 +37,15 @@ def test_many_items_of_real_lengths_leave_little_room() -> None:
         loads = np.array([sizes[b].sum() for b in bins])
         assert loads.max() <= budget
         assert loads.sum() / (budget * len(bins)) > 0.999
+
+
+@settings(max_examples=100)
+@given(data=st.data(), budget=st.integers(1, 60))
+def test_padded_bins_hold_near_sizes_and_are_full(data: st.DataObject, budget: int) -> None:
+    sizes = data.draw(st.lists(st.integers(1, budget), max_size=60))
+    bins = bins_of_near_sizes(np.array(sizes, dtype=np.int64), budget)
+    assert sorted(i for b in bins for i in b.tolist()) == list(range(len(sizes)))
+    for one, after in zip(bins, bins[1:], strict=False):
+        largest = max(sizes[i] for i in one)
+        assert len(one) * largest <= budget < (len(one) + 1) * largest  # the next item finds no room
+        assert min(sizes[i] for i in one) >= max(sizes[i] for i in after)

@@ -1,5 +1,7 @@
 """The probe passes what agrees, and names the first block of what does not."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -16,10 +18,14 @@ CPU = torch.device("cpu")
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
 
 
-def make(model_type="mistral", lora=None, **keys):
+MAMBA2 = dict(num_heads=8, head_dim=8, state_size=8, n_groups=1, chunk_size=4, hidden_size=32, num_hidden_layers=3)
+SET, OTHER = "; set model.packing: padded", "; choose another family"
+
+
+def make(model_type="mistral", lora=None, packing="packed", **keys):
     torch.manual_seed(0)
-    config = {"model_type": model_type, **SIZES, **keys}
-    backbone = build_backbone(ModelOptions(family="huggingface", config=config, lora=lora), 50)
+    config = {"model_type": model_type, **(MAMBA2 if model_type == "mamba2" else SIZES), **keys}
+    backbone = build_backbone(ModelOptions(family="huggingface", config=config, lora=lora, packing=packing), 50)
     with torch.no_grad():
         for p in backbone.parameters():
             p += 0.1 * torch.randn_like(p)
@@ -28,7 +34,15 @@ def make(model_type="mistral", lora=None, **keys):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    "keys", [dict(sliding_window=4), dict(lora=dict(rank=2)), dict(model_type="gemma2", head_dim=8)]
+    "keys",
+    [
+        dict(sliding_window=4),
+        dict(lora=dict(rank=2)),
+        dict(model_type="gemma2", head_dim=8),
+        dict(packing="padded", sliding_window=4),
+        dict(packing="padded", model_type="mamba2"),
+        dict(packing="padded", model_type="gemma2", head_dim=8, lora=dict(rank=2)),
+    ],
 )
 def test_a_family_that_agrees_passes_and_is_left_as_it_was(keys, dtype):
     backbone = make(**keys)
@@ -44,17 +58,17 @@ def test_a_family_that_agrees_passes_and_is_left_as_it_was(keys, dtype):
     assert all(after[n].data_ptr() == at and torch.equal(after[n], x) for n, (at, x) in before.items())
     assert all(isinstance(p, nn.Parameter) for m in backbone.modules() for p in m._parameters.values() if p is not None)
     assert backbone.decoder.training and not backbone.layers[0].training and backbone.layers[1].training
-    assert backbone.decoder.config._attn_implementation == attention.NAME
+    wanted = attention.NAME
+    if backbone.padded:
+        wanted = "sdpa" if keys.get("model_type") is None else "eager"
+    assert backbone.decoder.config._attn_implementation == wanted
 
 
-def refused(backbone, message, dtype=torch.float32):
+def refused(backbone, message, dtype=torch.float32, way=OTHER):
     with pytest.raises(InputError) as error:
         probe(backbone, CPU, dtype)
-    assert (
-        message in str(error.value)
-        and "\n" not in str(error.value)
-        and str(error.value).endswith("choose another family")
-    )
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert str(error.value).endswith(way) and str(error.value).count(";") == 1
 
 
 class Leak(nn.Module):
@@ -73,14 +87,45 @@ class Leak(nn.Module):
 def test_a_block_that_sees_the_segment_before_is_named(block, dtype):
     backbone = make()
     backbone.layers[block - 1].mlp = Leak(backbone.layers[block - 1].mlp)
-    refused(backbone, f"block {block} of 3 is the first to differ", dtype)
+    refused(
+        backbone,
+        f"on packed segments what it computes on each alone: block {block} of 3 is the first to differ",
+        dtype,
+        SET,
+    )
+
+
+class Ahead(Leak):
+    """Adds the state of the token after, which is padding at the end of a row."""
+
+    def forward(self, x):
+        return self.inner(x + torch.nn.functional.pad(x, (0, 0, -1, 1)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("model_type", ["mistral", "mamba2"])
+def test_a_block_that_sees_the_padding_is_named(model_type, dtype):
+    backbone = make(model_type, packing="padded")
+    name = "mixer" if model_type == "mamba2" else "mlp"
+    part = getattr(backbone.layers[1], name)
+    if model_type == "mamba2":
+        part.in_proj = Ahead(part.in_proj)
+    else:
+        backbone.layers[1].mlp = Ahead(part)
+    refused(backbone, "in padded rows what it computes on each alone: block 2 of 3 is the first to differ", dtype)
+
+
+def test_a_block_that_sees_ahead_has_no_way_out():
+    backbone = make()
+    backbone.layers[0].mlp = Ahead(backbone.layers[0].mlp)
+    refused(backbone, "block 1 of 3 is the first to differ")
 
 
 def test_a_window_longer_than_the_segments_is_noticed():
     backbone = make(sliding_window=40, max_position_embeddings=64)
     for part in backbone.layers[1].modules():
         setattr(part, WINDOW, None)
-    refused(backbone, "has a sliding window of 40 tokens in block 2 of 3, and no on packed segments")
+    refused(backbone, "has a sliding window of 40 tokens in block 2 of 3, and no on packed segments", way=SET)
     beyond = make(sliding_window=64, max_position_embeddings=64)  # it hides nothing
     for part in beyond.layers[1].modules():
         setattr(part, WINDOW, None)
@@ -89,8 +134,35 @@ def test_a_window_longer_than_the_segments_is_noticed():
 
 def test_a_family_that_cannot_run_packed_is_refused():
     doge = make("doge")
-    refused(doge, "DogeAttention needs a mask of its own")
-    refused(make("nemotron"), "NemotronForCausalLM cannot run on packed segments (attention 'jepa_packed' needs packed")
+    refused(doge, "DogeAttention needs a mask of its own", way=SET)
+    message = "NemotronForCausalLM cannot run on packed segments (attention 'jepa_packed' needs packed"
+    with pytest.raises(InputError, match=re.escape(message) + ".*" + SET):
+        probe(make("nemotron"), CPU, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("keys", "reason"),
+    [
+        (dict(model_type="mamba2"), "does not support another attention, so it cannot run packed"),
+        (
+            dict(model_type="lfm2", layer_types=["conv", "full_attention", "conv"]),
+            "has layers of kind 'conv', which cannot run packed",
+        ),
+    ],
+)
+def test_what_is_known_not_to_run_packed_is_refused_when_it_is_built(keys, reason):
+    with pytest.raises(InputError, match=f"{reason}{SET}$"):
+        make(**keys)
+    with torch.device("meta"), pytest.raises(InputError, match=f"{reason}; try model.packing: padded$"):
+        make(**keys)
+    probe(make(**keys, packing="padded"), CPU, torch.float32)
+
+
+def test_no_way_is_named_that_leads_nowhere():
+    """GPT-1 cannot run packed, and has no final norm."""
+    options = ModelOptions(family="huggingface", config=dict(model_type="openai-gpt", n_embd=32, n_layer=2, n_head=4))
+    with pytest.raises(InputError, match=f"does not support another attention, so it cannot run packed{OTHER}$"):
+        build_backbone(options, 50)
 
 
 def test_other_logits_are_noticed():
