@@ -16,7 +16,7 @@ from jepa_scale.config.schema import CheckpointConfig
 from jepa_scale.distributed import comm
 from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.engines.precision import compute_dtype
-from jepa_scale.evaluation.chat import generations_file
+from jepa_scale.evaluation.generations import generations_file
 from jepa_scale.experiment import Experiment, check_trainable, validate
 from jepa_scale.models.flops import peak_of
 from jepa_scale.report.step_time import breakdown_table
@@ -101,6 +101,10 @@ def train(experiment: Experiment, ranks: ParallelContext, resume: str | None) ->
         data=run.data.counts,
         peak=peak_of(ranks.device, compute_dtype(experiment.engine.precision), experiment.engine.tf32),
         budget=experiment.train.flops,
+        parameters=(
+            run.model_size.parameters + run.objective_size.parameters,
+            run.model_size.trained + run.objective_size.trained,
+        ),
     )
     callbacks = Callbacks(experiment.train.callbacks)
     saver = saver_of(experiment.checkpoint, run_dir, callbacks.on_save)
