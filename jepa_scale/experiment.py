@@ -192,14 +192,26 @@ def check_trainable(experiment: Experiment) -> None:
     """Check what only training asks of a config, before anything is built.
 
     Raises:
-        InputError: ``checkpoint.keep_best`` has nothing to choose from, this machine cannot compute in ``engine.precision``, or there is
-            no such callback.
+        InputError: ``checkpoint.keep_best`` has nothing to choose from, this machine cannot compute in ``engine.precision``, there is
+            no such callback, or ``log.profile`` is beyond the last step.
     """
     for name in experiment.train.callbacks:
         callback_class(name)
     check_intervals(experiment.train, experiment.checkpoint)
+    if experiment.train.steps:
+        check_profile(experiment.log, experiment.train.steps)
     if experiment.engine.precision == "fp16":
         check_fp16()
+
+
+def check_profile(log: LogConfig, last: int) -> None:
+    """Check ``log.profile`` against the run's last step. Of epochs and FLOPs this is known when the data have been read.
+
+    Raises:
+        InputError: the run ends before the last step that is to be profiled.
+    """
+    if log.profile and log.profile[1] > last:
+        raise InputError(f"log.profile: {log.profile}: the run has {last:,} steps; choose steps up to {last}")
 
 
 def _with_flops(train: TrainConfig) -> TrainConfig:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, field_validator, model_validator
 
 from jepa_scale.config.values import LocalPath, RunName, Text
 from jepa_scale.utils.splits import TRAIN, current_key, split_key
@@ -339,6 +339,20 @@ class LogConfig(Section):
         False,
         description="Seconds of each part of a step (data, forward, backward, optimizer …) in the rows of training.",
     )
+    profile: list[int] | None = Field(
+        None,
+        min_length=2,
+        max_length=2,
+        description="First and last optimizer step of which each rank writes a trace by torch.profiler, and on CUDA a snapshot of "
+        "memory, into the run's folder, e.g. [10, 12]; null = none.",
+    )
+
+    @field_validator("profile")
+    @classmethod
+    def _is_range(cls, steps: list[int] | None) -> list[int] | None:
+        if steps and not 1 <= steps[0] <= steps[1]:
+            raise ValueError(f"{steps} are no first and last step; steps are counted from 1, e.g. [10, 12]")
+        return steps
 
 
 class Config(Section):

@@ -3048,4 +3048,22 @@ ROWS: tuple[Row, ...] = (
         "tests/report/test_answers.py::test_each_split_shows_its_newest_answers_up_to_a_step",
         "a report shows no answers of steps that a resumed run has not reached again",
     ),
+    _row(
+        "profile-without-data",
+        "records",
+        "jepa_scale/training/trainer.py",
+        '            self.profiler.begin(step + 1)\n            with self.phase("data", step):',
+        '            with self.phase("data", step):\n                self.profiler.begin(step + 1)',
+        "tests/training/test_profiler.py::test_a_trace_has_the_steps_their_parts_and_the_operators",
+        "a profiled step begins before its data are waited for",
+    ),
+    _row(
+        "profile-after-the-end",
+        "config",
+        "jepa_scale/training/run.py",
+        "    check_profile(experiment.log, run.steps)\n",
+        "",
+        "tests/training/test_profiler.py::test_steps_that_the_run_does_not_have_are_refused_before_it_trains",
+        "steps to profile that an epoch does not have are refused before training",
+    ),
 )
