@@ -33,6 +33,7 @@ from jepa_scale.evaluation.options import OPTIONS, EvaluationOptions
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.telemetry.callbacks import callback_class
 from jepa_scale.telemetry.records import SUMMARY_FILE
+from jepa_scale.telemetry.trackers import check_installed
 from jepa_scale.utils.devices import check_fp16
 from jepa_scale.utils.errors import InputError, suggestion
 from jepa_scale.utils.importing import imported
@@ -193,11 +194,12 @@ def check_trainable(experiment: Experiment) -> None:
 
     Raises:
         InputError: ``checkpoint.keep_best`` has nothing to choose from, this machine cannot compute in ``engine.precision``, there is
-            no such callback, or ``log.profile`` is beyond the last step.
+            no such callback, a package of ``log.trackers`` is not installed, or ``log.profile`` is beyond the last step.
     """
     for name in experiment.train.callbacks:
         callback_class(name)
     check_intervals(experiment.train, experiment.checkpoint)
+    check_installed(experiment.log.trackers)
     if experiment.train.steps:
         check_profile(experiment.log, experiment.train.steps)
     if experiment.engine.precision == "fp16":
