@@ -21,13 +21,21 @@ class Tracker:
     Attributes:
         new: name of the run → keys of accelerate's class for a new run. again: name and id → those for a resumed one.
         id_of: the tracker's own run → its id.
+        fail: ends the tracker's run as a failed one; None = the tracker has no such state.
         keeps_config: whether the config of a run cannot change, so that a resumed one does not send it again.
     """
 
     new: Callable[[str], dict[str, Any]]
     again: Callable[[str, str], dict[str, Any]]
     id_of: Callable[[Any], str]
+    fail: Callable[[], None] | None = None
     keeps_config: bool = False
+
+
+def _fail_mlflow() -> None:
+    import mlflow
+
+    mlflow.end_run("FAILED")  # what accelerate calls ends every run as a finished one
 
 
 TRACKERS = {
@@ -35,6 +43,7 @@ TRACKERS = {
         lambda name: {"run_name": name},
         lambda _, id: {"run_id": id},
         lambda run: str(run.info.run_id),
+        fail=_fail_mlflow,
         keeps_config=True,
     ),
     "trackio": Tracker(
@@ -75,6 +84,7 @@ class TrackerLogger:
         from accelerate import tracking
 
         tracking.logger = _Messages(logging.getLogger(tracking.__name__), {})
+        self._fail = TRACKERS[tracker].fail
         of, id_file = TRACKERS[tracker], run_dir / f"{tracker}_id.txt"
         known = id_file.read_text(encoding="utf-8").strip() if start_step and id_file.is_file() else ""
         base = tracking.LOGGER_TYPE_TO_CLASS[tracker]
@@ -92,6 +102,8 @@ class TrackerLogger:
 
     def close(self, exit_code: int) -> None:
         with redirect_stdout(sys.stderr):
+            if exit_code and self._fail:
+                self._fail()
             self._tracker.finish()
 
 

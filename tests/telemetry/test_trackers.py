@@ -74,6 +74,14 @@ def test_a_new_run_in_the_same_place_is_a_new_run_there(tmp_path, mlflow):
     assert len(mlflow.MlflowClient().search_runs([experiment.experiment_id])) == 2
 
 
+def test_a_run_that_fails_has_failed_there_too(tmp_path, mlflow):
+    with pytest.raises(FloatingPointError), run_log(tmp_path, trackers=["mlflow"]) as log:
+        log.trained(1, {"loss": 1.0})
+        raise FloatingPointError
+    run = mlflow.MlflowClient().get_run((tmp_path / "mlflow_id.txt").read_text().strip())
+    assert run.info.status == "FAILED" and run.data.metrics["train/loss"] == 1.0
+
+
 def test_a_server_that_cannot_be_reached_is_told_once_and_the_run_goes_on(tmp_path, mlflow, monkeypatch, caplog):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:////{tmp_path}/no/such/folder/mlflow.db")
     (tmp_path / "no").write_text("a file in the folder's place")
