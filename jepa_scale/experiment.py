@@ -33,6 +33,7 @@ from jepa_scale.evaluation.options import OPTIONS, EvaluationOptions
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.telemetry.callbacks import callback_class
 from jepa_scale.telemetry.records import SUMMARY_FILE
+from jepa_scale.telemetry.trackers import check_installed
 from jepa_scale.utils.devices import check_fp16
 from jepa_scale.utils.errors import InputError, suggestion
 from jepa_scale.utils.importing import imported
@@ -192,14 +193,27 @@ def check_trainable(experiment: Experiment) -> None:
     """Check what only training asks of a config, before anything is built.
 
     Raises:
-        InputError: ``checkpoint.keep_best`` has nothing to choose from, this machine cannot compute in ``engine.precision``, or there is
-            no such callback.
+        InputError: ``checkpoint.keep_best`` has nothing to choose from, this machine cannot compute in ``engine.precision``, there is
+            no such callback, a package of ``log.trackers`` is not installed, or ``log.profile`` is beyond the last step.
     """
     for name in experiment.train.callbacks:
         callback_class(name)
     check_intervals(experiment.train, experiment.checkpoint)
+    check_installed(experiment.log.trackers)
+    if experiment.train.steps:
+        check_profile(experiment.log, experiment.train.steps)
     if experiment.engine.precision == "fp16":
         check_fp16()
+
+
+def check_profile(log: LogConfig, last: int) -> None:
+    """Check ``log.profile`` against the run's last step. Of epochs and FLOPs this is known when the data have been read.
+
+    Raises:
+        InputError: the run ends before the last step that is to be profiled.
+    """
+    if log.profile and log.profile[1] > last:
+        raise InputError(f"log.profile: {log.profile}: the run has {last:,} steps; choose steps up to {last}")
 
 
 def _with_flops(train: TrainConfig) -> TrainConfig:

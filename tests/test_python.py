@@ -1,6 +1,7 @@
 """Training from Python: ``jepa_scale.train`` returns the run, as often as it is called in one process."""
 
 import inspect
+import json
 import subprocess
 import sys
 
@@ -23,6 +24,9 @@ def test_a_run_is_trained_and_read(tmp_path):
     assert steps == [1, 2]
     assert run.metrics["eval/valid"]["lm_loss"] > 0
     assert run.report() == run.directory / "report.html" and run.report().is_file()
+    whole = sum(p.numel() for p in run.load().module.parameters())
+    summary = json.loads((run.directory / "summary.json").read_text())
+    assert (summary["parameters"], summary["trainable_parameters"]) == (whole, whole)
     assert run.load().encode(["the wave"]).shape == (1, 32)
     assert not dist.is_initialized()
 

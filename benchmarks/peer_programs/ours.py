@@ -23,6 +23,7 @@ from jepa_scale.telemetry import RunLog, prepare_run_dir
 from jepa_scale.telemetry.callbacks import Callbacks
 from jepa_scale.training.build import TrainingComponents, build, model_of
 from jepa_scale.training.preemption import StopRequest
+from jepa_scale.training.profiler import StepProfiler
 from jepa_scale.training.run import saver_of
 from jepa_scale.training.stopping import StoppingRules
 from jepa_scale.training.trainer import Trainer, global_totals
@@ -144,7 +145,10 @@ class Ours:
         self.run.batches = some  # type: ignore[assignment]
         try:
             rules = StoppingRules(self.run.experiment.train)
-            Trainer(self.run, self.log, self.saver, self.watchdog, self.stop, rules, self.callbacks).train(start)
+            profiler = StepProfiler(None, self.log.run_dir, self.run.ranks)
+            Trainer(self.run, self.log, self.saver, self.watchdog, self.stop, rules, self.callbacks, profiler).train(
+                start
+            )
         finally:
             self.run.batches = whole
         self.done += count

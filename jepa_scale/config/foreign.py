@@ -36,7 +36,7 @@ JEPA_LLM = Program(
     {
         "general.finetune_seed": "run.seed",
         "general.use_wandb": "log.wandb",
-        "general.wandb_project": "log.wandb_project",
+        "general.wandb_project": "log.project",
         "general.wandb_run_name": "run.name",
         "model.name": "model.pretrained",
         "model.use_lora": "model.lora, which is there or null",

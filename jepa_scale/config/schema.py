@@ -11,9 +11,10 @@ from __future__ import annotations
 import warnings
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, field_validator, model_validator
 
 from jepa_scale.config.values import LocalPath, RunName, Text
+from jepa_scale.utils.errors import suggestion
 from jepa_scale.utils.splits import TRAIN, current_key, split_key
 
 
@@ -327,10 +328,23 @@ class CheckpointConfig(Section):
     )
 
 
+TRACKERS = ("mlflow", "trackio")
+"""Names of ``log.trackers``; each is the name of its package too."""
+
+
 class LogConfig(Section):
+    former_names: ClassVar[dict[str, str]] = {"wandb_project": "project"}
+
     wandb: bool = Field(False, description="Log to Weights & Biases (offline unless a key is set).")
-    wandb_project: Text = Field(
-        "jepa_scale", pattern=r"^[^/\\#?%:\x00-\x1f]{1,128}$", description="W&B project; without / \\ # ? % and :."
+    trackers: list[Text] = Field(
+        default_factory=list,
+        description=f"Further trackers, e.g. [mlflow], of {', '.join(TRACKERS)}; each must be installed. Addresses and keys come from their own "
+        "environment variables.",
+    )
+    project: Text = Field(
+        "jepa_scale",
+        pattern=r"^[^/\\#?%:\x00-\x1f]{1,128}$",
+        description="Project at W&B and other trackers, an experiment of MLflow; without / \\ # ? % and :.",
     )
     tensorboard: bool = Field(False, description="Write TensorBoard events into the run directory.")
     progress: bool = Field(True, description="Progress bar on rank 0.")
@@ -339,6 +353,33 @@ class LogConfig(Section):
         False,
         description="Seconds of each part of a step (data, forward, backward, optimizer …) in the rows of training.",
     )
+    profile: list[int] | None = Field(
+        None,
+        min_length=2,
+        max_length=2,
+        description="First and last optimizer step of which each rank writes a trace by torch.profiler, and on CUDA a snapshot of "
+        "memory, into the run's folder, e.g. [10, 12]; null = none.",
+    )
+
+    @field_validator("trackers")
+    @classmethod
+    def _are_known(cls, names: list[str]) -> list[str]:
+        hint = ", ".join(TRACKERS)
+        for name in names:
+            if name in ("wandb", "tensorboard"):
+                raise ValueError(f"{name} has a key of its own; set log.{name}: true in place of it")
+            if name not in TRACKERS:
+                raise ValueError(f"unknown tracker {name!r}; {suggestion(name, TRACKERS, f'known: {hint}')}")
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"{twice!r} is there twice; give each once")
+        return names
+
+    @field_validator("profile")
+    @classmethod
+    def _is_range(cls, steps: list[int] | None) -> list[int] | None:
+        if steps and not 1 <= steps[0] <= steps[1]:
+            raise ValueError(f"{steps} are no first and last step; steps are counted from 1, e.g. [10, 12]")
+        return steps
 
 
 class Config(Section):

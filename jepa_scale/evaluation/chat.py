@@ -18,6 +18,7 @@ from tqdm import tqdm
 from jepa_scale.data.examples import Conversation
 from jepa_scale.data.prepare.encoders.messages import is_trained
 from jepa_scale.distributed.comm import ParallelContext, all_gather_object
+from jepa_scale.evaluation.generations import generations_file
 from jepa_scale.evaluation.options import DATABASE, ChatEvalOptions
 from jepa_scale.metrics.text_match import Wanted, metric_of
 from jepa_scale.models.generation.batches import Answer, answer, rounds
@@ -60,16 +61,6 @@ class Output:
     run_dir: Path | None = None
     step: int = 0
     progress: bool = False
-
-
-def generations_file(run_dir: Path, step: int, split: str) -> Path:
-    """Return the path of a split's generations: JSON Lines, one line per row of the split.
-
-    A line has ``row``, ``prompt`` (the user's last message), ``wanted``, ``generated`` and ``tokens``, its length (both
-    null if nothing was generated), ``stopped`` (by a token that closes an answer, not by the limit), ``values`` by
-    metric, ``notes`` of the metrics, and ``unscored`` (why the row is not scored, '' if it is).
-    """
-    return run_dir / "generations" / f"step_{step:08d}_{split}.jsonl"
 
 
 @dataclass(frozen=True, slots=True)

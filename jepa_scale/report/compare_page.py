@@ -60,7 +60,8 @@ def comparison_page(of: Sequence[Variant]) -> str:
 
 def _runs(of: Sequence[Variant]) -> str:
     head = "".join(
-        f"<th>{name}</th>" for name in ("", "seed", "steps", "tokens", "training FLOPs", "tokens/s", "minutes")
+        f"<th>{name}</th>"
+        for name in ("", "seed", "parameters", "trainable", "steps", "tokens", "training FLOPs", "tokens/s", "minutes")
     )
     rows = []
     for number, variant in enumerate(of):
@@ -70,7 +71,10 @@ def _runs(of: Sequence[Variant]) -> str:
             cells = [
                 f"<th>{key}{escape(run.name)}<small>{escape(variant.name)}</small></th>",
                 f"<td>{escape(str(run.config.get('run', {}).get('seed', '-')))}</td>",
-                *(f"<td>{format_number(summary.get(name))}</td>" for name in ("steps", "tokens")),
+                *(
+                    f"<td>{format_number(summary.get(name))}</td>"
+                    for name in ("parameters", "trainable_parameters", "steps", "tokens")
+                ),
                 f"<td>{format_flops(summary.get('flops'))}</td>",
                 f"<td>{format_number(summary.get('tokens_per_second'))}</td>",
                 f"<td>{format_number(seconds / 60)}</td>",

@@ -6,14 +6,14 @@ import io
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from itertools import cycle
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from jepa_scale.report.compare import Variant, final_metrics
 from jepa_scale.report.figure import COLOURS, new_figure, save_figure
-from jepa_scale.report.plots import OF_HORIZON, Curve, plot
+from jepa_scale.report.lines import Curve, draw_lines, fit_values
+from jepa_scale.report.plots import OF_HORIZON, plot
 from jepa_scale.telemetry.metrics import describe
 from jepa_scale.telemetry.records import values_of
 
@@ -40,67 +40,65 @@ def overlaid(of: Sequence[Variant]) -> dict[tuple[str, str], bytes]:
                 curve = Curve(run.name, sorted(by_step), [by_step[step] for step in sorted(by_step)], variant.name)
                 if curve.finite:
                     lines.setdefault(what, []).append(curve)
-    order = [what for what in final_metrics(of) if any(len(line.steps) > 1 for line in lines.get(what, []))]
+    order = [what for what in final_metrics(of) if any(len(line.finite) > 1 for line in lines.get(what, []))]
     images = {}
     for what in order:
         buffer = io.BytesIO()
-        plot(what[1], lines[what], buffer)
+        plot(what[1], lines[what], buffer, [variant.name for variant in of])
         images[what] = buffer.getvalue()
     return images
 
 
 def by_horizon(of: Sequence[Variant]) -> dict[tuple[str, str], bytes]:
-    """Plot final values over the horizon, as the mean and the range over seeds: (split, metric) → PNG."""
+    """Plot final values over the horizon, as the mean and the range over seeds: (split, metric) → PNG.
+
+    Metrics with one horizon are left to the tables.
+    """
     found: dict[tuple[str, str], set[int]] = {}
     for split, metric in final_metrics(of):
         if match := OF_HORIZON.fullmatch(metric):
             found.setdefault((split, match[1]), set()).add(int(match[2]))
-    images = {}
-    for (split, metric), horizons in found.items():
-        figure, axes = new_figure()
-        for variant, colour in zip(of, cycle(COLOURS), strict=False):
-            values = {h: variant.values(split, f"{metric}_h{h}") for h in sorted(horizons)}
-            values = {h: many for h, many in values.items() if many}
-            if not values:
-                continue
-            axes.plot(
-                list(values),
-                [statistics.fmean(v) for v in values.values()],
-                marker="o",
-                color=colour,
-                label=variant.name,
-            )
-            axes.fill_between(
-                list(values),
-                [min(v) for v in values.values()],
-                [max(v) for v in values.values()],
-                color=colour,
-                alpha=0.2,
-                linewidth=0,
-            )
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(sorted(horizons), [str(h) for h in sorted(horizons)])
-        axes.set_xlabel("horizon, tokens")
-        axes.set_ylabel(describe(metric).label)
-        images[split, metric] = _png(figure)
-    return images
+    return {
+        what: _png(figure_by_horizon(of, *what, sorted(horizons)))
+        for what, horizons in found.items()
+        if len(horizons) > 1
+    }
 
 
-def of_spectrum(lines: Sequence[tuple[str, Sequence[float]]]) -> bytes:
+def figure_by_horizon(of: Sequence[Variant], split: str, metric: str, horizons: Sequence[int]) -> Figure:
+    """Draw the final values of a metric at these horizons, a line for each variant."""
+    figure, axes = new_figure()
+    measured = {}
+    for variant in of:
+        values = {h: variant.values(split, f"{metric}_h{h}") for h in horizons}
+        if any(values.values()):
+            measured[variant.name] = {h: many for h, many in values.items() if many}
+    lines = [
+        Curve(name, list(values), [statistics.fmean(many) for many in values.values()])
+        for name, values in measured.items()
+    ]
+    draw_lines(axes, lines, groups=[variant.name for variant in of])
+    for line, values in zip(axes.lines, measured.values(), strict=True):
+        low, high = [min(many) for many in values.values()], [max(many) for many in values.values()]
+        axes.fill_between(list(values), low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(horizons, [str(h) for h in horizons])
+    axes.set_xlabel("horizon, tokens")
+    axes.set_ylabel(describe(metric).label)
+    finite = [value for values in measured.values() for many in values.values() for value in many]
+    fit_values(axes, finite, describe(metric).unit.startswith("fraction"))
+    return figure
+
+
+def of_spectrum(lines: Sequence[tuple[str, Sequence[float]]], groups: Sequence[str] = ()) -> bytes:
     """Plot singular values divided by their sum, the largest first: one line a run, one colour a variant.
 
-    The line of a collapsed model falls steeply at the start.
+    The line of a collapsed model falls steeply at the start. ``groups`` are those of :func:`draw_lines`.
     """
     figure, axes = new_figure()
-    names = list(dict.fromkeys(name for name, _ in lines))
-    labelled: set[str] = set()
-    for name, values in lines:
-        positive = [value for value in values if value > 0]
-        colour = COLOURS[names.index(name) % len(COLOURS)]
-        axes.plot(
-            range(1, len(positive) + 1), positive, color=colour, linewidth=1.2, label=None if name in labelled else name
-        )
-        labelled.add(name)
+    spectra = [(name, [value for value in values if value > 0]) for name, values in lines]
+    curves = [Curve(name, list(range(1, len(values) + 1)), values) for name, values in spectra]
+    draw_lines(axes, curves, True, groups, linewidth=1.2)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("singular value, the largest first")

@@ -38,7 +38,9 @@ def folded(title: str, inside: str) -> list[str]:
 def shared_sections(of: Sequence[Variant]) -> list[str]:
     """Return the sections on horizons, representations and the parts of a step, for the runs that have them."""
     horizons = {f"{split}: {metric} by horizon": png for (split, metric), png in by_horizon(of).items()}
-    spectrum = {f"{name}, spectrum": of_spectrum(lines) for name, lines in spectra(of).items()}
+    spectrum = {
+        f"{name}, spectrum": of_spectrum(lines, [variant.name for variant in of]) for name, lines in spectra(of).items()
+    }
     scatter_plots = {
         f"{split}: {name}": of_projection(saved) for split, found in projections(of).items() for name, saved in found
     }

@@ -8,12 +8,14 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from jepa_scale.report.answers import answers_section
 from jepa_scale.report.compare import Variant
-from jepa_scale.report.html import figure, folded, shared_sections
+from jepa_scale.report.html import folded, shared_sections
+from jepa_scale.report.html import plots as figures
 from jepa_scale.report.plots import Curve, curves, plot_all
 from jepa_scale.telemetry.metrics import describe, in_report_order
 from jepa_scale.telemetry.records import RunRecord, load_run
-from jepa_scale.utils.format import format_flops, format_number, text_table
+from jepa_scale.utils.format import format_flops, format_number, format_share, text_table
 from jepa_scale.utils.io import write_atomic
 from jepa_scale.utils.splits import TRAIN, current_key, split_key
 
@@ -40,6 +42,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .8rem .25rem 0; border-bottom: 1px solid var(--rule); text-align: right;
   vertical-align: top; }
 th { font-weight: 600; }
+.answers td { white-space: pre-wrap; min-width: 8rem; max-width: 40rem; }
 th:first-child, .text td { text-align: left; overflow-wrap: anywhere; }
 small { display: block; }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 23rem), 1fr)); gap: 1rem; }
@@ -75,10 +78,8 @@ def report_page(record: RunRecord, plots: Mapping[str, bytes]) -> str:
             *_warnings(curves(record.rows)),
             "<h2>Results</h2>",
             *_results(record.summary),
-            "<h2>Curves</h2>",
-            '<div class="plots">',
-            *(figure(metric, png) for metric, png in plots.items()),
-            "</div>",
+            *figures("Curves", plots),
+            *answers_section(record),
             *shared_sections([Variant(record.name, [record])]),
             *_results(record.summary, rest=True),
             "<h2>Environment</h2>",
@@ -116,11 +117,21 @@ def _facts(summary: Mapping[str, Any]) -> str:
     facts = [(summary.get("steps"), "optimizer steps"), (summary.get("tokens"), "tokens")]
     facts.append((summary.get("tokens_per_second"), "tokens/s"))
     texts = [f"{format_number(value)} {what}" for value, what in facts if value]
+    if text := parameters_text(summary):
+        texts.insert(0, text)
     if flops := summary.get("flops"):
         texts.append(f"{format_flops(flops)} FLOPs of training")
     if (error := summary.get("flops_error")) is not None:
         texts.append(f"{error:+.1%} off the budget of {format_flops(summary['flops_budget'])}")
     return " · ".join(texts)
+
+
+def parameters_text(summary: Mapping[str, Any]) -> str:
+    """Return the numbers of all and of trainable parameters as text; empty for a run of a version that did not record them."""
+    total, trainable = summary.get("parameters"), summary.get("trainable_parameters")
+    if not total or trainable is None:
+        return ""
+    return f"{int(total):,} parameters, {int(trainable):,} trainable ({format_share(trainable, total)})"
 
 
 def _warnings(by_metric: Mapping[str, list[Curve]]) -> list[str]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from jepa_scale.report.figure import COLOURS, new_figure, save_figure
+from jepa_scale.report.figure import new_figure, save_figure
+from jepa_scale.report.lines import Curve, draw_lines, fit_values
 from jepa_scale.report.step_time_plots import plot_breakdown
 from jepa_scale.telemetry.metrics import STEP_PARTS, STEP_TIME, describe, in_report_order, step_part
 from jepa_scale.telemetry.records import Row, values_of
@@ -18,21 +20,6 @@ from jepa_scale.utils.splits import TRAIN
 
 _LOG_SPAN = 30.0  # ratio of largest to smallest value from which a falling metric gets a logarithmic axis
 OF_HORIZON = re.compile(r"(.+)_h(\d+)")
-
-
-@dataclass(frozen=True, slots=True)
-class Curve:
-    """One line of a plot: ``values[i]`` after optimizer step ``steps[i]``, NaN where it was not finite."""
-
-    label: str
-    steps: list[int]
-    values: list[float]
-    group: str = ""
-    """Lines of one group share a colour and an entry in the legend; empty = a group of its own."""
-
-    @property
-    def finite(self) -> list[float]:
-        return [v for v in self.values if math.isfinite(v)]
 
 
 def curves(rows: list[Row]) -> dict[str, list[Curve]]:
@@ -58,39 +45,35 @@ def curves(rows: list[Row]) -> dict[str, list[Curve]]:
     return result
 
 
-def plot(metric: str, lines: list[Curve], path: Path | BinaryIO) -> None:
+def plot(metric: str, lines: list[Curve], path: Path | BinaryIO, groups: Sequence[str] = ()) -> None:
     """Plot the curves of one metric against optimizer steps, as a PNG of 800 × 480 pixels.
 
     The plot is legible at a width of 360 pixels, and inverted on a dark page.
     """
+    save_figure(figure_of(metric, lines, groups), path)
+
+
+def figure_of(metric: str, lines: list[Curve], groups: Sequence[str] = ()) -> Figure:
+    """Draw the curves of one metric, of which at least one has a finite value.
+
+    The axis of steps goes from the first to the last measured one. ``groups`` are those of :func:`draw_lines`.
+    """
     figure, axes = new_figure()
-    groups = list(dict.fromkeys(line.group or line.label for line in lines))
-    named: set[str] = set()
-    for line in lines:
-        group = line.group or line.label
-        number = groups.index(group)
-        few = len(line.finite) <= 25
-        axes.plot(
-            line.steps,
-            line.values,
-            color=COLOURS[number % len(COLOURS)],
-            linestyle="-" if number < len(COLOURS) else "--",
-            linewidth=1.4,
-            marker="o" if few else None,
-            markersize=3.5,
-            label=None if group in named else group,
-        )
-        named.add(group)
+    finite = [v for line in lines for v in line.finite]
+    log = wants_log_axis(metric, finite)
+    draw_lines(axes, lines, log, groups)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(describe(metric).label)
     axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    finite = [v for line in lines for v in line.finite]
-    if wants_log_axis(metric, finite):
+    steps = [step for line in lines for step in line.steps]
+    if min(steps) < max(steps):
+        axes.set_xlim(min(steps), max(steps))
+    if log:
         axes.set_yscale("log")
-    elif finite and max(abs(v) for v in finite) >= 1e4:
-        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
-    save_figure(figure, path)
+    else:
+        fit_values(axes, finite, describe(metric).unit.startswith("fraction"))
+    return figure
 
 
 def wants_log_axis(metric: str, values: list[float]) -> bool:
@@ -100,7 +83,7 @@ def wants_log_axis(metric: str, values: list[float]) -> bool:
 
 
 def plot_all(rows: list[Row], directory: Path) -> dict[str, Path]:
-    """Write a PNG for every metric that was finite at least once, and return metric → file.
+    """Write a PNG for every metric with a curve, one that was finite after two steps or more, and return metric → file.
 
     The parts of a step's time share one figure. Other PNG files in the folder are removed, so that it shows this run only.
     """
@@ -109,7 +92,7 @@ def plot_all(rows: list[Row], directory: Path) -> dict[str, Path]:
     stacked = {step_part(part) for part in STEP_PARTS}  # in one figure, that of their sum
     for metric, lines in curves(rows).items():
         lines = [line for line in lines if line.finite]
-        if lines and metric not in stacked:
+        if metric not in stacked and any(len(line.finite) > 1 for line in lines):
             files[metric] = directory / f"{file_name(metric)}.png"
             if metric == STEP_TIME:
                 plot_breakdown(rows, files[metric])

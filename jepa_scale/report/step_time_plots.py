@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib import colormaps
+from matplotlib.figure import Figure
 
 from jepa_scale.report.figure import new_figure, save_figure
 from jepa_scale.report.step_time import measured
@@ -52,6 +53,11 @@ def stacked(bars: Mapping[str, Mapping[str, float]]) -> bytes:
 
 def plot_breakdown(rows: Sequence[Row], path: Path) -> None:
     """Plot the parts of a step in seconds, stacked, against optimizer steps, as a PNG of 800 × 480 pixels."""
+    save_figure(figure_of_breakdown(rows), path)
+
+
+def figure_of_breakdown(rows: Sequence[Row]) -> Figure:
+    """Draw a bar for each measured row; the axis of steps ends where the bars do."""
     found = measured(rows)
     parts = [part for part in STEP_PARTS if any(step_part(part) in row for row in found)]
     figure, axes = new_figure()
@@ -64,13 +70,14 @@ def plot_breakdown(rows: Sequence[Row], path: Path) -> None:
         widths_left = [-w for w in widths]
         axes.bar(steps, heights, width=widths_left, bottom=bottom, align="edge", color=_colour(part), label=part)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+    axes.set_xlim(steps[0] - widths[0], steps[-1])
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(describe(STEP_TIME).label)
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(
         handles[::-1], labels[::-1], fontsize="small", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5)
     )
-    save_figure(figure, path)
+    return figure
 
 
 def _colour(part: str) -> Any:

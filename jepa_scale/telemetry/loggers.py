@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases: optional loggers whose failure never stops a run."""
+"""TensorBoard, Weights & Biases and other trackers: optional loggers whose failure never stops a run."""
 
 from __future__ import annotations
 
@@ -6,27 +6,22 @@ import importlib.util
 import inspect
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import yaml
 
 from jepa_scale.config.schema import LogConfig
+from jepa_scale.telemetry.trackers import TrackerLogger
+from jepa_scale.telemetry.worker import CLOSE_SECONDS, START_SECONDS, Logger, Worker, reason
 
 logger = logging.getLogger(__name__)
 
 WANDB_ID_FILE = "wandb_id.txt"
 _ONLINE_SECONDS = 30.0  # limit for W&B to connect, to log in or to finish its uploads
-
-
-class Logger(Protocol):
-    """A receiver of each row; names are those of :func:`jepa_scale.telemetry.metrics.chart`, values are finite or
-    NaN."""
-
-    def log(self, step: int, values: Mapping[str, float]) -> None: ...
-
-    def close(self, exit_code: int) -> None: ...
 
 
 class TensorBoardLogger:
@@ -95,7 +90,7 @@ class WandbLogger:
             if mode != "online":
                 raise
             logger.warning(
-                f"wandb: cannot go online, logging offline (send it later with: wandb sync): {_reason(error)}"
+                f"wandb: cannot go online, logging offline (send it later with: wandb sync): {reason(error)}"
             )
             self._run = start("offline")
         id_file.write_text(f"{self._run.id}\n", encoding="utf-8")
@@ -110,50 +105,44 @@ class WandbLogger:
 
 
 class Loggers:
-    """All loggers of a run. One that fails is reported once and dropped."""
+    """All loggers of a run, each in a thread of its own. One that fails is reported once and dropped."""
 
     def __init__(self) -> None:
-        self._active: dict[str, Logger] = {}
+        self._workers: list[Worker] = []
 
     def add(self, name: str, start: Callable[[], Logger]) -> None:
-        try:
-            self._active[name] = start()
-        except Exception as error:  # whatever a third party's client raises, the run goes on
-            logger.warning(f"{name}: cannot start, the run goes on without it: {_reason(error)}")
+        """Start a logger. The threads of several start one after the other; see ``START_SECONDS``."""
+        worker = Worker(name, start)
+        self._workers.append(worker)
+        worker.wait_for_start(START_SECONDS)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        for name, listener in list(self._active.items()):
-            try:
-                listener.log(step, values)
-            except Exception as error:
-                del self._active[name]
-                logger.warning(f"{name}: failed at step {step}, the run goes on without it: {_reason(error)}")
-                self._close(name, listener, 1, silent=True)
+        """Hand a row to each logger; never waits."""
+        for worker in self._workers:
+            worker.log(step, values)
 
     def close(self, exit_code: int) -> None:
-        while self._active:
-            name, listener = self._active.popitem()
-            self._close(name, listener, exit_code, silent=False)
-
-    def _close(self, name: str, listener: Logger, exit_code: int, silent: bool) -> None:
-        try:
-            listener.close(exit_code)
-        except Exception as error:
-            if not silent:
-                logger.warning(f"{name}: could not be closed: {_reason(error)}")
+        """Close all, and wait for them up to ``CLOSE_SECONDS``."""
+        workers, self._workers = self._workers, []
+        for worker in workers:
+            worker.finish(exit_code)
+        until = time.monotonic() + CLOSE_SECONDS
+        for worker in workers:
+            worker.join(until)
 
 
 def start_loggers(run_dir: Path, log: LogConfig, name: str, config_yaml: str, start_step: int) -> Loggers:
     """Start the loggers that the config names."""
-    loggers = Loggers()
+    loggers, config = Loggers(), yaml.safe_load(config_yaml) or {}
     if log.tensorboard:
         loggers.add("tensorboard", lambda: TensorBoardLogger(run_dir, start_step))
     if log.wandb:
         if importlib.util.find_spec("wandb") is None:
             logger.warning("wandb: not installed, the run goes on without it (pip install wandb, or log.wandb=false)")
         else:
-            config = yaml.safe_load(config_yaml) or {}
-            loggers.add("wandb", lambda: WandbLogger(run_dir, start_step, log.wandb_project, name, config))
+            loggers.add("wandb", lambda: WandbLogger(run_dir, start_step, log.project, name, config))
+    for tracker in log.trackers:
+        loggers.add(tracker, partial(TrackerLogger, tracker, run_dir, start_step, log.project, name, config))
     return loggers
 
 
@@ -169,12 +158,3 @@ def _has_wandb_key() -> bool:
         return bool(wandb.api.api_key)  # older clients; newer ones warn of it
     except Exception:
         return False
-
-
-def _reason(error: Exception) -> str:
-    """Return type and first line of an error, with the API key removed in case the client quotes it."""
-    text = (str(error).strip().splitlines() or [""])[0]
-    key = os.environ.get("WANDB_API_KEY")
-    if key:
-        text = text.replace(key, "***")
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__

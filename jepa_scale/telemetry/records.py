@@ -183,6 +183,7 @@ def make_summary(
     environment: Mapping[str, Any],
     flops: int = 0,
     budget: float = 0.0,
+    parameters: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """Return the contents of ``summary.json``.
 
@@ -192,7 +193,9 @@ def make_summary(
         seconds: training time, without evaluations and saves.
         flops: FLOPs of training; 0 = not counted.
         budget: FLOPs that the config requests; 0 = none.
+        parameters: all parameters of model and objective, and those that are trained; None = not known.
     """
+    counts = dict(zip(("parameters", "trainable_parameters"), parameters or (), strict=False))
     spent: dict[str, Any] = {"flops": flops} if flops else {}
     if budget:
         spent["flops_budget"] = budget
@@ -202,6 +205,7 @@ def make_summary(
         "name": name,
         "steps": steps,
         "tokens": tokens,
+        **counts,
         **spent,
         "tokens_per_second": tokens / seconds if seconds > 0 else None,
         **summarize(rows),

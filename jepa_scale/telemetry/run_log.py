@@ -74,6 +74,7 @@ class RunLog:
         engine, precision: as the run was built, for the summary.
         peak: peak FLOP/s of a rank's device, for the column ``mfu``; without it there is no such column.
         budget: FLOP budget of the run, for the summary; 0 = none was given.
+        parameters: how many there are, and how many of them are trained, for the summary.
         data: counts of the source's records by outcome (samples, split, dropped …), for the summary.
     """
 
@@ -93,6 +94,7 @@ class RunLog:
         data: Mapping[str, int] | None = None,
         peak: float | None = None,
         budget: float = 0.0,
+        parameters: tuple[int, int] | None = None,
     ) -> None:
         self.run_dir, self.name, self.total_steps = Path(run_dir), name, total_steps
         self.step = start_step
@@ -101,7 +103,7 @@ class RunLog:
         self.flops = 0
         """FLOPs of training so far, as passed to :meth:`trained`."""
         self.clock = Stopwatch()
-        self._peak, self._budget = peak, budget
+        self._peak, self._budget, self._parameters = peak, budget, parameters
         self._log, self._ranks, self._config_yaml = log, ranks, config_yaml
         self._start_step, self._state, self._data = start_step, state, dict(data or {})
         self._engine, self._precision = engine, precision
@@ -231,6 +233,7 @@ class RunLog:
             self._environment,
             self.flops,
             self._budget if self.step >= self.total_steps else 0.0,
+            self._parameters,
         )
         try:
             text = json.dumps(summary, indent=2, allow_nan=False) + "\n"

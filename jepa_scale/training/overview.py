@@ -101,7 +101,7 @@ def _writes(run: TrainingComponents, run_dir: Path) -> str:
     keep, log = run.experiment.checkpoint, run.experiment.log
     saves = f"a checkpoint every {keep.every:,} steps" if keep.every else "a checkpoint at the end"
     loggers = [name for name, on in (("W&B", log.wandb), ("TensorBoard", log.tensorboard)) if on]
-    return ", ".join([f"{run_dir}: metrics.jsonl", saves, *loggers])
+    return ", ".join([f"{run_dir}: metrics.jsonl", saves, *loggers, *log.trackers])
 
 
 def _count(number: int, one: str, many: str = "") -> str:

@@ -16,8 +16,8 @@ from jepa_scale.config.schema import CheckpointConfig
 from jepa_scale.distributed import comm
 from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.engines.precision import compute_dtype
-from jepa_scale.evaluation.chat import generations_file
-from jepa_scale.experiment import Experiment, check_trainable, validate
+from jepa_scale.evaluation.generations import generations_file
+from jepa_scale.experiment import Experiment, check_profile, check_trainable, validate
 from jepa_scale.models.flops import peak_of
 from jepa_scale.report.step_time import breakdown_table
 from jepa_scale.telemetry import RunLog, describe, locked_run_dir, quiet_libraries
@@ -26,6 +26,7 @@ from jepa_scale.telemetry.records import config_of, read_rows
 from jepa_scale.training.build import build
 from jepa_scale.training.overview import overview
 from jepa_scale.training.preemption import StopRequest
+from jepa_scale.training.profiler import StepProfiler
 from jepa_scale.training.resume import check_changes, load, restore
 from jepa_scale.training.stopping import Aborted, StoppingRules
 from jepa_scale.training.trainer import Trainer, run_dir_of
@@ -74,6 +75,7 @@ def train(experiment: Experiment, ranks: ParallelContext, resume: str | None) ->
     experiment = run.experiment  # with the precision that this run has
     if (warning := check_splits(experiment.train, experiment.checkpoint, run.evaluated)) and ranks.is_main:
         logger.warning(warning)
+    check_profile(experiment.log, run.steps)
     stopping_rules = StoppingRules(experiment.train, experiment.checkpoint.keep_best, run.steps)
     start, counts = 0, None
     if found and manifest:
@@ -101,6 +103,10 @@ def train(experiment: Experiment, ranks: ParallelContext, resume: str | None) ->
         data=run.data.counts,
         peak=peak_of(ranks.device, compute_dtype(experiment.engine.precision), experiment.engine.tf32),
         budget=experiment.train.flops,
+        parameters=(
+            run.model_size.parameters + run.objective_size.parameters,
+            run.model_size.trained + run.objective_size.trained,
+        ),
     )
     callbacks = Callbacks(experiment.train.callbacks)
     saver = saver_of(experiment.checkpoint, run_dir, callbacks.on_save)
@@ -111,8 +117,9 @@ def train(experiment: Experiment, ranks: ParallelContext, resume: str | None) ->
         log,
         StopRequest(ranks.device) as stop,
         Watchdog(run_dir, ranks, 60 * experiment.train.hang_minutes) as watchdog,
+        StepProfiler(experiment.log.profile, run_dir, ranks, start) as profiler,
     ):
-        trainer = Trainer(run, log, saver, watchdog, stop, stopping_rules, callbacks)
+        trainer = Trainer(run, log, saver, watchdog, stop, stopping_rules, callbacks, profiler)
         try:
             trainer.train(start)
         except BaseException:

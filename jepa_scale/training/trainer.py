@@ -23,6 +23,7 @@ from jepa_scale.training.build import TrainingComponents
 from jepa_scale.training.loss_checks import LossChecks
 from jepa_scale.training.metrics import MetricAccumulator
 from jepa_scale.training.preemption import EvaluationStopped, StopRequest
+from jepa_scale.training.profiler import StepProfiler
 from jepa_scale.training.stopping import StoppingRules
 from jepa_scale.training.watchdog import Watchdog
 from jepa_scale.utils.splits import TRAIN, eval_split
@@ -47,7 +48,7 @@ class Trainer:
         run: model, engine, data and evaluation. log: takes the rows.
         saver: writes checkpoints. watchdog: ends a rank that hangs.
         stop: whether this process was asked to stop. stopping_rules: end a run before its last step.
-        callbacks: of the user's own, called after steps and evaluations.
+        callbacks: of the user's own, called after steps and evaluations. profiler: of the steps that the config names.
 
     Attributes:
         done: number of finished optimizer steps.
@@ -63,9 +64,10 @@ class Trainer:
         stop: StopRequest,
         stopping_rules: StoppingRules,
         callbacks: Callbacks,
+        profiler: StepProfiler,
     ) -> None:
         self.run, self.log, self.saver, self.watchdog = run, log, saver, watchdog
-        self.callbacks = callbacks
+        self.callbacks, self.profiler = callbacks, profiler
         self.stop, self.stopping_rules = stop, stopping_rules
         self.experiment, self.ranks = run.experiment, run.ranks
         self.engine, self.objective, self.teacher = run.engine, run.objective, run.teacher
@@ -95,6 +97,9 @@ class Trainer:
             if self.logs() or evaluates or saves or self.stopping:
                 rows[TRAIN] = self.log_step(grad_norm)
             self.callbacks.on_step(self.done, rows.get(TRAIN, {}))
+            if self.profiler.end(self.done):
+                with self.pause("profile"):
+                    self.profiler.write()
             results = self.evaluate() if evaluates else {}
             ends = self.check(rows | results) or self.stopping
             if saves or ends:
@@ -186,6 +191,7 @@ class Trainer:
         arriving: Iterator[list[PackedBatch]] | None = None
         step = start
         while True:
+            self.profiler.begin(step + 1)
             with self.phase("data", step):
                 arriving = arriving or self.metrics.waiting(self.run.batches(start, self.run.steps))
                 batches = next(arriving, None)
@@ -199,7 +205,8 @@ class Trainer:
         """Measure the time of one part of optimizer step ``step``, and report the part to the watchdog."""
         self.watchdog.enter(step + 1, WATCHED[part])
         self.metrics.timer.enter(part)
-        yield
+        with self.profiler.part(part):
+            yield
         self.metrics.timer.enter("other")
 
     @contextmanager

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 WAITING = ("/torch/distributed/", "/deepspeed/")
 """Folders of the code that waits for other ranks."""
-PHASES = ("start", "data", "forward and backward", "update", "evaluation", "save")
+PHASES = ("start", "data", "forward and backward", "update", "profile", "evaluation", "save")
 """The phases of a step, in order."""
 
 

@@ -273,6 +273,7 @@ def jobs() -> list[list[str]]:
             config, overrides = split_training(given)
             if Path(config).stem in BIG or "…" in command.text:
                 continue
+            overrides = [re.sub(r"^log\.profile=.*", "log.profile=[1,2]", override) for override in overrides]
             job = ["train", "--config", config, *overrides, *small(config)]
             again = "--resume" in given and "step_" not in command.text
             if tuple(["train", "--config", config, *small(config)]) in done and not again:

@@ -22,7 +22,8 @@ from jepa_scale.data import load_data, parse_data
 from jepa_scale.data.examples import Conversation, Turn
 from jepa_scale.data.shards.decode import truncate
 from jepa_scale.distributed.comm import ParallelContext
-from jepa_scale.evaluation.chat import ChatTest, Counter, Output, chosen, generations_file, question, save, summary
+from jepa_scale.evaluation.chat import ChatTest, Counter, Output, chosen, question, save, summary
+from jepa_scale.evaluation.generations import generations_file
 from jepa_scale.evaluation.options import ChatEvalOptions
 from jepa_scale.evaluation.run import chat_test
 from jepa_scale.metrics.text_match import Score, Wanted

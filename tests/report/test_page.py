@@ -11,6 +11,7 @@ import torch
 
 from jepa_scale.config.schema import LogConfig
 from jepa_scale.distributed.comm import ParallelContext
+from jepa_scale.report.compare_page import write_comparison
 from jepa_scale.report.page import compare_table, runs_table, write_report
 from jepa_scale.report.plots import curves, plot_all, wants_log_axis
 from jepa_scale.telemetry import RunLog
@@ -42,11 +43,11 @@ class Page(HTMLParser):
         self.words.append(data)
 
 
-def make_run(directory, name="demo", reverse=0.9, flops=0, budget=0.0):
+def make_run(directory, name="demo", reverse=0.9, flops=0, **more):
     directory.mkdir(parents=True)
     config = f"run:\n  name: {name}\nobjective:\n  note: <script>alert(1)</script> & more\n"
     ranks = ParallelContext(0, 1, 0, torch.device("cpu"), "python")
-    with RunLog(directory, LogConfig(progress=False), ranks, name, 6, config, budget=budget) as log:
+    with RunLog(directory, LogConfig(progress=False), ranks, name, 6, config, **more) as log:
         for step in range(1, 7):
             loss = math.nan if step == 3 else 10.0 ** (2 - step)
             log.trained(step, {"loss": loss, "lr": 1e-3 / step, "grad_norm": 1.0}, tokens=10, flops=flops)
@@ -105,10 +106,41 @@ def test_each_split_has_a_line_of_its_own(tmp_path):
 
 
 def test_a_metric_that_was_never_finite_has_no_plot_and_old_plots_go(tmp_path):
-    rows = [{"step": 1, "split": "train", "loss": None, "a/b": 1.0}]
+    rows = [{"step": step, "split": "train", "loss": None, "a/b": 1.0} for step in (1, 2)]
     (tmp_path / "gone.png").touch()
     assert {m: p.name for m, p in plot_all(rows, tmp_path).items()} == {"a/b": "a_b.png"}
     assert [p.name for p in tmp_path.iterdir()] == ["a_b.png"]
+
+
+def test_a_metric_with_one_value_is_in_the_table_and_has_no_plot(tmp_path):
+    """Neither one evaluation of several splits nor one finite value among others makes a curve."""
+    values = [
+        {"mrr": 0.5, "gate": None, "loss": 2.0},
+        {"gate": 0.75, "loss": 1.0, "time_per_step": 0.4, "time_data": 0.4},
+    ]
+    rows = [{"step": step, "split": "train", **each} for step, each in enumerate(values, 1)]
+    rows += [{"step": 2, "split": f"eval/{split}", "exact_match": 0.25} for split in ("valid", "test")]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
+    assert [path.name for path in (tmp_path / "plots").iterdir()] == ["loss.png"]
+    said = " ".join(page.words)
+    for name, value in (("mrr", "0.5000"), ("gate", "0.7500"), ("exact_match", "0.2500"), ("time_per_step", "0.4000")):
+        assert re.search(rf"{name}[^.]*{value}", said), name
+
+
+def test_a_run_with_single_values_alone_has_no_section_of_curves(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "split": "train", "loss": 2.5}) + "\n")
+    page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
+    assert "Curves" not in page.words and "2.500" in page.words and not page.sources
+
+
+def test_parameters_are_counted_on_the_page(tmp_path):
+    older = make_run(tmp_path / "older")
+    run = make_run(tmp_path / "run", parameters=(8_000_000, 20_000))
+    words = [" ".join(Page(write_report(r).read_text(encoding="utf-8")).words) for r in (run, older)]
+    assert "8,000,000 parameters, 20,000 trainable (0.25%)" in words[0] and "parameters" not in words[1]
+    both = Page(write_comparison([run, older], tmp_path / "both.html").read_text(encoding="utf-8")).words
+    assert both.count("8,000,000") == both.count("20,000") == 1 and {"parameters", "trainable"} <= set(both)
 
 
 def test_curves_are_sorted_and_a_repeated_step_counts_once():

@@ -124,7 +124,7 @@ from jepa_scale.telemetry import RunLog
 from jepa_scale.config.schema import LogConfig
 from jepa_scale.distributed.comm import ParallelContext
 directory, start = Path(sys.argv[1]), int(sys.argv[2])
-log = LogConfig(progress=False, wandb=True, tensorboard=True, wandb_project="probe")
+log = LogConfig(progress=False, wandb=True, tensorboard=True, project="probe")
 ranks = ParallelContext(0, 1, 0, torch.device("cpu"), "python")
 with RunLog(directory, log, ranks, "demo", 10, {config!r}, start_step=start) as log:
     log.trained(start + 1, {{"loss": 1.2345678, "lr": 0.001, "grad_norm": None}})

@@ -65,7 +65,7 @@ def test_what_is_frozen_and_what_heads_add_is_counted_apart(ranks, tmp_path):
         objective={"name": "concept", "bridge_width": 8},
         train={"steps": 9, "batch_size": 8},
         checkpoint={},
-        log={"tensorboard": True},
+        log={"tensorboard": True, "trackers": ["mlflow"]},
     )
     trained = 2 * 2 * (8 + 8)  # two blocks, A and B of rank 2
     whole = sum(parameter.numel() for parameter in run.engine.module.backbone.parameters())
@@ -74,7 +74,7 @@ def test_what_is_frozen_and_what_heads_add_is_counted_apart(ranks, tmp_path):
     assert lines["model"].endswith(f" with LoRA of rank 2, {whole:,} parameters, {share} trained")
     assert lines["objective"] == f"concept, with {heads:,} parameters of its own" and heads
     assert lines["steps"].startswith("9, from step 7 on; each 8 samples")
-    assert lines["writes to"] == "runs/demo: metrics.jsonl, a checkpoint at the end, TensorBoard"
+    assert lines["writes to"] == "runs/demo: metrics.jsonl, a checkpoint at the end, TensorBoard, mlflow"
 
 
 def test_weights_of_4_bits_are_named(ranks, tmp_path):
