@@ -189,11 +189,9 @@ def build(
     start = sampler.resume(resumed.state["data"], experiment.data.accept_changes) if resumed else 0
     flops = objective.flops(backbone)
     fingerprint = model_fingerprint(backbone, experiment.model)
-    base = None
-    if (
-        resumed is None or STATE in resumed.state
-    ):  # else the checkpoint holds all weights, and so do the run's next ones
-        base = broadcast_object(base_of(backbone.decoder, experiment.model) if ranks.is_main else None)
+    # a checkpoint that names no base holds all weights, and so do those that follow it
+    names_base = resumed is None or STATE in resumed.state
+    base = broadcast_object(base_of(backbone.decoder, experiment.model) if names_base and ranks.is_main else None)
     model_size, objective_size = ModuleSize.of(backbone.decoder), ModuleSize.of(objective)
     weights = Weights(module, ranks)
     if experiment.model.load_in_4bit:
