@@ -120,9 +120,10 @@ def wandb_rows(file):
 WANDB_RUN = """
 import sys, torch
 from pathlib import Path
-from jepa_scale.telemetry import RunLog
+from jepa_scale.telemetry import RunLog, loggers
 from jepa_scale.config.schema import LogConfig
 from jepa_scale.distributed.comm import ParallelContext
+loggers.START_SECONDS = loggers.CLOSE_SECONDS = 600.0
 directory, start = Path(sys.argv[1]), int(sys.argv[2])
 log = LogConfig(progress=False, wandb=True, tensorboard=True, project="probe")
 ranks = ParallelContext(0, 1, 0, torch.device("cpu"), "python")

@@ -17,10 +17,11 @@ from jepa_scale.config.schema import TRACKERS as NAMES
 from jepa_scale.config.schema import LogConfig
 from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.experiment import validate
-from jepa_scale.telemetry import RunLog
+from jepa_scale.telemetry import RunLog, loggers
 from jepa_scale.telemetry.trackers import TRACKERS
 from jepa_scale.utils.errors import InputError
 from tests.distributed.launch import run_ranks
+from tests.distributed.processes import HANG
 from tests.text_runs import config_file
 
 CONFIG = "run:\n  name: demo\noptim:\n  lr: 0.00123456\n  betas: [0.9, 0.95]\nmodel:\n  lora: null\n"
@@ -29,6 +30,13 @@ CONFIG = "run:\n  name: demo\noptim:\n  lr: 0.00123456\n  betas: [0.9, 0.95]\nmo
 def run_log(directory, start_step=0, rank=0, **log):
     ranks = ParallelContext(rank, 2, 0, torch.device("cpu"), "python")
     return RunLog(directory, LogConfig(progress=False, **log), ranks, "demo", 10, CONFIG, start_step=start_step)
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch):
+    """A logger that starts or ends slowly, on a busy machine, fails no test."""
+    for name in ("START_SECONDS", "CLOSE_SECONDS"):
+        monkeypatch.setattr(loggers, name, HANG)
 
 
 @pytest.fixture
@@ -151,6 +159,7 @@ def test_the_former_name_of_the_project_is_read_with_a_warning(tmp_path):
 def train(ranks: ParallelContext, config: str) -> None:
     from jepa_scale.training.run import run_training
 
+    loggers.START_SECONDS = loggers.CLOSE_SECONDS = HANG  # in a process of its own
     run_training(argparse.Namespace(config=config, resume=None, overrides=["log.trackers=[mlflow]", "train.steps=2"]))
 
 

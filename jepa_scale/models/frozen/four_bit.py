@@ -7,7 +7,6 @@ embedding, LM head) is sharded as ever. An EMA teacher uses the student's codes.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -55,8 +54,9 @@ class Codes:
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
         assert weight.dtype == torch.float32, weight.dtype
-        functional: Any = importlib.import_module("bitsandbytes.functional")
-        self.packed, self.state = functional.quantize_4bit(
+        from bitsandbytes.functional import quantize_4bit  # of an extra
+
+        self.packed, self.state = quantize_4bit(
             weight.contiguous(), blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
         )
         self.state.dtype = dtype
@@ -80,9 +80,10 @@ class FourBitLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute (…, inputs) → (…, outputs) in the dtype of ``x``."""
-        bitsandbytes: Any = importlib.import_module("bitsandbytes")
+        from bitsandbytes import matmul_4bit
+
         codes = self._codes
-        y: Tensor = bitsandbytes.matmul_4bit(x, codes.packed.t(), bias=self.bias, quant_state=codes.state)
+        y: Tensor = matmul_4bit(x, codes.packed.t(), bias=self.bias, quant_state=codes.state)
         return y
 
 
