@@ -54,3 +54,11 @@ def test_it_keeps_its_input_and_a_number_a_row():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         norm(x)
     assert sorted(t.numel() for t in kept) == [8, 50, 400] and any(t.data_ptr() == x.data_ptr() for t in kept)
+
+
+def test_rows_are_the_same_to_the_bit_with_and_without_gradient():
+    """A state without gradient is compared with one that has it, and is stored and read again."""
+    x, norm = torch.randn(50, 8), RMSNorm(8)
+    with torch.no_grad():
+        without = norm(x)
+    assert torch.equal(norm(x.requires_grad_()), without)
