@@ -13,16 +13,20 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_is_a_request_and_handlers_come_back(number):
-    before = signal.getsignal(number)
-    with StopRequest(CPU) as stop:
-        assert not stop.requested
-        stop.interrupts()
-        assert signal.getsignal(number) is not before  # else the signal would end the tests
-        os.kill(os.getpid(), number)
-        assert stop.requested and stop.name == number.name
-        with pytest.raises(EvaluationStopped):
+    inherited = signal.signal(number, signal.default_int_handler)  # the tests may run under nohup
+    try:
+        before = signal.getsignal(number)
+        with StopRequest(CPU) as stop:
+            assert not stop.requested
             stop.interrupts()
-    assert signal.getsignal(number) is before
+            assert signal.getsignal(number) is not before  # else the signal would end the tests
+            os.kill(os.getpid(), number)
+            assert stop.requested and stop.name == number.name
+            with pytest.raises(EvaluationStopped):
+                stop.interrupts()
+        assert signal.getsignal(number) is before
+    finally:
+        signal.signal(number, inherited)
 
 
 def test_nohup_keeps_its_meaning(monkeypatch):
