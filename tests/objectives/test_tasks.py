@@ -36,7 +36,7 @@ def test_every_task_is_a_method_that_takes_the_backbone_first():
 
 def test_what_is_no_task_is_refused():
     backbone: Any = nn.Identity()
-    backbone.router_loss = None
+    backbone.router_loss, backbone.padded = None, False
     model = JepaModel(backbone, Counting())
     assert model("count", 3) == (model.backbone, 3)
     for name in ("uncounted", "state_dict", "los", "view_transform"):
