@@ -11,6 +11,7 @@ _LOGGERS = (
     "DeepSpeed",
     "absl",
     "accelerate",
+    "bitsandbytes",
     "datasets",
     "filelock",
     "fsspec",

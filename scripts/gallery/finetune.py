@@ -146,7 +146,7 @@ def main() -> None:
         settings += ["model.lora=null", "optim.lr=2e-3", "optim.warmup_steps=20", "data.max_length=128"]
         settings += ["train.epochs=3", "train.batch_size=32", "train.accumulation=1", "eval.max_new_tokens=64"]
     if args.small:
-        settings += ["train.steps=3", "train.epochs=0", "train.batch_size=8", "data.workers=0"]
+        settings += ["train.steps=3", "train.epochs=0", "train.batch_size=8", "train.accumulation=1", "data.workers=0"]
         settings += ["eval.max_generations=8", "eval.max_new_tokens=8"]
     config = "configs/finetune_example.yaml"
     show("train", "--config", config, *settings, "run.name=lm", "objective={name: lm}", *args.overrides)
