@@ -1,6 +1,6 @@
 """How fast raw text becomes tokens on disk: `jepa-scale data prepare` beside `datasets.map`, on one Parquet file with one tokenizer.
 
-    python benchmarks/preparing.py --text corpus.txt --megabytes 1000 --json benchmarks/results/preparing.json
+    python benchmarks/preparing.py --text corpus.txt --megabytes 100 --json benchmarks/results/preparing.json
 
 The file has documents of 1 to 20 paragraphs, drawn from the paragraphs of ``--text`` and Python's documentation; a BPE tokenizer of
 8,192 is trained on its begin. ``datasets`` reads the file, maps the tokenizer over batches of 1,000 texts and writes its Arrow files.
