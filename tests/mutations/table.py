@@ -2720,7 +2720,7 @@ ROWS: tuple[Row, ...] = (
         "jepa_scale/evaluation/lm_eval_model.py",
         "all_reduce_sum(torch.from_numpy(sums).to(ranks.device)).tolist()",
         "sums.tolist()",
-        "tests/evaluation/test_lm_eval_tasks.py::test_two_ranks_share_the_requests[fsdp]",
+        "tests/evaluation/test_lm_eval_tasks.py::test_two_ranks_share_the_requests",
         "every rank has the scores of all requests",
     ),
     _row(
