@@ -36,6 +36,14 @@ class PerplexityOptions(Section):
         0.3, gt=0, lt=1, description="Share of each label's texts for testing, if the rows have no split."
     )
     probe_neighbours: int = Field(10, ge=1, description="Nearest training texts that vote on a test text's label.")
+    lm_eval: list[Text] = Field(
+        default_factory=list,
+        description="Tasks of lm-eval, its groups or tags by name, or your own as .yaml files; their metrics are the split lm_eval.",
+    )
+    lm_eval_every: int = Field(
+        1, ge=1, description="Run these tasks at every so many evaluations; at the end they always run."
+    )
+    lm_eval_limit: int = Field(0, ge=0, description="Examples of a task to evaluate, the first ones; 0 = all.")
 
 
 class ChatEvalOptions(PerplexityOptions):

@@ -10,11 +10,12 @@ import torch
 
 from jepa_scale.data.sampling.rng import ViewTransform
 from jepa_scale.distributed.comm import ParallelContext
-from jepa_scale.evaluation import chat, perplexity, reversal, token_accuracy
+from jepa_scale.evaluation import chat, lm_eval_tasks, perplexity, reversal, text_probe, token_accuracy
 from jepa_scale.evaluation.encode import text_batches
+from jepa_scale.evaluation.lm_eval_tasks import LmEvalTest
 from jepa_scale.evaluation.options import ChatEvalOptions, EvalOptions, EvaluationOptions
 from jepa_scale.evaluation.snapshot import save_snapshot
-from jepa_scale.evaluation.text_probe import SPLIT, ProbeTest
+from jepa_scale.evaluation.text_probe import ProbeTest
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.objectives.base import Objective
 from jepa_scale.objectives.lm import lm_views
@@ -76,12 +77,14 @@ def evaluate(
     test: chat.ChatTest | None = None,
     output: chat.Output | None = None,
     probe: ProbeTest | None = None,
+    tasks: LmEvalTest | None = None,
 ) -> Results:
-    """Return the metrics of every split, and of ``probe``. Collective; the same result on every rank.
+    """Return the metrics of every split, of ``probe`` and of ``lm_eval``. Collective; the same result on every rank.
 
     Args:
         test: result of :func:`chat_test`. output: where generations and snapshots are saved; None = nowhere.
         probe: result of :func:`jepa_scale.evaluation.text_probe.probe_test`.
+        tasks: result of :func:`jepa_scale.evaluation.lm_eval_tasks.lm_eval_test`.
     """
     if isinstance(options, EvalOptions):
         return reversal.evaluate(objective.answer_generator(call), data.splits, data.names, options, ranks.device)
@@ -108,7 +111,9 @@ def evaluate(
         for split, values in test.run(call, ranks, output or chat.Output()).items():
             results[split] = results.get(split, {}) | values
     if probe is not None:
-        results[SPLIT] = probe.run(objective, call, ranks)
+        results[text_probe.SPLIT] = probe.run(objective, call, ranks)
+    if tasks is not None:
+        results[lm_eval_tasks.SPLIT] = tasks.run(call, ranks)
     return {split: values for split, values in results.items() if values}
 
 

@@ -18,7 +18,7 @@ from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.families.router_loss import NAME as ROUTER_LOSS
 from jepa_scale.models.families.router_loss import RouterLoss
 from jepa_scale.models.flops import DecoderFlops
-from jepa_scale.models.generation.batches import Generated, Prompts, greedy
+from jepa_scale.models.generation.batches import Ended, Generated, Prompts, greedy
 from jepa_scale.models.generation.speculative import Drafter
 from jepa_scale.objectives.answers import AnswerGenerator, LanguageModelAnswerGenerator
 from jepa_scale.objectives.costs import StepFlops
@@ -301,14 +301,22 @@ class Objective(nn.Module):
             backbone.logits(backbone.hidden(packed)[packed.labelled]).argmax(dim=-1) == packed.labels[packed.labelled]
         )
 
+    def label_scores(self, backbone: Backbone, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """Return :meth:`label_log_probs` and :meth:`label_matches` from one forward of the decoder."""
+        packed = batch.sequences["main"]
+        states, labels = backbone.hidden(packed)[packed.labelled], packed.labels[packed.labelled]
+        return -backbone.label_losses(states, labels), backbone.logits(states).argmax(dim=-1) == labels
+
     def drafter(self, backbone: Backbone) -> Drafter | None:
         """Return a head that drafts tokens for :func:`jepa_scale.models.generation.speculative.generate`; None = it has none."""
         return None
 
-    def generate(self, backbone: Backbone, prompts: Prompts, stop: tuple[int, ...], new_tokens: int) -> Generated:
+    def generate(
+        self, backbone: Backbone, prompts: Prompts, stop: tuple[int, ...], new_tokens: int, ended: Ended | None = None
+    ) -> Generated:
         """Decode answers greedily, of at most ``new_tokens`` tokens; see :func:`jepa_scale.models.generation.batches.greedy`."""
         with backbone.unpacked() as decoder:
-            return greedy(decoder, prompts, stop, new_tokens)
+            return greedy(decoder, prompts, stop, new_tokens, ended)
 
 
 class JepaModel(nn.Module):

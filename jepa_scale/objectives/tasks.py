@@ -11,6 +11,7 @@ Task = Literal[
     "next_token_logits",
     "label_log_probs",
     "label_matches",
+    "label_scores",
     "generate",
     "diagnose",
     # of the concept objective alone

@@ -114,8 +114,23 @@ _SPEED = [
 _MACHINERY = [*_OPTIMIZER, *_SPEED]
 _CHARTS = {m.name: group for group, of in (("optimizer", _OPTIMIZER), ("speed", _SPEED)) for m in of}
 _BY_NAME = {m.name: m for m in [*_KNOWN, *_MACHINERY]}
-_LOWER = {"loss", "nll", "ppl", "error"}
-_HIGHER = {"accuracy", "match", "mrr", "top1", "hits", "margin", "usage", "efficiency", "mfu"}
+_LOWER = {"loss", "nll", "ppl", "error", "perplexity", "brier"}
+_HIGHER = {
+    "accuracy",
+    "acc",
+    "f1",
+    "mcc",
+    "bleu",
+    "chrf",
+    "match",
+    "mrr",
+    "top1",
+    "hits",
+    "margin",
+    "usage",
+    "efficiency",
+    "mfu",
+}
 
 
 def describe(name: str) -> Metric:

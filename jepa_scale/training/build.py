@@ -26,7 +26,9 @@ from jepa_scale.engines.base import Engine, EngineOptions
 from jepa_scale.engines.ema import Teacher, TeacherModel
 from jepa_scale.engines.precision import compute_dtype, resolve_precision
 from jepa_scale.engines.weights import Weights, built_by_rank_0
+from jepa_scale.evaluation import lm_eval_tasks
 from jepa_scale.evaluation.chat import Output
+from jepa_scale.evaluation.lm_eval_tasks import find_tasks, lm_eval_test
 from jepa_scale.evaluation.run import Results, chat_test, device_call, evaluate, generates
 from jepa_scale.evaluation.text_probe import SPLIT, probe_test
 from jepa_scale.experiment import Experiment
@@ -65,8 +67,8 @@ class TrainingComponents:
     sampler: BatchSampler
     batches: Callable[[int, int], Loader]  # (first step, end) → this rank's micro-batches of each step
     evaluate: Callable[..., Results]
-    """(between, step, run_dir): ``between()`` is called between the forwards, and may raise to end the evaluation;
-    generated answers are saved under that step in the run directory, if one is given."""
+    """(between, step, run_dir, with_tasks): ``between()`` is called between the forwards, and may raise to end the evaluation;
+    generated answers are saved under that step in the run directory, if one is given; the tasks of ``eval.lm_eval`` run by default."""
     steps: int  # of the whole run: ``train.steps``, those that ``train.flops`` pay for, or fewer if the data end
     model_fingerprint: dict[str, Any]  # what decides, besides the weights, what the backbone computes
     flops: StepFlops  # this rank's micro-batches of a step → FLOPs of training on them, over its tensor-parallel group
@@ -78,8 +80,10 @@ class TrainingComponents:
     @property
     def evaluated(self) -> list[str]:
         """Names of the splits that are evaluated."""
-        probe = [SPLIT] if getattr(self.experiment.eval, "probe", None) else []
-        return [*(name for name, split in self.data.splits.items() if len(split)), *probe]
+        options = self.experiment.eval
+        probe = [SPLIT] if getattr(options, "probe", None) else []
+        tasks = [lm_eval_tasks.SPLIT] if getattr(options, "lm_eval", None) else []
+        return [*(name for name, split in self.data.splits.items() if len(split)), *probe, *tasks]
 
     @property
     def parts(self) -> list[Checkpointable]:
@@ -167,9 +171,11 @@ def build(
             raise InputError("engine.compile: is not tried with model.load_in_4bit; remove one of them")
         check_device(ranks.device)
     check_pretrained(experiment.model)
+    tasks = find_tasks(experiment.eval)
 
     data = load_data(experiment.data)
-    module = built_by_rank_0(lambda: probed(model_of(experiment, data), experiment, ranks), ranks)
+    answers = generates(experiment.eval) or any(each.generates for each in tasks)
+    module = built_by_rank_0(lambda: probed(model_of(experiment, data), experiment, ranks, answers), ranks)
     backbone, objective = module.backbone, module.objective
     if backbone.stop_gradient_layer and (objective.tap or backbone.num_layers) > backbone.stop_gradient_layer:
         raise InputError(
@@ -185,6 +191,7 @@ def build(
         )
     test = chat_test(experiment.eval, data, backbone, objective.predicts_tokens)
     probe = probe_test(experiment.eval, data, backbone, objective)
+    harness = lm_eval_test(tasks, experiment.eval, data, backbone, objective, ranks)
     sampler = create_sampler(experiment, data, objective, ranks)
     start = sampler.resume(resumed.state["data"], experiment.data.accept_changes) if resumed else 0
     flops = objective.flops(backbone)
@@ -254,14 +261,18 @@ def build(
         objective.teacher = teacher
 
     def run_evaluation(
-        between: Callable[[], None] = lambda: None, step: int = 0, run_dir: Path | None = None
+        between: Callable[[], None] = lambda: None,
+        step: int = 0,
+        run_dir: Path | None = None,
+        with_tasks: bool = True,
     ) -> Results:
         output = Output(run_dir, step, experiment.log.progress)
         engine.eval()
         try:
             with torch.no_grad():
                 call = device_call(engine, ranks.device, between)
-                return evaluate(objective, call, data, experiment.eval, ranks, test, output, probe)
+                due = harness if with_tasks else None
+                return evaluate(objective, call, data, experiment.eval, ranks, test, output, probe, due)
         finally:
             engine.train()
 
@@ -292,8 +303,11 @@ def model_of(experiment: Experiment, data: Any) -> JepaModel:
     return JepaModel(backbone, experiment.objective.build(backbone, data))
 
 
-def probed(module: JepaModel, experiment: Experiment, ranks: ParallelContext) -> JepaModel:
+def probed(module: JepaModel, experiment: Experiment, ranks: ParallelContext, answers: bool) -> JepaModel:
     """Probe a decoder of transformers on rank 0, which has the weights, and return the module unchanged.
+
+    Args:
+        answers: whether the evaluation generates.
 
     Raises:
         InputError: the family does not compute on packed or padded segments what it computes on each alone, or the evaluation
@@ -301,7 +315,7 @@ def probed(module: JepaModel, experiment: Experiment, ranks: ParallelContext) ->
     """
     if experiment.model.family == "huggingface" and ranks.is_main:
         probe(module.backbone, ranks.device, compute_dtype(experiment.engine.precision))
-        if module.backbone.padded and generates(experiment.eval):
+        if module.backbone.padded and answers:
             check_generation(module.backbone)
     return module
 

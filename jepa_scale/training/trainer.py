@@ -150,7 +150,7 @@ class Trainer:
 
         with self.pause("evaluation"):
             try:
-                of_splits = self.run.evaluate(between, self.done, run_dir_of(self.experiment.run))
+                of_splits = self.run.evaluate(between, self.done, run_dir_of(self.experiment.run), self.runs_tasks())
             except EvaluationStopped:
                 self.stopping = True
                 return {}
@@ -223,6 +223,11 @@ class Trainer:
 
     def evaluates(self) -> bool:
         return due(self.done, self.experiment.train.eval_every, self.run.steps)
+
+    def runs_tasks(self) -> bool:
+        """Return whether this evaluation includes the tasks of ``eval.lm_eval``."""
+        every = self.experiment.train.eval_every * getattr(self.experiment.eval, "lm_eval_every", 1)
+        return due(self.done, every, self.run.steps)
 
     def check(self, rows: Results) -> bool:
         """Return whether a stopping rule ends the run, after these rows were logged. Collective."""

@@ -253,6 +253,8 @@ def prepared_by_hand(words: list[str]) -> str | None:
         return "needs a tokenizer with a chat template"
     if "--mteb" in words:
         return "needs data of the Hugging Face hub; run on local files by tests/evaluation/test_mteb_tasks.py"
+    if any(word.startswith("eval.lm_eval=") for word in words):
+        return "needs data of the Hugging Face hub; run on local files by tests/evaluation/test_lm_eval_tasks.py"
     if "ADAPTER" in words:
         return "needs an adapter; run by tests/convert/test_from_adapter.py"
     if any("finetune_example" in word or "runs/synth" in word for word in words):

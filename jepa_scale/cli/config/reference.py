@@ -29,8 +29,8 @@ This page is written by `jepa-scale config --reference > docs/config.md`.
 - `base: other.yaml` at the top takes all keys of another config, and changes those that stand here. There is one level. A section that chooses
   another `objective.name`, `data.source` or `model.family` replaces the base's. `run.name` is not taken. `jepa-scale config` prints the result.
 - `~`, `$NAME` and `${NAME}` are replaced in every path; a variable that is not set is an error. A relative path is below the folder in
-  which the command was started; `--config`, `base`, `model`, `engine.deepspeed` and `eval.probe` are looked for there first, then (`base`, `model`)
-  beside the config, then among the files of jepa_scale.
+  which the command was started; `--config`, `base`, `model`, `engine.deepspeed`, `eval.probe` and the files of `eval.lm_eval` are looked for there first, then
+  (`base`, `model`) beside the config, then among the files of jepa_scale.
 - `section.key=value` builds a section that is missing or null, and takes the whole value: in `"run.name=try #2"` nothing is a comment.
 - `run.name` may have letters, digits, spaces and `. , : ; _ - + = @ # % ! & ( ) [ ] ' ^ ~`, and `/` for folders in between; each part has at most
   250 bytes and does not begin with `.`, `-`, `~` or a space.

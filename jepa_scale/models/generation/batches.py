@@ -60,6 +60,10 @@ class Generated(NamedTuple):  # a tuple: the engines find tensors in the root mo
     stopped: Tensor
 
 
+Ended = Callable[[Tensor], Tensor]
+"""Function from the tokens generated so far, (B, n), to whether each row has come to its end, (B,) bool."""
+
+
 class Answer(NamedTuple):
     """Answer to one prompt.
 
@@ -111,25 +115,33 @@ def rounds(lengths: Sequence[int], new_tokens: int, positions: int | None, size:
 
 
 def answer(
-    call: Callable[..., Any], prompts: Sequence[np.ndarray], part: Round, stop: Sequence[int], ranks: ParallelContext
+    call: Callable[..., Any],
+    prompts: Sequence[np.ndarray],
+    part: Round,
+    stop: Sequence[int],
+    ranks: ParallelContext,
+    ended: Ended | None = None,
 ) -> list[Answer]:
     """Return this rank's answers of a round: those of every ``dp_size``-th prompt. Collective.
 
     A rank without a prompt generates for the round's first one and discards the result.
 
     Args:
-        call: ``call("generate", Prompts, stop, room)`` → :class:`Generated`, through the engine.
-        stop: ids of the tokens that end an answer.
+        call: ``call("generate", Prompts, stop, room)`` → :class:`Generated`, through the engine; ``ended`` follows if it is given.
+        stop: ids of the tokens that end an answer. ended: see :func:`greedy`.
     """
     mine = part.prompts[ranks.dp_rank :: ranks.dp_size]
     batch = Prompts.of([prompts[number] for number in mine or part.prompts[:1]])
-    out = Generated(*(x.cpu() for x in call("generate", batch, tuple(stop), part.room)))
+    more = () if ended is None else (ended,)
+    out = Generated(*(x.cpu() for x in call("generate", batch, tuple(stop), part.room, *more)))
     rows = zip(out.tokens.tolist(), out.lengths.tolist(), out.stopped.tolist(), strict=True)
     return [Answer(n, tokens[:length], over) for n, (tokens, length, over) in zip(mine, rows, strict=False)]
 
 
 @torch.no_grad()
-def greedy(decoder: PreTrainedModel, prompts: Prompts, stop: Sequence[int], new_tokens: int) -> Generated:
+def greedy(
+    decoder: PreTrainedModel, prompts: Prompts, stop: Sequence[int], new_tokens: int, ended: Ended | None = None
+) -> Generated:
     """Generate the most likely next token, with a key-value cache, until each row has a stop token.
 
     Besides ``stop``, the decoder's own ``generation_config.eos_token_id`` is a stop token. The rest of that configuration is
@@ -139,8 +151,13 @@ def greedy(decoder: PreTrainedModel, prompts: Prompts, stop: Sequence[int], new_
     Args:
         decoder: a decoder with ordinary attention (:meth:`jepa_scale.models.backbone.Backbone.unpacked`).
         new_tokens: the most tokens to generate, the stop token included; ≥ 1.
+        ended: also ends a row. The tokens after its end are stop tokens, if there are any.
     """
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, StoppingCriteriaList
+
+    prompt_tokens, rules = prompts.ids.shape[1], StoppingCriteriaList()
+    if ended is not None:
+        rules.append(lambda ids, scores, **_: ended(ids[:, prompt_tokens:]))  # type: ignore[arg-type, return-value]
 
     own = decoder.generation_config
     ends = sorted({*stop, *listed(own.eos_token_id)})
@@ -159,11 +176,12 @@ def greedy(decoder: PreTrainedModel, prompts: Prompts, stop: Sequence[int], new_
                 prompts.ids,
                 attention_mask=prompts.mask,
                 generation_config=wanted,
+                stopping_criteria=rules,
                 synced_gpus=world_size() > 1,
             )
     finally:
         decoder.generation_config = own
-    tokens = whole[:, prompts.ids.shape[1] :]
+    tokens = whole[:, prompt_tokens:]
     over = torch.isin(tokens, torch.tensor(ends, dtype=torch.int64, device=tokens.device))
     stopped = over.any(dim=1)
     return Generated(tokens, torch.where(stopped, over.int().argmax(dim=1), tokens.shape[1]), stopped)
