@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -24,12 +24,16 @@ WAIT = 15.0
 def locked_run_dir(run_dir: Path, resume: bool) -> Iterator[None]:
     """Prepare the run directory, and keep other processes from training in it meanwhile. Collective.
 
+    A directory that is still empty at the end, because the run was refused, is removed if it was made here.
+
     Raises:
         InputError: another process trains in it, it holds a run and ``resume`` is false, or it cannot be created.
     """
     with ExitStack() as held:
         problem = None
         if comm.rank() == 0:
+            if not run_dir.exists():
+                held.callback(_remove_empty, run_dir)  # after the lock is released
             try:
                 run_dir.mkdir(parents=True, exist_ok=True)
                 left = holder(run_dir / JOB_LOCK)
@@ -46,6 +50,12 @@ def locked_run_dir(run_dir: Path, resume: bool) -> Iterator[None]:
             raise InputError(problem)
         prepare_run_dir(run_dir, resume)
         yield
+
+
+def _remove_empty(run_dir: Path) -> None:
+    for folder in (run_dir / "checkpoints", run_dir):
+        with suppress(OSError):  # it holds something
+            folder.rmdir()
 
 
 def prepare_run_dir(run_dir: Path, resume: bool) -> None:

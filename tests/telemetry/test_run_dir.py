@@ -88,3 +88,16 @@ def test_without_locks_a_run_goes_on_with_a_warning(tmp_path, monkeypatch, caplo
     monkeypatch.setattr(run_dir, "locked", none)
     with locked_run_dir(tmp_path / "run", resume=False):
         assert "has no locks" in caplog.messages[0]
+
+
+def test_a_run_that_is_refused_leaves_no_directory(tmp_path):
+    new, there = tmp_path / "new", tmp_path / "there"
+    there.mkdir()
+    for folder in (new, there):
+        with pytest.raises(InputError, match="data.path"), locked_run_dir(folder, resume=False):
+            raise InputError("data.path: no such file")
+    assert not new.exists() and there.is_dir()
+    with pytest.raises(FloatingPointError), locked_run_dir(new, resume=False):
+        (new / "metrics.jsonl").touch()
+        raise FloatingPointError
+    assert (new / "metrics.jsonl").is_file()

@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import json
 import math
+import os
 import sqlite3
 
 import pytest
@@ -156,7 +157,8 @@ def test_the_former_name_of_the_project_is_read_with_a_warning(tmp_path):
         assert LogConfig(wandb_project="mine").project == "mine"
 
 
-def train(ranks: ParallelContext, config: str) -> None:
+def train(ranks: ParallelContext, config: str, uri: str) -> None:
+    os.environ["MLFLOW_TRACKING_URI"] = uri  # ranks may have the environment of a server that was started before
     from jepa_scale.training.run import run_training
 
     loggers.START_SECONDS = loggers.CLOSE_SECONDS = HANG  # in a process of its own
@@ -171,7 +173,7 @@ def test_another_rank_starts_no_tracker(tmp_path, mlflow):
 
 @pytest.mark.matrix
 def test_of_two_ranks_the_first_alone_has_a_run(tmp_path, mlflow):
-    run_ranks(train, 2, str(config_file(tmp_path)), fresh=True)
+    run_ranks(train, 2, str(config_file(tmp_path)), os.environ["MLFLOW_TRACKING_URI"], fresh=True)
     (experiment,) = mlflow.search_experiments(filter_string="name = 'jepa_scale'")
     (run,) = mlflow.MlflowClient().search_runs([experiment.experiment_id])
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
