@@ -20,7 +20,7 @@ from tqdm import tqdm
 from jepa_scale.bench.task import BASELINE, Arm, Task, filled, merged
 from jepa_scale.config.loading import load_config, to_yaml
 from jepa_scale.data.prepare.formats.source import identity
-from jepa_scale.experiment import objective_options, validate
+from jepa_scale.experiment import Experiment, objective_options, validate
 from jepa_scale.utils.errors import InputError
 from jepa_scale.utils.importing import imported
 from jepa_scale.utils.io import write_atomic
@@ -163,9 +163,14 @@ def check(run: Run) -> None:
     file = _beside(run, ".yaml")
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(file, to_yaml(values))
-    unknown = ["train.same_flops_as=null", "train.flops=1.0"] if run.same_flops_as else []
     with _named(run.name):
-        validate(load_config(file, unknown))
+        _experiment(run)
+
+
+def _experiment(run: Run) -> Experiment:
+    """Read the written config of a run; FLOPs that another run sets are not known yet."""
+    unknown = ["train.same_flops_as=null", "train.flops=1.0"] if run.same_flops_as else []
+    return validate(load_config(_beside(run, ".yaml"), unknown))
 
 
 def build(run: Run) -> None:
@@ -178,9 +183,8 @@ def build(run: Run) -> None:
     from jepa_scale.plan.model import model_on_meta
     from jepa_scale.plan.synthetic import synthetic_data
 
-    overrides = ["train.same_flops_as=null", "train.flops=1.0"] if run.same_flops_as else []
     with _named(run.name):
-        experiment = validate(load_config(_beside(run, ".yaml"), overrides))
+        experiment = _experiment(run)
         layout = layout_of(experiment.engine, 1)
         model_on_meta(experiment, synthetic_data(experiment, None, None), layout)
 

@@ -26,7 +26,7 @@ from jepa_scale.models.decoder import JepaDecoderConfig, JepaDecoderForCausalLM,
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
 from jepa_scale.objectives.base import DECODER
-from jepa_scale.utils.errors import InputError
+from jepa_scale.utils.errors import InputError, one_line
 
 PREFIX = DECODER
 _PLACEHOLDER_ROWS = 1 << 20
@@ -158,8 +158,9 @@ def _build(options: ModelOptions, rows: int) -> tuple[PreTrainedModel, dict[str,
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust, dtype=torch.float32)
     except (OSError, ValueError, KeyError) as error:
-        text = " ".join(str(error).split())
-        raise InputError(f"model.pretrained: cannot load the config of {options.pretrained!r}: {text}") from None
+        raise InputError(
+            f"model.pretrained: cannot load the config of {options.pretrained!r}: {one_line(error)}"
+        ) from None
     return model, _remote_code(model)
 
 

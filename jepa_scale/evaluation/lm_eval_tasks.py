@@ -16,7 +16,7 @@ from jepa_scale.evaluation.options import EvaluationOptions, PerplexityOptions
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.objectives.base import Objective
 from jepa_scale.objectives.tasks import Call
-from jepa_scale.utils.errors import InputError, suggestion
+from jepa_scale.utils.errors import InputError, one_line, suggestion
 
 SPLIT = "lm_eval"
 """Name of the metrics' split."""
@@ -191,7 +191,5 @@ def _check(run: Any, name: str) -> None:
 
 
 def _reason(error: Exception) -> str:
-    return (
-        " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
-        or type(error).__name__
-    )
+    """Return the text of an error; that of a KeyError is quoted otherwise."""
+    return one_line(Exception(error.args[0]) if isinstance(error, KeyError) and error.args else error)

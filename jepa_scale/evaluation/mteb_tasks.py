@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jepa_scale.utils.errors import InputError
+from jepa_scale.utils.errors import InputError, one_line
 from jepa_scale.utils.importing import imported
 
 if TYPE_CHECKING:
@@ -77,9 +77,8 @@ def evaluate_tasks(
         try:
             task.load_data()
         except Exception as error:  # of the hub, the network, a script or a file: whatever a task's loader meets
-            reason = " ".join(str(error).split()) or type(error).__name__
             raise InputError(
-                f"--mteb {metadata.name}: its data {metadata.dataset['path']!r} cannot be loaded ({reason}); load them once "
+                f"--mteb {metadata.name}: its data {metadata.dataset['path']!r} cannot be loaded ({one_line(error)}); load them once "
                 "where the Hugging Face hub can be reached, or leave the task out"
             ) from None
         result = mteb.evaluate(

@@ -249,7 +249,7 @@ class Backbone(nn.Module):
             out = self._run_padded(x, stream) if self.padded else self._run_packed(x, stream, extras)
         if self._router_logits is not None:
             routed = out.get("router_logits") or ()
-            self._router_logits += [PaddedRows.of(stream).pack(z) for z in routed] if self.padded else routed
+            self._router_logits += map(PaddedRows.of(stream).pack, routed) if self.padded else routed
         states = self.packed_states(out.last_hidden_state, stream)
         # Mamba keeps its residual in fp32, and casts it before the head
         return states.to(x.dtype) if x.dtype.itemsize < states.dtype.itemsize else states

@@ -24,7 +24,7 @@ from jepa_scale.models.families.probe import way_out
 from jepa_scale.models.families.router_loss import coefficient_of
 from jepa_scale.models.lora import add_lora
 from jepa_scale.models.options import HUGGINGFACE_KEYS, SHARED_KEYS, ModelOptions, check_options
-from jepa_scale.utils.errors import InputError, suggestion
+from jepa_scale.utils.errors import InputError, one_line, suggestion
 from jepa_scale.utils.file_names import shards_of
 
 logger = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ def _random(keys: dict[str, Any], rows: int) -> PreTrainedModel:
         config = AutoConfig.for_model(model_type, **{**tokens, **keys}, vocab_size=rows)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except (ValueError, TypeError, StrictDataclassError) as error:
-        raise InputError(f"model.config: {_one_line(error)}") from None
+        raise InputError(f"model.config: {one_line(error)}") from None
 
 
 def _check_keys(cls: type[PreTrainedConfig], keys: dict[str, Any]) -> None:
@@ -285,7 +285,7 @@ def _refused(name: str) -> Iterator[None]:
     except (MemoryError, torch.OutOfMemoryError, InputError):
         raise
     except Exception as error:  # OSError, ValueError, KeyError, ImportError, SafetensorError, UnpicklingError …
-        raise InputError(f"model.pretrained: can't load {name!r}: {_one_line(error)}") from error
+        raise InputError(f"model.pretrained: can't load {name!r}: {one_line(error)}") from error
 
 
 def _from_config(config: PreTrainedConfig, options: ModelOptions) -> PreTrainedModel:
@@ -295,7 +295,3 @@ def _from_config(config: PreTrainedConfig, options: ModelOptions) -> PreTrainedM
         return AutoModelForCausalLM.from_config(
             config, trust_remote_code=options.trust_remote_code, dtype=torch.float32
         )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -107,9 +107,7 @@ def _fsdp(model: Modelled, layout: Layout, accumulation: int) -> list[Traffic]:
     ]  # fmt: skip
     if model.teacher is not None:
         copied = _padded(model.teacher.parameters(), layout)
-        students, sharded = dict(model.module.named_modules()), {id(part) for part in model.shard}
-        parts = sum(id(students.get(name)) in sharded for name, _ in model.teacher.named_modules())
-        size, calls = layout.width * copied * forwards, (parts + 1) * forwards
+        size, calls = layout.width * copied * forwards, (len(model.teacher_shard) + 1) * forwards
         found.append(Traffic("all-gather", "teacher", shards, span, size, True, calls))
     return found
 

@@ -78,6 +78,18 @@ class Modelled:
         return [*self.backbone.layers, *self.objective.blocks]
 
     @property
+    def teacher_shard(self) -> list[nn.Module]:
+        """The same units of the teacher's copy, as far as it has them."""
+        if self.teacher is None:
+            return []
+        students, sharded = dict(self.module.named_modules()), {id(part) for part in self.shard}
+        return [
+            part
+            for name, part in self.teacher.named_modules()
+            if name in students and id(students[name]) in sharded and type(part).forward is not nn.Module.forward
+        ]
+
+    @property
     def logits_width(self) -> int:
         head = self.backbone.decoder.get_output_embeddings()
         return int(head.weight.shape[0])

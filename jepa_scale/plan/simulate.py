@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
 
@@ -124,14 +123,7 @@ def _copy(model: Modelled, layout: Layout, tracker: MemoryTracker) -> EngineMode
     assert model.teacher is not None
     if layout.engine == "deepspeed":
         return ZeroEmaModel(model.teacher, model.parameters, layout, tracker)
-    students = dict(model.module.named_modules())
-    sharded = {id(part) for part in model.shard}
-    parts = [
-        part
-        for name, part in model.teacher.named_modules()
-        if name in students and id(students[name]) in sharded and type(part).forward is not nn.Module.forward
-    ]
-    return FsdpEmaModel(model.teacher, parts, model.parameters, layout, tracker)
+    return FsdpEmaModel(model.teacher, model.teacher_shard, model.parameters, layout, tracker)
 
 
 class _Teacher(Teacher):

@@ -30,7 +30,7 @@ class Logger(Protocol):
 class Worker:
     """A logger on a thread of its own, with a bounded queue of rows.
 
-    Whatever goes wrong is told once, and the run goes on without this logger.
+    Whatever goes wrong is reported once, and the run goes on without this logger.
 
     Args:
         start: makes the logger, in the thread.
@@ -41,7 +41,7 @@ class Worker:
         self._start, self._exit_code = start, 0
         self._rows: Queue[tuple[int, Mapping[str, float]]] = Queue(WAITING)
         self._started, self._closing = threading.Event(), threading.Event()
-        self._told = self._abandoned = False
+        self._reported = self._abandoned = False
         self._thread = threading.Thread(target=self._run, name=f"logger {name}", daemon=True)
         self._thread.start()
 
@@ -56,7 +56,7 @@ class Worker:
             try:
                 self._rows.put_nowait((step, values))
             except Full:
-                self._tell(
+                self._report(
                     f"takes rows more slowly than they come; from step {step} on some are left out there, as {WAITING:,} wait"
                 )
 
@@ -106,9 +106,9 @@ class Worker:
                     logger.warning(f"{self.name}: failed at step {step}, the run goes on without it: {reason(error)}")
                 return 1
 
-    def _tell(self, message: str) -> None:
-        if not self._told:
-            self._told = True
+    def _report(self, message: str) -> None:
+        if not self._reported:
+            self._reported = True
             logger.warning(f"{self.name}: {message}")
 
 

@@ -932,7 +932,7 @@ ROWS: tuple[Row, ...] = (
         "padding-among-the-routers",
         "attention",
         "jepa_scale/models/backbone.py",
-        "[PaddedRows.of(stream).pack(z) for z in routed] if self.padded else routed",
+        "map(PaddedRows.of(stream).pack, routed) if self.padded else routed",
         "routed",
         "tests/models/test_padding.py::test_routers_count_no_padding_and_no_prefix",
         "the routers' balance loss counts no padding",

@@ -23,7 +23,7 @@ from transformers import AttentionInterface, PreTrainedModel, masking_utils
 from jepa_scale.models import attention
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.packing import PackedSequence, Segment, pack_sequence
-from jepa_scale.utils.errors import InputError
+from jepa_scale.utils.errors import InputError, one_line
 
 LENGTHS = (9, 6)
 """Tokens of the two segments."""
@@ -122,8 +122,7 @@ def _attempt(name: str, where: str, run: Any) -> _Seen:
     except InputError as error:
         raise _Refusal(str(error).removesuffix(f"; {_OTHER_FAMILY}")) from error
     except Exception as error:  # whatever a family's code raises on input that it was not made for
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise _Refusal(f"model: {name} cannot run {where} ({reason})") from error
+        raise _Refusal(f"model: {name} cannot run {where} ({one_line(error)})") from error
     assert isinstance(seen, _Seen)
     return seen
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from jepa_scale.models.backbone import Backbone
-from jepa_scale.utils.errors import InputError
+from jepa_scale.utils.errors import InputError, one_line
 
 Linear = nn.Linear | Conv1D
 BLOCK, OUTER_BLOCK = 64, 256
-"""Weights that share a scale, and scales that share a scale of their own: what bitsandbytes takes unless told otherwise."""
+"""Weights that share a scale, and scales that share a scale of their own: the defaults of bitsandbytes."""
 TABLES = 16 + 256 + 1
 """fp32 values of a layer beside its scales: the levels of NF4 and of the 8-bit scales, and the scales' mean."""
 
@@ -37,9 +37,8 @@ def check_device(device: torch.device) -> None:
             f"model.load_in_4bit: bitsandbytes cannot be imported ({error}); pip install 'jepa-scale[4bit]', or remove the key"
         ) from None
     except Exception as error:  # of a missing library or kernel, by the version
-        text = " ".join(str(error).split())
         raise InputError(
-            f"model.load_in_4bit: bitsandbytes cannot quantise on {device.type} ({type(error).__name__}: {text}); install a version of it "
+            f"model.load_in_4bit: bitsandbytes cannot quantise on {device.type} ({type(error).__name__}: {one_line(error)}); install a version of it "
             "that can, or remove the key"
         ) from None
 

@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig
 
 from jepa_scale.models.backbone import Backbone
-from jepa_scale.utils.errors import InputError
+from jepa_scale.utils.errors import InputError, one_line
 
 PROMPTS, NEW = (7, 4), 3
 """Tokens of the two prompts, and how many are generated."""
@@ -55,9 +55,8 @@ def check_generation(backbone: Backbone) -> None:
     except (InputError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a family's code raises in a use that it was not made for
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
-            f"model: {name} cannot generate a batch of texts with its cache ({reason}); choose another family"
+            f"model: {name} cannot generate a batch of texts with its cache ({one_line(error)}); choose another family"
         ) from error
     finally:
         decoder.generation_config = own
