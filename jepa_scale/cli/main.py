@@ -42,11 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         from jepa_scale import train
 
         return train.main(argv[1:])
-    if argv[:1] and argv[0] in PARSERS:
-        of_command: argparse.ArgumentParser = importlib.import_module(PARSERS[argv[0]]).parser()
-        args = of_command.parse_args(argv[1:])
-    else:
-        args = parser().parse_args(argv)
+    args = parsed(argv)
     configure(args.log_level)
     if not shows_progress():
         args.no_progress = True  # only some commands have that flag
@@ -59,6 +55,14 @@ def main(argv: list[str] | None = None) -> int:
     except Stopped as stopped:
         logger.warning(f"{stopped}; what is finished stays: start the same command again to go on")
         return stopped.exit_code
+
+
+def parsed(argv: list[str]) -> argparse.Namespace:
+    """The arguments of any command but ``train``; ends the process with 2 where they are not the command's."""
+    if argv[:1] and argv[0] in PARSERS:
+        of_command: argparse.ArgumentParser = importlib.import_module(PARSERS[argv[0]]).parser()
+        return of_command.parse_args(argv[1:])
+    return parser().parse_args(argv)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -17,7 +17,7 @@ import yaml
 
 from jepa_scale.bench.task import built_in
 from jepa_scale.cli import bench
-from jepa_scale.cli.main import main
+from jepa_scale.cli.main import main, parsed
 from jepa_scale.config.foreign import JEPA_LLM, LIT_JEPA
 from jepa_scale.config.loading import load_config
 from jepa_scale.experiment import validate
@@ -259,7 +259,7 @@ def prepared_by_hand(words: list[str]) -> str | None:
         return "needs an adapter; run by tests/convert/test_from_adapter.py"
     if any("finetune_example" in word or "runs/synth" in word for word in words):
         return "needs a pretrained model"
-    if "--help" in words or words[1:] == ["train"] or len(words) < 3:
+    if "--help" in words or words[1:] == ["train"] or len(words) < 3 or (words[1] == "data" and len(words) < 4):
         return "a mention"
     return None
 
@@ -312,6 +312,12 @@ def test_no_two_commands_train_into_one_folder():
             names.append(named[-1] if named else Path(job[2]).stem)
     assert len(names) > 10
     assert not [name for name in set(names) if names.count(name) > 1]
+
+
+@pytest.mark.parametrize("job", [j for j in jobs() if j[0] != "train"], ids=lambda job: " ".join(job)[:80])
+def test_every_command_has_the_arguments_that_it_needs(job):
+    """Said here in a moment, what running them would say after minutes."""
+    parsed(job)
 
 
 @pytest.mark.matrix
