@@ -36,14 +36,12 @@ class _InPlace(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        """With n = x · r: ∂w = Σ g · n over the rows, and ∂x = r · (g · w − n · mean(g · w · n))."""
+        """With p = g · x: ∂w = Σ r · p over the rows, and ∂x = r · (g · w − x · r² · Σ p · w / d)."""
         (grad,) = grads
         x, weight, r = ctx.saved_tensors
-        normed = x * r
-        products = grad * normed
-        rows = products.reshape(-1, x.shape[-1])
-        of_weight = rows.sum(0) if ctx.needs_input_grad[1] else None
+        products = (grad * x).reshape(-1, x.shape[-1])
+        of_weight = products.T @ r.reshape(-1) if ctx.needs_input_grad[1] else None
         if not ctx.needs_input_grad[0]:
             return None, of_weight, None
-        mean = (rows @ weight).div_(x.shape[-1]).view_as(r)
-        return (grad * weight).sub_(normed.mul_(mean)).mul_(r), of_weight, None
+        factor = (products @ weight).div_(x.shape[-1]).view_as(r).mul_(r).mul_(r)
+        return (grad * weight).addcmul_(x, factor, value=-1).mul_(r), of_weight, None

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def rotary_table(position_ids: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -32,6 +35,33 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
         x: (B, T, H, D).
         table: cosine and sine, (B, T, D/2), in the dtype of ``x``.
     """
-    cos, sin = (t.unsqueeze(2) for t in table)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    cos, sin = (t[:, :, None, None] for t in table)
+    if torch.compiler.is_compiling():  # a compiler fuses the plain formula
+        a, b = x.chunk(2, dim=-1)
+        cos, sin = cos.squeeze(2), sin.squeeze(2)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return _Rotation.apply(x, cos, sin)
+
+
+class _Rotation(torch.autograd.Function):
+    """The rotation in three passes over the memory instead of seven; its gradient is the rotation back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(grads[0], cos, -sin), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    halves = x.unflatten(-1, (2, -1))  # (B, T, H, 2, D/2)
+    out = halves * cos
+    (a, b), (rotated_a, rotated_b), sin = halves.unbind(-2), out.unbind(-2), sin.squeeze(-2)
+    rotated_a.addcmul_(b, sin, value=-1)
+    rotated_b.addcmul_(a, sin)
+    return out.flatten(-2)

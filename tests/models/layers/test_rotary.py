@@ -1,5 +1,6 @@
 """RoPE against complex rotation, and its one law: scores depend on distances alone."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -38,3 +39,26 @@ def test_the_table_is_fp32_whatever_the_default():
         torch.set_default_dtype(torch.float32)
     expected, _ = rotary_table(torch.arange(2000)[None], 64, 10_000.0)
     assert cos.dtype == sin.dtype == torch.float32 and torch.equal(cos, expected)
+
+
+@pytest.mark.parametrize(
+    ("of_x", "of_table"), [("float64", "float64"), ("float32", "float32"), ("bfloat16", "float32")]
+)
+def test_values_and_gradients_are_those_of_the_plain_formula(of_x, of_table):
+    """A table that is wider than the heads widens the result, as under autocast."""
+    x = torch.randn(2, 5, 3, 8).to(getattr(torch, of_x))
+    up = torch.randn(2, 5, 3, 8).to(getattr(torch, of_table))
+    cos, sin = (t.to(up.dtype) for t in rotary_table(torch.randint(0, 50, (1, 5)), 8, 100.0))
+
+    def plain(x):
+        (a, b), c, s = x.chunk(2, dim=-1), cos[:, :, None], sin[:, :, None]
+        return torch.cat((a * c - b * s, b * c + a * s), dim=-1)
+
+    found = []
+    for rotation in (plain, lambda x: rotate(x, (cos, sin))):
+        leaf = x.clone().requires_grad_()
+        y = rotation(leaf)
+        y.backward(up)
+        found.append((y.detach(), leaf.grad))
+    for ours, expected in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=5e-2 if of_x == "bfloat16" else 1e-5)
