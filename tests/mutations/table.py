@@ -3196,9 +3196,9 @@ ROWS: tuple[Row, ...] = (
         "rotation-backwards",
         "decoder",
         "jepa_scale/models/layers/rotary.py",
+        "return _rotated(grads[0], cos, -sin.flip(-2)), None, None",
         "return _rotated(grads[0], cos, -sin), None, None",
-        "return _rotated(grads[0], cos, sin), None, None",
-        "tests/models/layers/test_rotary.py::test_values_and_gradients_are_those_of_the_plain_formula",
+        "tests/models/families/test_rotation.py::test_tables_of_two_different_halves_are_rotated_as_by_the_family",
         "the gradient of a rotation is the rotation back",
     ),
     _row(

@@ -40,11 +40,16 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
         a, b = x.chunk(2, dim=-1)
         cos, sin = cos.squeeze(2), sin.squeeze(2)
         return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-    return _Rotation.apply(x, cos, sin)
+    return Rotation.apply(x, cos, sin)
 
 
-class _Rotation(torch.autograd.Function):
-    """The rotation in three passes over the memory instead of seven; its gradient is the rotation back."""
+class Rotation(torch.autograd.Function):
+    """The rotation in three passes over the memory instead of seven: (a, b) → (a · cos − b · sin, b · cos + a · sin).
+
+    Args:
+        x: (…, D), the halves a and b.
+        cos, sin: without gradient, and of a shape that broadcasts to (…, 2, D/2): one row for both halves, or one for each.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -55,13 +60,14 @@ class _Rotation(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _rotated(grads[0], cos, -sin), None, None
+        return _rotated(grads[0], cos, -sin.flip(-2)), None, None
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    halves = x.unflatten(-1, (2, -1))  # (B, T, H, 2, D/2)
+    halves = x.unflatten(-1, (2, -1))
     out = halves * cos
-    (a, b), (rotated_a, rotated_b), sin = halves.unbind(-2), out.unbind(-2), sin.squeeze(-2)
-    rotated_a.addcmul_(b, sin, value=-1)
-    rotated_b.addcmul_(a, sin)
+    (a, b), (rotated_a, rotated_b) = halves.unbind(-2), out.unbind(-2)
+    sin_a, sin_b = sin.expand(*sin.shape[:-2], 2, -1).unbind(-2)
+    rotated_a.addcmul_(b, sin_a, value=-1)
+    rotated_b.addcmul_(a, sin_b)
     return out.flatten(-2)
