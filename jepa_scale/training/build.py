@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ from jepa_scale.models.tensor_parallel import layers as tensor_parallel
 from jepa_scale.objectives.base import DECODER, JepaModel, Objective
 from jepa_scale.objectives.costs import StepFlops
 from jepa_scale.optim import parameter_groups
-from jepa_scale.training.flop_budget import paid_steps, steps_within, whole_steps
+from jepa_scale.training.flop_budget import steps_of_run
 from jepa_scale.training.overview import ModuleSize
 from jepa_scale.training.padding import announce_padding
 from jepa_scale.utils.errors import InputError
@@ -159,7 +160,7 @@ def build(
     """
     precision = resolve_precision(experiment.engine.precision, ranks)
     experiment = replace(experiment, engine=experiment.engine.model_copy(update={"precision": precision}))
-    options, optim, train = experiment.engine, experiment.optim, experiment.train
+    options, optim = experiment.engine, experiment.optim
     set_threads(options, ranks)
     torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
     engine_name = resolve(options.name, ranks)
@@ -177,18 +178,7 @@ def build(
     answers = generates(experiment.eval) or any(each.generates for each in tasks)
     module = built_by_rank_0(lambda: probed(model_of(experiment, data), experiment, ranks, answers), ranks)
     backbone, objective = module.backbone, module.objective
-    if backbone.stop_gradient_layer and (objective.tap or backbone.num_layers) > backbone.stop_gradient_layer:
-        raise InputError(
-            f"model.bridge_grad_barrier: nothing would train blocks 1 to {backbone.stop_gradient_layer}, as objective "
-            f"{experiment.objective.name!r} has no tap there; remove it, or lower objective.tap_layer"
-        )
-    positions = backbone.position_limit
-    longest = data.train.max_size - 1  # nothing follows the last token
-    if objective.predicts_tokens and positions is not None and longest > positions:
-        raise InputError(
-            f"data.max_length: a sample has {longest} tokens to predict from, and the model is made for {positions} "
-            f"({backbone.limited_by}); lower it, or raise model.max_position_embeddings if this decoder is a new one"
-        )
+    check_fit(experiment, backbone, objective, data)
     test = chat_test(experiment.eval, data, backbone, objective.predicts_tokens)
     probe = probe_test(experiment.eval, data, backbone, objective)
     harness = lm_eval_test(tasks, experiment.eval, data, backbone, objective, ranks)
@@ -221,15 +211,9 @@ def build(
 
     if backbone.padded:
         announce_padding(backbone, batches(start, 0), ranks)
-    steps = steps or (paid_steps(resumed, experiment, sampler) if resumed else 0)
-    if not steps and not train.flops:
-        steps = min(n for n in (train.steps, sampler.steps) if n)
-    elif not steps:
-        loaders = whole_steps(batches(start, 0), ranks.dp_size)
-        budget = train.flops - (resumed.state.get("flops", 0) if resumed else 0)
-        steps = steps_within(
-            budget, loaders, flops, lambda step: objective.kind_of_step(step, experiment.run.seed), start
-        )
+    if not steps:
+        kind = partial(objective.kind_of_step, seed=experiment.run.seed)
+        steps = steps_of_run(experiment, batches(start, 0), flops, kind, start, resumed, ranks.dp_size)
     blocks = [*backbone.layers, *objective.blocks]
     if options.compile:
         compile_blocks(blocks)
@@ -294,6 +278,22 @@ def build(
         objective_size,
         base,
     )
+
+
+def check_fit(experiment: Experiment, backbone: Backbone, objective: Objective, data: Any) -> None:
+    """Raise InputError if nothing would train some blocks, or a sample is longer than the model's positions."""
+    if backbone.stop_gradient_layer and (objective.tap or backbone.num_layers) > backbone.stop_gradient_layer:
+        raise InputError(
+            f"model.bridge_grad_barrier: nothing would train blocks 1 to {backbone.stop_gradient_layer}, as objective "
+            f"{experiment.objective.name!r} has no tap there; remove it, or lower objective.tap_layer"
+        )
+    positions = backbone.position_limit
+    longest = data.train.max_size - 1  # nothing follows the last token
+    if objective.predicts_tokens and positions is not None and longest > positions:
+        raise InputError(
+            f"data.max_length: a sample has {longest} tokens to predict from, and the model is made for {positions} "
+            f"({backbone.limited_by}); lower it, or raise model.max_position_embeddings if this decoder is a new one"
+        )
 
 
 def model_of(experiment: Experiment, data: Any) -> JepaModel:

@@ -1,5 +1,5 @@
-"""Length of a run from a budget of training FLOPs. The number of steps is computed before the first one, so that the schedules
-of learning rate and momentum end with the run."""
+"""Length of a run, in steps or from a budget of training FLOPs. The number of steps is computed before the first one, so that the
+schedules of learning rate and momentum end with the run."""
 
 from __future__ import annotations
 
@@ -112,3 +112,27 @@ def paid_steps(resumed: Manifest, experiment: Experiment, sampler: BatchSampler)
     same = same and all(then.get(section) == now[section] for section in ("model", "objective"))
     same = same and resumed.state["data"]["fingerprint"] == sampler.fingerprint
     return int(resumed.state.get("steps", 0)) if experiment.train.flops and same else 0
+
+
+def steps_of_run(
+    experiment: Experiment,
+    loader: Loader,
+    flops: StepFlops,
+    kind: Callable[[int], Hashable],
+    start: int,
+    resumed: Manifest | None,
+    dp_size: int,
+) -> int:
+    """Return the number of steps of a run: ``train.steps`` or fewer if the data end, or those that ``train.flops`` pay for.
+
+    Args:
+        loader: of this rank. start: the first step that is left. resumed: manifest of the checkpoint that the run goes on from.
+        flops, kind: see :func:`steps_within`.
+    """
+    train, sampler = experiment.train, loader.sampler
+    if resumed and (paid := paid_steps(resumed, experiment, sampler)):
+        return paid
+    if not train.flops:
+        return min(n for n in (train.steps, sampler.steps) if n)
+    budget = train.flops - (resumed.state.get("flops", 0) if resumed else 0)
+    return steps_within(budget, whole_steps(loader, dp_size), flops, kind, start)

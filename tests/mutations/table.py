@@ -2240,7 +2240,7 @@ ROWS: tuple[Row, ...] = (
     _row(
         "budget-spent-twice",
         "records",
-        "jepa_scale/training/build.py",
+        "jepa_scale/training/flop_budget.py",
         'resumed.state.get("flops", 0) if resumed else 0',
         "0",
         "tests/training/test_resume.py::test_what_is_left_of_a_budget_pays_for_the_steps_that_follow",
