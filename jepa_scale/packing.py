@@ -40,6 +40,8 @@ class Segment:
         positions: name → offsets within the segment of tokens whose states or embeddings the objective uses.
         prefix: (role, m) makes the segment a branch, whose tokens also see the first m ≥ 1 tokens of the sample's only
             segment of that role. That segment is in the same packed sequence and is no branch itself; a branch has no ``key``.
+        queries: number of its tokens, n ≥ 1, at which a stack's last block is read, if all segments of the packed sequence say so;
+            ``None`` = at all of them.
     """
 
     tokens: Sequence[int]
@@ -50,6 +52,7 @@ class Segment:
     key: Hashable = None
     positions: Mapping[str, Sequence[int]] = field(default_factory=dict)
     prefix: tuple[str, int] | None = None
+    queries: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +127,7 @@ class PackedSequence:
         seeds: (S,) int64, a seed for each segment of each sample, which does not depend on the segment's index in the packed
             sequence; ``None`` = not packed from views. A shared segment has the seed of its first sample.
         consecutive: whether the positions of each segment are 0 … n-1, or in a branch those after its prefix.
+        queries: number of tokens of each segment at which a stack's last block is read; ``None`` = at all of them.
     """
 
     input_ids: Tensor
@@ -134,6 +138,7 @@ class PackedSequence:
     keys: KeyRows | None = None
     seeds: Tensor | None = None
     consecutive: bool = True
+    queries: SegmentTable | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -165,6 +170,7 @@ class PackedSequence:
             None if self.keys is None else self.keys.to(device),
             None if self.seeds is None else move(self.seeds),
             self.consecutive,
+            None if self.queries is None else self.queries.to(device),
         )
 
 
@@ -266,11 +272,18 @@ def pack_sequence(
         keys=_key_rows(lengths, _prefix_lengths(segments), parents) if parents else None,
         seeds=None if seeds is None else torch.tensor(seeds, dtype=torch.int64),
         consecutive=consecutive,
+        queries=SegmentTable.from_lengths(asked) if (asked := _queries(segments)) else None,
     )
 
 
 def _prefix_lengths(segments: Iterable[Segment]) -> list[int]:
     return [0 if s.prefix is None else s.prefix[1] for s in segments]
+
+
+def _queries(segments: Iterable[Segment]) -> list[int]:
+    """Return the number of queries of each segment; empty if a segment does not say."""
+    found = [s.queries for s in segments]
+    return [] if None in found else [n for n in found if n is not None]
 
 
 def _key_rows(lengths: Sequence[int], prefixes: Sequence[int], parents: Mapping[int, int]) -> KeyRows:
@@ -295,7 +308,7 @@ def pack(
 ) -> PackedBatch:
     """Pack the views of a micro-batch's samples.
 
-    Segments are ordered by length, and by the length of their prefix, so that equal shapes are neighbours and the CPU
+    Segments are ordered by length, by the length of their prefix and by their queries, so that equal shapes are neighbours and the CPU
     attention can batch them as plain slices; ``segments`` and ``samples`` map them to their samples. ``counts["tokens"]``,
     ``["labels"]`` and ``["samples"]`` are always set; the tokens of a branch are counted without its prefix.
 
@@ -350,7 +363,8 @@ def pack(
     index: dict[str, np.ndarray] = {}  # index in `unique` → index in the packed sequence
     for name, pool in unique.items():
         lengths = [len(s.tokens) for s in pool]  # the primary sort key, which lexsort takes last
-        order = np.lexsort((_prefix_lengths(pool), lengths)) if parents[name] else np.argsort(lengths, kind="stable")
+        further = ([_queries(pool)] if _queries(pool) else []) + ([_prefix_lengths(pool)] if parents[name] else [])
+        order = np.lexsort((*further, lengths)) if further else np.argsort(lengths, kind="stable")
         index[name] = np.empty(len(pool), dtype=np.int64)
         index[name][order] = np.arange(len(pool))
         moved = {int(index[name][branch]): int(index[name][parent]) for branch, parent in parents[name].items()}

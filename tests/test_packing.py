@@ -434,3 +434,22 @@ def test_seeds_move_and_are_pickled_with_their_stream():
     sent = io.BytesIO()
     _Pickler(sent, protocol=5).dump(batch)
     assert pickle.loads(sent.getvalue()).sequences["main"].seeds.tolist() == [2**62 - 1]
+
+
+# -- queries ----------------------------------------------------------------------------------------------------------
+
+
+def test_segments_may_say_how_many_of_their_tokens_are_read():
+    tokens, read = [[1, 2, 3], [4, 5], [6, 7, 8], [9, 10, 11]], [3, 1, 1, 2]
+    views = [Views([Segment(t, "a", queries=n)]) for t, n in zip(tokens, read, strict=True)]
+    sequence = pack(views).sequences["main"]
+    assert sequence.table.lengths == (2, 3, 3, 3)
+    assert sequence.queries.lengths == (1, 1, 2, 3)  # equal shapes are neighbours
+    assert sequence.input_ids.tolist() == [4, 5, 6, 7, 8, 9, 10, 11, 1, 2, 3]
+    assert sequence.queries.cu_seqlens.tolist() == [0, 1, 2, 4, 7]
+    assert pack(views).to("meta").sequences["main"].queries.cu_seqlens.is_meta
+
+
+def test_without_a_word_from_each_segment_all_tokens_are_read():
+    assert pack_sequence([Segment([1], "a", queries=1), Segment([1], "a")]).queries is None
+    assert pack([]).sequences["main"].queries is None

@@ -163,15 +163,13 @@ class JepaAttention(nn.Module):
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         readout: Tensor | None = None,
-        rows: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend, (B, T, d) → (B, T, d); the eager implementation also returns the weights (B, H, T, T_k).
 
         Args:
-            readout: (S,) positions of the last token of each segment of a packed sequence. Queries are computed there only,
-                → (1, S, d); ``packed_queries`` then has S segments of one query.
-            rows: (M,) positions, → (B, M, d). Attention runs at all positions, the output projection at these.
+            readout: (M,) positions of a packed sequence, segment by segment. Queries are computed there only, → (1, M, d), and
+                ``packed_queries`` has their number in each segment. If the layer is causal, they are the segments' last tokens.
         """
         heads = (*x.shape[:2], -1, self.head_dim)
         asking, angles = x, rotary
@@ -186,8 +184,7 @@ class JepaAttention(nn.Module):
             k, v = past_key_values.update(k, v, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         out, weights = attend(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
-        out = out.flatten(2)
-        return self.o_proj(out if rows is None else out[:, rows]), weights
+        return self.o_proj(out.flatten(2)), weights
 
 
 def eager_attention(
@@ -240,18 +237,16 @@ class JepaDecoderLayer(GradientCheckpointingLayer):
         self,
         x: Tensor,
         readout: Tensor | None = None,
-        rows: Tensor | None = None,
         kept: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Run the block, (B, T, d) → (B, T, d); with ``readout`` (S,) or ``rows`` (M,) only at those positions.
+        """Run the block, (B, T, d) → (B, T, d); with ``readout`` (M,) only at those positions, see :class:`JepaAttention`.
 
         ``kept`` (2, B, T) or (2, B, 1) bool: where the two branches are kept, see :mod:`jepa_scale.models.layers.drop_path`.
         """
-        branch, _ = self.self_attn(self.input_layernorm(x), readout=readout, rows=rows, **kwargs)
-        wanted = rows if readout is None else readout
-        if wanted is not None:
-            x, kept = x[:, wanted], None if kept is None else kept[..., wanted]
+        branch, _ = self.self_attn(self.input_layernorm(x), readout=readout, **kwargs)
+        if readout is not None:
+            x, kept = x[:, readout], None if kept is None else kept[..., readout]
         first, second = (None, None) if kept is None else kept.unbind()
         x = x + self.drop_path(self.dropout(branch), first)
         return x + self.drop_path(self.dropout(self.mlp(self.post_attention_layernorm(x))), second)

@@ -1578,6 +1578,24 @@ ROWS: tuple[Row, ...] = (
         "tests/objectives/span/test_predictor.py::test_every_token_sees_its_whole_view_and_no_other",
         "the predictor sees a view in both directions",
     ),
+    _row(
+        "predictor-reads-in-order",
+        "span",
+        "jepa_scale/objectives/span/predictor.py",
+        "return x[0, order.argsort()]",
+        "return x[0]",
+        "tests/objectives/span/test_predictor.py::test_any_views_in_any_order_of_places",
+        "predictions are in the order of the masked tokens, not of the packed sequence",
+    ),
+    _row(
+        "predictor-queries",
+        "span",
+        "jepa_scale/packing.py",
+        "*further, lengths",
+        "lengths",
+        "tests/test_packing.py::test_segments_may_say_how_many_of_their_tokens_are_read",
+        "segments with as many queries are neighbours",
+    ),
     # ---------------------------------------------------------------------------------------------------------- lora
     _row(
         "lora-alpha",

@@ -54,12 +54,13 @@ class SpanPredictor(nn.Module):
 
         Args:
             states: (N, d) states of the tokens that were not masked. kept: (N,) their indices in ``packed``.
-            masked: (M,) indices of the masked tokens in ``packed``. The filler of an empty sequence is in neither and is zero.
-            packed: the views at full length. Only positions, segments and, with DropPath, seeds are used. Positions are below
-                ``max_positions``.
+            masked: (M,) indices of the masked tokens in ``packed``, in any order, at least one of each view; for an empty sequence
+                that of its filler.
+            packed: the views at full length, with the number of masked tokens of each as its queries. Besides, positions, segments
+                and, with DropPath, seeds are used. Positions are below ``max_positions``.
 
         Returns:
-            (M, d), before the final norm, in the order of ``masked``. N and M may be 0. Every parameter is used even then.
+            (M, d), before the final norm, in the order of ``masked``. N may be 0. Every parameter is used even then.
         """
         config, positions = self.config, packed.position_ids
         guess = self.mask_embedding(positions[masked])  # (M, d)
@@ -70,25 +71,27 @@ class SpanPredictor(nn.Module):
         if self.training and config.drop_path:
             assert packed.seeds is not None, "DropPath in a packed sequence needs its segments' seeds"
             branches = segments_kept(packed.seeds, packed.table, config.drop_path, len(self.layers), _STACK)
+        readout, order = masked.sort()
+        last = {"readout": readout, "packed_queries": packed.queries or packed.table}
         for number, layer in enumerate(self.layers, 1):
             x = layer(
                 x,
-                rows=masked if number == len(self.layers) else None,  # only these are returned
+                **(last if number == len(self.layers) else {}),  # nobody reads the other tokens
                 kept=None if branches is None else branches[number - 1],
                 rotary=rotary,
                 packed=packed.table,
             )
-        return x[0]
+        return x[0, order.argsort()]
 
     def flops(self) -> SpanFlops:
         """Return the FLOPs that follow from the modules. Call it once, while the weights are not yet sharded."""
         costs = [linear_cost(layer) for layer in self.layers]
         last: Any = self.layers[-1]
-        trimmed = linear_cost(nn.ModuleList([last.self_attn.o_proj, last.mlp]))
+        trimmed = linear_cost(nn.ModuleList([last.self_attn.q_proj, last.self_attn.o_proj, last.mlp]))
         everywhere = [sum(cost[way] for cost in costs) - trimmed[way] for way in (0, 1)]
         heads, widths = self.config.num_attention_heads, last.self_attn.qk_head_dim + last.self_attn.head_dim
-        pair = 2 * heads * widths * len(costs)
-        return SpanFlops(Cost(*everywhere), trimmed, Cost(pair, 2 * pair))
+        pair = 2 * heads * widths
+        return SpanFlops(Cost(*everywhere), trimmed, Cost(pair, 2 * pair), len(costs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,19 +99,23 @@ class SpanFlops:
     """FLOPs of a :class:`SpanPredictor`, counted as in :mod:`jepa_scale.models.flops`.
 
     Attributes:
-        per_token: of a token, in all matrices except those after the last block's attention.
-        per_mask: of a masked token, in those after the last block's attention.
-        per_pair: of a query and a key.
+        per_token: of a token, in all matrices except those of ``per_mask``.
+        per_mask: of a masked token, in the last block's matrices of the queries and after the attention.
+        per_pair: of a query and a key, in one block.
+        layers: number of blocks.
     """
 
     per_token: Cost
     per_mask: Cost
     per_pair: Cost
+    layers: int
 
     def count(self, packed: PackedSequence, masked: int, training: bool) -> int:
         """Return the FLOPs of a pass over a sequence with ``masked`` masked tokens. With ``training`` it has a backward, the
         gradient of the states included."""
-        pairs, total = attention_pairs(packed.table.lengths, causal=False), 0
+        lengths, queries = packed.table.lengths, (packed.queries or packed.table).lengths
+        pairs = (self.layers - 1) * attention_pairs(lengths, causal=False)
+        pairs, total = pairs + attention_pairs(queries, causal=False, key_lengths=lengths), 0
         for way in (0, 1) if training else (0,):
             total += self.per_token[way] * packed.num_tokens + self.per_mask[way] * masked + self.per_pair[way] * pairs
         return total

@@ -117,7 +117,7 @@ class SpanViews:
             views.append(segment(role, seen, {"kept": np.arange(len(seen))} if predicted else {}))
             if predicted:
                 parts = {"seen": seen, "masked": hidden}
-                views.append(segment("predicted", everything, parts, sequence=PREDICTOR))
+                views.append(segment("predicted", everything, parts, sequence=PREDICTOR, queries=len(hidden)))
                 of_view = [order[begin : begin + length] for begin, length in free_runs(masked)]
                 spans += of_view
                 weights += [1 / (len(of_view) * len(o.ratios))] * len(of_view)

@@ -43,7 +43,8 @@ class Root(nn.Module):
         hidden = self.backbone.hidden(stream)
         empty = torch.zeros(0, dtype=torch.int64)
         kept, seen, masked = (batch.positions.get(name, empty) for name in ("kept", "seen", "masked"))
-        filled = self.predictor.norm(self.predictor(hidden[kept], seen, masked, full))
+        filler = masked if len(masked) else masked.new_zeros(1)
+        filled = self.predictor.norm(self.predictor(hidden[kept], seen, filler, full))[: len(masked)]
         last = hidden[stream.last[batch.segments.get("view", empty)]]
         with patch.object(backbone_module, "_PIECE", 20):  # three of them
             logits = self.backbone.unembed(last).float()
@@ -62,7 +63,7 @@ def texts(step):
         seen, hidden = (~masked).nonzero()[:, 0], masked.nonzero()[:, 0]
         view = Segment(tokens[seen].tolist(), "view", position_ids=seen, positions={"kept": range(len(seen))})
         positions = {"seen": seen, "masked": hidden}
-        full = Segment(tokens.tolist(), "full", sequence="predictor", positions=positions)
+        full = Segment(tokens.tolist(), "full", sequence="predictor", positions=positions, queries=len(hidden))
         views.append(Views([view, full], seed=10_000 * step + 100 * number))
     return views
 

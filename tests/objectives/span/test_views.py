@@ -130,6 +130,7 @@ def test_views_are_the_text_without_its_masked_tokens(n, predicts, teaches, samp
         assert (view.positions["kept"] == np.arange(len(view.tokens))).all()
         assert (full.positions["seen"] == view.position_ids).all()
         hidden = full.positions["masked"]
+        assert full.queries == len(hidden)
         assert sorted([*hidden, *full.positions["seen"]]) == list(range(n))
         assert (read_from.positions["span"][at : at + len(hidden)] == hidden).all()
         at += len(hidden)
