@@ -328,7 +328,7 @@ class CheckpointConfig(Section):
     )
 
 
-TRACKERS = ("mlflow", "trackio")
+TRACKERS = ("mlflow", "trackio", "comet_ml")
 """Names of ``log.trackers``; each is the name of its package too."""
 
 

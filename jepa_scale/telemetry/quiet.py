@@ -12,6 +12,7 @@ _LOGGERS = (
     "absl",
     "accelerate",
     "bitsandbytes",
+    "comet_ml",
     "datasets",
     "filelock",
     "fsspec",

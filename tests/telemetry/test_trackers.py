@@ -1,4 +1,4 @@
-"""Runs of MLflow and Trackio, which log into files here and are read by their own packages."""
+"""Runs of MLflow, Trackio and Comet, which log into files here and are read by their own packages."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import math
 import os
 import sqlite3
+import zipfile
 
 import pytest
 import torch
@@ -126,11 +127,41 @@ def test_trackio_gets_config_name_and_metrics_and_a_resumed_run_goes_on(tmp_path
     assert configs[0]["optim.lr"] == 0.00123456
 
 
+def test_comet_gets_config_name_and_metrics_and_a_resumed_run_goes_on(tmp_path, monkeypatch, capfd):
+    pytest.importorskip("comet_ml")
+    for name in [name for name in os.environ if name.startswith("COMET_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))  # no ~/.comet.config: it is offline without a key
+    ids = []
+    for step, loss in ((1, 1.5), (2, 0.75)):
+        with run_log(tmp_path, trackers=["comet_ml"], project="probe", start_step=step - 1) as log:
+            log.trained(step, {"loss": loss, "grad_norm": math.nan})
+        ids.append((tmp_path / "comet_ml_id.txt").read_text().strip())
+    assert capfd.readouterr().out == "" and ids[0] == ids[1]
+    messages = []
+    for file in sorted((tmp_path / "comet_ml").glob("*.zip"), key=lambda file: file.stat().st_mtime_ns):
+        assert file.name.startswith(ids[0])
+        with zipfile.ZipFile(file) as archive:
+            messages += [json.loads(line) for line in archive.read("messages.json").splitlines()]
+    metrics = [message["payload"]["metric"] for message in messages if message["type"] == "metric_msg"]
+    of = {
+        name: [(m["step"], m["metricValue"]) for m in metrics if m["metricName"] == name]
+        for name in ("train/loss", "optimizer/grad_norm")
+    }
+    assert of == {"train/loss": [(1, 1.5), (2, 0.75)], "optimizer/grad_norm": [(1, "NaN"), (2, "NaN")]}
+    assert not [m["metricName"] for m in metrics if m["metricName"].startswith("sys.")]  # what it would find by itself
+    config = [message["payload"]["param"] for message in messages if message["type"] == "parameter_msg"]
+    assert {p["paramValue"] for p in config if p["paramName"] == "optim.lr"} == {0.00123456}
+    assert ("Name", "demo") in [
+        (m["payload"]["key"], m["payload"]["value"]) for m in messages if m["type"] == "log_other"
+    ]
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [
         (["mlfow"], "log.trackers: unknown tracker 'mlfow'; did you mean 'mlflow'?"),
-        (["xyz"], "log.trackers: unknown tracker 'xyz'; known: mlflow, trackio"),
+        (["xyz"], "log.trackers: unknown tracker 'xyz'; known: mlflow, trackio, comet_ml"),
         (["wandb"], "log.trackers: wandb has a key of its own; set log.wandb: true in place of it"),
         (["mlflow", "mlflow"], "log.trackers: 'mlflow' is there twice; give each once"),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +14,7 @@ from jepa_scale.utils.errors import InputError
 TIMEOUT = 60.0
 """Seconds without a byte after which an http connection counts as dead."""
 INSTALL = "pip install 'jepa-scale[remote]'"
+_GOOGLE = ("gs", "gcs")
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
 _CREDENTIALS = {
     "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; for a public bucket set FSSPEC_S3='{\"anon\": true}'",
@@ -67,7 +70,9 @@ def filesystem(address: str) -> tuple[Any, str]:
 
     scheme = scheme_of(address)
     try:
-        system = fsspec.filesystem(scheme, **(_http_settings() if is_http(address) else _SETTINGS.get(scheme, {})))
+        system = fsspec.filesystem(scheme, **_settings(scheme))
+        if scheme in _GOOGLE:
+            system.credentials.maybe_refresh()  # before a request, which gcsfs would try six times with a wrong key
         return system, system._strip_protocol(address)
     except ImportError as error:
         reason = str(error.__cause__ or error)
@@ -84,10 +89,13 @@ def filesystem(address: str) -> tuple[Any, str]:
         raise _explained(address, error) from None
 
 
-_SETTINGS: dict[str, dict[str, Any]] = {
-    name: {"config_kwargs": {"retries": {"total_max_attempts": 1}}}
-    for name in ("s3", "s3a")  # the tries are ours
-}
+def _settings(scheme: str) -> dict[str, Any]:
+    """Return the arguments of the file system of a scheme."""
+    if scheme in ("s3", "s3a"):
+        return {"config_kwargs": {"retries": {"total_max_attempts": 1}}}  # the tries are ours
+    if scheme in _GOOGLE:
+        return _google_settings()
+    return _http_settings() if scheme in ("http", "https") else {}
 
 
 def _http_settings() -> dict[str, Any]:
@@ -96,6 +104,20 @@ def _http_settings() -> dict[str, Any]:
     timeout = ClientTimeout(total=None, sock_connect=TIMEOUT, sock_read=TIMEOUT)
     # proxies and ~/.netrc as the environment has them; the bytes as they are stored
     return {"client_kwargs": {"timeout": timeout, "trust_env": True, "auto_decompress": False}}
+
+
+def _google_settings() -> dict[str, Any]:
+    """Have gcsfs read by HTTP alone, without messages beside its errors, by the credentials that are named."""
+    from fsspec.config import conf
+
+    # read at import: else it asks by gRPC for the kind of a bucket, a minute where that is blocked, and gRPC survives no fork
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    for name in ("gcsfs", "google.auth"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    chosen = any("token" in conf.get(name, {}) for name in _GOOGLE)
+    if chosen or not os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"):
+        return {}
+    return {"token": "google_default"}  # by itself gcsfs goes on without credentials where these cannot be read
 
 
 @contextmanager

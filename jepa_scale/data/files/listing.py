@@ -80,7 +80,7 @@ def _listed(address: str, cache: Cache, find: Callable[[Any, str], dict[str, dic
             system, path = filesystem(address)
             system.invalidate_cache()
             entries = find(system, path)
-        before = address.rstrip("/").removesuffix(path)
+        before = address.rstrip("/").removesuffix(path.rstrip("/"))  # gcsfs leaves a slash at the end of a path
         files = sorted((name, info) for name, info in entries.items() if info.get("type") == "file")
         return [remote_file(before + name, info, cache) for name, info in files if not name.endswith("/")]
 

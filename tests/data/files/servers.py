@@ -10,6 +10,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 
+Answer = tuple[int, dict[str, str], bytes]
+"""Status, headers and body."""
+
 
 class Server:
     """A web server in a thread.
@@ -22,6 +25,7 @@ class Server:
         status: path → status to answer in place of the file.
         held: released when a GET of ``hold`` has sent half of its body; it goes on when ``go`` is set.
         seen: (method, path, Range or None) of every request.
+        guard: a request → the answer in place of the file or of the server behind, None = let it pass.
     """
 
     def __init__(self, upstream: str | None = None) -> None:
@@ -35,6 +39,7 @@ class Server:
         self.held, self.go = threading.Semaphore(0), threading.Event()
         self.seen: list[tuple[str, str, str | None]] = []
         self.upstream = upstream
+        self.guard: Callable[[BaseHTTPRequestHandler], Answer | None] = lambda request: None
         handler = type("OfThisServer", (_Handler,), {"of": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
@@ -55,7 +60,9 @@ class _Handler(BaseHTTPRequestHandler):
     of: Server
     protocol_version = "HTTP/1.1"
 
-    def answer(self) -> tuple[int, dict[str, str], bytes]:
+    def answer(self) -> Answer:
+        if (instead := self.of.guard(self)) is not None:
+            return instead
         if self.of.upstream is not None:  # a proxy before a real server
             length = int(self.headers.get("Content-Length", 0))
             host = urlsplit(self.of.upstream)

@@ -7,10 +7,12 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
+from jepa_scale.cli.main import main
 from jepa_scale.data.files.cache import Cache
 from jepa_scale.data.prepare.base import PrepareOptions
 from jepa_scale.data.prepare.readers import open_reader
 from jepa_scale.utils.errors import InputError
+from tests.text_runs import config_file
 
 TEXTS = [f"text {n}" for n in range(9)]
 LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
@@ -61,3 +63,17 @@ def test_what_is_not_there_or_private_is_said_at_once(hub, tmp_path, monkeypatch
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match=r"other/a\.jsonl: HF_HUB_OFFLINE is set"):
         open_reader("hf://datasets/owner/other/a.jsonl", PrepareOptions(), Cache(tmp_path))
+
+
+@pytest.mark.parametrize("path", ["data/a.jsonl", "data", "data/*.jsonl", "shards/index.json", "shards/{a,b}.tar"])
+def test_a_run_without_a_network_ends_with_one_line(hub, tmp_path, monkeypatch, capfd, path):
+    monkeypatch.setitem(
+        fsspec.config.conf, "hf", {"endpoint": "http://127.0.0.1:1", "token": "hf_some"}
+    )  # nobody there
+    huggingface_hub.HfFileSystem.clear_instance_cache()
+    config = config_file(tmp_path)
+    assert main(["train", "--config", str(config), f"data.path=hf://datasets/owner/set/{path}"]) == 2
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert "hf://datasets/owner/set/" in line and "cannot connect: " in line
+    assert line.endswith("(tried 3 times); check the address and the network")
+    assert not (tmp_path / "run").exists()
