@@ -118,13 +118,13 @@ def results_of(name: str, task: Task, runs: Sequence[Run], measured: Mapping[str
     """Return the results of a task, case by case, measure by measure, arm by arm; last what is derived from all cases.
 
     A measure that only some arms have, such as one of their heads, is compared among those. An arm of which only some seeds have
-    it is left out, with a warning.
+    it is left out, with a warning. So is a derived figure that no arm has.
 
     Args:
         measured: name of a run → what :func:`measure_run` returned.
 
     Raises:
-        InputError: no run has a measure.
+        InputError: no run has a measure that is not derived.
     """
     by_case: dict[str, Values] = {}
     for run in runs:
@@ -146,7 +146,13 @@ def results_of(name: str, task: Task, runs: Sequence[Run], measured: Mapping[str
                 control = (shared if isinstance(shared, str) else arm) + CONTROL
                 others = tuple(other if other in having and other != arm else None for other in (BASELINE, control))
                 results.append(_result((name, case, label), measure, arm, others, arms))
-    for label in task.measures.keys() - {result.measure for result in results}:
+    having = {result.measure for result in results}
+    for label in (label for label in task.measures if label not in having):
+        if task.measures[label].of.startswith(
+            f"{DERIVED}/"
+        ):  # it may need other cases, or values that no run has reached
+            log.warning(f"{name}: {label} is left out; it could not be derived from the runs of any arm and seed")
+            continue
         known = sorted({key for of_run in measured.values() for key in of_run})
         raise InputError(
             f"{name}: measures.{label}.of: no run has {task.measures[label].of!r}; there are {', '.join(known)}"

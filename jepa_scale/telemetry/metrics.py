@@ -43,6 +43,7 @@ def step_part(part: str) -> str:
 _KNOWN = [
     Metric("loss", "", "lower"),
     Metric("lm_loss", "nats/token", "lower"),
+    Metric("mlm_loss", "nats/token", "lower"),
     Metric("jepa_loss", "", "lower"),
     Metric("router_aux_loss", "", "lower"),
     Metric("ppl", "", "lower"),

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from jepa_scale.bench.results import Result, results_of
-from jepa_scale.bench.runs import Run
-from jepa_scale.bench.task import Task
+from jepa_scale.bench.runs import Run, plan_runs
+from jepa_scale.bench.task import Task, read_task
 from jepa_scale.utils.errors import InputError
 
 TASK = Task.model_validate(
@@ -107,6 +107,15 @@ def test_figures_are_derived_from_all_cases_of_an_arm_and_seed(tmp_path, monkeyp
     assert list(found) == [("all cases", "lm"), ("all cases", "a")]
     assert found["all cases", "a"].values == (1.0, 1.0, 1.0)
     assert found["all cases", "a"].to_baseline.mean == -2.0 and found["all cases", "a"].verdict == "better"
+
+
+def test_a_derived_figure_that_a_selection_of_cases_cannot_have_is_left_out_with_a_warning(tmp_path, caplog):
+    name, task = read_task("hierarchy")
+    runs = plan_runs(name, task, tmp_path, range(2), quick=True)  # one number of samples: nothing crosses a height
+    values = {"flops": 1.0, **{f"hierarchy/level_{level}": 0.9 for level in (1, 2, 3)}}
+    found = {r.measure for r in results_of(name, task, runs, {run.name: values for run in runs})}
+    assert found == {"level_1", "level_2", "level_3"}
+    assert "hierarchy: level_1_samples_L3 is left out; it could not be derived" in caplog.text
 
 
 def test_an_arm_that_lacks_a_measure_on_some_seeds_is_left_out_with_a_warning(caplog):

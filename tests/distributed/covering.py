@@ -101,6 +101,8 @@ CASES = [
     Case("span_teacher", "fsdp", 2, 2, "bf16", 2, "full"),
     Case("span_teacher", "zero0", 2, 2, "fp32", 2, "none"),
     Case("span_teacher", "zero1", 2, 1, "fp32", 2, "full"),
+    Case("span_teacher", "zero3", 2, 2, "fp32", 1, "none"),  # masked tokens on the gathered LM head
+    Case("span_teacher", "fsdp", 4, 1, "fp32", 1, "none"),
     Case("grid_objects", "fsdp", 2, 2, "fp32", 2, "selective"),
     Case("grid_objects", "zero0", 2, 2, "fp32", 1, "full"),
     Case("grid_decoder", "zero2", 2, 1, "fp32", 1, "none"),

@@ -15,7 +15,13 @@ from tests.distributed.test_runs import rows, train_runs
 SPAN = {"name": "span", "global_views": 2, "local_views": 2, "sigreg_slices": 16, "predictor_layers": 1}
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "span": SPAN,
-    "ema": {**SPAN, "target": "ema", "ema": {"momentum": 0.5, "final_momentum": 0.9}, "lm_weight": 0.5},
+    "ema": {
+        **SPAN,
+        "target": "ema",
+        "ema": {"momentum": 0.5, "final_momentum": 0.9},
+        "lm_weight": 0.5,
+        "mlm_weight": 0.2,
+    },
 }
 STEPS = 6
 MODEL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "position_embedding": "pope"}
@@ -65,5 +71,5 @@ def valid_tolerance(metric: str) -> tuple[float, float]:
 def test_training_learns(reference):
     for name in OBJECTIVES:
         fit = rows(reference, name)
-        assert fit[-1]["loss"] < 0.9 * fit[0]["loss"]
+        assert fit[-1]["loss"] < 0.92 * fit[0]["loss"]
         assert ("ppl" in rows(reference, name, "eval/valid")[-1]) == (name == "ema")  # only that one predicts tokens

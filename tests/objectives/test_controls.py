@@ -20,7 +20,7 @@ OBJECTIVES = {
         "split_clipping": False,
         "tap_layer": 1,
     },
-    "span": {"lm_weight": 1.0, "predictor_layers": 1, "local_views": 1},
+    "span": {"lm_weight": 1.0, "predictor_layers": 1, "local_views": 1, "mlm_weight": 1.0},
 }
 CLIPPED = {"lr": 1e-2, "warmup_steps": 2, "clip_norm": 0.05}
 

@@ -183,6 +183,8 @@ SPAN = {
     "one loss": dict(predictor_layers=0, sigreg_knots=5, lm_weight=0.5),
     "no sigreg": dict(sigreg_weight=0.0, target="stop_gradient"),
     "detached": dict(detach=True, lm_weight=0.5),
+    "masked tokens": dict(mlm_weight=0.5, jepa_weight=0.0),
+    "masked tokens, detached": dict(mlm_weight=0.5, detach=True, lm_weight=0.5),
 }
 
 

@@ -54,6 +54,12 @@ class SpanOptions(Section):
     ema: TeacherOptions = Field(TeacherOptions(), description="Momentum of the EMA teacher.")
     jepa_weight: float = Field(1.0, ge=0, description="Weight of the mean of the two losses.")
     lm_weight: float = Field(0.0, ge=0, description="Weight of next-token prediction on the whole text.")
+    mlm_weight: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of masked-token prediction: the LM head reads each masked token off the predictor's output. With "
+        "jepa_weight 0 it is the counterpart of span in tokens.",
+    )
     detach: bool = Field(
         False,
         description="The control: train the same predictor on states without gradient, so that the decoder learns from next-token "
@@ -72,9 +78,13 @@ class SpanOptions(Section):
                     f"{name}: [{low}, {high}] must be two shares from 0 to below 1, the smaller one first, so that each view "
                     "keeps a token"
                 )
-        if not self.jepa_weight and not self.lm_weight:
+        if not self.jepa_weight and not self.lm_weight and not self.mlm_weight:
             raise ValueError(
-                "jepa_weight: jepa_weight and lm_weight are both 0, so nothing would be trained; set one of them"
+                "jepa_weight: jepa_weight, lm_weight and mlm_weight are all 0, so nothing would be trained; set one of them"
+            )
+        if self.mlm_weight and not self.predictor_layers:
+            raise ValueError(
+                "mlm_weight: needs the predictor's outputs, and predictor_layers is 0; raise it, or remove mlm_weight"
             )
         return self
 

@@ -26,6 +26,7 @@ class SpanDiagnostics(BaseDiagnostics):
     metric                      of the split's texts
     =========================== ====================================================================================
     ``seq_rec``, ``span_rec``   reconstruction losses, as in training
+    ``mlm_loss``                mean loss of the masked tokens, with ``mlm_weight``
     ``sigreg``                  SIGReg of the whole texts' pooled states; 1.06 for as many draws from N(0, I)
     ``effective_rank``          of these states; ``effective_rank_tokens``: of one token's state of each text
     ``alignment``               mean squared distance of two views of a text, as unit vectors
@@ -58,4 +59,6 @@ class SpanDiagnostics(BaseDiagnostics):
         if self.views.predicts and len(every["spans"]):
             squares = (every["predicted"] - every["spans"]).square().mean(dim=-1)
             metrics["span_rec"] = float(squares @ every["weight"] / n if "weight" in every else squares.mean())
+        if len(every.get("masked", ())):
+            metrics["mlm_loss"] = float(every["masked"].mean())
         return {name: value for name, value in metrics.items() if value == value}  # a single text has no margin

@@ -49,6 +49,7 @@ class Encoded(NamedTuple):
         spans: (m, d) fp32, the target of each span: the whole text's states before the final norm, averaged over the
             span, then normed.
         chosen: (c, d) fp32, like ``spans``, for one span of each text with spans.
+        filled: (M, d), the prediction of each masked token, for the LM head; none without ``mlm_weight``.
     """
 
     hidden: Tensor
@@ -57,11 +58,12 @@ class Encoded(NamedTuple):
     predicted: Tensor
     spans: Tensor
     chosen: Tensor
+    filled: Tensor
 
 
 class Span(Objective):
-    """w · ½ (LeJEPA of whole views + LeJEPA of spans) + w_lm · next-token loss, where LeJEPA is (1 − λ) · reconstruction +
-    λ · SIGReg."""
+    """w · ½ (LeJEPA of whole views + LeJEPA of spans) + w_lm · next-token loss + w_mlm · masked-token loss, where LeJEPA is
+    (1 − λ) · reconstruction + λ · SIGReg."""
 
     Options = SpanOptions
     pooling = "last"
@@ -116,6 +118,7 @@ class Span(Objective):
         )
         teacher = DecoderFlops.of(backbone) if o.target == "ema" else None
         predictor = None if self.predictor is None else self.predictor.flops()
+        row = 2 * decoder.per_row.forward if o.detach else sum(decoder.per_row)  # frozen: only the rows' gradient
 
         def count(batches: Sequence[PackedBatch]) -> int:
             k, total = len(batches), 0
@@ -127,6 +130,7 @@ class Span(Objective):
                 if predictor is not None:
                     masked = len(batch.positions.get("masked", ()))
                     total += predictor.count(batch.sequences[PREDICTOR], masked, training=True)
+                    total += row * masked * (o.mlm_weight > 0)
                 if teacher is not None:
                     passed = teacher.of_sequence(batch.sequences[TARGETS], training=False, rows=0, square=square)
                     total += passed * (1 + several)
@@ -162,8 +166,10 @@ class Span(Objective):
                 center, spans = center.detach(), spans.detach()
         if o.detach:
             chosen = chosen.detach()
-        predicted = self._predicted(read, batch) if predict and self.predictor is not None else spans
-        return Encoded(hidden, pooled.float(), center.float(), predicted.float(), spans.float(), chosen.float())
+        predicted, filled = spans, spans[:0]
+        if predict and self.predictor is not None:
+            predicted, filled = self._predicted(read, batch)
+        return Encoded(hidden, pooled.float(), center.float(), predicted.float(), spans.float(), chosen.float(), filled)
 
     @property
     def _roles(self) -> list[tuple[str, int]]:
@@ -201,15 +207,26 @@ class Span(Objective):
 
         return self._targets(raw, first, batch, ("span",), norm)
 
-    def _predicted(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
-        """Return the predictions, (m, d), in the order of the spans."""
+    def _predicted(self, hidden: Tensor, batch: PackedBatch) -> tuple[Tensor, ...]:
+        """Return the predictions of spans, (m, d), and of their tokens, (M, d), in the order of the spans.
+
+        There are none of tokens without ``mlm_weight``.
+        """
         assert self.predictor is not None
         packed, lengths = batch.sequences[PREDICTOR], batch.rows["span_length"]
         kept, seen, masked = (batch.positions.get(name, lengths[:0]) for name in ("kept", "seen", "masked"))
         if not len(masked):  # no text here has a span; the stream's one token makes every rank run the predictor
-            return self.predictor.norm(self.predictor(hidden[kept], seen, masked.new_zeros(1), packed))[:0]
+            nothing = self.predictor.norm(self.predictor(hidden[kept], seen, masked.new_zeros(1), packed))[:0]
+            return nothing, nothing
         filled = self.predictor(hidden[kept], seen, masked, packed)  # (M, d), span after span
-        return self.predictor.norm(group_means(filled, lengths).to(filled.dtype))
+        rows = [group_means(filled, lengths).to(filled.dtype), filled if self.options.mlm_weight else filled[:0]]
+        return self.predictor.norm(torch.cat(rows)).split([len(part) for part in rows])
+
+    def token_losses(self, backbone: Backbone, filled: Tensor, batch: PackedBatch) -> Tensor:
+        """Return the negative log-probability of each masked token, (M,) fp32, given the predictions (M, d)."""
+        masked = batch.positions.get("masked", batch.rows["span_length"][:0])
+        labels = batch.sequences[PREDICTOR].input_ids[masked]
+        return backbone.label_losses(filled, labels, frozen=self.options.detach)
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -230,6 +247,10 @@ class Span(Objective):
         if o.lm_weight:
             lm = lm_loss(backbone, encoded.hidden, batch)
             total, means["lm_loss"] = total + o.lm_weight * lm, lm.detach()
+        if o.mlm_weight:
+            losses = self.token_losses(backbone, encoded.filled, batch)
+            mlm = mean_over_global_batch(losses.sum(), batch.totals["masked"])
+            total, means["mlm_loss"] = total + o.mlm_weight * mlm, mlm.detach()
         gauges = {"ema_momentum": self.teacher.momentum(batch.step)} if o.target == "ema" else {}
         return Loss(total, {"loss": total.detach(), **means}, gauges)
 
@@ -280,7 +301,8 @@ class Span(Objective):
 
         ``pooled`` (n, V, d), ``center`` (n, d), ``predicted`` and ``spans`` (m, d) are as in :class:`Encoded`. ``whole``
         (n, d) is the state at the last token of each unmasked text, ``tokens`` (n, d) that at its middle token. With
-        ``span_mean: views``, ``weight`` (m,) is each span's share in its text's mean.
+        ``span_mean: views``, ``weight`` (m,) is each span's share in its text's mean. With ``mlm_weight``, ``masked`` (M,) are
+        the losses of the masked tokens.
         """
         encoded = self.encode_views(backbone, batch)
         packed = batch.sequences["main"]
@@ -290,4 +312,6 @@ class Span(Objective):
         found |= {"whole": encoded.hidden[packed.last[sample]].float(), "tokens": encoded.hidden[middle].float()}
         if self.options.span_mean == "views":
             found["weight"] = batch.rows["span_weight"]
+        if self.options.mlm_weight:
+            found["masked"] = self.token_losses(backbone, encoded.filled, batch)
         return found | {"predicted": encoded.predicted, "spans": encoded.spans}

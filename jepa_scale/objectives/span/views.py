@@ -140,7 +140,7 @@ class SpanViews:
         return Views(
             [sample, *views],
             rows=rows,
-            counts={"texts": 1, "spans": len(spans), "chosen": len(chosen)},
+            counts={"texts": 1, "spans": len(spans), "chosen": len(chosen), "masked": sum(map(len, spans))},
         )
 
     def most_tokens(self, sizes: np.ndarray) -> np.ndarray:

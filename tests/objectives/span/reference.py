@@ -117,7 +117,7 @@ def reference(module: JepaModel, examples: list[Document], step: int = 3, teache
     """The losses of SpanJEPA as they are written, from the masks that the views were made with."""
     objective, backbone = module.objective, module.backbone
     o, make = objective.options, objective.view_transform()
-    pooled, centers, predictions, spans, chosen, weights = [], [], [], [], [], []
+    pooled, centers, predictions, spans, chosen, weights, token_losses = [], [], [], [], [], [], []
     of_targets = teacher or backbone
     for i, example in enumerate(examples):
         segments = make(example, SampleRNG(7, 0, step, i)).segments
@@ -137,6 +137,10 @@ def reference(module: JepaModel, examples: list[Document], step: int = 3, teache
             if view.role == "global":
                 firsts.append((encode(of_targets, tokens, positions, masked)[1] if teacher else before)[last])
             filled = None if objective.predictor is None else fill_in(objective.predictor, hidden, positions, masked)
+            if o.mlm_weight and masked.any():
+                logits = backbone.logits(objective.predictor.norm(filled[torch.from_numpy(masked)]))
+                labels = torch.from_numpy(tokens[masked])
+                token_losses.append(F.cross_entropy(logits, labels, reduction="none"))
             at, before_view = 0, len(spans)
             while filled is not None and at < len(tokens):
                 end = at
@@ -173,4 +177,8 @@ def reference(module: JepaModel, examples: list[Document], step: int = 3, teache
         if spread:
             terms["span_sigreg"] = sigreg(torch.stack(chosen), step, o)
         loss = (loss + (1 - λ) * terms["span_rec"] + λ * terms.get("span_sigreg", 0)) / 2
-    return {"loss": o.jepa_weight * loss, **terms}
+    loss = o.jepa_weight * loss
+    if o.mlm_weight:
+        terms["mlm_loss"] = torch.cat(token_losses).mean()
+        loss = loss + o.mlm_weight * terms["mlm_loss"]
+    return {"loss": loss, **terms}

@@ -30,6 +30,8 @@ FORMS = {
     "no_sigreg": dict(sigreg_weight=0.0),
     "other_views": dict(global_views=1, local_views=2, local_ratio=(0.6, 0.9), span_length=1.0, predictor_layers=1),
     "globals_alone": dict(global_views=3, local_views=0),
+    "masked_tokens": dict(mlm_weight=0.7),
+    "masked_tokens_alone": dict(mlm_weight=1.0, jepa_weight=0.0, sigreg_weight=0.0),
 }
 
 
@@ -85,7 +87,7 @@ def test_losses_and_gradients_are_those_of_the_reference(form, position):
     assert_same_gradients(of_packed, of_reference)
 
 
-@pytest.mark.parametrize("form", ["seed", "stop_gradient", "no_predictor"])
+@pytest.mark.parametrize("form", ["seed", "stop_gradient", "no_predictor", "masked_tokens"])
 def test_nothing_depends_on_accumulation(form):
     module = model(FORMS[form])
     once = run(module, batches_of(module.objective, texts(*EXAMPLES)))
@@ -98,8 +100,9 @@ def test_nothing_depends_on_accumulation(form):
         assert_same_gradients(gradients(module), expected)
 
 
-def test_a_batch_in_which_nothing_is_masked_still_runs_everything():
-    module = model({})
+@pytest.mark.parametrize("mlm_weight", [0.0, 1.0])
+def test_a_batch_in_which_nothing_is_masked_still_runs_everything(mlm_weight):
+    module = model(dict(mlm_weight=mlm_weight))
     (batch,) = batches_of(module.objective, texts(1, 1, 2))  # 45 % of two tokens is none
     assert batch.sequences[PREDICTOR].num_tokens == 1
     got = run(module, [batch])
@@ -107,6 +110,8 @@ def test_a_batch_in_which_nothing_is_masked_still_runs_everything():
     found = gradients(module)
     assert all(torch.isfinite(g).all() for g in found.values())
     assert any("predictor" in name for name in found)
+    assert ("backbone.decoder.lm_head.weight" in found) == (mlm_weight > 0)
+    assert float(got.get("mlm_loss", 0)) == 0
 
 
 class Teacher:
@@ -161,7 +166,12 @@ def test_next_tokens_may_be_predicted_on_the_whole_text():
     assert module.objective.predicts_tokens and not model({}).objective.predicts_tokens
 
 
-CONTROLS = {"seed": {}, "ema": dict(target="ema"), "other_mean": dict(span_mean="spans", sigreg_weight=0.0)}
+CONTROLS = {
+    "seed": {},
+    "ema": dict(target="ema"),
+    "other_mean": dict(span_mean="spans", sigreg_weight=0.0),
+    "masked_tokens": dict(mlm_weight=0.7),
+}
 
 
 @pytest.mark.parametrize("form", CONTROLS)
@@ -190,6 +200,21 @@ def test_a_control_without_a_head_or_without_next_tokens_is_refused():
         SpanOptions(detach=True)
     with pytest.raises(ValueError, match="predictor_layers: 0 leaves detach no head to train"):
         SpanOptions(detach=True, lm_weight=1.0, predictor_layers=0)
+
+
+def test_masked_tokens_without_a_predictor_are_refused():
+    with pytest.raises(ValueError, match="mlm_weight: needs the predictor's outputs, and predictor_layers is 0"):
+        SpanOptions(mlm_weight=1.0, predictor_layers=0)
+    assert SpanOptions(jepa_weight=0.0, mlm_weight=1.0).mlm_weight == 1
+
+
+@torch.no_grad()
+def test_an_evaluation_has_the_loss_of_the_masked_tokens():
+    module = model(dict(mlm_weight=0.7))
+    batches, wanted = (f(module.objective, texts(*EXAMPLES)) for f in (batches_of, lambda _, x: reference(module, x)))
+    found = module.objective.diagnostics(module).measure(batches)
+    assert found["mlm_loss"] == pytest.approx(float(wanted["mlm_loss"]), rel=1e-6)
+    assert "mlm_loss" not in model({}).objective.diagnostics(model({})).measure(batches)
 
 
 def test_momentum_without_a_teacher_is_refused():

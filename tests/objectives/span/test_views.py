@@ -138,7 +138,7 @@ def test_views_are_the_text_without_its_masked_tokens(n, predicts, teaches, samp
     ends = np.cumsum(lengths)
     for begin, end in zip(ends - lengths, ends, strict=True):
         assert (np.diff(read_from.positions["span"][begin:end]) == 1).all()
-    assert views.counts == {"texts": 1, "spans": len(lengths), "chosen": int(len(lengths) > 0)}
+    assert views.counts == {"texts": 1, "spans": len(lengths), "chosen": int(len(lengths) > 0), "masked": at}
     if len(lengths):
         (length,) = views.rows["chosen_length"]
         runs = [tuple(read_from.positions["span"][end - n_ : end]) for n_, end in zip(lengths, ends, strict=True)]
@@ -197,7 +197,7 @@ def test_a_text_of_eos_alone_is_refused():
         ({"global_ratio": [0.3, 1.0]}, r"objective.global_ratio: \[0.3, 1.0\] must be two shares"),
         ({"local_ratio": [0.5, 0.4]}, "objective.local_ratio"),
         ({"local_ratio": [-0.1, 0.4]}, "objective.local_ratio"),
-        ({"jepa_weight": 0}, "objective.jepa_weight: jepa_weight and lm_weight are both 0"),
+        ({"jepa_weight": 0}, "objective.jepa_weight: jepa_weight, lm_weight and mlm_weight are all 0"),
         ({"global_views": 0}, "objective.global_views"),
         ({"span_lenght": 3}, "did you mean 'span_length'"),
     ],
