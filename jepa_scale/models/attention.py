@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 
+from jepa_scale.models.attention_fused import fused_attention, fuses
 from jepa_scale.models.attention_meta import attention_meta, attention_pairs
 from jepa_scale.models.attention_scores import attention_by_scores
 from jepa_scale.models.families.windows import WINDOW
@@ -231,6 +232,9 @@ def _by_segment(
     sinks: Tensor | None,
 ) -> Tensor:
     changed = softcap is not None or sinks is not None
+    seen = window is None and (not causal or all(run.q in (1, run.k) for run in plan.runs))  # or hidden by causality
+    if seen and not changed and fuses(q, k, v, dropout):
+        return fused_attention(q, k, v, plan.runs, causal, scale)
     shared = q.shape[1] // k.shape[1]
     # CUDA kernels for fp32 or with a mask do not support shared heads
     if shared > 1 and q.device.type != "cpu" and not changed:

@@ -1606,6 +1606,15 @@ ROWS: tuple[Row, ...] = (
         "predictions are in the order of the masked tokens, not of the packed sequence",
     ),
     _row(
+        "one-query-sees-all-keys",
+        "attention",
+        "jepa_scale/models/attention_fused.py",
+        "yield causal and queries > 1,",
+        "yield causal,",
+        "tests/models/test_attention_fused.py::test_values_and_gradients_are_those_of_all_scores",
+        "a segment's only query is its last token and sees all keys",
+    ),
+    _row(
         "predictor-queries",
         "span",
         "jepa_scale/packing.py",
