@@ -73,6 +73,7 @@ class TextModel:
         stop: ids of the tokens that end an answer.
         positions: most tokens of a segment; None = no limit.
         micro_tokens: tokens in one forward of a rank. near: put texts of near lengths together, for padded rows.
+        chat: ask the tasks through the tokenizer's chat template.
     """
 
     tokenizer: Any
@@ -81,6 +82,24 @@ class TextModel:
     positions: int | None
     micro_tokens: int
     near: bool = False
+    chat: bool = False
+
+    def templated(self, messages: list[dict[str, str]], opened: bool) -> str:
+        """Return the text of a conversation by the chat template, as lm-eval has it of models of transformers.
+
+        Args:
+            opened: end with the opening of an answer; else the last message is one that goes on.
+        """
+        from jinja2 import TemplateError
+
+        def render(kept: list[dict[str, str]]) -> str:
+            keys = {"add_generation_prompt": opened, "continue_final_message": not opened}
+            return str(self.tokenizer.apply_chat_template(kept, tokenize=False, **keys))
+
+        try:
+            return render(messages)
+        except TemplateError:  # of a template without a system role, most likely
+            return render([message for message in messages if message["role"] != "system"])
 
     def encode(self, text: str, special: bool | None = None) -> list[int]:
         """Tokenize as lm-eval does for models of transformers: a tokenizer's own BOS is added once."""
@@ -229,6 +248,10 @@ def harness_model(model: TextModel, call: Call | None, ranks: ParallelContext) -
         tokenizer = model.tokenizer
         eot_token_id = model.prefix
         prefix_token_id = model.prefix
+        tokenizer_name = str(getattr(model.tokenizer, "name_or_path", ""))  # in lm-eval's cache, which is not used
+
+        def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> str:
+            return model.templated(chat_history, add_generation_prompt)
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
             return model.encode(string, add_special_tokens)

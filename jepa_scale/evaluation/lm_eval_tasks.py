@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from jepa_scale.models.backbone import Backbone
 from jepa_scale.objectives.base import Objective
 from jepa_scale.objectives.tasks import Call
 from jepa_scale.utils.errors import InputError, one_line, suggestion
+
+logger = logging.getLogger(__name__)
 
 SPLIT = "lm_eval"
 """Name of the metrics' split."""
@@ -42,14 +45,26 @@ class LmEvalTasks:
     def generates(self) -> bool:
         return any(task.OUTPUT_TYPE == "generate_until" for task in self.loaded["tasks"].values())
 
-    def run(self, lm: Any, limit: int) -> dict[str, float]:
-        """Return the metrics by ``task/metric``: those of the group, if it has any, or else of each task."""
+    def run(self, lm: Any, limit: int, chat: bool) -> dict[str, float]:
+        """Return the metrics by ``task/metric``: those of the group, if it has any, or else of each task.
+
+        Args:
+            chat: ask through the chat template; examples in a prompt are turns of the conversation then.
+        """
         from lm_eval.evaluator import evaluate
 
         for task in self.loaded["tasks"].values():
             task.set_fewshot_seed(seed=SEED)  # the same prompts at every evaluation
         with _without_bars():
-            found = evaluate(lm, self.loaded, limit=limit or None, bootstrap_iters=0, log_samples=False)
+            found = evaluate(
+                lm,
+                self.loaded,
+                limit=limit or None,
+                bootstrap_iters=0,
+                log_samples=False,
+                apply_chat_template=chat,
+                fewshot_as_multiturn=chat,
+            )
         assert found is not None
         of_group = _numbers(self.title, found["results"].get(self.title, {}))
         return of_group or {
@@ -68,7 +83,7 @@ class LmEvalTest:
     def run(self, call: Call, ranks: ParallelContext) -> dict[str, float]:
         """Return the metrics of all tasks by ``task/metric``, or ``task/metric/filter``. Collective; the same on every rank."""
         lm = harness_model(self.model, call, ranks)
-        return {name: value for each in self.tasks for name, value in each.run(lm, self.limit).items()}
+        return {name: value for each in self.tasks for name, value in each.run(lm, self.limit, self.model.chat).items()}
 
 
 def _numbers(task: str, values: dict[str, Any]) -> dict[str, float]:
@@ -157,6 +172,8 @@ def lm_eval_test(
         InputError: the objective predicts no tokens, the data have no tokenizer, or a task cannot be evaluated as it is.
     """
     if not tasks:
+        if ranks.is_main:
+            _warn_of_unused(options)
         return None
     assert isinstance(options, PerplexityOptions)
     if not objective.predicts_tokens:
@@ -173,10 +190,19 @@ def lm_eval_test(
     prefix = next((n for n in (tokenizer.bos_token_id, *stop) if n is not None), None)
     if prefix is None:
         raise InputError(f"{KEY}: the data's tokenizer has neither a BOS nor an EOS token, one of which begins a text")
-    model = TextModel(tokenizer, prefix, stop, backbone.position_limit, options.micro_tokens, objective.padded)
+    chat = getattr(data, "kind", "") == "chat" and not data.plain and bool(getattr(tokenizer, "chat_template", None))
+    model = TextModel(tokenizer, prefix, stop, backbone.position_limit, options.micro_tokens, objective.padded, chat)
     for each in tasks:
-        _check(partial(each.run, harness_model(model, None, ranks), options.lm_eval_limit), each.name)
+        _check(partial(each.run, harness_model(model, None, ranks), options.lm_eval_limit, chat), each.name)
     return LmEvalTest(tasks, model, options.lm_eval_limit)
+
+
+def _warn_of_unused(options: EvaluationOptions) -> None:
+    """Warn of keys that have no effect without tasks. They are not refused: ``lm_eval=[]`` takes a config's tasks away."""
+    for key in ("lm_eval_every", "lm_eval_limit"):
+        field = type(options).model_fields.get(key)
+        if field is not None and getattr(options, key) != field.default:
+            logger.warning(f"eval.{key}: has no effect without {KEY}; name tasks there, or remove the key")
 
 
 def _check(run: Any, name: str) -> None:

@@ -134,15 +134,21 @@ def write_tasks(folder: Path) -> list[str]:
     ]
 
 
-def harness_scores(folder: Path, tasks: list[str]) -> dict[str, float]:
-    """The metrics of lm-eval's own model of transformers."""
+def harness_scores(folder: Path, tasks: list[str], chat: bool = False) -> dict[str, float]:
+    """The metrics of lm-eval's own model of transformers, by default or through the chat template."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     model = HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=4)
     found = lm_eval.simple_evaluate(
-        model=model, tasks=tasks, task_manager=TaskManager(include_defaults=False), bootstrap_iters=0, log_samples=False
+        model=model,
+        tasks=tasks,
+        task_manager=TaskManager(include_defaults=False),
+        bootstrap_iters=0,
+        log_samples=False,
+        apply_chat_template=chat,
+        fewshot_as_multiturn=chat,
     )
     return {
         f"{task}/{key.removesuffix(',none')}": value
@@ -208,6 +214,48 @@ def test_two_ranks_share_the_requests(folder, expected, tmp_path, engine):
     found, none = run_ranks(evaluated, 2, str(folder / "run"), overrides)
     assert found == pytest.approx(expected, abs=1e-3, rel=1e-4)  # printed with four decimals
     assert not none
+
+
+@pytest.fixture(scope="module")
+def chat_folder(tmp_path_factory, folder):
+    """Folder of a run on conversations, whose answers to the tasks' questions are what follows in them."""
+    own = tmp_path_factory.mktemp("chat")
+    asked = [json.loads(line) for line in (folder / "tasks" / "rows.jsonl").read_text().splitlines()]
+    said = [
+        {"messages": [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["next"]}]}
+        for row in asked
+    ]
+    (own / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in said * 4))
+    for name in ("colours", "next_word", "answers"):  # the likelihood of a text alone has no template
+        text = (folder / "tasks" / f"{name}.yaml").read_text()
+        described = "description: Answer in the words of the corpus.\n" if name == "next_word" else ""
+        (folder / "tasks" / f"chat_{name}.yaml").write_text(
+            described + text.replace(f"task: {name}", f"task: chat_{name}")
+        )
+    changes: dict[str, Any] = {
+        "data": {"source": "chat", "path": str(own / "chat.jsonl"), "valid_fraction": 0.1, "vocab_size": 300},
+        "eval": {"micro_tokens": 150, "lm_eval": chat_tasks(folder)},
+        "train": {"steps": 5, "eval_every": 5},
+    }
+    config = config_file(own, model=LLAMA, **changes)
+    values = yaml.safe_load(config.read_text())
+    for key in ("documents", "max_length"):
+        del values["data"][key]
+    config.write_text(yaml.safe_dump(values))
+    run_ranks(train_runs, 1, [(str(config), None)])
+    return own
+
+
+def chat_tasks(folder: Path) -> list[str]:
+    return sorted(str(path) for path in (folder / "tasks").glob("chat_*.yaml"))
+
+
+def test_runs_on_conversations_are_asked_through_their_template(folder, chat_folder):
+    export(chat_folder / "run", chat_folder / "hf", ExportOptions(progress=False))
+    expected = harness_scores(chat_folder / "hf", chat_tasks(folder), chat=True)
+    assert len(expected) == 6 and expected != harness_scores(chat_folder / "hf", chat_tasks(folder))
+    (row,) = rows(chat_folder / "run", SPLIT)
+    assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_limit_takes_the_first_examples(folder):
@@ -337,6 +385,17 @@ def test_names_are_checked_before_the_data_are_read(folder, few_tasks, monkeypat
         build(config("[nowhere.yaml]"), RANKS)
     with pytest.raises(InputError, match=r"eval.lm_eval: task 'colours' is in both 'colours' and '.*yaml'"):
         build(config(f"[colours, {folder / 'tasks' / 'colours.yaml'}]"), RANKS)
+
+
+def test_keys_without_tasks_are_told(folder, caplog):
+    experiment, data, backbone, objective = parts(folder)
+    options = experiment.eval.model_copy(update={"lm_eval": [], "lm_eval_limit": 3})
+    for ranks in (RANKS, ParallelContext(1, 2, 0, torch.device("cpu"), "python")):
+        assert lm_eval_test([], options, data, backbone, objective, ranks) is None
+    assert caplog.messages == [
+        f"eval.{key}: has no effect without eval.lm_eval; name tasks there, or remove the key"
+        for key in ("lm_eval_every", "lm_eval_limit")
+    ]
 
 
 @pytest.mark.matrix  # the index of lm-eval's own tasks takes seconds
