@@ -20,9 +20,9 @@ from jepa_scale.packing import Segment, pack_sequence
 from jepa_scale.utils.errors import InputError
 
 BATCH_TOKENS = 8192
-REACHED = {1: 0.95, 2: 0.75}
-"""Accuracy on a level at which the number of samples is read off: half of the way from a decoder of random weights, which has .87 and
-.50 with 8 leaves and a width of 64, to 1, and not a half as such, which nothing has to be learned for."""
+REACHED = 0.95
+"""Accuracy on level 1 at which the number of samples is read off. A decoder of random weights has .87 with 8 leaves and a width of 64, so a
+half needs no training."""
 LEAST = 100
 """Smallest number of test samples."""
 
@@ -80,30 +80,26 @@ def derive(cases: Sequence[tuple[Mapping[str, Any], Mapping[str, float]]]) -> di
         cases: of each, the generator's options and what was measured.
 
     Returns:
-        for each level in :data:`REACHED`, ``level_1_samples_L<depth>``: log2 of the number of training samples at which level 1 is
-        read off so well, on the line between the two numbers around it; only where it is reached. ``level_1_samples_per_level``: its
-        mean rise for a level more, where two depths or more have it.
+        ``level_1_samples_L<depth>``: log2 of the number of training samples at which level 1 is read off in :data:`REACHED`, on the
+        line between the two numbers around it; only where it is reached. ``level_1_samples_per_level``: its mean rise for a level
+        more, where two depths or more have it.
     """
-    found: dict[str, float] = {}
-    for level, accuracy_reached in REACHED.items():
-        by_depth: dict[int, list[tuple[float, float]]] = {}
-        for options, values in cases:
-            if (value := values.get(f"hierarchy/level_{level}")) is not None:
-                by_depth.setdefault(options["depth"], []).append((log2(options["train"]), value))
-        crossings = {depth: _crossing(sorted(points), accuracy_reached) for depth, points in sorted(by_depth.items())}
-        reached = {depth: at for depth, at in crossings.items() if at is not None}
-        found |= {f"level_{level}_samples_L{depth}": at for depth, at in reached.items()}
-        if len(reached) > 1:
-            first, last = min(reached), max(reached)
-            found[f"level_{level}_samples_per_level"] = (reached[last] - reached[first]) / (last - first)
+    by_depth: dict[int, list[tuple[float, float]]] = {}
+    for options, values in cases:
+        by_depth.setdefault(options["depth"], []).append((log2(options["train"]), values["hierarchy/level_1"]))
+    reached = {depth: at for depth, points in sorted(by_depth.items()) if (at := _crossing(sorted(points))) is not None}
+    found = {f"level_1_samples_L{depth}": at for depth, at in reached.items()}
+    if len(reached) > 1:
+        first, last = min(reached), max(reached)
+        found["level_1_samples_per_level"] = (reached[last] - reached[first]) / (last - first)
     return found
 
 
-def _crossing(points: Sequence[tuple[float, float]], height: float) -> float | None:
-    """Return where the line through points, sorted by x, first reaches ``height``; None if it does not, or begins above."""
+def _crossing(points: Sequence[tuple[float, float]]) -> float | None:
+    """Return where the line through points, sorted by x, first reaches :data:`REACHED`; None if it does not, or begins above."""
     for (x, y), (next_x, next_y) in pairwise(points):
-        if y < height <= next_y:
-            return x + (height - y) / (next_y - y) * (next_x - x)
+        if y < REACHED <= next_y:
+            return x + (REACHED - y) / (next_y - y) * (next_x - x)
     return None
 
 

@@ -99,13 +99,3 @@ def test_the_samples_at_which_level_1_is_read_off_and_their_rise():
     )
     assert hierarchy.derive([*shallow, *deep[:2]]) == pytest.approx({"level_1_samples_L3": 10 + 4 / 3})
     assert hierarchy.derive(deep[:2]) == {}
-
-
-def test_a_level_more_has_its_own_accuracy_to_reach():
-    def case(depth: int, train: int, level_1: float, level_2: float):
-        return {"depth": depth, "train": train}, {"hierarchy/level_1": level_1, "hierarchy/level_2": level_2}
-
-    shallow = [case(3, 1024, 1.0, 0.55), case(3, 4096, 1.0, 0.95)]  # 0.75 is half of the way from 2^10 to 2^12
-    deep = [case(4, 4096, 0.9, 0.5), case(4, 16384, 1.0, 0.75)]
-    wanted = {"level_1_samples_L4": 13.0, "level_2_samples_L3": 11.0, "level_2_samples_L4": 14.0}
-    assert hierarchy.derive([*shallow, *deep]) == pytest.approx({**wanted, "level_2_samples_per_level": 3.0})
