@@ -328,28 +328,24 @@ class Backbone(nn.Module):
 
     @property
     def _shape(self) -> lm_head.Shape | None:
-        """Element-wise function that the family applies to the head's product; None = no such function."""
-        config = self.decoder.config
+        return lm_head.shape_of(self.decoder.config)
 
-        def first(*keys: str) -> float | None:
-            return next((getattr(config, key) for key in keys if getattr(config, key, None) is not None), None)
+    def label_loss(
+        self, rows: Tensor, labels: Tensor, weights: Tensor | None = None, frozen: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Return the sum of :meth:`label_losses`, 0-d fp32, each times its weight, and the losses (n,) without gradient.
 
-        factor = first("logit_scale", "lm_head_multiplier")  # Cohere, Falcon-H1
-        divisor = first("logits_scaling")  # Granite
-        cap = first(
-            "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"
-        )  # Gemma, RecurrentGemma, xLSTM
-        if factor is None and divisor is None and cap is None:
-            return None
+        The gradients are computed in this pass where that saves a product (:func:`jepa_scale.models.head.label_loss`).
 
-        def shape(logits: Tensor) -> Tensor:
-            if factor is not None:
-                logits = logits * factor
-            if divisor is not None:
-                logits = logits / divisor
-            return logits if cap is None else cap * torch.tanh(logits / cap)
-
-        return shape
+        Args:
+            weights: (n,) fp32 without gradient; None = 1 each.
+        """
+        head = self.decoder.get_output_embeddings()
+        if self.tp is None and torch.is_grad_enabled() and lm_head.has_label_loss(head, rows):
+            with _frozen(head) if frozen else nullcontext():
+                return lm_head.label_loss(head, rows, labels, weights, self._shape)
+        losses = self.label_losses(rows, labels, frozen)
+        return (losses if weights is None else losses * weights).sum(), losses.detach()
 
     def label_losses(self, rows: Tensor, labels: Tensor, frozen: bool = False) -> Tensor:
         """Return the negative log-probability of each label: (n, d) states after the final norm, (n,) int64 → (n,) fp32.

@@ -368,8 +368,8 @@ def lm_loss(backbone: Backbone, hidden: Tensor, batch: PackedBatch, sequence: st
     hidden (T, d) → 0-d.
     """
     packed = batch.sequences[sequence]
-    losses = backbone.label_losses(hidden[packed.labelled], packed.labels[packed.labelled])
-    return mean_over_global_batch(losses.sum(), batch.totals["labels"])
+    total, _ = backbone.label_loss(hidden[packed.labelled], packed.labels[packed.labelled])
+    return mean_over_global_batch(total, batch.totals["labels"])
 
 
 def mean_over_global_batch(value: Tensor, total: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ class Output(NamedTuple):
 
 
 class Root(nn.Module):
-    """Backbone with its loss and the KL to half the states, sums over labels, so that the parts of a batch add up."""
+    """Backbone with its loss, in both ways, and the KL to half the states, sums over labels, so that the parts of a batch add up."""
 
     def __init__(self, options: ModelOptions) -> None:
         super().__init__()
@@ -56,9 +56,12 @@ class Root(nn.Module):
         segments = [Segment(row[:-1], "text", labels=row[1:]) for row in ids.tolist()]
         stream = pack_sequence(segments)
         rows = self.backbone.hidden(stream)[stream.labelled]
-        losses = self.backbone.label_losses(rows, stream.labels[stream.labelled])
+        labels = stream.labels[stream.labelled]
+        half = len(rows) // 2
+        losses = self.backbone.label_losses(rows[:half], labels[:half])
+        total, _ = self.backbone.label_loss(rows[half:], labels[half:])
         divergences = self.backbone.head_kl(rows, rows / 2, torch.arange(len(rows)))
-        return Output((losses.sum() + divergences.sum()) / 40)
+        return Output((losses.sum() + total + divergences.sum()) / 40)
 
 
 def batch(step: int, rank: int, ranks: int) -> Tensor:
@@ -87,6 +90,7 @@ def pieces_of(chunk_bytes: int) -> Iterator[list[str]]:
 
     with (
         patch.object(lm_head, "CHUNK_BYTES", chunk_bytes),
+        patch.object(lm_head, "_MOST_ROWS", 6 if chunk_bytes < 2**20 else lm_head._MOST_ROWS),
         patch.object(lm_head, "measure", counted),
         patch.object(head_kl._MeasureKL, "apply", counted_kl),
     ):
@@ -99,7 +103,7 @@ def train_all(ranks: ParallelContext, models: dict[str, dict[str, Any]], engines
     With ``pieces``, the pieces of rank 0 have about 7 columns; the other rank has another number of pieces, which may be 0.
     """
     found: dict[str, list[tuple[float, float]]] = {}
-    with pieces_of(4 * 30 * (7 if ranks.rank == 0 else 20) if pieces else lm_head.CHUNK_BYTES) as calls:
+    with pieces_of(4 * 30 * (7 if ranks.rank == 0 else 9) if pieces else lm_head.CHUNK_BYTES) as calls:
         for name, options in models.items():
             for engine_name in engines:
                 root = Root(ModelOptions(**options))

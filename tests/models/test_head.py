@@ -1,5 +1,5 @@
-"""The loss behind the LM head in pieces of the vocabulary: that of all logits at once, in values and gradients, with few logits at a
-time."""
+"""The loss behind the LM head in pieces of the rows or of the vocabulary: that of all logits at once, in values and gradients, with
+few logits at a time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,16 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from jepa_scale.models import head as lm_head
-from jepa_scale.models.head import LMHead, can_measure, columns, compile_head, measure, statistics
+from jepa_scale.models.head import (
+    LMHead,
+    can_measure,
+    columns,
+    compile_head,
+    has_label_loss,
+    label_loss,
+    measure,
+    statistics,
+)
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
 
@@ -44,8 +53,13 @@ def capped(z: Tensor) -> Tensor:
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Room for so many bytes of logits."""
-    return lambda size: monkeypatch.setattr(lm_head, "CHUNK_BYTES", size)
+    """Room for so many bytes of logits, and 7 rows at a time where pieces are rows."""
+
+    def limit(size: int) -> None:
+        monkeypatch.setattr(lm_head, "CHUNK_BYTES", size)
+        monkeypatch.setattr(lm_head, "_MOST_ROWS", 7)
+
+    return limit
 
 
 @settings(max_examples=100)
@@ -99,6 +113,65 @@ def test_values_and_gradients_are_those_of_all_logits_at_once(
         torch.testing.assert_close(a, b, **tolerance)
 
 
+@settings(max_examples=100)
+@given(
+    rows=st.integers(0, 9),
+    vocabulary=st.integers(1, 70),
+    piece=st.integers(1, 9),
+    block=st.integers(1, 9),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    biased=st.booleans(),
+    weighted=st.booleans(),
+    shape=st.sampled_from([None, capped]),
+    frozen=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_the_loss_and_its_gradients_are_those_of_all_logits(
+    rows, vocabulary, piece, block, dtype, biased, weighted, shape, frozen, seed
+):
+    """With pieces of any number of rows, any weights of the rows, and any factor of the whole."""
+    torch.manual_seed(seed)
+    head = LMHead(6, vocabulary, bias=biased)
+    with torch.no_grad():
+        head.weight.mul_(8)
+    head.to(dtype).requires_grad_(not frozen)
+    x = (2 * torch.randn(rows, 6)).to(dtype).requires_grad_()
+    targets, weights = torch.randint(0, vocabulary, (rows,)), torch.randn(rows) if weighted else None
+    z = F.linear(x, head.weight, head.bias)
+    losses = F.cross_entropy((z if shape is None else shape(z)).float(), targets, reduction="none")
+    total = (losses if weights is None else losses * weights).sum()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lm_head, "_MOST_ROWS", piece)
+        patch.setattr(lm_head, "CHUNK_BYTES", 4 * vocabulary * block)
+        got, each = label_loss(head, x, targets, weights, shape)
+    assert not each.requires_grad
+    torch.testing.assert_close([got, each], [total, losses.detach()], atol=2e-5, rtol=2e-5)
+    wanted = [x, *(() if frozen else head.parameters())]
+    tolerance = {"atol": 0.03, "rtol": 0.03} if dtype == torch.bfloat16 else {"atol": 2e-5, "rtol": 2e-5}
+    expected = torch.autograd.grad(-1.7 * total, wanted)
+    for a, b in zip(torch.autograd.grad(-1.7 * got, wanted), expected, strict=True):
+        assert a.dtype == b.dtype == dtype
+        torch.testing.assert_close(a, b, **tolerance)
+    with pytest.raises(RuntimeError, match="one backward"):
+        torch.autograd.grad(got, wanted)
+
+
+def test_a_bf16_weight_has_its_gradient_added_up_in_fp32(monkeypatch):
+    """1,024 halves in pieces of two rows: sums of bf16 would stop at 256."""
+    monkeypatch.setattr(lm_head, "_MOST_ROWS", 2)
+    head = LMHead(1, 2, bias=True).bfloat16()
+    torch.nn.init.zeros_(head.weight), torch.nn.init.zeros_(head.bias)
+    x, labels = torch.ones(1024, 1, dtype=torch.bfloat16), torch.zeros(1024, dtype=torch.int64)
+    label_loss(head, x, labels, None, None)[0].backward()
+    assert head.weight.grad.flatten().tolist() == head.bias.grad.tolist() == [-512, 512]
+
+
+def test_a_head_of_which_gradients_must_wait_has_its_loss_in_another_way():
+    two = nn.ModuleList([LMHead(2, 3), LMHead(2, 3)])
+    assert has_label_loss(two[0], torch.zeros(1, 2)) and not has_label_loss(two, torch.zeros(1, 2))
+    assert not has_label_loss(two[0], torch.zeros(1, 2, dtype=torch.float16))  # the loss scale is not known yet
+
+
 def plain_logits(head: LMHead, x: Tensor, shape: Any) -> Tensor:
     z = head(x)
     return (z if shape is None else shape(z)).float().detach()
@@ -126,6 +199,10 @@ def test_an_unlikely_label_has_a_finite_loss(small_chunks):
     torch.testing.assert_close(normalizers - chosen, expected)
     (normalizers - chosen).sum().backward()
     assert torch.isfinite(rows.grad).all() and torch.isfinite(head.weight.grad).all()
+    total, each = label_loss(head, rows, torch.tensor([0, 0]), None, None)
+    torch.testing.assert_close(each, expected.detach())
+    total.backward()
+    assert torch.isfinite(rows.grad).all() and torch.isfinite(head.weight.grad).all()
 
 
 # -- in a backbone ----------------------------------------------------------------------------------------------------
@@ -141,7 +218,7 @@ def build(family: str, **keys: Any) -> Any:
 
 
 def outcome(backbone: Any, rows: Tensor, labels: Tensor) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Losses and some logits; gradients of the losses, weighted by row, in the states and the head."""
+    """Losses and some logits; gradients of the losses, weighted by row, in the states and the head; the same of the sum."""
     rows = rows.clone().requires_grad_()
     backbone.zero_grad()
     places = torch.tensor([3, 0, 3])
@@ -152,7 +229,15 @@ def outcome(backbone: Any, rows: Tensor, labels: Tensor) -> tuple[list[Tensor], 
     assert all(grad is not None for grad in found.values()) and not logits.requires_grad
     with torch.no_grad():
         again = backbone.label_losses(rows, labels)
-    return [losses.detach(), logits, again], {"rows": rows.grad, **found}
+        unmoved, _ = backbone.label_loss(rows, labels)
+    gradients = {"rows": rows.grad, **found}
+    rows.grad = None
+    backbone.zero_grad()
+    total, each = backbone.label_loss(rows, labels, torch.linspace(-1, 2, len(rows)))
+    (total / 3).backward()
+    gradients |= {"rows of sum": rows.grad}
+    gradients |= {f"{name} of sum": p.grad for name, p in head.named_parameters() if p.requires_grad}
+    return [losses.detach(), logits, again, unmoved, total.detach(), each], gradients
 
 
 def data() -> tuple[Tensor, Tensor]:
@@ -178,10 +263,10 @@ def test_compiled_pieces_have_the_same_losses(family, small_chunks):
     compile_head(backbone.decoder.get_output_embeddings())
     torch._dynamo.utils.counters.clear()
     torch._dynamo.reset()
-    small_chunks(4 * 11 * 5)
+    small_chunks(4 * VOCABULARY * 7)
     graphs = []
     for n, (losses, gradients) in zip((11, 9, 7), expected, strict=True):
-        found, of_them = outcome(backbone, rows[:n], labels[:n])
+        found, of_them = outcome(backbone, rows[:n], labels[:n].clone())  # a view of other labels compiles again
         torch.testing.assert_close(found, losses, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(of_them, gradients, atol=1e-5, rtol=1e-5)
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
@@ -198,7 +283,7 @@ def test_a_head_in_two_layers_has_its_pieces_in_both(tied, small_chunks, tmp_pat
     expected, wanted = outcome(backbone, *data())
     small_chunks(4 * 11 * 3)
     got, gradients = outcome(backbone, *data())
-    assert set(gradients) == {"rows", "new_rows.weight"}
+    assert set(gradients) == {"rows", "new_rows.weight", "rows of sum", "new_rows.weight of sum"}
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(gradients, wanted, atol=1e-5, rtol=1e-5)
 
@@ -301,6 +386,34 @@ def test_few_logits_exist_at_a_time_whatever_the_vocabulary(dtype, shape, small_
         assert logits >= 16 * piece
         assert living.most < gradients + 6 * piece + 2**14, (vocabulary, living.most)
         assert all(t.numel() <= max(rows * 8, head.weight.numel()) for t in saved)  # what it is made of, not logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_rows_of_logits_exist_at_a_time(dtype, monkeypatch):
+    """Beside the gradients and, of a 16-bit weight, their sum and a summand: at most twice a piece, however many rows."""
+    width, vocabulary = 8, 512
+    monkeypatch.setattr(lm_head, "_MOST_ROWS", 32)
+    monkeypatch.setattr(lm_head, "CHUNK_BYTES", 4 * 16 * vocabulary)
+    for rows in (256, 1024):
+        head = LMHead(width, vocabulary, bias=False).to(dtype)
+        x = torch.randn(rows, width, dtype=dtype, requires_grad=True)
+        with Living() as living:
+            label_loss(head, x, torch.arange(rows) % vocabulary, None, None)[0].backward()
+        gradients = sum(t.numel() * t.element_size() for t in (x, head.weight))
+        sums = (4 + 2) * head.weight.numel() if dtype == torch.bfloat16 else 0
+        assert living.most < gradients + sums + 2 * 4 * 32 * vocabulary + 2**15, (rows, living.most)
+
+
+def test_the_loss_makes_logits_once(monkeypatch):
+    head, (rows, labels) = LMHead(WIDTH, VOCABULARY), data()
+    product = 2 * 11 * WIDTH * VOCABULARY
+    monkeypatch.setattr(lm_head, "_MOST_ROWS", 4)
+    for trained, products in ((True, 3), (False, 2)):  # a frozen head has no gradient
+        head.requires_grad_(trained)
+        rows.requires_grad_()
+        with FlopCounterMode(display=False) as counter:
+            label_loss(head, rows, labels, None, None)[0].backward()
+        assert counter.get_total_flops() == products * product
 
 
 def test_the_logits_are_made_twice_and_only_in_training(small_chunks):

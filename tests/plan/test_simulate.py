@@ -27,16 +27,33 @@ def test_checkpointing_keeps_less_and_computes_more():
     assert {plan.flops for plan in kinds.values()} == {kinds["none"].flops}  # the model's own
 
 
-def test_few_logits_take_little_memory_and_one_product_more(monkeypatch):
-    """Of 8 samples of 16 tokens; the model's own FLOPs are the same."""
+def test_few_rows_of_logits_take_little_memory_and_no_product_more(monkeypatch):
+    """Of 8 samples of 16 tokens."""
     rows, vocabulary = 8 * 16, 4096
     large = config(model={**config().model, "vocab_size": vocabulary})
+    monkeypatch.setattr(lm_head, "_MOST_ROWS", 16)
+    pieces = planned(large)
+    monkeypatch.setattr(lm_head, "has_label_loss", lambda *_: False)
+    at_once = planned(large)
+    logits = 4 * rows * vocabulary
+    gathered = at_once.memory.most["buffers"] - pieces.memory.most["buffers"]
+    assert gathered >= 2 * logits  # themselves, and their gradient
+    assert pieces.memory.peak < at_once.memory.peak - logits
+    flops = [(sum(op.flops for op in plan.memory.ops), plan.flops) for plan in (at_once, pieces)]
+    assert flops[0] == flops[1]
+
+
+def test_few_columns_of_logits_take_little_memory_and_one_product_more(monkeypatch):
+    """The model's own FLOPs are the same."""
+    rows, vocabulary = 8 * 16, 4096
+    large = config(model={**config().model, "vocab_size": vocabulary})
+    monkeypatch.setattr(lm_head, "has_label_loss", lambda *_: False)
     at_once = planned(large)
     monkeypatch.setattr(lm_head, "CHUNK_BYTES", 4 * rows * 256)
     pieces = planned(large)
     logits = 4 * rows * vocabulary
     gathered = at_once.memory.most["buffers"] - pieces.memory.most["buffers"]
-    assert gathered >= 2 * logits  # themselves, and their gradient
+    assert gathered >= 2 * logits
     assert pieces.memory.peak < at_once.memory.peak - logits
     assert pieces.flops == at_once.flops
     flops = [sum(op.flops for op in plan.memory.ops) for plan in (at_once, pieces)]

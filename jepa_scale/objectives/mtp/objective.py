@@ -86,8 +86,8 @@ class Mtp(Objective):
 
     # -- parts --------------------------------------------------------------------------------------------------------
 
-    def losses(self, backbone: Backbone, trunk: Tensor, batch: PackedBatch) -> list[Tensor]:
-        """Return the negative log-probability of each token that a head predicts, (n,) fp32 for each head.
+    def predictions(self, trunk: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor, list[int]]:
+        """Return the states from which the heads predict, (n, d), the tokens (n,), and the number of them of each head.
 
         Args:
             trunk: (T, d), states before the decoder's last block.
@@ -96,8 +96,7 @@ class Mtp(Objective):
         positions = [batch.positions[anchor_name(ahead)] for ahead in self.aheads]
         rows = torch.cat([head(trunk, packed)[at] for head, at in zip(self.heads, positions, strict=True)])
         labels = torch.cat([packed.labels[at + ahead - 1] for ahead, at in zip(self.aheads, positions, strict=True)])
-        found = backbone.label_losses(rows, labels, frozen=self.options.detach)
-        return list(found.split([len(at) for at in positions]))
+        return rows, labels, [len(at) for at in positions]
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -105,16 +104,19 @@ class Mtp(Objective):
         o = self.options
         hidden, trunk = backbone.hidden_and_tap(batch.sequences["main"], self.tap)
         lm = lm_loss(backbone, hidden, batch)
-        found = self.losses(backbone, trunk.detach() if o.detach else trunk, batch)
+        rows, labels, counts = self.predictions(trunk.detach() if o.detach else trunk, batch)
+        totals = [batch.totals[anchor_name(ahead)] for ahead in self.aheads]
+        ones = torch.ones(len(labels), device=labels.device).split(counts)
+        shares = torch.cat([mean_over_global_batch(one, total) for one, total in zip(ones, totals, strict=True)])
+        mtp, losses = backbone.label_loss(rows, labels, shares, frozen=o.detach)
         means = {
-            f"lm_loss_h{ahead}": mean_over_global_batch(x.sum(), batch.totals[anchor_name(ahead)])
-            for ahead, x in zip(self.aheads, found, strict=True)
+            f"lm_loss_h{ahead}": mean_over_global_batch(x.sum(), total)
+            for ahead, x, total in zip(self.aheads, losses.split(counts), totals, strict=True)
         }
         weight = o.mtp_weight * ramp(batch.step - o.mtp_start, o.mtp_ramp)
-        total = o.lm_weight * lm + weight * torch.stack(list(means.values())).sum()
-        logged = {name: value.detach() for name, value in means.items()}
+        total = o.lm_weight * lm + weight * mtp
         gauges: dict[str, Tensor | float] = {"mtp_weight": weight} if o.mtp_start or o.mtp_ramp else {}
-        return Loss(total, {"loss": total.detach(), "lm_loss": lm.detach(), **logged}, gauges)
+        return Loss(total, {"loss": total.detach(), "lm_loss": lm.detach(), **means}, gauges)
 
     def drafter(self, backbone: Backbone) -> Drafter:
         return MtpDrafter(backbone, list(self.heads))  # type: ignore[arg-type]
@@ -128,4 +130,6 @@ class Mtp(Objective):
     def diagnose(self, backbone: Backbone, batch: PackedBatch) -> dict[str, Tensor]:
         """Return each head's losses, (n,) fp32, by the number of tokens ahead."""
         _, trunk = backbone.hidden_and_tap(batch.sequences["main"], self.tap)
-        return {str(ahead): x for ahead, x in zip(self.aheads, self.losses(backbone, trunk, batch), strict=True)}
+        rows, labels, counts = self.predictions(trunk, batch)
+        losses = backbone.label_losses(rows, labels).split(counts)
+        return {str(ahead): x for ahead, x in zip(self.aheads, losses, strict=True)}

@@ -286,8 +286,8 @@ class TwoView(Objective):
         """
         o, packed = self.options, batch.sequences["main"]
         ranks = dp_size()
-        losses = backbone.label_losses(hidden[packed.labelled], packed.labels[packed.labelled])
-        lm = losses.sum() / max(1, len(losses))
+        total, losses = backbone.label_loss(hidden[packed.labelled], packed.labels[packed.labelled])
+        lm = total / max(1, len(losses))
         n = len(source)
         if o.distance == "infonce":
             scores = F.normalize(source, dim=-1) @ F.normalize(target, dim=-1).T / o.temperature
