@@ -26,12 +26,13 @@ EXAMPLES = 3
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Consecutive records of a split, from record ``first`` on, that become shard ``number``."""
+    """Consecutive records of a split, from record ``first`` on, that become shard ``number``; ``size`` by :func:`raw_size`."""
 
     split: str
     number: int
     first: int
     records: list[Record | BadRecord]
+    size: int = 0
 
     @property
     def shard(self) -> str:
@@ -78,10 +79,10 @@ def cut(records: Iterable[Record | BadRecord], split: str, most: int) -> Iterato
         held.append(record)
         size += raw_size(record.value) if isinstance(record, Record) else 0
         if len(held) == most or size >= BLOCK_BYTES:
-            yield Block(split, number, first, held)
+            yield Block(split, number, first, held, size)
             number, first, size, held = number + 1, first + len(held), 0, []
     if held:
-        yield Block(split, number, first, held)
+        yield Block(split, number, first, held, size)
 
 
 @dataclass(frozen=True, slots=True)

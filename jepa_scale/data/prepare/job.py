@@ -63,8 +63,8 @@ def prepare(
 
     Args:
         path: the raw data, in a form that :func:`open_reader` supports.
-        processes: worker processes, None = one a core; 1 = none, the work is done here. Raw data of about
-            128 MiB a process are held in memory.
+        processes: worker processes, None = one a core; 1 = the work is done here, or beside it where much is to do and
+            tcmalloc is installed (:class:`Workers`). Raw data of about 128 MiB a process are held in memory.
         progress: show a bar when stderr is a terminal.
         cache: folder of files that later jobs use again (None = :func:`cache_dir`).
         cache_bytes: size limit of the files in it that were downloaded.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
@@ -22,6 +23,8 @@ from jepa_scale.utils.errors import InputError
 
 BLOCKS_PER_PROCESS = 2
 """Blocks per process that are in memory at a time, including those in progress."""
+WORTH_A_WORKER = 16 * 2**20
+"""Raw bytes that one process makes by itself before it starts a worker with a faster ``malloc``, which takes seconds."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -37,11 +40,16 @@ class Workers:
     do not survive a fork. They are connected by pipes, because the queues of an executor can hang when a worker dies during
     the transfer of a large block. A process is started when a block is waiting and no process is idle. A single block is
     made in this process, because starting another takes seconds.
+
+    They have tcmalloc where it is installed, which this process cannot get any more. So one process alone leaves the blocks to
+    one worker too, after ``WORTH_A_WORKER``.
     """
 
     def __init__(self, make: ShardMaker, processes: int) -> None:
-        """Set up without starting a process; with ``processes`` = 1 the work is done in this process."""
+        """Set up without starting a process; with ``processes`` = 1 small work is done in this process, as all is without tcmalloc."""
         self._make, self._processes = make, processes
+        self._here = processes == 1
+        self._left_here = WORTH_A_WORKER if allocator.to_preload() and allocator.in_use() == "system" else math.inf
         self._started: list[tuple[SpawnProcess, Connection]] = []
         self._idle: list[Connection] = []
         self._busy: list[Connection] = []
@@ -104,8 +112,10 @@ class Workers:
         return result, there
 
     def _submit(self, number: int, block: Block) -> None:
-        if self._processes == 1:
+        if self._here:
             self._make_here(number, block)
+            self._left_here -= block.size
+            self._here = self._left_here > 0
             return
         self._waiting.append((number, block))
         self._collect(0)

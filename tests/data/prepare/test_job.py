@@ -204,6 +204,28 @@ def test_workers_are_started_with_tcmalloc(tmp_path: Path, monkeypatch: pytest.M
     assert mapped and "/libtcmalloc" in mapped[-1] and "LD_PRELOAD" not in os.environ
 
 
+def test_one_process_leaves_much_work_to_a_worker_with_tcmalloc(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it is installed, and the process has it not itself; without it no process is started."""
+    raw = source(tmp_path / "raw", text(60))
+    spawn, began = workers.Workers._spawn, []
+
+    def start(self: workers.Workers) -> Any:
+        began.append(len(list(self._make.folder.glob("train-*.tar"))))
+        return spawn(self)
+
+    monkeypatch.setattr(workers.Workers, "_spawn", start)
+    monkeypatch.setattr(workers, "WORTH_A_WORKER", 600)
+    monkeypatch.setattr(allocator, "in_use", lambda: "system")
+    for name, preload in (("without", {}), ("with", {"HOME": str(tmp_path)})):  # of any value: what is started gets it
+        monkeypatch.setattr(allocator, "to_preload", lambda preload=preload: preload)
+        prepare(raw, tmp_path / name, OPTIONS, processes=1, progress=False)
+        assert len(began) == (name == "with")
+    assert content(tmp_path / "with") == content(tmp_path / "without")
+    assert 0 < began[0] < len(list((tmp_path / "with").glob("*.tar"))), "after some blocks were made here"
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_killed_at_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
     """Every file appears by os.replace: the process ends there without another word, then starts again. No more than
