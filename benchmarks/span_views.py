@@ -143,7 +143,7 @@ class Dense:
             x = layer(x, rotary=table)
         predictor.config._attn_implementation = implementation
         predicted = predictor.norm(self._means(x, self.rows, self.span_positions, "span_length"))
-        return Encoded(out.last_hidden_state, pooled, center, predicted, spans, chosen)
+        return Encoded(out.last_hidden_state, pooled, center, predicted, spans, chosen, predicted[:0])
 
     def _means(self, states: Tensor, rows: Tensor, positions: Tensor, name: str) -> Tensor:
         lengths = self.batch.rows[name]

@@ -210,7 +210,7 @@ def test_spanjepas_reconstruction_of_spans(span_mean, expected):
     means = (torch.from_numpy(np.stack(rows)) for rows in (predicted, spans))
     ours, targets = (torch.nn.functional.rms_norm(rows, (4,), eps=1e-6) for rows in means)
     nothing = torch.zeros(texts, views, 4)
-    encoded = Encoded(nothing[0], nothing, nothing[:, 0], ours, targets, targets[:0])
+    encoded = Encoded(nothing[0], nothing, nothing[:, 0], ours, targets, targets[:0], ours[:0])
     totals = {"texts": torch.tensor(texts), "spans": torch.tensor(len(spans)), "chosen": torch.tensor(0)}
     batch = SimpleNamespace(totals=totals, rows={"span_weight": torch.tensor(weights)})
     options = dict(global_views=1, local_views=views - 1, sigreg_weight=0.0, span_mean=span_mean)
