@@ -125,7 +125,9 @@ def contrast(
 
     logits, right = score(queries, query_keys, scale)
     losses = F.cross_entropy(logits, right, reduction="none")
-    hits = (logits.detach().max(dim=-1).indices == right).float()  # the first of equals, as argmax, in a third of its time
+    hits = (
+        logits.detach().max(dim=-1).indices == right
+    ).float()  # the first of equals, as argmax, in a third of its time
     elsewhere = queries.sum() * 0
     for other in others:
         logits, right = score(other["queries"], other["query_keys"], scale.detach())

@@ -54,7 +54,9 @@ class ObjectEncoder(nn.Module):
         if len(self.layers):
             # every slot attends to itself: for an object without neighbours, and because an empty slot's row would be NaN
             seen = adjacent | torch.eye(adjacent.shape[1], dtype=torch.bool, device=adjacent.device)
-            order, adjacency = by_size(index, seen) if x.device.type == "cpu" and len(x) else (None, Adjacency(index, seen))
+            order, adjacency = (
+                by_size(index, seen) if x.device.type == "cpu" and len(x) else (None, Adjacency(index, seen))
+            )
             x = x if order is None else x[order]
             for layer in self.layers:
                 x = layer(x, adjacency)
