@@ -2,7 +2,7 @@
 
 As in :mod:`torch.utils.flop_counter`, only matrix products count, with two operations for each multiply-add. Norms,
 activations, softmax, rotary embeddings and optimizers are left out. So are what activation checkpointing computes again, and
-the logits that :mod:`jepa_scale.models.head` computes a second time.
+the logits that :func:`jepa_scale.models.head.measure` computes a second time.
 
 These operations per second, divided by :func:`peak_flops`, are the model FLOPs utilization of PaLM (Chowdhery et al. 2022,
 arXiv 2204.02311, appendix B), with one difference: a causal query is charged only for the keys that it may see. These are
