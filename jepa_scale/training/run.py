@@ -13,6 +13,7 @@ from jepa_scale.checkpoint import Saver
 from jepa_scale.config.loading import load_config
 from jepa_scale.config.metric_keys import check_splits
 from jepa_scale.config.schema import CheckpointConfig
+from jepa_scale.data.sampling.loader import check_workers
 from jepa_scale.distributed import comm
 from jepa_scale.distributed.comm import ParallelContext
 from jepa_scale.engines.precision import compute_dtype
@@ -52,6 +53,7 @@ def run_training(args: argparse.Namespace) -> Path:
     """
     experiment = validate(load_config(args.config, args.overrides))
     check_trainable(experiment)
+    check_workers(experiment.data.workers)
     quiet_libraries()
     ranks = comm.setup()
     run_dir = run_dir_of(experiment.run)

@@ -28,6 +28,7 @@ from jepa_scale.utils.logging import configure, configured_level
 
 logger = logging.getLogger(__name__)
 
+_START = "fork" if "fork" in multiprocessing.get_all_start_methods() else None  # examples are shared, not copied
 JOB_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
 """Signals that schedulers, launchers and terminals send to all processes of a job. Workers block them."""
 
@@ -123,14 +124,13 @@ class Loader:
 
     def _ahead(self) -> Iterator[PackedBatch]:
         accumulation = self.sampler.accumulation
-        fork = "fork" in multiprocessing.get_all_start_methods()  # examples are shared, not copied
         loader = DataLoader(
             _MicroBatches(self),
             batch_size=None,
             sampler=range(self.start_step * accumulation, self.steps * accumulation),
             num_workers=self.workers,
             worker_init_fn=partial(_init_worker, configured_level()),
-            multiprocessing_context="fork" if fork else None,
+            multiprocessing_context=_START,
             generator=torch.Generator(),  # not the global one, whose state belongs to the model
         )
         before = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)  # workers inherit the mask
@@ -143,6 +143,24 @@ class Loader:
             if isinstance(batch, InputError):
                 raise batch
             yield batch
+
+
+def check_workers(workers: int) -> None:
+    """Check that so many loader processes can be connected: their queues have semaphores, which take space in ``/dev/shm``.
+
+    Raises:
+        InputError: they cannot, as in a container without ``/dev/shm``.
+    """
+    if not workers:
+        return
+    context = multiprocessing.get_context(_START)
+    try:
+        _ = [*(context.Queue() for _ in range(workers + 1)), context.Event()]  # those of a DataLoader
+    except OSError as error:
+        raise InputError(
+            f"data.workers: {workers} loader processes need room in /dev/shm ({error.strerror}); give the container more by "
+            "--shm-size=64m or --ipc=host, or set data.workers=0"
+        ) from None
 
 
 class _MicroBatches(TorchDataset[Any]):

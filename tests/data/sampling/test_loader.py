@@ -1,5 +1,6 @@
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,11 +16,12 @@ from torch.utils.data import get_worker_info
 
 from jepa_scale.data.reversal.facts import Fact, ReversalData, generate
 from jepa_scale.data.sampling.batches import ALONE, DataParallelSlice, SampleBatchSampler, TokenBatchSampler
-from jepa_scale.data.sampling.loader import JOB_SIGNALS, Loader
+from jepa_scale.data.sampling.loader import JOB_SIGNALS, Loader, check_workers
 from jepa_scale.data.sampling.rng import SampleRNG
 from jepa_scale.packing import PackedBatch, Segment, Views
 from jepa_scale.utils.errors import DataError, InputError
 from jepa_scale.utils.logging import configure
+from tests.text_runs import config_file
 
 
 def fact_views(fact: Fact, draw: SampleRNG) -> Views:
@@ -367,3 +369,29 @@ def test_views_that_are_made_together_are_those_made_alone(data: ReversalData, w
     assert skipped >= 1 and capfd.readouterr().err.count("skipped: fact 7: odd") == skipped
     with pytest.raises(DataError, match="fact 7: odd"):
         list(loader(data, view_transform=Together()))
+
+
+def with_shm(options: str, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command where ``/dev/shm`` is mounted with these options, or skip the test where it cannot be mounted."""
+    prefix = ["unshare", "--mount", "--map-root-user", "sh", "-c"]
+    prefix += [f'mount -t tmpfs -o {options} none /dev/shm && exec "$@"', "sh"]
+    if not shutil.which("unshare") or subprocess.run([*prefix, "true"], capture_output=True).returncode:
+        pytest.skip("no mount namespaces here")
+    return subprocess.run([*prefix, *command], capture_output=True, text=True)
+
+
+def test_workers_without_shared_memory_are_refused_before_any_work(tmp_path):
+    config = config_file(tmp_path, data={"source": "text", "path": str(tmp_path / "corpus.txt"), "workers": 2})
+    train = "import sys; from jepa_scale.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    done = with_shm("size=4k,nr_inodes=2", sys.executable, "-c", train, "train", "--config", str(config))
+    (line,) = done.stderr.strip().splitlines()
+    assert done.returncode == 2, done.stderr
+    assert (
+        "data.workers: 2 loader processes need room in /dev/shm (No space left on device); give the container" in line
+    )
+    assert "data.workers=0" in line and not (tmp_path / "run").exists()
+
+
+def test_workers_are_connected_where_there_is_room():
+    check_workers(0)
+    check_workers(3)
