@@ -3,7 +3,7 @@
     python benchmarks/attention.py --json benchmarks/results/attention.json --plot benchmarks/results/attention.png
     python benchmarks/attention.py --device cuda --json attention_gpu.json --plot attention_gpu.png
 
-A stream of ``--tokens`` tokens, cut into 1 … 1,000 documents, forward and backward of :func:`jepa_scale.models.attention.attention` with
+A stream of ``--tokens`` tokens, cut into 1 … 1,000 documents, forward and backward of :func:`jepa_scale.models.attention.packed.attention` with
 gradients of q, k and v. Lengths are
 
 * ``equal`` (to a token);
@@ -13,7 +13,7 @@ gradients of q, k and v. Lengths are
 
 What it is compared with, on the same numbers, forward and backward as well: ``dense``, one mask of the whole stream (T × T), and
 ``padded``, rows as long as the longest document under ``is_causal`` (left out where there would be more than 16 streams of them).
-On a GPU every back end of :data:`jepa_scale.models.attention.BACKENDS` that is there is a contestant, in bf16.
+On a GPU every back end of :data:`jepa_scale.models.attention.packed.BACKENDS` that is there is a contestant, in bf16.
 
 All contestants of a stream are timed in turns; a row is nanoseconds a token, the median of ``--rounds``. ``flops`` is what a
 token needs, forward and backward: 14·D·H operations a pair of a query and a key that it sees (2 products forward, 5 backward), of
@@ -41,8 +41,8 @@ from torch import Tensor  # noqa: E402
 from benchmarks.figures import COLOURS, panels  # noqa: E402
 from benchmarks.rows import row, write  # noqa: E402
 from jepa_scale.distributed.comm import ParallelContext  # noqa: E402
-from jepa_scale.models.attention import attention, available_backends  # noqa: E402
-from jepa_scale.models.attention_meta import attention_pairs  # noqa: E402
+from jepa_scale.models.attention.meta import attention_pairs  # noqa: E402
+from jepa_scale.models.attention.packed import attention, available_backends  # noqa: E402
 from jepa_scale.packing import SegmentTable  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
 from jepa_scale.utils.format import text_table  # noqa: E402

@@ -21,13 +21,13 @@ import torch  # noqa: E402
 
 from benchmarks.rows import as_table, row, write  # noqa: E402
 from jepa_scale.distributed import comm  # noqa: E402
-from jepa_scale.models import attention  # noqa: E402
+from jepa_scale.models.attention import packed  # noqa: E402
 from jepa_scale.packing import SegmentTable  # noqa: E402
 from jepa_scale.telemetry.environment import describe_environment  # noqa: E402
 
 TOKENS = 2048
 SHORT = {"fp32": TOKENS, "bf16": 0}
-"""What ``attention.SHORT`` is for either way."""
+"""What ``packed.SHORT`` is for either way."""
 
 
 def main() -> None:
@@ -56,9 +56,9 @@ def compare(heads: int, width: int, length: int, rounds: int) -> list[dict[str, 
     weights = torch.randn_like(q)
 
     def step(way: str) -> tuple[float, torch.Tensor]:
-        attention.SHORT = SHORT[way]
+        packed.SHORT = SHORT[way]
         began = time.perf_counter()
-        out = attention.attention(q, k, v, table)
+        out = packed.attention(q, k, v, table)
         grads = torch.autograd.grad(out, (q, k, v), weights)
         return 1e3 * (time.perf_counter() - began), grads[0].float()
 

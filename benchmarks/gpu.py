@@ -36,7 +36,7 @@ from benchmarks.rows import as_table, row, write  # noqa: E402
 from jepa_scale.config.loading import load_config  # noqa: E402
 from jepa_scale.distributed import comm  # noqa: E402
 from jepa_scale.experiment import validate  # noqa: E402
-from jepa_scale.models.attention import attention, available_backends  # noqa: E402
+from jepa_scale.models.attention.packed import attention, available_backends  # noqa: E402
 from jepa_scale.models.flops import peak_of  # noqa: E402
 from jepa_scale.objectives.base import Objective  # noqa: E402
 from jepa_scale.packing import PackedBatch, SegmentTable  # noqa: E402

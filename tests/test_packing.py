@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jepa_scale.data.sampling.loader import _Pickler
-from jepa_scale.models.attention import attention
+from jepa_scale.models.attention.packed import attention
 from jepa_scale.packing import IGNORE, PackedBatch, Segment, SegmentTable, Views, add_counts, pack, pack_sequence
 
 ROLES = ("forward", "reverse")

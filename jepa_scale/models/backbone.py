@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from jepa_scale.distributed.tp_group import TensorParallelGroup
-from jepa_scale.models import attention
 from jepa_scale.models import head as lm_head
+from jepa_scale.models.attention.packed import NAME as PACKED
 from jepa_scale.models.decoder import JepaDecoderForCausalLM
 from jepa_scale.models.families.norms import adopt_norms
 from jepa_scale.models.families.rotation import adopt_rotations
@@ -50,7 +50,7 @@ class Backbone(nn.Module):
         if not padded:
             if not isinstance(decoder, JepaDecoderForCausalLM):
                 record_windows(decoder, self.blocks_at)
-            decoder.set_attn_implementation(attention.NAME)
+            decoder.set_attn_implementation(PACKED)
         lm_head.adopt(decoder.get_output_embeddings())
         self.router_loss: RouterLoss | None = None
         """The balance loss that the family adds for its routers; None = it adds none."""

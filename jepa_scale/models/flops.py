@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from jepa_scale.models.attention_meta import attention_pairs
+from jepa_scale.models.attention.meta import attention_pairs
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.decoder import EmbeddingNorm, JepaDecoderForCausalLM
 from jepa_scale.packing import PackedSequence

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jepa_scale.models import attention
+from jepa_scale.models.attention.packed import NAME as PACKED
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.decoder import JepaDecoderConfig
 from jepa_scale.utils.errors import InputError
@@ -56,7 +56,7 @@ def config_of_blocks(backbone: Backbone, layers: int, drop_path: bool, packed: b
             "initializer_range": getattr(theirs, "initializer_range", 0.02),
             "rope_theta": rope.get("rope_theta", 10_000.0),
         }
-    keys |= {"attn_implementation": attention.NAME if packed else "eager"} | ({} if drop_path else {"drop_path": 0.0})
+    keys |= {"attn_implementation": PACKED if packed else "eager"} | ({} if drop_path else {"drop_path": 0.0})
     try:
         return JepaDecoderConfig(vocab_size=1, num_hidden_layers=layers, **keys)
     except ValueError as error:  # the message begins with the key

@@ -97,6 +97,6 @@ def test_the_reference_has_what_users_build_on(site):
         "jepa_scale.data.base.Dataset",
         "jepa_scale.engines.ema.Teacher",
         "jepa_scale.packing.Segment",
-        "jepa_scale.models.attention.attention",
+        "jepa_scale.models.attention.packed.attention",
     ):
         assert name in anchors, name

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from jepa_scale.models.attention_meta import attention_pairs
+from jepa_scale.models.attention.meta import attention_pairs
 from jepa_scale.models.flops import Cost, DecoderFlops, linear_cost, peak_flops, peak_of
 from jepa_scale.models.layers.mlp import Mlp
 from jepa_scale.models.loading import build_backbone

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel, masking_utils
 
-from jepa_scale.models import attention
+from jepa_scale.models.attention.packed import NAME as PACKED
+from jepa_scale.models.attention.packed import packed_attention, window_of
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.packing import PackedSequence, Segment, pack_sequence
 from jepa_scale.utils.errors import InputError, one_line
@@ -210,14 +211,14 @@ def _packed(backbone: Backbone, rows: Tensor, lengths: list[int], device: torch.
     seen = _Seen()
 
     def attend(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        seen.windows.setdefault(seen.block, set()).add(attention.window_of(module, kwargs))
-        return attention.packed_attention(module, *args, **kwargs)
+        seen.windows.setdefault(seen.block, set()).add(window_of(module, kwargs))
+        return packed_attention(module, *args, **kwargs)
 
-    AttentionInterface.register(attention.NAME, attend)
+    AttentionInterface.register(PACKED, attend)
     try:
         return _together(backbone, _segments(rows, lengths, device), seen)
     finally:
-        AttentionInterface.register(attention.NAME, attention.packed_attention)
+        AttentionInterface.register(PACKED, packed_attention)
 
 
 def _padded(backbone: Backbone, rows: Tensor, lengths: list[int], device: torch.device) -> _Seen:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from jepa_scale.data.sampling.rng import ViewTransform
-from jepa_scale.models.attention_meta import attention_pairs
+from jepa_scale.models.attention.meta import attention_pairs
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.flops import DecoderFlops, linear_cost
 from jepa_scale.models.generation.speculative import Drafter

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from jepa_scale.models.attention_meta import attention_pairs
+from jepa_scale.models.attention.meta import attention_pairs
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.decoder import JepaAttention, JepaDecoderConfig, JepaDecoderLayer, initialize, position_table
 from jepa_scale.models.flops import Cost, linear_cost

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from jepa_scale.models import attention
+from jepa_scale.models.attention.packed import NAME as PACKED
 from jepa_scale.models.families import probe as module
 from jepa_scale.models.families.probe import probe
 from jepa_scale.models.families.windows import WINDOW
@@ -58,7 +58,7 @@ def test_a_family_that_agrees_passes_and_is_left_as_it_was(keys, dtype):
     assert all(after[n].data_ptr() == at and torch.equal(after[n], x) for n, (at, x) in before.items())
     assert all(isinstance(p, nn.Parameter) for m in backbone.modules() for p in m._parameters.values() if p is not None)
     assert backbone.decoder.training and not backbone.layers[0].training and backbone.layers[1].training
-    wanted = attention.NAME
+    wanted = PACKED
     if backbone.padded:
         wanted = "sdpa" if keys.get("model_type") is None else "eager"
     assert backbone.decoder.config._attn_implementation == wanted

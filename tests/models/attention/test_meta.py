@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from jepa_scale.models.attention import attention
-from jepa_scale.models.attention_meta import attention_pairs
+from jepa_scale.models.attention.meta import attention_pairs
+from jepa_scale.models.attention.packed import attention
 from jepa_scale.packing import SegmentTable
 
 

@@ -9,7 +9,7 @@
     the packed sequence. It runs on every device and dtype, is the only backend of a CPU, and is the reference that the
     others are tested against.
 
-On tensors without data (the device ``meta``), only shapes are computed (:mod:`jepa_scale.models.attention_meta`).
+On tensors without data (the device ``meta``), only shapes are computed (:mod:`jepa_scale.models.attention.meta`).
 
 Importing this module also registers the interface with transformers under the name :data:`NAME`. Any decoder of
 transformers then trains on packed sequences if it is called with ``packed=SegmentTable`` (batch of one, shape (1, T)).
@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 
-from jepa_scale.models.attention_fused import fused_attention, fuses
-from jepa_scale.models.attention_meta import attention_meta, attention_pairs
-from jepa_scale.models.attention_scores import attention_by_scores
+from jepa_scale.models.attention.fused import fused_attention, fuses
+from jepa_scale.models.attention.meta import attention_meta, attention_pairs
+from jepa_scale.models.attention.scores import attention_by_scores
 from jepa_scale.models.families.windows import WINDOW
 from jepa_scale.packing import KeyRows, SegmentTable
 from jepa_scale.utils.errors import InputError
@@ -85,7 +85,7 @@ def attention(
         window: a causal query sees itself and the ``window − 1`` keys before it (transformers' convention);
             without ``causal``, also the ``window − 1`` keys after it.
         dropout: probability with which attention weights are dropped.
-        softcap, sinks: changes of the scores, see :func:`jepa_scale.models.attention_scores.attention_by_scores`. ``sdpa``
+        softcap, sinks: changes of the scores, see :func:`jepa_scale.models.attention.scores.attention_by_scores`. ``sdpa``
             supports both, ``flash`` the cap (from flash-attn 2.6 on), ``torch`` neither.
         backend: one of :data:`BACKENDS`; ``None`` = that of the environment variable, else the fastest that can run this.
 

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from jepa_scale.models import attention as attention_module
-from jepa_scale.models.attention import attention
-from jepa_scale.models.attention_fused import fuses
+from jepa_scale.models.attention import packed as attention_module
+from jepa_scale.models.attention.fused import fuses
+from jepa_scale.models.attention.packed import attention
 from jepa_scale.packing import SegmentTable
 
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from jepa_scale.models import attention as module
-from jepa_scale.models.attention import BACKENDS, SHORT, _square, attention, available_backends, packed_attention
+from jepa_scale.models.attention import packed as module
+from jepa_scale.models.attention.packed import BACKENDS, SHORT, _square, attention, available_backends, packed_attention
 from jepa_scale.packing import KeyRows, SegmentTable
 from jepa_scale.utils.errors import InputError
 

@@ -1,6 +1,6 @@
 """Attention of tensors without data: the shapes, and the tensors that a kernel keeps for its backward.
 
-:func:`jepa_scale.models.attention.attention` uses it on the ``meta`` device. As FlashAttention (arXiv 2205.14135, 2307.08691)
+:func:`jepa_scale.models.attention.packed.attention` uses it on the ``meta`` device. As FlashAttention (arXiv 2205.14135, 2307.08691)
 does, it keeps q, k, v, its output and one fp32 number for each query and head, but never the scores. Forward and backward are
 operators of their own, so that the planner and selective activation checkpointing can identify them by name.
 """
