@@ -17,19 +17,19 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import mmap
 import os
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError
+from webdataset import TarWriter
 
 from jepa_scale.data.base import Kind
-from jepa_scale.data.shards import tar
 from jepa_scale.utils.errors import InputError
 from jepa_scale.utils.io import write_atomic
 
@@ -162,29 +162,25 @@ def write_shard(folder: Path, name: str, samples: Iterable[Sample]) -> ShardInfo
     """
     partial = folder / f"{name}.partial"
     stem = name.removesuffix(".tar")
-    ends, tokens, checksums, digest = [0], [], [], hashlib.sha256()
-    with open(partial, "wb", buffering=1 << 20) as file:
-
-        def write(data: bytes) -> None:
-            digest.update(data)
-            file.write(data)
-
-        for number, sample in enumerate(samples):
-            members = sorted((extension, _encode(extension, value)) for extension, value in sample.members.items())
-            data = b"".join(tar.member(f"{stem}-{number:06d}.{extension}", content) for extension, content in members)
-            write(data)
-            ends.append(ends[-1] + len(data))
-            tokens.append(sample.tokens)
-            checksums.append(zlib.crc32(data))
-        write(tar.end(ends[-1]))
+    ends, tokens = [0], []
+    with open(partial, "wb") as file:
+        with TarWriter(file, encoder=False, user="", group="", mode=0o644, mtime=0) as writer:
+            for number, sample in enumerate(samples):
+                members = {extension: _encode(extension, value) for extension, value in sample.members.items()}
+                writer.write({"__key__": f"{stem}-{number:06d}", **members})
+                ends.append(writer.tarstream.offset)
+                tokens.append(sample.tokens)
         file.flush()
         os.fsync(file.fileno())
-        size = file.tell()
     if not tokens:
         partial.unlink()
         raise ValueError(f"{name}: a shard must hold at least one sample")
+    with open(partial, "rb") as file:
+        data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     table = np.empty(len(tokens), dtype=SAMPLE)
-    table["start"], table["stop"], table["tokens"], table["crc"] = ends[:-1], ends[1:], tokens, checksums
+    table["start"], table["stop"], table["tokens"] = ends[:-1], ends[1:], tokens
+    table["crc"] = [zlib.crc32(data[a:b]) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    digest = hashlib.sha256(data)
     raw = io.BytesIO()
     np.save(raw, table)
     write_atomic(folder / index_name(name), raw.getvalue())
@@ -193,7 +189,7 @@ def write_shard(folder: Path, name: str, samples: Iterable[Sample]) -> ShardInfo
         name=name,
         samples=len(tokens),
         tokens=int(table["tokens"].sum()),
-        bytes=size,
+        bytes=len(data),
         sha256=digest.hexdigest(),
         index_sha256=hashlib.sha256(raw.getvalue()).hexdigest(),
     )
@@ -201,21 +197,10 @@ def write_shard(folder: Path, name: str, samples: Iterable[Sample]) -> ShardInfo
 
 def _encode(extension: str, value: Any) -> bytes:
     if extension.endswith("npy"):
-        if value.ndim == 1:
-            return _npy_header(value.dtype, len(value)) + value.tobytes()
         raw = io.BytesIO()
         np.save(raw, value)
         return raw.getvalue()
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
-
-
-@lru_cache(maxsize=1 << 16)
-def _npy_header(dtype: np.dtype, length: int) -> bytes:
-    """Return what ``np.save`` writes before the values of a row, which takes it longer than the values."""
-    raw = io.BytesIO()
-    values = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (length,)}
-    np.lib.format.write_array_header_1_0(raw, values)
-    return raw.getvalue()
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
