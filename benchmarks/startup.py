@@ -2,7 +2,8 @@
 
     python benchmarks/startup.py --json benchmarks/results/startup.json
 
-Commands that need no tensor, and refusals of a bad config; ``start`` is Python with nothing to do. ``cpu/…`` is processor time,
+Commands that need no tensor, and refusals of a bad config; ``start`` is Python with nothing to do. ``import_train`` is all that a
+training process imports; ``import_libraries`` is the part of it that belongs to PyTorch and transformers. ``cpu/…`` is processor time,
 user and system, ``memory/…`` the process's peak. All take turns; the first round does not count. Figures are the median, smallest
 and largest of the others. With ``--other DIR`` the same of another checkout, in the same rounds.
 """
@@ -23,8 +24,12 @@ from benchmarks.rows import as_table, row, write  # noqa: E402
 
 CONFIG = "configs/reversal.yaml"
 TYPO = "train.stepz=3"
+LIBRARIES = "torch.distributed.checkpoint, torch.distributed.fsdp, transformers.modeling_utils"
 COMMANDS = {
     "start": ["-c", "pass"],
+    "import_torch": ["-c", "import torch"],
+    "import_libraries": ["-c", f"import {LIBRARIES}"],
+    "import_train": ["-c", "import jepa_scale.train"],
     "help": ["-m", "jepa_scale", "--help"],
     "config": ["-m", "jepa_scale", "config", CONFIG],
     "config_list": ["-m", "jepa_scale", "config", "--list"],

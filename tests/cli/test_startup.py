@@ -16,6 +16,10 @@ from jepa_scale.utils.errors import InputError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SLOW = ("torch", "transformers", "deepspeed", "datasets", "matplotlib", "webdataset", "pyarrow", "peft", "tokenizers")
+OPTIONAL = (
+    "wandb", "mlflow", "trackio", "comet_ml", "tensorboard", "lm_eval", "mteb", "sentence_transformers", "sklearn", "scipy", "pandas",
+    "bitsandbytes", "flash_attn", "fsspec", "braceexpand",
+)  # fmt: skip
 SECTIONS = ("run", "engine", "model", "data", "objective", "optim", "train", "checkpoint", "eval", "log")
 EXPERIMENTS = sorted(path.name for path in (REPOSITORY / "configs").glob("*.yaml"))
 FACTS, TEXT = "configs/reversal.yaml", "configs/wikitext2.yaml"
@@ -257,6 +261,27 @@ def test_a_good_config_still_needs_torch():
     """What the tests above look at would be seen."""
     ((_, _, slow),) = several([["train", "--config", FACTS, "data.path=nowhere"]])
     assert slow == ["torch"]
+
+
+def test_a_run_under_fsdp_imports_no_package_that_only_others_use():
+    """Beyond what PyTorch and transformers import by themselves, which differs with what is installed."""
+    code = """
+import json, sys
+import torch.distributed.checkpoint, torch.distributed.fsdp, transformers.modeling_utils
+before = set(sys.modules)
+import jepa_scale.train, jepa_scale.engines.fsdp.engine
+json.dump(sorted(set(sys.modules) - before), sys.stdout)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, env=environment()
+    )
+    assert done.returncode == 0, done.stderr
+    added = json.loads(done.stdout)
+    assert "jepa_scale.training.run" in added and "pydantic" in added
+    unused = {*SLOW, *OPTIONAL} - {"torch", "transformers", "tokenizers"}  # transformers' auto classes import the last
+    assert [name for name in added if name.partition(".")[0] in unused] == []
+    own = ("jepa_scale.engines.deepspeed", "jepa_scale.report.page", "jepa_scale.convert", "torch.utils.tensorboard")
+    assert not [name for name in added if name.startswith(own)]
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
