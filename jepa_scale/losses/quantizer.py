@@ -30,7 +30,7 @@ def nearest(rows: Tensor, codebook: Tensor) -> Tensor:
         codebook = codebook.float()
         half = codebook.square().sum(dim=1) / 2
         parts = rows.float().split(max(1, ELEMENTS // len(codebook)))
-        return torch.cat([torch.addmm(half, part, codebook.T, alpha=-1).min(dim=1).indices for part in parts])
+        return torch.cat([torch.addmm(half, part, codebook.T, alpha=-1).argmin(dim=1) for part in parts])
 
 
 def straight_through(rows: Tensor, quantized: Tensor) -> Tensor:
@@ -47,14 +47,11 @@ def commitment(rows: Tensor, quantized: Tensor) -> Tensor:
 def assigned(rows: Tensor, codes: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Count and sum the rows assigned to each code.
 
-    On a GPU a matrix product does both, because a scatter would add in a different order each time. A CPU's has one order.
+    A matrix product does both: on a GPU a scatter would add in a different order each time.
 
     Returns:
         From (n, d) rows and (n,) codes: (K,) fp32 counts, and (K, d) fp32 sums.
     """
-    if rows.device.type == "cpu":
-        sums = rows.new_zeros(count, rows.shape[1], dtype=torch.float32).index_add_(0, codes, rows.detach().float())
-        return torch.bincount(codes, minlength=count).float(), sums
     with without_autocast(rows):
         mine = (codes[:, None] == torch.arange(count, device=codes.device)).float()
         return mine.sum(dim=0), mine.T @ rows.detach().float()

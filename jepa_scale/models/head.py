@@ -152,9 +152,11 @@ def measure(
 def has_label_loss(head: nn.Module, rows: Tensor) -> bool:
     """Return whether :func:`label_loss` can be used: for a head of one layer that sees the whole vocabulary.
 
-    Not in fp16: gradients are computed before the loss scale is known, and would leave its range.
+    Not in fp16: gradients are computed before the loss scale is known, and would leave its range. Not under autocast, where rows and
+    weights may have two dtypes.
     """
-    return can_measure(head) and len(lm_layers(head)) == 1 and rows.dtype != torch.float16
+    plain = rows.dtype != torch.float16 and not torch.is_autocast_enabled(rows.device.type)
+    return plain and can_measure(head) and len(lm_layers(head)) == 1
 
 
 def label_loss(

@@ -131,8 +131,7 @@ class Grid(Objective):
             self.queue.update(good)
 
     def flops(self, backbone: Backbone, square: bool = False) -> StepFlops:
-        """See the base class. Elementwise operations are not counted, nor are the sums of the rows of each code. Attention is that of
-        the objects: what a GPU computes for empty slots is not counted."""
+        """See the base class. Elementwise operations are not counted."""
         o, ranks = self.options, dp_size()
         latent = o.latent_dim or o.dim
         decoder = DecoderFlops.of(backbone) if o.encoder == "decoder" else None
@@ -143,30 +142,28 @@ class Grid(Objective):
         if isinstance(self.objects, ObjectEncoder):  # the features are inputs and need no gradient
             first = linear_cost(self.objects.up)
             objects = Cost(objects.forward, objects.backward - first.forward)
-        lookup = 2 * o.vq_codes * o.dim  # of an object: its distances to all codes
+        lookup = 2 * o.vq_codes * o.dim  # of an object: its distances to all codes, or its part in their sums
 
-        def attention(batches: Sequence[PackedBatch], name: str) -> int:
-            """Return the FLOPs of attention scores and values of all grids, over all layers."""
-            if not layers:
-                return 0
-            return 4 * o.dim * layers * sum(int(batch.values[name].square().sum()) for batch in batches)
+        def attention(grids: int) -> int:
+            """Return the FLOPs of attention scores and values of ``grids`` grids, over all slots and layers."""
+            return 4 * o.slots**2 * o.dim * layers * grids
 
         def count(batches: Sequence[PackedBatch]) -> int:
             several = len(batches) > 1
             samples = sum(batch.counts["samples"] for batch in batches)
             sequences = samples * (1 + len(o.invariances))
             seen, taught = (sum(len(batch.rows[name]) for batch in batches) for name in ("inputs", "target_inputs"))
-            mixed, mixed_targets = attention(batches, "objects"), attention(batches, "target_objects")
+            mixed = attention(sequences * o.context_length)
             forward = (
                 seen * (objects.forward + lookup) + sequences * sequence.forward + mixed + samples * predictor.forward
             )
             backward = (
                 seen * objects.backward + sequences * sequence.backward + 2 * mixed + samples * predictor.backward
             )
-            teaching = taught * (objects.forward + lookup) + samples * sequence.forward + mixed_targets
-            total = backward
+            teaching = taught * (objects.forward + lookup) + samples * sequence.forward + attention(samples)
+            total = backward + seen * lookup
             if trained:
-                total += taught * objects.backward + samples * sequence.backward + 2 * mixed_targets
+                total += taught * (objects.backward + lookup) + samples * sequence.backward + 2 * attention(samples)
             if decoder is not None:
                 for batch in batches:
                     main, targets = batch.sequences["main"], batch.sequences[TARGETS]

@@ -25,11 +25,10 @@ class TemporalAttention(nn.Module):
         Returns:
             (n, d), and (n, L) fp32, the mean weight of each time step over the channels, without gradient.
         """
-        present = present[..., None]
-        states = states.masked_fill(~present, 0.0)  # (n, L, d)
-        scores = self.score(states.transpose(1, 2)).transpose(1, 2).float()
-        weights = scores.contiguous().masked_fill(~present, float("-inf")).softmax(dim=1)  # fast where d lies together
-        return (states * weights.to(states.dtype)).sum(dim=1), weights.detach().mean(dim=-1)
+        present = present[:, None]
+        channels = states.transpose(1, 2).masked_fill(~present, 0.0)  # (n, d, L)
+        weights = self.score(channels).float().masked_fill(~present, float("-inf")).softmax(dim=-1)
+        return (channels * weights.to(channels.dtype)).sum(dim=-1), weights.detach().mean(dim=1)
 
 
 class TemporalMean(nn.Module):
