@@ -155,8 +155,9 @@ def has_label_loss(head: nn.Module, rows: Tensor) -> bool:
     Not in fp16: gradients are computed before the loss scale is known, and would leave its range. Not under autocast, where rows and
     weights may have two dtypes.
     """
-    plain = rows.dtype != torch.float16 and not torch.is_autocast_enabled(rows.device.type)
-    return plain and can_measure(head) and len(lm_layers(head)) == 1
+    device = rows.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return rows.dtype != torch.float16 and not autocast and can_measure(head) and len(lm_layers(head)) == 1
 
 
 def label_loss(
