@@ -363,7 +363,7 @@ def pack(
     index: dict[str, np.ndarray] = {}  # index in `unique` → index in the packed sequence
     for name, pool in unique.items():
         lengths = [len(s.tokens) for s in pool]  # the primary sort key, which lexsort takes last
-        further = ([_queries(pool)] if _queries(pool) else []) + ([_prefix_lengths(pool)] if parents[name] else [])
+        further = [keys for keys in (_queries(pool), _prefix_lengths(pool) if parents[name] else []) if keys]
         order = np.lexsort((*further, lengths)) if further else np.argsort(lengths, kind="stable")
         index[name] = np.empty(len(pool), dtype=np.int64)
         index[name][order] = np.arange(len(pool))

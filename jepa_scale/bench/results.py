@@ -148,9 +148,8 @@ def results_of(name: str, task: Task, runs: Sequence[Run], measured: Mapping[str
                 results.append(_result((name, case, label), measure, arm, others, arms))
     having = {result.measure for result in results}
     for label in (label for label in task.measures if label not in having):
-        if task.measures[label].of.startswith(
-            f"{DERIVED}/"
-        ):  # it may need other cases, or values that no run has reached
+        if task.measures[label].of.startswith(f"{DERIVED}/"):
+            # it may need other cases, or values that no run has reached
             log.warning(f"{name}: {label} is left out; it could not be derived from the runs of any arm and seed")
             continue
         known = sorted({key for of_run in measured.values() for key in of_run})

@@ -331,21 +331,34 @@ class Backbone(nn.Module):
         return lm_head.shape_of(self.decoder.config)
 
     def label_loss(
-        self, rows: Tensor, labels: Tensor, weights: Tensor | None = None, frozen: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Return the sum of :meth:`label_losses`, 0-d fp32, each times its weight, and the losses (n,) without gradient.
+        self,
+        rows: Tensor,
+        labels: Tensor,
+        weights: Tensor | None = None,
+        frozen: bool = False,
+        logit_rows: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the sum of :meth:`label_losses`, each times its weight, and the losses and some logits without gradient.
 
-        The gradients are computed in this pass where that saves a product (:func:`jepa_scale.models.head.label_loss`).
+        Gradients are computed in this pass where that saves a product (:func:`jepa_scale.models.head.label_loss`).
 
         Args:
-            weights: (n,) fp32 without gradient; None = 1 each.
+            weights: (n,) fp32 without gradient; None = 1 each. logit_rows: (m,) int64, rows whose logits are returned.
+
+        Returns:
+            0-d fp32, (n,) fp32, and (m, V) fp32 or None; the logits are zeros if there are no rows.
         """
         head = self.decoder.get_output_embeddings()
-        if self.tp is None and torch.is_grad_enabled() and lm_head.has_label_loss(head, rows):
-            with _frozen(head) if frozen else nullcontext():
-                return lm_head.label_loss(head, rows, labels, weights, self._shape)
-        losses = self.label_losses(rows, labels, frozen)
-        return (losses if weights is None else losses * weights).sum(), losses.detach()
+        asked = logit_rows if logit_rows is None or len(rows) else logit_rows[:0]
+        with _frozen(head) if frozen else nullcontext():
+            if self.tp is None and torch.is_grad_enabled() and lm_head.has_label_loss(head, rows):
+                total, losses, logits = lm_head.label_loss(head, rows, labels, weights, self._shape, asked)
+            else:
+                losses, logits = self._label_losses(rows, labels, asked)
+                total = (losses if weights is None else losses * weights).sum()
+        if logits is not None and logit_rows is not None and not len(rows):
+            logits = logits.new_zeros(len(logit_rows), self.vocab_size)
+        return total, losses.detach(), logits
 
     def label_losses(self, rows: Tensor, labels: Tensor, frozen: bool = False) -> Tensor:
         """Return the negative log-probability of each label: (n, d) states after the final norm, (n,) int64 → (n,) fp32.
@@ -357,15 +370,6 @@ class Backbone(nn.Module):
         """
         with _frozen(self.decoder.get_output_embeddings()) if frozen else nullcontext():
             return self._label_losses(rows, labels, None)[0]
-
-    def label_losses_and_logits(self, rows: Tensor, labels: Tensor, logit_rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return :meth:`label_losses`, and (m, V) fp32: the logits of the rows ``logit_rows``, (m,) int64, without gradient.
-
-        The logits are zeros if there are no rows.
-        """
-        losses, logits = self._label_losses(rows, labels, logit_rows if len(rows) else logit_rows[:0])
-        assert logits is not None
-        return losses, logits if len(rows) else logits.new_zeros(len(logit_rows), self.vocab_size)
 
     def _label_losses(self, rows: Tensor, labels: Tensor, logit_rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
         head, tp = self.decoder.get_output_embeddings(), self.tp

@@ -135,9 +135,7 @@ def measure(
 
     def run(part: LMHead, targets: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if logit_rows is not None:
-            with torch.no_grad():
-                some = F.linear(x[logit_rows], weight, bias)
-                kept.append((some if shape is None else shape(some)).float())
+            kept.append(_logits(x[logit_rows], weight, bias, shape))
         return _Measure.apply(x, weight, bias, targets, shape, part.compiles)
 
     with ExitStack() as stack:
@@ -161,8 +159,13 @@ def has_label_loss(head: nn.Module, rows: Tensor) -> bool:
 
 
 def label_loss(
-    head: nn.Module, rows: Tensor, targets: Tensor, weights: Tensor | None, shape: Shape | None
-) -> tuple[Tensor, Tensor]:
+    head: nn.Module,
+    rows: Tensor,
+    targets: Tensor,
+    weights: Tensor | None,
+    shape: Shape | None,
+    logit_rows: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Compute the weighted sum of the rows' losses, and its gradients in the same pass.
 
     The head is called once, as usual, so that an engine's hooks around the call and its backward run. The backward can run once.
@@ -170,18 +173,21 @@ def label_loss(
     Args:
         rows: (n, d). targets: (n,) int64. weights: (n,) fp32 without gradient; None = 1 each.
         shape: function from the head's product to logits; None = the product is the logit.
+        logit_rows: (m,) int64, rows whose logits are returned too, without gradient.
 
     Returns:
-        The sum, 0-d fp32, and each row's loss without its weight, (n,) fp32, which has no gradient.
+        The sum, 0-d fp32; each row's loss without its weight, (n,) fp32, which has no gradient; (m, v) fp32 or None.
     """
-    (part,) = lm_layers(head)
+    (part,), kept = lm_layers(head), []
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if logit_rows is not None:
+            kept.append(_logits(x[logit_rows], weight, bias, shape))
         return _LabelLoss.apply(x, weight, bias, targets, weights, shape, part.compiles)
 
     with with_product(part, run):
         found = head(rows)  # the sum and each row's loss, in place of logits
-    return found[0], found[1:].detach()
+    return found[0], found[1:].detach(), kept[0] if kept else None
 
 
 def lm_layers(head: nn.Module) -> list[LMHead]:
@@ -197,6 +203,13 @@ def with_product(part: LMHead, product: Callable[..., Tensor]) -> Iterator[None]
         yield
     finally:
         del part.product
+
+
+@torch.no_grad()
+def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, shape: Shape | None) -> Tensor:
+    """Return the logits of rows, (m, v) fp32, without gradient."""
+    product = F.linear(x, weight, bias)
+    return (product if shape is None else shape(product)).float()
 
 
 def _columns_in(targets: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:

@@ -59,7 +59,7 @@ class Root(nn.Module):
         labels = stream.labels[stream.labelled]
         half = len(rows) // 2
         losses = self.backbone.label_losses(rows[:half], labels[:half])
-        total, _ = self.backbone.label_loss(rows[half:], labels[half:])
+        total, *_ = self.backbone.label_loss(rows[half:], labels[half:])
         divergences = self.backbone.head_kl(rows, rows / 2, torch.arange(len(rows)))
         return Output((losses.sum() + total + divergences.sum()) / 40)
 

@@ -20,7 +20,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "target": "ema",
         "ema": {"momentum": 0.5, "final_momentum": 0.9},
         "lm_weight": 0.5,
-        "mlm_weight": 0.2,
+        "mlm_weight": 0.05,
     },
 }
 STEPS = 6
@@ -71,5 +71,5 @@ def valid_tolerance(metric: str) -> tuple[float, float]:
 def test_training_learns(reference):
     for name in OBJECTIVES:
         fit = rows(reference, name)
-        assert fit[-1]["loss"] < 0.92 * fit[0]["loss"]
+        assert fit[-1]["loss"] < 0.9 * fit[0]["loss"]
         assert ("ppl" in rows(reference, name, "eval/valid")[-1]) == (name == "ema")  # only that one predicts tokens

@@ -143,7 +143,7 @@ def test_the_loss_and_its_gradients_are_those_of_all_logits(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lm_head, "_MOST_ROWS", piece)
         patch.setattr(lm_head, "CHUNK_BYTES", 4 * vocabulary * block)
-        got, each = label_loss(head, x, targets, weights, shape)
+        got, each, _ = label_loss(head, x, targets, weights, shape)
     assert not each.requires_grad
     torch.testing.assert_close([got, each], [total, losses.detach()], atol=2e-5, rtol=2e-5)
     wanted = [x, *(() if frozen else head.parameters())]
@@ -199,7 +199,7 @@ def test_an_unlikely_label_has_a_finite_loss(small_chunks):
     torch.testing.assert_close(normalizers - chosen, expected)
     (normalizers - chosen).sum().backward()
     assert torch.isfinite(rows.grad).all() and torch.isfinite(head.weight.grad).all()
-    total, each = label_loss(head, rows, torch.tensor([0, 0]), None, None)
+    total, each, _ = label_loss(head, rows, torch.tensor([0, 0]), None, None)
     torch.testing.assert_close(each, expected.detach())
     total.backward()
     assert torch.isfinite(rows.grad).all() and torch.isfinite(head.weight.grad).all()
@@ -222,22 +222,23 @@ def outcome(backbone: Any, rows: Tensor, labels: Tensor) -> tuple[list[Tensor], 
     rows = rows.clone().requires_grad_()
     backbone.zero_grad()
     places = torch.tensor([3, 0, 3])
-    losses, logits = backbone.label_losses_and_logits(rows, labels, places)
+    losses = backbone.label_losses(rows, labels)
     (losses * torch.linspace(-1, 2, len(rows))).sum().backward()
     head = backbone.decoder.get_output_embeddings()
     found = {name: p.grad for name, p in head.named_parameters() if p.requires_grad}
-    assert all(grad is not None for grad in found.values()) and not logits.requires_grad
+    assert all(grad is not None for grad in found.values())
     with torch.no_grad():
         again = backbone.label_losses(rows, labels)
-        unmoved, _ = backbone.label_loss(rows, labels)
+        unmoved, _, without = backbone.label_loss(rows, labels, logit_rows=places)
     gradients = {"rows": rows.grad, **found}
     rows.grad = None
     backbone.zero_grad()
-    total, each = backbone.label_loss(rows, labels, torch.linspace(-1, 2, len(rows)))
+    total, each, logits = backbone.label_loss(rows, labels, torch.linspace(-1, 2, len(rows)), logit_rows=places)
+    assert not logits.requires_grad
     (total / 3).backward()
     gradients |= {"rows of sum": rows.grad}
     gradients |= {f"{name} of sum": p.grad for name, p in head.named_parameters() if p.requires_grad}
-    return [losses.detach(), logits, again, unmoved, total.detach(), each], gradients
+    return [losses.detach(), logits, without, again, unmoved, total.detach(), each], gradients
 
 
 def data() -> tuple[Tensor, Tensor]:
@@ -302,11 +303,11 @@ def test_what_fits_is_computed_as_ever(monkeypatch):
 
 def test_no_rows_have_no_losses_and_every_parameter_takes_part():
     backbone = build("tied")
-    losses, logits = backbone.label_losses_and_logits(
-        torch.zeros(0, WIDTH), torch.zeros(0, dtype=torch.int64), torch.tensor([0, 0])
+    total, losses, logits = backbone.label_loss(
+        torch.zeros(0, WIDTH), torch.zeros(0, dtype=torch.int64), logit_rows=torch.tensor([0, 0])
     )
     assert losses.shape == (0,) and torch.equal(logits, torch.zeros(2, VOCABULARY))
-    losses.sum().backward()
+    total.backward()
     assert all(p.grad is not None for p in backbone.decoder.get_output_embeddings().parameters())
 
 

@@ -36,12 +36,13 @@ class _InPlace(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        """With p = g · x: ∂w = Σ r · p over the rows, and ∂x = r · (g · w − x · r² · Σ p · w / d)."""
+        """With n = x · r: ∂w = Σ g · n over the rows, and ∂x = r · (g · w − n · mean(g · w · n))."""
         (grad,) = grads
         x, weight, r = ctx.saved_tensors
-        products = (grad * x).reshape(-1, x.shape[-1])
-        of_weight = products.T @ r.reshape(-1) if ctx.needs_input_grad[1] else None
+        normed = x * r
+        products = (grad * normed).reshape(-1, x.shape[-1])
+        of_weight = products.sum(0) if ctx.needs_input_grad[1] else None
         if not ctx.needs_input_grad[0]:
             return None, of_weight, None
-        factor = (products @ weight).div_(x.shape[-1]).view_as(r).mul_(r).mul_(r)
-        return (grad * weight).addcmul_(x, factor, value=-1).mul_(r), of_weight, None
+        mean = (products @ weight).div_(x.shape[-1]).view_as(r)
+        return (grad * weight).addcmul_(normed, mean, value=-1).mul_(r), of_weight, None

@@ -141,7 +141,8 @@ class Horizon(Objective):
             to_hidden = linear_cost(self.latent_to_hidden)
             lm_head = linear_cost(backbone.decoder.get_output_embeddings())
             weights = 0 if o.kl_freeze_head or o.detach else lm_head.backward - row.forward
-            head = Cost(to_hidden.forward + row.forward, to_hidden.backward + reached * row.forward + weights)
+            # logits of both sides, which the loss of the labels does not keep
+            head = Cost(to_hidden.forward + 2 * row.forward, to_hidden.backward + reached * row.forward + weights)
 
         def count(batches: Sequence[PackedBatch]) -> int:
             several = needs_global_batch and len(batches) > 1
@@ -227,10 +228,9 @@ class Horizon(Objective):
             lm = lm_loss(backbone, hidden, batch)
         else:
             rows, counts = target_rows(batch)
-            losses, logits = backbone.label_losses_and_logits(
-                hidden[packed.labelled], packed.labels[packed.labelled], rows
-            )
-            lm = mean_over_global_batch(losses.sum(), batch.totals["labels"])
+            at = packed.labelled
+            summed, _, logits = backbone.label_loss(hidden[at], packed.labels[at], logit_rows=rows)
+            lm = mean_over_global_batch(summed, batch.totals["labels"])
         _, predicted = self.predictions(states.detach() if o.detach else states, batch)
         target = self.targets(below, batch)
 

@@ -108,7 +108,7 @@ class Mtp(Objective):
         totals = [batch.totals[anchor_name(ahead)] for ahead in self.aheads]
         ones = torch.ones(len(labels), device=labels.device).split(counts)
         shares = torch.cat([mean_over_global_batch(one, total) for one, total in zip(ones, totals, strict=True)])
-        mtp, losses = backbone.label_loss(rows, labels, shares, frozen=o.detach)
+        mtp, losses, _ = backbone.label_loss(rows, labels, shares, frozen=o.detach)
         means = {
             f"lm_loss_h{ahead}": mean_over_global_batch(x.sum(), total)
             for ahead, x, total in zip(self.aheads, losses.split(counts), totals, strict=True)

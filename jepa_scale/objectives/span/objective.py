@@ -222,11 +222,13 @@ class Span(Objective):
         rows = [group_means(filled, lengths).to(filled.dtype), filled if self.options.mlm_weight else filled[:0]]
         return self.predictor.norm(torch.cat(rows)).split([len(part) for part in rows])
 
-    def token_losses(self, backbone: Backbone, filled: Tensor, batch: PackedBatch) -> Tensor:
-        """Return the negative log-probability of each masked token, (M,) fp32, given the predictions (M, d)."""
+    def token_losses(self, backbone: Backbone, filled: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """Return the sum of the negative log-probabilities of the masked tokens, given the predictions (M, d), and each, (M,) fp32,
+        without gradient."""
         masked = batch.positions.get("masked", batch.rows["span_length"][:0])
         labels = batch.sequences[PREDICTOR].input_ids[masked]
-        return backbone.label_losses(filled, labels, frozen=self.options.detach)
+        total, losses, _ = backbone.label_loss(filled, labels, frozen=self.options.detach)
+        return total, losses
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -248,8 +250,8 @@ class Span(Objective):
             lm = lm_loss(backbone, encoded.hidden, batch)
             total, means["lm_loss"] = total + o.lm_weight * lm, lm.detach()
         if o.mlm_weight:
-            losses = self.token_losses(backbone, encoded.filled, batch)
-            mlm = mean_over_global_batch(losses.sum(), batch.totals["masked"])
+            summed, _ = self.token_losses(backbone, encoded.filled, batch)
+            mlm = mean_over_global_batch(summed, batch.totals["masked"])
             total, means["mlm_loss"] = total + o.mlm_weight * mlm, mlm.detach()
         gauges = {"ema_momentum": self.teacher.momentum(batch.step)} if o.target == "ema" else {}
         return Loss(total, {"loss": total.detach(), **means}, gauges)
@@ -313,5 +315,5 @@ class Span(Objective):
         if self.options.span_mean == "views":
             found["weight"] = batch.rows["span_weight"]
         if self.options.mlm_weight:
-            found["masked"] = self.token_losses(backbone, encoded.filled, batch)
+            _, found["masked"] = self.token_losses(backbone, encoded.filled, batch)
         return found | {"predicted": encoded.predicted, "spans": encoded.spans}

@@ -286,7 +286,7 @@ class TwoView(Objective):
         """
         o, packed = self.options, batch.sequences["main"]
         ranks = dp_size()
-        total, losses = backbone.label_loss(hidden[packed.labelled], packed.labels[packed.labelled])
+        total, losses, _ = backbone.label_loss(hidden[packed.labelled], packed.labels[packed.labelled])
         lm = total / max(1, len(losses))
         n = len(source)
         if o.distance == "infonce":

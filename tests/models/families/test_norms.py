@@ -7,14 +7,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from jepa_scale.models.families.norms import adopt_norms
 from jepa_scale.models.layers.norm import RMSNorm
+from tests.models.families.decoders import SHAPE, outcome
 
-SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
 FAMILIES = {"llama": 5, "qwen3": 9, "olmo2": 9, "gemma": 0, "gemma3_text": 0}
 """Norms that become ours: Gemma's gain is 1 + its weight."""
 
 
 def decoder(family, **keys):
-    config = AutoConfig.for_model(family, vocab_size=50, **SMALL, num_key_value_heads=2, rms_norm_eps=1e-5, **keys)
+    config = AutoConfig.for_model(
+        family, vocab_size=50, **SHAPE, head_dim=8, num_key_value_heads=2, rms_norm_eps=1e-5, **keys
+    )
     torch.manual_seed(0)
     made = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
@@ -22,14 +24,6 @@ def decoder(family, **keys):
             if "norm" in type(module).__name__.lower():
                 module.weight.normal_()
     return made
-
-
-def outcome(model):
-    torch.manual_seed(1)
-    model.zero_grad()
-    logits = model(torch.randint(50, (2, 7)), use_cache=False).logits
-    logits.backward(torch.randn_like(logits))
-    return {"logits": logits.detach(), **{name: p.grad.clone() for name, p in model.named_parameters()}}
 
 
 @pytest.mark.parametrize(("family", "number"), FAMILIES.items())

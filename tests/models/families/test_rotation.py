@@ -8,8 +8,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from jepa_scale.models.families.rotation import adopt_rotations
-
-SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+from tests.models.families.decoders import SHAPE, outcome
 
 
 def theirs(family):
@@ -31,17 +30,9 @@ def untouched(monkeypatch):
 
 def decoder(family):
     keys = {"rotary_pct": 0.5} if family == "gpt_neox" else {"num_key_value_heads": 2}
-    config = AutoConfig.for_model(family, vocab_size=50, **SMALL, **keys)
+    config = AutoConfig.for_model(family, vocab_size=50, **SHAPE, **keys)
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-
-
-def outcome(model):
-    torch.manual_seed(1)
-    model.zero_grad()
-    logits = model(torch.randint(50, (2, 7)), use_cache=False).logits
-    logits.backward(torch.randn_like(logits))
-    return {"logits": logits.detach(), **{name: p.grad.clone() for name, p in model.named_parameters()}}
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "olmo2", "gpt_neox"])

@@ -214,7 +214,7 @@ def test_the_control_leaves_the_decoder_to_next_token_prediction(name):
         run(backbone, objective, *parts)
         found[detach] = gradients(backbone, objective)
     for key, grad in plain.items():
-        torch.testing.assert_close(found[True][key], grad, atol=1e-6, rtol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(found[True][key], grad, atol=1e-7, rtol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
     assert any(not torch.allclose(found[False][key], grad, atol=1e-4) for key, grad in plain.items())
     heads = [key for key in found[True] if key not in plain]
     for key in heads:  # which learn the same from these states
