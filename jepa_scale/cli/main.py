@@ -19,17 +19,17 @@ from jepa_scale.utils.logging import configure, shows_progress
 logger = logging.getLogger(__name__)
 
 PARSERS = {
-    "bench": "jepa_scale.cli.bench",
-    "data": "jepa_scale.cli.data",
-    "checkpoint": "jepa_scale.cli.checkpoint",
-    "convert": "jepa_scale.cli.convert",
-    "encode": "jepa_scale.cli.encode",
-    "generate": "jepa_scale.cli.generate",
-    "new": "jepa_scale.cli.new",
-    "plan": "jepa_scale.cli.plan",
-    "watch": "jepa_scale.cli.watch",
+    "data": ("jepa_scale.cli.data", "prepare, verify or make data"),
+    "checkpoint": ("jepa_scale.cli.checkpoint", "list, verify or prune checkpoints"),
+    "convert": ("jepa_scale.cli.convert", "to and from Hugging Face format"),
+    "encode": ("jepa_scale.cli.encode", "texts to states of a run's model"),
+    "generate": ("jepa_scale.cli.generate", "generate text with a run's model"),
+    "plan": ("jepa_scale.cli.plan", "memory, communication and time of a run"),
+    "bench": ("jepa_scale.cli.bench", "compare objectives with their baselines and controls"),
+    "watch": ("jepa_scale.cli.watch", "follow runs while they train"),
+    "new": ("jepa_scale.cli.new", "write files to begin an objective of your own with"),
 }
-"""Command whose flags need modules of their own → the module that holds its ``parser``."""
+"""Command whose flags need modules of their own → the module that holds its ``parser``, and what the command does."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 def parsed(argv: list[str]) -> argparse.Namespace:
     """The arguments of any command but ``train``; ends the process with 2 where they are not the command's."""
     if argv[:1] and argv[0] in PARSERS:
-        of_command: argparse.ArgumentParser = importlib.import_module(PARSERS[argv[0]]).parser()
+        of_command: argparse.ArgumentParser = importlib.import_module(PARSERS[argv[0]][0]).parser()
         return of_command.parse_args(argv[1:])
     return parser().parse_args(argv)
 
@@ -72,11 +72,9 @@ def parser() -> argparse.ArgumentParser:
         example="jepa-scale train --config configs/reversal.yaml",
     )
     top.add_argument("--version", action="version", version=f"jepa_scale {__version__}")
-    commands = top.add_subparsers(
-        required=True, metavar="train|eval|data|checkpoint|convert|encode|generate|plan|bench|watch|config|report"
-    )
+    commands = top.add_subparsers(required=True, help="each says with --help how it is used")
     flags = logging_flags()
-    commands.add_parser("train", help="train one run (see jepa-scale train --help)")
+    commands.add_parser("train", help="train one run")
 
     evaluate = commands.add_parser(
         "eval",
@@ -95,17 +93,8 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("overrides", nargs="*", metavar="eval.key=value", help="override keys of the run's config")
     evaluate.set_defaults(command=evaluate_run)
 
-    commands.add_parser("data", help="prepare, verify or make data (see jepa-scale data --help)")
-    commands.add_parser("checkpoint", help="list, verify or prune checkpoints (see jepa-scale checkpoint --help)")
-    commands.add_parser("convert", help="to and from Hugging Face format (see jepa-scale convert --help)")
-    commands.add_parser("encode", help="texts to states of a run's model (see jepa-scale encode --help)")
-    commands.add_parser("generate", help="generate text with a run's model (see jepa-scale generate --help)")
-
-    commands.add_parser("plan", help="memory, communication and time of a run (see jepa-scale plan --help)")
-    commands.add_parser(
-        "bench", help="compare objectives with their baselines and controls (see jepa-scale bench --help)"
-    )
-    commands.add_parser("watch", help="follow runs while they train (see jepa-scale watch --help)")
+    for name, (_, what_it_does) in PARSERS.items():
+        commands.add_parser(name, help=what_it_does)
 
     config = commands.add_parser(
         "config",
@@ -141,6 +130,7 @@ def parser() -> argparse.ArgumentParser:
         help="the page of several runs (default: comparison.html in the first one's parent)",
     )
     report.set_defaults(command=report_runs)
+    commands.metavar = "|".join(commands.choices)
     return top
 
 

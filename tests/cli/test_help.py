@@ -27,7 +27,9 @@ SCRIPTS = sorted(
 def parsers() -> dict[str, argparse.ArgumentParser]:
     """Every command and sub-command, as it is typed → its parser."""
     found = {"jepa-scale": cli.parser(), "jepa-scale train": train.parser()}
-    found |= {f"jepa-scale {name}": importlib.import_module(module).parser() for name, module in cli.PARSERS.items()}
+    found |= {
+        f"jepa-scale {name}": importlib.import_module(module).parser() for name, (module, _) in cli.PARSERS.items()
+    }
     for name, parser in list(found.items()):
         for action in parser._actions:
             if isinstance(action, argparse._SubParsersAction):
@@ -48,6 +50,12 @@ def test_a_command_has_an_example_that_it_understands(name):
     parser = PARSERS[longest]
     parse = parser.parse_intermixed_args if longest == "jepa-scale train" else parser.parse_args
     assert parse(words[len(longest.split()) :])
+
+
+def test_the_first_help_names_every_command():
+    shown = PARSERS["jepa-scale"].format_help()
+    for name in cli.PARSERS:
+        assert f"    {name} " in shown
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=str)

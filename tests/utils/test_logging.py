@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 from tqdm import tqdm
 
-from jepa_scale.cli.main import main
-from jepa_scale.cli.main import parser as cli_parser
+from jepa_scale.cli.main import main, parsed
 from jepa_scale.cli.train import parser as train_parser
 from jepa_scale.utils.logging import configure, configured_level, shows_progress
 
@@ -103,20 +102,15 @@ COMMANDS = [
     ["generate", "run", "hello"],
     ["plan", "--config", "x.yaml", "--world-size", "2"],
     ["watch", "run"],
+    ["bench", "--quick"],
+    ["new", "objective", "mine"],
 ]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda words: " ".join(words[:2]))
-def test_every_command_has_the_flags(command, monkeypatch):
-    import importlib
-
-    from jepa_scale.cli.main import PARSERS
-
-    module = PARSERS.get(command[0])
-    parser = importlib.import_module(module).parser() if module else cli_parser()
-    words = command[1:] if module else command
+def test_every_command_has_the_flags(command):
     for flags, level in (([], logging.INFO), (["-v"], logging.DEBUG), (["--quiet"], logging.WARNING)):
-        assert parser.parse_args([*words, *flags]).log_level == level
+        assert parsed([*command, *flags]).log_level == level
 
 
 def test_the_trainer_has_the_flags_and_not_both():
