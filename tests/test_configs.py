@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from jepa_scale.config.loading import load_config
+from jepa_scale.config.loading import load_config, shipped_configs
 from jepa_scale.experiment import validate
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -35,6 +35,13 @@ def test_every_key_is_explained(path):
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
 def test_an_experiment_names_its_command(path):
     assert f"--config configs/{path.name}" in path.read_text()
+
+
+def test_the_list_says_what_each_experiment_is_in_one_whole_sentence():
+    listed = dict(shipped_configs())
+    assert list(listed) == [f"configs/{path.name}" for path in EXPERIMENTS]
+    for name, sentence in listed.items():
+        assert sentence[0].isupper() and sentence[-1] == "." and ". " not in sentence and len(sentence) < 160, name
 
 
 def test_baselines_differ_from_the_concept_run_in_the_objective_alone():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,11 +43,17 @@ def find_file(path: str | Path, key: str, beside: Path | None = None) -> Path:
 
 
 def shipped_configs() -> list[tuple[str, str]]:
-    """Return the names for ``--config``, each with the first line of the file's opening comment."""
-    files = sorted((SHIPPED / "configs").glob("*.yaml"))
-    return [
-        (f"configs/{file.name}", file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")) for file in files
-    ]
+    """Return the names for ``--config``, each with the first sentence of the file's opening comment."""
+    return [(f"configs/{file.name}", _first_sentence(file)) for file in sorted((SHIPPED / "configs").glob("*.yaml"))]
+
+
+def _first_sentence(config: Path) -> str:
+    prose = []
+    for line in config.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("# ") or line.startswith("#   "):  # the comment is at its end, or at a command
+            break
+        prose.append(line[2:])
+    return re.split(r"(?<=\.) (?=[A-Z])", " ".join(prose))[0]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
