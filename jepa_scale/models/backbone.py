@@ -18,8 +18,7 @@ from jepa_scale.distributed.tp_group import TensorParallelGroup
 from jepa_scale.models import head as lm_head
 from jepa_scale.models.attention.packed import NAME as PACKED
 from jepa_scale.models.decoder import JepaDecoderForCausalLM
-from jepa_scale.models.families.norms import adopt_norms
-from jepa_scale.models.families.rotation import adopt_rotations
+from jepa_scale.models.families.layers import adopt_layers
 from jepa_scale.models.families.router_loss import RouterLoss, router_loss_of
 from jepa_scale.models.families.structure import locate, position_limit, position_limits
 from jepa_scale.models.families.windows import record_windows
@@ -56,8 +55,7 @@ class Backbone(nn.Module):
         """The balance loss that the family adds for its routers; None = it adds none."""
         if not isinstance(decoder, JepaDecoderForCausalLM):
             self.router_loss = router_loss_of(decoder)
-            adopt_norms(decoder)
-            adopt_rotations(decoder)
+            adopt_layers(decoder)
         self._router_logits: list[Tensor] | None = None
         self.tp: TensorParallelGroup | None = None
         """The tensor-parallel group (:mod:`jepa_scale.models.tensor_parallel.layers`); None without tensor parallelism."""

@@ -32,6 +32,7 @@ from jepa_scale.models.layers.drop_path import DropPath, drop_rate, rows_kept, s
 from jepa_scale.models.layers.norm import RMSNorm
 from jepa_scale.models.layers.pope import PolarEmbedding
 from jepa_scale.models.layers.rotary import rotary_table, rotate
+from jepa_scale.models.layers.swiglu import gated
 from jepa_scale.packing import SegmentTable
 
 
@@ -218,7 +219,7 @@ class JepaMLP(nn.Module):
         self.down_proj = nn.Linear(inner, d, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
 
 
 class JepaDecoderLayer(GradientCheckpointingLayer):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from jepa_scale.models.layers.swiglu import gated
 
 
 class Mlp(nn.Module):
@@ -34,4 +35,4 @@ class SwiGlu(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (…, size) → (…, size)."""
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(gated(self.gate(x), self.up(x)))
