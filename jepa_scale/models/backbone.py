@@ -22,7 +22,7 @@ from jepa_scale.models.families.layers import adopt_layers
 from jepa_scale.models.families.router_loss import RouterLoss, router_loss_of
 from jepa_scale.models.families.structure import locate, position_limit, position_limits
 from jepa_scale.models.families.windows import record_windows
-from jepa_scale.models.head_kl import PartsOfKL, combined, measure_kl
+from jepa_scale.models.head_kl import PartsOfKL, combined, kl_of_rows, measure_kl
 from jepa_scale.models.padding import PaddedRows, one_segment_a_row
 from jepa_scale.packing import PackedSequence
 from jepa_scale.utils.errors import InputError
@@ -294,7 +294,7 @@ class Backbone(nn.Module):
         """Return a block's output in the packed layout, (T, d)."""
         if self.padded:
             return PaddedRows.of(stream).pack(states)
-        return (states if self.tp is None else self.tp.join_tokens(states, stream.num_tokens))[0]
+        return (states if self.tp is None else self.tp.join_tokens(states, stream.num_tokens)).squeeze(0)
 
     def check_positions(self) -> None:
         """Raise InputError if the decoder takes no positions of tokens, as a recurrence alone does."""
@@ -403,11 +403,11 @@ class Backbone(nn.Module):
         """
         head, tp = self.decoder.get_output_embeddings(), self.tp
         with nullcontext() if tp is None else tp.split_vocabulary(), _frozen(head):
+            if tp is None:
+                return kl_of_rows(head, student, teacher, index, self._shape)
             parts = measure_kl(head, student, teacher, index, self._shape)
-        if tp is not None:
-            every = tp.join_channels(torch.stack(parts, dim=-1), 3 * tp.size).view(len(student), tp.size, 3)
-            parts = combined(PartsOfKL(*every.unbind(dim=-1)))
-        return parts.difference - parts.teacher + parts.student
+        every = tp.join_channels(torch.stack(parts, dim=-1), 3 * tp.size).view(len(student), tp.size, 3)
+        return combined(PartsOfKL(*every.unbind(dim=-1))).kl
 
     def unembed(self, states: Tensor, normalized: bool = True) -> Tensor:
         """Compute the products of states with the token embeddings, (n, d) → (n, V).

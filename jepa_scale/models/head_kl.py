@@ -1,9 +1,9 @@
 """KL divergence between the LM head's distributions at two states, with the logits of only some rows at a time.
 
-KL(p‖q) = Σ p (z_p − z_q) − log Σ e^(z_p) + log Σ e^(z_q), where p belongs to a teacher's state and q to a student's. The student
-alone gets a gradient, and the head's parameters get none. So rows are independent of each other: the logits of some rows are
-computed and freed before those of the next, in the forward and again in the backward pass. As in :mod:`jepa_scale.models.head`, a
-piece of the vocabulary gives three numbers a row, so that pieces in two layers or on several ranks can be combined.
+KL(p‖q) = Σ p (log p − log q), where p belongs to a teacher's state and q to a student's. The student alone gets a gradient, and the
+head's parameters get none. So rows are independent of each other, and a row's gradient (q − p) · W is known with its divergence: logits
+are computed once and none is kept. Where the vocabulary is in pieces, in two layers or on several ranks, each piece gives three
+numbers a row that can be combined, and the gradient is computed in the backward pass, from logits that are computed again.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from torch.autograd.function import once_differentiable
 from jepa_scale.models import head as lm_head
 from jepa_scale.models.head import Shape
 
+_MOST_ROWS = 512  # of a piece: their few tensors are read again while they are in the cache
+
 
 class PartsOfKL(NamedTuple):
     """Terms of the KL from a part of the vocabulary, (n,) fp32 each.
@@ -32,6 +34,11 @@ class PartsOfKL(NamedTuple):
     student: Tensor
     difference: Tensor
 
+    @property
+    def kl(self) -> Tensor:
+        """The divergence, if the part is the whole vocabulary."""
+        return self.difference - self.teacher + self.student
+
 
 def parts_of_kl(student: Tensor, teacher: Tensor) -> PartsOfKL:
     """Return the terms of KL(softmax(teacher) ‖ softmax(student)) from logits, (n, v) fp32 each."""
@@ -44,6 +51,20 @@ def combined(parts: PartsOfKL, dim: int = -1) -> PartsOfKL:
     whole = parts.teacher.logsumexp(dim=dim, keepdim=True)
     share = (parts.teacher - whole).exp()
     return PartsOfKL(whole.squeeze(dim), parts.student.logsumexp(dim=dim), (share * parts.difference).sum(dim=dim))
+
+
+def kl_of_rows(head: nn.Module, student: Tensor, teacher: Tensor, index: Tensor, shape: Shape | None) -> Tensor:
+    """Compute KL(p‖q) of a head's distributions at states, (n,) fp32; see :func:`measure_kl`."""
+    if not lm_head.can_measure(head) or len(lm_head.lm_layers(head)) > 1:
+        return measure_kl(head, student, teacher, index, shape).kl
+    (part,), rows = lm_head.lm_layers(head), len(student)
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return _KLOfRows.apply(x[:rows], x[rows:].detach(), index, weight, bias, shape)
+
+    with lm_head.with_product(part, run):
+        found: Tensor = head(torch.cat([student, teacher.detach()]))  # a number for each row, in place of its logits
+    return found
 
 
 def measure_kl(head: nn.Module, student: Tensor, teacher: Tensor, index: Tensor, shape: Shape | None) -> PartsOfKL:
@@ -63,15 +84,10 @@ def measure_kl(head: nn.Module, student: Tensor, teacher: Tensor, index: Tensor,
     if not lm_head.can_measure(head):
         product = head(both)
         logits = (product if shape is None else shape(product)).float()
-        return parts_of_kl(logits[:rows], logits[rows:].detach()[index])
+        return parts_of_kl(logits[:rows], logits[rows:].detach().index_select(0, index))
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        taught = x[rows:].detach()
-        if len(_pieces(rows, len(weight))) > 1:
-            return _MeasureKL.apply(x[:rows], taught[index], weight, bias, shape)
-        with torch.no_grad():
-            z_p = _logits(taught, weight, bias, shape)[index]
-        return torch.stack(parts_of_kl(_logits(x[:rows], weight, bias, shape), z_p), dim=-1)
+        return _MeasureKL.apply(x[:rows], x[rows:].detach().index_select(0, index), weight, bias, shape)
 
     parts = lm_head.lm_layers(head)
     with ExitStack() as stack:
@@ -79,6 +95,45 @@ def measure_kl(head: nn.Module, student: Tensor, teacher: Tensor, index: Tensor,
             stack.enter_context(lm_head.with_product(part, run))
         found = head(both)  # three numbers for each part, in place of its logits
     return combined(PartsOfKL(*found.view(rows, len(parts), 3).unbind(dim=-1)))
+
+
+class _KLOfRows(torch.autograd.Function):
+    """Function from states of the student, (n, d), and of the teacher, (m, d), (n,) int64, (v, d) and (v,) or None to (n,) fp32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        index: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        shape: Shape | None,
+    ) -> Tensor:
+        found = student.new_empty(len(student), dtype=torch.float32)
+        of_student = torch.empty_like(student) if ctx.needs_input_grad[0] else None
+        for rows in _pieces(len(student), len(weight)):
+            log_p = _logits(teacher.index_select(0, index[rows]), weight, bias, shape).log_softmax(dim=-1)
+            product = F.linear(student[rows], weight, bias)
+            with torch.enable_grad():
+                shaped = product if shape is None else shape(product.requires_grad_())
+            log_q = shaped.detach().float().log_softmax(dim=-1)
+            p = log_p.exp()
+            torch.sum(log_p.sub_(log_q).mul_(p), dim=-1, out=found[rows])
+            if of_student is None:
+                continue
+            grad = log_q.exp_().sub_(p).to(shaped.dtype)
+            if shape is not None:
+                (grad,) = torch.autograd.grad(shaped, product, grad)
+            of_student[rows] = grad @ weight
+        ctx.save_for_backward(of_student)
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (of_student,) = ctx.saved_tensors
+        return (of_student * grads[0][:, None]).to(of_student.dtype), None, None, None, None, None
 
 
 class _MeasureKL(torch.autograd.Function):
@@ -122,5 +177,5 @@ def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, shape: Shape | None)
 
 def _pieces(rows: int, vocabulary: int) -> list[slice]:
     # the logits of teacher and student exist together
-    size = max(1, lm_head.CHUNK_BYTES // (8 * max(1, vocabulary)))
+    size = max(1, min(_MOST_ROWS, lm_head.CHUNK_BYTES // (8 * max(1, vocabulary))))
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]

@@ -368,7 +368,7 @@ def lm_loss(backbone: Backbone, hidden: Tensor, batch: PackedBatch, sequence: st
     hidden (T, d) → 0-d.
     """
     packed = batch.sequences[sequence]
-    total, *_ = backbone.label_loss(hidden[packed.labelled], packed.labels[packed.labelled])
+    total, *_ = backbone.label_loss(hidden.index_select(0, packed.labelled), packed.labels[packed.labelled])
     return mean_over_global_batch(total, batch.totals["labels"])
 
 

@@ -302,6 +302,21 @@ def test_no_dense_mask_is_made(name):
     assert tokens * backbone.hidden_size <= largest <= 8 * tokens * backbone.hidden_size < tokens * tokens
 
 
+@pytest.mark.parametrize("name", ["native", "native polar", "llama", "qwen3"])
+def test_no_gradient_is_filled_with_zeros_first(name):
+    """The gradient of ``x[0]`` is a whole tensor of zeros into which a copy goes; that of ``x.squeeze(0)`` is a view."""
+
+    class Filled(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            operators.append(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    backbone, packed, operators = make(name), stream(), []
+    with Filled():
+        backbone.hidden(packed).sum().backward()
+    assert "mm" in operators and "select_backward" not in operators
+
+
 def test_transformers_looks_for_no_mask(monkeypatch):
     """Its search for packed sequences ends in a device-to-host copy: it must not even start."""
 

@@ -455,11 +455,11 @@ def packed_attention(
             f"model: {type(module).__name__} needs {name}, which packed attention does not support; choose another family"
         )
     assert query.shape[0] == 1
-    k, v, table_k = key[0].transpose(0, 1), value[0].transpose(0, 1), packed
+    k, v, table_k = key.squeeze(0).transpose(0, 1), value.squeeze(0).transpose(0, 1), packed
     if packed_keys is not None:
         k, v, table_k = k.index_select(0, packed_keys.index), v.index_select(0, packed_keys.index), packed_keys.table
     out = attention(
-        query[0].transpose(0, 1),
+        query.squeeze(0).transpose(0, 1),
         k,
         v,
         packed_queries or packed,

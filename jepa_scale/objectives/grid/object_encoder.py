@@ -29,7 +29,7 @@ class AdjacentLayer(nn.Module):
         padded = qkv.new_zeros(grids * slots, 3 * dim).index_copy(0, index, qkv)
         q, k, v = padded.view(grids, slots, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)  # (G, H, S, d / H)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None])
-        x = x + self.out(mixed.transpose(1, 2).reshape(grids * slots, dim)[index])
+        x = x + self.out(mixed.transpose(1, 2).reshape(grids * slots, dim).index_select(0, index))
         return x + self.mlp(self.mlp_norm(x))
 
 

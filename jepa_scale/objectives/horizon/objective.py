@@ -229,7 +229,7 @@ class Horizon(Objective):
         else:
             rows, counts = target_rows(batch)
             at = packed.labelled
-            summed, _, logits = backbone.label_loss(hidden[at], packed.labels[at], logit_rows=rows)
+            summed, _, logits = backbone.label_loss(hidden.index_select(0, at), packed.labels[at], logit_rows=rows)
             lm = mean_over_global_batch(summed, batch.totals["labels"])
         _, predicted = self.predictions(states.detach() if o.detach else states, batch)
         target = self.targets(below, batch)

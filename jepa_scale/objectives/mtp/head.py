@@ -30,7 +30,7 @@ class MtpHead(nn.Module):
     def forward(self, states: Tensor, packed: PackedSequence) -> Tensor:
         """Return the states for the LM head: (T, d) states of the trunk → (T, d)."""
         rotary = position_table(self.config, packed.position_ids[None], states.dtype)
-        return self.norm(self.block(states[None], rotary=rotary, packed=packed.table)[0])
+        return self.norm(self.block(states[None], rotary=rotary, packed=packed.table).squeeze(0))
 
     def continued(self, states: Tensor, seen: int, cache: Cache) -> Tensor:
         """Run on the next m states of a text, (m, d) → (m, d), given the cache of the ``seen`` ones before.
@@ -41,4 +41,4 @@ class MtpHead(nn.Module):
         future = torch.arange(seen + len(states), device=states.device) > positions[:, None]
         mask = torch.zeros_like(future, dtype=states.dtype).masked_fill(future, -torch.inf)[None, None]
         rotary = position_table(self.config, positions[None], states.dtype)
-        return self.norm(self.block(states[None], rotary=rotary, attention_mask=mask, past_key_values=cache)[0])
+        return self.norm(self.block(states[None], rotary=rotary, attention_mask=mask, past_key_values=cache).squeeze(0))

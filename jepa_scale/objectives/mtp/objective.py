@@ -94,7 +94,9 @@ class Mtp(Objective):
         """
         packed = batch.sequences["main"]
         positions = [batch.positions[anchor_name(ahead)] for ahead in self.aheads]
-        rows = torch.cat([head(trunk, packed)[at] for head, at in zip(self.heads, positions, strict=True)])
+        rows = torch.cat(
+            [head(trunk, packed).index_select(0, at) for head, at in zip(self.heads, positions, strict=True)]
+        )
         labels = torch.cat([packed.labels[at + ahead - 1] for ahead, at in zip(self.aheads, positions, strict=True)])
         return rows, labels, [len(at) for at in positions]
 

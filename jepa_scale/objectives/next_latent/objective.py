@@ -75,8 +75,8 @@ class NextLatent(Objective):
                     total += decoder.of_sequence(packed, training=False, rows=0, square=square)
                 for ahead in self.aheads:
                     total += sum(dynamics) * batch.counts[target_name(ahead)]
-                    total += 2 * row * batch.counts[kl_name(ahead)] * (o.kl_weight > 0)
-                total += row * len(packed.labelled) * (o.kl_weight > 0)
+                    # the logits of the teacher, those of the student, and the gradient of the student's state
+                    total += 3 * row * batch.counts[kl_name(ahead)] * (o.kl_weight > 0)
             return total
 
         return count
@@ -94,7 +94,7 @@ class NextLatent(Objective):
         found = []
         for ahead in self.aheads:
             at = batch.positions[target_name(ahead)]
-            predicted = self.dynamics(embeddings[at], states[at - 1])
+            predicted = self.dynamics(embeddings.index_select(0, at), states.index_select(0, at - 1))
             states = torch.zeros_like(states).index_copy(0, at, predicted.to(states.dtype))
             found.append(states)
         return found
@@ -125,9 +125,13 @@ class NextLatent(Objective):
         """
         labelled = batch.sequences["main"].labelled
         positions = self._positions(batch, kl_name)
-        students = torch.cat([states[at] for states, at in zip(predicted, positions, strict=True)])
+        students = torch.cat([states.index_select(0, at) for states, at in zip(predicted, positions, strict=True)])
         index = torch.searchsorted(labelled, torch.cat(positions))
-        return list(backbone.head_kl(students, hidden[labelled].detach(), index).split([len(at) for at in positions]))
+        return list(
+            backbone.head_kl(students, hidden.detach().index_select(0, labelled), index).split(
+                [len(at) for at in positions]
+            )
+        )
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -142,7 +146,7 @@ class NextLatent(Objective):
 
         jepa = self._mean_over_rollout(
             [
-                self.distances(states[at], target[at])
+                self.distances(states.index_select(0, at), target.index_select(0, at))
                 for states, at in zip(predicted, self._positions(batch, target_name), strict=True)
             ],
             [totals[target_name(ahead)] for ahead in self.aheads],

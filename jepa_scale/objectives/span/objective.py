@@ -215,10 +215,11 @@ class Span(Objective):
         assert self.predictor is not None
         packed, lengths = batch.sequences[PREDICTOR], batch.rows["span_length"]
         kept, seen, masked = (batch.positions.get(name, lengths[:0]) for name in ("kept", "seen", "masked"))
+        rest = hidden.index_select(0, kept)
         if not len(masked):  # no text here has a span; the stream's one token makes every rank run the predictor
-            nothing = self.predictor.norm(self.predictor(hidden[kept], seen, masked.new_zeros(1), packed))[:0]
+            nothing = self.predictor.norm(self.predictor(rest, seen, masked.new_zeros(1), packed))[:0]
             return nothing, nothing
-        filled = self.predictor(hidden[kept], seen, masked, packed)  # (M, d), span after span
+        filled = self.predictor(rest, seen, masked, packed)  # (M, d), span after span
         rows = [group_means(filled, lengths).to(filled.dtype), filled if self.options.mlm_weight else filled[:0]]
         return self.predictor.norm(torch.cat(rows)).split([len(part) for part in rows])
 

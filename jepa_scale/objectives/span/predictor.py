@@ -81,7 +81,7 @@ class SpanPredictor(nn.Module):
                 rotary=rotary,
                 packed=packed.table,
             )
-        return x[0, order.argsort()]
+        return x.squeeze(0).index_select(0, order.argsort())
 
     def flops(self) -> SpanFlops:
         """Return the FLOPs that follow from the modules. Call it once, while the weights are not yet sharded."""

@@ -286,7 +286,8 @@ class TwoView(Objective):
         """
         o, packed = self.options, batch.sequences["main"]
         ranks = dp_size()
-        total, losses, _ = backbone.label_loss(hidden[packed.labelled], packed.labels[packed.labelled])
+        rows = hidden.index_select(0, packed.labelled)
+        total, losses, _ = backbone.label_loss(rows, packed.labels[packed.labelled])
         lm = total / max(1, len(losses))
         n = len(source)
         if o.distance == "infonce":
