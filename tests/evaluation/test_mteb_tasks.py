@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from jepa_scale.utils.errors import InputError
 from tests.convert.runs import NATIVE, make_run
 from tests.text_runs import WORDS, data_section, sentence, write_corpus
 
+EXAMPLES = Path(__file__).resolve().parents[2] / "docs/examples"
 TASKS = '''
 import json
 from pathlib import Path
@@ -151,3 +153,37 @@ def test_without_the_package_the_message_says_how_to_install_it(monkeypatch):
 
 def test_a_task_that_is_named_twice_is_evaluated_once(folder, importable):
     assert len(find_tasks(["local_tasks:LocalPairs", "local_tasks:LocalPairs"])) == 1
+
+
+def test_the_example_makes_tasks_of_labelled_passages(folder, importable, monkeypatch, tmp_path, capsys):
+    """``docs/examples/section_tasks.py``: which halves belong together, by the rows of the run."""
+    rng = generator("sections")
+    rows = [{"text": sentence(topic, rng, 20), "label": topic} for topic in list(WORDS)[:3] for _ in range(5)]
+    file = tmp_path / "sections.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setenv("SECTIONS", str(file))
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    names = ["section_tasks:SectionRetrieval", "section_tasks:SectionSTS"]
+    try:
+        assert main(["eval", str(folder / "run"), "--mteb", *names]) == 0
+        tasks = sys.modules["section_tasks"]
+        pairs = tasks.SectionSTS()
+        pairs.load_data()
+    finally:
+        sys.modules.pop("section_tasks", None)
+    found = {m[1]: float(m[2]) for m in re.finditer(r"(\w+) test: \w+ (-?[\d.]+)\n", capsys.readouterr().out)}
+
+    encode = jepa_scale.load(folder / "run").encode
+    words = [row["text"].split() for row in rows]
+    first, second = [" ".join(w[:10]) for w in words], [" ".join(w[10:]) for w in words]
+    similar = unit(encode(first)) @ unit(encode(second)).T
+    ranks = 1 + (similar > similar.diagonal()[:, None]).sum(axis=1)
+    assert found["SectionRetrieval"] == pytest.approx(np.where(ranks <= 10, 1 / np.log2(ranks + 1), 0).mean(), abs=1e-4)
+    table = pairs.dataset["test"].to_list()
+    where = [(first.index(row["sentence1"]), second.index(row["sentence2"])) for row in table]
+    labels = [row["label"] for row in rows]
+    assert [row["score"] for row in table] == [2.0 if i == j else float(labels[i] == labels[j]) for i, j in where]
+    assert len(table) == 3 * len(rows)
+    assert found["SectionSTS"] == pytest.approx(
+        spearmanr([similar[at] for at in where], [row["score"] for row in table])[0], abs=1e-4
+    )
