@@ -233,7 +233,7 @@ def run_steps(run: TrainingComponents, device: torch.device) -> Iterator[tuple[f
 def one_step(run: TrainingComponents, step: int, batches: list[PackedBatch]) -> None:
     """An optimizer step on micro-batches that are on the device. Rows of other micro-batches are not collected."""
     for micro, batch in enumerate(batches):
-        run.engine.backward(run.engine.forward("loss", batch, [], micro).total)
+        run.engine.backward(run.engine.forward("loss", replace(batch, step=step), [], micro).total)
     norm = run.engine.step()
     run.objective.on_optimizer_step(step, norm)
     if run.teacher:
