@@ -78,21 +78,22 @@ def pieces_of(chunk_bytes: int) -> Iterator[list[str]]:
     """Limit the bytes of a piece of the logits within the block; the yielded list gets the name of each loss that is computed in
     pieces."""
     calls: list[str] = []
-    measure, run = lm_head.measure, head_kl._MeasureKL.apply
+    measure, pieces = lm_head.measure, head_kl._pieces
 
     def counted(*args: Any, **more: Any) -> Any:
         calls.append("loss")
         return measure(*args, **more)
 
     def counted_kl(*args: Any) -> Any:
-        calls.append("kl")
-        return run(*args)
+        found = pieces(*args)
+        calls.extend(["kl"] * (len(found) > 1))
+        return found
 
     with (
         patch.object(lm_head, "CHUNK_BYTES", chunk_bytes),
         patch.object(lm_head, "_MOST_ROWS", 6 if chunk_bytes < 2**20 else lm_head._MOST_ROWS),
         patch.object(lm_head, "measure", counted),
-        patch.object(head_kl._MeasureKL, "apply", counted_kl),
+        patch.object(head_kl, "_pieces", counted_kl),
     ):
         yield calls
 
