@@ -7,6 +7,7 @@ function after another, each in a new process group. A call takes milliseconds, 
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import gc
 import importlib.util
 import multiprocessing
@@ -167,6 +168,7 @@ def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
 
 
 def _rank_main(jobs: Connection, results: Connection) -> None:
+    faulthandler.enable()  # a crash in a library says at least what Python was doing
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # it may have loader workers
     gc.freeze()  # what was imported: half a million objects, which every full collection would visit and copy
     environment, folder = dict(os.environ), os.getcwd()
