@@ -127,11 +127,8 @@ class NextLatent(Objective):
         positions = self._positions(batch, kl_name)
         students = torch.cat([states.index_select(0, at) for states, at in zip(predicted, positions, strict=True)])
         index = torch.searchsorted(labelled, torch.cat(positions))
-        return list(
-            backbone.head_kl(students, hidden.detach().index_select(0, labelled), index).split(
-                [len(at) for at in positions]
-            )
-        )
+        found = backbone.head_kl(students, hidden.detach().index_select(0, labelled), index)
+        return list(found.split([len(at) for at in positions]))
 
     # -- training -----------------------------------------------------------------------------------------------------
 
