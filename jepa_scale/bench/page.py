@@ -26,15 +26,24 @@ decoder.
 
 
 def write_page(
-    path: Path, tasks: Mapping[str, Task], results: Sequence[Result], command: str, figures: Mapping[str, str]
+    path: Path,
+    tasks: Mapping[str, Task],
+    results: Sequence[Result],
+    command: str,
+    figures: Mapping[str, str],
+    absent: Sequence[str] = (),
 ) -> None:
     """Write the page as Markdown.
 
     Args:
         command: the command that made it.
         figures: name of a task → the file of its figure, relative to the page.
+        absent: names of tasks that were left out, as their data are missing.
     """
-    parts = [INTRODUCTION, f"```bash\n{command}\n```\n", _verdicts(results)]
+    parts = [INTRODUCTION, f"```bash\n{command}\n```\n"]
+    if absent:
+        parts.append(f"Left out, as their data are missing: {', '.join(f'`{name}`' for name in absent)}.\n")
+    parts.append(_verdicts(results))
     for name, task in tasks.items():
         parts.append(_section(name, task, [result for result in results if result.task == name], figures.get(name)))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -237,6 +237,19 @@ def make_data(runs: Iterable[Run]) -> None:
         write_atomic(made_from, wanted)
 
 
+def open_data(runs: Iterable[Run]) -> None:
+    """Open the data of the runs to be trained as training does, each data set once: raw files are prepared, missing ones noticed.
+
+    Raises:
+        InputError: data are missing or bad; the message names the task and the case.
+    """
+    from jepa_scale.data import load_data  # here: most mistakes are found before its imports
+
+    for run in {identity(run.config["data"]): run for run in runs if not _is_complete(run)}.values():
+        with _named(f"{run.task}/{run.case}"):
+            load_data(_experiment(run).data)
+
+
 def train_all(runs: Sequence[Run], jobs: int, progress: bool) -> None:
     """Train the runs, ``jobs`` at a time. Those that are complete already are not repeated.
 
@@ -245,7 +258,7 @@ def train_all(runs: Sequence[Run], jobs: int, progress: bool) -> None:
     Raises:
         InputError: a run failed; the message names it and its log.
     """
-    todo = [run for run in runs if not _beside(run, ".complete").is_file()]
+    todo = [run for run in runs if not _is_complete(run)]
     processes = _Processes()
     with tqdm(total=len(todo), unit="run", disable=not progress or not todo) as bar:
         for some in ([run for run in todo if not run.same_flops_as], [run for run in todo if run.same_flops_as]):
@@ -258,6 +271,10 @@ def train_all(runs: Sequence[Run], jobs: int, progress: bool) -> None:
                     processes.stop()
                     pool.shutdown(cancel_futures=True)
                     raise
+
+
+def _is_complete(run: Run) -> bool:
+    return _beside(run, ".complete").is_file()
 
 
 def _beside(run: Run, suffix: str) -> Path:

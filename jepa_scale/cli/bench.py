@@ -27,7 +27,10 @@ def parser() -> argparse.ArgumentParser:
         parents=[logging_flags()],
     )
     bench.add_argument(
-        "tasks", nargs="*", metavar="TASK", help="a built-in task or a YAML file of one (default: all built-in ones)"
+        "tasks",
+        nargs="*",
+        metavar="TASK",
+        help="a built-in task or a YAML file of one (default: all built-in ones whose data are at hand)",
     )
     bench.add_argument("--list", action="store_true", help="list the built-in tasks, and run nothing")
     bench.add_argument(
@@ -100,6 +103,7 @@ def run_bench(args: argparse.Namespace) -> int:
             tasks,
             seeds,
             args.dir.absolute(),
+            leave_out=not args.tasks,
             quick=args.quick,
             arms=[*args.arms, *(_name_of(each) for each in args.add if args.arms)],
             cases=args.cases,

@@ -138,6 +138,40 @@ def test_what_is_refused_before_anything_is_trained(task, tmp_path, capsys, flag
     assert not list(out.rglob("summary.json"))
 
 
+@pytest.fixture
+def with_absent(task, monkeypatch):
+    """The built-in tasks are two, and the data of the one that comes first are missing."""
+    absent = {
+        **TASK,
+        "config": {**TASK["config"], "data": {"source": "text", "path": "no/such.txt", "tokenizer": "byte"}},
+    }
+    (task.parent / "absent.yaml").write_text(yaml.safe_dump(absent))
+    monkeypatch.setattr("jepa_scale.bench.task.BUILT_IN", task.parent)
+    return task.parent / "out"
+
+
+def test_missing_data_are_refused_before_anything_is_trained(with_absent, capsys):
+    assert main(["bench", "small", "absent", "--seeds", "1", "--dir", str(with_absent)]) == 2
+    assert "absent/all: data path 'no/such.txt': no such file" in capsys.readouterr().err
+    assert not list(with_absent.rglob("summary.json"))
+
+
+def test_a_task_that_nobody_named_is_left_out_if_its_data_are_missing(with_absent, capsys):
+    arguments = [
+        "bench",
+        "--seeds",
+        "1",
+        "--dir",
+        str(with_absent),
+        "--add",
+        "plain=jepa_scale.objectives.lm:LanguageModeling",
+    ]
+    assert main([*arguments, "--arms", "plain"]) == 0
+    assert "bench: absent is left out: absent/all: data path 'no/such.txt'" in capsys.readouterr().err
+    page = (with_absent / "bench.md").read_text()
+    assert "Left out, as their data are missing: `absent`." in page and page.count("## A small reversal") == 1
+
+
 def test_the_list_of_tasks(capsys):
     assert main(["bench", "--list"]) == 0
     assert "reversal        The reversal curse" in capsys.readouterr().out.splitlines()
