@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from jepa_scale.distributed.tp_group import TensorParallelGroup
 from jepa_scale.models import head as lm_head
 from jepa_scale.models.attention.packed import NAME as PACKED
 from jepa_scale.models.decoder import JepaDecoderForCausalLM
+from jepa_scale.models.detached import detached_parameters
 from jepa_scale.models.families.layers import adopt_layers
 from jepa_scale.models.families.router_loss import RouterLoss, router_loss_of
 from jepa_scale.models.families.structure import locate, position_limit, position_limits
@@ -319,7 +320,7 @@ class Backbone(nn.Module):
         With ``frozen`` the gradient reaches ``rows`` but not the head's own parameters.
         """
         head = self.decoder.get_output_embeddings()
-        with _frozen(head) if frozen else nullcontext():
+        with detached_parameters(head) if frozen else nullcontext():
             logits = head(rows)
         shape = self._shape
         return logits if shape is None else shape(logits)
@@ -348,7 +349,7 @@ class Backbone(nn.Module):
         """
         head = self.decoder.get_output_embeddings()
         asked = logit_rows if logit_rows is None or len(rows) else logit_rows[:0]
-        with _frozen(head) if frozen else nullcontext():
+        with detached_parameters(head) if frozen else nullcontext():
             if self.tp is None and torch.is_grad_enabled() and lm_head.has_label_loss(head, rows):
                 total, losses, logits = lm_head.label_loss(head, rows, labels, weights, self._shape, asked)
             else:
@@ -366,7 +367,7 @@ class Backbone(nn.Module):
         At most :data:`jepa_scale.models.head.CHUNK_BYTES` of logits exist at a time, and no rank of a tensor-parallel group
         holds all of them.
         """
-        with _frozen(self.decoder.get_output_embeddings()) if frozen else nullcontext():
+        with detached_parameters(self.decoder.get_output_embeddings()) if frozen else nullcontext():
             return self._label_losses(rows, labels, None)[0]
 
     def _label_losses(self, rows: Tensor, labels: Tensor, logit_rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -402,7 +403,7 @@ class Backbone(nn.Module):
             (n,) fp32.
         """
         head, tp = self.decoder.get_output_embeddings(), self.tp
-        with nullcontext() if tp is None else tp.split_vocabulary(), _frozen(head):
+        with nullcontext() if tp is None else tp.split_vocabulary(), detached_parameters(head):
             if tp is None:
                 return kl_of_rows(head, student, teacher, index, self._shape)
             parts = measure_kl(head, student, teacher, index, self._shape)
@@ -460,39 +461,3 @@ class Backbone(nn.Module):
         for path, module in ((self.blocks_at, blocks), (self._norm_at, norm)):
             owner, _, name = path.rpartition(".")
             setattr(self.decoder.get_submodule(owner), name, module)
-
-
-@contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
-    """Make calls of ``module`` use detached parameters, in its sub-modules too."""
-    with ExitStack() as stack:
-        for part in module.modules():
-            stack.enter_context(_frozen_alone(part))
-        yield
-
-
-@contextmanager
-def _frozen_alone(module: nn.Module) -> Iterator[None]:
-    """Make calls of ``module`` use its own parameters detached.
-
-    The last hook before the forward detaches them and the first hook after it restores them: in between ZeRO-3 and FSDP2 have
-    gathered them, so autograd saves the gathered memory.
-    """
-    kept: dict[str, Any] = {}
-
-    def detach(module: nn.Module, args: Any) -> None:
-        kept.update(module._parameters)
-        for name, parameter in kept.items():
-            module._parameters[name] = None if parameter is None else parameter.detach()  # type: ignore[assignment]
-
-    def restore(module: nn.Module, args: Any, output: Any) -> None:
-        module._parameters.update(kept)
-        kept.clear()
-
-    handles = [module.register_forward_pre_hook(detach), module.register_forward_hook(restore, prepend=True)]
-    try:
-        yield
-    finally:
-        module._parameters.update(kept)  # not empty only if the call raised; else an engine may have resharded them
-        for handle in handles:
-            handle.remove()

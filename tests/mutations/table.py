@@ -2926,7 +2926,7 @@ ROWS: tuple[Row, ...] = (
         "head-kl-frozen",
         "ahead",
         "jepa_scale/models/backbone.py",
-        "tp.split_vocabulary(), _frozen(head):",
+        "tp.split_vocabulary(), detached_parameters(head):",
         "tp.split_vocabulary():",
         "tests/models/test_head_kl.py::test_values_and_gradients_are_those_of_all_logits",
         "the KL gives the LM head no gradient",
