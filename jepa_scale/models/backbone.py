@@ -20,11 +20,12 @@ from jepa_scale.models.attention.packed import NAME as PACKED
 from jepa_scale.models.decoder import JepaDecoderForCausalLM
 from jepa_scale.models.detached import detached_parameters
 from jepa_scale.models.families.layers import adopt_layers
+from jepa_scale.models.families.neighbours import boundaries, reads_neighbours
 from jepa_scale.models.families.router_loss import RouterLoss, router_loss_of
 from jepa_scale.models.families.structure import locate, position_limit, position_limits
 from jepa_scale.models.families.windows import record_windows
 from jepa_scale.models.head_kl import PartsOfKL, combined, kl_of_rows, measure_kl
-from jepa_scale.models.padding import PaddedRows, one_segment_a_row
+from jepa_scale.models.token_rows import TokenRows, one_segment_a_row
 from jepa_scale.packing import PackedSequence
 from jepa_scale.utils.errors import InputError
 
@@ -36,7 +37,7 @@ class Backbone(nn.Module):
 
     Args:
         decoder: the ``…ForCausalLM`` of transformers. Its attention is replaced by the packed one.
-        padded: run each segment as a row of an ordinary batch (:mod:`jepa_scale.models.padding`), with the decoder's own
+        padded: run each segment as a row of an ordinary batch (:mod:`jepa_scale.models.token_rows`), with the decoder's own
             attention. States have the packed layout nevertheless.
 
     Attributes:
@@ -47,6 +48,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.decoder, self.padded = decoder, padded
         self.blocks_at, self._norm_at = locate(decoder)
+        self._needs_boundaries = not padded and reads_neighbours(decoder)
         if not padded:
             if not isinstance(decoder, JepaDecoderForCausalLM):
                 record_windows(decoder, self.blocks_at)
@@ -252,28 +254,42 @@ class Backbone(nn.Module):
             out = self._run_padded(x, stream) if self.padded else self._run_packed(x, stream, extras)
         if self._router_logits is not None:
             routed = out.get("router_logits") or ()
-            self._router_logits += map(PaddedRows.of(stream).pack, routed) if self.padded else routed
+            rows = self._rows(stream)
+            self._router_logits += routed if rows is None else map(rows.pack, routed)
         states = self.packed_states(out.last_hidden_state, stream)
         # Mamba keeps its residual in fp32, and casts it before the head
         return states.to(x.dtype) if x.dtype.itemsize < states.dtype.itemsize else states
 
+    def _rows(self, stream: PackedSequence) -> TokenRows | None:
+        """Return the layout in which the decoder runs; None = the packed one."""
+        if self.padded:
+            return TokenRows.padded(stream)
+        return TokenRows.end_to_end(stream) if self._needs_boundaries and stream.keys is not None else None
+
     def _run_packed(self, x: Tensor, stream: PackedSequence, extras: dict[str, Any]) -> Any:
-        if stream.keys is not None:
+        rows, table = self._rows(stream), stream.table
+        spread = (lambda x: x[None]) if rows is None else rows.spread
+        if rows is not None:
+            assert stream.keys is not None
+            table = stream.keys.table
+        elif stream.keys is not None:
             extras["packed_keys"] = stream.keys
-        tokens = x[None]
+        if self._needs_boundaries:
+            extras.update(boundaries(table))
+        tokens = spread(x)
         return self.decoder.base_model(
             inputs_embeds=tokens if self.tp is None else self.tp.split_tokens(tokens),
-            position_ids=stream.position_ids[None],
+            position_ids=spread(stream.position_ids),
             use_cache=False,
             return_dict=True,
-            packed=stream.table,
-            **self._of_tokens(stream.input_ids[None]),
+            packed=table,
+            **self._of_tokens(spread(stream.input_ids)),
             **extras,
         )
 
     def _run_padded(self, x: Tensor, stream: PackedSequence) -> Any:
         """Run the segments as the rows of one batch: one call, whatever their number, as ranks wait for each other in each."""
-        rows = PaddedRows.of(stream)
+        rows = TokenRows.padded(stream)
         extras = self._of_tokens(rows.spread(stream.input_ids))
         if not stream.consecutive:
             self.check_positions()
@@ -293,8 +309,9 @@ class Backbone(nn.Module):
 
     def packed_states(self, states: Tensor, stream: PackedSequence) -> Tensor:
         """Return a block's output in the packed layout, (T, d)."""
-        if self.padded:
-            return PaddedRows.of(stream).pack(states)
+        rows = self._rows(stream)
+        if rows is not None:
+            return rows.pack(states)
         return (states if self.tp is None else self.tp.join_tokens(states, stream.num_tokens)).squeeze(0)
 
     def check_positions(self) -> None:

@@ -20,6 +20,7 @@ from jepa_scale.distributed.comm import rank
 from jepa_scale.models.backbone import Backbone
 from jepa_scale.models.decoder import JepaDecoderConfig, JepaDecoderForCausalLM
 from jepa_scale.models.families.files import ADAPTER, WEIGHTS, check_folder, check_quantisation
+from jepa_scale.models.families.neighbours import reads_neighbours
 from jepa_scale.models.families.probe import way_out
 from jepa_scale.models.families.router_loss import coefficient_of
 from jepa_scale.models.lora import add_lora
@@ -81,7 +82,12 @@ def build_backbone(options: ModelOptions, vocab_size: int, pad_vocab_to: int = 1
 
 
 def check_packable(decoder: PreTrainedModel) -> None:
-    """Raise InputError if the decoder's attention would, silently, cross segments or compute other scores."""
+    """Raise InputError if the decoder's attention would, silently, cross segments or compute other scores.
+
+    Layers that read neighbouring tokens are left to the probe: whether they keep segments apart depends on installed kernels.
+    """
+    if reads_neighbours(decoder):
+        return
     other = set(getattr(decoder.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if not decoder._supports_attention_backend:
         reason = "does not support another attention, so it cannot run packed"

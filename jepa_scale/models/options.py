@@ -125,7 +125,7 @@ class ModelOptions(Section):
     packing: Literal["packed", "padded"] = Field(
         "packed",
         description="huggingface: packed = segments lie end to end; padded = each is a row of an ordinary batch, for families that "
-        "cannot run packed (recurrences, convolutions).",
+        "cannot run packed, as recurrences and convolutions without kernels for it.",
     )
     random_init: bool = Field(
         False,

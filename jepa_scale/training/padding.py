@@ -7,7 +7,7 @@ import logging
 from jepa_scale.data.sampling.loader import Loader
 from jepa_scale.distributed.comm import ParallelContext, broadcast_object
 from jepa_scale.models.backbone import Backbone
-from jepa_scale.models.padding import cells
+from jepa_scale.models.token_rows import cells
 from jepa_scale.packing import PackedBatch
 from jepa_scale.utils.errors import DataError, InputError
 from jepa_scale.utils.format import format_share

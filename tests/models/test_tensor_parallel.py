@@ -22,6 +22,7 @@ from jepa_scale.packing import PackedSequence, Segment, pack_sequence
 from jepa_scale.utils.errors import InputError
 from tests.distributed.launch import run_ranks
 from tests.models.test_backbone import FAMILIES as PACKED
+from tests.models.test_token_rows import FAMILIES as SMALL
 
 VOCABULARY = 37  # no multiple of the team
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -170,6 +171,11 @@ def test_cross_entropy_of_a_vocabulary_in_parts(size):
             },
             2,
             "engine.tp: tensor parallelism does not support model.packing: padded; set engine.tp=1",
+        ),
+        (
+            {"family": "huggingface", "config": SMALL["lfm2"]},
+            2,
+            "engine.tp: tensor parallelism does not support recurrences and convolutions; set engine.tp=1",
         ),
     ],
 )

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from jepa_scale.distributed.tp_group import Split, TensorParallelGroup
 from jepa_scale.models.backbone import Backbone
+from jepa_scale.models.families.neighbours import reads_neighbours
 from jepa_scale.models.tensor_parallel.plan import plan_of
 from jepa_scale.packing import SegmentTable
 from jepa_scale.utils.errors import InputError
@@ -37,6 +38,8 @@ def check(backbone: Backbone, size: int) -> None:
     config: Any = decoder.config
     if backbone.padded:
         raise InputError("engine.tp: tensor parallelism does not support model.packing: padded; set engine.tp=1")
+    if reads_neighbours(decoder):
+        raise InputError("engine.tp: tensor parallelism does not support recurrences and convolutions; set engine.tp=1")
     if getattr(config, "hidden_size_per_layer_input", 0):
         raise InputError("engine.tp: tensor parallelism does not support embeddings of each layer; set engine.tp=1")
     plan_of(decoder)

@@ -19,12 +19,14 @@ SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_atte
 
 
 MAMBA2 = dict(num_heads=8, head_dim=8, state_size=8, n_groups=1, chunk_size=4, hidden_size=32, num_hidden_layers=3)
+BLOOM = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4)
 SET, OTHER = "; set model.packing: padded", "; choose another family"
 
 
 def make(model_type="mistral", lora=None, packing="packed", **keys):
     torch.manual_seed(0)
-    config = {"model_type": model_type, **(MAMBA2 if model_type == "mamba2" else SIZES), **keys}
+    sizes = {"mamba2": MAMBA2, "bloom": BLOOM}.get(model_type, SIZES)
+    config = {"model_type": model_type, **sizes, **keys}
     backbone = build_backbone(ModelOptions(family="huggingface", config=config, lora=lora, packing=packing), 50)
     with torch.no_grad():
         for p in backbone.parameters():
@@ -141,16 +143,14 @@ def test_a_family_that_cannot_run_packed_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("keys", "reason"),
+    ("model_type", "reason"),
     [
-        (dict(model_type="mamba2"), "does not support another attention, so it cannot run packed"),
-        (
-            dict(model_type="lfm2", layer_types=["conv", "full_attention", "conv"]),
-            "has layers of kind 'conv', which cannot run packed",
-        ),
+        ("bloom", "does not support another attention, so it cannot run packed"),
+        ("minimax", "has layers of kind 'linear_attention', which cannot run packed"),
     ],
 )
-def test_what_is_known_not_to_run_packed_is_refused_when_it_is_built(keys, reason):
+def test_what_is_known_not_to_run_packed_is_refused_when_it_is_built(model_type, reason):
+    keys = dict(model_type=model_type, **({} if model_type == "bloom" else dict(head_dim=8, num_local_experts=2)))
     with pytest.raises(InputError, match=f"{reason}{SET}$"):
         make(**keys)
     with torch.device("meta"), pytest.raises(InputError, match=f"{reason}; try model.packing: padded$"):
@@ -176,6 +176,33 @@ def test_values_that_are_not_finite_do_not_pass():
     with torch.no_grad():
         backbone.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
     refused(backbone, "block 1 of 3 is the first to differ, by nan")
+
+
+class Half(nn.Module):
+    """Runs in bf16 alone, as some kernels do."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        if x.dtype != torch.bfloat16:
+            raise TypeError("needs bfloat16")
+        return self.inner(x)
+
+
+def test_kernels_that_cannot_run_on_the_host_are_compared_where_the_run_computes():
+    backbone = make_half()
+    probe(backbone, CPU, torch.bfloat16)
+    backbone.layers[2].mlp = Leak(backbone.layers[2].mlp)
+    refused(backbone, "see the segment before its own: block 3 of 3 differs by", torch.bfloat16, SET)
+    refused(make_half(), "cannot run alone (needs bfloat16)")
+
+
+def make_half():
+    backbone = make()
+    backbone.layers[1].mlp = Half(backbone.layers[1].mlp)
+    return backbone
 
 
 def test_a_failure_leaves_the_backbone_whole(monkeypatch):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from jepa_scale.models.loading import build_backbone
 from jepa_scale.models.options import ModelOptions
-from jepa_scale.models.padding import PaddedRows, cells
+from jepa_scale.models.token_rows import TokenRows, cells
 from jepa_scale.packing import Segment, Views, pack, pack_sequence
 from jepa_scale.utils.errors import InputError
 from tests.models.test_backbone_prefix import rows as own_rows
@@ -208,7 +208,7 @@ def test_rows_hold_the_segments_and_repeat_their_last_token(lengths, data):
             own = data.draw(st.integers(1, 4))
             branches.append(Segment([1000 + 10 * len(branches) + j for j in range(own)], "b", prefix=(f"p{i}", data.draw(st.integers(1, n)))))  # fmt: skip
     packed = pack([Views([*branches, *parents])]).sequences["main"]
-    rows = PaddedRows.of(packed)
+    rows = TokenRows.padded(packed)
     shown = rows.spread(packed.input_ids)
     assert shown.numel() == cells(packed)
     wanted = sorted(
