@@ -244,16 +244,17 @@ class LoadedRun:
             raise InputError("the run's data have no tokenizer to encode prompts with; use a run whose data have one")
         if draft < 0 or not 0 <= temperature < float("inf"):
             raise InputError(f"draft {draft}, temperature {temperature}: must be 0 or more")
-        if self.module.backbone.padded:
+        backbone = self.module.backbone
+        if backbone.padded or backbone.reads_neighbours:
             if draft or temperature:
+                without = "model.packing: padded does not promise" if backbone.padded else "a recurrence does not have"
                 raise InputError(
-                    f"{'draft' if draft else 'temperature'}: needs a cache that can go back, which model.packing: padded does not "
-                    "promise; leave it out"
+                    f"{'draft' if draft else 'temperature'}: needs a cache that can go back, which {without}; leave it out"
                 )
-            check_generation(self.module.backbone)
+            check_generation(backbone, self.device, torch.float32)
         if not draft:
             return
-        drafter = objective.drafter(self.module.backbone)
+        drafter = objective.drafter(backbone)
         if drafter is None:
             raise InputError(
                 f"draft: objective {name!r} has no head that drafts tokens; next_latent and mtp have; leave it out"

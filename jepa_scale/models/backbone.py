@@ -42,13 +42,14 @@ class Backbone(nn.Module):
 
     Attributes:
         blocks_at: dotted name of the list of blocks within the decoder.
+        reads_neighbours: whether it has recurrences or convolutions over tokens.
     """
 
     def __init__(self, decoder: PreTrainedModel, padded: bool = False) -> None:
         super().__init__()
         self.decoder, self.padded = decoder, padded
         self.blocks_at, self._norm_at = locate(decoder)
-        self._needs_boundaries = not padded and reads_neighbours(decoder)
+        self.reads_neighbours = reads_neighbours(decoder)
         if not padded:
             if not isinstance(decoder, JepaDecoderForCausalLM):
                 record_windows(decoder, self.blocks_at)
@@ -264,7 +265,7 @@ class Backbone(nn.Module):
         """Return the layout in which the decoder runs; None = the packed one."""
         if self.padded:
             return TokenRows.padded(stream)
-        return TokenRows.end_to_end(stream) if self._needs_boundaries and stream.keys is not None else None
+        return TokenRows.end_to_end(stream) if self.reads_neighbours and stream.keys is not None else None
 
     def _run_packed(self, x: Tensor, stream: PackedSequence, extras: dict[str, Any]) -> Any:
         rows, table = self._rows(stream), stream.table
@@ -274,7 +275,9 @@ class Backbone(nn.Module):
             table = stream.keys.table
         elif stream.keys is not None:
             extras["packed_keys"] = stream.keys
-        if self._needs_boundaries:
+        if self.reads_neighbours:
+            if not stream.consecutive:
+                self.check_positions()
             extras.update(boundaries(table))
         tokens = spread(x)
         return self.decoder.base_model(

@@ -50,7 +50,7 @@ from jepa_scale.objectives.costs import StepFlops
 from jepa_scale.optim import parameter_groups
 from jepa_scale.training.flop_budget import steps_of_run
 from jepa_scale.training.overview import ModuleSize
-from jepa_scale.training.padding import announce_padding
+from jepa_scale.training.padding import announce_layout
 from jepa_scale.utils.errors import InputError
 
 
@@ -209,8 +209,8 @@ def build(
             on_error=experiment.data.on_error,
         )
 
-    if backbone.padded:
-        announce_padding(backbone, batches(start, 0), ranks)
+    if backbone.padded or backbone.reads_neighbours:
+        announce_layout(backbone, batches(start, 0), ranks)
     if not steps:
         kind = partial(objective.kind_of_step, seed=experiment.run.seed)
         steps = steps_of_run(experiment, batches(start, 0), flops, kind, start, resumed, ranks.dp_size)
@@ -311,12 +311,13 @@ def probed(module: JepaModel, experiment: Experiment, ranks: ParallelContext, an
 
     Raises:
         InputError: the family does not compute on packed or padded segments what it computes on each alone, or the evaluation
-            generates and a family in padded rows cannot.
+            generates and a family in padded rows or with recurrences cannot.
     """
     if experiment.model.family == "huggingface" and ranks.is_main:
-        probe(module.backbone, ranks.device, compute_dtype(experiment.engine.precision))
-        if module.backbone.padded and answers:
-            check_generation(module.backbone)
+        backbone, dtype = module.backbone, compute_dtype(experiment.engine.precision)
+        probe(backbone, ranks.device, dtype)
+        if (backbone.padded or backbone.reads_neighbours) and answers:
+            check_generation(backbone, ranks.device, dtype)
     return module
 
 

@@ -1,4 +1,4 @@
-"""The cost of padded rows, which is logged before the first step."""
+"""Before the first step: what padded rows cost, and positions that the decoder does not take."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ MEASURED = 8
 """Micro-batches whose padding is counted."""
 
 
-def announce_padding(backbone: Backbone, loader: Loader, ranks: ParallelContext) -> None:
-    """Log the share of padding in the first micro-batches of rank 0. Collective.
+def announce_layout(backbone: Backbone, loader: Loader, ranks: ParallelContext) -> None:
+    """Log the share of padding in the first micro-batches of rank 0 if the rows are padded. Collective.
 
     Raises:
         InputError: the objective gives tokens positions of its own, and the decoder takes none.
@@ -38,6 +38,8 @@ def _announce(backbone: Backbone, loader: Loader) -> None:
     batches = _first(loader)
     if not all(packed.consecutive for batch in batches for packed in batch.sequences.values()):
         backbone.check_positions()
+    if not backbone.padded:
+        return
     tokens = sum(batch.num_tokens for batch in batches)
     computed = sum(cells(packed) for batch in batches for packed in batch.sequences.values())
     logger.info(

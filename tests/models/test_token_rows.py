@@ -180,9 +180,10 @@ def test_shapes_are_computed_without_data(name):
     assert backbone.hidden(stream().to("meta")).shape == (sum(LENGTHS), 32)
 
 
-def test_positions_of_its_own_need_a_family_that_takes_them():
+@pytest.mark.parametrize("packing", ["padded", "packed"])
+def test_positions_of_its_own_need_a_family_that_takes_them(packing):
     with pytest.raises(InputError, match="Mamba2ForCausalLM takes no positions"):
-        make("mamba2").hidden(stream(gaps=True))
+        make("mamba2", packing).hidden(stream(gaps=True))
 
 
 def test_what_was_set_stays():

@@ -986,7 +986,7 @@ ROWS: tuple[Row, ...] = (
         "branch-of-a-recurrence",
         "attention",
         "jepa_scale/models/backbone.py",
-        "return TokenRows.end_to_end(stream) if self._needs_boundaries and stream.keys is not None else None",
+        "return TokenRows.end_to_end(stream) if self.reads_neighbours and stream.keys is not None else None",
         "return None",
         "tests/models/families/test_neighbours.py::test_packed_segments_are_those_of_padded_rows",
         "a branch's recurrence begins with its prefix",

@@ -130,7 +130,7 @@ def _probe(backbone: Backbone, device: torch.device, dtype: torch.dtype, toleran
     modes = [(module, module.training) for module in decoder.modules()]
     decoder.eval()
     try:
-        with _placed(backbone, device, dtype):
+        with placed(backbone, device, dtype):
             alone = _attempt(name, ALONE, lambda: _alone(backbone, rows.to(device), lengths))
             run = _padded if backbone.padded else _packed
             together = _attempt(name, where, lambda: run(backbone, rows, lengths, device))
@@ -301,7 +301,7 @@ def _watched(backbone: Backbone, seen: _Seen, rows: Any, note: Any) -> Iterator[
 
 
 @contextmanager
-def _placed(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+def placed(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """Make each block use copies of its tensors on the device while it runs, and the other modules throughout.
 
     Parameters are copied in ``dtype``, buffers in their own.
