@@ -278,7 +278,8 @@ class Backbone(nn.Module):
         if self.reads_neighbours:
             if not stream.consecutive:
                 self.check_positions()
-            extras.update(boundaries(table))
+            if not x.is_meta:  # there transformers' plain operations stand for the kernels, and take no boundaries
+                extras.update(boundaries(table))
         tokens = spread(x)
         return self.decoder.base_model(
             inputs_embeds=tokens if self.tp is None else self.tp.split_tokens(tokens),

@@ -13,14 +13,17 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
 
 from jepa_scale.engines.ema import Teacher, momentum_at
+from jepa_scale.models.decoder import JepaDecoderForCausalLM
 from jepa_scale.models.recompute import recompute
 from jepa_scale.packing import PackedBatch
+from jepa_scale.plan.experts import grouped_products
 from jepa_scale.plan.fsdp import FsdpEmaModel, FsdpModel
 from jepa_scale.plan.layout import Layout
 from jepa_scale.plan.memory_tracker import Collective, MemoryTracker, OpCost, Watch
 from jepa_scale.plan.model import Modelled, fuse_norms
 from jepa_scale.plan.units import EngineModel
 from jepa_scale.plan.zero import Zero3Model, ZeroEmaModel, ZeroModel
+from jepa_scale.utils.errors import InputError, one_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,9 @@ def simulate(model: Modelled, layout: Layout, batch: PackedBatch, accumulation: 
 
     Args:
         gpu: whether the kernels are those of a GPU.
+
+    Raises:
+        InputError: a decoder of transformers needs values to run, or a kernel that the ``meta`` device does not have.
     """
     tracker = MemoryTracker()
     watch = Watch(tracker, model.logits_width)
@@ -92,7 +98,7 @@ def simulate(model: Modelled, layout: Layout, batch: PackedBatch, accumulation: 
 
     run: Any = model.module
     gathered: list[dict[str, Any]] = []
-    with watch:
+    with watch, grouped_products(), _named(model):
         if model.objective.needs_global_batch and accumulation > 1:
             with torch.no_grad():
                 one = run("gather", batch)
@@ -110,6 +116,21 @@ def simulate(model: Modelled, layout: Layout, batch: PackedBatch, accumulation: 
         engine.step()
     watch.close()
     return Simulated(state, tracker.peak, tracker.at_peak, dict(tracker.most), watch.ops, watch.collectives)
+
+
+@contextmanager
+def _named(model: Modelled) -> Iterator[None]:
+    """Name the decoder of transformers whose code fails without values."""
+    decoder = model.module.backbone.decoder
+    try:
+        yield
+    except Exception as error:  # whatever a family's code raises on tensors that it was not made for
+        if isinstance(error, InputError) or isinstance(decoder, JepaDecoderForCausalLM):
+            raise
+        raise InputError(
+            f"model: {type(decoder).__name__} cannot be planned, as it does not run without data ({one_line(error)}); measure a small "
+            "run of it instead"
+        ) from error
 
 
 def _engine(model: Modelled, layout: Layout, tracker: MemoryTracker, watch: Watch, accumulation: int) -> Any:

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from jepa_scale.models import head as lm_head
 from jepa_scale.plan.simulate import fake_ranks
+from jepa_scale.utils.errors import InputError
+from tests.models.test_token_rows import FAMILIES
 from tests.plan.small import HORIZON, LAYERS, WIDTH, config, modelled, planned
 
 
@@ -99,3 +102,11 @@ def test_the_process_group_is_gone_afterwards():
         assert torch.distributed.get_world_size() == 7
     assert not torch.distributed.is_initialized()
     assert modelled(config())[1].world_size == 1
+
+
+def test_a_family_that_needs_values_is_named(monkeypatch):
+    monkeypatch.setattr(MixtralSparseMoeBlock, "forward", lambda self, x: x * x.sum().item())
+    with pytest.raises(
+        InputError, match="model: MixtralForCausalLM cannot be planned, as it does not run without data"
+    ):
+        planned(config(model={"family": "huggingface", "config": FAMILIES["mixtral"], "vocab_size": 128}))
