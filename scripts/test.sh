@@ -8,18 +8,18 @@
 #
 # Each stage ends with the files that took longest. GPU tests run where there is a GPU.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-stage=(--numprocesses 2 --dist loadfile)  # two: most tests wait for processes of their own, not for a core
+stage=(--dist loadfile --numprocesses)  # three in the second stage, on any machine: most of its tests wait for others
 case "${1:-}" in
   "")
     ruff check --quiet
     ruff format --check --quiet
     mypy
-    exec python -m pytest "${stage[@]}" -m "not matrix"
+    exec python -m pytest "${stage[@]}" 2 -m "not matrix"
     ;;
   --matrix)
     shift
     scripts/install_integration.sh || true  # what is missing is skipped, with the reason
-    exec python -m pytest "${stage[@]}" -m matrix "$@"
+    exec python -m pytest "${stage[@]}" 3 -m matrix "$@"
     ;;
   *)
     exec python -m pytest "$@"
