@@ -159,13 +159,17 @@ class Objective(nn.Module):
         """Return the name prefixes in :class:`JepaModel` of the parameters with learning rate ``optim.lr_head``."""
         return ("objective.",)
 
+    @property
+    def detached(self) -> bool:
+        """Whether an option ``detach`` makes this the control, whose heads give the decoder no gradient."""
+        return bool(getattr(getattr(self, "options", None), "detach", False))
+
     def clip_groups(self, model: JepaModel) -> dict[str, list[str]]:
         """Return the groups for gradient clipping: group name → names of its parameters; {} = one group of all.
 
-        With an option ``detach``, the control, the heads are a group of their own: so that their gradient does not change how much
-        of the decoder's is clipped.
+        The heads of a control are a group of their own: so that their gradient does not change how much of the decoder's is clipped.
         """
-        if not getattr(getattr(self, "options", None), "detach", False):
+        if not self.detached:
             return {}
         names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         heads = [name for name in names if name.startswith("objective.")]

@@ -282,6 +282,11 @@ def build(
 
 def check_fit(experiment: Experiment, backbone: Backbone, objective: Objective, data: Any) -> None:
     """Raise InputError if nothing would train some blocks, or a sample is longer than the model's positions."""
+    if backbone.stop_gradient_layer and objective.detached:
+        raise InputError(
+            f"objective.detach: nothing would train blocks 1 to {backbone.stop_gradient_layer}, which model.bridge_grad_barrier shuts off "
+            "from next-token prediction; remove one of the two"
+        )
     if backbone.stop_gradient_layer and (objective.tap or backbone.num_layers) > backbone.stop_gradient_layer:
         raise InputError(
             f"model.bridge_grad_barrier: nothing would train blocks 1 to {backbone.stop_gradient_layer}, as objective "

@@ -14,6 +14,7 @@ from jepa_scale.distributed import comm
 from jepa_scale.experiment import validate
 from jepa_scale.training.build import build
 from jepa_scale.utils.errors import InputError
+from tests.text_runs import data_section, write_corpus
 
 VALUES = {
     "engine": {"name": "fsdp", "threads": 1},
@@ -72,6 +73,31 @@ def test_weights_of_4_bits_are_refused_before_the_data_are_read(ranks, tmp_path,
     model = {"family": "huggingface", "pretrained": "no/model", "lora": {"rank": 2}, "load_in_4bit": True, **keys}
     data = {"source": "text", "path": str(tmp_path / "nothing.txt"), "tokenizer": "no/model"}
     values = {**VALUES, "model": model, "data": data, "objective": {"name": "lm"}, "optim": {}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(InputError, match=message):
+        build(validate(load_config(tmp_path / "run.yaml")), ranks)
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        ({"name": "lm"}, "model.bridge_grad_barrier: nothing would train blocks 1 to 1, as objective 'lm' has no tap there"),
+        ({"name": "horizon", "tap_layer": 1, "horizons": [1], "horizon_probs": [1.0], "detach": True}, "objective.detach: nothing would train blocks 1 to 1, which model"),
+        ({"name": "mtp", "detach": True}, "objective.detach: nothing would train blocks 1 to 1, which model.bridge_grad_barrier"),
+    ],
+)  # fmt: skip
+def test_blocks_that_nothing_trains_are_refused(ranks, tmp_path, objective, message):
+    """Below a bridge with a stop-gradient layer the objective's tap alone trains blocks."""
+    model = {**VALUES["model"], "bridge_after": 1, "bridge_grad_barrier": True}
+    data = {**data_section(tmp_path), "workers": 0}
+    write_corpus(tmp_path)
+    values = {
+        "engine": VALUES["engine"],
+        "model": model,
+        "data": data,
+        "objective": objective,
+        "train": VALUES["train"],
+    }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     with pytest.raises(InputError, match=message):
         build(validate(load_config(tmp_path / "run.yaml")), ranks)

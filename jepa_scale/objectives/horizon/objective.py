@@ -53,11 +53,6 @@ class Horizon(Objective):
         self.options = o
         self.needs_global_batch = is_statistic(o)
         self.tap = resolve_tap(o.tap_layer, backbone.num_layers, "objective.tap_layer")
-        if o.detach and backbone.stop_gradient_layer:
-            raise InputError(
-                f"objective.detach: nothing would train blocks 1 to {backbone.stop_gradient_layer}, which model.bridge_grad_barrier "
-                "shuts off from next-token prediction; remove one of the two"
-            )
         check_horizons(o, data.train.max_size)
         self.latent = latent = o.latent_dim or d
         self.pairs_of_sample = o.pairs_per_sequence or data.train.max_size
