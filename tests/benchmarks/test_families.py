@@ -26,7 +26,7 @@ def test_the_page_has_the_table_of_every_family():
         ("qwen3", "equal", ""),
         ("qwen2 with a window", "equal", ""),
         ("nemotron", "padded", "NemotronForCausalLM cannot run on packed segments"),
-        ("mamba", "padded", "MambaForCausalLM does not support another attention"),
+        ("mamba", "padded", "MambaForCausalLM does not compute on packed segments"),
         ("openai-gpt", "refused", "does not support another attention"),
         ("gemma3", "refused", "is not a single stack of blocks with a final norm"),  # too large to be made
     ],

@@ -108,7 +108,7 @@ def test_no_special_token_is_assumed():
             dict(family="huggingface", config=dict(model_type="gemma3")),
             "is not a single stack of blocks with a final norm",
         ),
-        (dict(family="huggingface", config=dict(model_type="mamba", num_hidden_layers=1)), "model: MambaForCausalLM"),
+        (dict(family="huggingface", config=dict(model_type="bloom", n_layer=1)), "model: BloomForCausalLM"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
