@@ -3,7 +3,7 @@
 *Padded*, each segment is a row of an ordinary batch, padded on the right to the longest, and such a layer sees it alone. Nothing that
 follows a token affects it in a causal decoder, so the padding needs no mask: it changes no state of a token, and gets no gradient. It
 repeats a row's last token and is not zero, because some layers divide by a norm. *End to end*, the segments lie in one row, for layers
-that are told where each begins.
+that get the boundaries.
 
 In both a branch gets its prefix before it, in a copy of its own: its tokens see the same as packed, and only their states are taken.
 """

@@ -971,7 +971,7 @@ ROWS: tuple[Row, ...] = (
         "torch.arange(len(table.lengths), dtype",
         "torch.zeros(len(table.lengths), dtype",
         "tests/models/families/test_neighbours.py::test_packed_segments_are_those_of_padded_rows",
-        "convolutions and recurrences are told which segment a token belongs to",
+        "convolutions and recurrences get the segment of each token",
     ),
     _row(
         "boundaries-of-recurrences",
@@ -980,7 +980,7 @@ ROWS: tuple[Row, ...] = (
         "extras.update(boundaries(table))",
         'extras["seq_idx"] = boundaries(table)["seq_idx"]',
         "tests/models/families/test_neighbours.py::test_packed_segments_are_those_of_padded_rows",
-        "linear attention is told where segments begin",
+        "linear attention gets the boundaries of segments",
     ),
     _row(
         "branch-of-a-recurrence",

@@ -1,7 +1,7 @@
 """Layers that read neighbouring tokens, by a convolution or a recurrence, on packed segments.
 
-Their kernels keep segments apart if they are told where each begins: those of causal-conv1d and mamba-ssm by ``seq_idx``, those of
-flash-linear-attention by ``cu_seqlens``. transformers passes both on where a family's code takes them; its own plain operations know
+Their kernels keep segments apart if they get the segments' boundaries: those of causal-conv1d and mamba-ssm as ``seq_idx``, those of
+flash-linear-attention as ``cu_seqlens``. transformers passes both on where a family's code takes them; its own plain operations know
 neither.
 """
 

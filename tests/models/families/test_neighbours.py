@@ -1,4 +1,4 @@
-"""Recurrences and convolutions on packed segments, with plain kernels that are told where each begins.
+"""Recurrences and convolutions on packed segments, with plain kernels that get the boundaries.
 
 The kernels in ``kernels/`` stand for causal-conv1d, flash-linear-attention and mamba-ssm, which run on GPUs alone. transformers chooses
 them when it is imported, so each trial is a process of its own.
@@ -65,7 +65,7 @@ def test_kernels_that_ignore_the_boundaries_are_noticed():
         assert message.endswith("; set model.packing: padded")
 
 
-def test_a_mixer_that_is_not_told_is_noticed():
+def test_a_mixer_without_the_boundaries_is_noticed():
     """Jamba's decoder does not pass the boundaries on."""
     assert "block 1 of 3 is the first to differ" in with_kernels(KERNELS / "compare.py", "jamba")["jamba"]["refused"]
 

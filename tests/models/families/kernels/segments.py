@@ -8,7 +8,7 @@ import torch
 def of_each(function, sizes, *rows):
     """Apply ``function`` to the rows (n, …) of each segment, and join its results.
 
-    With IGNORE_SEGMENTS in the environment all rows are one segment, as for a kernel that is not told where segments begin.
+    With IGNORE_SEGMENTS in the environment all rows are one segment, as for a kernel that does not use the boundaries.
     """
     if sizes is None or "IGNORE_SEGMENTS" in os.environ:
         return function(*rows)
